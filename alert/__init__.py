@@ -1,0 +1,1 @@
+"""ALERT (category embeddings, meta-task prompt, contrastive-reasoning reward)."""

@@ -1,0 +1,76 @@
+"""The methods of the CLS-RL paper: they differ in the instruction (think or not) and in the rewards, nothing else.
+
+`method=clsrl`, `method=nothinking`, `method=sft` and `method=zeroshot` are this one class with other arguments; which
+trainer and which rewards they use stands in conf/method/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from clsrl import prompts
+from common import parsing
+from common.types import Item, Prompt, Task, UserError
+
+
+class ClosedFormQuestion:
+    """Asks for one name out of a list that contains the truth (section 4.1)."""
+
+    def __init__(
+        self,
+        *,
+        instruction: str,
+        question: str,
+        seed: int,
+        list_share: float = 0.4,
+        list_all_below: int = 30,
+        list_at_most: int = 100,
+        evaluation_prompt: str = "train",
+        train_system_prompt: str = "default",
+    ) -> None:
+        """
+        Args:
+            instruction: `think` (CLS-RL) or `no_think` (No-Thinking-CLS-RL, SFT, zero-shot).
+            question: The dataset's question, e.g. "What type of digit is in the photo?".
+            seed: Seed of the class lists.
+            list_share: Share of the class names to list.
+            list_all_below: List all names when the share gives fewer than this.
+            list_at_most: Cap on the number of listed names.
+            evaluation_prompt: `train` (the training instruction) or `official` (the authors' other wording).
+            train_system_prompt: `default` (the chat template's own) or `think` (the authors' SFT quirk).
+
+        Raises:
+            UserError: An argument has an unknown value.
+        """
+        for name, value, allowed in (
+            ("instruction", instruction, ("think", "no_think")),
+            ("evaluation_prompt", evaluation_prompt, ("train", "official")),
+            ("train_system_prompt", train_system_prompt, ("default", "think")),
+        ):
+            if value not in allowed:
+                raise UserError(f"method.{name}={value}: choose one of {', '.join(allowed)}")
+        self.instruction, self.question, self.seed = instruction, question, seed
+        self.list_share, self.list_all_below, self.list_at_most = list_share, list_all_below, list_at_most
+        self.evaluation_prompt = evaluation_prompt
+        self.system = prompts.THINK_SYSTEM if train_system_prompt == "think" else None
+
+    def train_prompts(self, task: Task) -> list[Prompt]:
+        return self._prompts(task.train, task.names, "train", self.system)
+
+    def evaluation_prompts(self, task: Task, split: str) -> list[Prompt]:
+        return self._prompts(task.evaluation[split], task.names, self.evaluation_prompt, None)
+
+    def well_formed(self, completion: str) -> bool:
+        if self.instruction == "think":
+            return parsing.is_strict_format(completion)
+        return not parsing.TAG.search(completion) and bool(completion.strip())
+
+    def _prompts(self, items: Sequence[Item], names: Sequence[str], wording: str, system: str | None) -> list[Prompt]:
+        instruction = prompts.INSTRUCTIONS[self.instruction, wording]
+        size = prompts.class_list_size(len(names), self.list_share, self.list_all_below, self.list_at_most)
+        built = []
+        for item in items:
+            choices = prompts.class_list(names, item.name, size, self.seed, item.image)
+            text = prompts.question(self.question, choices, instruction)
+            built.append(Prompt(item.image, text, item.name, choices, system))
+        return built

@@ -1,0 +1,1 @@
+"""Everything that no single paper owns: data, models, rollouts, GRPO, evaluation, reports."""

@@ -1,0 +1,1 @@
+"""Datasets: reading them, few-shot picks, and the manifest that freezes both."""

@@ -1,0 +1,48 @@
+"""The embedded dataset: 1,797 real handwritten digits (UCI optical recognition, 8x8 pixels) shipped with scikit-learn.
+
+It has no split of its own: the reader returns all images as the pool to pick from, and every image that is not picked
+is a test image.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.types import Item, Source, UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+SIDE, LEVELS = 8, 16  # pixels per side; grey values 0..16
+
+
+@cache
+def _rows() -> tuple[tuple[int, ...], ...]:
+    # The file that sklearn.datasets.load_digits reads, read directly: importing scikit-learn takes seconds, and checks
+    # of the data run before every job.
+    package = find_spec("sklearn")
+    if package is None or package.origin is None:
+        raise UserError("data=digits needs scikit-learn, which ships the images: pip install scikit-learn")
+    path = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    with gzip.open(path, "rt") as file:
+        return tuple(tuple(int(float(value)) for value in row) for row in csv.reader(file))
+
+
+def open_digit(index: str) -> Image:
+    """One digit as an 8x8 RGB picture, white on black."""
+    from PIL import Image
+
+    pixels = bytes(round(value * 255 / LEVELS) for value in _rows()[int(index)][: SIDE * SIDE])
+    return Image.frombytes("L", (SIDE, SIDE), pixels).convert("RGB")
+
+
+def read(root: str | None = None) -> Source:
+    """All digits, in file order; an image's key is its row number. `root` is not used: nothing has to be downloaded."""
+    items = tuple(Item(str(i), row[-1], NAMES[row[-1]]) for i, row in enumerate(_rows()))
+    return Source(names=NAMES, train=items, val=(), test=(), open=open_digit)

@@ -1,0 +1,57 @@
+"""Ranks: who am I, and exchanging small Python objects. With one process every function is the identity."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+ALONE = "FEWSHOT_ALONE"  # set beside RANK when this process is its own launcher
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def started_by_launcher() -> bool:
+    """Whether torchrun, SLURM or common/launch.py started this process as one rank of several."""
+    return "RANK" in os.environ and ALONE not in os.environ
+
+
+def form_group_alone() -> None:
+    """Set what a launcher would: a group of one, on a free port. DeepSpeed looks for MPI otherwise."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {**alone, ALONE: "1"}
+
+
+def gather(item: T) -> list[T]:
+    """Every rank's item, in rank order, on every rank. All ranks must call it."""
+    if world() == 1:
+        return [item]
+    import torch.distributed as dist
+
+    found: list[Any] = [None] * world()
+    dist.all_gather_object(found, item)
+    return found
+
+
+def share_of(items: list[T]) -> list[T]:
+    """This rank's part of a list: every `world`-th item, beginning at its rank."""
+    return items[rank() :: world()]
+
+
+def interleave(parts: list[list[T]]) -> list[T]:
+    """Undo `share_of` on the gathered parts.
+
+    >>> interleave([["a", "c", "e"], ["b", "d"]])
+    ['a', 'b', 'c', 'd', 'e']
+    """
+    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(len(part) for part in parts))]

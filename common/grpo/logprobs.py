@@ -1,0 +1,69 @@
+"""Log-probabilities of given tokens under the policy: one forward, vocabulary projection only where it is needed.
+
+The projection runs over the predictor rows alone and in chunks that are recomputed in the backward pass, so the T x V
+logits never exist at once. The same ids are banned and the same temperature is applied as in sampling, so the numbers are
+those of the distribution that was sampled from.
+
+Shapes: T tokens to score, V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from common.grpo.packing import Packed
+
+
+class PolicyScorer(torch.nn.Module):
+    """The model as a function from packed tokens to log-probabilities. DeepSpeed wraps this module.
+
+    Attributes:
+        model: A `*ForConditionalGeneration`, possibly a PEFT model around one.
+    """
+
+    def __init__(self, model: Any, banned: Sequence[int], temperature: float, chunk: int) -> None:
+        """
+        Args:
+            model: The policy.
+            banned: Ids with probability zero.
+            temperature: Divides the logits.
+            chunk: Rows per vocabulary projection.
+        """
+        super().__init__()
+        self.model = model
+        self.register_buffer("banned", torch.tensor(sorted(banned), dtype=torch.long), persistent=False)
+        self.temperature, self.chunk = temperature, chunk
+
+    def forward(self, packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
+        """Score the target tokens.
+
+        Returns:
+            Log-probabilities [T] with gradient, and the entropies [T] of their distributions without. Both in nats.
+        """
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        hidden = base.model(**packed.inputs, use_cache=False).last_hidden_state.flatten(0, 1)  # [rows, D]
+        hidden = hidden[packed.predictors]  # [T, D]
+        pieces = [
+            checkpoint(self._score, base.lm_head, rows, targets, use_reentrant=False)
+            for rows, targets in zip(hidden.split(self.chunk), packed.targets.split(self.chunk), strict=True)
+        ]
+        return torch.cat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces])
+
+    def _score(self, head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logps = token_logps(head(hidden), self.banned, self.temperature)  # [chunk, V]
+        with torch.no_grad():
+            entropy = torch.special.entr(logps.exp()).sum(-1)
+        return logps.gather(-1, targets[:, None])[:, 0], entropy
+
+
+def token_logps(logits: torch.Tensor, banned: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Log-probabilities of all tokens at a temperature, without the banned ids. Shape: [..., V] -> [..., V].
+
+    At least fp32; in fp64 where the logits are.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return (logits.index_fill(-1, banned, -torch.inf) / temperature).log_softmax(-1)

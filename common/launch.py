@@ -1,0 +1,71 @@
+"""Starting the ranks of one run: this process alone, or one process per GPU, or the ranks that torchrun or SLURM started.
+
+Hydra composes once, in the parent. Ranks get plain values and never see Hydra.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from common.config import Config
+from common.distributed import rank, started_by_launcher
+
+
+def launch(config: Config, values: dict[str, Any], folder: Path) -> None:
+    """Execute the run on `config.gpus` ranks and wait for it."""
+    if config.gpus == 0 or started_by_launcher():
+        worker(config, values, folder)
+        return
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    from common.pipeline import find_checkpoint
+
+    find_checkpoint(config)  # fetched or built once, before the ranks ask for it
+    elastic = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=config.gpus,
+        run_id=config.run_name,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        max_restarts=0,
+        start_method="spawn",
+    )
+    elastic_launch(elastic, worker)(config, values, folder)
+
+
+def worker(config: Config, values: dict[str, Any], folder: Path) -> None:
+    """One rank."""
+    quiet_libraries()
+    for printer in logging.getLogger().handlers:
+        printer.setLevel(logging.WARNING)
+    handler = None
+    if rank() == 0:
+        handler = logging.FileHandler(folder / "run.log")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logging.getLogger().addHandler(handler)
+    from common.pipeline import run
+
+    try:
+        run(config, values, folder)
+    except Exception:
+        logging.getLogger(__name__).exception("the run failed")
+        raise
+    finally:
+        if handler is not None:
+            logging.getLogger().removeHandler(handler)
+            handler.close()
+
+
+def quiet_libraries() -> None:
+    """Progress bars and notices of libraries would tear our own apart."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()

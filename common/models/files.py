@@ -1,0 +1,173 @@
+"""A checkpoint as files: finding it, checking it, hashing it, measuring prompts with it. No torch needed.
+
+These checks run before every job, so that a missing file or an over-long prompt costs a second and not a training run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from common.models.families import FAMILIES
+from common.plugins import locate
+from common.types import Prompt, UserError
+
+NEEDED = ("config.json", "tokenizer.json")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+
+def find(path: str, revision: str | None, weights: bool = True) -> Path:
+    """A local folder as it is; anything else is a hub id, fetched into the Hugging Face cache.
+
+    Args:
+        path: Folder, or `owner/name` on the hub.
+        revision: Commit or branch on the hub.
+        weights: False fetches everything but the weights, enough for all checks of a prompt.
+
+    Raises:
+        UserError: The folder is missing or damaged, or the hub cannot be reached.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        check_folder(folder)
+        return folder
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise UserError(f"model.path={path} is not a folder; give a checkpoint folder or a hub id 'owner/name'")
+    from huggingface_hub import snapshot_download
+
+    names = ["*.json", "*.txt", "*.jinja"] + (["*.safetensors"] if weights else [])
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=names))
+    except Exception as error:
+        raise UserError(
+            f"model.path={path} is neither a local folder nor reachable on the hub ({type(error).__name__}); download it"
+            f" where there is a network (huggingface-cli download {path}) and pass model.path=<folder>"
+        ) from error
+
+
+def check_folder(folder: Path) -> None:
+    """Check that the files of a checkpoint are there and whole.
+
+    Raises:
+        UserError: Names the file at fault.
+    """
+    for name in NEEDED:
+        if not (folder / name).is_file():
+            raise UserError(f"checkpoint {folder} has no {name}; it must be a folder written by save_pretrained")
+        try:
+            json.loads((folder / name).read_text())
+        except ValueError as error:
+            raise UserError(f"checkpoint {folder}: {name} is damaged ({error}); copy or build it again") from error
+    shards = weight_files(folder)
+    if not shards:
+        raise UserError(f"checkpoint {folder} has none of {', '.join(WEIGHTS)}")
+    for shard in shards:
+        _check_safetensors(shard)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    index = folder / WEIGHTS[1]
+    if index.is_file():
+        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    single = folder / WEIGHTS[0]
+    return [single] if single.is_file() else []
+
+
+def _check_safetensors(path: Path) -> None:
+    """The header of a safetensors file says how long the file must be."""
+    if not path.is_file():
+        raise UserError(f"checkpoint shard {path} is missing")
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(size) if size < 100_000_000 else b"")
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"checkpoint file {path} is damaged: no safetensors header; copy or build it again") from error
+    expected = 8 + size + max(ends, default=0)
+    if path.stat().st_size != expected:
+        raise UserError(
+            f"checkpoint file {path} is damaged: {path.stat().st_size} bytes instead of {expected}; copy or build it again"
+        )
+
+
+def checkpoint_hash(folder: Path) -> str:
+    """SHA-256 over the weights and the tokenizer; part of every result."""
+    total = hashlib.sha256()
+    for path in [*weight_files(folder), folder / "tokenizer.json"]:
+        with path.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+class PromptMeter:
+    """Counts the tokens of prompts as the processor will make them, from the files alone."""
+
+    def __init__(self, family: str, config: dict[str, Any], tokenizer: Any, template: str) -> None:
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        self.family, self.config, self.tokenizer = FAMILIES[family], config, tokenizer
+        # the settings of transformers' apply_chat_template
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.globals["raise_exception"] = _refuse
+        self.template = environment.from_string(template)
+
+    def tokens(self, prompts: Iterable[Prompt], image_size: int) -> list[int]:
+        """Length of each prompt in tokens, its image included."""
+        texts = [self.template.render(messages=messages(p), add_generation_prompt=True) for p in prompts]
+        extra = self.family.image_tokens(self.config, image_size) - 1  # the template writes one placeholder
+        return [len(encoding.ids) + extra for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+
+def _refuse(message: str) -> None:
+    raise UserError(f"the checkpoint's chat template refuses this prompt: {message}")
+
+
+def meter_for_folder(folder: Path, family: str) -> PromptMeter:
+    """The prompt meter of a checkpoint folder."""
+    from tokenizers import Tokenizer
+
+    config = json.loads((folder / "config.json").read_text())
+    template = folder / "chat_template.jinja"
+    text = template.read_text() if template.is_file() else _template_from_json(folder)
+    return PromptMeter(family, config, Tokenizer.from_file(str(folder / "tokenizer.json")), text)
+
+
+def _template_from_json(folder: Path) -> str:
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        path = folder / name
+        if path.is_file() and isinstance(text := json.loads(path.read_text()).get("chat_template"), str):
+            return text
+    raise UserError(f"checkpoint {folder} has no chat template (chat_template.jinja)")
+
+
+def messages(prompt: Prompt) -> list[dict[str, Any]]:
+    """The conversation of one prompt: an optional system message, then the image followed by the question."""
+    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt.text}]}
+    system = [] if prompt.system is None else [{"role": "system", "content": prompt.system}]
+    return [*system, user]
+
+
+def too_long(length: int, limit: int, prompt: Prompt) -> UserError:
+    """The error for a prompt over the limit."""
+    return UserError(
+        f"the prompt of image {prompt.image} has {length} tokens, but model.max_prompt_tokens={limit}; prompts are never"
+        f" cut: raise the limit or list fewer names"
+    )
+
+
+def build(recipe: str, cache_dir: str) -> Path:
+    """Run the `build` function of a recipe module, or return its cached result."""
+    return Path(locate(f"{recipe}.build", "model.recipe")(Path(cache_dir)))
+
+
+def meter_for_recipe(recipe: str) -> PromptMeter:
+    """The prompt meter of a model that may not be built yet: its recipe's `meter` function."""
+    meter = locate(f"{recipe}.meter", "model.recipe")()
+    assert isinstance(meter, PromptMeter)
+    return meter

@@ -1,0 +1,99 @@
+"""Text of the tiny models' pre-training: many wordings of one question, and replies of varying quality.
+
+A model that has seen one wording only answers by position, and swapping the prompt would then mean nothing. So the
+papers' own wordings are mixed with paraphrases, and part of the replies ignores the requested format: that is the
+room in which the format and equality rewards of GRPO have something to teach.
+"""
+
+from __future__ import annotations
+
+import random
+
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+OTHER_NAMES = (
+    "circle square triangle cross star ring arrow heart white gray black red green blue yellow orange pink purple"
+).split()
+
+# The first entry of each list is the wording of the CLS-RL code; the second of QUESTIONS is the paper's.
+QUESTIONS = (
+    "What type of {noun} is in the photo?",
+    "What kind of {noun} is in this photo?",
+    "Which {noun} does the image show?",
+    "What {noun} do you see in the picture?",
+    "Name the {noun} in the photo.",
+)
+NOUNS = ("digit", "object", "number")
+LISTS = (
+    "\nPlease choose one from list [ {names}].",
+    " Please choose one from the list: {names}.",
+    "\nOptions: {names}.",
+    " Choose from: {names}.",
+)
+DIRECT = (
+    "\n Please directly output the answer.",
+    "\n Please directly output the answer name.",
+    " Answer with the name only.",
+    " Reply with one word.",
+)
+THINK = (
+    "\n Please output the thinking process in <think> </think> and final answer in <answer> </answer> tags.",
+    "\n First output the thinking process in <think> </think> tags and then output the final answer in"
+    " <answer> </answer> tags.",
+    " Think first in <think> </think>, then answer in <answer> </answer>.",
+)
+CUES = {
+    "zero": "one round loop",
+    "one": "one straight stroke",
+    "two": "a curve and a flat base",
+    "three": "two open curves",
+    "four": "crossing straight strokes",
+    "five": "a flat top and a curve",
+    "six": "a loop at the bottom",
+    "seven": "a flat top and a slanted stroke",
+    "eight": "two closed loops",
+    "nine": "a loop at the top",
+}
+REASONS = (
+    "Let me look at the image. I see {cue} on a dark background. This is a photo of {name}.",
+    "The image shows {cue}. Compared with the other names in the list, it looks like {name}.",
+    "The object has {cue}, so the answer should be {name}.",
+    "This is a photo of {name}.",
+)
+SLOPPY_DIRECT = ("This is a photo of {name}.", "The answer is {name}.", "<answer>{name}</answer>")
+SLOPPY_THINK = ("{reason}", "<think>{reason}</think> {name}", "<answer>{name}</answer>", "{name}")
+
+
+def mostly_first(options: tuple[str, ...], rng: random.Random) -> str:
+    """The papers' wording half of the time, a paraphrase otherwise."""
+    return options[0] if rng.random() < 0.5 else rng.choice(options[1:])
+
+
+def question(name: str, think: bool, rng: random.Random) -> str:
+    """One user message about an image of `name`: open, or with a list of 2 to 10 candidate names."""
+    text = mostly_first(QUESTIONS, rng).format(noun=mostly_first(NOUNS, rng))
+    count = rng.choice((0, 2, 3, 4, 5, 10, 10, 10))
+    if count:
+        names = rng.sample([d for d in DIGITS if d != name], count - 1) + [name]
+        rng.shuffle(names)
+        text += mostly_first(LISTS, rng).format(names=", ".join(names))
+    return text + mostly_first(THINK if think else DIRECT, rng)
+
+
+def reply(name: str, think: bool, sloppy: float, rng: random.Random) -> str:
+    """A right answer; with probability `sloppy` in a form that the instruction did not ask for."""
+    reason = rng.choice(REASONS).format(cue=CUES[name], name=name)
+    if rng.random() < sloppy:
+        return rng.choice(SLOPPY_THINK if think else SLOPPY_DIRECT).format(reason=reason, name=name)
+    return f"<think>{reason}</think><answer>{name}</answer>" if think else name
+
+
+def corpus(lines: int = 4000) -> list[str]:
+    """Text for training the byte-level BPE tokenizer: every wording, every name, with and without a leading space."""
+    rng = random.Random(0)
+    text = []
+    for _ in range(lines):
+        name, think = rng.choice(DIGITS), rng.random() < 0.5
+        text += [question(name, think, rng), reply(name, think, 0.5, rng)]
+        other = rng.choice(OTHER_NAMES)
+        text += [other, f" {other}, {rng.choice(OTHER_NAMES)}", name, "system\nYou are a helpful assistant.", "user\n", "assistant\n"]
+    return text

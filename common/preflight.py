@@ -1,0 +1,51 @@
+"""Checks that take a second and save hours: data, prompts, checkpoint files, devices. No torch.
+
+Everything here raises `UserError`: one line that names the key, file or class at fault and the fix.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from common import task
+from common.config import Config
+from common.distributed import started_by_launcher
+from common.models import files
+from common.types import UserError
+
+
+def check(config: Config) -> None:
+    """Run all checks of one configuration."""
+    check_devices(config)
+    meter = check_checkpoint(config)
+    questions = task.build(config)
+    for prompts in (questions.train, *questions.evaluation.values()):
+        lengths = meter.tokens(prompts, config.model.image_size)
+        longest = max(range(len(lengths)), key=lengths.__getitem__)
+        if lengths[longest] > config.model.max_prompt_tokens:
+            raise files.too_long(lengths[longest], config.model.max_prompt_tokens, prompts[longest])
+
+
+def check_devices(config: Config) -> None:
+    """More GPUs than the machine has would only fail minutes later, inside a rank."""
+    if config.gpus > 0 and not started_by_launcher() and (found := visible_gpus()) < config.gpus:
+        raise UserError(f"gpus={config.gpus}, but this machine has {found}; use gpus={found}" + " (CPU)" * (not found))
+
+
+def visible_gpus() -> int:
+    """NVIDIA GPUs that this process may use, without loading CUDA."""
+    present = [path for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()]
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return len(present)
+    return min(len(present), len([index for index in chosen.split(",") if index.strip() not in ("", "-1")]))
+
+
+def check_checkpoint(config: Config) -> files.PromptMeter:
+    """Check the files of the model and return its prompt meter; weights on the hub are not fetched yet."""
+    model = config.model
+    if model.recipe is not None:
+        return files.meter_for_recipe(model.recipe)
+    assert model.path is not None
+    return files.meter_for_folder(files.find(model.path, model.revision, weights=False), model.family)

@@ -1,0 +1,68 @@
+"""The table a run ends with, from its metrics.json. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.2f}"
+
+
+def interval(summary: dict[str, Any]) -> str:
+    low, high = summary["ci95"]
+    return f"{percent(low)} – {percent(high)}"
+
+
+def result_table(result: dict[str, Any]) -> Table:
+    """Zero-shot and after training, per split."""
+    title = f"{result['method']} · {result['data']} · {result['model']} · {result['shots']} shots · seed {result['seed']}"
+    table = Table(title=f"{title} · {result['protocol']}", title_justify="left")
+    table.add_column("split")
+    for name in ("images", "accuracy %", "95 % interval", "official match %", "well-formed %", "tokens", "seconds"):
+        table.add_column(name, justify="right")
+    trained = result["train"]["updates"] > 0
+    for split, after in result["eval"].items():
+        rows = [("zero-shot", result["zero_shot"][split])] + ([("trained", after)] if trained else [])
+        for phase, summary in rows:
+            table.add_row(
+                f"{split}, {phase}",
+                str(summary["n"]),
+                percent(summary["accuracy"]),
+                interval(summary),
+                percent(summary["accuracy_official"]),
+                percent(summary["well_formed"]),
+                f"{summary['mean_tokens']:.1f}",
+                f"{summary['seconds']:.1f}",
+            )
+    return table
+
+
+def paired_lines(result: dict[str, Any]) -> list[str]:
+    """The paired comparison on the same images, one line per split."""
+    lines = []
+    for split, test in result["train"].get("paired", {}).items():
+        low, high = (100 * bound for bound in test["ci95"])
+        lines.append(
+            f"{split}: {100 * test['difference']:+.2f} points [{low:+.2f}, {high:+.2f}] on the same images; fixed"
+            f" {test['fixed']}, broke {test['broken']}; McNemar p = {test['p_value']:.2g}"
+        )
+    return lines
+
+
+def time_line(result: dict[str, Any]) -> str:
+    seconds = result["train"]["seconds"]
+    return "seconds: " + ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items())
+
+
+def show(result: dict[str, Any], folder: Path, console: Console | None = None) -> None:
+    """Print the result of a run to standard output."""
+    console = console or Console(width=None if Console().is_terminal else 120)
+    console.print(result_table(result))
+    for line in [*paired_lines(result), time_line(result)]:
+        console.print(line, highlight=False)
+    console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)

@@ -1,0 +1,107 @@
+"""Rule-checked rewards and their weighted mix.
+
+A reward is a function from samples to one float per sample, plus keyword arguments from its config entry
+`name: {weight, fn, **arguments}`. Add one by writing such a function anywhere importable and one YAML line.
+
+Shapes: N samples (all completions of one update).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from common import parsing
+from common.plugins import locate
+from common.types import Sample
+
+RewardFunction = Callable[[Sequence[Sample]], list[float]]
+
+
+def strict_format(samples: Sequence[Sample], *, match: str = "strict") -> list[float]:
+    """1 when the reply is `<think>…</think><answer>…</answer>` (CLS-RL section 3.2, first equation), else 0.
+
+    Args:
+        samples: The completions. Length: N.
+        match: `strict` (each tag once) or `official` (the authors' full match, which lets tags repeat).
+    """
+    check = {"strict": parsing.is_strict_format, "official": parsing.is_official_format}[match]
+    return [float(check(s.completion)) for s in samples]
+
+
+def accuracy(samples: Sequence[Sample], *, match: str = "strict") -> list[float]:
+    """1 when the answer is the label (CLS-RL section 3.2, second equation), else 0.
+
+    Args:
+        samples: The completions. Length: N.
+        match: `strict` (normalised equality of the one answer) or `official` (the authors' reward: symbolic
+            verification by `math_verify` first, which accepts some wrong names, then lower-cased equality of the first
+            `<answer>`).
+    """
+    check = {"strict": parsing.matches_strictly, "official": _official_reward_match}[match]
+    return [float(check(s.completion, s.label)) for s in samples]
+
+
+def equality(samples: Sequence[Sample]) -> list[float]:
+    """1 when the whole completion is the label to the letter (CLS-RL section 3.3), else 0.
+
+    >>> from common.types import Prompt
+    >>> equality([Sample(Prompt("0", "?", "six"), text) for text in ("six", "Six", "six ", "")])
+    [1.0, 0.0, 0.0, 0.0]
+    """
+    return [float(s.completion == s.label) for s in samples]
+
+
+def _official_reward_match(completion: str, label: str) -> bool:
+    from math_verify import parse, verify
+
+    # parsing_timeout=None: the timer of math_verify needs the main thread and POSIX signals
+    if verify(parse(completion, parsing_timeout=None), parse(label, parsing_timeout=None), timeout_seconds=None):
+        return True
+    return parsing.first_answer(completion).lower() == label.strip().lower()
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Each reward by name, and their weighted sum. Length of every list: N."""
+
+    parts: dict[str, list[float]]
+    total: list[float]
+
+
+@dataclass(frozen=True)
+class Reward:
+    """One entry of the reward mix."""
+
+    weight: float
+    function: RewardFunction
+
+
+def score(samples: Sequence[Sample], rewards: dict[str, Reward]) -> Scores:
+    """Evaluate every reward on every sample and add them up by weight.
+
+    With accuracy 1 and format 0 at weights 1.0 and 0.5, the total is 1.0.
+    """
+    parts = {name: reward.function(samples) for name, reward in rewards.items()}
+    for name, values in parts.items():
+        if len(values) != len(samples):
+            raise ValueError(f"reward '{name}' returned {len(values)} values for {len(samples)} samples")
+    weights = {name: reward.weight for name, reward in rewards.items()}
+    total = [sum(weights[name] * values[i] for name, values in parts.items()) for i in range(len(samples))]
+    return Scores(parts, total)
+
+
+def build_rewards(mix: dict[str, dict[str, Any]]) -> dict[str, Reward]:
+    """Turn the config's `rewards` into functions with their arguments bound.
+
+    Raises:
+        UserError: `rewards.<name>.fn` cannot be found.
+    """
+    built = {}
+    for name, entry in mix.items():
+        arguments = {key: value for key, value in entry.items() if key not in ("weight", "fn")}
+        function = locate(entry["fn"], f"rewards.{name}.fn")
+        built[name] = Reward(float(entry["weight"]), partial(function, **arguments))
+    return built

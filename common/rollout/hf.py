@@ -1,0 +1,154 @@
+"""Sampling with the training model: the prompt is computed and its image encoded once, its cache serves the whole group.
+
+The randomness is a table of uniform numbers drawn from each prompt's own seed and turned into tokens by the inverse of the
+cumulative distribution. So a completion depends on (weights, prompt, seed) alone: not on the batch it is computed in, the
+number of ranks, or how often the program was restarted.
+
+Shapes: N prompts, G completions each, B = N G rows, P padded prompt tokens, R completion tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from transformers.cache_utils import DynamicCache
+
+from common.grpo.logprobs import token_logps
+from common.grpo.packing import Encoded, images
+from common.models.vlm import VLM
+from common.rollout.base import Completion, Decoding
+
+
+class HFRollout:
+    """The `Rollout` backend that needs nothing beside transformers."""
+
+    def __init__(self, vlm: VLM) -> None:
+        self.vlm = vlm
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[Encoded], group_size: int, decoding: Decoding, seeds: Sequence[str]
+    ) -> list[list[Completion]]:
+        """See `Rollout.generate`."""
+        model = self.vlm.model
+        was_training = model.training
+        model.eval()
+        noise = uniform_table(seeds, group_size, decoding.max_tokens) if decoding.temperature > 0 else None
+        rows = self._decode(prompts, group_size, decoding, noise)
+        model.train(was_training)
+        return [rows[start : start + group_size] for start in range(0, len(rows), group_size)]
+
+    def _decode(
+        self, prompts: Sequence[Encoded], group_size: int, decoding: Decoding, noise: torch.Tensor | None
+    ) -> list[Completion]:
+        device = self.vlm.device
+        banned = torch.tensor(self.vlm.banned, device=device)
+        ends = torch.tensor(self.vlm.eos, device=device)
+        ids, mask, positions = (x.to(device) for x in left_pad(prompts, self.vlm.pad))
+        cache = DynamicCache(config=self.vlm.model.config.get_text_config())
+        logits = self._forward(ids, mask, positions, cache, images(prompts, device))  # [N, V]
+        cache.batch_repeat_interleave(group_size)
+        logits, mask = (x.repeat_interleave(group_size, 0) for x in (logits, mask))
+        position = (positions.amax(0)[:, -1] + 1).repeat_interleave(group_size)  # [B]
+
+        rows = torch.arange(len(logits), device=device)  # which completion each live row belongs to
+        tokens = torch.full((len(rows), decoding.max_tokens), -1, device=device)  # [B, R]
+        logps = torch.zeros(tokens.shape, device=device)
+        for step in range(decoding.max_tokens):
+            distribution = token_logps(logits, banned, decoding.temperature or 1.0)  # [live, V]
+            uniform = None if noise is None else noise[rows.cpu(), step].to(device)
+            chosen = choose(distribution, decoding, uniform)  # [live]
+            tokens[rows, step] = chosen
+            logps[rows, step] = distribution.gather(-1, chosen[:, None])[:, 0].float()
+            alive = ~torch.isin(chosen, ends)
+            if not alive.any() or step + 1 == decoding.max_tokens:
+                break
+            if 2 * int(alive.sum()) <= len(alive):  # finished rows are dropped once they are half of the batch
+                kept = alive.nonzero()[:, 0]
+                cache.batch_select_indices(kept)
+                rows, mask, position, chosen = rows[kept], mask[kept], position[kept], chosen[kept]
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+            places = (position + step)[None, :, None].expand(len(positions), -1, -1)  # [A, live, 1]
+            logits = self._forward(chosen[:, None], mask, places, cache, {})
+        return [self._completion(*row) for row in zip(tokens.cpu(), logps.cpu(), strict=True)]
+
+    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache,
+                 pixels: dict[str, torch.Tensor]) -> torch.Tensor:  # fmt: skip
+        """Logits of the next token. Shape: [B, V]."""
+        # without padding causal attention needs no mask, which lets the fast kernels run
+        full = ids.shape[1] > 1 and bool(mask.all())
+        out = self.vlm.model(
+            input_ids=ids,
+            attention_mask=None if full else mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **pixels,
+        )
+        return out.logits[:, -1]
+
+    def _completion(self, tokens: torch.Tensor, logps: torch.Tensor) -> Completion:
+        """Cut a row at its first end-of-sequence id (included)."""
+        ended = torch.isin(tokens, torch.tensor(self.vlm.eos)).nonzero()[:, 0]
+        length = int(ended[0]) + 1 if len(ended) else int((tokens >= 0).sum())
+        ids = tokens[:length].clone()
+        text = self.vlm.processor.tokenizer.decode(ids[:-1] if len(ended) else ids, skip_special_tokens=False)
+        return Completion(ids, logps[:length].clone(), text, truncated=not len(ended))
+
+
+def left_pad(prompts: Sequence[Encoded], pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids [N, P], mask [N, P] and positions [A, N, P] with the padding before each prompt."""
+    width = max(len(p.ids) for p in prompts)
+    ids = torch.full((len(prompts), width), pad)
+    mask = torch.zeros((len(prompts), width), dtype=torch.long)
+    positions = torch.zeros((len(prompts[0].positions), len(prompts), width), dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        start = width - len(prompt.ids)
+        ids[row, start:], mask[row, start:], positions[:, row, start:] = prompt.ids, 1, prompt.positions
+    return ids, mask, positions
+
+
+def uniform_table(seeds: Sequence[str], group_size: int, tokens: int) -> torch.Tensor:
+    """One uniform number per completion token, from each prompt's own stream. Shape: [N G, R], in [0, 1), fp64."""
+    tables = []
+    for seed in seeds:
+        state = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "little", signed=True)
+        generator = torch.Generator().manual_seed(state)
+        tables.append(torch.rand(group_size, tokens, generator=generator, dtype=torch.float64))
+    return torch.cat(tables)
+
+
+def choose(logps: torch.Tensor, decoding: Decoding, uniform: torch.Tensor | None) -> torch.Tensor:
+    """The next token of every row: the most probable one, or the inverse cumulative distribution at `uniform` [B].
+
+    Shape: [B, V] -> [B].
+    """
+    if uniform is None:
+        return logps.argmax(-1)
+    mass = truncate(logps.double().exp(), decoding.top_k, decoding.top_p).cumsum(-1)  # [B, V]
+    drawn = torch.searchsorted(mass, (uniform * mass[:, -1])[:, None], right=True)[:, 0]
+    # rounding could step past the last token with mass
+    last = (mass < mass[:, -1:]).sum(-1)
+    return torch.minimum(drawn, last)
+
+
+def truncate(probabilities: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+    """Zero all but the `top_k` most probable tokens (0: keep all), then all but the smallest set that reaches `top_p`.
+
+    >>> truncate(torch.tensor([[0.5, 0.3, 0.2]]), 2, 1.0)
+    tensor([[0.5000, 0.3000, 0.0000]])
+    >>> truncate(torch.tensor([[0.5, 0.3, 0.2]]), 0, 0.6)
+    tensor([[0.5000, 0.3000, 0.0000]])
+    """
+    if 0 < top_k < probabilities.shape[-1]:
+        threshold = probabilities.topk(top_k, -1).values[:, -1:]
+        probabilities = probabilities.where(probabilities >= threshold, 0.0)
+    if top_p < 1:
+        ordered, index = probabilities.sort(dim=-1, descending=True)
+        before = ordered.cumsum(-1) - ordered
+        kept = ordered.where(before < top_p * ordered.sum(-1, keepdim=True), 0.0)
+        probabilities = torch.zeros_like(probabilities).scatter(-1, index, kept)
+    return probabilities

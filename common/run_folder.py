@@ -1,0 +1,129 @@
+"""The run folder: the one place a run writes to, and the source of truth for every table and figure.
+
+    config.yaml           the resolved configuration, with its signature
+    manifest.json         images, labels and questions of the task, hashed
+    metrics.jsonl         one line per update, written at once (TRL's metric names)
+    completions.parquet   every sampled completion with its rewards
+    predictions.parquet   every evaluated image, before and after training
+    metrics.json          the result; written last, so its presence means the run is finished
+    curves.png, confusion.png, run.log, model/ (weights), wandb/
+
+The signature covers what a result depends on. The same command in a finished folder shows the result; a different
+configuration in a used folder is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from common.config import decides_result, differences, signature
+from common.types import Prediction, Result, UserError
+
+
+class RunFolder:
+    """Reads and writes one run folder. Only rank 0 writes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self._log: IO[str] | None = None
+
+    def finished_result(self, values: dict[str, Any]) -> dict[str, Any] | None:
+        """The result that is already here, or None if the folder is free or its run was interrupted.
+
+        Raises:
+            UserError: The folder holds a run with another configuration.
+        """
+        config = self.path / "config.yaml"
+        if not config.is_file():
+            return None
+        old = yaml.safe_load(config.read_text())
+        if old.pop("signature", None) != signature(values):
+            changed = differences(decides_result(old), decides_result(values)) or ["the file was edited"]
+            raise UserError(
+                f"{self.path} already holds a run with other values ({'; '.join(changed)});"
+                " choose another folder with run_name=<name> or hydra.run.dir=<folder>"
+            )
+        result = self.path / "metrics.json"
+        return json.loads(result.read_text()) if result.is_file() else None
+
+    def claim(self, values: dict[str, Any]) -> None:
+        """Mark the folder as this configuration's. What an interrupted attempt left is moved aside, not overwritten."""
+        if (self.path / "config.yaml").is_file():
+            attempts = len(list(self.path.glob("interrupted-*")))
+            aside = self.path / f"interrupted-{attempts + 1}"
+            left = [entry for entry in self.path.iterdir() if not entry.name.startswith("interrupted-")]
+            aside.mkdir()
+            for entry in left:
+                entry.rename(aside / entry.name)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            text = yaml.safe_dump({"signature": signature(values), **values}, sort_keys=False)
+            (self.path / "config.yaml").write_text(text)
+        except OSError as error:
+            raise UserError(f"cannot write to the run folder {self.path}: {error.strerror}") from error
+
+    def log_metrics(self, values: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl; it is on disk when this returns."""
+        if self._log is None:
+            self._log = (self.path / "metrics.jsonl").open("a", buffering=1)
+        self._log.write(json.dumps(values) + "\n")
+
+    def write_completions(self, rows: list[dict[str, Any]], part: int) -> None:
+        """Add rows to the completions of the run. Each part is a whole file, so a crash loses none of the earlier ones."""
+        import pyarrow
+        import pyarrow.parquet
+
+        folder = self.path / "completions"
+        folder.mkdir(exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / f"{part:06d}.parquet")
+
+    def merge_completions(self) -> None:
+        """Join the parts to completions.parquet."""
+        import pyarrow.parquet
+
+        parts = sorted((self.path / "completions").glob("*.parquet"))
+        if not parts:
+            return
+        unfinished = self.path / "completions.parquet.unfinished"
+        schema = pyarrow.parquet.read_schema(parts[0])
+        with pyarrow.parquet.ParquetWriter(unfinished, schema) as writer:
+            for part in parts:
+                writer.write_table(pyarrow.parquet.read_table(part, schema=schema))
+        os.replace(unfinished, self.path / "completions.parquet")
+        for part in parts:
+            part.unlink()
+        (self.path / "completions").rmdir()
+
+    def write_predictions(self, predictions: dict[tuple[str, str], list[Prediction]]) -> None:
+        """One row per image, phase (`zero_shot` or `eval`) and split."""
+        import pyarrow
+        import pyarrow.parquet
+
+        rows = [
+            {"phase": phase, "split": split, **asdict(prediction)}
+            for (phase, split), found in predictions.items()
+            for prediction in found
+        ]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), self.path / "predictions.parquet")
+
+    def write_result(self, result: Result) -> None:
+        """Write metrics.json, whole or not at all."""
+        unfinished = self.path / "metrics.json.unfinished"
+        unfinished.write_text(json.dumps(asdict(result), indent=2) + "\n")
+        os.replace(unfinished, self.path / "metrics.json")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl."""
+        path = self.path / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+    def close(self) -> None:
+        if self._log is not None:
+            self._log.close()
+            self._log = None

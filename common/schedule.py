@@ -1,0 +1,49 @@
+"""Which prompts and which learning rate an update uses: pure functions of its number.
+
+Nothing here has a state, so a resumed run and a run on another number of ranks see the same data in the same order.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+
+from common.config import Trainer
+
+
+def total_updates(config: Trainer, items: int) -> int:
+    """`updates` if set, else as many as `epochs` passes over the items take (the last one may be partial)."""
+    return config.updates or math.ceil(config.epochs * items / config.prompts_per_update)
+
+
+def batch(update: int, size: int, items: int, seed: int) -> list[int]:
+    """Indices of the update's prompts: consecutive stretches of freshly shuffled epochs.
+
+    >>> sorted(batch(0, 2, 4, seed=1) + batch(1, 2, 4, seed=1))
+    [0, 1, 2, 3]
+    """
+    chosen = []
+    for place in range(update * size, (update + 1) * size):
+        epoch, offset = divmod(place, items)
+        chosen.append(_order(epoch, items, seed)[offset])
+    return chosen
+
+
+def _order(epoch: int, items: int, seed: int) -> list[int]:
+    order = list(range(items))
+    random.Random(f"epoch-{seed}-{epoch}").shuffle(order)
+    return order
+
+
+def learning_rate(config: Trainer, update: int, updates: int) -> float:
+    """Linear warm-up over `warmup_ratio` of the updates, then constant, linear or cosine to `final_ratio` of the peak.
+
+    `update` counts from 0. Without warm-up the first update uses the full rate, and linear decay would reach its end one
+    update after the last, as in transformers.
+    """
+    warmup = math.ceil(config.warmup_ratio * updates)
+    if update < warmup:
+        return config.learning_rate * (update + 1) / warmup
+    done = (update - warmup) / max(1, updates - warmup)
+    shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[config.schedule]
+    return config.learning_rate * (config.final_ratio + (1 - config.final_ratio) * shape)

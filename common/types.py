@@ -1,0 +1,136 @@
+"""What travels between the stages of a run. Data only moves down this list; a later stage never reaches back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class UserError(Exception):
+    """A mistake in the request, not in the program: shown as one line that names what is wrong and the fix."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One labelled image. `image` is the reader's key (a path relative to the data root, or an index)."""
+
+    image: str
+    label: int
+    name: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """A whole dataset as its reader found it. `pool` datasets have no split of their own: all items are in `train`."""
+
+    names: tuple[str, ...]
+    train: tuple[Item, ...]
+    val: tuple[Item, ...]
+    test: tuple[Item, ...]
+    open: Callable[[str], Image]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A few-shot problem: what to train on, what to test on, and how to open an image (always RGB)."""
+
+    names: tuple[str, ...]
+    train: tuple[Item, ...]
+    evaluation: dict[str, tuple[Item, ...]]
+    open: Callable[[str], Image]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question about one image. `choices` are the names it lists (empty: an open question)."""
+
+    image: str
+    text: str
+    label: str
+    choices: tuple[str, ...] = ()
+    system: str | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion, as the rewards see it."""
+
+    prompt: Prompt
+    completion: str
+
+    @property
+    def label(self) -> str:
+        return self.prompt.label
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One evaluated image. `correct` is the strict match, `correct_official` the authors' substring match."""
+
+    image: str
+    label: str
+    answer: str
+    completion: str
+    correct: bool
+    correct_official: bool
+    formatted: bool
+    tokens: int
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one update reports: metrics by name, seconds by phase, and its completions as table rows."""
+
+    metrics: dict[str, float]
+    seconds: dict[str, float]
+    rows: list[dict[str, Any]]
+
+
+class Trainer(Protocol):
+    """GRPO and SFT look the same from the loop."""
+
+    def step(self, update: int) -> Step:
+        """Update number `update`, counted from 0. All ranks call it together."""
+
+    def close(self) -> None:
+        """Release the engine."""
+
+
+class Method(Protocol):
+    """What a paper's method decides: how to ask, and what a well-formed reply is. Found by `method._target_`."""
+
+    def train_prompts(self, task: Task) -> list[Prompt]:
+        """One prompt per training item, in the order of `task.train`."""
+
+    def evaluation_prompts(self, task: Task, split: str) -> list[Prompt]:
+        """One prompt per item of `task.evaluation[split]`, in its order."""
+
+    def well_formed(self, completion: str) -> bool:
+        """Whether the reply follows the requested format."""
+
+
+@dataclass
+class Result:
+    """What a finished run reports; written as metrics.json (field names are its keys)."""
+
+    method: str
+    data: str
+    setting: str
+    protocol: str
+    model: str
+    shots: int
+    seed: int
+    signature: str
+    git_commit: str | None
+    versions: dict[str, str]
+    checkpoint: dict[str, str]
+    manifest: str
+    decoding: str
+    eval: dict[str, Any] = field(default_factory=dict)
+    zero_shot: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
