@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -24,14 +26,26 @@ configuration.register()
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> None:
-    """One job; a multirun calls it once per point."""
+    """One job; a multirun calls it once per point and goes on with the next when one fails."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        job(cfg, folder)
+    except UserError as error:
+        with suppress(OSError):
+            folder.rmdir()  # made by Hydra; goes only if it is empty
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise
+        sys.exit(one_line(error))
+
+
+def job(cfg: DictConfig, folder: Path) -> None:
+    """Check, run, show. A folder that already holds this configuration's result only shows it."""
     from common import launch, preflight
     from common.report import tables
     from common.run_folder import RunFolder
 
     config = configuration.validate(cfg)
     values = configuration.plain(cfg)
-    folder = Path(HydraConfig.get().runtime.output_dir)
     place = RunFolder(folder)
     result = place.finished_result(values)
     if result is None:
@@ -46,9 +60,26 @@ def main(cfg: DictConfig) -> None:
         tables.show(result, folder)
 
 
-if __name__ == "__main__":
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach the handlers below instead of Hydra's own printer
+def one_line(error: BaseException) -> str:
+    """What a user sees of a mistake in the request: the message, and the first line of what caused it."""
+    text = " ".join(str(error).split("Config search path")[0].split())
+    if isinstance(error, HydraException) and error.__cause__ is not None:
+        text += f" ({str(error.__cause__).splitlines()[0]})"
+    return f"error: {text}"
+
+
+def run() -> None:
+    """Entry point: mistakes in the request become one line and exit code 1, anything else a traceback."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that errors reach this function and not Hydra's own printer
     try:
         main()
     except (UserError, HydraException, OmegaConfBaseException) as error:
-        sys.exit("error: " + " ".join(str(error).split()))
+        sys.exit(one_line(error))
+    except OSError as error:
+        if HydraConfig.initialized() and Path(HydraConfig.get().runtime.output_dir).is_dir():
+            raise
+        sys.exit(f"error: cannot create the run folder: {error}; choose another with hydra.run.dir=<folder>")
+
+
+if __name__ == "__main__":
+    run()

@@ -10,7 +10,9 @@ import random
 from collections.abc import Sequence
 
 # Instructions: newline, space, then the text, as the authors' data files join them.
-THINK = "Please output the thinking process in <think> </think> and final answer in <answer> </answer> tags."  # sec. 3.2
+THINK = (
+    "Please output the thinking process in <think> </think> and final answer in <answer> </answer> tags."  # sec. 3.2
+)
 NO_THINK = "Please directly output the answer."  # sec. 3.3
 # What the authors' evaluation scripts ask instead, outside base classes. The sentence after "First output the thinking"
 # is our reading: the wording that the R1-V family of scripts shares.

@@ -11,10 +11,12 @@ ALONE = "FEWSHOT_ALONE"  # set beside RANK when this process is its own launcher
 
 
 def rank() -> int:
+    """Number of this process, 0 if it is alone."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world() -> int:
+    """Number of processes of the run."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

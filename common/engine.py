@@ -1,8 +1,8 @@
 """The DeepSpeed engine, the same path for one CPU process and for many GPUs.
 
-Three things DeepSpeed would do differently on its own: without torchrun it looks for MPI; on a CPU it compiles an operator
-that a plain gloo run does not need (and a killed compilation leaves a lock that hangs later runs); and it fixes the number
-of micro-batches, which here varies from update to update.
+Three things DeepSpeed would do differently on its own: without torchrun it looks for MPI; on a CPU it compiles an
+operator that a plain gloo run does not need (and a killed compilation leaves a lock that hangs later runs); and it
+fixes the number of micro-batches, which here varies from update to update.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from common.config import Trainer
 from common.distributed import form_group_alone, started_by_launcher
 from common.schedule import learning_rate
+from common.schema import Trainer
+
 
 def init_process_group(gpus: int) -> torch.device:
     """Join the launcher's process group, or form one of this process alone, and return this rank's device.
@@ -50,7 +51,9 @@ class Engine:
     because the optimiser keeps its own fp32 copy.
     """
 
-    def __init__(self, module: torch.nn.Module, config: Trainer, deepspeed_config: dict[str, Any], updates: int) -> None:
+    def __init__(
+        self, module: torch.nn.Module, config: Trainer, deepspeed_config: dict[str, Any], updates: int
+    ) -> None:
         """
         Args:
             module: What is trained; parameters that do not require gradients stay frozen.
@@ -63,7 +66,10 @@ class Engine:
         self.config, self.updates = config, updates
         parameters = [p for p in module.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            parameters, lr=config.learning_rate, betas=(config.betas[0], config.betas[1]), weight_decay=config.weight_decay
+            parameters,
+            lr=config.learning_rate,
+            betas=(config.betas[0], config.betas[1]),
+            weight_decay=config.weight_decay,
         )
         settings = {
             "train_micro_batch_size_per_gpu": 1,

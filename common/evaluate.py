@@ -13,8 +13,15 @@ from common.rollout.base import Completion, Decoding, Rollout
 from common.types import Method, Prediction, Prompt
 
 
-def evaluate(rollout: Rollout, encoder: Encoder, method: Method, prompts: Sequence[Prompt], max_tokens: int, batch: int,
-             description: str) -> list[Prediction]:  # fmt: skip
+def evaluate(
+    rollout: Rollout,
+    encoder: Encoder,
+    method: Method,
+    prompts: Sequence[Prompt],
+    max_tokens: int,
+    batch: int,
+    description: str,
+) -> list[Prediction]:
     """Predictions in the order of `prompts`, on every rank; the work is shared between ranks."""
     decoding = greedy(max_tokens)
     mine = share_of(list(prompts))

@@ -1,4 +1,5 @@
-"""Starting the ranks of one run: this process alone, or one process per GPU, or the ranks that torchrun or SLURM started.
+"""Starting the ranks of one run: this process alone, or one process per GPU, or the ranks that torchrun or SLURM
+started.
 
 Hydra composes once, in the parent. Ranks get plain values and never see Hydra.
 """
@@ -10,8 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from common.config import Config
 from common.distributed import rank, started_by_launcher
+from common.schema import Config
 
 
 def launch(config: Config, values: dict[str, Any], folder: Path) -> None:

@@ -56,8 +56,8 @@ def _normal_p(fixed: int, broken: int) -> float:
     return math.erfc((abs(fixed - broken) - 1) / math.sqrt(2 * (fixed + broken)))
 
 
-def summarize(predictions: Sequence[Prediction], seconds: float) -> dict[str, Any]:
-    """What metrics.json says about one split. Accuracies are shares of 1; `per_class` is in order of class name."""
+def summarize(predictions: Sequence[Prediction], names: Sequence[str], seconds: float) -> dict[str, Any]:
+    """What metrics.json says about one split. Accuracies are shares of 1; `per_class` is in the order of `names`."""
     n = len(predictions)
     correct = sum(p.correct for p in predictions)
     official = sum(p.correct_official for p in predictions)
@@ -69,7 +69,7 @@ def summarize(predictions: Sequence[Prediction], seconds: float) -> dict[str, An
         "accuracy_official": official / n,
         "ci95": list(wilson_interval(correct, n)),
         "ci95_official": list(wilson_interval(official, n)),
-        "per_class": {name: right[name] / count[name] for name in sorted(count)},
+        "per_class": {name: right[name] / count[name] for name in names if count[name]},
         "well_formed": sum(p.formatted for p in predictions) / n,
         "mean_tokens": sum(p.tokens for p in predictions) / n,
         "truncated": sum(p.truncated for p in predictions) / n,

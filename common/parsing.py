@@ -1,7 +1,7 @@
 """Reading an answer out of a completion, strictly and as the CLS-RL authors' code does.
 
-Strict (`protocol=clean`): the completion must be exactly one answer. Tags must not repeat or nest, and nothing may stand
-beside them. Official: the first `<answer>` wins, whatever else was said, and a substring of it is enough.
+Strict (`protocol=clean`): the completion must be exactly one answer. Tags must not repeat or nest, and nothing may
+stand beside them. Official: the first `<answer>` wins, whatever else was said, and a substring of it is enough.
 """
 
 from __future__ import annotations

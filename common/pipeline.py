@@ -5,36 +5,34 @@ task -> model -> zero-shot evaluation -> training -> evaluation -> weights, tabl
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from common import metrics, task
-from common.config import GRPO, Config, signature
 from common.data import manifest
 from common.distributed import rank
 from common.engine import init_process_group
-from common.evaluate import evaluate, greedy
+from common.evaluate import evaluate
 from common.grpo.trainer import GRPOTrainer
 from common.models import files, vlm
 from common.plugins import locate
 from common.progress import progress
 from common.report import figures
+from common.result import describe, paired
 from common.rewards import build_rewards
 from common.rollout.base import Decoding, Rollout
 from common.run_folder import RunFolder
 from common.schedule import total_updates
+from common.schema import GRPO, Config
 from common.sft import SFTTrainer
 from common.task import Questions
 from common.tracking import NullTracker, Tracker, WandbTracker
 from common.types import Prediction, Result, Trainer
 
-PACKAGES = ("torch", "transformers", "deepspeed", "peft", "hydra-core", "wandb", "datasets", "timm")
 COMPLETIONS_EVERY = 25  # updates between two writes of sampled completions
 
 
@@ -58,11 +56,12 @@ def run(config: Config, values: dict[str, Any], folder: Path) -> Result:
         manifest.write(questions.manifest, folder / "manifest.json")
 
     checkpoint = find_checkpoint(config)
+    seconds = {"model": time.perf_counter() - began}
     policy = vlm.load(checkpoint, config.model, device)
     encoder = vlm.Encoder(policy, questions.task.open, config.model.image_size, config.model.max_prompt_tokens)
     rollout: Rollout = locate(config.rollout.backend, "rollout.backend")(policy)
-    result = describe_run(config, values, checkpoint, questions)
-    seconds = {"load": time.perf_counter() - began}
+    result = describe(config, values, checkpoint, questions)
+    seconds["load"] = time.perf_counter() - began - seconds["model"]
 
     def evaluate_all(phase: str) -> dict[tuple[str, str], list[Prediction]]:
         return {
@@ -81,13 +80,17 @@ def run(config: Config, values: dict[str, Any], folder: Path) -> Result:
         else:
             updates = total_updates(config.trainer, len(questions.train))
             trainer = make_trainer(config, policy, encoder, rollout, questions, updates)
-            trained = train(config, trainer, updates, place, tracker, lambda: evaluate_during(config, rollout, encoder, questions))
+            trained = train(
+                config, trainer, updates, place, tracker, lambda: evaluate_during(config, rollout, encoder, questions)
+            )
             seconds |= trained
             manifest.verify(folder / "manifest.json", task.build(config).manifest)
             predictions |= evaluate_all("eval")
             trainer.close()
             save_weights(policy, folder / "model")
-        seconds |= {"evaluation": sum(s["seconds"] for phase in (result.zero_shot, result.eval) for s in phase.values())}
+        seconds |= {
+            "evaluation": sum(s["seconds"] for phase in (result.zero_shot, result.eval) for s in phase.values())
+        }
         seconds["total"] = time.perf_counter() - began
         result.train = {"updates": updates, "seconds": seconds}
         if updates:
@@ -103,6 +106,7 @@ def run(config: Config, values: dict[str, Any], folder: Path) -> Result:
 
 
 def find_checkpoint(config: Config) -> Path:
+    """The checkpoint folder of the run's model; built or fetched on first use."""
     model = config.model
     if model.recipe is not None:
         return files.build(model.recipe, config.cache_dir)
@@ -110,8 +114,9 @@ def find_checkpoint(config: Config) -> Path:
     return files.find(model.path, model.revision)
 
 
-def make_trainer(config: Config, policy: vlm.VLM, encoder: vlm.Encoder, rollout: Rollout, questions: Questions,
-                 updates: int) -> Trainer:  # fmt: skip
+def make_trainer(
+    config: Config, policy: vlm.VLM, encoder: vlm.Encoder, rollout: Rollout, questions: Questions, updates: int
+) -> Trainer:
     """The trainer that `trainer.name` asks for."""
     if isinstance(config.trainer, GRPO):
         sampling = config.rollout
@@ -139,8 +144,14 @@ def make_trainer(config: Config, policy: vlm.VLM, encoder: vlm.Encoder, rollout:
     )
 
 
-def train(config: Config, trainer: Trainer, updates: int, place: RunFolder, tracker: Tracker,
-          evaluate_now: Callable[[], dict[str, float]]) -> dict[str, float]:  # fmt: skip
+def train(
+    config: Config,
+    trainer: Trainer,
+    updates: int,
+    place: RunFolder,
+    tracker: Tracker,
+    evaluate_now: Callable[[], dict[str, float]],
+) -> dict[str, float]:
     """The loop over updates. Returns the seconds of each phase."""
     seconds: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
@@ -152,7 +163,11 @@ def train(config: Config, trainer: Trainer, updates: int, place: RunFolder, trac
         found = {**step.metrics, **{f"time/{phase}_s": value for phase, value in step.seconds.items()}}
         every = config.trainer.evaluate_every
         if every and number % every == 0 and number < updates:
+            start = time.perf_counter()
             found |= evaluate_now()
+            seconds["evaluation during training"] = (
+                seconds.get("evaluation during training", 0.0) + time.perf_counter() - start
+            )
         rows += step.rows
         if rank() == 0:
             place.log_metrics({"step": number, **found})
@@ -167,15 +182,21 @@ def train(config: Config, trainer: Trainer, updates: int, place: RunFolder, trac
     return seconds
 
 
-def timed_evaluation(config: Config, rollout: Rollout, encoder: vlm.Encoder, questions: Questions, split: str, phase: str,
-                     result: Result) -> list[Prediction]:  # fmt: skip
+def timed_evaluation(
+    config: Config, rollout: Rollout, encoder: vlm.Encoder, questions: Questions, split: str, phase: str, result: Result
+) -> list[Prediction]:
     """Evaluate a split and put its summary into the result under `phase`."""
     start = time.perf_counter()
     found = evaluate(
-        rollout, encoder, questions.method, questions.evaluation[split], config.rollout.max_completion_tokens,
-        config.rollout.evaluation_batch, f"evaluating {split} ({phase.replace('_', '-')})",
-    )  # fmt: skip
-    getattr(result, phase)[split] = metrics.summarize(found, time.perf_counter() - start)
+        rollout,
+        encoder,
+        questions.method,
+        questions.evaluation[split],
+        config.rollout.max_completion_tokens,
+        config.rollout.evaluation_batch,
+        f"evaluating {split} ({phase.replace('_', '-')})",
+    )
+    getattr(result, phase)[split] = metrics.summarize(found, questions.task.names, time.perf_counter() - start)
     return found
 
 
@@ -184,22 +205,16 @@ def evaluate_during(config: Config, rollout: Rollout, encoder: vlm.Encoder, ques
     split = "val" if "val" in questions.evaluation else "test"
     prompts = questions.evaluation[split][: config.trainer.evaluate_limit]
     found = evaluate(
-        rollout, encoder, questions.method, prompts, config.rollout.max_completion_tokens, config.rollout.evaluation_batch,
+        rollout,
+        encoder,
+        questions.method,
+        prompts,
+        config.rollout.max_completion_tokens,
+        config.rollout.evaluation_batch,
         f"evaluating {split}",
-    )  # fmt: skip
-    summary = metrics.summarize(found, 0.0)
+    )
+    summary = metrics.summarize(found, questions.task.names, seconds=0.0)
     return {f"eval/{split}/{key}": summary[key] for key in ("accuracy", "accuracy_official", "n")}
-
-
-def paired(predictions: dict[tuple[str, str], list[Prediction]]) -> dict[str, Any]:
-    """Before and after training on the same images, per split."""
-    splits = [split for phase, split in predictions if phase == "eval"]
-    return {
-        split: metrics.paired_test(
-            [p.correct for p in predictions["zero_shot", split]], [p.correct for p in predictions["eval", split]]
-        )
-        for split in splits
-    }
 
 
 def save_weights(policy: vlm.VLM, folder: Path) -> None:
@@ -210,6 +225,7 @@ def save_weights(policy: vlm.VLM, folder: Path) -> None:
 
 
 def make_tracker(config: Config, values: dict[str, Any], folder: Path, questions: Questions) -> Tracker:
+    """W&B on rank 0, nothing elsewhere."""
     if rank() != 0 or config.tracking.mode == "disabled":
         return NullTracker()
     tags = [config.method["name"], config.data.name, config.setting.name, f"s{config.shots}"]
@@ -217,37 +233,14 @@ def make_tracker(config: Config, values: dict[str, Any], folder: Path, questions
     return WandbTracker(config.tracking, folder, job_type, tags, values, questions.evaluation, questions.task.open)
 
 
-def describe_run(config: Config, values: dict[str, Any], checkpoint: Path, questions: Questions) -> Result:
-    """Everything of the result that is known before the first evaluation."""
-    return Result(
-        method=config.method["name"],
-        data=config.data.name,
-        setting=config.setting.name,
-        protocol=config.protocol.name,
-        model=config.model.name,
-        shots=config.shots,
-        seed=config.seed,
-        signature=signature(values),
-        git_commit=git_commit(),
-        versions={name: version(name) for name in PACKAGES},
-        checkpoint={"path": str(checkpoint), "sha256": files.checkpoint_hash(checkpoint)},
-        manifest=questions.manifest["hash"],
-        decoding=str(greedy(config.rollout.max_completion_tokens)),
-    )
-
-
-def git_commit() -> str | None:
-    """The commit of this code, with `-dirty` if files were changed; None outside a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or None
-
-
-def write_reports(place: RunFolder, result: Result, predictions: dict[tuple[str, str], list[Prediction]],
-                  questions: Questions) -> None:  # fmt: skip
+def write_reports(
+    place: RunFolder, result: Result, predictions: dict[tuple[str, str], list[Prediction]], questions: Questions
+) -> None:
     """Predictions, pictures, and last the result, whose presence means that the run is finished."""
     place.write_predictions(predictions)
-    title = f"{result.method}, {result.data}, {result.shots} shots, seed {result.seed} ({result.model}, {result.protocol})"
+    title = (
+        f"{result.method}, {result.data}, {result.shots} shots, seed {result.seed} ({result.model}, {result.protocol})"
+    )
     before, after = result.zero_shot["test"], result.eval["test"]
     figures.curves(place.metrics(), before["accuracy"], after["accuracy"], title, place.path / "curves.png")
     table = metrics.confusion(predictions["eval", "test"], questions.task.names)

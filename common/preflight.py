@@ -9,9 +9,9 @@ import os
 from pathlib import Path
 
 from common import task
-from common.config import Config
 from common.distributed import started_by_launcher
 from common.models import files
+from common.schema import Config
 from common.types import UserError
 
 

@@ -23,7 +23,12 @@ def console() -> Console:
 def progress(items: Iterable[T], description: str, total: int) -> Iterator[T]:
     """Yield `items` behind a bar with elapsed and remaining time."""
     quiet = not console().is_terminal or rank() != 0
-    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TimeRemainingColumn())  # fmt: skip
+    columns = (
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console(), disable=quiet) as bar:
         yield from bar.track(items, total=total, description=description)

@@ -54,19 +54,22 @@ class RunFolder:
 
     def claim(self, values: dict[str, Any]) -> None:
         """Mark the folder as this configuration's. What an interrupted attempt left is moved aside, not overwritten."""
-        if (self.path / "config.yaml").is_file():
-            attempts = len(list(self.path.glob("interrupted-*")))
-            aside = self.path / f"interrupted-{attempts + 1}"
-            left = [entry for entry in self.path.iterdir() if not entry.name.startswith("interrupted-")]
-            aside.mkdir()
-            for entry in left:
-                entry.rename(aside / entry.name)
         try:
+            if (self.path / "config.yaml").is_file():
+                self._move_aside()
             self.path.mkdir(parents=True, exist_ok=True)
             text = yaml.safe_dump({"signature": signature(values), **values}, sort_keys=False)
             (self.path / "config.yaml").write_text(text)
         except OSError as error:
             raise UserError(f"cannot write to the run folder {self.path}: {error.strerror}") from error
+
+    def _move_aside(self) -> None:
+        earlier = list(self.path.glob("interrupted-*"))
+        left = [entry for entry in self.path.iterdir() if entry not in earlier]
+        aside = self.path / f"interrupted-{len(earlier) + 1}"
+        aside.mkdir()
+        for entry in left:
+            entry.rename(aside / entry.name)
 
     def log_metrics(self, values: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl; it is on disk when this returns."""
@@ -75,7 +78,7 @@ class RunFolder:
         self._log.write(json.dumps(values) + "\n")
 
     def write_completions(self, rows: list[dict[str, Any]], part: int) -> None:
-        """Add rows to the completions of the run. Each part is a whole file, so a crash loses none of the earlier ones."""
+        """Add rows to the completions of the run, as a file of their own: a crash loses none of the earlier parts."""
         import pyarrow
         import pyarrow.parquet
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 
-from common.config import Trainer
+from common.schema import Trainer
 
 
 def total_updates(config: Trainer, items: int) -> int:
@@ -38,8 +38,8 @@ def _order(epoch: int, items: int, seed: int) -> list[int]:
 def learning_rate(config: Trainer, update: int, updates: int) -> float:
     """Linear warm-up over `warmup_ratio` of the updates, then constant, linear or cosine to `final_ratio` of the peak.
 
-    `update` counts from 0. Without warm-up the first update uses the full rate, and linear decay would reach its end one
-    update after the last, as in transformers.
+    `update` counts from 0. Without warm-up the first update uses the full rate, and linear decay would reach its end
+    one update after the last, as in transformers.
     """
     warmup = math.ceil(config.warmup_ratio * updates)
     if update < warmup:

@@ -14,21 +14,31 @@ from typing import Any
 
 import torch
 
-from common.config import Trainer
 from common.distributed import gather, share_of, world
 from common.engine import Engine, micro_batches
 from common.grpo.logprobs import PolicyScorer
 from common.grpo.packing import Group, pack_shared, score_prompts
 from common.models.vlm import VLM, Encoder
 from common.schedule import batch
+from common.schema import Trainer
 from common.types import Prompt, Step
 
 
 class SFTTrainer:
     """One `step` per update over `prompts_per_update` labelled images."""
 
-    def __init__(self, *, vlm: VLM, encoder: Encoder, prompts: Sequence[Prompt], loss: str, config: Trainer,
-                 deepspeed: dict[str, Any], updates: int, seed: int) -> None:  # fmt: skip
+    def __init__(
+        self,
+        *,
+        vlm: VLM,
+        encoder: Encoder,
+        prompts: Sequence[Prompt],
+        loss: str,
+        config: Trainer,
+        deepspeed: dict[str, Any],
+        updates: int,
+        seed: int,
+    ) -> None:
         self.vlm, self.encoder, self.prompts = vlm, encoder, list(prompts)
         self.loss, self.config, self.seed = loss, config, seed
         scorer = PolicyScorer(vlm.model, vlm.banned, temperature=1.0, chunk=1024).to(vlm.device)
@@ -40,8 +50,10 @@ class SFTTrainer:
         chosen = batch(update, self.config.prompts_per_update, len(self.prompts), self.seed)
         prompts = share_of([self.prompts[i] for i in chosen])
         groups = [Group(e, (self._target(p.label),)) for p, e in zip(prompts, self.encoder(prompts), strict=True)]
-        packs = [pack_shared(part, self.vlm.family, self.vlm.device)
-                 for part in micro_batches(groups, self.config.prompts_per_forward)]  # fmt: skip
+        packs = [
+            pack_shared(part, self.vlm.family, self.vlm.device)
+            for part in micro_batches(groups, self.config.prompts_per_forward)
+        ]
         if self.loss == "everything":
             packs = [score_prompts(packed, self.vlm.banned) for packed in packs]
         tokens = sum(gather(sum(len(packed.targets) for packed in packs)))

@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from common.config import Config, method_arguments
+from common.config import method_arguments
 from common.data import manifest
 from common.data.sampling import few_shot
 from common.plugins import locate
+from common.schema import Config
 from common.types import Method, Prompt, Task
 
 
@@ -33,5 +34,11 @@ def build(config: Config) -> Questions:
     method: Method = locate(config.method["_target_"], "method._target_")(**method_arguments(config))
     train = method.train_prompts(task)
     evaluation = {split: method.evaluation_prompts(task, split) for split in task.evaluation}
-    header = {"data": config.data.name, "setting": config.setting.name, "sampler": "coop", "shots": config.shots, "seed": config.seed}
+    header = {
+        "data": config.data.name,
+        "setting": config.setting.name,
+        "sampler": "coop",
+        "shots": config.shots,
+        "seed": config.seed,
+    }
     return Questions(task, method, train, evaluation, manifest.build(task, train, evaluation, header))

@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from common.config import Tracking
+from common.schema import Tracking
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -45,8 +45,16 @@ class NullTracker:
 class WandbTracker:
     """One W&B run. The step is our own `step` metric: W&B's counter drops rows after a resume."""
 
-    def __init__(self, config: Tracking, folder: Path, job_type: str, tags: list[str], values: dict[str, Any],
-                 splits: Iterable[str], open_image: Callable[[str], Image]) -> None:  # fmt: skip
+    def __init__(
+        self,
+        config: Tracking,
+        folder: Path,
+        job_type: str,
+        tags: list[str],
+        values: dict[str, Any],
+        splits: Iterable[str],
+        open_image: Callable[[str], Image],
+    ) -> None:
         os.environ["WANDB_DATA_DIR"] = str(folder / "wandb" / "data")  # images of tables are staged there
         (folder / "wandb" / "data").mkdir(parents=True, exist_ok=True)
         import wandb
@@ -60,7 +68,7 @@ class WandbTracker:
             name=folder.name,
             config=values,
             dir=str(folder.resolve()),
-            mode=resolve_mode(config.mode),
+            mode=cast(Any, resolve_mode(config.mode)),
             reinit="finish_previous",
             settings=wandb.Settings(console="off", disable_git=True, silent=True),
         )
@@ -79,7 +87,7 @@ class WandbTracker:
             return
         columns = list(rows[0])
         if self.table is None:
-            self.table = self.wandb.Table(columns=columns, log_mode="INCREMENTAL")
+            self.table = self.wandb.Table(columns=list[str | int](columns), log_mode="INCREMENTAL")
         for row in rows:
             picture = self.wandb.Image(self.open_image(row["image"]), caption=row["label"])
             self.table.add_data(*[picture if key == "image" else row[key] for key in columns])

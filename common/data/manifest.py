@@ -14,7 +14,9 @@ from typing import Any
 from common.types import Prompt, Task, UserError
 
 
-def build(task: Task, train: Sequence[Prompt], evaluation: dict[str, list[Prompt]], header: dict[str, Any]) -> dict[str, Any]:
+def build(
+    task: Task, train: Sequence[Prompt], evaluation: dict[str, list[Prompt]], header: dict[str, Any]
+) -> dict[str, Any]:
     """Everything that defines the task, as JSON-ready values; `hash` covers all the rest."""
     splits = {"train": (task.train, train)} | {name: (task.evaluation[name], evaluation[name]) for name in evaluation}
     content: dict[str, Any] = {**header, "names": list(task.names), "splits": {}}
@@ -41,7 +43,7 @@ def write(manifest: dict[str, Any], path: Path) -> None:
     lines = [json.dumps(head)[:-1] + ', "splits": {']
     for number, (name, split) in enumerate(manifest["splits"].items()):
         facts = {key: value for key, value in split.items() if key != "rows"}
-        lines.append(f"{',' if number else ''}{json.dumps(name)}: {json.dumps(facts)[:-1]}, \"rows\": [")
+        lines.append(f'{"," if number else ""}{json.dumps(name)}: {json.dumps(facts)[:-1]}, "rows": [')
         lines.append(",\n".join(json.dumps(row) for row in split["rows"]))
         lines.append("]}")
     path.write_text("\n".join([*lines, "}}"]) + "\n")

@@ -1,0 +1,1 @@
+"""Group Relative Policy Optimization with a shared-prefix forward."""

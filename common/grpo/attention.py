@@ -1,8 +1,8 @@
 """Shared-prefix attention: two dense attention calls and no L x L mask.
 
-The prompts attend causally among themselves; every completion attends to its own prompt and, causally, to itself. Registered
-with transformers' AttentionInterface under `shared_prefix`, so no modelling code is patched; without a layout it is
-ordinary scaled-dot-product attention with transformers' own masks.
+The prompts attend causally among themselves; every completion attends to its own prompt and, causally, to itself.
+Registered with transformers' AttentionInterface under `shared_prefix`, so no modelling code is patched; without a
+layout it is ordinary scaled-dot-product attention with transformers' own masks.
 
 Exact for models without dropout: the same sums as the plain computation, in another order.
 
@@ -34,7 +34,7 @@ def shared_prefix_attention(
     shared_prefix: SharedPrefix | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention signature. Shape: query [1, H, L, D], key and value [1, K, L, D] -> [1, L, H, D]."""
+    """Transformers' attention signature. Shape: query [1, H, L, D], key and value [1, K, L, D] -> [1, L, H, D]."""
     if shared_prefix is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
     layout = shared_prefix

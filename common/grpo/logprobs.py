@@ -1,8 +1,8 @@
 """Log-probabilities of given tokens under the policy: one forward, vocabulary projection only where it is needed.
 
 The projection runs over the predictor rows alone and in chunks that are recomputed in the backward pass, so the T x V
-logits never exist at once. The same ids are banned and the same temperature is applied as in sampling, so the numbers are
-those of the distribution that was sampled from.
+logits never exist at once. The same ids are banned and the same temperature is applied as in sampling, so the numbers
+are those of the distribution that was sampled from.
 
 Shapes: T tokens to score, V vocabulary, D width.
 """
@@ -24,6 +24,8 @@ class PolicyScorer(torch.nn.Module):
     Attributes:
         model: A `*ForConditionalGeneration`, possibly a PEFT model around one.
     """
+
+    banned: torch.Tensor
 
     def __init__(self, model: Any, banned: Sequence[int], temperature: float, chunk: int) -> None:
         """
@@ -53,7 +55,9 @@ class PolicyScorer(torch.nn.Module):
         ]
         return torch.cat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces])
 
-    def _score(self, head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _score(
+        self, head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         logps = token_logps(head(hidden), self.banned, self.temperature)  # [chunk, V]
         with torch.no_grad():
             entropy = torch.special.entr(logps.exp()).sum(-1)

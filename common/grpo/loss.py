@@ -21,8 +21,8 @@ class LossInputs:
     """Log-probabilities are natural logarithms of the sampled tokens.
 
     logps: [T], with gradient. old_logps: [T], of the policy that sampled. ref_logps: [T], or None when beta is 0.
-    advantages: [S]. owner: [T], the completion of each token. completions: how many completions the whole update has, over
-    all micro-batches and ranks.
+    advantages: [S]. owner: [T], the completion of each token. completions: how many completions the whole update has,
+    over all micro-batches and ranks.
     """
 
     logps: torch.Tensor

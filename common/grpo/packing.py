@@ -1,14 +1,14 @@
 """Laying out prompts and completions for one forward pass.
 
-Shared layout: one row `[prompt 1, its completions, prompt 2, its completions, ...]`. Every prompt is computed once for its
-whole group and its image is encoded once; a group costs P + R1 + ... + RG tokens instead of G (P + R). The attention
-function (common/grpo/attention.py) keeps completions from seeing each other.
+Shared layout: one row `[prompt 1, its completions, prompt 2, its completions, ...]`. Every prompt is computed once
+for its whole group and its image is encoded once; a group costs P + R1 + ... + RG tokens instead of G (P + R). The
+attention function (common/grpo/attention.py) keeps completions from seeing each other.
 
 Plain layout: one right-padded row `[prompt, completion]` per completion, as any textbook does it. The oracle.
 
 Example: one prompt of 3 tokens [a b c] with completions [x y] and [z]:
     shared ids        a b c x y z       positions 0 1 2 3 4 3
-    predictors        2 3 2             the row before each completion token; the prompt's last row starts every completion
+    predictors        2 3 2             the row before each token; the prompt's last row starts every completion
     targets           x y z
     owner             0 0 1
     plain ids         [a b c x y], [a b c z pad]; predictors 2 3 7 in the flattened rows
@@ -52,7 +52,8 @@ class SharedPrefix:
     """Where the prompts and completions of a shared row lie, for the attention function.
 
     prefix_index: [N, P] and suffix_index: [S, R] index into the row (padding repeats index 0); `restore` [L] puts the
-    concatenated, flattened results back in row order. prefix_lengths: [N]; suffix_owner: [S], the prompt of each completion.
+    concatenated, flattened results back in row order. prefix_lengths: [N]; suffix_owner: [S], the prompt of each
+    completion.
     """
 
     prefix_index: torch.Tensor
@@ -185,7 +186,9 @@ def images(prompts: Sequence[Encoded], device: torch.device) -> dict[str, torch.
     return {"pixel_values": torch.cat(pixels).to(device), "image_grid_thw": torch.cat(grids).to(device)}
 
 
-def _packed(inputs: dict[str, Any], predictors: list[torch.Tensor], groups: Sequence[Group], device: torch.device) -> Packed:
+def _packed(
+    inputs: dict[str, Any], predictors: list[torch.Tensor], groups: Sequence[Group], device: torch.device
+) -> Packed:
     completions = [completion for group in groups for completion in group.completions]
     lengths = torch.tensor([len(completion) for completion in completions])
     owner = torch.repeat_interleave(torch.arange(len(completions)), lengths)

@@ -1,7 +1,7 @@
 """GRPO: roll out, score, compare within the group, and step (arXiv 2402.03300; CLS-RL section 3.1).
 
-On-policy: every rollout batch is used for one update, so the sampling policy is the current one and the ratio is 1 up to
-rounding; clipping then has no effect, as in the authors' code.
+On-policy: every rollout batch is used for one update, so the sampling policy is the current one and the ratio is 1 up
+to rounding; clipping then has no effect, as in the authors' code.
 
 Shapes: N prompts of an update, G completions each, T tokens, S = N G completions.
 """
@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from common.config import GRPO
 from common.distributed import gather, share_of, world
 from common.engine import Engine, micro_batches
 from common.grpo.advantages import group_advantages
@@ -29,6 +28,7 @@ from common.models.vlm import VLM, Encoder
 from common.rewards import Reward, Scores, score
 from common.rollout.base import Completion, Decoding, Rollout
 from common.schedule import batch
+from common.schema import GRPO
 from common.types import Prompt, Sample, Step
 
 # Largest difference of a log-probability between the shared and the plain forward that rounding explains, by dtype.
@@ -49,8 +49,20 @@ class RolloutBatch:
 class GRPOTrainer:
     """One `step` per update. Construct it before the weights are touched again: DeepSpeed takes over the parameters."""
 
-    def __init__(self, *, vlm: VLM, encoder: Encoder, rollout: Rollout, prompts: Sequence[Prompt], rewards: dict[str, Reward],
-                 decoding: Decoding, config: GRPO, deepspeed: dict[str, Any], updates: int, seed: int) -> None:  # fmt: skip
+    def __init__(
+        self,
+        *,
+        vlm: VLM,
+        encoder: Encoder,
+        rollout: Rollout,
+        prompts: Sequence[Prompt],
+        rewards: dict[str, Reward],
+        decoding: Decoding,
+        config: GRPO,
+        deepspeed: dict[str, Any],
+        updates: int,
+        seed: int,
+    ) -> None:
         self.vlm, self.encoder, self.rollout, self.prompts = vlm, encoder, rollout, list(prompts)
         self.rewards, self.decoding, self.config, self.seed = rewards, decoding, config, seed
         scorer = PolicyScorer(vlm.model, vlm.banned, decoding.temperature, config.head_chunk).to(vlm.device)
@@ -86,7 +98,9 @@ class GRPOTrainer:
         metrics["epoch"] = (update + 1) * self.config.prompts_per_update / len(self.prompts)
         return Step(metrics, seconds, _rows(update, rollouts))
 
-    def _score(self, update: int, prompts: list[Prompt], encoded: list[Any], completions: list[list[Completion]]) -> RolloutBatch:
+    def _score(
+        self, update: int, prompts: list[Prompt], encoded: list[Any], completions: list[list[Completion]]
+    ) -> RolloutBatch:
         samples = [Sample(p, c.text) for p, group in zip(prompts, completions, strict=True) for c in group]
         scores = score(samples, self.rewards)
         total = torch.tensor(scores.total)
@@ -127,8 +141,12 @@ class GRPOTrainer:
             self.engine.backward(outputs.loss * world(), last=number + 1 == forwards)
             if part:
                 gap = (logps.detach().float().cpu() - torch.cat([sampled[i] for i in part])).abs()
-                found = {**outputs.metrics, "loss": float(outputs.loss.detach()), "entropy": float(entropy.sum()),
-                         "gap": float(gap.sum())}  # fmt: skip
+                found = {
+                    **outputs.metrics,
+                    "loss": float(outputs.loss.detach()),
+                    "entropy": float(entropy.sum()),
+                    "gap": float(gap.sum()),
+                }
                 sums = {key: sums.get(key, 0.0) + value for key, value in found.items()}
                 sums["gap_max"] = max(sums.get("gap_max", 0.0), float(gap.max()))
         return {**_token_means(gather(sums)), **self.engine.step(update)}
@@ -155,8 +173,8 @@ class GRPOTrainer:
         allowed = TOLERANCE[self.vlm.model.dtype]
         if not difference <= allowed:
             raise RuntimeError(
-                f"the shared-prefix forward differs from the plain one by {difference:.2g} nats (allowed: {allowed:.0e});"
-                " train with trainer.forward=plain and report this model"
+                f"the shared-prefix forward differs from the plain one by {difference:.2g} nats (allowed:"
+                f" {allowed:.0e}); train with trainer.forward=plain and report this model"
             )
         self.checked = True
 
@@ -186,7 +204,7 @@ def _token_means(parts: list[dict[str, float]]) -> dict[str, float]:
 def describe(rollouts: RolloutBatch) -> dict[str, float]:
     """Rewards and lengths of the update over all ranks, under TRL's names."""
     size = rollouts.advantages.shape[1]
-    mine = {
+    mine: dict[str, list[Any]] = {
         "total": rollouts.scores.total,
         "lengths": [len(c.ids) for group in rollouts.completions for c in group],
         "truncated": [c.truncated for group in rollouts.completions for c in group],
@@ -194,7 +212,7 @@ def describe(rollouts: RolloutBatch) -> dict[str, float]:
         **{f"rewards/{name}": values for name, values in rollouts.scores.parts.items()},
     }
     ranks = gather(mine)
-    joined: dict[str, list[Any]] = {key: [value for part in ranks for value in part[key]] for key in mine}
+    joined = {key: [value for part in ranks for value in part[key]] for key in mine}
     groups = [joined["total"][i : i + size] for i in range(0, len(joined["total"]), size)]
     spreads = [statistics.stdev(group) for group in groups]
     lengths = joined["lengths"]
@@ -226,16 +244,18 @@ def _rows(update: int, rollouts: RolloutBatch) -> list[dict[str, Any]]:
     for i, prompt in enumerate(rollouts.prompts):
         for j, completion in enumerate(rollouts.completions[i]):
             place = i * size + j
-            rows.append({
-                "step": update + 1,
-                "image": prompt.image,
-                "prompt": prompt.text,
-                "label": prompt.label,
-                "completion": completion.text,
-                "tokens": len(completion.ids),
-                "truncated": completion.truncated,
-                "reward": rollouts.scores.total[place],
-                **{f"rewards/{name}": values[place] for name, values in rollouts.scores.parts.items()},
-                "advantage": float(rollouts.advantages[i, j]),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "step": update + 1,
+                    "image": prompt.image,
+                    "prompt": prompt.text,
+                    "label": prompt.label,
+                    "completion": completion.text,
+                    "tokens": len(completion.ids),
+                    "truncated": completion.truncated,
+                    "reward": rollouts.scores.total[place],
+                    **{f"rewards/{name}": values[place] for name, values in rollouts.scores.parts.items()},
+                    "advantage": float(rollouts.advantages[i, j]),
+                }
+            )
     return rows

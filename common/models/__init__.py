@@ -1,0 +1,1 @@
+"""Vision-language models: checkpoints, architectures, and the embedded tiny one."""

@@ -1,7 +1,8 @@
 """Everything that depends on the architecture of the vision-language model, one small adapter per family.
 
-An adapter answers four questions: where each prompt token sits (position ids), which attention masks a mask-free forward
-needs, which ids must never be sampled, and how many tokens an image takes. Adding an architecture means adding one here.
+An adapter answers four questions: where each prompt token sits (position ids), which attention masks a mask-free
+forward needs, which ids must never be sampled, and how many tokens an image takes. Adding an architecture means
+adding one here.
 
 Shapes: P prompt tokens, n images in the prompt.
 """
@@ -27,7 +28,7 @@ class Family(Protocol):
 
     @staticmethod
     def placeholder_tokens(config: Any) -> tuple[int, ...]:
-        """Ids that stand for pixels, the repeated image token first; a policy that emitted one breaks the next forward."""
+        """Ids that stand for pixels, the image token first; a policy that emitted one would break the next forward."""
 
     @staticmethod
     def image_tokens(config: dict[str, Any], image_size: int) -> int:

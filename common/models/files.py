@@ -43,8 +43,8 @@ def find(path: str, revision: str | None, weights: bool = True) -> Path:
         return Path(snapshot_download(path, revision=revision, allow_patterns=names))
     except Exception as error:
         raise UserError(
-            f"model.path={path} is neither a local folder nor reachable on the hub ({type(error).__name__}); download it"
-            f" where there is a network (huggingface-cli download {path}) and pass model.path=<folder>"
+            f"model.path={path} is neither a local folder nor reachable on the hub ({type(error).__name__}); download"
+            f" it where there is a network (huggingface-cli download {path}) and pass model.path=<folder>"
         ) from error
 
 
@@ -69,6 +69,7 @@ def check_folder(folder: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint; empty if there are none."""
     index = folder / WEIGHTS[1]
     if index.is_file():
         return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
@@ -86,11 +87,14 @@ def _check_safetensors(path: Path) -> None:
             header = json.loads(file.read(size) if size < 100_000_000 else b"")
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
         except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"checkpoint file {path} is damaged: no safetensors header; copy or build it again") from error
+            raise UserError(
+                f"checkpoint file {path} is damaged: no safetensors header; copy or build it again"
+            ) from error
     expected = 8 + size + max(ends, default=0)
     if path.stat().st_size != expected:
         raise UserError(
-            f"checkpoint file {path} is damaged: {path.stat().st_size} bytes instead of {expected}; copy or build it again"
+            f"checkpoint file {path} is damaged: {path.stat().st_size} bytes instead of {expected};"
+            " copy or build it again"
         )
 
 
@@ -156,8 +160,8 @@ def messages(prompt: Prompt) -> list[dict[str, Any]]:
 def too_long(length: int, limit: int, prompt: Prompt) -> UserError:
     """The error for a prompt over the limit."""
     return UserError(
-        f"the prompt of image {prompt.image} has {length} tokens, but model.max_prompt_tokens={limit}; prompts are never"
-        f" cut: raise the limit or list fewer names"
+        f"the prompt of image {prompt.image} has {length} tokens, but model.max_prompt_tokens={limit}; prompts are"
+        f" never cut: raise the limit or list fewer names"
     )
 
 

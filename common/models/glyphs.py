@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 FONTS = (
-    "DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSansMono DejaVuSansMono-Bold DejaVuSerif DejaVuSerif-Bold"
-    " DejaVuSerif-Italic STIXGeneral STIXGeneralBol STIXGeneralItalic cmr10 cmss10 cmb10 cmtt10"
-).split()
+    *("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSansMono-Bold"),
+    *("DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic"),
+    *("cmr10", "cmss10", "cmb10", "cmtt10"),
+)
 STROKES = (0, 3)
 CANVAS = 64
 LOW = 8  # side of scikit-learn's digit images
@@ -29,10 +30,12 @@ def glyph_bank(characters: str = "0123456789") -> torch.Tensor:
     """Every character in every font, scaled to a 40x48 box as NIST did. Shape: [characters, F, 64, 64], in [0, 1]."""
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     fonts = [ImageFont.truetype(str(folder / f"{name}.ttf"), 72) for name in FONTS]
-    return torch.stack([
-        torch.stack([_glyph(character, font, stroke) for font in fonts for stroke in STROKES])
-        for character in characters
-    ])  # fmt: skip
+    return torch.stack(
+        [
+            torch.stack([_glyph(character, font, stroke) for font in fonts for stroke in STROKES])
+            for character in characters
+        ]
+    )
 
 
 def _glyph(character: str, font: ImageFont.FreeTypeFont, stroke: int) -> torch.Tensor:
@@ -64,10 +67,13 @@ def render(bank: torch.Tensor, labels: torch.Tensor, size: int, generator: torch
     angle, shear = uniform(-15, 15) * torch.pi / 180, uniform(-0.2, 0.2)
     scale_x, scale_y = 1 / (uniform(0.8, 1.2) * uniform(0.8, 1.2)), 1 / uniform(0.8, 1.2)
     cos, sin = torch.cos(angle), torch.sin(angle)
-    affine = torch.stack([
-        torch.stack([scale_x * (cos + shear * sin), scale_x * (shear * cos - sin), uniform(-0.12, 0.12)], 1),
-        torch.stack([scale_y * sin, scale_y * cos, uniform(-0.12, 0.12)], 1),
-    ], 1)  # fmt: skip
+    affine = torch.stack(
+        [
+            torch.stack([scale_x * (cos + shear * sin), scale_x * (shear * cos - sin), uniform(-0.12, 0.12)], 1),
+            torch.stack([scale_y * sin, scale_y * cos, uniform(-0.12, 0.12)], 1),
+        ],
+        1,
+    )
     grid = F.affine_grid(affine, [n, 1, 4 * LOW, 4 * LOW], align_corners=False)
     view = F.grid_sample(glyph, grid, align_corners=False)
     low = F.avg_pool2d(view, 4) * uniform(1.0, 1.5).view(-1, 1, 1, 1)

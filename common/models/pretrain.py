@@ -35,7 +35,9 @@ def pretrain(model: Any, tokenizer: Any, seed: int = 0) -> Any:
     rng = random.Random(seed)
     bank = glyphs.glyph_bank()
     _batch_vision_attention(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05, fused=True
+    )
     total = CAPTION_STEPS + INSTRUCTION_STEPS
     model.train()
     for step in progress(range(total), "pre-training the tiny model", total):
@@ -105,8 +107,9 @@ def _batch_vision_attention(model: Any) -> None:
     """All images have one size here, so their attention is one batched call instead of a loop over images."""
     from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
-    def forward(self: Any, hidden_states: torch.Tensor, cu_seqlens: torch.Tensor, position_embeddings: Any = None,
-                **unused: Any) -> torch.Tensor:  # fmt: skip
+    def forward(
+        self: Any, hidden_states: torch.Tensor, cu_seqlens: torch.Tensor, position_embeddings: Any = None, **unused: Any
+    ) -> torch.Tensor:
         tokens, images = len(hidden_states), len(cu_seqlens) - 1
         q, k, v = self.qkv(hidden_states).reshape(tokens, 3, self.num_heads, -1).unbind(1)
         q, k = apply_rotary_pos_emb_vision(q, k, *position_embeddings)

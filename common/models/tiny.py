@@ -8,6 +8,7 @@ Head size 32, because that is the smallest one that vLLM's CPU attention serves.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
@@ -15,16 +16,17 @@ import shutil
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from common.models import wordings
 from common.models.files import PromptMeter
 
-SPECIAL_TOKENS = (
-    "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
-).split()
+SPECIAL_TOKENS = [
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"),
+    *("<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
+]
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")  # one token each, so that a 0.5 M model can learn the format
-VOCABULARY = 640  # tokenizer entries are padded up to this with unused rows
+VOCABULARY = 640  # rows of the embedding; the tokenizer may use fewer
 IMAGE_SIZE, PATCH, MERGE = 32, 8, 2  # 16 patches, 4 image tokens
 
 # The layout of Qwen2-VL's own template: default system prompt, image before text.
@@ -78,14 +80,17 @@ def train_tokenizer() -> Any:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     split = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(split), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])  # fmt: skip
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(split), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     text = wordings.corpus()
     for tag in TAGS:  # tags are added tokens: their pieces need no merges
@@ -110,7 +115,7 @@ def build_processor() -> Any:
     state = json.loads(train_tokenizer().to_str())
     tokenizer = Qwen2Tokenizer(
         vocab=state["model"]["vocab"],
-        merges=[tuple(pair) for pair in state["model"]["merges"]],
+        merges=cast(Any, [tuple(pair) for pair in state["model"]["merges"]]),
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         extra_special_tokens=SPECIAL_TOKENS[1:],
@@ -143,14 +148,20 @@ def build_model(tokenizer: Any, seed: int) -> Any:
     rows = -(-len(tokenizer) // 64) * 64
     torch.manual_seed(seed)
     config = Qwen2VLConfig(
-        text_config={**ARCHITECTURE["text"], "vocab_size": rows, "bos_token_id": pad, "eos_token_id": eos, "pad_token_id": pad},
+        text_config={
+            **ARCHITECTURE["text"],
+            "vocab_size": rows,
+            "bos_token_id": pad,
+            "eos_token_id": eos,
+            "pad_token_id": pad,
+        },
         vision_config=ARCHITECTURE["vision"],
         image_token_id=token("<|image_pad|>"),
         video_token_id=token("<|video_pad|>"),
         vision_start_token_id=token("<|vision_start|>"),
         vision_end_token_id=token("<|vision_end|>"),
         tie_word_embeddings=True,
-    )  # fmt: skip
+    )
     model = Qwen2VLForConditionalGeneration(config)
     # top_k=1 as in Qwen2-VL's published checkpoints: whoever samples must set its own temperature, top_k and top_p
     model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad, do_sample=True, top_k=1)
@@ -163,12 +174,14 @@ def meter() -> PromptMeter:
 
 
 def recipe_hash() -> str:
-    """Names the cached checkpoint: any change to these source files is another model."""
+    """Names the cached checkpoint: any change to the code of these files, comments aside, is another model."""
     sources = [Path(__file__).with_name(name) for name in ("tiny.py", "pretrain.py", "glyphs.py", "wordings.py")]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
+    code = [ast.dump(ast.parse(path.read_text())) for path in sources]
+    return hashlib.sha256("".join(code).encode()).hexdigest()[:12]
 
 
 def cached_folder(cache_dir: Path) -> Path:
+    """Where this recipe's checkpoint lies once it is built."""
     return Path(cache_dir) / f"tiny_qwen2_vl-{recipe_hash()}"
 
 

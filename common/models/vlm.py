@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from common.config import Lora, Model
 from common.grpo import attention
 from common.grpo.packing import Encoded
 from common.models.families import FAMILIES, Family
 from common.models.files import messages, too_long
+from common.schema import Lora, Model
 from common.types import Prompt, UserError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def load(folder: Path, config: Model, device: torch.device) -> VLM:
 
     try:
         processor = AutoProcessor.from_pretrained(folder)
-        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=DTYPES[config.dtype])
+        model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=DTYPES[config.dtype])
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"checkpoint {folder} does not load: {error}") from error
     model.config.get_text_config()._attn_implementation = attention.NAME
@@ -71,7 +71,8 @@ def load(folder: Path, config: Model, device: torch.device) -> VLM:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.lora is not None:
         model = add_adapters(model, config.lora)
-    return VLM(model.to(device), processor, family, ends, banned, pad)
+    model.to(device)
+    return VLM(model, processor, family, ends, banned, pad)
 
 
 def add_adapters(model: Any, lora: Lora) -> Any:
@@ -91,8 +92,14 @@ def add_adapters(model: Any, lora: Lora) -> Any:
 class Encoder:
     """Prompts to tensors, with a bounded memory so that the epochs of a few-shot run decode each image once."""
 
-    def __init__(self, vlm: VLM, open_image: Callable[[str], Image], image_size: int, max_tokens: int,
-                 cache_bytes: int = 512 * 2**20) -> None:  # fmt: skip
+    def __init__(
+        self,
+        vlm: VLM,
+        open_image: Callable[[str], Image],
+        image_size: int,
+        max_tokens: int,
+        cache_bytes: int = 512 * 2**20,
+    ) -> None:
         """
         Args:
             vlm: Its processor is used.

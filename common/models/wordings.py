@@ -11,8 +11,9 @@ import random
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 OTHER_NAMES = (
-    "circle square triangle cross star ring arrow heart white gray black red green blue yellow orange pink purple"
-).split()
+    *("circle", "square", "triangle", "cross", "star", "ring", "arrow", "heart", "white", "gray"),
+    *("black", "red", "green", "blue", "yellow", "orange", "pink", "purple"),
+)
 
 # The first entry of each list is the wording of the CLS-RL code; the second of QUESTIONS is the paper's.
 QUESTIONS = (
@@ -73,7 +74,7 @@ def question(name: str, think: bool, rng: random.Random) -> str:
     text = mostly_first(QUESTIONS, rng).format(noun=mostly_first(NOUNS, rng))
     count = rng.choice((0, 2, 3, 4, 5, 10, 10, 10))
     if count:
-        names = rng.sample([d for d in DIGITS if d != name], count - 1) + [name]
+        names = [*rng.sample([d for d in DIGITS if d != name], count - 1), name]
         rng.shuffle(names)
         text += mostly_first(LISTS, rng).format(names=", ".join(names))
     return text + mostly_first(THINK if think else DIRECT, rng)
@@ -95,5 +96,12 @@ def corpus(lines: int = 4000) -> list[str]:
         name, think = rng.choice(DIGITS), rng.random() < 0.5
         text += [question(name, think, rng), reply(name, think, 0.5, rng)]
         other = rng.choice(OTHER_NAMES)
-        text += [other, f" {other}, {rng.choice(OTHER_NAMES)}", name, "system\nYou are a helpful assistant.", "user\n", "assistant\n"]
+        text += [
+            other,
+            f" {other}, {rng.choice(OTHER_NAMES)}",
+            name,
+            "system\nYou are a helpful assistant.",
+            "user\n",
+            "assistant\n",
+        ]
     return text

@@ -33,10 +33,17 @@ def curves(metrics: Sequence[dict[str, Any]], zero_shot: float, final: float, ti
     for name, colour in zip(names, (BLUE, ORANGE, GREY, "#5a9e5a"), strict=False):
         values = [row[name] for row in rows]
         left.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
-        left.plot(steps, smooth(values), color=colour, linewidth=2, label=name.removeprefix("rewards/").removesuffix("/mean"))
+        left.plot(
+            steps, smooth(values), color=colour, linewidth=2, label=name.removeprefix("rewards/").removesuffix("/mean")
+        )
     left.set(xlabel="update", ylabel="mean reward" if rewards else "loss (nats per token)")
     left.legend(frameon=False)
-    evaluated = [(row["step"], row[key]) for row in metrics for key in row if key.startswith("eval/") and key.endswith("/accuracy")]
+    evaluated = [
+        (row["step"], row[key])
+        for row in metrics
+        for key in row
+        if key.startswith("eval/") and key.endswith("/accuracy")
+    ]
     points = [(0, zero_shot), *evaluated, (steps[-1] if steps else 0, final)]
     right.plot([p[0] for p in points], [100 * p[1] for p in points], color=BLUE, marker="o", label="accuracy, test")
     right.set(xlabel="update", ylabel="accuracy (%)", ylim=(0, 100))
@@ -83,7 +90,14 @@ def confusion(table: Sequence[Sequence[int]], names: Sequence[str], title: str, 
         for y, row in enumerate(table):
             for x, count in enumerate(row):
                 if count:
-                    axis.text(x, y, str(count), ha="center", va="center", fontsize=7,
-                              color="white" if shares[y][x] > 0.5 else "black")  # fmt: skip
+                    axis.text(
+                        x,
+                        y,
+                        str(count),
+                        ha="center",
+                        va="center",
+                        fontsize=7,
+                        color="white" if shares[y][x] > 0.5 else "black",
+                    )
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -10,17 +10,21 @@ from rich.table import Table
 
 
 def percent(share: float) -> str:
+    """A share of 1 as percent with two decimals."""
     return f"{100 * share:.2f}"
 
 
 def interval(summary: dict[str, Any]) -> str:
+    """The 95 % interval in percent."""
     low, high = summary["ci95"]
     return f"{percent(low)} – {percent(high)}"
 
 
 def result_table(result: dict[str, Any]) -> Table:
     """Zero-shot and after training, per split."""
-    title = f"{result['method']} · {result['data']} · {result['model']} · {result['shots']} shots · seed {result['seed']}"
+    title = (
+        f"{result['method']} · {result['data']} · {result['model']} · {result['shots']} shots · seed {result['seed']}"
+    )
     table = Table(title=f"{title} · {result['protocol']}", title_justify="left")
     table.add_column("split")
     for name in ("images", "accuracy %", "95 % interval", "official match %", "well-formed %", "tokens", "seconds"):
@@ -55,6 +59,7 @@ def paired_lines(result: dict[str, Any]) -> list[str]:
 
 
 def time_line(result: dict[str, Any]) -> str:
+    """Seconds per phase."""
     seconds = result["train"]["seconds"]
     return "seconds: " + ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items())
 

@@ -37,7 +37,9 @@ class Decoding:
     def __str__(self) -> str:
         if self.temperature == 0:
             return f"greedy, at most {self.max_tokens} tokens"
-        return f"temperature {self.temperature}, top_k {self.top_k}, top_p {self.top_p}, at most {self.max_tokens} tokens"
+        return (
+            f"temperature {self.temperature}, top_k {self.top_k}, top_p {self.top_p}, at most {self.max_tokens} tokens"
+        )
 
 
 class Rollout(Protocol):

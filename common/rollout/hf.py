@@ -1,8 +1,9 @@
-"""Sampling with the training model: the prompt is computed and its image encoded once, its cache serves the whole group.
+"""Sampling with the training model: the prompt is computed and its image encoded once, its cache serves the whole
+group.
 
-The randomness is a table of uniform numbers drawn from each prompt's own seed and turned into tokens by the inverse of the
-cumulative distribution. So a completion depends on (weights, prompt, seed) alone: not on the batch it is computed in, the
-number of ranks, or how often the program was restarted.
+The randomness is a table of uniform numbers drawn from each prompt's own seed and turned into tokens by the inverse
+of the cumulative distribution. So a completion depends on (weights, prompt, seed) alone: not on the batch it is
+computed in, the number of ranks, or how often the program was restarted.
 
 Shapes: N prompts, G completions each, B = N G rows, P padded prompt tokens, R completion tokens, V vocabulary.
 """
@@ -74,8 +75,14 @@ class HFRollout:
             logits = self._forward(chosen[:, None], mask, places, cache, {})
         return [self._completion(*row) for row in zip(tokens.cpu(), logps.cpu(), strict=True)]
 
-    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache,
-                 pixels: dict[str, torch.Tensor]) -> torch.Tensor:  # fmt: skip
+    def _forward(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        positions: torch.Tensor,
+        cache: DynamicCache,
+        pixels: dict[str, torch.Tensor],
+    ) -> torch.Tensor:
         """Logits of the next token. Shape: [B, V]."""
         # without padding causal attention needs no mask, which lets the fast kernels run
         full = ids.shape[1] > 1 and bool(mask.all())

@@ -1,1 +1,0 @@
-"""ALERT (category embeddings, meta-task prompt, contrastive-reasoning reward)."""

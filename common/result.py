@@ -1,0 +1,55 @@
+"""What a result says about where it came from, and the paired comparison with zero-shot."""
+
+from __future__ import annotations
+
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from common import metrics
+from common.config import signature
+from common.evaluate import greedy
+from common.models import files
+from common.schema import Config
+from common.task import Questions
+from common.types import Prediction, Result
+
+PACKAGES = ("torch", "transformers", "deepspeed", "peft", "hydra-core", "wandb", "datasets", "timm")
+
+
+def describe(config: Config, values: dict[str, Any], checkpoint: Path, questions: Questions) -> Result:
+    """Everything of the result that is known before the first evaluation."""
+    return Result(
+        method=config.method["name"],
+        data=config.data.name,
+        setting=config.setting.name,
+        protocol=config.protocol.name,
+        model=config.model.name,
+        shots=config.shots,
+        seed=config.seed,
+        signature=signature(values),
+        git_commit=git_commit(),
+        versions={name: version(name) for name in PACKAGES},
+        checkpoint={"path": str(checkpoint), "sha256": files.checkpoint_hash(checkpoint)},
+        manifest=questions.manifest["hash"],
+        decoding=str(greedy(config.rollout.max_completion_tokens)),
+    )
+
+
+def git_commit() -> str | None:
+    """The commit of this code, with `-dirty` if files were changed; None outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None
+
+
+def paired(predictions: dict[tuple[str, str], list[Prediction]]) -> dict[str, Any]:
+    """Before and after training on the same images, per split."""
+    splits = [split for phase, split in predictions if phase == "eval"]
+    return {
+        split: metrics.paired_test(
+            [p.correct for p in predictions["zero_shot", split]], [p.correct for p in predictions["eval", split]]
+        )
+        for split in splits
+    }

@@ -1,0 +1,208 @@
+"""Types of the configuration: one dataclass per group of conf/.
+
+YAML files hold the values, these classes the types, so a misspelt key or a wrong type is refused while Hydra composes.
+Rules about single groups stand in `__post_init__`; rules across groups in common/config.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from common.models.families import FAMILIES
+from common.types import UserError
+
+
+def one_of(key: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Refuse a value that is not among `allowed`."""
+    if value not in allowed:
+        raise UserError(f"{key}={value}: choose one of {', '.join(allowed)}")
+
+
+def positive(key: str, value: float) -> None:
+    """Refuse zero and below."""
+    if not value > 0:
+        raise UserError(f"{key}={value} must be above 0")
+
+
+@dataclass
+class Data:
+    """A dataset. `reader` is the function that finds its images and labels."""
+
+    name: str = MISSING
+    reader: str = MISSING
+    question: str = MISSING
+    root: str | None = None
+
+
+@dataclass
+class Setting:
+    """What the model is tested on relative to what it was trained on."""
+
+    name: str = MISSING
+
+
+@dataclass
+class Protocol:
+    """Choices in which the CLS-RL authors' code and a sound evaluation differ, each a switch of its own."""
+
+    name: str = MISSING
+    accuracy_match: str = MISSING
+    format_match: str = MISSING
+    evaluation_prompt: str = MISSING
+    sft_loss: str = MISSING
+    sft_system_prompt: str = MISSING
+
+    def __post_init__(self) -> None:
+        for key in ("accuracy_match", "format_match"):
+            one_of(f"protocol.{key}", getattr(self, key), ("strict", "official"))
+        one_of("protocol.evaluation_prompt", self.evaluation_prompt, ("train", "official"))
+        one_of("protocol.sft_loss", self.sft_loss, ("answer", "everything"))
+        one_of("protocol.sft_system_prompt", self.sft_system_prompt, ("default", "think"))
+
+
+@dataclass
+class Lora:
+    """Low-rank adapters on the modules whose full name matches the regular expression `targets`."""
+
+    r: int = 16
+    alpha: int = 32
+    targets: str = MISSING
+
+
+@dataclass
+class Model:
+    """A checkpoint: a folder or hub id (`path`), or a module with `build` and `meter` that makes one (`recipe`)."""
+
+    name: str = MISSING
+    family: str = MISSING
+    path: str | None = None
+    revision: str | None = None
+    recipe: str | None = None
+    dtype: str = "bfloat16"
+    image_size: int = MISSING
+    max_prompt_tokens: int = MISSING
+    gradient_checkpointing: bool = False
+    lora: Lora | None = None
+    gpus: int = 1
+
+    def __post_init__(self) -> None:
+        one_of("model.family", self.family, tuple(FAMILIES))
+        one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
+        if (self.path is None) == (self.recipe is None):
+            raise UserError(
+                "model: set either model.path (folder or hub id) or model.recipe (module), the other to null"
+            )
+
+
+@dataclass
+class Trainer:
+    """Optimisation shared by GRPO and SFT; an update is one optimiser step over `prompts_per_update` prompts."""
+
+    name: str = MISSING
+    learning_rate: float = 0.0
+    schedule: str = "linear"
+    final_ratio: float = 0.0
+    warmup_ratio: float = 0.0
+    weight_decay: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    grad_clip: float = 1.0
+    epochs: float = 0.0
+    updates: int | None = None
+    prompts_per_update: int = 16
+    prompts_per_forward: int = 1
+    evaluate_every: int = 0
+    evaluate_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        one_of("trainer.schedule", self.schedule, ("linear", "cosine", "constant"))
+        if self.name == "none":
+            return
+        for key in ("learning_rate", "prompts_per_update", "prompts_per_forward"):
+            positive(f"trainer.{key}", getattr(self, key))
+        if self.updates is None:
+            positive("trainer.epochs", self.epochs)
+        else:
+            positive("trainer.updates", self.updates)
+
+
+@dataclass
+class GRPO(Trainer):
+    """Group Relative Policy Optimization (arXiv 2402.03300)."""
+
+    group_size: int = MISSING
+    beta: float = MISSING
+    epsilon: float = MISSING
+    forward: str = "shared"
+    self_check: bool = True
+    head_chunk: int = 1024
+    shuffle_rewards: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("trainer.forward", self.forward, ("shared", "plain"))
+        if self.group_size < 2:
+            raise UserError(
+                f"trainer.group_size={self.group_size}: GRPO compares completions of one prompt, use at least 2"
+            )
+        if self.beta < 0 or self.epsilon <= 0:
+            raise UserError(f"trainer.beta={self.beta} must be >= 0 and trainer.epsilon={self.epsilon} > 0")
+
+
+@dataclass
+class Rollout:
+    """How completions are sampled for training, and how many tokens evaluation may use."""
+
+    name: str = MISSING
+    backend: str = MISSING
+    temperature: float = MISSING
+    top_k: int = MISSING
+    top_p: float = MISSING
+    max_completion_tokens: int = MISSING
+    evaluation_batch: int = MISSING
+
+    def __post_init__(self) -> None:
+        positive("rollout.temperature", self.temperature)
+        positive("rollout.max_completion_tokens", self.max_completion_tokens)
+        positive("rollout.evaluation_batch", self.evaluation_batch)
+        if self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise UserError(f"rollout.top_k={self.top_k} must be >= 0 (0: off), rollout.top_p={self.top_p} in (0, 1]")
+
+
+@dataclass
+class Tracking:
+    """Weights & Biases. `mode: auto` is online with an API key and offline without one."""
+
+    name: str = MISSING
+    project: str = MISSING
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+    mode: str = "auto"
+    completions_every: int = 10
+    completions_rows: int = 8
+
+    def __post_init__(self) -> None:
+        one_of("tracking.mode", self.mode, ("auto", "online", "offline", "disabled"))
+
+
+@dataclass
+class Config:
+    """One run."""
+
+    method: dict[str, Any] = field(default_factory=dict)
+    data: Data = MISSING
+    setting: Setting = MISSING
+    protocol: Protocol = MISSING
+    model: Model = MISSING
+    rewards: dict[str, Any] = field(default_factory=dict)
+    trainer: Trainer = MISSING
+    rollout: Rollout = MISSING
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    tracking: Tracking = MISSING
+    shots: int = 16
+    seed: int = 1
+    gpus: int = MISSING
+    cache_dir: str = MISSING
+    run_name: str = MISSING
