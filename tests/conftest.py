@@ -1,0 +1,110 @@
+"""Shared fixtures: an isolated environment, compositions without a command line, and models."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+CACHE = Path(os.environ.get("FEWSHOT_CACHE", REPOSITORY / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def isolated(monkeypatch, tmp_path):
+    """No tracker, no hub, nothing written outside the test's folder."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for name in ("DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR"):
+        monkeypatch.setenv(f"WANDB_{name}", str(tmp_path / "wandb"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("FEWSHOT_CACHE", str(CACHE))
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture
+def compose():
+    """`compose("method=clsrl", ...)` as the command line would."""
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+
+    from common import config
+
+    config.register()
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
+        yield lambda *overrides: hydra.compose("config", list(overrides))
+    GlobalHydra.instance().clear()
+
+
+@pytest.fixture(scope="session")
+def untrained_folder(tmp_path_factory):
+    """The tiny model without pre-training, its random weights scaled up so that logits are not flat."""
+    import torch
+
+    from common.models import tiny
+
+    folder = tmp_path_factory.mktemp("untrained")
+    processor = tiny.build_processor()
+    model = tiny.build_model(processor.tokenizer, seed=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(2.0)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model_config(untrained_folder):
+    """`Model` config of the untrained folder; keywords override."""
+    from common.schema import Model
+
+    def make(**changes):
+        values = {"name": "untrained", "family": "qwen2_vl", "path": str(untrained_folder), "dtype": "float32",
+                  "image_size": 32, "max_prompt_tokens": 512}
+        return Model(**{**values, **changes})
+
+    return make
+
+
+@pytest.fixture
+def load_vlm(untrained_folder, model_config):
+    """A fresh copy of the untrained model on the CPU."""
+    import torch
+
+    from common.models import vlm
+
+    return lambda **changes: vlm.load(untrained_folder, model_config(**changes), torch.device("cpu"))
+
+
+@pytest.fixture
+def digits_task():
+    """16 shots of the real digits, seed 1."""
+    from common.data import digits, sampling
+
+    return sampling.few_shot(digits.read(), shots=16, seed=1)
+
+
+@pytest.fixture
+def no_think():
+    from clsrl.method import ClosedFormQuestion
+
+    return ClosedFormQuestion(instruction="no_think", question="What type of digit is in the photo?", seed=1)
+
+
+@pytest.fixture
+def think():
+    from clsrl.method import ClosedFormQuestion
+
+    return ClosedFormQuestion(instruction="think", question="What type of digit is in the photo?", seed=1)
+
+
+@pytest.fixture(scope="session")
+def process_group():
+    """This process as a group of one."""
+    from common.engine import init_process_group
+
+    return init_process_group(gpus=0)

@@ -1,0 +1,128 @@
+"""Every YAML file composes and validates; the paper's configuration holds the paper's numbers."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from common import config
+from common.types import UserError
+
+CONF = Path(__file__).parent.parent / "conf"
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+FILES = sorted(str(path.relative_to(CONF)) for path in CONF.rglob("*.yaml") if path.name != "config.yaml")
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_file_composes_and_validates(compose, file):
+    group, name = str(Path(file).parent), Path(file).stem
+    if group.startswith("tune/"):
+        # reached through the names in its own, as the defaults list does
+        *first, last = name.split("-")
+        kind = group.removeprefix("tune/")
+        choice = {"model": "model", "trainer": "model", "method": "model", "data": "data"}[kind]
+        config.validate(compose(*(f"{kind}={part}" for part in first), f"{choice}={last}"))
+    elif (group, name) == ("rewards", "none"):
+        config.validate(compose("rewards=none", "method=zeroshot"))
+    else:
+        config.validate(compose(f"{group}={name}"))
+
+
+PAIRS = list(itertools.product(options("method"), options("data"), options("model")))
+
+
+@pytest.mark.parametrize(("method", "data", "model"), PAIRS, ids="-".join)
+def test_every_method_data_model_composes(compose, method, data, model):
+    checked = config.validate(compose(f"method={method}", f"data={data}", f"model={model}"))
+    assert (checked.method["name"], checked.data.name, checked.model.name) == (method, data, model)
+
+
+def test_default_is_the_demo(compose):
+    checked = config.validate(compose())
+    assert (checked.method["name"], checked.data.name, checked.model.name, checked.shots) == (
+        "nothinking", "digits", "tiny_qwen2_vl", 16,
+    )
+
+
+@pytest.mark.parametrize(("method", "rewards"), [("clsrl", {"format", "accuracy"}), ("nothinking", {"equality"})])
+def test_paper_configuration(compose, method, rewards):
+    # authors' training script and section 4.1
+    c = config.validate(compose(f"method={method}", "model=qwen2_vl_2b", "shots=4"))
+    assert (c.model.path, c.model.lora, c.model.dtype, c.gpus) == ("Qwen/Qwen2-VL-2B-Instruct", None, "bfloat16", 8)
+    assert (c.model.image_size, c.model.max_prompt_tokens) == (384, 1024)
+    t = c.trainer
+    assert (t.group_size, t.prompts_per_update, t.epochs, t.updates) == (4, 16, 50, None)
+    assert (t.learning_rate, t.schedule, t.warmup_ratio, t.weight_decay, t.grad_clip) == (1e-6, "linear", 0, 0, 1)
+    assert (t.beta, c.rollout.temperature, c.rollout.top_k, c.rollout.top_p) == (0.04, 1.0, 50, 1.0)
+    assert c.rollout.max_completion_tokens == 1024
+    assert set(c.rewards) == rewards and all(entry["weight"] == 1 for entry in c.rewards.values())
+
+
+def test_method_chooses_trainer_and_rewards(compose):
+    assert config.validate(compose("method=sft")).trainer.name == "sft"
+    assert config.validate(compose("method=zeroshot")).trainer.name == "none"
+    assert set(config.validate(compose("method=clsrl", "rewards=nothinking")).rewards) == {"equality"}
+
+
+def test_protocol_switches_reach_rewards_and_method(compose):
+    c = config.validate(compose("method=clsrl", "protocol=official"))
+    assert c.rewards["accuracy"]["match"] == c.rewards["format"]["match"] == "official"
+    assert c.method["evaluation_prompt"] == "official"
+    assert config.validate(compose("method=sft", "protocol=official")).method["train_system_prompt"] == "think"
+    one_switch = config.validate(compose("method=clsrl", "protocol.accuracy_match=official"))
+    assert one_switch.rewards["format"]["match"] == "strict"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["+foo=1"], "foo"),
+        (["+trainer.lrr=1"], "trainer.lrr"),
+        (["+method.lrr=1"], "lrr"),
+        (["+rewards.equality.tag=x"], "tag"),
+        (["rewards.equality.fn=common.rewards.nope"], "nope"),
+        (["rewards.equality.weight=heavy"], "rewards.equality.weight"),
+        (["~rewards.equality"], "rewards is empty"),
+        (["trainer.group_size=1"], "trainer.group_size=1"),
+        (["trainer.schedule=sudden"], "trainer.schedule=sudden"),
+        (["trainer.learning_rate=0"], "trainer.learning_rate"),
+        (["rollout.temperature=0"], "rollout.temperature"),
+        (["rollout.top_p=0"], "rollout.top_p"),
+        (["shots=0"], "shots"),
+        (["gpus=-1"], "gpus=-1"),
+        (["gpus=3"], "must be divisible by gpus=3"),
+        (["model.dtype=float16"], "model.dtype"),
+        (["model.family=llava"], "model.family"),
+        (["model.path=x"], "model.recipe"),
+        (["data.question=${data.nme}"], "data.nme"),
+        (["data.question=???"], "data.question"),
+        (["method.seed=one"], "seed"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_bad_values_are_named(compose, overrides, message):
+    with pytest.raises(UserError) as error:
+        config.validate(compose(*overrides))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_signature_ignores_where_and_how_it_is_watched(compose):
+    base = config.signature(config.plain(compose()))
+    assert config.signature(config.plain(compose("tracking=none", "run_name=x", "cache_dir=y"))) == base
+    assert config.signature(config.plain(compose("seed=2"))) != base
+    assert config.signature(config.plain(compose("+rewards.extra={weight:1,fn:common.rewards.accuracy}"))) != base
+
+
+def test_plain_values_hold_no_interpolations(compose):
+    values = config.plain(compose())
+    assert values["run_name"] == "nothinking-digits-tiny_qwen2_vl-s16-seed1"
+    assert "${" not in OmegaConf.to_yaml(values)

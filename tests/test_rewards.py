@@ -1,0 +1,137 @@
+"""Attacks on every reward: in the clean protocol nothing wrong or evasive scores."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from common.rewards import Reward, accuracy, build_rewards, equality, score, strict_format
+from common.types import Prompt, Sample
+
+NAMES = ("six", "nine", "arctic fox", "ox")
+
+
+def sample(completion: str, label: str = "six") -> Sample:
+    return Sample(Prompt("0", "?", label, NAMES), completion)
+
+
+GOOD = "<think>a loop</think><answer>six</answer>"
+
+# completions whose answer is right in the sense of the clean protocol
+RIGHT = {
+    "plain": "six",
+    "tags": GOOD,
+    "case and space": "<think>x</think>\n<answer> Six\n</answer>",
+    "answer tag only": "<answer>six</answer>",
+}
+# wrong, missing, hedged or hidden answers
+EVASIVE = {
+    "empty": "",
+    "blank": " \n",
+    "empty answer": "<think>x</think><answer></answer>",
+    "wrong": "<think>x</think><answer>nine</answer>",
+    "all classes": ", ".join(NAMES),
+    "all classes in tags": f"<think>x</think><answer>{', '.join(NAMES)}</answer>",
+    "a or b": "<answer>six or nine</answer>",
+    "sentence": "This is a photo of six.",
+    "two answers, right first": "<answer>six</answer><answer>nine</answer>",
+    "two answers, right last": "<think>x</think><answer>nine</answer><answer>six</answer>",
+    "nested answer": "<think>x</think><answer><answer>six</answer></answer>",
+    "answer inside think": "<think><answer>six</answer></think>",
+    "answer inside think, then wrong": "<think><answer>six</answer></think><answer>nine</answer>",
+    "unclosed": "<think>x</think><answer>six",
+    "trailing text": GOOD + " or nine",
+    "leading text": "nine " + GOOD,
+    "swapped tags": "</answer>six<answer>",
+    "wrong order": "<answer>six</answer><think>x</think>",
+    "upper-case tags hide a second": "<ANSWER>nine</ANSWER><answer>six</answer>",
+    "cyrillic look-alike": "ѕіх",
+    "full-width look-alike": "ｓｉｘ",
+    "zero-width space": "si\u200bx",
+    "right-to-left mark": "\u202exis",
+    "combining mark": "six\u0301",
+    "nul": "six\x00",
+    "100 kB of the label": "six " * 25_000,
+    "100 kB of tags": "<answer>six</answer>" * 5_000,
+    "100 kB of open tags": "<think>" * 15_000,
+    "100 kB of blanks, then the label": " " * 100_000 + "six",
+}
+
+
+@pytest.mark.parametrize("completion", RIGHT.values(), ids=RIGHT.keys())
+def test_accuracy_accepts_right_answers(completion):
+    assert accuracy([sample(completion)]) == [1.0]
+
+
+@pytest.mark.parametrize("completion", EVASIVE.values(), ids=EVASIVE.keys())
+def test_accuracy_refuses_wrong_and_evasive_answers(completion):
+    began = time.monotonic()
+    assert accuracy([sample(completion)]) == [0.0]
+    assert equality([sample(completion)]) == [0.0]
+    assert time.monotonic() - began < 5, "a long completion must not stall training"
+
+
+def test_a_contained_name_is_not_the_name():
+    assert accuracy([sample("<answer>arctic fox</answer>", label="ox")]) == [0.0]
+    assert accuracy([sample("<answer>ox</answer>", label="arctic fox")]) == [0.0]
+
+
+def test_underscores_and_spaces_are_one():
+    assert accuracy([sample("Arctic_Fox", label="arctic fox")]) == [1.0]
+
+
+@pytest.mark.parametrize("completion", ["Six", " six", "six ", "six.", "six\n", "<answer>six</answer>"])
+def test_equality_is_to_the_letter(completion):
+    # section 3.3: "the same as the ground truth label exactly"
+    assert equality([sample("six"), sample(completion)]) == [1.0, 0.0]
+
+
+FORMAT_BROKEN = {
+    "plain": "six",
+    "no think": "<answer>six</answer>",
+    "trailing": GOOD + ".",
+    "leading": "." + GOOD,
+    "repeated": GOOD + GOOD,
+    "tag inside think": "<think><answer>six</answer></think><answer>six</answer>",
+    "unclosed think": "<think>x<answer>six</answer>",
+    "upper case": GOOD.upper(),
+    "100 kB": "<think>" + "x" * 100_000 + "</think><answer>six</answer>",
+}
+
+
+@pytest.mark.parametrize("completion", FORMAT_BROKEN.values(), ids=FORMAT_BROKEN.keys())
+def test_strict_format_refuses(completion):
+    assert strict_format([sample(completion)]) == [0.0]
+
+
+def test_strict_format_accepts_line_breaks():
+    assert strict_format([sample("<think>a\nb</think>\n\n<answer>six</answer>")]) == [1.0]
+
+
+def test_official_quirks_are_reproduced():
+    # the authors' code: tags may repeat inside the full match; the first <answer> counts; and math_verify, asked first,
+    # takes two car names for one number
+    assert strict_format([sample(GOOD + GOOD)], match="official") == [1.0]
+    assert accuracy([sample("<answer>six</answer><answer>nine</answer>")], match="official") == [1.0]
+    audi = sample("1994 Audi 100 Wagon", label="1994 Audi 100 Sedan")
+    assert accuracy([audi], match="official") == [1.0]
+    assert accuracy([audi]) == [0.0]
+    assert accuracy([sample("nine")], match="official") == [0.0]
+
+
+def test_score_weighs_and_keeps_components():
+    rewards = {"format": Reward(0.5, strict_format), "accuracy": Reward(2.0, accuracy)}
+    scores = score([sample(GOOD), sample("six"), sample("nine")], rewards)
+    assert scores.parts == {"format": [1.0, 0.0, 0.0], "accuracy": [1.0, 1.0, 0.0]}
+    assert scores.total == [2.5, 2.0, 0.0]
+
+
+def test_score_refuses_a_reward_of_another_length():
+    with pytest.raises(ValueError, match="'short' returned 1 values for 2 samples"):
+        score([sample("a"), sample("b")], {"short": Reward(1.0, lambda samples: [1.0])})
+
+
+def test_build_rewards_binds_arguments():
+    built = build_rewards({"format": {"weight": 1, "fn": "common.rewards.strict_format", "match": "official"}})
+    assert built["format"].function([sample(GOOD + GOOD)]) == [1.0]
