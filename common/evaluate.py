@@ -1,36 +1,77 @@
-"""Evaluation: greedy answers to every prompt of a split, matched strictly and as the authors' code does."""
+"""Evaluation: greedy answers to the prompts of a split, matched strictly and as the authors' code does."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from dataclasses import dataclass
+from typing import Any
 
-from common import parsing
+from common import metrics, parsing
 from common.distributed import gather, interleave, share_of
 from common.engine import micro_batches
 from common.models.vlm import Encoder
 from common.progress import progress
 from common.rollout.base import Completion, Decoding, Rollout
+from common.schema import Rollout as RolloutConfig
+from common.task import Questions
 from common.types import Method, Prediction, Prompt
 
 
-def evaluate(
-    rollout: Rollout,
-    encoder: Encoder,
-    method: Method,
-    prompts: Sequence[Prompt],
-    max_tokens: int,
-    batch: int,
-    description: str,
-) -> list[Prediction]:
-    """Predictions in the order of `prompts`, on every rank; the work is shared between ranks."""
-    decoding = greedy(max_tokens)
-    mine = share_of(list(prompts))
-    slices = list(micro_batches(mine, batch))
-    found: list[Prediction] = []
-    for part in progress(slices, description, len(slices)):
-        for prompt, group in zip(part, rollout.generate(encoder(part), 1, decoding, [""] * len(part)), strict=True):
-            found.append(predict(method, prompt, group[0]))
-    return interleave(gather(found))
+@dataclass(frozen=True)
+class Evaluation:
+    """Predictions by split, in the order of the task, and their summaries (see `metrics.summarize`)."""
+
+    predictions: dict[str, list[Prediction]]
+    summary: dict[str, dict[str, Any]]
+
+    @property
+    def accuracies(self) -> dict[str, float]:
+        """Metric name to value, as metrics.jsonl and the tracker take them."""
+        return {
+            f"eval/{split}/{key}": found[key]
+            for split, found in self.summary.items()
+            for key in ("accuracy", "accuracy_official", "n")
+        }
+
+
+class Evaluator:
+    """Asks the model the evaluation questions. Ranks share the work, and every rank gets all predictions."""
+
+    def __init__(self, rollout: Rollout, encoder: Encoder, questions: Questions, config: RolloutConfig) -> None:
+        """
+        Args:
+            rollout: Sampling backend, used greedily.
+            encoder: Prompts to tensors.
+            questions: Task and method.
+            config: Limits on tokens and batch size.
+        """
+        self.rollout, self.encoder, self.questions = rollout, encoder, questions
+        self.decoding, self.batch = greedy(config.max_completion_tokens), config.evaluation_batch
+
+    def all_splits(self, note: str) -> Evaluation:
+        """Every image of every split."""
+        return self._evaluate(list(self.questions.evaluation), None, note)
+
+    def during_training(self, limit: int | None) -> Evaluation:
+        """The first `limit` images of val where the task has one, else of test."""
+        return self._evaluate(["val" if "val" in self.questions.evaluation else "test"], limit, "training")
+
+    def _evaluate(self, splits: list[str], limit: int | None, note: str) -> Evaluation:
+        predictions, summary = {}, {}
+        for split in splits:
+            start = time.perf_counter()
+            found = self._predict(self.questions.evaluation[split][:limit], f"evaluating {split} ({note})")
+            predictions[split] = found
+            summary[split] = metrics.summarize(found, self.questions.task.names, time.perf_counter() - start)
+        return Evaluation(predictions, summary)
+
+    def _predict(self, prompts: list[Prompt], description: str) -> list[Prediction]:
+        slices = list(micro_batches(share_of(prompts), self.batch))
+        found = []
+        for part in progress(slices, description, len(slices)):
+            groups = self.rollout.generate(self.encoder(part), 1, self.decoding, [""] * len(part))
+            found += [grade(self.questions.method, p, group[0]) for p, group in zip(part, groups, strict=True)]
+        return interleave(gather(found))
 
 
 def greedy(max_tokens: int) -> Decoding:
@@ -38,8 +79,8 @@ def greedy(max_tokens: int) -> Decoding:
     return Decoding(temperature=0.0, top_k=0, top_p=1.0, max_tokens=max_tokens)
 
 
-def predict(method: Method, prompt: Prompt, completion: Completion) -> Prediction:
-    """Grade one completion."""
+def grade(method: Method, prompt: Prompt, completion: Completion) -> Prediction:
+    """Compare one completion with its label."""
     text = completion.text
     strict = parsing.strict_answer(text)
     return Prediction(

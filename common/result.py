@@ -9,11 +9,11 @@ from typing import Any
 
 from common import metrics
 from common.config import signature
-from common.evaluate import greedy
+from common.evaluate import Evaluation, greedy
 from common.models import files
 from common.schema import Config
 from common.task import Questions
-from common.types import Prediction, Result
+from common.types import Result
 
 PACKAGES = ("torch", "transformers", "deepspeed", "peft", "hydra-core", "wandb", "datasets", "timm")
 
@@ -44,12 +44,9 @@ def git_commit() -> str | None:
     return found.stdout.strip() or None
 
 
-def paired(predictions: dict[tuple[str, str], list[Prediction]]) -> dict[str, Any]:
-    """Before and after training on the same images, per split."""
-    splits = [split for phase, split in predictions if phase == "eval"]
+def paired(before: Evaluation, after: Evaluation) -> dict[str, Any]:
+    """Before and after training on the same images, per split (see `metrics.paired_test`)."""
     return {
-        split: metrics.paired_test(
-            [p.correct for p in predictions["zero_shot", split]], [p.correct for p in predictions["eval", split]]
-        )
-        for split in splits
+        split: metrics.paired_test([p.correct for p in before.predictions[split]], [p.correct for p in found])
+        for split, found in after.predictions.items()
     }

@@ -12,7 +12,12 @@ from common.schema import Trainer
 
 
 def total_updates(config: Trainer, items: int) -> int:
-    """`updates` if set, else as many as `epochs` passes over the items take (the last one may be partial)."""
+    """`updates` if set, else as many as `epochs` passes over the items take (the last one may be partial).
+
+    0 for trainer=none.
+    """
+    if config.name == "none":
+        return 0
     return config.updates or math.ceil(config.epochs * items / config.prompts_per_update)
 
 

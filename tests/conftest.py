@@ -63,8 +63,14 @@ def model_config(untrained_folder):
     from common.schema import Model
 
     def make(**changes):
-        values = {"name": "untrained", "family": "qwen2_vl", "path": str(untrained_folder), "dtype": "float32",
-                  "image_size": 32, "max_prompt_tokens": 512}
+        values = {
+            "name": "untrained",
+            "family": "qwen2_vl",
+            "path": str(untrained_folder),
+            "dtype": "float32",
+            "image_size": 32,
+            "max_prompt_tokens": 512,
+        }
         return Model(**{**values, **changes})
 
     return make

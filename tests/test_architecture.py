@@ -43,8 +43,19 @@ def test_papers_are_reached_only_through_targets():
     assert not imported(ROOT / "run.py") & PAPERS
 
 
-LIGHT = ("run", "common.config", "common.parsing", "common.rewards", "common.metrics", "common.report.tables",
-         "common.report.figures", "common.preflight", "common.task", "common.run_folder", "clsrl.method")
+LIGHT = (
+    "run",
+    "common.config",
+    "common.parsing",
+    "common.rewards",
+    "common.metrics",
+    "common.report.tables",
+    "common.report.figures",
+    "common.preflight",
+    "common.task",
+    "common.run_folder",
+    "clsrl.method",
+)
 
 
 @pytest.mark.parametrize("module", LIGHT)

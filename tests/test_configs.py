@@ -48,7 +48,10 @@ def test_every_method_data_model_composes(compose, method, data, model):
 def test_default_is_the_demo(compose):
     checked = config.validate(compose())
     assert (checked.method["name"], checked.data.name, checked.model.name, checked.shots) == (
-        "nothinking", "digits", "tiny_qwen2_vl", 16,
+        "nothinking",
+        "digits",
+        "tiny_qwen2_vl",
+        16,
     )
 
 

@@ -11,41 +11,34 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-BLUE, ORANGE, GREY = "#2f6db3", "#d9822b", "#8a8a8a"
+COLOURS = ("#2f6db3", "#d9822b", "#5a9e5a", "#9467bd")
+GREY = "#8a8a8a"
 
 
-def curves(metrics: Sequence[dict[str, Any]], zero_shot: float, final: float, title: str, path: Path) -> None:
-    """Reward (or loss) and completion length over updates; evaluation accuracy where it was measured.
+def curves(metrics: Sequence[dict[str, Any]], title: str, path: Path) -> None:
+    """Reward (or loss) and completion length over updates, and every accuracy that was measured.
 
     Args:
         metrics: Lines of metrics.jsonl.
-        zero_shot: Accuracy before training, share of 1.
-        final: Accuracy after training.
         title: Of the figure.
         path: PNG to write.
     """
-    rows = [row for row in metrics if "loss" in row]
-    steps = [row["step"] for row in rows]
-    rewards = sorted({key for row in rows for key in row if key.startswith("rewards/") and key.endswith("/mean")})
-    names = rewards or ["loss"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     figure.suptitle(title, fontsize=11)
-    for name, colour in zip(names, (BLUE, ORANGE, GREY, "#5a9e5a"), strict=False):
-        values = [row[name] for row in rows]
+    rows = [row for row in metrics if "loss" in row]
+    rewards = sorted({key for row in rows for key in row if key.startswith("rewards/") and key.endswith("/mean")})
+    for name, colour in zip(rewards or ["loss"], COLOURS, strict=False):
+        steps, values = [row["step"] for row in rows], [row[name] for row in rows]
         left.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
-        left.plot(
-            steps, smooth(values), color=colour, linewidth=2, label=name.removeprefix("rewards/").removesuffix("/mean")
-        )
+        label = name.removeprefix("rewards/").removesuffix("/mean")
+        left.plot(steps, smooth(values), color=colour, linewidth=2, label=label)
     left.set(xlabel="update", ylabel="mean reward" if rewards else "loss (nats per token)")
-    left.legend(frameon=False)
-    evaluated = [
-        (row["step"], row[key])
-        for row in metrics
-        for key in row
-        if key.startswith("eval/") and key.endswith("/accuracy")
-    ]
-    points = [(0, zero_shot), *evaluated, (steps[-1] if steps else 0, final)]
-    right.plot([p[0] for p in points], [100 * p[1] for p in points], color=BLUE, marker="o", label="accuracy, test")
+    accuracies = sorted(
+        {key for row in metrics for key in row if key.startswith("eval/") and key.endswith("/accuracy")}
+    )
+    for name, colour in zip(accuracies, COLOURS, strict=False):
+        points = [(row["step"], 100 * row[name]) for row in metrics if name in row]
+        right.plot(*zip(*points, strict=True), color=colour, marker="o", label=f"accuracy, {name.split('/')[1]}")
     right.set(xlabel="update", ylabel="accuracy (%)", ylim=(0, 100))
     lengths = [(row["step"], row["completions/mean_length"]) for row in rows if "completions/mean_length" in row]
     if lengths:
@@ -56,7 +49,7 @@ def curves(metrics: Sequence[dict[str, Any]], zero_shot: float, final: float, ti
     for axis in (left, right):
         axis.grid(alpha=0.25)
         axis.spines[["top"]].set_visible(False)
-    right.legend(frameon=False, loc="lower right")
+        axis.legend(frameon=False, loc="lower right")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

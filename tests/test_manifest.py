@@ -1,0 +1,55 @@
+"""What was asked about what, frozen."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from common import task
+from common.config import validate
+from common.data import manifest
+from common.types import UserError
+
+
+def questions(compose, *overrides):
+    return task.build(validate(compose(*overrides)))
+
+
+def test_manifest_is_the_same_everywhere(compose):
+    # the hash depends on the split, the class lists and the wording alone; a change here changes every published number
+    assert questions(compose, "shots=4").manifest["hash"] == questions(compose, "shots=4").manifest["hash"]
+    train = questions(compose, "shots=4").manifest["splits"]["train"]
+    assert train["images_sha256"] == "332e54a0253ea6edda27fa8a1fe03827a98409636ff21ef522600c17c1ea289b"
+
+
+@pytest.mark.parametrize("change", ["shots=4", "seed=2", "method=clsrl", "data.question=Which digit?"])
+def test_any_change_of_the_task_changes_the_hash(compose, change):
+    assert questions(compose).manifest["hash"] != questions(compose, change).manifest["hash"]
+
+
+def test_verify_accepts_the_same_task(compose, tmp_path):
+    q = questions(compose, "shots=2")
+    path = tmp_path / "manifest.json"
+    manifest.write(q.manifest, path)
+    assert json.loads(path.read_text()) == q.manifest
+    manifest.verify(path, q.manifest)
+
+
+def test_verify_names_what_differs(compose, tmp_path):
+    path = tmp_path / "manifest.json"
+    manifest.write(questions(compose, "shots=2").manifest, path)
+    with pytest.raises(UserError, match="images_sha256 of split 'train' differs"):
+        manifest.verify(path, questions(compose, "shots=2", "seed=2").manifest)
+    with pytest.raises(UserError, match="prompts_sha256 of split 'train' differs"):
+        manifest.verify(path, questions(compose, "shots=2", "method=clsrl").manifest)
+
+
+def test_an_edited_manifest_is_noticed(compose, tmp_path):
+    q = questions(compose, "shots=2")
+    path = tmp_path / "manifest.json"
+    manifest.write(q.manifest, path)
+    first = q.task.train[0].image
+    path.write_text(path.read_text().replace(f'["{first}", 0]', f'["{first}", 1]', 1))
+    with pytest.raises(UserError, match="was changed after the run began"):
+        manifest.verify(path, q.manifest)

@@ -1,0 +1,191 @@
+"""Checkpoints, positions, encoding: our fast paths against transformers' own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from common.models import files, glyphs, pretrain, tiny
+from common.models.families import Qwen2VL
+from common.models.vlm import Encoder
+from common.types import UserError
+
+
+def stock_inputs(vlm, task, prompts):
+    """What a transformers user would feed the model."""
+    texts = [
+        vlm.processor.apply_chat_template(files.messages(p), tokenize=False, add_generation_prompt=True)
+        for p in prompts
+    ]
+    pictures = [task.open(p.image).resize((32, 32), 1) for p in prompts]
+    return vlm.processor(text=texts, images=pictures, padding=True, return_tensors="pt")
+
+
+def test_encoding_equals_the_processor(load_vlm, digits_task, think):
+    vlm = load_vlm()
+    prompts = think.train_prompts(digits_task)[:3]
+    for encoded, prompt in zip(Encoder(vlm, digits_task.open, 32, 512)(prompts), prompts, strict=True):
+        stock = stock_inputs(vlm, digits_task, [prompt])
+        assert torch.equal(encoded.ids, stock["input_ids"][0])
+        assert torch.equal(encoded.pixel_values, stock["pixel_values"])
+        positions, _ = vlm.model.model.get_rope_index(
+            **{k: stock[k] for k in ("input_ids", "image_grid_thw", "mm_token_type_ids")}
+        )
+        assert torch.equal(encoded.positions, positions[:, 0])
+
+
+@pytest.mark.parametrize("grid", [[[1, 4, 4]], [[1, 8, 4], [1, 4, 12]]], ids=["one", "two images"])
+def test_positions_equal_transformers(load_vlm, grid):
+    vlm = load_vlm()
+    token = vlm.processor.tokenizer.convert_tokens_to_ids
+    ids = [100, 101]
+    for _, high, wide in grid:
+        ids += [
+            token("<|vision_start|>"),
+            *[token("<|image_pad|>")] * (high * wide // 4),
+            token("<|vision_end|>"),
+            102,
+            103,
+        ]
+    ids, grid = torch.tensor(ids), torch.tensor(grid)
+    kinds = (ids == token("<|image_pad|>")).int()
+    expected, _ = vlm.model.model.get_rope_index(ids[None], mm_token_type_ids=kinds[None], image_grid_thw=grid)
+    assert torch.equal(Qwen2VL.positions(ids, grid, vlm.model.config), expected[:, 0])
+
+
+def test_prompt_meter_counts_what_the_encoder_makes(load_vlm, untrained_folder, digits_task, think, no_think):
+    vlm = load_vlm()
+    prompts = [*think.train_prompts(digits_task)[:5], *no_think.evaluation_prompts(digits_task, "test")[:5]]
+    lengths = [len(e.ids) for e in Encoder(vlm, digits_task.open, 32, 512)(prompts)]
+    assert files.meter_for_folder(untrained_folder, "qwen2_vl").tokens(prompts, 32) == lengths
+    assert tiny.meter().tokens(prompts, 32) == lengths
+
+
+def test_image_tokens_of_the_paper():
+    # 384 -> 392 = 14 cells of 28 pixels: 196 tokens
+    assert Qwen2VL.image_tokens({"vision_config": {"patch_size": 14, "spatial_merge_size": 2}}, 384) == 196
+
+
+def test_encoder_refuses_long_prompts_and_names_the_limit(load_vlm, digits_task, think):
+    encoder = Encoder(load_vlm(), digits_task.open, 32, max_tokens=50)
+    with pytest.raises(UserError, match="tokens, but model.max_prompt_tokens=50; prompts are never cut"):
+        encoder(think.train_prompts(digits_task)[:1])
+
+
+def test_encoder_memory_is_bounded(load_vlm, digits_task, think):
+    prompts = think.train_prompts(digits_task)
+    encoder = Encoder(load_vlm(), digits_task.open, 32, 512, cache_bytes=200_000)
+    for start in range(0, 160, 16):
+        encoder(prompts[start : start + 16])
+        assert encoder.used <= 200_000
+    assert 0 < len(encoder.memory) < 160
+    again = encoder(prompts[:2])
+    fresh = Encoder(load_vlm(), digits_task.open, 32, 512)(prompts[:2])
+    assert all(
+        torch.equal(a.ids, b.ids) and torch.equal(a.pixel_values, b.pixel_values)
+        for a, b in zip(again, fresh, strict=True)
+    )
+
+
+def test_pretraining_patches_equal_the_processor(load_vlm):
+    from PIL import Image
+
+    pixels = glyphs.render(glyphs.glyph_bank("37"), torch.tensor([0, 1]), 32, torch.Generator().manual_seed(0))
+    pictures = [Image.fromarray((p[0] * 255).round().byte().numpy()).convert("RGB") for p in pixels]
+    stock = load_vlm().processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    # PIL images hold bytes: half a grey level over CLIP's smallest deviation
+    assert float((pretrain.patches(pixels) - stock).abs().max()) <= 0.5 / 255 / min(pretrain.CLIP_STD) + 1e-6
+
+
+def test_lanczos_matrix_equals_pil():
+    import numpy as np
+    from PIL import Image
+
+    low = np.random.default_rng(0).random((8, 8), dtype=np.float32)
+    expected = np.asarray(Image.fromarray(low).resize((32, 32), Image.Resampling.LANCZOS))
+    matrix = glyphs.lanczos_matrix(32)
+    assert np.allclose((matrix @ torch.from_numpy(low) @ matrix.T).numpy(), expected, atol=1e-5)
+
+
+def test_untrained_checkpoint_is_an_ordinary_folder(untrained_folder):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(untrained_folder)
+    processor = AutoProcessor.from_pretrained(untrained_folder)
+    assert type(model).__name__ == "Qwen2VLForConditionalGeneration"
+    assert type(processor).__name__ == "Qwen2VLProcessor"
+    text = model.config.get_text_config()
+    assert text.hidden_size // text.num_attention_heads == 32, "vLLM's CPU attention serves no smaller head"
+
+
+def broken(untrained_folder, tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(untrained_folder, folder)
+    return folder
+
+
+def test_missing_and_damaged_files_are_named(untrained_folder, tmp_path):
+    files.check_folder(untrained_folder)
+    folder = broken(untrained_folder, tmp_path)
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    for content in (whole[:-100], b"", b"not a checkpoint", b"\xff" * 64):
+        weights.write_bytes(content)
+        with pytest.raises(UserError, match=r"model\.safetensors.*(damaged|bytes)"):
+            files.check_folder(folder)
+    weights.unlink()
+    with pytest.raises(UserError, match="has none of model.safetensors"):
+        files.check_folder(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
+        files.check_folder(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        files.check_folder(folder)
+
+
+def test_sharded_checkpoints_are_checked(untrained_folder, tmp_path):
+    folder = broken(untrained_folder, tmp_path)
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="model-00002-of-00002.safetensors is missing"):
+        files.check_folder(folder)
+
+
+def test_checkpoint_hash_follows_the_content(untrained_folder, tmp_path):
+    folder = broken(untrained_folder, tmp_path)
+    assert files.checkpoint_hash(folder) == files.checkpoint_hash(untrained_folder)
+    weights = folder / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    assert files.checkpoint_hash(folder) != files.checkpoint_hash(untrained_folder)
+
+
+def test_unknown_paths_and_unreachable_hub_ids_are_one_line():
+    with pytest.raises(UserError, match="is not a folder"):
+        files.find("/nonexistent/model", None)
+    with pytest.raises(UserError, match="neither a local folder nor reachable on the hub"):
+        files.find("nobody/nothing", None)
+
+
+def test_lora_targets_that_match_nothing(load_vlm):
+    from common.schema import Lora
+
+    with pytest.raises(UserError, match="model.lora.targets=nothing"):
+        load_vlm(lora=Lora(targets="nothing"))
+
+
+def test_official_system_prompt_replaces_the_default(load_vlm, digits_task):
+    from clsrl.method import ClosedFormQuestion
+
+    method = ClosedFormQuestion(instruction="no_think", question="What?", seed=1, train_system_prompt="think")
+    vlm = load_vlm()
+    text = vlm.processor.tokenizer.decode(
+        Encoder(vlm, digits_task.open, 32, 512)(method.train_prompts(digits_task)[:1])[0].ids
+    )
+    assert text.startswith("<|im_start|>system\nA conversation") and "You are a helpful assistant" not in text

@@ -1,0 +1,129 @@
+"""Sampling: the same distribution that is scored, once per prompt, explicit about every choice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from common.grpo.logprobs import PolicyScorer
+from common.grpo.packing import Group, pack_plain
+from common.models.vlm import Encoder
+from common.rollout.base import Decoding
+from common.rollout.hf import HFRollout, choose, truncate
+
+SAMPLE = Decoding(temperature=1.0, top_k=0, top_p=1.0, max_tokens=24)
+GREEDY = Decoding(temperature=0.0, top_k=0, top_p=1.0, max_tokens=24)
+
+
+@pytest.fixture
+def setup(load_vlm, digits_task, think, no_think):
+    vlm = load_vlm()
+    prompts = [
+        think.train_prompts(digits_task)[0],
+        no_think.train_prompts(digits_task)[17],
+        think.train_prompts(digits_task)[33],
+    ]
+    return vlm, Encoder(vlm, digits_task.open, 32, 512)(prompts)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampled_logps_equal_a_fresh_scoring_pass(setup, temperature):
+    vlm, prompts = setup
+    decoding = Decoding(temperature, top_k=0, top_p=1.0, max_tokens=24)
+    found = HFRollout(vlm).generate(prompts, 6, decoding, ["a", "b", "c"])
+    scorer = PolicyScorer(vlm.model, vlm.banned, temperature, chunk=1024).eval()
+    groups = [Group(p, tuple(c.ids for c in group)) for p, group in zip(prompts, found, strict=True)]
+    with torch.no_grad():
+        scored, _ = scorer(pack_plain(groups, vlm.pad, vlm.device))
+    sampled = torch.cat([c.logps for group in found for c in group])
+    assert float((sampled - scored).abs().max()) <= 1e-4
+
+
+def test_completions_differ_although_the_checkpoint_says_top_k_1(setup):
+    vlm, prompts = setup
+    assert vlm.model.generation_config.top_k == 1
+    for group in HFRollout(vlm).generate(prompts, 8, SAMPLE, ["a", "b", "c"]):
+        assert len({c.text for c in group}) > 1
+
+
+def test_banned_ids_are_never_sampled(setup):
+    vlm, prompts = setup
+    assert vlm.model.config.image_token_id in vlm.banned and vlm.pad in vlm.banned
+    with torch.no_grad():  # make the image token by far the most probable one
+        vlm.model.lm_head.weight[vlm.model.config.image_token_id] *= 50
+    for group in HFRollout(vlm).generate(prompts, 8, SAMPLE, ["a", "b", "c"]):
+        assert not any(int(token) in vlm.banned for c in group for token in c.ids)
+
+
+def test_greedy_equals_transformers_generate(setup):
+    vlm, prompts = setup
+    found = HFRollout(vlm).generate(prompts, 1, GREEDY, [""] * 3)
+    for prompt, (completion,) in zip(prompts, found, strict=True):
+        stock = vlm.model.generate(
+            input_ids=prompt.ids[None],
+            attention_mask=torch.ones_like(prompt.ids)[None],
+            pixel_values=prompt.pixel_values,
+            image_grid_thw=prompt.grid,
+            mm_token_type_ids=(prompt.ids == vlm.model.config.image_token_id).int()[None],
+            do_sample=False,
+            max_new_tokens=24,
+            suppress_tokens=list(vlm.banned),
+        )[0, len(prompt.ids) :]
+        assert completion.ids.tolist() == stock.tolist()[: len(completion.ids)]
+
+
+def test_a_completion_depends_on_its_seed_alone(setup):
+    vlm, prompts = setup
+    rollout = HFRollout(vlm)
+    together = rollout.generate(prompts, 4, SAMPLE, ["a", "b", "c"])
+    alone = rollout.generate(prompts[1:2], 4, SAMPLE, ["b"])
+    assert [c.ids.tolist() for c in together[1]] == [c.ids.tolist() for c in alone[0]]
+    other = rollout.generate(prompts[1:2], 4, SAMPLE, ["d"])
+    assert [c.ids.tolist() for c in other[0]] != [c.ids.tolist() for c in alone[0]]
+
+
+def test_completions_end_once_or_are_marked_truncated(setup):
+    vlm, prompts = setup
+    for decoding in (SAMPLE, Decoding(1.0, 0, 1.0, 3)):
+        for group in HFRollout(vlm).generate(prompts, 8, decoding, ["a", "b", "c"]):
+            for c in group:
+                ends = [int(token) in vlm.eos for token in c.ids]
+                assert not any(ends[:-1]) and ends[-1] is not c.truncated
+                assert len(c.ids) == len(c.logps) <= decoding.max_tokens
+                assert not c.truncated or len(c.ids) == decoding.max_tokens
+
+
+def test_image_is_encoded_once_per_prompt(setup, monkeypatch):
+    vlm, prompts = setup
+    calls = []
+    original = type(vlm.model.model).get_image_features
+    monkeypatch.setattr(
+        type(vlm.model.model),
+        "get_image_features",
+        lambda self, pixels, *a, **k: calls.append(len(pixels)) or original(self, pixels, *a, **k),
+    )
+    HFRollout(vlm).generate(prompts, 8, SAMPLE, ["a", "b", "c"])
+    assert calls == [3 * 16], "one encoder call for three images of 16 patches"
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (5, 1.0), (0, 0.7), (20, 0.9), (1, 1.0)])
+def test_truncation_equals_transformers(top_k, top_p):
+    logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0)) * 2
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(0.8)])
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
+    expected = warpers(None, logits).softmax(-1)
+    ours = truncate((logits / 0.8).softmax(-1).double(), top_k, top_p)
+    assert torch.allclose(ours / ours.sum(-1, keepdim=True), expected.double(), atol=1e-6)
+
+
+def test_inverse_cdf_draws_from_the_distribution():
+    probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2])
+    uniform = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    drawn = choose(probabilities.log().expand(10_000, -1), SAMPLE, uniform)
+    assert torch.bincount(drawn, minlength=4).tolist() == pytest.approx([5000, 0, 3000, 2000], abs=1)
+    edge = choose(probabilities[:2].log()[None], SAMPLE, torch.tensor([1 - 1e-17], dtype=torch.float64))
+    assert edge.tolist() == [0], "rounding must not step to a token without mass"

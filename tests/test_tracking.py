@@ -1,0 +1,71 @@
+"""The W&B mirror: what ends up in the offline file, and where."""
+
+from __future__ import annotations
+
+import pytest
+
+from common import tracking
+from common.data.digits import open_digit
+from common.schema import Tracking
+from tests.wandb_log import summary_of
+
+
+def test_offline_file_holds_the_run(tmp_path):
+    folder = tmp_path / "clsrl-digits"
+    folder.mkdir()
+    config = Tracking(name="wandb", project="p", group="digits-few_shot-s16", tags=["extra"], completions_rows=2)
+    values = {"method": {"name": "clsrl"}, "shots": 16}
+    tracker = tracking.WandbTracker(config, folder, "train", ["clsrl", "digits"], values, ["test"], open_digit)
+    rows = [{"step": 1, "image": str(i), "label": "six", "completion": "six", "reward": 1.0} for i in range(3)]
+    for step in (1, 2):
+        tracker.log({"reward": 0.5 * step, "eval/test/accuracy": 0.6, "time/rollout_s": 0.1}, step)
+        tracker.completions(rows, step)
+    tracker.close({"eval/test/accuracy": 0.9}, failed=False)
+    (file,) = folder.rglob("*.wandb")
+    found = summary_of(file)
+    assert (found["project"], found["group"], found["job_type"], found["name"]) == (
+        "p",
+        "digits-few_shot-s16",
+        "train",
+        "clsrl-digits",
+    )
+    assert found["tags"] == ["clsrl", "digits", "extra"] and found["exit"] == 0
+    assert found["config"]["method"] == {"name": "clsrl"}, "nested values, not a string"
+    assert ("*", "step") in found["metrics"] and ("eval/test/accuracy", "step") in found["metrics"]
+    logged = [row for row in found["history"] if "train/reward" in row]
+    assert [(row["step"], row["train/reward"], row["time/rollout_s"]) for row in logged] == [
+        (1, 0.5, 0.1),
+        (2, 1.0, 0.1),
+    ]
+    tables = [row for row in found["history"] if "completions._type" in row]
+    assert [row["completions._type"] for row in tables] == ["incremental-table-file"] * 2
+    assert [row["completions.nrows"] for row in tables] == [2, 2], "only the new rows, at most completions_rows"
+    staged = [path.read_bytes()[:8] for path in (folder / "wandb" / "data").rglob("*") if path.is_file()]
+    assert staged.count(b"\x89PNG\r\n\x1a\n") >= 2, "images of the table lie inside the run folder"
+
+
+@pytest.mark.parametrize(
+    ("mode", "environment", "expected"),
+    [
+        ("auto", {}, "offline"),
+        ("auto", {"WANDB_API_KEY": "k"}, "online"),
+        ("auto", {"WANDB_MODE": "offline", "WANDB_API_KEY": "k"}, "offline"),
+        ("offline", {"WANDB_API_KEY": "k"}, "offline"),
+        ("online", {}, "online"),
+    ],
+)
+def test_offline_unless_a_key_is_present(monkeypatch, tmp_path, mode, environment, expected):
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert tracking.resolve_mode(mode) == expected
+
+
+def test_key_in_netrc_counts(monkeypatch, tmp_path):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password k")
+    assert tracking.resolve_mode("auto") == "online"

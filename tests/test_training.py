@@ -1,0 +1,305 @@
+"""The engine, SFT and GRPO on the untrained model: against plain PyTorch, and shared against plain."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from common.engine import Engine
+from common.grpo.logprobs import PolicyScorer
+from common.grpo.packing import Group, pack_plain, pack_shared, score_prompts
+from common.grpo.trainer import GRPOTrainer
+from common.models.vlm import Encoder
+from common.rewards import Reward, accuracy, strict_format
+from common.rollout.base import Decoding
+from common.rollout.hf import HFRollout
+from common.schema import GRPO, Lora, Trainer
+from common.sft import SFTTrainer
+
+pytestmark = pytest.mark.usefixtures("process_group")
+ZERO = {stage: {"zero_optimization": {"stage": stage}} for stage in (0, 1, 2)}
+# random completions of an untrained model are never right: this reward gives every group something to learn
+REWARDS = {"short": Reward(1.0, lambda samples: [1.0 / (1 + len(s.completion)) for s in samples])}
+
+
+def options(**changes):
+    return Trainer(
+        **{
+            "name": "sft",
+            "learning_rate": 1e-3,
+            "schedule": "constant",
+            "epochs": 1.0,
+            "prompts_per_update": 4,
+            "prompts_per_forward": 2,
+            "weight_decay": 0.01,
+            **changes,
+        }
+    )
+
+
+def grpo_options(**changes):
+    return GRPO(
+        **{
+            "name": "grpo",
+            "learning_rate": 1e-3,
+            "schedule": "constant",
+            "epochs": 1.0,
+            "prompts_per_update": 4,
+            "prompts_per_forward": 2,
+            "group_size": 4,
+            "beta": 0.0,
+            "epsilon": 0.2,
+            **changes,
+        }
+    )
+
+
+def weights(module):
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+def distance(a, b):
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+@pytest.mark.parametrize("stage", ZERO)
+def test_engine_equals_plain_adamw(stage):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    oracle = copy.deepcopy(model)
+    plain = torch.optim.AdamW(oracle.parameters(), lr=1e-2, weight_decay=0.01)
+    engine = Engine(model, options(learning_rate=1e-2, grad_clip=0.5), ZERO[stage], updates=3)
+    for update in range(3):
+        x = torch.randn(6, 6, generator=torch.Generator().manual_seed(update))
+        parts = x.split(2 + update)  # a different number of micro-batches every time
+        for number, part in enumerate(parts):
+            engine.backward(engine(part).pow(2).sum(), last=number + 1 == len(parts))
+        found = engine.step(update)
+        oracle(x).pow(2).sum().backward()
+        norm = torch.nn.utils.clip_grad_norm_(oracle.parameters(), 0.5)
+        plain.step()
+        plain.zero_grad()
+        assert found["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
+        assert found["learning_rate"] == 1e-2
+    engine.close()
+    assert distance(weights(model), weights(oracle)) < 1e-6
+
+
+@pytest.mark.parametrize("loss", ["answer", "everything"])
+def test_sft_loss_equals_transformers(load_vlm, digits_task, no_think, loss):
+    vlm = load_vlm()
+    encoder = Encoder(vlm, digits_task.open, 32, 512)
+    prompts = no_think.train_prompts(digits_task)[::20][:4]
+    trainer = SFTTrainer(
+        vlm=vlm, encoder=encoder, prompts=prompts, loss=loss, config=options(), deepspeed=ZERO[2], updates=1, seed=1
+    )
+    rows = [torch.cat([e.ids, trainer._target(p.label)]) for e, p in zip(encoder(prompts), prompts, strict=True)]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    labels = torch.full_like(ids, -100)
+    for row, (e, tokens) in enumerate(zip(encoder(prompts), rows, strict=True)):
+        start = len(e.ids) if loss == "answer" else 0
+        labels[row, start : len(tokens)] = tokens[start:]
+    labels[torch.isin(labels, torch.tensor(vlm.banned))] = -100
+    with torch.no_grad():
+        stock = vlm.model(
+            input_ids=ids,
+            attention_mask=(torch.arange(ids.shape[1]) < torch.tensor([[len(r)] for r in rows])).long(),
+            pixel_values=torch.cat([e.pixel_values for e in encoder(prompts)]),
+            image_grid_thw=torch.cat([e.grid for e in encoder(prompts)]),
+            mm_token_type_ids=(ids == vlm.model.config.image_token_id).int(),
+        ).logits[:, :-1]
+        stock[..., torch.tensor(vlm.banned)] = -torch.inf
+        expected = F.cross_entropy(stock.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    assert trainer.step(0).metrics["loss"] == pytest.approx(float(expected), rel=1e-5)
+    trainer.close()
+
+
+def test_sft_learns_the_labels(load_vlm, digits_task, no_think):
+    vlm = load_vlm()
+    trainer = SFTTrainer(
+        vlm=vlm,
+        encoder=Encoder(vlm, digits_task.open, 32, 512),
+        prompts=no_think.train_prompts(digits_task)[::20][:4],
+        loss="answer",
+        config=options(),
+        deepspeed=ZERO[2],
+        updates=20,
+        seed=1,
+    )
+    losses = [trainer.step(update).metrics["loss"] for update in range(20)]
+    trainer.close()
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_score_prompts_skips_images_and_first_tokens(load_vlm, digits_task, no_think):
+    vlm = load_vlm()
+    encoded = Encoder(vlm, digits_task.open, 32, 512)(no_think.train_prompts(digits_task)[:2])
+    packed = pack_shared([Group(e, (torch.tensor([9, 2]),)) for e in encoded], vlm.family, vlm.device)
+    scored = score_prompts(packed, vlm.banned)
+    ids = packed.inputs["input_ids"][0]
+    assert not set(scored.targets.tolist()) & set(vlm.banned)
+    prompt_tokens = sum(int((~torch.isin(e.ids[1:], torch.tensor(vlm.banned))).sum()) for e in encoded)
+    assert len(scored.targets) == prompt_tokens + 4
+    inside = scored.owner == -1
+    assert torch.equal(ids[scored.predictors[inside] + 1], scored.targets[inside])
+
+
+def grpo(vlm, task, method, **changes):
+    rewards = changes.pop("rewards", REWARDS)
+    config = grpo_options(**changes)
+    return GRPOTrainer(
+        vlm=vlm,
+        encoder=Encoder(vlm, task.open, 32, 512),
+        rollout=HFRollout(vlm),
+        prompts=method.train_prompts(task),
+        rewards=rewards,
+        decoding=Decoding(1.0, 0, 1.0, 12),
+        config=config,
+        deepspeed=ZERO[2],
+        updates=4,
+        seed=1,
+    )
+
+
+def run(vlm, task, method, updates=3, **changes):
+    trainer = grpo(vlm, task, method, **changes)
+    steps = [trainer.step(update) for update in range(updates)]
+    trainer.close()
+    return steps
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+def test_shared_and_plain_training_end_at_the_same_weights(load_vlm, digits_task, think, beta):
+    ended = {}
+    for forward in ("shared", "plain"):
+        vlm = load_vlm()
+        steps = run(vlm, digits_task, think, forward=forward, beta=beta)
+        ended[forward] = (weights(vlm.model), steps)
+    assert distance(ended["shared"][0], ended["plain"][0]) < 2e-4  # a tenth of the three updates' step size
+    for a, b in zip(ended["shared"][1], ended["plain"][1], strict=True):
+        assert [r["completion"] for r in a.rows] == [r["completion"] for r in b.rows]
+        assert a.metrics["grad_norm"] == pytest.approx(b.metrics["grad_norm"], rel=1e-3)
+
+
+def test_micro_batch_size_does_not_matter(load_vlm, digits_task, think):
+    ended = []
+    for size in (1, 3, 4):
+        vlm = load_vlm()
+        run(vlm, digits_task, think, updates=2, prompts_per_forward=size)
+        ended.append(weights(vlm.model))
+    assert distance(ended[0], ended[1]) < 1e-4 and distance(ended[0], ended[2]) < 1e-4
+
+
+def test_training_repeats_itself_to_the_bit(load_vlm, digits_task, think):
+    ended = []
+    for _ in range(2):
+        vlm = load_vlm()
+        run(vlm, digits_task, think)
+        ended.append(weights(vlm.model))
+    assert distance(*ended) == 0.0
+
+
+@pytest.mark.parametrize(
+    "lora", [None, Lora(r=4, alpha=8, targets=r".*language_model.*\.(q_proj|v_proj)")], ids=["full", "lora"]
+)
+def test_reference_stays_and_kl_grows(load_vlm, digits_task, think, lora):
+    torch.manual_seed(0)
+    vlm = load_vlm(lora=lora)
+    steps = run(vlm, digits_task, think, updates=4, beta=0.04)
+    kl = [step.metrics["kl"] for step in steps]
+    assert abs(kl[0]) < 1e-6 and kl[-1] > 1e-5 and all(value > -1e-6 for value in kl)
+
+
+def test_lora_trains_only_the_adapter(load_vlm, digits_task, think):
+    torch.manual_seed(0)
+    vlm = load_vlm(lora=Lora(r=4, alpha=8, targets=r".*language_model.*\.(q_proj|v_proj)"))
+    before = weights(vlm.model)
+    run(vlm, digits_task, think, updates=2)
+    moved = {name for name, value in weights(vlm.model).items() if not torch.equal(value, before[name])}
+    assert moved and all("lora_" in name for name in moved)
+
+
+def test_groups_without_differences_leave_the_weights_alone(load_vlm, digits_task, think):
+    vlm = load_vlm()
+    before = weights(vlm.model)
+    steps = run(
+        vlm,
+        digits_task,
+        think,
+        updates=2,
+        weight_decay=0.0,
+        rewards={"format": Reward(1.0, strict_format), "accuracy": Reward(1.0, accuracy)},
+    )
+    assert all(step.metrics["frac_reward_zero_std"] == 1.0 and step.metrics["grad_norm"] == 0.0 for step in steps)
+    assert distance(before, weights(vlm.model)) == 0.0
+
+
+def test_step_reports_trl_names_and_rows(load_vlm, digits_task, think):
+    step = run(load_vlm(), digits_task, think, updates=1)[0]
+    expected = {
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "num_tokens",
+        "reward",
+        "reward_std",
+        "frac_reward_zero_std",
+        "entropy",
+        "epoch",
+        "rewards/short/mean",
+        "rewards/short/std",
+        "completions/mean_length",
+        "completions/min_length",
+        "completions/max_length",
+        "completions/clipped_ratio",
+        "completions/mean_terminated_length",
+        "completions/min_terminated_length",
+        "completions/max_terminated_length",
+        "clip_ratio/low_mean",
+        "clip_ratio/high_mean",
+        "clip_ratio/region_mean",
+        "sampling/sampling_logp_difference/mean",
+        "sampling/sampling_logp_difference/max",
+    }
+    assert expected <= step.metrics.keys()
+    assert len(step.rows) == 16
+    rewards = [row["reward"] for row in step.rows]
+    assert step.metrics["reward"] == pytest.approx(sum(rewards) / 16)
+    assert [row["rewards/short"] for row in step.rows] == rewards
+    assert sum(row["advantage"] for row in step.rows[:4]) == pytest.approx(0, abs=1e-3)
+    assert step.metrics["sampling/sampling_logp_difference/max"] < 1e-4
+    assert set(step.seconds) == {"rollout", "reward", "update"}
+
+
+def test_self_check_refuses_a_wrong_forward(load_vlm, digits_task, think, monkeypatch):
+    import common.grpo.trainer as module
+
+    def wrong(groups, family, device):
+        packed = pack_shared(groups, family, device)
+        packed.inputs["position_ids"] = packed.inputs["position_ids"] + torch.arange(packed.tokens) // 70
+        return packed
+
+    monkeypatch.setattr(module, "pack_shared", wrong)
+    trainer = grpo(load_vlm(), digits_task, think)
+    with pytest.raises(RuntimeError, match="differs from the plain one.*trainer.forward=plain"):
+        trainer.step(0)
+    trainer.close()
+
+
+def test_shuffled_rewards_keep_the_values_but_not_their_places(load_vlm, digits_task, think):
+    straight = run(load_vlm(), digits_task, think, updates=1)[0]
+    shuffled = run(load_vlm(), digits_task, think, updates=1, shuffle_rewards=True)[0]
+    assert [r["completion"] for r in straight.rows] == [r["completion"] for r in shuffled.rows]
+    assert [r["advantage"] for r in straight.rows] != [r["advantage"] for r in shuffled.rows]
+
+
+def test_scorer_chunks_do_not_matter(load_vlm, digits_task, think):
+    vlm = load_vlm()
+    encoded = Encoder(vlm, digits_task.open, 32, 512)(think.train_prompts(digits_task)[:1])
+    packed = pack_plain([Group(encoded[0], (torch.arange(100, 117), torch.arange(200, 209)))], vlm.pad, vlm.device)
+    with torch.no_grad():
+        whole, small = (PolicyScorer(vlm.model, vlm.banned, 1.0, chunk)(packed)[0] for chunk in (1000, 4))
+    assert float((whole - small).abs().max()) < 1e-5
