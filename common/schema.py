@@ -65,11 +65,15 @@ class Protocol:
 
 @dataclass
 class Lora:
-    """Low-rank adapters on the modules whose full name matches the regular expression `targets`."""
+    """Low-rank adapters of rank `r` (0: fine-tune all weights) on the modules whose full name matches `targets`."""
 
-    r: int = 16
+    r: int = 0
     alpha: int = 32
-    targets: str = MISSING
+    targets: str = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+
+    def __post_init__(self) -> None:
+        if self.r < 0:
+            raise UserError(f"model.lora.r={self.r} must be 0 (fine-tune all weights) or a rank above 0")
 
 
 @dataclass
@@ -85,7 +89,7 @@ class Model:
     image_size: int = MISSING
     max_prompt_tokens: int = MISSING
     gradient_checkpointing: bool = False
-    lora: Lora | None = None
+    lora: Lora = field(default_factory=Lora)
     gpus: int = 1
 
     def __post_init__(self) -> None:

@@ -59,7 +59,7 @@ def test_default_is_the_demo(compose):
 def test_paper_configuration(compose, method, rewards):
     # authors' training script and section 4.1
     c = config.validate(compose(f"method={method}", "model=qwen2_vl_2b", "shots=4"))
-    assert (c.model.path, c.model.lora, c.model.dtype, c.gpus) == ("Qwen/Qwen2-VL-2B-Instruct", None, "bfloat16", 8)
+    assert (c.model.path, c.model.lora.r, c.model.dtype, c.gpus) == ("Qwen/Qwen2-VL-2B-Instruct", 0, "bfloat16", 8)
     assert (c.model.image_size, c.model.max_prompt_tokens) == (384, 1024)
     t = c.trainer
     assert (t.group_size, t.prompts_per_update, t.epochs, t.updates) == (4, 16, 50, None)

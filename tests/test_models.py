@@ -177,7 +177,7 @@ def test_lora_targets_that_match_nothing(load_vlm):
     from common.schema import Lora
 
     with pytest.raises(UserError, match="model.lora.targets=nothing"):
-        load_vlm(lora=Lora(targets="nothing"))
+        load_vlm(lora=Lora(r=4, targets="nothing"))
 
 
 def test_official_system_prompt_replaces_the_default(load_vlm, digits_task):

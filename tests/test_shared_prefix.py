@@ -70,7 +70,7 @@ CASES = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 @pytest.mark.parametrize("image", [True, False], ids=["image", "text"])
-@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [Lora(), LORA], ids=["full", "lora"])
 @pytest.mark.parametrize(("sizes", "lengths"), CASES.values(), ids=CASES.keys())
 def test_shared_equals_plain(load_vlm, digits_task, think, no_think, dtype, image, lora, sizes, lengths):
     torch.manual_seed(0)
@@ -83,7 +83,7 @@ def test_shared_equals_plain(load_vlm, digits_task, think, no_think, dtype, imag
         think.train_prompts(digits_task)[40],
     ]
     vlm.model.to(dtype)
-    if lora is not None:
+    if lora.r > 0:
         for name, parameter in vlm.model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.05)  # zero-initialised: the adapter would do nothing

@@ -203,7 +203,7 @@ def test_training_repeats_itself_to_the_bit(load_vlm, digits_task, think):
 
 
 @pytest.mark.parametrize(
-    "lora", [None, Lora(r=4, alpha=8, targets=r".*language_model.*\.(q_proj|v_proj)")], ids=["full", "lora"]
+    "lora", [Lora(), Lora(r=4, alpha=8, targets=r".*language_model.*\.(q_proj|v_proj)")], ids=["full", "lora"]
 )
 def test_reference_stays_and_kl_grows(load_vlm, digits_task, think, lora):
     torch.manual_seed(0)

@@ -69,7 +69,7 @@ def load(folder: Path, config: Model, device: torch.device) -> VLM:
     banned = tuple(sorted({*placeholders, pad} - set(ends)))  # some checkpoints also end with their padding token
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if config.lora is not None:
+    if config.lora.r > 0:
         model = add_adapters(model, config.lora)
     model.to(device)
     return VLM(model, processor, family, ends, banned, pad)

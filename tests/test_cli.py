@@ -1,0 +1,102 @@
+"""The command line: bad input is one clear line, at once, and nothing is overwritten."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+
+def run(*arguments: str, folder=None) -> subprocess.CompletedProcess[str]:
+    where = [] if folder is None else [f"hydra.run.dir={folder}"]
+    return subprocess.run(
+        [sys.executable, "run.py", *arguments, *where],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        env=dict(os.environ),
+    )
+
+
+BAD = {
+    "unknown key": (["shot=4"], "shot"),
+    "appended key": (["+foo=1"], "unknown config key: foo"),
+    "wrong type": (["shots=four"], "shots=four"),
+    "unknown method": (["method=foo"], "Available options in 'method': clsrl nothinking sft zeroshot"),
+    "unknown data": (["data=foo"], "Available options in 'data': digits"),
+    "group of one": (["trainer.group_size=1"], "trainer.group_size=1"),
+    "too many shots": (["shots=200"], "class 'eight' has only 174 images"),
+    "missing checkpoint": (["model.recipe=null", "model.path=/nonexistent"], "model.path=/nonexistent is not a folder"),
+    "over-long prompt": (["model.max_prompt_tokens=20"], "model.max_prompt_tokens=20"),
+    "more GPUs than there are": (["gpus=16"], "gpus=16"),
+    "missing reward": (["rewards.equality.fn=common.rewards.nope"], "rewards.equality.fn=common.rewards.nope"),
+    "misspelt reward argument": (["+rewards.equality.matc=x"], "matc"),
+    "empty rewards": (["rewards=none"], "rewards is empty"),
+    "unknown class of method": (["method._target_=clsrl.method.Nope"], "clsrl.method.Nope"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_line(tmp_path, arguments, message):
+    folder = tmp_path / "run"
+    done = run(*arguments, folder=folder)
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ") and message in line
+    assert not folder.exists(), "a refused run leaves nothing behind"
+
+
+def test_corrupt_checkpoint_is_one_line(tmp_path, untrained_folder):
+    broken = tmp_path / "checkpoint"
+    shutil.copytree(untrained_folder, broken)
+    (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:5000])
+    done = run("model.recipe=null", f"model.path={broken}", folder=tmp_path / "run")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert f"{broken}/model.safetensors is damaged" in done.stderr
+
+
+def test_unwritable_folder_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    done = run(folder=tmp_path / "file" / "run")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "cannot create the run folder" in done.stderr
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_used_folder_with_another_value_is_refused(tmp_path, compose):
+    from common import config
+    from common.run_folder import RunFolder
+
+    RunFolder(tmp_path).claim(config.plain(compose("shots=4")))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    done = run("shots=8", folder=tmp_path)
+    assert done.returncode == 1 and "shots: 4 -> 8" in done.stderr and done.stderr.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_cfg_job_prints_the_configuration():
+    done = run("method=clsrl", "--cfg", "job")
+    assert done.returncode == 0 and "strict_format" in done.stdout and "learning_rate: 0.0005" in done.stdout
+
+
+def test_help_lists_the_groups():
+    done = run("--help")
+    assert done.returncode == 0
+    for group in (path for path in (REPOSITORY / "conf").iterdir() if path.is_dir() and path.name != "tune"):
+        assert f"{group.name}: {', '.join(sorted(file.stem for file in group.glob('*.yaml')))}" in done.stdout
+
+
+def test_shell_completion_script():
+    done = run("-sc", "install=bash")
+    assert done.returncode == 0 and "complete" in done.stdout
+
+
+def test_multirun_goes_on_after_a_failed_point(tmp_path):
+    done = run("-m", "trainer.group_size=1,0", f"hydra.sweep.dir={tmp_path}", "hydra.sweep.subdir=${hydra.job.num}")
+    assert done.returncode == 1
+    assert "group_size=1" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,184 @@
+"""The main job as a user runs it, on real images with the pre-trained tiny model (built once, cached)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pyarrow.parquet
+import pytest
+
+from tests.conftest import REPOSITORY
+from tests.wandb_log import summary_of
+
+pytestmark = pytest.mark.slow
+
+
+def run(folder, *arguments):
+    done = subprocess.run(
+        [sys.executable, "run.py", *arguments, f"hydra.run.dir={folder}"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        env=dict(os.environ),
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def result(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """`python run.py` with no arguments, shared by the tests below."""
+    folder = tmp_path_factory.mktemp("demo") / "run"
+    environment = {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
+    old = {name: os.environ.get(name) for name in environment}
+    os.environ |= environment
+    done = run(folder)
+    for name, value in old.items():
+        os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+    return folder, done.stdout
+
+
+def test_demo_learns(demo):
+    folder, _ = demo
+    r = result(folder)
+    assert (r["method"], r["data"], r["setting"], r["protocol"], r["model"], r["shots"], r["seed"]) == (
+        "nothinking",
+        "digits",
+        "few_shot",
+        "clean",
+        "tiny_qwen2_vl",
+        16,
+        1,
+    )
+    before, after = r["zero_shot"]["test"], r["eval"]["test"]
+    assert before["n"] == after["n"] == 1637
+    assert 0.40 <= before["accuracy"] <= 0.70
+    assert after["accuracy"] >= 0.83
+    assert after["ci95"][0] > before["ci95"][1]
+    assert r["train"]["updates"] == 100 and r["train"]["paired"]["test"]["p_value"] < 1e-20
+    assert {"rollout", "reward", "update"} <= r["train"]["seconds"].keys()
+    assert len(r["checkpoint"]["sha256"]) == 64 and r["versions"]["torch"]
+
+
+def test_demo_ends_with_a_table(demo):
+    folder, output = demo
+    for text in ("test, zero-shot", "test, trained", "95 % interval", "McNemar", "seconds: ", f"run folder: {folder}"):
+        assert text in output
+
+
+def test_run_folder_is_complete_and_consistent(demo):
+    folder, _ = demo
+    r = result(folder)
+    predictions = pyarrow.parquet.read_table(folder / "predictions.parquet").to_pandas()
+    trained = predictions[predictions.phase == "eval"]
+    assert len(trained) == 1637 and trained.correct.mean() == pytest.approx(r["eval"]["test"]["accuracy"])
+    completions = pyarrow.parquet.read_table(folder / "completions.parquet").to_pandas()
+    assert len(completions) == 100 * 16 * 8
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    updates = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in updates] == list(range(1, 101))
+    assert completions[completions.step == 7].reward.mean() == pytest.approx(updates[6]["reward"])
+    assert [line["step"] for line in lines if "eval/test/accuracy" in line] == [0, 20, 40, 60, 80, 100]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["hash"] == r["manifest"]
+    train_images = {row[0] for row in manifest["splits"]["train"]["rows"]}
+    assert not train_images & set(trained.image)
+    for picture in ("curves.png", "confusion.png"):
+        assert (folder / picture).stat().st_size > 10_000
+    (log,) = folder.rglob("*.wandb")
+    found = summary_of(log)
+    assert found["exit"] == 0 and found["group"] == "digits-few_shot-s16" and "nothinking" in found["tags"]
+    assert sum("train/reward" in row for row in found["history"]) == 100
+
+
+def test_trained_weights_load_and_give_the_same_answers(demo, digits_task, no_think):
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from common.models.files import messages
+
+    folder, _ = demo
+    processor = AutoProcessor.from_pretrained(folder / "model")
+    model = AutoModelForImageTextToText.from_pretrained(folder / "model")
+    predictions = pyarrow.parquet.read_table(folder / "predictions.parquet").to_pandas()
+    trained = predictions[predictions.phase == "eval"].set_index("image").completion
+    prompts = no_think.evaluation_prompts(digits_task, "test")[:40]
+    for prompt in prompts:
+        text = processor.apply_chat_template(messages(prompt), tokenize=False, add_generation_prompt=True)
+        inputs = processor(
+            text=[text], images=[digits_task.open(prompt.image).resize((32, 32), 1)], return_tensors="pt"
+        )
+        with torch.no_grad():
+            ids = model.generate(**inputs, do_sample=False, max_new_tokens=40)
+        assert (
+            processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True) == trained[prompt.image]
+        )
+
+
+def test_second_run_shows_the_result_and_touches_nothing(demo):
+    folder, _ = demo
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    done = run(folder)
+    assert "already finished" in done.stdout and "test, trained" in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_thinking_learns_accuracy_and_format(tmp_path):
+    run(tmp_path, "method=clsrl", "tracking=none")
+    r = result(tmp_path)
+    assert 0.40 <= r["zero_shot"]["test"]["accuracy"] <= 0.70
+    assert r["eval"]["test"]["accuracy"] >= 0.79 and r["eval"]["test"]["well_formed"] >= 0.95
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    updates = [line for line in lines if "loss" in line]
+    assert sum(line["rewards/format/mean"] for line in updates[-10:]) / 10 >= 0.95
+    early, late = (sum(line["completions/mean_length"] for line in part) / 10 for part in (updates[:10], updates[-10:]))
+    assert late < 0.8 * early, "completions get shorter (figure 1 of the paper)"
+
+
+def test_supervised_baseline_learns(tmp_path):
+    run(tmp_path, "method=sft", "tracking=none")
+    assert result(tmp_path)["eval"]["test"]["accuracy"] >= 0.83
+
+
+def test_meaningless_rewards_teach_nothing(tmp_path):
+    run(tmp_path, "experiment=shuffled_rewards", "tracking=none")
+    r = result(tmp_path)
+    assert r["eval"]["test"]["accuracy"] <= r["zero_shot"]["test"]["accuracy"] + 0.05
+
+
+def test_official_protocol_runs_end_to_end(tmp_path):
+    run(tmp_path, "method=clsrl", "protocol=official", "shots=1", "trainer.updates=2", "tracking=none")
+    r = result(tmp_path)
+    assert r["protocol"] == "official" and r["train"]["updates"] == 2
+
+
+def test_adapter_run_saves_an_adapter_that_loads(tmp_path):
+    from transformers import AutoModelForImageTextToText
+
+    run(tmp_path, "model.lora.r=4", "trainer.updates=2", "trainer.beta=0.04", "tracking=none")
+    assert (tmp_path / "model" / "adapter_config.json").is_file()
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
+    assert any("lora" in name for name, _ in model.named_parameters())
+
+
+def test_adding_a_reward_takes_one_function_and_one_line(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text(
+        "def shorter(samples, *, limit: int = 10):\n    return [float(len(s.completion) < limit) for s in samples]\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    run(
+        tmp_path / "run",
+        "+rewards.shorter={weight:0.5,fn:my_rewards.shorter,limit:8}",
+        "trainer.updates=2",
+        "tracking=none",
+    )
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    update = next(json.loads(line) for line in lines if "loss" in line)
+    assert update["reward"] == pytest.approx(update["rewards/equality/mean"] + 0.5 * update["rewards/shorter/mean"])
