@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,16 @@ def describe(config: Config, values: dict[str, Any], checkpoint: Path, questions
         seed=config.seed,
         signature=signature(values),
         git_commit=git_commit(),
-        versions={name: version(name) for name in PACKAGES},
+        versions=installed_versions(),
         checkpoint={"path": str(checkpoint), "sha256": files.checkpoint_hash(checkpoint)},
         manifest=questions.manifest["hash"],
         decoding=str(greedy(config.rollout.max_completion_tokens)),
     )
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages that matter; one that is not installed was not used."""
+    return {d.name: d.version for d in distributions() if d.name in PACKAGES}
 
 
 def git_commit() -> str | None:

@@ -1,0 +1,45 @@
+# Everything a newcomer needs. `make` alone lists the targets.
+PYTHON ?= python3
+UV_VERSION := 0.13.8
+BIN := .venv/bin
+.DEFAULT_GOAL := help
+
+.PHONY: help setup demo test test-fast lint format clean
+
+help:  ## show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: .venv/installed  ## install the locked versions into .venv (about 6 GB)
+
+.venv/installed: requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; name one with make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirement requirements.lock
+	@touch $@
+
+demo: setup  ## train No-Thinking-CLS-RL on real digits (no GPU, no data, no hub)
+	$(BIN)/python run.py
+
+test: setup  ## run all tests
+	$(BIN)/python -m pytest
+
+test-fast: setup  ## run the tests that train nothing
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: setup  ## check format, style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup  ## format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lock: pyproject.toml  # choose versions anew; names and versions only
+	$(BIN)/uv pip compile --quiet --extra dev --universal --python-version 3.11 --no-annotate --no-header \
+		--no-emit-index-url --no-emit-find-links pyproject.toml --output-file requirements.lock
+
+clean:  ## remove runs, built models and caches (not .venv)
+	rm -rf outputs cache .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
