@@ -71,6 +71,8 @@ def one_line(error: BaseException) -> str:
 def run() -> None:
     """Entry point: mistakes in the request become one line and exit code 1, anything else a traceback."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that errors reach this function and not Hydra's own printer
+    # CPU threads that spin while they wait slow two runs on one machine down thirty times (docs/log.md)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         main()
     except (UserError, HydraException, OmegaConfBaseException) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from importlib.metadata import distributions
 from pathlib import Path
@@ -44,6 +45,8 @@ def installed_versions() -> dict[str, str]:
 
 def git_commit() -> str | None:
     """The commit of this code, with `-dirty` if files were changed; None outside a git checkout."""
+    if shutil.which("git") is None:
+        return None
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     return found.stdout.strip() or None

@@ -41,6 +41,7 @@ class SFTTrainer:
     ) -> None:
         self.vlm, self.encoder, self.prompts = vlm, encoder, list(prompts)
         self.loss, self.config, self.seed = loss, config, seed
+        self.tokens = 0.0
         scorer = PolicyScorer(vlm.model, vlm.banned, temperature=1.0, chunk=1024).to(vlm.device)
         self.engine = Engine(scorer, config, deepspeed, updates)
 
@@ -57,6 +58,7 @@ class SFTTrainer:
         if self.loss == "everything":
             packs = [score_prompts(packed, self.vlm.banned) for packed in packs]
         tokens = sum(gather(sum(len(packed.targets) for packed in packs)))
+        self.tokens += float(sum(gather(sum(packed.tokens for packed in packs))))
         total, entropy, right = 0.0, 0.0, 0.0
         for number, packed in enumerate(packs):
             logps, entropies = self.engine(packed)
@@ -69,7 +71,7 @@ class SFTTrainer:
             "loss": sum(s[0] for s in sums),
             "entropy": sum(s[1] for s in sums),
             "mean_token_probability": sum(s[2] for s in sums),
-            "num_tokens": float(tokens),
+            "num_tokens": self.tokens,
             "epoch": (update + 1) * self.config.prompts_per_update / len(self.prompts),
             **self.engine.step(update),
         }

@@ -259,6 +259,8 @@ def test_step_reports_trl_names_and_rows(load_vlm, digits_task, think):
         "completions/min_terminated_length",
         "completions/max_terminated_length",
         "clip_ratio/low_mean",
+        "clip_ratio/low_min",
+        "clip_ratio/high_max",
         "clip_ratio/high_mean",
         "clip_ratio/region_mean",
         "sampling/sampling_logp_difference/mean",

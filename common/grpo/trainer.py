@@ -71,6 +71,7 @@ class GRPOTrainer:
         if config.beta > 0:
             self.reference = scorer if self.adapters else copy.deepcopy(scorer).eval().requires_grad_(False)
         self.engine = Engine(scorer, config, deepspeed, updates)
+        self.tokens = 0.0
         self.checked = not config.self_check or config.forward == "plain"
 
     def step(self, update: int) -> Step:
@@ -95,6 +96,8 @@ class GRPOTrainer:
         metrics = self._update(update, rollouts)
         lap("update")
         metrics |= describe(rollouts)
+        self.tokens += metrics.pop("tokens")
+        metrics["num_tokens"] = self.tokens
         metrics["epoch"] = (update + 1) * self.config.prompts_per_update / len(self.prompts)
         return Step(metrics, seconds, _rows(update, rollouts))
 
@@ -186,12 +189,15 @@ def _token_means(parts: list[dict[str, float]]) -> dict[str, float]:
     """Per-token means over all ranks, under TRL's names."""
     total = {key: sum(part.get(key, 0.0) for part in parts) for key in {key for part in parts for key in part}}
     tokens = total.get("tokens", 0.0) or 1.0
+    scored = [part for part in parts if part]  # a rank may have had no group to learn from
     low, high = total.get("clip_low", 0.0) / tokens, total.get("clip_high", 0.0) / tokens
     metrics = {
         "loss": total.get("loss", 0.0),
         "entropy": total.get("entropy", 0.0) / tokens,
         "clip_ratio/low_mean": low,
         "clip_ratio/high_mean": high,
+        "clip_ratio/low_min": min(part["clip_low"] / part["tokens"] for part in scored) if scored else 0.0,
+        "clip_ratio/high_max": max(part["clip_high"] / part["tokens"] for part in scored) if scored else 0.0,
         "clip_ratio/region_mean": low + high,
         "sampling/sampling_logp_difference/mean": total.get("gap", 0.0) / tokens,
         "sampling/sampling_logp_difference/max": max(part.get("gap_max", 0.0) for part in parts),
@@ -228,7 +234,7 @@ def describe(rollouts: RolloutBatch) -> dict[str, float]:
         "completions/mean_terminated_length": statistics.fmean(ended),
         "completions/min_terminated_length": float(min(ended)),
         "completions/max_terminated_length": float(max(ended)),
-        "num_tokens": float(sum(lengths) + sum(joined["prompt_tokens"])),
+        "tokens": float(sum(lengths) + sum(joined["prompt_tokens"])),
     }
     for name in rollouts.scores.parts:
         values = joined[f"rewards/{name}"]
