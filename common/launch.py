@@ -20,7 +20,12 @@ def launch(config: Config, values: dict[str, Any], folder: Path) -> None:
     """Execute the run on `config.gpus` ranks and wait for it."""
     if config.gpus == 0 or started_by_launcher():
         worker(config, values, folder)
-        return
+    else:
+        start_ranks(config.gpus, config, values, folder)
+
+
+def start_ranks(count: int, config: Config, values: dict[str, Any], folder: Path) -> None:
+    """Start `count` processes through torch elastic; the first that fails ends all, with its error as the root cause."""
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     from common.pipeline import find_checkpoint
@@ -29,7 +34,7 @@ def launch(config: Config, values: dict[str, Any], folder: Path) -> None:
     elastic = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
-        nproc_per_node=config.gpus,
+        nproc_per_node=count,
         run_id=config.run_name,
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",

@@ -1,0 +1,80 @@
+"""Two processes on the CPU against one: the same samples, rewards and, up to the order of sums, gradients."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+pytestmark = pytest.mark.slow
+
+TWO_RANKS = """
+import sys
+from pathlib import Path
+import hydra
+from common import config as configuration
+from common.launch import start_ranks
+from common.run_folder import RunFolder
+
+if __name__ == "__main__":
+    configuration.register()
+    with hydra.initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
+        cfg = hydra.compose("config", sys.argv[2:])
+    config, values, folder = configuration.validate(cfg), configuration.plain(cfg), Path(sys.argv[1])
+    RunFolder(folder).claim(values)
+    start_ranks(2, config, values, folder)
+"""
+
+
+def test_two_ranks_equal_one(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(TWO_RANKS)
+    overrides = [
+        "trainer.updates=4",
+        "trainer.evaluate_every=2",
+        "trainer.evaluate_limit=101",
+        "trainer.prompts_per_forward=3",
+        "tracking=none",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    for command in (
+        [sys.executable, str(script), str(tmp_path / "two"), *overrides],
+        [sys.executable, "run.py", f"hydra.run.dir={tmp_path / 'one'}", *overrides],
+    ):
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+    rows = {}
+    for name in ("one", "two"):
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        rows[name] = [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
+    assert len(rows["one"]) == len(rows["two"])
+    for one, two in zip(rows["one"], rows["two"], strict=True):
+        assert one.keys() == two.keys()
+        for key in one:
+            assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-4), key
+
+
+def test_a_failing_rank_ends_the_job_with_its_error(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(TWO_RANKS)
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(script),
+            str(tmp_path / "two"),
+            "tracking=none",
+            "model.recipe=null",
+            "model.path=/nonexistent",
+        ],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        timeout=120,
+    )
+    assert done.returncode != 0 and "model.path=/nonexistent is not a folder" in done.stderr
