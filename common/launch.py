@@ -25,7 +25,7 @@ def launch(config: Config, values: dict[str, Any], folder: Path) -> None:
 
 
 def start_ranks(count: int, config: Config, values: dict[str, Any], folder: Path) -> None:
-    """Start `count` processes through torch elastic; the first that fails ends all, with its error as the root cause."""
+    """Start `count` processes through torch elastic; the first that fails ends all, its error shown as the cause."""
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     from common.pipeline import find_checkpoint
