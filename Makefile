@@ -38,7 +38,7 @@ format: setup  ## format the code
 
 lock: pyproject.toml  # choose versions anew; names and versions only
 	$(BIN)/uv pip compile --quiet --extra dev --universal --python-version 3.11 --no-annotate --no-header \
-		--no-emit-index-url --no-emit-find-links pyproject.toml --output-file requirements.lock
+		pyproject.toml --output-file requirements.lock
 
 clean:  ## remove runs, built models and caches (not .venv)
 	rm -rf outputs cache .pytest_cache .ruff_cache .mypy_cache
