@@ -34,6 +34,7 @@ def main(cfg: DictConfig) -> None:
         with suppress(OSError):
             folder.rmdir()  # made by Hydra; goes only if it is empty
         if HydraConfig.get().mode == RunMode.MULTIRUN:
+            print(f"{folder.name}: {one_line(error)}", file=sys.stderr)  # Hydra itself only reports the first
             raise
         sys.exit(one_line(error))
 

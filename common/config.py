@@ -19,7 +19,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from common.plugins import check_call, locate
+from common.plugins import check_call, check_module, locate
 from common.schema import GRPO, Config, Data, Model, Protocol, Rollout, Setting, Tracking, Trainer, positive
 from common.types import UserError
 
@@ -36,6 +36,12 @@ SCHEMAS = {
 }
 # Keys that do not change a result: where it goes, how it is watched, how many processes compute it.
 NOT_IN_SIGNATURE = ("tracking", "run_name", "gpus", "cache_dir")
+
+# Handed to DeepSpeed as they are; batch sizes, clipping and precision follow from other values.
+DEEPSPEED_KEYS = {
+    *("zero_optimization", "communication_data_type", "prescale_gradients", "gradient_predivide_factor"),
+    *("wall_clock_breakdown", "memory_breakdown", "flops_profiler", "comms_logger", "dump_state", "steps_per_print"),
+}
 
 
 def register() -> None:
@@ -69,8 +75,17 @@ def validate(cfg: DictConfig) -> Config:
         )
     if config.trainer.name == "grpo" and not config.rewards:
         raise UserError("rewards is empty, but trainer=grpo learns from rewards; choose e.g. rewards=nothinking")
+    _check_deepspeed(config.deepspeed)
     _check_calls(config)
     return config
+
+
+def _check_deepspeed(values: dict[str, Any]) -> None:
+    if unknown := sorted(values.keys() - DEEPSPEED_KEYS):
+        raise UserError(f"unknown config key: deepspeed.{unknown[0]}; known are {', '.join(sorted(DEEPSPEED_KEYS))}")
+    stage = values.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2):
+        raise UserError(f"deepspeed.zero_optimization.stage={stage}: choose 0, 1 or 2 (sampling needs whole weights)")
 
 
 def _check_calls(config: Config) -> None:
@@ -79,6 +94,7 @@ def _check_calls(config: Config) -> None:
             raise UserError(f"method.{key} is missing; see conf/method/ for examples")
     check_call(config.method["_target_"], "method._target_", method_arguments(config))
     locate(config.data.reader, "data.reader")
+    check_module(config.rollout.backend, "rollout.backend")
     for name, entry in config.rewards.items():
         if not isinstance(entry, dict) or not {"weight", "fn"} <= entry.keys():
             raise UserError(f"rewards.{name} must be {{weight: number, fn: dotted.path, ...}}, got {entry}")

@@ -21,7 +21,7 @@ def world() -> int:
 
 
 def started_by_launcher() -> bool:
-    """Whether torchrun, SLURM or common/launch.py started this process as one rank of several."""
+    """Whether torchrun or common/launch.py started this process as one rank of several."""
     return "RANK" in os.environ and ALONE not in os.environ
 
 
@@ -34,6 +34,13 @@ def form_group_alone() -> None:
     os.environ |= {**alone, ALONE: "1"}
 
 
+def forget_group_alone() -> None:
+    """Undo `form_group_alone` in the environment, so that processes started from here are ranks of their own group."""
+    if ALONE in os.environ:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR", ALONE):
+            os.environ.pop(name, None)
+
+
 def gather(item: T) -> list[T]:
     """Every rank's item, in rank order, on every rank. All ranks must call it."""
     if world() == 1:
@@ -43,6 +50,11 @@ def gather(item: T) -> list[T]:
     found: list[Any] = [None] * world()
     dist.all_gather_object(found, item)
     return found
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    gather(None)
 
 
 def share_of(items: list[T]) -> list[T]:

@@ -79,6 +79,7 @@ class Engine:
             "bf16": {"enabled": parameters[0].dtype == torch.bfloat16},
             **deepspeed_config,
         }
+        module.train()  # loading leaves evaluation mode, in which gradient checkpointing is off
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
 
     def __call__(self, *inputs: Any) -> Any:

@@ -86,7 +86,7 @@ def grade(method: Method, prompt: Prompt, completion: Completion) -> Prediction:
     return Prediction(
         image=prompt.image,
         label=prompt.label,
-        answer=parsing.first_answer(text) if strict is None else strict,
+        answer=strict or "",
         completion=text,
         correct=parsing.matches_strictly(text, prompt.label),
         correct_official=parsing.matches_officially(text, prompt.label),

@@ -1,7 +1,7 @@
-"""Starting the ranks of one run: this process alone, or one process per GPU, or the ranks that torchrun or SLURM
+"""Starting the ranks of one run: this process alone, or one process per GPU, or the ranks that torchrun
 started.
 
-Hydra composes once, in the parent. Ranks get plain values and never see Hydra.
+Hydra composes once, in the parent; the ranks it starts get plain values. (Under torchrun every rank composes itself.)
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common.distributed import rank, started_by_launcher
+from common.distributed import forget_group_alone, rank, started_by_launcher
 from common.schema import Config
+from common.types import UserError
 
 
 def launch(config: Config, values: dict[str, Any], folder: Path) -> None:
@@ -26,11 +27,13 @@ def launch(config: Config, values: dict[str, Any], folder: Path) -> None:
 
 def start_ranks(count: int, config: Config, values: dict[str, Any], folder: Path) -> None:
     """Start `count` processes through torch elastic; the first that fails ends all, its error shown as the cause."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     from common.pipeline import find_checkpoint
 
     find_checkpoint(config)  # fetched or built once, before the ranks ask for it
+    forget_group_alone()  # left by a job of the same sweep that ran on the CPU
     elastic = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -41,12 +44,19 @@ def start_ranks(count: int, config: Config, values: dict[str, Any], folder: Path
         max_restarts=0,
         start_method="spawn",
     )
-    elastic_launch(elastic, worker)(config, values, folder)
+    try:
+        elastic_launch(elastic, worker)(config, values, folder)
+    except ChildFailedError as error:
+        cause = error.get_first_failure()[1].message
+        if cause.startswith("UserError: "):
+            raise UserError(cause.removeprefix("UserError: ")) from None
+        raise
 
 
 def worker(config: Config, values: dict[str, Any], folder: Path) -> None:
     """One rank."""
     quiet_libraries()
+    logging.getLogger("common").setLevel(logging.INFO)
     for printer in logging.getLogger().handlers:
         printer.setLevel(logging.WARNING)
     handler = None

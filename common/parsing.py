@@ -21,7 +21,7 @@ def normalize(name: str) -> str:
     >>> normalize("  Sea_or  Lake ")
     'sea or lake'
     """
-    return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").casefold().split())
+    return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").lower().split())
 
 
 def is_strict_format(completion: str) -> bool:

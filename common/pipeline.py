@@ -13,7 +13,7 @@ import torch
 
 from common import task
 from common.data import manifest
-from common.distributed import rank
+from common.distributed import barrier, rank
 from common.engine import init_process_group
 from common.evaluate import Evaluator
 from common.grpo.trainer import GRPOTrainer
@@ -50,6 +50,7 @@ def run(config: Config, values: dict[str, Any], folder: Path) -> Result:
     questions = task.build(config)
     if rank() == 0:
         manifest.write(questions.manifest, folder / "manifest.json")
+    barrier()
 
     checkpoint = find_checkpoint(config)
     seconds = {"model": time.perf_counter() - began}
@@ -61,20 +62,23 @@ def run(config: Config, values: dict[str, Any], folder: Path) -> Result:
     recorder = Recorder(RunFolder(folder), tracker, config.tracking.completions_every)
     seconds["load"] = time.perf_counter() - began - seconds["model"]
 
+    result = describe(config, values, checkpoint, questions)
     failed = True
     try:
+        manifest.verify(folder / "manifest.json", questions.manifest)
         before = after = evaluator.all_splits("zero-shot")
         recorder.evaluation(0, before)
         updates = total_updates(config.trainer, len(questions.train))
         if updates:
             trainer = make_trainer(config, policy, encoder, rollout, questions, updates)
-            seconds |= train(config, trainer, updates, recorder, evaluator)
-            trainer.close()
+            try:
+                seconds |= train(config, trainer, updates, recorder, evaluator)
+            finally:
+                trainer.close()
+            save_weights(policy, folder / "model")
             manifest.verify(folder / "manifest.json", task.build(config).manifest)
             after = evaluator.all_splits("trained")
             recorder.evaluation(updates, after)
-            save_weights(policy, folder / "model")
-        result = describe(config, values, checkpoint, questions)
         result.zero_shot, result.eval = before.summary, after.summary
         seconds["total"] = time.perf_counter() - began
         result.train = {"updates": updates, "seconds": seconds, "paired": paired(before, after) if updates else {}}

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from common import task
-from common.distributed import started_by_launcher
+from common.distributed import started_by_launcher, world
 from common.models import files
 from common.schema import Config
 from common.types import UserError
@@ -28,8 +28,17 @@ def check(config: Config) -> None:
 
 
 def check_devices(config: Config) -> None:
-    """More GPUs than the machine has would only fail minutes later, inside a rank."""
-    if config.gpus > 0 and not started_by_launcher() and (found := visible_gpus()) < config.gpus:
+    """More GPUs than the machine has, or other ranks than expected, would only fail minutes later, inside a rank."""
+    if started_by_launcher():
+        if config.gpus > 0 and world() != config.gpus:
+            raise UserError(f"gpus={config.gpus}, but the launcher started {world()} processes; use gpus={world()}")
+        if config.trainer.name != "none" and config.trainer.prompts_per_update % world():
+            raise UserError(
+                f"trainer.prompts_per_update={config.trainer.prompts_per_update} must be divisible by the"
+                f" {world()} processes that the launcher started"
+            )
+        return
+    if config.gpus > 0 and (found := visible_gpus()) < config.gpus:
         raise UserError(f"gpus={config.gpus}, but this machine has {found}; use gpus={found}" + " (CPU)" * (not found))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from common.run_folder import RunFolder
 from common.tracking import Tracker
 from common.types import Result, Step
 
+log = logging.getLogger(__name__)
 COMPLETIONS_EVERY = 25  # updates between two writes of sampled completions
 
 
@@ -34,18 +36,21 @@ class Recorder:
     def update(self, number: int, step: Step, last: bool) -> None:
         """One update; `number` counts from 1."""
         self._metrics(number, {**step.metrics, **{f"time/{phase}_s": s for phase, s in step.seconds.items()}})
+        if not self.writes:
+            return
         self.rows += step.rows
-        if self.writes and (number % self.table_every == 0 or last):
+        if number % self.table_every == 0 or last:
             self.tracker.completions(step.rows, number)
-        if self.writes and self.rows and (number % COMPLETIONS_EVERY == 0 or last):
+        if self.rows and (number % COMPLETIONS_EVERY == 0 or last):
             self.place.write_completions(self.rows, number)
             self.rows = []
-        if self.writes and last:
+        if last:
             self.place.merge_completions()
 
     def evaluation(self, number: int, found: Evaluation) -> None:
         """Accuracies after `number` updates."""
         self.accuracies = found.accuracies
+        log.info("after %d updates: %s", number, found.accuracies)
         self._metrics(number, found.accuracies)
 
     def finish(self, result: Result, before: Evaluation, after: Evaluation, names: Sequence[str]) -> None:

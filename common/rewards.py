@@ -83,7 +83,7 @@ def score(samples: Sequence[Sample], rewards: dict[str, Reward]) -> Scores:
 
     With accuracy 1 and format 0 at weights 1.0 and 0.5, the total is 1.0.
     """
-    parts = {name: reward.function(samples) for name, reward in rewards.items()}
+    parts = {name: [float(value) for value in reward.function(samples)] for name, reward in rewards.items()}
     for name, values in parts.items():
         if len(values) != len(samples):
             raise ValueError(f"reward '{name}' returned {len(values)} values for {len(samples)} samples")

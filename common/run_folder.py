@@ -14,6 +14,7 @@ configuration in a used folder is refused.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from dataclasses import asdict
@@ -25,6 +26,12 @@ import yaml
 from common.config import decides_result, differences, signature
 from common.types import Prediction, Result, UserError
 
+LOCK = ".lock"
+WRITTEN = (
+    *("config.yaml", "manifest.json", "metrics.jsonl", "metrics.json", "run.log", "curves.png", "confusion.png"),
+    *("completions", "completions.parquet", "predictions.parquet", "model", "wandb"),
+)
+
 
 class RunFolder:
     """Reads and writes one run folder. Only rank 0 writes."""
@@ -32,18 +39,25 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self._log: IO[str] | None = None
+        self._lock: IO[str] | None = None
 
     def finished_result(self, values: dict[str, Any]) -> dict[str, Any] | None:
         """The result that is already here, or None if the folder is free or its run was interrupted.
 
         Raises:
-            UserError: The folder holds a run with another configuration.
+            UserError: The folder holds a run with another configuration, or something that is no run.
         """
         config = self.path / "config.yaml"
         if not config.is_file():
+            if self.path.is_dir() and (strange := sorted(e.name for e in self.path.iterdir() if e.name != LOCK)):
+                raise UserError(
+                    f"{self.path} is not empty and holds no run (it has {strange[0]}); choose another folder"
+                )
             return None
         old = yaml.safe_load(config.read_text())
-        if old.pop("signature", None) != signature(values):
+        if not isinstance(old, dict) or "signature" not in old:
+            raise UserError(f"{config} was not written by a run; choose another folder")
+        if old.pop("signature") != signature(values):
             changed = differences(decides_result(old), decides_result(values)) or ["the file was edited"]
             raise UserError(
                 f"{self.path} already holds a run with other values ({'; '.join(changed)});"
@@ -53,23 +67,35 @@ class RunFolder:
         return json.loads(result.read_text()) if result.is_file() else None
 
     def claim(self, values: dict[str, Any]) -> None:
-        """Mark the folder as this configuration's. What an interrupted attempt left is moved aside, not overwritten."""
+        """Mark the folder as this configuration's, for as long as this object lives.
+
+        What an interrupted attempt left is moved aside, not overwritten.
+
+        Raises:
+            UserError: Another process is at work here, or the folder cannot be written.
+        """
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / LOCK).open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if (self.path / "config.yaml").is_file():
                 self._move_aside()
-            self.path.mkdir(parents=True, exist_ok=True)
             text = yaml.safe_dump({"signature": signature(values), **values}, sort_keys=False)
             (self.path / "config.yaml").write_text(text)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another process is running in {self.path}; wait for it or choose another folder"
+            ) from error
         except OSError as error:
             raise UserError(f"cannot write to the run folder {self.path}: {error.strerror}") from error
 
     def _move_aside(self) -> None:
         earlier = list(self.path.glob("interrupted-*"))
-        left = [entry for entry in self.path.iterdir() if entry not in earlier]
         aside = self.path / f"interrupted-{len(earlier) + 1}"
         aside.mkdir()
-        for entry in left:
-            entry.rename(aside / entry.name)
+        for name in WRITTEN:
+            if (self.path / name).exists():
+                (self.path / name).rename(aside / name)
 
     def log_metrics(self, values: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl; it is on disk when this returns."""

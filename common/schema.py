@@ -124,6 +124,10 @@ class Trainer:
         one_of("trainer.schedule", self.schedule, ("linear", "cosine", "constant"))
         if self.name == "none":
             return
+        if len(self.betas) != 2:
+            raise UserError(f"trainer.betas={self.betas}: AdamW takes two")
+        if self.evaluate_limit is not None:
+            positive("trainer.evaluate_limit", self.evaluate_limit)
         for key in ("learning_rate", "prompts_per_update", "prompts_per_forward"):
             positive(f"trainer.{key}", getattr(self, key))
         if self.updates is None:
@@ -139,14 +143,15 @@ class GRPO(Trainer):
     group_size: int = MISSING
     beta: float = MISSING
     epsilon: float = MISSING
-    forward: str = "shared"
+    impl: str = "shared"
     self_check: bool = True
     head_chunk: int = 1024
     shuffle_rewards: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("trainer.forward", self.forward, ("shared", "plain"))
+        one_of("trainer.impl", self.impl, ("shared", "plain"))
+        positive("trainer.head_chunk", self.head_chunk)
         if self.group_size < 2:
             raise UserError(
                 f"trainer.group_size={self.group_size}: GRPO compares completions of one prompt, use at least 2"

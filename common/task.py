@@ -37,6 +37,7 @@ def build(config: Config) -> Questions:
     header = {
         "data": config.data.name,
         "setting": config.setting.name,
+        "fingerprint": task.fingerprint,
         "sampler": "coop",
         "shots": config.shots,
         "seed": config.seed,

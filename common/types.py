@@ -25,13 +25,17 @@ class Item:
 
 @dataclass(frozen=True)
 class Source:
-    """A whole dataset as its reader found it. `pool` datasets have no split of their own: all items are in `train`."""
+    """A whole dataset as its reader found it. One without a split of its own has all items in `train`.
+
+    `fingerprint` is a hash of the files that define it.
+    """
 
     names: tuple[str, ...]
     train: tuple[Item, ...]
     val: tuple[Item, ...]
     test: tuple[Item, ...]
     open: Callable[[str], Image]
+    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Task:
     train: tuple[Item, ...]
     evaluation: dict[str, tuple[Item, ...]]
     open: Callable[[str], Image]
+    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class Prediction:
-    """One evaluated image. `correct` is the strict match, `correct_official` the authors' substring match."""
+    """One evaluated image. `answer` is empty when the completion gives none or several. `correct` is the strict match,
+    `correct_official` the authors' substring match.
+    """
 
     image: str
     label: str

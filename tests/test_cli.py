@@ -98,5 +98,17 @@ def test_shell_completion_script():
 
 def test_multirun_goes_on_after_a_failed_point(tmp_path):
     done = run("-m", "trainer.group_size=1,0", f"hydra.sweep.dir={tmp_path}", "hydra.sweep.subdir=${hydra.job.num}")
-    assert done.returncode == 1
-    assert "group_size=1" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    for number, size in enumerate((1, 0)):
+        assert f"{number}: error: trainer.group_size={size}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("gpus", "message"), [("0", "divisible by the 3 processes"), ("8", "the launcher started 3 processes; use gpus=3")]
+)
+def test_ranks_that_do_not_fit_are_one_line(tmp_path, monkeypatch, gpus, message):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("FEWSHOT_ALONE", raising=False)
+    done = run(f"gpus={gpus}", folder=tmp_path / "run")
+    assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1

@@ -28,8 +28,14 @@ def test_every_file_composes_and_validates(compose, file):
         # reached through the names in its own, as the defaults list does
         *first, last = name.split("-")
         kind = group.removeprefix("tune/")
-        choice = {"model": "model", "trainer": "model", "method": "model", "data": "data"}[kind]
-        config.validate(compose(*(f"{kind}={part}" for part in first), f"{choice}={last}"))
+        groups = {
+            "model": ("", "model"),
+            "trainer": ("trainer", "model"),
+            "method": ("method", "model"),
+            "data": ("method", "data"),
+        }
+        before, after = groups[kind]
+        config.validate(compose(*(f"{before}={part}" for part in first), f"{after}={last}"))
     elif (group, name) == ("rewards", "none"):
         config.validate(compose("rewards=none", "method=zeroshot"))
     else:
@@ -102,6 +108,13 @@ def test_protocol_switches_reach_rewards_and_method(compose):
         (["shots=0"], "shots"),
         (["gpus=-1"], "gpus=-1"),
         (["gpus=3"], "must be divisible by gpus=3"),
+        (["trainer.betas=[0.9]"], "trainer.betas"),
+        (["trainer.head_chunk=0"], "trainer.head_chunk"),
+        (["trainer.evaluate_limit=0"], "trainer.evaluate_limit"),
+        (["+deepspeed.foo=1"], "deepspeed.foo"),
+        (["deepspeed.zero_optimization.stage=3"], "stage=3"),
+        (["rollout.backend=common.rollout.nope.Backend"], "rollout.backend"),
+        (["rewards.equality.fn=builtins.max"], "builtins.max"),
         (["model.dtype=float16"], "model.dtype"),
         (["model.family=llava"], "model.family"),
         (["model.path=x"], "model.recipe"),
@@ -116,6 +129,15 @@ def test_bad_values_are_named(compose, overrides, message):
         config.validate(compose(*overrides))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_rewards_may_import_their_types_for_checkers_only(compose, tmp_path, monkeypatch):
+    (tmp_path / "typed_reward.py").write_text(
+        "from __future__ import annotations\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from common.types import Sample\n"
+        "def mine(samples: list[Sample], *, limit: int = 1) -> list[float]:\n    return [0.0 for _ in samples]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config.validate(compose("+rewards.mine={weight:1,fn:typed_reward.mine,limit:3}"))
 
 
 def test_signature_ignores_where_and_how_it_is_watched(compose):

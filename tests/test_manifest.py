@@ -17,10 +17,12 @@ def questions(compose, *overrides):
 
 
 def test_manifest_is_the_same_everywhere(compose):
-    # the hash depends on the split, the class lists and the wording alone; a change here changes every published number
-    assert questions(compose, "shots=4").manifest["hash"] == questions(compose, "shots=4").manifest["hash"]
-    train = questions(compose, "shots=4").manifest["splits"]["train"]
-    assert train["images_sha256"] == "332e54a0253ea6edda27fa8a1fe03827a98409636ff21ef522600c17c1ea289b"
+    # a change of the picks, the class lists or the wording changes every published number: these hashes notice it
+    found = questions(compose, "shots=4").manifest
+    assert found["fingerprint"] == "09f66e6debdee2cd2b5ae59e0d6abbb73fc2b0e0185d2e1957e9ebb51e23aa22"
+    train = found["splits"]["train"]
+    assert train["items_sha256"] == "332e54a0253ea6edda27fa8a1fe03827a98409636ff21ef522600c17c1ea289b"
+    assert train["prompts_sha256"] == "a5a81a4d74ad01aa106e60d81890db05365b5ffb5e0188acd22529bde715fbe8"
 
 
 @pytest.mark.parametrize("change", ["shots=4", "seed=2", "method=clsrl", "data.question=Which digit?"])
@@ -39,7 +41,7 @@ def test_verify_accepts_the_same_task(compose, tmp_path):
 def test_verify_names_what_differs(compose, tmp_path):
     path = tmp_path / "manifest.json"
     manifest.write(questions(compose, "shots=2").manifest, path)
-    with pytest.raises(UserError, match="images_sha256 of split 'train' differs"):
+    with pytest.raises(UserError, match="items_sha256 of split 'train' differs"):
         manifest.verify(path, questions(compose, "shots=2", "seed=2").manifest)
     with pytest.raises(UserError, match="prompts_sha256 of split 'train' differs"):
         manifest.verify(path, questions(compose, "shots=2", "method=clsrl").manifest)

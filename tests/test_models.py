@@ -132,7 +132,14 @@ def test_missing_and_damaged_files_are_named(untrained_folder, tmp_path):
     folder = broken(untrained_folder, tmp_path)
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
-    for content in (whole[:-100], b"", b"not a checkpoint", b"\xff" * 64):
+    for content in (
+        whole[:-100],
+        b"",
+        b"not a checkpoint",
+        b"\xff" * 64,
+        b"\x07" + bytes(7) + b'{"a":1}',
+        b"\x02" + bytes(7) + b"{}",
+    ):
         weights.write_bytes(content)
         with pytest.raises(UserError, match=r"model\.safetensors.*(damaged|bytes)"):
             files.check_folder(folder)
@@ -154,6 +161,35 @@ def test_sharded_checkpoints_are_checked(untrained_folder, tmp_path):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="model-00002-of-00002.safetensors is missing"):
         files.check_folder(folder)
+    for content in ("{", "[]", "{}"):
+        (folder / "model.safetensors.index.json").write_text(content)
+        with pytest.raises(UserError, match="model.safetensors.index.json is damaged"):
+            files.check_folder(folder)
+
+
+def test_wrong_tokenizer_and_wrong_architecture_are_named(untrained_folder, tmp_path):
+    folder = broken(untrained_folder, tmp_path)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="tokenizer.json is damaged"):
+        files.meter_for_folder(folder, "qwen2_vl")
+    (folder / "config.json").write_text('{"model_type": "llava"}')
+    with pytest.raises(UserError, match="is of type llava, but model.family=qwen2_vl"):
+        files.meter_for_folder(folder, "qwen2_vl")
+
+
+def test_missing_weights_are_not_replaced_by_random_ones(untrained_folder, tmp_path, model_config):
+    from safetensors.torch import load_file, save_file
+
+    from common.models import vlm
+
+    folder = broken(untrained_folder, tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    gone = next(name for name in weights if "layers.1.mlp" in name)
+    save_file(
+        {name: value for name, value in weights.items() if name != gone}, folder / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(UserError, match="lacks 1 weights of its architecture"):
+        vlm.load(folder, model_config(), torch.device("cpu"))
 
 
 def test_checkpoint_hash_follows_the_content(untrained_folder, tmp_path):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import pyarrow.parquet
 import pytest
 
 from tests.conftest import REPOSITORY
@@ -57,24 +58,28 @@ def test_two_ranks_equal_one(tmp_path):
         assert one.keys() == two.keys()
         for key in one:
             assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-4), key
+    sampled = [
+        pyarrow.parquet.read_table(tmp_path / name / "completions.parquet").to_pylist() for name in ("one", "two")
+    ]
+    one, two = ({(row["step"], row["image"], row["completion"]) for row in rows} for rows in sampled)
+    assert one == two and len(sampled[0]) == len(sampled[1]) == 4 * 16 * 8
 
 
-def test_a_failing_rank_ends_the_job_with_its_error(tmp_path):
+def test_an_error_inside_a_rank_ends_the_job_and_is_shown(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO_RANKS)
+    overrides = [
+        "tracking=none",
+        "model.lora.r=4",
+        "model.lora.targets=nothing",
+    ]  # noticed only once the model is loaded
     done = subprocess.run(
-        [
-            sys.executable,
-            str(script),
-            str(tmp_path / "two"),
-            "tracking=none",
-            "model.recipe=null",
-            "model.path=/nonexistent",
-        ],
+        [sys.executable, str(script), str(tmp_path / "two"), *overrides],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         timeout=120,
     )
-    assert done.returncode != 0 and "model.path=/nonexistent is not a folder" in done.stderr
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("common.types.UserError: model.lora.targets=nothing")

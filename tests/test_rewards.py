@@ -47,6 +47,7 @@ EVASIVE = {
     "wrong order": "<answer>six</answer><think>x</think>",
     "upper-case tags hide a second": "<ANSWER>nine</ANSWER><answer>six</answer>",
     "cyrillic look-alike": "ѕіх",
+    "long s": "\u017fix",
     "full-width look-alike": "ｓｉｘ",
     "zero-width space": "si\u200bx",
     "right-to-left mark": "\u202exis",
@@ -75,6 +76,10 @@ def test_accuracy_refuses_wrong_and_evasive_answers(completion):
 def test_a_contained_name_is_not_the_name():
     assert accuracy([sample("<answer>arctic fox</answer>", label="ox")]) == [0.0]
     assert accuracy([sample("<answer>ox</answer>", label="arctic fox")]) == [0.0]
+
+
+def test_a_ligature_is_not_its_letters():
+    assert accuracy([sample("\ufb01ve", label="five")]) == [0.0]
 
 
 def test_underscores_and_spaces_are_one():
@@ -130,6 +135,11 @@ def test_score_weighs_and_keeps_components():
 def test_score_refuses_a_reward_of_another_length():
     with pytest.raises(ValueError, match="'short' returned 1 values for 2 samples"):
         score([sample("a"), sample("b")], {"short": Reward(1.0, lambda samples: [1.0])})
+
+
+def test_score_makes_floats_of_whole_numbers():
+    scores = score([sample("a")], {"count": Reward(1.0, lambda samples: [1 for _ in samples])})
+    assert type(scores.parts["count"][0]) is float  # a column of the completions must not change its type half-way
 
 
 def test_build_rewards_binds_arguments():

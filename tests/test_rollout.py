@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -92,6 +94,18 @@ def test_completions_end_once_or_are_marked_truncated(setup):
                 assert not any(ends[:-1]) and ends[-1] is not c.truncated
                 assert len(c.ids) == len(c.logps) <= decoding.max_tokens
                 assert not c.truncated or len(c.ids) == decoding.max_tokens
+
+
+def test_sampling_stops_when_the_last_completion_has_ended(setup, monkeypatch):
+    vlm, prompts = setup
+    # many ids end a completion, so ends come early, at different steps, and an ended row would soon not end again
+    rollout = HFRollout(replace(vlm, eos=tuple(range(100, 160))))
+    steps, forward = [], rollout._forward
+    monkeypatch.setattr(rollout, "_forward", lambda *arguments: steps.append(1) or forward(*arguments))
+    found = rollout.generate(prompts, 8, Decoding(1.0, 0, 1.0, 200), ["a", "b", "c"])
+    longest = max(len(c.ids) for group in found for c in group)
+    assert len({len(c.ids) for group in found for c in group}) > 3 and longest < 200
+    assert len(steps) == longest, "one forward per token of the longest completion"
 
 
 def test_image_is_encoded_once_per_prompt(setup, monkeypatch):

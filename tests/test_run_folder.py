@@ -46,6 +46,33 @@ def test_interrupted_work_is_moved_aside(tmp_path):
     assert kept == [1, 2] and place.metrics() == []
 
 
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not empty and holds no run .it has precious.txt"):
+        RunFolder(tmp_path).finished_result(VALUES)
+    (tmp_path / "config.yaml").write_text("my: own")
+    with pytest.raises(UserError, match="config.yaml was not written by a run"):
+        RunFolder(tmp_path).finished_result(VALUES)
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(UserError, match="config.yaml was not written by a run"):
+        RunFolder(tmp_path).finished_result(VALUES)
+
+
+def test_only_a_run_s_own_files_are_moved_aside(tmp_path):
+    RunFolder(tmp_path).claim(VALUES)
+    (tmp_path / "notes.txt").write_text("mine")
+    RunFolder(tmp_path).claim(VALUES)
+    assert (tmp_path / "notes.txt").read_text() == "mine" and (tmp_path / "interrupted-1" / "config.yaml").is_file()
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path):
+    first = RunFolder(tmp_path)
+    first.claim(VALUES)
+    with pytest.raises(UserError, match="another process is running in"):
+        RunFolder(tmp_path).claim(VALUES)
+    assert not list(tmp_path.glob("interrupted-*"))
+
+
 def test_unwritable_folder_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to the run folder"):

@@ -39,7 +39,7 @@ def test_picks_equal_coop(seed, shots, train, val):
 
 
 def test_few_shot_draws_train_then_val():
-    source = Source(("a", "b", "c"), tuple(TRAIN), tuple(VAL), (Item("t", 0, "a"),), digits.open_digit)
+    source = Source(("a", "b", "c"), tuple(TRAIN), tuple(VAL), (Item("t", 0, "a"),), digits.open_digit, "")
     task = sampling.few_shot(source, 4, 1)
     assert [item.image for item in task.train] == GOLDEN[2][2].split()
     assert [item.image for item in task.evaluation["val"]] == GOLDEN[2][3].split()
@@ -77,6 +77,6 @@ def test_too_many_shots_name_the_class():
 
 def test_overlap_of_train_and_test_is_refused():
     items = tuple(Item(str(i), 0, "a") for i in range(4))
-    source = Source(("a",), items, (), (replace(items[0]),), digits.open_digit)
+    source = Source(("a",), items, (), (replace(items[0]),), digits.open_digit, "")
     with pytest.raises(UserError, match="1 training images are also in test"):
         sampling.few_shot(source, 4, 1)

@@ -176,7 +176,7 @@ def test_shared_and_plain_training_end_at_the_same_weights(load_vlm, digits_task
     ended = {}
     for forward in ("shared", "plain"):
         vlm = load_vlm()
-        steps = run(vlm, digits_task, think, forward=forward, beta=beta)
+        steps = run(vlm, digits_task, think, impl=forward, beta=beta)
         ended[forward] = (weights(vlm.model), steps)
     assert distance(ended["shared"][0], ended["plain"][0]) < 2e-4  # a tenth of the three updates' step size
     for a, b in zip(ended["shared"][1], ended["plain"][1], strict=True):
@@ -185,12 +185,28 @@ def test_shared_and_plain_training_end_at_the_same_weights(load_vlm, digits_task
 
 
 def test_micro_batch_size_does_not_matter(load_vlm, digits_task, think):
-    ended = []
+    ended, steps = [], []
     for size in (1, 3, 4):
         vlm = load_vlm()
-        run(vlm, digits_task, think, updates=2, prompts_per_forward=size)
+        steps.append(run(vlm, digits_task, think, updates=2, prompts_per_forward=size)[0].metrics)
         ended.append(weights(vlm.model))
     assert distance(ended[0], ended[1]) < 1e-4 and distance(ended[0], ended[2]) < 1e-4
+    for other in steps[1:]:
+        assert other == {key: pytest.approx(value, rel=1e-3, abs=1e-5) for key, value in steps[0].items()}
+
+
+def test_logp_difference_is_the_largest_of_all_micro_batches(load_vlm, digits_task, think, monkeypatch):
+    trainer = grpo(load_vlm(), digits_task, think, prompts_per_forward=1)
+    generate = trainer.rollout.generate
+
+    def first_is_off(*arguments):
+        groups = generate(*arguments)
+        groups[0][0].logps[0] -= 3.0  # a sampler that disagrees with the trainer on one token of the first prompt
+        return groups
+
+    monkeypatch.setattr(trainer.rollout, "generate", first_is_off)
+    assert trainer.step(0).metrics["sampling/sampling_logp_difference/max"] == pytest.approx(3.0, abs=1e-3)
+    trainer.close()
 
 
 def test_training_repeats_itself_to_the_bit(load_vlm, digits_task, think):
@@ -286,16 +302,38 @@ def test_self_check_refuses_a_wrong_forward(load_vlm, digits_task, think, monkey
 
     monkeypatch.setattr(module, "pack_shared", wrong)
     trainer = grpo(load_vlm(), digits_task, think)
-    with pytest.raises(RuntimeError, match="differs from the plain one.*trainer.forward=plain"):
+    with pytest.raises(RuntimeError, match="differs from the plain one.*trainer.impl=plain"):
         trainer.step(0)
     trainer.close()
 
 
-def test_shuffled_rewards_keep_the_values_but_not_their_places(load_vlm, digits_task, think):
-    straight = run(load_vlm(), digits_task, think, updates=1)[0]
-    shuffled = run(load_vlm(), digits_task, think, updates=1, shuffle_rewards=True)[0]
-    assert [r["completion"] for r in straight.rows] == [r["completion"] for r in shuffled.rows]
-    assert [r["advantage"] for r in straight.rows] != [r["advantage"] for r in shuffled.rows]
+def test_shuffled_rewards_keep_the_values_but_not_their_places(load_vlm, digits_task, think, monkeypatch):
+    import common.grpo.trainer as module
+
+    seen = []
+    original = module.group_advantages
+    monkeypatch.setattr(
+        module, "group_advantages", lambda rewards: seen.append(rewards.flatten().tolist()) or original(rewards)
+    )
+    for shuffle in (False, True):
+        run(load_vlm(), digits_task, think, updates=1, shuffle_rewards=shuffle)
+    assert seen[0] != seen[1] and sorted(seen[0]) == sorted(seen[1])
+
+
+def test_gradient_checkpointing_is_at_work_in_an_update(load_vlm, digits_task, think):
+    calls = []
+    for checkpointing in (False, True):
+        vlm = load_vlm(gradient_checkpointing=checkpointing)
+        trainer = grpo(vlm, digits_task, think, self_check=False)
+        counted, generate = [], trainer.rollout.generate
+        trainer.rollout.generate = lambda *a, g=generate, c=counted: (g(*a), c.clear())[0]  # count from here on
+        vlm.model.model.language_model.layers[0].input_layernorm.register_forward_pre_hook(
+            lambda *_, c=counted: c.append(1)
+        )
+        trainer.step(0)
+        trainer.close()
+        calls.append(len(counted))
+    assert calls[1] == 2 * calls[0], "every layer is computed again in the backward pass"
 
 
 def test_scorer_chunks_do_not_matter(load_vlm, digits_task, think):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,15 +23,18 @@ NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 SIDE, LEVELS = 8, 16  # pixels per side; grey values 0..16
 
 
-@cache
-def _rows() -> tuple[tuple[int, ...], ...]:
+def _file() -> Path:
     # The file that sklearn.datasets.load_digits reads, read directly: importing scikit-learn takes seconds, and checks
     # of the data run before every job.
     package = find_spec("sklearn")
     if package is None or package.origin is None:
         raise UserError("data=digits needs scikit-learn, which ships the images: pip install scikit-learn")
-    path = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
-    with gzip.open(path, "rt") as file:
+    return Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+
+
+@cache
+def _rows() -> tuple[tuple[int, ...], ...]:
+    with gzip.open(_file(), "rt") as file:
         return tuple(tuple(int(float(value)) for value in row) for row in csv.reader(file))
 
 
@@ -44,5 +48,6 @@ def open_digit(index: str) -> Image:
 
 def read(root: str | None = None) -> Source:
     """All digits, in file order; an image's key is its row number. `root` is not used: nothing has to be downloaded."""
+    fingerprint = hashlib.sha256(_file().read_bytes()).hexdigest()
     items = tuple(Item(str(i), row[-1], NAMES[row[-1]]) for i, row in enumerate(_rows()))
-    return Source(names=NAMES, train=items, val=(), test=(), open=open_digit)
+    return Source(names=NAMES, train=items, val=(), test=(), open=open_digit, fingerprint=fingerprint)

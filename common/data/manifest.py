@@ -24,7 +24,7 @@ def build(
         rows = [[item.image, item.label] for item in items]
         content["splits"][name] = {
             "n": len(rows),
-            "images_sha256": digest(rows),
+            "items_sha256": digest(rows),
             "prompts_sha256": digest([[prompt.system, prompt.text] for prompt in prompts]),
             "rows": rows,
         }
@@ -63,7 +63,7 @@ def verify(path: Path, manifest: dict[str, Any]) -> None:
         return
     for name, split in manifest["splits"].items():
         before = frozen["splits"].get(name, {})
-        for key in ("images_sha256", "prompts_sha256"):
+        for key in ("items_sha256", "prompts_sha256"):
             if before.get(key) != split[key]:
                 raise UserError(f"{path} froze another task: {key} of split '{name}' differs; use another run folder")
     raise UserError(f"{path} froze another task; use another run folder")

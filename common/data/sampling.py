@@ -47,7 +47,13 @@ def few_shot(source: Source, shots: int, seed: int) -> Task:
     test = source.test or tuple(item for item in source.train if item.image not in picked)
     _check_disjoint(train, {"val": val, "test": test})
     evaluation = {"val": tuple(val), "test": tuple(test)}
-    return Task(source.names, tuple(train), {name: items for name, items in evaluation.items() if items}, source.open)
+    return Task(
+        source.names,
+        tuple(train),
+        {name: items for name, items in evaluation.items() if items},
+        source.open,
+        source.fingerprint,
+    )
 
 
 def _check_disjoint(train: Sequence[Item], others: dict[str, Sequence[Item]]) -> None:

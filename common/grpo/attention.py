@@ -45,14 +45,13 @@ def shared_prefix_attention(
         prefix_q, prefix_k, prefix_v, is_causal=True, scale=scaling, enable_gqa=grouped
     )
     suffix_q, suffix_k, suffix_v = (_take(x, layout.suffix_index) for x in (query, key, value))  # [S, heads, R, D]
-    suffix = F.scaled_dot_product_attention(
-        suffix_q,
-        torch.cat([prefix_k[layout.suffix_owner], suffix_k], 2),
-        torch.cat([prefix_v[layout.suffix_owner], suffix_v], 2),
-        attn_mask=layout.suffix_mask(),
-        scale=scaling,
-        enable_gqa=grouped,
+    # with a mask, grouped heads would take the slow kernel on GPUs: repeat the keys and values instead
+    repeat = query.shape[1] // key.shape[1]
+    keys, values = (
+        torch.cat([prefix[layout.suffix_owner], own], 2).repeat_interleave(repeat, 1)
+        for prefix, own in ((prefix_k, suffix_k), (prefix_v, suffix_v))
     )
+    suffix = F.scaled_dot_product_attention(suffix_q, keys, values, attn_mask=layout.suffix_mask, scale=scaling)
     flat = torch.cat([x.transpose(1, 2).flatten(0, 1) for x in (prefix, suffix)])  # [N P + S R, H, D]
     return flat[layout.restore][None], None
 

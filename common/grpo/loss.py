@@ -53,7 +53,6 @@ def grpo_loss(inputs: LossInputs, epsilon: float, beta: float) -> LossOutputs:
         "tokens": float(len(ratio)),
         "clip_low": float(low.sum()),
         "clip_high": float(high.sum()),
-        "ratio_difference": float((ratio.detach() - 1).abs().sum()),
     }
     if inputs.ref_logps is not None:
         difference = inputs.ref_logps - inputs.logps  # [T]
@@ -61,5 +60,5 @@ def grpo_loss(inputs: LossInputs, epsilon: float, beta: float) -> LossOutputs:
         token_loss = token_loss + beta * kl
         metrics["kl"] = float(kl.detach().sum())
     lengths = torch.bincount(inputs.owner, minlength=len(inputs.advantages))  # [S]
-    weight = 1.0 / (lengths[inputs.owner] * inputs.completions)  # [T]
+    weight = (lengths[inputs.owner] * inputs.completions).to(inputs.logps.dtype).reciprocal()  # [T]
     return LossOutputs((token_loss * weight).sum(), metrics)

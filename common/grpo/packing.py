@@ -53,7 +53,7 @@ class SharedPrefix:
 
     prefix_index: [N, P] and suffix_index: [S, R] index into the row (padding repeats index 0); `restore` [L] puts the
     concatenated, flattened results back in row order. prefix_lengths: [N]; suffix_owner: [S], the prompt of each
-    completion.
+    completion. suffix_mask: see the function.
     """
 
     prefix_index: torch.Tensor
@@ -61,17 +61,20 @@ class SharedPrefix:
     suffix_index: torch.Tensor
     suffix_owner: torch.Tensor
     restore: torch.Tensor
+    suffix_mask: torch.Tensor
 
-    def suffix_mask(self) -> torch.Tensor:
-        """Which keys [prompt, own completion] a completion token sees. Shape: [S or 1, 1, R, P + R], True = sees."""
-        device = self.suffix_index.device
-        prompt, own = self.prefix_index.shape[1], self.suffix_index.shape[1]
-        causal = torch.ones(own, own, dtype=torch.bool, device=device).tril()  # [R, R]
-        lengths = self.prefix_lengths[self.suffix_owner]
-        if bool((lengths == prompt).all()):
-            lengths = lengths[:1]
-        seen = torch.arange(prompt, device=device) < lengths[:, None]  # [S, P]
-        return torch.cat([seen[:, None, :].expand(-1, own, -1), causal.expand(len(seen), -1, -1)], 2)[:, None]
+
+def suffix_mask(prefix_lengths: torch.Tensor, suffix_owner: torch.Tensor, prompt: int, own: int) -> torch.Tensor:
+    """Which keys [prompt, own completion] a completion token sees, True = sees.
+
+    Shape: [S, 1, R, P + R], or [1, 1, R, P + R] when no prompt is padded.
+    """
+    causal = torch.ones(own, own, dtype=torch.bool).tril()  # [R, R]
+    lengths = prefix_lengths[suffix_owner]
+    if bool((lengths == prompt).all()):
+        lengths = lengths[:1]
+    seen = torch.arange(prompt) < lengths[:, None]  # [S, P]
+    return torch.cat([seen[:, None, :].expand(-1, own, -1), causal.expand(len(seen), -1, -1)], 2)[:, None]
 
 
 @dataclass(frozen=True)
@@ -117,12 +120,15 @@ def pack_shared(groups: Sequence[Group], family: type[Family], device: torch.dev
             suffix_owner.append(number)
             predictors.append(torch.cat([torch.tensor([last_row - 1]), rows[:-1]]))
             length += len(completion)
+    prefix_index, suffix_index = pad_sequence(prefixes, batch_first=True), pad_sequence(suffixes, batch_first=True)
+    lengths, owners = torch.tensor([len(p) for p in prefixes]), torch.tensor(suffix_owner)
     layout = SharedPrefix(
-        pad_sequence(prefixes, batch_first=True),
-        torch.tensor([len(p) for p in prefixes]),
-        pad_sequence(suffixes, batch_first=True),
-        torch.tensor(suffix_owner),
+        prefix_index,
+        lengths,
+        suffix_index,
+        owners,
         _restore(prefixes, suffixes, length),
+        suffix_mask(lengths, owners, prefix_index.shape[1], suffix_index.shape[1]),
     )
     inputs = {
         "input_ids": torch.cat(ids)[None].to(device),

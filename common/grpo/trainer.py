@@ -31,8 +31,8 @@ from common.schedule import batch
 from common.schema import GRPO
 from common.types import Prompt, Sample, Step
 
-# Largest difference of a log-probability between the shared and the plain forward that rounding explains, by dtype.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.5}
+# Mean difference of a log-probability between the shared and the plain forward that rounding explains, by dtype.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class GRPOTrainer:
             self.reference = scorer if self.adapters else copy.deepcopy(scorer).eval().requires_grad_(False)
         self.engine = Engine(scorer, config, deepspeed, updates)
         self.tokens = 0.0
-        self.checked = not config.self_check or config.forward == "plain"
+        self.checked = not config.self_check or config.impl == "plain"
 
     def step(self, update: int) -> Step:
         """One update: metrics under TRL's names, seconds per phase, and the completions as rows."""
@@ -99,7 +99,7 @@ class GRPOTrainer:
         self.tokens += metrics.pop("tokens")
         metrics["num_tokens"] = self.tokens
         metrics["epoch"] = (update + 1) * self.config.prompts_per_update / len(self.prompts)
-        return Step(metrics, seconds, _rows(update, rollouts))
+        return Step(metrics, seconds, [row for part in gather(_rows(update, rollouts)) for row in part])
 
     def _score(
         self, update: int, prompts: list[Prompt], encoded: list[Any], completions: list[list[Completion]]
@@ -150,12 +150,12 @@ class GRPOTrainer:
                     "entropy": float(entropy.sum()),
                     "gap": float(gap.sum()),
                 }
-                sums = {key: sums.get(key, 0.0) + value for key, value in found.items()}
-                sums["gap_max"] = max(sums.get("gap_max", 0.0), float(gap.max()))
+                largest = max(sums.get("gap_max", 0.0), float(gap.max()))
+                sums = {key: sums.get(key, 0.0) + value for key, value in found.items()} | {"gap_max": largest}
         return {**_token_means(gather(sums)), **self.engine.step(update)}
 
     def _pack(self, groups: Sequence[Group]) -> Packed:
-        if self.config.forward == "plain":
+        if self.config.impl == "plain":
             return pack_plain(groups, self.vlm.pad, self.vlm.device)
         return pack_shared(groups, self.vlm.family, self.vlm.device)
 
@@ -172,12 +172,12 @@ class GRPOTrainer:
         """Refuse to train if the shared forward and the plain one disagree on real data."""
         shared, _ = self.engine(pack_shared([group], self.vlm.family, self.vlm.device))
         plain, _ = self.engine(pack_plain([group], self.vlm.pad, self.vlm.device))
-        difference = float((shared - plain).abs().max())
+        difference = float((shared - plain).abs().mean())
         allowed = TOLERANCE[self.vlm.model.dtype]
         if not difference <= allowed:
             raise RuntimeError(
                 f"the shared-prefix forward differs from the plain one by {difference:.2g} nats (allowed:"
-                f" {allowed:.0e}); train with trainer.forward=plain and report this model"
+                f" {allowed:.0e}); train with trainer.impl=plain and report this model"
             )
         self.checked = True
 

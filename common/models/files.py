@@ -33,7 +33,7 @@ def find(path: str, revision: str | None, weights: bool = True) -> Path:
     folder = Path(path).expanduser()
     if folder.is_dir():
         check_folder(folder)
-        return folder
+        return folder.resolve()  # results and adapters name it, and must not depend on where the run was started
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise UserError(f"model.path={path} is not a folder; give a checkpoint folder or a hub id 'owner/name'")
     from huggingface_hub import snapshot_download
@@ -44,7 +44,7 @@ def find(path: str, revision: str | None, weights: bool = True) -> Path:
     except Exception as error:
         raise UserError(
             f"model.path={path} is neither a local folder nor reachable on the hub ({type(error).__name__}); download"
-            f" it where there is a network (huggingface-cli download {path}) and pass model.path=<folder>"
+            f" it where there is a network (hf download {path}) and pass model.path=<folder>"
         ) from error
 
 
@@ -72,7 +72,11 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint; empty if there are none."""
     index = folder / WEIGHTS[1]
     if index.is_file():
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        try:
+            names = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"checkpoint {folder}: {index.name} is damaged; copy or build it again") from error
+        return [folder / name for name in sorted(names)]
     single = folder / WEIGHTS[0]
     return [single] if single.is_file() else []
 
@@ -86,11 +90,11 @@ def _check_safetensors(path: Path) -> None:
         try:
             header = json.loads(file.read(size) if size < 100_000_000 else b"")
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
             raise UserError(
                 f"checkpoint file {path} is damaged: no safetensors header; copy or build it again"
             ) from error
-    expected = 8 + size + max(ends, default=0)
+    expected = 8 + size + max(ends, default=1)
     if path.stat().st_size != expected:
         raise UserError(
             f"checkpoint file {path} is damaged: {path.stat().st_size} bytes instead of {expected};"
@@ -137,9 +141,15 @@ def meter_for_folder(folder: Path, family: str) -> PromptMeter:
     from tokenizers import Tokenizer
 
     config = json.loads((folder / "config.json").read_text())
+    if config.get("model_type") != family or "vision_config" not in config:
+        raise UserError(f"checkpoint {folder} is of type {config.get('model_type')}, but model.family={family}")
     template = folder / "chat_template.jinja"
     text = template.read_text() if template.is_file() else _template_from_json(folder)
-    return PromptMeter(family, config, Tokenizer.from_file(str(folder / "tokenizer.json")), text)
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # the library raises nothing more specific
+        raise UserError(f"checkpoint {folder}: tokenizer.json is damaged ({error}); copy or build it again") from error
+    return PromptMeter(family, config, tokenizer, text)
 
 
 def _template_from_json(folder: Path) -> str:
@@ -167,7 +177,9 @@ def too_long(length: int, limit: int, prompt: Prompt) -> UserError:
 
 def build(recipe: str, cache_dir: str) -> Path:
     """Run the `build` function of a recipe module, or return its cached result."""
-    return Path(locate(f"{recipe}.build", "model.recipe")(Path(cache_dir)))
+    folder = Path(locate(f"{recipe}.build", "model.recipe")(Path(cache_dir).resolve()))
+    check_folder(folder)
+    return folder
 
 
 def meter_for_recipe(recipe: str) -> PromptMeter:

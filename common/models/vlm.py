@@ -51,13 +51,19 @@ def load(folder: Path, config: Model, device: torch.device) -> VLM:
     Raises:
         UserError: The folder does not load as an image-text-to-text model, or an adapter target matches nothing.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     try:
         processor = AutoProcessor.from_pretrained(folder)
-        model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=DTYPES[config.dtype])
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=DTYPES[config.dtype], output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"checkpoint {folder} does not load: {error}") from error
+    model, report = loaded
+    if missing := sorted([*report["missing_keys"], *report["mismatched_keys"]]):
+        raise UserError(f"checkpoint {folder} lacks {len(missing)} weights of its architecture, first: {missing[0]}")
     model.config.get_text_config()._attn_implementation = attention.NAME
     eos = model.generation_config.eos_token_id
     ends = tuple(eos) if isinstance(eos, list) else (eos,)
@@ -90,7 +96,7 @@ def add_adapters(model: Any, lora: Lora) -> Any:
 
 
 class Encoder:
-    """Prompts to tensors, with a bounded memory so that the epochs of a few-shot run decode each image once."""
+    """Prompts to tensors, with a bounded memory (first in, first out), so that small runs decode each image once."""
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def curves(metrics: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     figure.suptitle(title, fontsize=11)
     rows = [row for row in metrics if "loss" in row]
     rewards = sorted({key for row in rows for key in row if key.startswith("rewards/") and key.endswith("/mean")})
-    for name, colour in zip(rewards or ["loss"], COLOURS, strict=False):
+    for name, colour in zip(rewards or ["loss"], cycle(COLOURS), strict=False):
         steps, values = [row["step"] for row in rows], [row[name] for row in rows]
         left.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
         label = name.removeprefix("rewards/").removesuffix("/mean")
@@ -36,7 +37,7 @@ def curves(metrics: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     accuracies = sorted(
         {key for row in metrics for key in row if key.startswith("eval/") and key.endswith("/accuracy")}
     )
-    for name, colour in zip(accuracies, COLOURS, strict=False):
+    for name, colour in zip(accuracies, cycle(COLOURS), strict=False):
         points = [(row["step"], 100 * row[name]) for row in metrics if name in row]
         right.plot(*zip(*points, strict=True), color=colour, marker="o", label=f"accuracy, {name.split('/')[1]}")
     right.set(xlabel="update", ylabel="accuracy (%)", ylim=(0, 100))

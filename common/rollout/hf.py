@@ -57,19 +57,20 @@ class HFRollout:
         rows = torch.arange(len(logits), device=device)  # which completion each live row belongs to
         tokens = torch.full((len(rows), decoding.max_tokens), -1, device=device)  # [B, R]
         logps = torch.zeros(tokens.shape, device=device)
+        alive = torch.ones_like(rows, dtype=torch.bool)
         for step in range(decoding.max_tokens):
             distribution = token_logps(logits, banned, decoding.temperature or 1.0)  # [live, V]
             uniform = None if noise is None else noise[rows.cpu(), step].to(device)
             chosen = choose(distribution, decoding, uniform)  # [live]
             tokens[rows, step] = chosen
             logps[rows, step] = distribution.gather(-1, chosen[:, None])[:, 0].float()
-            alive = ~torch.isin(chosen, ends)
+            alive = alive & ~torch.isin(chosen, ends)  # an ended row stays ended whatever it goes on to sample
             if not alive.any() or step + 1 == decoding.max_tokens:
                 break
             if 2 * int(alive.sum()) <= len(alive):  # finished rows are dropped once they are half of the batch
                 kept = alive.nonzero()[:, 0]
                 cache.batch_select_indices(kept)
-                rows, mask, position, chosen = rows[kept], mask[kept], position[kept], chosen[kept]
+                rows, mask, position, chosen, alive = (x[kept] for x in (rows, mask, position, chosen, alive))
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
             places = (position + step)[None, :, None].expand(len(positions), -1, -1)  # [A, live, 1]
             logits = self._forward(chosen[:, None], mask, places, cache, {})
