@@ -24,6 +24,7 @@ from typing import IO, Any
 import yaml
 
 from common.config import decides_result, differences, signature
+from common.distributed import rank
 from common.types import Prediction, Result, UserError
 
 LOCK = ".lock"
@@ -49,10 +50,7 @@ class RunFolder:
         """
         config = self.path / "config.yaml"
         if not config.is_file():
-            if self.path.is_dir() and (strange := sorted(e.name for e in self.path.iterdir() if e.name != LOCK)):
-                raise UserError(
-                    f"{self.path} is not empty and holds no run (it has {strange[0]}); choose another folder"
-                )
+            self._check_free()
             return None
         old = yaml.safe_load(config.read_text())
         if not isinstance(old, dict) or "signature" not in old:
@@ -65,6 +63,14 @@ class RunFolder:
             )
         result = self.path / "metrics.json"
         return json.loads(result.read_text()) if result.is_file() else None
+
+    def _check_free(self) -> None:
+        if rank() != 0 or not self.path.is_dir():
+            return  # other ranks may look while rank 0 is claiming the folder
+        names = (entry.name for entry in self.path.iterdir())
+        strange = sorted(name for name in names if name != LOCK and not name.startswith("interrupted-"))
+        if strange:
+            raise UserError(f"{self.path} is not empty and holds no run (it has {strange[0]}); choose another folder")
 
     def claim(self, values: dict[str, Any]) -> None:
         """Mark the folder as this configuration's, for as long as this object lives.
@@ -81,7 +87,7 @@ class RunFolder:
             if (self.path / "config.yaml").is_file():
                 self._move_aside()
             text = yaml.safe_dump({"signature": signature(values), **values}, sort_keys=False)
-            (self.path / "config.yaml").write_text(text)
+            self._write_whole("config.yaml", text)
         except BlockingIOError as error:
             raise UserError(
                 f"another process is running in {self.path}; wait for it or choose another folder"
@@ -143,9 +149,12 @@ class RunFolder:
 
     def write_result(self, result: Result) -> None:
         """Write metrics.json, whole or not at all."""
-        unfinished = self.path / "metrics.json.unfinished"
-        unfinished.write_text(json.dumps(asdict(result), indent=2) + "\n")
-        os.replace(unfinished, self.path / "metrics.json")
+        self._write_whole("metrics.json", json.dumps(asdict(result), indent=2) + "\n")
+
+    def _write_whole(self, name: str, text: str) -> None:
+        unfinished = self.path / f"{name}.unfinished"
+        unfinished.write_text(text)
+        os.replace(unfinished, self.path / name)
 
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl."""

@@ -1,6 +1,6 @@
 """Weights & Biases, mirrored from the run folder by rank 0. Offline unless an API key is present.
 
-Everything it writes stays inside the run folder, so that `wandb sync` works from another machine.
+The run and the images of its tables lie inside the run folder, so that `wandb sync` works from another machine.
 """
 
 from __future__ import annotations
