@@ -47,7 +47,8 @@ def start_ranks(count: int, config: Config, values: dict[str, Any], folder: Path
     try:
         elastic_launch(elastic, worker)(config, values, folder)
     except ChildFailedError as error:
-        cause = error.get_first_failure()[1].message
+        found = error.get_first_failure()[1].message  # a dict where the rank could write its error file
+        cause = str(found["message"] if isinstance(found, dict) else found)
         if cause.startswith("UserError: "):
             raise UserError(cause.removeprefix("UserError: ")) from None
         raise
