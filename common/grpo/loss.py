@@ -1,12 +1,13 @@
-"""The GRPO objective as a pure function: tensors in, loss and metrics out (arXiv 2402.03300, equation 3).
+"""The GRPO objective and its relatives as pure functions: tensors in, loss and metrics out.
 
-Per token: -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) + beta KL, with the k3 estimate
-KL = exp(ref - logp) - (ref - logp) - 1. Tokens are averaged within a completion, completions over the update (`grpo`).
+Per token: -min(ratio A, clip(ratio) A) + beta KL, with the k3 estimate KL = exp(ref - logp) - (ref - logp) - 1
+(arXiv 2402.03300, equations 3 and 4). The loss types differ only in what each token counts (`token_weights`); the
+sequence-level ratio of GSPO (arXiv 2507.18071) is the exponential of the completion's mean log-ratio.
 
-Example: two completions of 2 and 1 tokens, on-policy (ratio 1), advantages 1 and -1, beta 0. Token losses are
--1, -1, +1; the completion means are -1 and +1; the loss is 0.
+Example: two completions of 2 and 1 tokens, on-policy (ratio 1), advantages 1 and -1, beta 0, loss type `grpo`. Token
+losses are -1, -1, +1; the completion means are -1 and +1; the loss is 0. With `dapo` all three tokens count alike: -1/3.
 
-Shapes: T tokens of all completions, S completions.
+Shapes: T tokens of all completions, S completions, N groups of G completions.
 """
 
 from __future__ import annotations
@@ -15,50 +16,162 @@ from dataclasses import dataclass
 
 import torch
 
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
+LEVELS = ("token", "sequence")
+CORRECTIONS = ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+
 
 @dataclass(frozen=True)
 class LossInputs:
     """Log-probabilities are natural logarithms of the sampled tokens.
 
-    logps: [T], with gradient. old_logps: [T], of the policy that sampled. ref_logps: [T], or None when beta is 0.
-    advantages: [S]. owner: [T], the completion of each token. completions: how many completions the whole update has,
-    over all micro-batches and ranks.
+    logps: [T], with gradient. old_logps: [T], of the policy that sampled, computed by the trainer's own forward.
+    ref_logps: [T], or None when beta is 0. advantages, weights: [S], see `token_weights`; a completion of weight 0 is
+    left out. owner: [T], the completion of each token. correction: [T], see `importance_correction`, or None.
     """
 
     logps: torch.Tensor
     old_logps: torch.Tensor
     ref_logps: torch.Tensor | None
     advantages: torch.Tensor
+    weights: torch.Tensor
     owner: torch.Tensor
-    completions: int
+    correction: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class LossOutputs:
-    """loss: scalar; the losses of all micro-batches add up to the loss of the update. metrics: sums over tokens."""
+    """loss: scalar; the losses of all micro-batches add up to the loss of the update.
+
+    means: under TRL's names, sum and count of what is averaged (over tokens; over completions for the sequence level).
+    lowest, highest: extremes over completions of the share of clipped tokens, None without completions.
+    """
 
     loss: torch.Tensor
-    metrics: dict[str, float]
+    means: dict[str, tuple[float, float]]
+    lowest: float | None
+    highest: float | None
 
 
-def grpo_loss(inputs: LossInputs, epsilon: float, beta: float) -> LossOutputs:
-    """Clipped policy-gradient loss with KL penalty."""
+def token_weights(
+    loss_type: str, lengths: torch.Tensor, group_size: int, completions: int, tokens: int, max_tokens: int
+) -> torch.Tensor:
+    """What one token of each completion counts. Shape: [S] -> [S].
+
+    Args:
+        loss_type: `grpo`: tokens averaged within a completion, then completions (arXiv 2402.03300). `dapo`: all tokens
+            of the update alike (arXiv 2503.14476). `bnpo`: all tokens of a group alike, then groups; TRL's batch
+            normalisation with one group per device batch. `dr_grpo`: divided by the constant completion limit, so
+            that long wrong answers are not favoured (arXiv 2503.20783).
+        lengths: Tokens of each completion, 0 for one that is left out. Whole groups, G in a row. Shape: [S].
+        group_size: G.
+        completions: Completions of the whole update, over all micro-batches and ranks, left-out ones included.
+        tokens: Tokens of the whole update without the left-out ones.
+        max_tokens: Limit on a completion's length.
+
+    >>> token_weights("grpo", torch.tensor([2, 1]), 2, completions=2, tokens=3, max_tokens=8)
+    tensor([0.2500, 0.5000], dtype=torch.float64)
+    """
+    counted = (lengths > 0).double()
+    if loss_type == "grpo":
+        weights = 1 / (completions * lengths.double().clamp(min=1))
+    elif loss_type == "dr_grpo":
+        weights = torch.full_like(counted, 1 / (completions * max_tokens))
+    elif loss_type == "dapo":
+        weights = torch.full_like(counted, 1 / max(1, tokens))
+    else:
+        in_group = lengths.view(-1, group_size).sum(1).double().clamp(min=1)  # [N]
+        weights = (group_size / (completions * in_group)).repeat_interleave(group_size)
+    return weights * counted
+
+
+def importance_correction(
+    old_logps: torch.Tensor, sampled_logps: torch.Tensor, owner: torch.Tensor, count: int, mode: str, cap: float
+) -> torch.Tensor:
+    """Weights that correct for a sampler whose numerics differ from the trainer's. Shape: [T] -> [T].
+
+    The ratio of the trainer's probability to the sampler's, per token or of the whole completion; above `cap` it is
+    truncated to it (arXiv 2508.03772) or the token or completion is left out (`mask`).
+
+    Args:
+        old_logps: The trainer's log-probabilities under the sampling weights. Shape: [T].
+        sampled_logps: The sampler's. Shape: [T].
+        owner: Completion of each token. Shape: [T].
+        count: S.
+        mode: `token_truncate`, `token_mask`, `sequence_truncate` or `sequence_mask`.
+        cap: Largest ratio.
+    """
+    difference = old_logps - sampled_logps  # [T]
+    level, action = mode.split("_")
+    if level == "sequence":
+        difference = _sum_by(difference, owner, count)[owner]
+    ratio = difference.exp()
+    return ratio.clamp(max=cap) if action == "truncate" else ratio.where(ratio <= cap, 0.0)
+
+
+def policy_loss(
+    inputs: LossInputs,
+    epsilon_low: float,
+    epsilon_high: float,
+    beta: float,
+    level: str = "token",
+    correct_kl: bool = False,
+) -> LossOutputs:
+    """Clipped policy-gradient loss with KL penalty.
+
+    Args:
+        inputs: Log-probabilities, advantages and weights.
+        epsilon_low: The ratio is clipped to [1 - epsilon_low, 1 + epsilon_high].
+        epsilon_high: See epsilon_low.
+        beta: Weight of the KL term.
+        level: Ratio of each `token`, or of the `sequence` (GSPO).
+        correct_kl: Multiply the KL estimate by the ratio (arXiv 2512.02556, DeepSeek-V3.2), off in both papers.
+    """
+    counted = inputs.weights[inputs.owner] > 0  # [T]
     log_ratio = inputs.logps - inputs.old_logps  # [T]
-    ratio = log_ratio.exp()  # [T]
+    if level == "sequence":
+        count = len(inputs.weights)
+        lengths = _sum_by(torch.ones_like(log_ratio), inputs.owner, count).clamp(min=1)
+        log_ratio = (_sum_by(log_ratio, inputs.owner, count) / lengths)[inputs.owner]
+    ratio = log_ratio.exp()
     advantage = inputs.advantages[inputs.owner]  # [T]
-    token_loss = -torch.min(ratio * advantage, ratio.clamp(1 - epsilon, 1 + epsilon) * advantage)  # [T]
-    low = (ratio < 1 - epsilon) & (advantage < 0)  # [T]
-    high = (ratio > 1 + epsilon) & (advantage > 0)  # [T]
-    metrics = {
-        "tokens": float(len(ratio)),
-        "clip_low": float(low.sum()),
-        "clip_high": float(high.sum()),
-    }
+    token_loss = -torch.min(ratio * advantage, ratio.clamp(1 - epsilon_low, 1 + epsilon_high) * advantage)
+    if inputs.correction is not None:
+        token_loss = token_loss * inputs.correction
+    low = (ratio < 1 - epsilon_low) & (advantage < 0) & counted
+    high = (ratio > 1 + epsilon_high) & (advantage > 0) & counted
+    measured = {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low | high}
     if inputs.ref_logps is not None:
         difference = inputs.ref_logps - inputs.logps  # [T]
-        kl = difference.exp() - difference - 1  # [T]
+        kl = difference.exp() - difference - 1
+        kl = kl * ratio if correct_kl else kl
         token_loss = token_loss + beta * kl
-        metrics["kl"] = float(kl.detach().sum())
-    lengths = torch.bincount(inputs.owner, minlength=len(inputs.advantages))  # [S]
-    weight = (lengths[inputs.owner] * inputs.completions).to(inputs.logps.dtype).reciprocal()  # [T]
-    return LossOutputs((token_loss * weight).sum(), metrics)
+        measured["kl"] = kl.detach()
+    loss = (token_loss * inputs.weights[inputs.owner].to(token_loss)).sum()
+    return LossOutputs(loss, *_metrics(measured, inputs, counted, per_completion=level == "sequence"))
+
+
+def _metrics(
+    measured: dict[str, torch.Tensor], inputs: LossInputs, counted: torch.Tensor, per_completion: bool
+) -> tuple[dict[str, tuple[float, float]], float | None, float | None]:
+    """Sums, counts and extremes as TRL defines them: a sequence-level ratio counts once per completion."""
+    lengths = _sum_by(counted.double(), inputs.owner, len(inputs.weights))  # [S]
+    present = lengths > 0
+    by_completion = {
+        name: (_sum_by(values.double() * counted, inputs.owner, len(inputs.weights)) / lengths.clamp(min=1))[present]
+        for name, values in measured.items()
+    }
+    means = {}
+    for name, values in measured.items():
+        # the KL stays a value per token unless the sequence ratio multiplies it, which makes no difference to the mean
+        once = per_completion and name != "kl"
+        total = by_completion[name].sum() if once else (values.double() * counted).sum()
+        means[name] = (float(total), float(present.sum() if once else counted.sum()))
+    if not present.any():
+        return means, None, None
+    return means, float(by_completion["clip_ratio/low_mean"].min()), float(by_completion["clip_ratio/high_mean"].max())
+
+
+def _sum_by(values: torch.Tensor, owner: torch.Tensor, count: int) -> torch.Tensor:
+    """Sums over the tokens of each completion. Shape: [T] -> [S]."""
+    return values.new_zeros(count).index_add(0, owner, values)
