@@ -78,7 +78,11 @@ class Lora:
 
 @dataclass
 class Model:
-    """A checkpoint: a folder or hub id (`path`), or a module with `build` and `meter` that makes one (`recipe`)."""
+    """A checkpoint: a folder or hub id (`path`), or a module with `build` and `meter` that makes one (`recipe`).
+
+    image_attention: `family` (the architecture's own) or `causal`. feature_cache_gb: disk space for the image features
+    of a frozen vision tower, 0: no cache. load_in_8bit: bitsandbytes' LLM.int8() for the frozen base of adapters.
+    """
 
     name: str = MISSING
     family: str = MISSING
@@ -89,12 +93,21 @@ class Model:
     image_size: int = MISSING
     max_prompt_tokens: int = MISSING
     gradient_checkpointing: bool = False
+    image_attention: str = "family"
+    freeze_vision: bool = False
+    feature_cache_gb: float = 0.0
+    load_in_8bit: bool = False
     lora: Lora = field(default_factory=Lora)
     gpus: int = 1
 
     def __post_init__(self) -> None:
         one_of("model.family", self.family, tuple(FAMILIES))
         one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
+        one_of("model.image_attention", self.image_attention, ("family", "causal"))
+        if self.feature_cache_gb > 0 and not self.freeze_vision:
+            raise UserError("model.feature_cache_gb needs model.freeze_vision=true: features of a trained tower change")
+        if self.load_in_8bit and self.lora.r == 0:
+            raise UserError("model.load_in_8bit=true needs adapters: 8-bit weights cannot be trained; set model.lora.r")
         if (self.path is None) == (self.recipe is None):
             raise UserError(
                 "model: set either model.path (folder or hub id) or model.recipe (module), the other to null"

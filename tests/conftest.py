@@ -41,51 +41,62 @@ def compose():
 
 
 @pytest.fixture(scope="session")
-def untrained_folder(tmp_path_factory):
-    """The tiny model without pre-training, its random weights scaled up so that logits are not flat."""
+def untrained_folders(tmp_path_factory):
+    """The tiny models without pre-training, by family; random weights scaled up so that logits are not flat."""
     import torch
 
-    from common.models import tiny
+    from common.models import tiny, tiny_gemma3
 
-    folder = tmp_path_factory.mktemp("untrained")
-    processor = tiny.build_processor()
-    model = tiny.build_model(processor.tokenizer, seed=0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(2.0)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    folders = {}
+    for family, recipe in (("qwen2_vl", tiny), ("gemma3", tiny_gemma3)):
+        folders[family] = tmp_path_factory.mktemp(family)
+        processor = recipe.build_processor()
+        model = recipe.build_model(processor.tokenizer, seed=0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter.mul_(2.0)
+        model.save_pretrained(folders[family])
+        processor.save_pretrained(folders[family])
+    return folders
+
+
+@pytest.fixture(scope="session")
+def untrained_folder(untrained_folders):
+    return untrained_folders["qwen2_vl"]
 
 
 @pytest.fixture
-def model_config(untrained_folder):
-    """`Model` config of the untrained folder; keywords override."""
+def model_config(untrained_folders):
+    """`Model` config of an untrained folder; keywords override."""
     from common.schema import Model
 
     def make(**changes):
         values = {
             "name": "untrained",
             "family": "qwen2_vl",
-            "path": str(untrained_folder),
             "dtype": "float32",
             "image_size": 32,
             "max_prompt_tokens": 512,
+            **changes,
         }
-        return Model(**{**values, **changes})
+        return Model(**{"path": str(untrained_folders[values["family"]]), **values})
 
     return make
 
 
 @pytest.fixture
-def load_vlm(untrained_folder, model_config):
-    """A fresh copy of the untrained model on the CPU."""
+def load_vlm(untrained_folders, model_config):
+    """A fresh copy of an untrained model on the CPU."""
     import torch
 
     from common.models import vlm
 
-    return lambda **changes: vlm.load(untrained_folder, model_config(**changes), torch.device("cpu"))
+    def load(**changes):
+        config = model_config(**changes)
+        return vlm.load(untrained_folders[config.family], config, torch.device("cpu"))
+
+    return load
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import MethodType
 
 import pytest
@@ -16,10 +17,11 @@ from common.schema import Lora
 LORA = Lora(r=4, alpha=8, targets=r".*language_model.*\.(q_proj|v_proj|down_proj)")
 
 
-def rms_norm_in_input_dtype(self, hidden_states):
+def rms_norm_in_input_dtype(self, hidden_states, one):
     """The model's RMSNorm computes in fp32 whatever it is given; for fp64 parity it must not."""
     variance = hidden_states.pow(2).mean(-1, keepdim=True)
-    return self.weight * (hidden_states * torch.rsqrt(variance + self.variance_epsilon))
+    epsilon = self.eps if hasattr(self, "eps") else self.variance_epsilon
+    return (one + self.weight) * (hidden_states * torch.rsqrt(variance + epsilon))
 
 
 def groups(vlm, prompts, encoder, sizes, lengths, image):
@@ -28,11 +30,9 @@ def groups(vlm, prompts, encoder, sizes, lengths, image):
     allowed = torch.tensor([i for i in range(len(vlm.processor.tokenizer)) if i not in vlm.banned])
     encoded = encoder(prompts[: len(sizes)])
     if not image:
-        keep = [~torch.isin(e.ids, torch.tensor(vlm.banned)) for e in encoded]
-        encoded = [
-            Encoded(e.ids[k], Qwen2VL.positions(e.ids[k], None, vlm.model.config), None, None)
-            for e, k in zip(encoded, keep, strict=True)
-        ]
+        config = vlm.model.config
+        kept = [e.ids[~torch.isin(e.ids, torch.tensor(vlm.banned))] for e in encoded]
+        encoded = [Encoded(ids, vlm.family.positions(ids, None, config), blocks=vlm.family.blocks(ids, config)) for ids in kept]
     made, count = [], 0
     for prompt, size in zip(encoded, sizes, strict=True):
         completions = []
@@ -68,13 +68,43 @@ CASES = {
 }
 
 
+# Gemma 3 prompts have 60 to 110 tokens: a window far shorter, one that some completions reach the end of, one longer
+MODELS = {
+    "qwen": {"family": "qwen2_vl"},
+    "gemma, window 9": {"family": "gemma3", "window": 9},
+    "gemma, window 64": {"family": "gemma3", "window": 64},
+    "gemma, window 512": {"family": "gemma3", "window": 512},
+    "gemma causal, window 9": {"family": "gemma3", "window": 9, "image_attention": "causal"},
+}
+
+
+def model_for_parity(load_vlm, dtype, window=None, **changes):
+    """A model in `dtype` whose adapters, if any, do something."""
+    torch.manual_seed(0)
+    vlm = load_vlm(**changes)
+    vlm.model.to(dtype)
+    for name, parameter in vlm.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)  # zero-initialised: the adapter would do nothing
+    for module in vlm.model.modules():
+        if dtype == torch.float64 and type(module).__name__.endswith("RMSNorm"):
+            one = 1.0 if type(module).__name__.startswith("Gemma") else 0.0
+            module.forward = MethodType(partial(rms_norm_in_input_dtype, one=one), module)
+        if window is not None and getattr(module, "is_sliding", False):
+            module.sliding_window = window
+    if window is not None:
+        vlm.model.config.get_text_config().sliding_window = window
+    vlm.model.train()
+    return vlm
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 @pytest.mark.parametrize("image", [True, False], ids=["image", "text"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("lora", [Lora(), LORA], ids=["full", "lora"])
-@pytest.mark.parametrize(("sizes", "lengths"), CASES.values(), ids=CASES.keys())
-def test_shared_equals_plain(load_vlm, digits_task, think, no_think, dtype, image, lora, sizes, lengths):
-    torch.manual_seed(0)
-    vlm = load_vlm(lora=lora)
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
+def test_shared_equals_plain(load_vlm, digits_task, think, no_think, record_property, dtype, image, lora, checkpointing, model):
+    vlm = model_for_parity(load_vlm, dtype, lora=lora, gradient_checkpointing=checkpointing, **model)
     encoder = Encoder(vlm, digits_task.open, 32, 512)
     # two instructions: prompts of different lengths in one row
     prompts = [
@@ -82,31 +112,26 @@ def test_shared_equals_plain(load_vlm, digits_task, think, no_think, dtype, imag
         no_think.train_prompts(digits_task)[20],
         think.train_prompts(digits_task)[40],
     ]
-    vlm.model.to(dtype)
-    if lora.r > 0:
-        for name, parameter in vlm.model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.05)  # zero-initialised: the adapter would do nothing
-    if dtype == torch.float64:
-        for module in vlm.model.modules():
-            if type(module).__name__ == "Qwen2VLRMSNorm":
-                module.forward = MethodType(rms_norm_in_input_dtype, module)
-    batch = groups(vlm, prompts, encoder, sizes, lengths, image)
-    if image:
-        batch = [
-            Group(
-                Encoded(g.prompt.ids, g.prompt.positions, g.prompt.pixel_values.to(dtype), g.prompt.grid), g.completions
-            )
-            for g in batch
-        ]
     scorer = PolicyScorer(vlm.model, vlm.banned, temperature=0.9, chunk=7)
-    shared = scores_and_gradient(scorer, pack_shared(batch, vlm.family, vlm.device))
-    plain = scores_and_gradient(scorer, pack_plain(batch, vlm.pad, vlm.device))
     limit = 1e-5 if dtype == torch.float32 else 1e-9
-    assert shared[0].dtype == dtype and float(plain[0].std()) > 0.5, "flat logits would prove nothing"
-    assert float((shared[0] - plain[0]).abs().max()) <= limit
-    assert float((shared[1] - plain[1]).abs().max()) <= 10 * limit
-    assert relative_l2(shared[2], plain[2]) <= limit
+    for name, (sizes, lengths) in CASES.items():
+        batch = groups(vlm, prompts, encoder, sizes, lengths, image)
+        shared = scores_and_gradient(scorer, pack_shared(batch, vlm.family, vlm.device))
+        plain = scores_and_gradient(scorer, pack_plain(batch, vlm.family, vlm.pad, vlm.device))
+        assert shared[0].dtype == dtype and float(plain[0].std()) > 0.5, "flat logits would prove nothing"
+        logps, gradient = float((shared[0] - plain[0]).abs().max()), relative_l2(shared[2], plain[2])
+        record_property(name, f"{logps:.1e} {gradient:.1e}")
+        assert logps <= limit and gradient <= limit, name
+        assert float((shared[1] - plain[1]).abs().max()) <= 10 * limit
+
+
+def test_the_image_block_of_gemma_matters(load_vlm, digits_task, think):
+    scores = {}
+    for attention in ("family", "causal"):
+        vlm = model_for_parity(load_vlm, torch.float32, family="gemma3", image_attention=attention)
+        batch = groups(vlm, think.train_prompts(digits_task), Encoder(vlm, digits_task.open, 32, 512), [2], [4], True)
+        scores[attention] = PolicyScorer(vlm.model, vlm.banned, 1.0, 64)(pack_shared(batch, vlm.family, vlm.device))[0]
+    assert float((scores["family"] - scores["causal"]).abs().max()) > 1e-3
 
 
 def test_gradient_checkpointing_changes_nothing(load_vlm, digits_task, think):
@@ -136,7 +161,7 @@ def test_completions_do_not_see_each_other(load_vlm, digits_task, think):
 
 
 def test_docstring_example_of_packing():
-    prompt = Encoded(torch.tensor([10, 11, 12]), torch.arange(3).expand(3, -1), None, None)
+    prompt = Encoded(torch.tensor([10, 11, 12]), torch.arange(3).expand(3, -1))
     group = Group(prompt, (torch.tensor([20, 21]), torch.tensor([22])))
     shared = pack_shared([group], Qwen2VL, torch.device("cpu"))
     assert shared.inputs["input_ids"].tolist() == [[10, 11, 12, 20, 21, 22]]
@@ -146,7 +171,7 @@ def test_docstring_example_of_packing():
         [20, 21, 22],
         [0, 0, 1],
     )
-    plain = pack_plain([group], pad=0, device=torch.device("cpu"))
+    plain = pack_plain([group], Qwen2VL, pad=0, device=torch.device("cpu"))
     assert plain.inputs["input_ids"].tolist() == [[10, 11, 12, 20, 21], [10, 11, 12, 22, 0]]
     assert plain.predictors.tolist() == [2, 3, 7]
     assert (shared.tokens, plain.tokens) == (6, 10)

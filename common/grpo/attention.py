@@ -1,6 +1,7 @@
 """Shared-prefix attention: two dense attention calls and no L x L mask.
 
-The prompts attend causally among themselves; every completion attends to its own prompt and, causally, to itself.
+The prompts attend among themselves, causally except inside an image where the family says so; every completion attends
+to its own prompt and, causally, to itself. Layers with a sliding window see only that much.
 Registered with transformers' AttentionInterface under `shared_prefix`, so no modelling code is patched; without a
 layout it is ordinary scaled-dot-product attention with transformers' own masks.
 
@@ -31,27 +32,33 @@ def shared_prefix_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
+    sliding_window: int | None = None,
     shared_prefix: SharedPrefix | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Transformers' attention signature. Shape: query [1, H, L, D], key and value [1, K, L, D] -> [1, L, H, D]."""
     if shared_prefix is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
-    layout = shared_prefix
-    grouped = query.shape[1] != key.shape[1]
+    layout, repeat = shared_prefix, query.shape[1] // key.shape[1]
     prefix_q, prefix_k, prefix_v = (_take(x, layout.prefix_index) for x in (query, key, value))  # [N, heads, P, D]
-    # right padding lies in the future of every real token, so plain causal attention is right
-    prefix = F.scaled_dot_product_attention(
-        prefix_q, prefix_k, prefix_v, is_causal=True, scale=scaling, enable_gqa=grouped
-    )
+    mask = layout.prefix_mask(sliding_window)
+    if mask is None:
+        prefix = F.scaled_dot_product_attention(
+            prefix_q, prefix_k, prefix_v, is_causal=True, scale=scaling, enable_gqa=repeat > 1
+        )
+    else:
+        # with a mask, grouped heads would take the slow kernel on GPUs: repeat the keys and values instead
+        keys, values = (x.repeat_interleave(repeat, 1) for x in (prefix_k, prefix_v))
+        prefix = F.scaled_dot_product_attention(prefix_q, keys, values, attn_mask=mask, scale=scaling)
     suffix_q, suffix_k, suffix_v = (_take(x, layout.suffix_index) for x in (query, key, value))  # [S, heads, R, D]
-    # with a mask, grouped heads would take the slow kernel on GPUs: repeat the keys and values instead
-    repeat = query.shape[1] // key.shape[1]
+    visible, mask = layout.suffix_keys(sliding_window)
+    if visible is not layout.prefix_index:  # inside a window only the end of the prompt counts
+        prefix_k, prefix_v = _take(key, visible), _take(value, visible)
     keys, values = (
-        torch.cat([prefix[layout.suffix_owner], own], 2).repeat_interleave(repeat, 1)
-        for prefix, own in ((prefix_k, suffix_k), (prefix_v, suffix_v))
+        torch.cat([before[layout.suffix_owner], own], 2).repeat_interleave(repeat, 1)
+        for before, own in ((prefix_k, suffix_k), (prefix_v, suffix_v))
     )
-    suffix = F.scaled_dot_product_attention(suffix_q, keys, values, attn_mask=layout.suffix_mask, scale=scaling)
+    suffix = F.scaled_dot_product_attention(suffix_q, keys, values, attn_mask=mask, scale=scaling)
     flat = torch.cat([x.transpose(1, 2).flatten(0, 1) for x in (prefix, suffix)])  # [N P + S R, H, D]
     return flat[layout.restore][None], None
 

@@ -46,8 +46,8 @@ class PolicyScorer(torch.nn.Module):
         Returns:
             Log-probabilities [T] with gradient, and the entropies [T] of their distributions without. Both in nats.
         """
-        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        hidden = base.model(**packed.inputs, use_cache=False).last_hidden_state.flatten(0, 1)  # [rows, D]
+        base = without_adapters(self.model)
+        hidden = base.model(**spliced(base, packed.inputs), use_cache=False).last_hidden_state.flatten(0, 1)  # [rows, D]
         hidden = hidden[packed.predictors]  # [T, D]
         pieces = [
             checkpoint(self._score, base.lm_head, rows, targets, use_reentrant=False)
@@ -62,6 +62,30 @@ class PolicyScorer(torch.nn.Module):
         with torch.no_grad():
             entropy = torch.special.entr(logps.exp()).sum(-1)
         return logps.gather(-1, targets[:, None])[:, 0], entropy
+
+
+def without_adapters(model: Any) -> Any:
+    """The `*ForConditionalGeneration` itself; its layers still carry the adapters of the PEFT model around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def spliced(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Model inputs in which ready image features take the place of their image tokens.
+
+    Args:
+        model: A `*ForConditionalGeneration`.
+        inputs: Keyword arguments of its forward; `image_features` [image tokens, D] in the order of the tokens.
+
+    Returns:
+        The same without `image_features` and `input_ids`, with `inputs_embeds`; unchanged without features.
+    """
+    if "image_features" not in inputs:
+        return inputs
+    others = {key: value for key, value in inputs.items() if key not in ("image_features", "input_ids")}
+    ids = inputs["input_ids"]
+    embedded = model.get_input_embeddings()(ids)  # [B, L, D]
+    image = (ids == model.config.image_token_id)[..., None]
+    return {**others, "inputs_embeds": embedded.masked_scatter(image, inputs["image_features"].to(embedded))}
 
 
 def token_logps(logits: torch.Tensor, banned: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -14,13 +14,13 @@ Example: one prompt of 3 tokens [a b c] with completions [x y] and [z]:
     plain ids         [a b c x y], [a b c z pad]; predictors 2 3 7 in the flattened rows
 
 Shapes: N prompts, S completions of all prompts, P/R prompt/completion tokens (padded where stated), L tokens of a row,
-T completion tokens of all completions together, A position axes.
+T completion tokens of all completions together, A position axes, W prompt tokens that completions see, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -31,12 +31,18 @@ from common.models.families import Family
 
 @dataclass(frozen=True)
 class Encoded:
-    """A prompt as tensors: expanded ids [P], position ids [A, P], and its image (None without one)."""
+    """A prompt as tensors: expanded ids [P], position ids [A, P], and its image.
+
+    The image is given as `pixel_values` (with `grid` where the family has one), or as ready `features` [image tokens,
+    D] of a frozen vision tower, or not at all. blocks: [P], see `Family.blocks`.
+    """
 
     ids: torch.Tensor
     positions: torch.Tensor
-    pixel_values: torch.Tensor | None
-    grid: torch.Tensor | None
+    pixel_values: torch.Tensor | None = None
+    grid: torch.Tensor | None = None
+    blocks: torch.Tensor | None = None
+    features: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,8 @@ class SharedPrefix:
 
     prefix_index: [N, P] and suffix_index: [S, R] index into the row (padding repeats index 0); `restore` [L] puts the
     concatenated, flattened results back in row order. prefix_lengths: [N]; suffix_owner: [S], the prompt of each
-    completion. suffix_mask: see the function.
+    completion. blocks: [N, P], see `Family.blocks`, padded with -1. masks: one entry per window, so that the layers of
+    a forward share them.
     """
 
     prefix_index: torch.Tensor
@@ -61,20 +68,58 @@ class SharedPrefix:
     suffix_index: torch.Tensor
     suffix_owner: torch.Tensor
     restore: torch.Tensor
-    suffix_mask: torch.Tensor
+    blocks: torch.Tensor | None
+    masks: dict[Any, Any] = field(default_factory=dict, compare=False)
 
+    def to(self, device: torch.device) -> SharedPrefix:
+        """The same on another device."""
+        moved = (getattr(self, f.name) for f in fields(self) if f.name != "masks")
+        return SharedPrefix(*(None if x is None else x.to(device) for x in moved))
 
-def suffix_mask(prefix_lengths: torch.Tensor, suffix_owner: torch.Tensor, prompt: int, own: int) -> torch.Tensor:
-    """Which keys [prompt, own completion] a completion token sees, True = sees.
+    def prefix_mask(self, window: int | None) -> torch.Tensor | None:
+        """Which prompt tokens a prompt token sees, True = sees; None: all before it. Shape: [N, 1, P, P].
 
-    Shape: [S, 1, R, P + R], or [1, 1, R, P + R] when no prompt is padded.
-    """
-    causal = torch.ones(own, own, dtype=torch.bool).tril()  # [R, R]
-    lengths = prefix_lengths[suffix_owner]
-    if bool((lengths == prompt).all()):
-        lengths = lengths[:1]
-    seen = torch.arange(prompt) < lengths[:, None]  # [S, P]
-    return torch.cat([seen[:, None, :].expand(-1, own, -1), causal.expand(len(seen), -1, -1)], 2)[:, None]
+        Right padding lies in the future of every real token, so it needs no mask of its own.
+        """
+        width = self.prefix_index.shape[1]
+        if self.blocks is None and (window is None or window >= width):
+            return None
+        if ("prefix", window) not in self.masks:
+            place = torch.arange(width, device=self.prefix_index.device)
+            seen = (place <= place[:, None])[None]  # [1, P, P]
+            if self.blocks is not None:
+                seen = seen | ((self.blocks[:, None] == self.blocks[:, :, None]) & (self.blocks >= 0)[:, None])
+            if window is not None:
+                seen = seen & (place > place[:, None] - window)
+            self.masks["prefix", window] = seen[:, None]
+        return self.masks["prefix", window]
+
+    def suffix_keys(self, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The prompt tokens that completions can see, and the mask over [those, own completion], True = sees.
+
+        Inside a window only the last `window - 1` tokens of the prompt count.
+
+        Returns:
+            Index into the row [N, W], and mask [S, 1, R, W + R] ([1, 1, R, W + R] if all prompts have equal length).
+        """
+        if ("suffix", window) not in self.masks:
+            width, own = self.prefix_index.shape[1], self.suffix_index.shape[1]
+            device, lengths = self.prefix_index.device, self.prefix_lengths[:, None]
+            places = torch.arange(width, device=device).expand(len(lengths), -1)  # [N, W]
+            index = self.prefix_index
+            if window is not None and window <= width:
+                places = lengths - (window - 1) + torch.arange(window - 1, device=device)
+                index = index.gather(1, places.clamp(0, width - 1))
+            owner = self.suffix_owner if bool((lengths != lengths[0]).any()) else self.suffix_owner[:1]
+            row = torch.arange(own, device=device)[:, None]  # [R, 1]
+            before = (places[owner] >= 0) & (places[owner] < lengths[owner])  # [S, W]
+            seen = before[:, None, :].expand(-1, own, -1)  # [S, R, W]
+            itself = (row.T <= row).expand(len(owner), -1, -1)  # [S, R, R]
+            if window is not None:
+                seen = seen & (places[owner][:, None, :] > lengths[owner][:, :, None] + row - window)
+                itself = itself & (row.T > row - window)
+            self.masks["suffix", window] = index, torch.cat([seen, itself], 2)[:, None]
+        return self.masks["suffix", window]
 
 
 @dataclass(frozen=True)
@@ -95,6 +140,39 @@ class Packed:
     def tokens(self) -> int:
         """Tokens that go through the language model, padding included."""
         return int(self.inputs["input_ids"].numel())
+
+
+def shared_tokens(group: Group) -> int:
+    """Tokens of a group in the shared layout."""
+    return len(group.prompt.ids) + sum(len(completion) for completion in group.completions)
+
+
+def plain_tokens(groups: Sequence[Group]) -> int:
+    """Tokens of the plain layout, padding included."""
+    rows = [len(group.prompt.ids) + len(completion) for group in groups for completion in group.completions]
+    return len(rows) * max(rows)
+
+
+def within_budget(
+    items: Sequence[int], tokens: Callable[[int], int], budget: int | None, at_most: int
+) -> list[list[int]]:
+    """Consecutive items in as few parts as hold at most `budget` tokens and `at_most` items each.
+
+    An item above the budget gets a part of its own.
+
+    >>> within_budget([0, 1, 2, 3], [5, 4, 3, 9].__getitem__, budget=9, at_most=2)
+    [[0, 1], [2], [3]]
+    """
+    parts: list[list[int]] = []
+    used = 0
+    for item in items:
+        size = tokens(item)
+        if not parts or len(parts[-1]) == at_most or (budget is not None and used + size > budget):
+            parts.append([])
+            used = 0
+        parts[-1].append(item)
+        used += size
+    return parts
 
 
 def pack_shared(groups: Sequence[Group], family: type[Family], device: torch.device) -> Packed:
@@ -120,27 +198,26 @@ def pack_shared(groups: Sequence[Group], family: type[Family], device: torch.dev
             suffix_owner.append(number)
             predictors.append(torch.cat([torch.tensor([last_row - 1]), rows[:-1]]))
             length += len(completion)
-    prefix_index, suffix_index = pad_sequence(prefixes, batch_first=True), pad_sequence(suffixes, batch_first=True)
-    lengths, owners = torch.tensor([len(p) for p in prefixes]), torch.tensor(suffix_owner)
     layout = SharedPrefix(
-        prefix_index,
-        lengths,
-        suffix_index,
-        owners,
+        pad_sequence(prefixes, batch_first=True),
+        torch.tensor([len(p) for p in prefixes]),
+        pad_sequence(suffixes, batch_first=True),
+        torch.tensor(suffix_owner),
         _restore(prefixes, suffixes, length),
-        suffix_mask(lengths, owners, prefix_index.shape[1], suffix_index.shape[1]),
+        pad_blocks([group.prompt for group in groups]),
     )
     inputs = {
         "input_ids": torch.cat(ids)[None].to(device),
-        "position_ids": torch.cat(positions, 1)[:, None].to(device),
-        "attention_mask": family.no_mask(),
-        "shared_prefix": SharedPrefix(*(getattr(layout, f).to(device) for f in layout.__dataclass_fields__)),
+        "position_ids": family.position_ids(torch.cat(positions, 1)[:, None]).to(device),
+        # one entry per kind of layer, so that transformers makes no mask of its own
+        "attention_mask": {"full_attention": None, "sliding_attention": None},
+        "shared_prefix": layout.to(device),
         **images([group.prompt for group in groups], device),
     }
     return _packed(inputs, predictors, groups, device)
 
 
-def pack_plain(groups: Sequence[Group], pad: int, device: torch.device) -> Packed:
+def pack_plain(groups: Sequence[Group], family: type[Family], pad: int, device: torch.device) -> Packed:
     """One right-padded row per completion; the prompt and its image are repeated."""
     pairs = [(group.prompt, completion) for group in groups for completion in group.completions]
     rows = [torch.cat([prompt.ids, completion]) for prompt, completion in pairs]
@@ -157,11 +234,27 @@ def pack_plain(groups: Sequence[Group], pad: int, device: torch.device) -> Packe
     ]
     inputs = {
         "input_ids": ids.to(device),
-        "position_ids": places.to(device),
+        "position_ids": family.position_ids(places).to(device),
         "attention_mask": mask.to(device),
         **images([prompt for prompt, _ in pairs], device),
     }
+    blocks = pad_blocks([prompt for prompt, _ in pairs], width)
+    if blocks is not None:
+        inputs |= family.block_inputs(blocks.to(device))
     return _packed(inputs, predictors, groups, device)
+
+
+def pad_blocks(prompts: Sequence[Encoded], width: int = 0, left: bool = False) -> torch.Tensor | None:
+    """The prompts' image blocks, padded with -1 to the longest (or to `width`); None: causal. Shape: [B, L]."""
+    if prompts[0].blocks is None:
+        return None
+    width = max(width, *(len(prompt.ids) for prompt in prompts))
+    rows = torch.full((len(prompts), width), -1)
+    for row, prompt in zip(rows, prompts, strict=True):
+        assert prompt.blocks is not None
+        start = width - len(prompt.ids) if left else 0
+        row[start : start + len(prompt.ids)] = prompt.blocks
+    return rows
 
 
 def score_prompts(packed: Packed, ignored: Sequence[int]) -> Packed:
@@ -184,12 +277,13 @@ def score_prompts(packed: Packed, ignored: Sequence[int]) -> Packed:
 
 
 def images(prompts: Sequence[Encoded], device: torch.device) -> dict[str, torch.Tensor]:
-    """The pixels of all prompts as the model takes them: patches of all images in one list."""
-    pixels = [prompt.pixel_values for prompt in prompts if prompt.pixel_values is not None]
-    grids = [prompt.grid for prompt in prompts if prompt.grid is not None]
-    if not pixels:
-        return {}
-    return {"pixel_values": torch.cat(pixels).to(device), "image_grid_thw": torch.cat(grids).to(device)}
+    """The images of all prompts as the model takes them, or their ready features (see `vlm.spliced`)."""
+    found = {
+        "image_features": [prompt.features for prompt in prompts if prompt.features is not None],
+        "pixel_values": [prompt.pixel_values for prompt in prompts if prompt.pixel_values is not None],
+        "image_grid_thw": [prompt.grid for prompt in prompts if prompt.grid is not None],
+    }
+    return {name: torch.cat(values).to(device) for name, values in found.items() if values}
 
 
 def _packed(

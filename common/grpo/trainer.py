@@ -156,7 +156,7 @@ class GRPOTrainer:
 
     def _pack(self, groups: Sequence[Group]) -> Packed:
         if self.config.impl == "plain":
-            return pack_plain(groups, self.vlm.pad, self.vlm.device)
+            return pack_plain(groups, self.vlm.family, self.vlm.pad, self.vlm.device)
         return pack_shared(groups, self.vlm.family, self.vlm.device)
 
     @torch.no_grad()
@@ -171,7 +171,7 @@ class GRPOTrainer:
     def _self_check(self, group: Group) -> None:
         """Refuse to train if the shared forward and the plain one disagree on real data."""
         shared, _ = self.engine(pack_shared([group], self.vlm.family, self.vlm.device))
-        plain, _ = self.engine(pack_plain([group], self.vlm.pad, self.vlm.device))
+        plain, _ = self.engine(pack_plain([group], self.vlm.family, self.vlm.pad, self.vlm.device))
         difference = float((shared - plain).abs().mean())
         allowed = TOLERANCE[self.vlm.model.dtype]
         if not difference <= allowed:

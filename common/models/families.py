@@ -1,10 +1,10 @@
 """Everything that depends on the architecture of the vision-language model, one small adapter per family.
 
-An adapter answers four questions: where each prompt token sits (position ids), which attention masks a mask-free
-forward needs, which ids must never be sampled, and how many tokens an image takes. Adding an architecture means
-adding one here.
+An adapter says where each prompt token sits (position ids), which prompt tokens see each other both ways (blocks), how
+the processor's output is cut into images, which ids must never be sampled, and how many tokens an image takes. Adding
+an architecture means adding one here.
 
-Shapes: P prompt tokens, n images in the prompt.
+Shapes: B rows, P prompt tokens, L tokens of a row, A position axes, n images in the prompt.
 """
 
 from __future__ import annotations
@@ -18,13 +18,31 @@ if TYPE_CHECKING:
 class Family(Protocol):
     """What the rest of the framework asks about an architecture."""
 
-    @staticmethod
-    def positions(ids: torch.Tensor, grid: torch.Tensor | None, config: Any) -> torch.Tensor:
-        """Position ids of one unpadded prompt. Shape: [P] -> [axes, P]."""
+    # The modules that turn pixels into token embeddings, by their names in the model.
+    vision: tuple[str, ...]
 
     @staticmethod
-    def no_mask() -> dict[str, None]:
-        """`attention_mask` of a forward whose attention function builds its own mask."""
+    def positions(ids: torch.Tensor, grid: torch.Tensor | None, config: Any) -> torch.Tensor:
+        """Position ids of one unpadded prompt. Shape: [P] -> [A, P]."""
+
+    @staticmethod
+    def position_ids(positions: torch.Tensor) -> torch.Tensor:
+        """Positions [A, B, L] in the shape that the model takes."""
+
+    @staticmethod
+    def blocks(ids: torch.Tensor, config: Any) -> torch.Tensor | None:
+        """Number of the image whose tokens see each other both ways, -1 elsewhere; None: causal throughout.
+
+        Shape: [P] -> [P].
+        """
+
+    @staticmethod
+    def block_inputs(blocks: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What tells transformers' own masks about the blocks [B, L]."""
+
+    @staticmethod
+    def images(batch: Any) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Pixels and grid of each image of a processed batch, in order."""
 
     @staticmethod
     def placeholder_tokens(config: Any) -> tuple[int, ...]:
@@ -34,9 +52,15 @@ class Family(Protocol):
     def image_tokens(config: dict[str, Any], image_size: int) -> int:
         """Number of prompt tokens that a square image of `image_size` pixels takes; `config` is config.json."""
 
+    @staticmethod
+    def image_text(text: str) -> str:
+        """A rendered chat with the text that the processor puts around its images, one image token in each."""
+
 
 class Qwen2VL:
     """Qwen2-VL (arXiv 2409.12191): 3-D rotary positions (time, height, width), one token per 2x2 patches."""
+
+    vision = ("visual",)
 
     @staticmethod
     def positions(ids: torch.Tensor, grid: torch.Tensor | None, config: Any) -> torch.Tensor:
@@ -68,8 +92,21 @@ class Qwen2VL:
         return torch.cat(pieces, dim=1).to(ids.device)
 
     @staticmethod
-    def no_mask() -> dict[str, None]:
-        return {"full_attention": None, "sliding_attention": None}
+    def position_ids(positions: torch.Tensor) -> torch.Tensor:
+        return positions
+
+    @staticmethod
+    def blocks(ids: torch.Tensor, config: Any) -> torch.Tensor | None:
+        return None
+
+    @staticmethod
+    def block_inputs(blocks: torch.Tensor) -> dict[str, torch.Tensor]:
+        raise ValueError("Qwen2-VL attends causally throughout")
+
+    @staticmethod
+    def images(batch: Any) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        grids = batch["image_grid_thw"]
+        return list(zip(batch["pixel_values"].split(grids.prod(1).tolist()), grids.split(1), strict=True))
 
     @staticmethod
     def placeholder_tokens(config: Any) -> tuple[int, ...]:
@@ -81,5 +118,57 @@ class Qwen2VL:
         cell = vision.get("patch_size", 14) * vision.get("spatial_merge_size", 2)
         return round(image_size / cell) ** 2  # the processor rounds each side to whole cells
 
+    @staticmethod
+    def image_text(text: str) -> str:
+        return text
 
-FAMILIES: dict[str, type[Family]] = {"qwen2_vl": Qwen2VL}
+
+class Gemma3:
+    """Gemma 3 (arXiv 2503.19786): 1-D positions, most layers with a sliding window, and an image of 256 tokens that see
+    each other both ways.
+    """
+
+    vision = ("vision_tower", "multi_modal_projector")
+
+    @staticmethod
+    def positions(ids: torch.Tensor, grid: torch.Tensor | None, config: Any) -> torch.Tensor:
+        """Plain counting. Shape: [P] -> [1, P]."""
+        import torch
+
+        return torch.arange(len(ids), device=ids.device)[None]
+
+    @staticmethod
+    def position_ids(positions: torch.Tensor) -> torch.Tensor:
+        return positions[0]
+
+    @staticmethod
+    def blocks(ids: torch.Tensor, config: Any) -> torch.Tensor | None:
+        """Every unbroken run of image tokens is one block, as in transformers."""
+        import torch
+
+        image = ids == config.image_token_id
+        starts = image & ~torch.cat([torch.zeros_like(image[:1]), image[:-1]])
+        return torch.where(image, starts.cumsum(0) - 1, -1)
+
+    @staticmethod
+    def block_inputs(blocks: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"token_type_ids": (blocks >= 0).long()}
+
+    @staticmethod
+    def images(batch: Any) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        return [(pixels, None) for pixels in batch["pixel_values"].split(1)]
+
+    @staticmethod
+    def placeholder_tokens(config: Any) -> tuple[int, ...]:
+        return (config.image_token_id, config.boi_token_index, config.eoi_token_index)
+
+    @staticmethod
+    def image_tokens(config: dict[str, Any], image_size: int) -> int:
+        return int(config["mm_tokens_per_image"])  # whatever the size: the processor resizes
+
+    @staticmethod
+    def image_text(text: str) -> str:
+        return text.replace("<start_of_image>", "\n\n<start_of_image><image_soft_token><end_of_image>\n\n")
+
+
+FAMILIES: dict[str, type[Family]] = {"qwen2_vl": Qwen2VL, "gemma3": Gemma3}

@@ -114,7 +114,17 @@ def checkpoint_hash(folder: Path) -> str:
 class PromptMeter:
     """Counts the tokens of prompts as the processor will make them, from the files alone."""
 
-    def __init__(self, family: str, config: dict[str, Any], tokenizer: Any, template: str) -> None:
+    def __init__(
+        self, family: str, config: dict[str, Any], tokenizer: Any, template: str, begin: str | None = None
+    ) -> None:
+        """
+        Args:
+            family: Key of FAMILIES.
+            config: The checkpoint's config.json.
+            tokenizer: A `tokenizers.Tokenizer`.
+            template: Chat template.
+            begin: The token that templates write as `bos_token`, if the checkpoint has one.
+        """
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         self.family, self.config, self.tokenizer = FAMILIES[family], config, tokenizer
@@ -122,12 +132,13 @@ class PromptMeter:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
-        environment.globals["raise_exception"] = _refuse
+        environment.globals |= {"raise_exception": _refuse, "bos_token": begin or ""}
         self.template = environment.from_string(template)
 
     def tokens(self, prompts: Iterable[Prompt], image_size: int) -> list[int]:
         """Length of each prompt in tokens, its image included."""
-        texts = [self.template.render(messages=messages(p), add_generation_prompt=True) for p in prompts]
+        rendered = (self.template.render(messages=messages(p), add_generation_prompt=True) for p in prompts)
+        texts = [self.family.image_text(text) for text in rendered]
         extra = self.family.image_tokens(self.config, image_size) - 1  # the template writes one placeholder
         return [len(encoding.ids) + extra for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
@@ -149,7 +160,13 @@ def meter_for_folder(folder: Path, family: str) -> PromptMeter:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # the library raises nothing more specific
         raise UserError(f"checkpoint {folder}: tokenizer.json is damaged ({error}); copy or build it again") from error
-    return PromptMeter(family, config, tokenizer, text)
+    return PromptMeter(family, config, tokenizer, text, _begin_token(folder))
+
+
+def _begin_token(folder: Path) -> str | None:
+    path = folder / "tokenizer_config.json"
+    found = json.loads(path.read_text()).get("bos_token") if path.is_file() else None
+    return found["content"] if isinstance(found, dict) else found
 
 
 def _template_from_json(folder: Path) -> str:

@@ -121,7 +121,7 @@ def build_processor() -> Any:
         extra_special_tokens=SPECIAL_TOKENS[1:],
         model_max_length=2048,
     )
-    tokenizer.add_tokens([_plain_token(tag) for tag in TAGS])
+    tokenizer.add_tokens([plain_token(tag) for tag in TAGS])
     size = {"shortest_edge": IMAGE_SIZE**2, "longest_edge": IMAGE_SIZE**2}
     patches = {"patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": 2}
     return Qwen2VLProcessor(
@@ -132,7 +132,8 @@ def build_processor() -> Any:
     )
 
 
-def _plain_token(text: str) -> Any:
+def plain_token(text: str) -> Any:
+    """An added token that survives decoding."""
     from tokenizers import AddedToken
 
     return AddedToken(text, special=False, normalized=False)

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from common.grpo import attention
+from common.grpo.logprobs import without_adapters
 from common.grpo.packing import Encoded
 from common.models.families import FAMILIES, Family
+from common.models.features import FeatureStore
 from common.models.files import messages, too_long
 from common.schema import Lora, Model
 from common.types import Prompt, UserError
@@ -31,6 +33,7 @@ class VLM:
     """A loaded model with everything that is read off its checkpoint.
 
     eos: ids that end a completion. banned: ids that are neither sampled nor scored (image placeholders, padding).
+    causal_images: image tokens attend causally even where the family's own see each other both ways.
     """
 
     model: Any
@@ -39,6 +42,7 @@ class VLM:
     eos: tuple[int, ...]
     banned: tuple[int, ...]
     pad: int
+    causal_images: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -54,11 +58,14 @@ def load(folder: Path, config: Model, device: torch.device) -> VLM:
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    options: dict[str, Any] = {"dtype": DTYPES[config.dtype], "output_loading_info": True}
+    if config.load_in_8bit:
+        from transformers import BitsAndBytesConfig
+
+        options |= {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device}}
     try:
         processor = AutoProcessor.from_pretrained(folder)
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=DTYPES[config.dtype], output_loading_info=True
-        )
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"checkpoint {folder} does not load: {error}") from error
     model, report = loaded
@@ -73,12 +80,22 @@ def load(folder: Path, config: Model, device: torch.device) -> VLM:
     placeholders = family.placeholder_tokens(model.config)
     pad = processor.tokenizer.pad_token_id
     banned = tuple(sorted({*placeholders, pad} - set(ends)))  # some checkpoints also end with their padding token
+    if config.freeze_vision:
+        freeze(model, family.vision)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.lora.r > 0:
         model = add_adapters(model, config.lora)
-    model.to(device)
-    return VLM(model, processor, family, ends, banned, pad)
+    if not config.load_in_8bit:
+        model.to(device)
+    return VLM(model, processor, family, ends, banned, pad, config.image_attention == "causal")
+
+
+def freeze(model: Any, modules: tuple[str, ...]) -> None:
+    """No gradient for the parameters of the named modules."""
+    for name, parameter in model.named_parameters():
+        if set(name.split(".")) & set(modules):
+            parameter.requires_grad_(False)
 
 
 def add_adapters(model: Any, lora: Lora) -> Any:
@@ -104,18 +121,20 @@ class Encoder:
         open_image: Callable[[str], Image],
         image_size: int,
         max_tokens: int,
+        store: FeatureStore | None = None,
         cache_bytes: int = 512 * 2**20,
     ) -> None:
         """
         Args:
-            vlm: Its processor is used.
+            vlm: Its processor is used, and its vision tower if there is a store.
             open_image: From an image's key to an RGB picture.
             image_size: Images are squashed to this side in pixels with Lanczos, as in the CLS-RL code.
             max_tokens: Limit on a prompt's length, image tokens included.
-            cache_bytes: Bound on the remembered pixels.
+            store: Images become features of the frozen vision tower at once, kept here; None: pixels.
+            cache_bytes: Bound on the remembered tensors.
         """
         self.vlm, self.open_image, self.image_size, self.max_tokens = vlm, open_image, image_size, max_tokens
-        self.cache_bytes, self.used = cache_bytes, 0
+        self.store, self.cache_bytes, self.used = store, cache_bytes, 0
         self.memory: OrderedDict[Prompt, Encoded] = OrderedDict()
 
     def __call__(self, prompts: Sequence[Prompt]) -> list[Encoded]:
@@ -137,27 +156,44 @@ class Encoder:
     def _encode(self, prompts: Sequence[Prompt]) -> list[Encoded]:
         from PIL.Image import Resampling
 
-        processor = self.vlm.processor
+        processor, family, config = self.vlm.processor, self.vlm.family, self.vlm.model.config
         size = (self.image_size, self.image_size)
-        pictures = [self.open_image(prompt.image).convert("RGB").resize(size, Resampling.LANCZOS) for prompt in prompts]
-        texts = [
-            processor.apply_chat_template(messages(prompt), tokenize=False, add_generation_prompt=True)
-            for prompt in prompts
-        ]
-        batch = processor(text=texts, images=pictures, padding=True, return_tensors="pt")
+        pictures = [[self.open_image(p.image).convert("RGB").resize(size, Resampling.LANCZOS)] for p in prompts]
+        texts = [processor.apply_chat_template(messages(p), tokenize=False, add_generation_prompt=True) for p in prompts]
+        # the template has already written what begins a conversation
+        batch = processor(text=texts, images=pictures, padding=True, return_tensors="pt", add_special_tokens=False)
         keep = batch["attention_mask"].bool()
-        patches = batch["pixel_values"].split(batch["image_grid_thw"].prod(1).tolist())
         encoded = []
-        for row, prompt in enumerate(prompts):
+        for row, (prompt, (pixels, grid)) in enumerate(zip(prompts, family.images(batch), strict=True)):
             ids = batch["input_ids"][row][keep[row]]
             if len(ids) > self.max_tokens:
                 raise too_long(len(ids), self.max_tokens, prompt)
-            grid = batch["image_grid_thw"][row : row + 1]
-            positions = self.vlm.family.positions(ids, grid, self.vlm.model.config)
-            encoded.append(Encoded(ids, positions, patches[row].to(self.vlm.model.dtype), grid))
+            positions = family.positions(ids, grid, config)
+            blocks = None if self.vlm.causal_images else family.blocks(ids, config)
+            pixels = pixels.to(self.vlm.model.dtype)
+            if self.store is None:
+                encoded.append(Encoded(ids, positions, pixels, grid, blocks))
+            else:
+                encoded.append(Encoded(ids, positions, None, None, blocks, self._features(pixels, grid)))
         return encoded
+
+    @torch.no_grad()
+    def _features(self, pixels: torch.Tensor, grid: torch.Tensor | None) -> torch.Tensor:
+        """Token embeddings of one image. Shape: [image tokens, D]."""
+        assert self.store is not None
+        key = self.store.key(pixels, grid)
+        found = self.store.get(key)
+        if found is None:
+            device = self.vlm.device
+            grids = {} if grid is None else {"image_grid_thw": grid.to(device)}
+            base = without_adapters(self.vlm.model)
+            output = base.get_image_features(pixel_values=pixels.to(device), **grids).pooler_output
+            parts = list(output) if isinstance(output, tuple | list) else [output.flatten(0, -2)]
+            found = torch.cat(parts).cpu()
+            self.store.put(key, found)
+        return found
 
 
 def _bytes(encoded: Encoded) -> int:
-    pixels = 0 if encoded.pixel_values is None else encoded.pixel_values.nbytes
-    return pixels + encoded.ids.nbytes + encoded.positions.nbytes
+    tensors = (encoded.ids, encoded.positions, encoded.pixel_values, encoded.blocks, encoded.features)
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 import torch
 from transformers.cache_utils import DynamicCache
 
-from common.grpo.logprobs import token_logps
-from common.grpo.packing import Encoded, images
+from common.grpo.logprobs import spliced, token_logps, without_adapters
+from common.grpo.packing import Encoded, images, pad_blocks
 from common.models.vlm import VLM
 from common.rollout.base import Completion, Decoding
 
@@ -48,8 +48,12 @@ class HFRollout:
         banned = torch.tensor(self.vlm.banned, device=device)
         ends = torch.tensor(self.vlm.eos, device=device)
         ids, mask, positions = (x.to(device) for x in left_pad(prompts, self.vlm.pad))
+        extra = images(prompts, device)
+        blocks = pad_blocks(prompts, left=True)
+        if blocks is not None:
+            extra |= self.vlm.family.block_inputs(blocks.to(device))
         cache = DynamicCache(config=self.vlm.model.config.get_text_config())
-        logits = self._forward(ids, mask, positions, cache, images(prompts, device))  # [N, V]
+        logits = self._forward(ids, mask, positions, cache, extra)  # [N, V]
         cache.batch_repeat_interleave(group_size)
         logits, mask = (x.repeat_interleave(group_size, 0) for x in (logits, mask))
         position = (positions.amax(0)[:, -1] + 1).repeat_interleave(group_size)  # [B]
@@ -82,20 +86,19 @@ class HFRollout:
         mask: torch.Tensor,
         positions: torch.Tensor,
         cache: DynamicCache,
-        pixels: dict[str, torch.Tensor],
+        extra: dict[str, torch.Tensor],
     ) -> torch.Tensor:
         """Logits of the next token. Shape: [B, V]."""
         # without padding causal attention needs no mask, which lets the fast kernels run
         full = ids.shape[1] > 1 and bool(mask.all())
-        out = self.vlm.model(
-            input_ids=ids,
-            attention_mask=None if full else mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-            **pixels,
-        )
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": None if full else mask,
+            "position_ids": self.vlm.family.position_ids(positions),
+            **extra,
+        }
+        inputs = spliced(without_adapters(self.vlm.model), inputs)
+        out = self.vlm.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return out.logits[:, -1]
 
     def _completion(self, tokens: torch.Tensor, logps: torch.Tensor) -> Completion:
