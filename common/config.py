@@ -35,11 +35,17 @@ SCHEMAS = {
     "tracking": Tracking,
 }
 # Keys that do not change a result: where it goes, how it is watched, how many processes compute it.
-NOT_IN_SIGNATURE = ("tracking", "run_name", "gpus", "cache_dir")
+NOT_IN_SIGNATURE = ("tracking", "run_name", "gpus", "cache_dir", "checkpoint")
 
 # Handed to DeepSpeed as they are; batch sizes, clipping and precision follow from other values.
 DEEPSPEED_KEYS = {
-    *("zero_optimization", "communication_data_type", "prescale_gradients", "gradient_predivide_factor"),
+    *(
+        "zero_optimization",
+        "zero_force_ds_cpu_optimizer",
+        "communication_data_type",
+        "prescale_gradients",
+        "gradient_predivide_factor",
+    ),
     *("wall_clock_breakdown", "memory_breakdown", "flops_profiler", "comms_logger", "dump_state", "steps_per_print"),
 }
 
@@ -75,17 +81,31 @@ def validate(cfg: DictConfig) -> Config:
         )
     if config.trainer.name == "grpo" and not config.rewards:
         raise UserError("rewards is empty, but trainer=grpo learns from rewards; choose e.g. rewards=nothinking")
+    _check_iterations(config)
     _check_deepspeed(config.deepspeed)
     _check_calls(config)
     return config
+
+
+def _check_iterations(config: Config) -> None:
+    """A checkpoint falls between two rollout batches: a batch that is half used is not saved."""
+    if not isinstance(config.trainer, GRPO):
+        return
+    several = config.trainer.num_iterations
+    for key, value in (
+        ("checkpoint.every", config.checkpoint.every),
+        ("trainer.evaluate_every", config.trainer.evaluate_every),
+    ):
+        if value % several:
+            raise UserError(f"{key}={value} must be divisible by trainer.num_iterations={several}")
 
 
 def _check_deepspeed(values: dict[str, Any]) -> None:
     if unknown := sorted(values.keys() - DEEPSPEED_KEYS):
         raise UserError(f"unknown config key: deepspeed.{unknown[0]}; known are {', '.join(sorted(DEEPSPEED_KEYS))}")
     stage = values.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2):
-        raise UserError(f"deepspeed.zero_optimization.stage={stage}: choose 0, 1 or 2 (sampling needs whole weights)")
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"deepspeed.zero_optimization.stage={stage}: choose 0, 1, 2 or 3")
 
 
 def _check_calls(config: Config) -> None:

@@ -10,12 +10,17 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from common.distributed import form_group_alone, started_by_launcher
+from common.distributed import barrier, form_group_alone, rank, started_by_launcher, world
 from common.schedule import learning_rate
 from common.schema import Trainer
 
@@ -52,7 +57,12 @@ class Engine:
     """
 
     def __init__(
-        self, module: torch.nn.Module, config: Trainer, deepspeed_config: dict[str, Any], updates: int
+        self,
+        module: torch.nn.Module,
+        config: Trainer,
+        deepspeed_config: dict[str, Any],
+        updates: int,
+        resume: Path | None = None,
     ) -> None:
         """
         Args:
@@ -60,27 +70,39 @@ class Engine:
             config: Learning rate, schedule, AdamW and clipping values.
             deepspeed_config: Keys handed to DeepSpeed as they are (ZeRO stage and the like).
             updates: Length of the learning-rate schedule.
+            resume: Folder that `save` wrote, on any number of ranks; its weights and optimizer state are taken over.
         """
         import deepspeed
 
         self.config, self.updates = config, updates
         parameters = [p for p in module.parameters() if p.requires_grad]
+        self.adapters = len(parameters) < len(list(module.parameters()))
+        self.stage = deepspeed_config.get("zero_optimization", {}).get("stage", 0)
         optimizer = torch.optim.AdamW(
             parameters,
             lr=config.learning_rate,
             betas=(config.betas[0], config.betas[1]),
             weight_decay=config.weight_decay,
         )
+        folder, universal = (None, False) if resume is None else _for_this_world(resume, self.stage)
         settings = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": config.grad_clip,
             "zero_allow_untested_optimizer": True,
             "bf16": {"enabled": parameters[0].dtype == torch.bfloat16},
+            "checkpoint": {"load_universal": universal},
             **deepspeed_config,
         }
         module.train()  # loading leaves evaluation mode, in which gradient checkpointing is off
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+        if folder is not None:
+            # frozen weights are not in the checkpoint: they are those of the model that was loaded
+            loaded, _ = self.engine.load_checkpoint(
+                str(folder.parent), tag=folder.name, load_module_strict=not self.adapters
+            )
+            if loaded is None:
+                raise RuntimeError(f"DeepSpeed cannot read the checkpoint {folder}")
 
     def __call__(self, *inputs: Any) -> Any:
         """Forward; call `backward` on a loss made of the result before the next one."""
@@ -104,9 +126,68 @@ class Engine:
         grad_norm = reported if reported is not None else norm
         return {"grad_norm": float(grad_norm) if grad_norm is not None else 0.0, "learning_rate": rate}
 
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Inside, every rank holds all weights and may call the module itself: to sample, evaluate or save.
+
+        Only ZeRO stage 3 has something to do. Its hooks would hand the weights back after every layer, so they rest.
+        """
+        if self.stage < 3:
+            yield
+            return
+        import deepspeed
+
+        offload = self.engine.optimizer.parameter_offload
+        with deepspeed.zero.GatheredParameters(list(self.engine.module.parameters())):
+            for parameter in self.engine.module.parameters():
+                parameter.ds_active_sub_modules.clear()
+            for hook in [*offload.forward_hooks, *offload.backward_hooks]:
+                hook.remove()
+            offload.forward_hooks, offload.backward_hooks = [], []
+            try:
+                yield
+            finally:
+                coordinator = offload.get_param_coordinator()
+                if not coordinator.is_invalid_trace():
+                    coordinator._invalidate_trace()
+                offload._register_deepspeed_module(offload.module)
+
+    def save(self, folder: Path) -> None:
+        """Weights and optimizer state of all ranks, in DeepSpeed's format. All ranks call it together."""
+        self.engine.save_checkpoint(
+            str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=self.adapters
+        )
+
     def close(self) -> None:
         """Free DeepSpeed's hooks and buffers; an engine left open can abort the interpreter at exit."""
         self.engine.destroy()
+
+
+def _for_this_world(folder: Path, stage: int) -> tuple[Path, bool]:
+    """The checkpoint in a form that this number of ranks can load, and whether that is DeepSpeed's universal one.
+
+    The state of ZeRO 1 to 3 is split by rank; another number of ranks needs the universal format, made here once.
+    """
+    written = len(list(folder.glob("*_optim_states.pt")))
+    if stage == 0 or written == world():
+        return folder, False
+    universal = folder.with_name("universal")
+    if rank() == 0 and not universal.is_dir():
+        unfinished = folder.with_name("universal.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        convert_to_universal(folder, unfinished)
+        os.replace(unfinished, universal)
+    barrier()
+    return universal, True
+
+
+def convert_to_universal(source: Path, target: Path) -> None:
+    """DeepSpeed's own conversion, in a process of its own: it starts workers and prints."""
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(source), "--output_folder", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"converting the checkpoint {source} for {world()} ranks failed: {done.stderr[-2000:]}")
 
 
 def micro_batches(items: list[Any], size: int) -> Iterator[list[Any]]:

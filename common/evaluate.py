@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from common import metrics, parsing
 from common.distributed import gather, interleave, share_of
@@ -34,6 +34,16 @@ class Evaluation:
         }
 
 
+class Recorder(Protocol):
+    """Where finished splits are kept (see common/recorder.py)."""
+
+    def kept(self, phase: str, split: str) -> tuple[list[Prediction], float] | None:
+        """Predictions and seconds of a finished split."""
+
+    def keep(self, phase: str, split: str, found: list[Prediction], seconds: float) -> None:
+        """Keep them."""
+
+
 class Evaluator:
     """Asks the model the evaluation questions. Ranks share the work, and every rank gets all predictions."""
 
@@ -48,22 +58,31 @@ class Evaluator:
         self.rollout, self.encoder, self.questions = rollout, encoder, questions
         self.decoding, self.batch = greedy(config.max_completion_tokens), config.evaluation_batch
 
-    def all_splits(self, note: str) -> Evaluation:
-        """Every image of every split."""
-        return self._evaluate(list(self.questions.evaluation), None, note)
+    def all_splits(self, phase: str, recorder: Recorder) -> Evaluation:
+        """Every image of every split; splits that an earlier attempt of the run finished are not asked again."""
+        predictions, summary = {}, {}
+        for split, prompts in self.questions.evaluation.items():
+            kept = recorder.kept(phase, split)
+            if kept is None:
+                start = time.perf_counter()
+                found = self._predict(prompts, f"evaluating {split} ({phase.replace('_', '-')})")
+                kept = found, time.perf_counter() - start
+                recorder.keep(phase, split, *kept)
+            predictions[split] = kept[0]
+            summary[split] = metrics.summarize(kept[0], self.questions.task.names, kept[1])
+        return Evaluation(predictions, summary)
 
     def during_training(self, limit: int | None) -> Evaluation:
         """The first `limit` images of val where the task has one, else of test."""
-        return self._evaluate(["val" if "val" in self.questions.evaluation else "test"], limit, "training")
+        start = time.perf_counter()
+        found = self._predict(self.questions.evaluation[self.watched][:limit], f"evaluating {self.watched} (training)")
+        summary = metrics.summarize(found, self.questions.task.names, time.perf_counter() - start)
+        return Evaluation({self.watched: found}, {self.watched: summary})
 
-    def _evaluate(self, splits: list[str], limit: int | None, note: str) -> Evaluation:
-        predictions, summary = {}, {}
-        for split in splits:
-            start = time.perf_counter()
-            found = self._predict(self.questions.evaluation[split][:limit], f"evaluating {split} ({note})")
-            predictions[split] = found
-            summary[split] = metrics.summarize(found, self.questions.task.names, time.perf_counter() - start)
-        return Evaluation(predictions, summary)
+    @property
+    def watched(self) -> str:
+        """The split that is evaluated during training."""
+        return "val" if "val" in self.questions.evaluation else "test"
 
     def _predict(self, prompts: list[Prompt], description: str) -> list[Prediction]:
         slices = list(micro_batches(share_of(prompts), self.batch))

@@ -5,6 +5,7 @@ task -> model -> zero-shot evaluation -> training -> evaluation -> weights, tabl
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from typing import Any
 import torch
 
 from common import task
+from common.checkpoint import Checkpoints, State, read_state, seed_generators
 from common.data import manifest
-from common.distributed import barrier, rank
+from common.distributed import barrier, rank, world
 from common.engine import init_process_group
 from common.evaluate import Evaluator
 from common.grpo.trainer import GRPOTrainer
 from common.models import files, vlm
+from common.models.features import FeatureStore
 from common.plugins import locate
 from common.progress import progress
 from common.recorder import Recorder
@@ -27,14 +30,15 @@ from common.rollout.base import Decoding, Rollout
 from common.run_folder import RunFolder
 from common.schedule import total_updates
 from common.schema import GRPO, Config
+from common.schema import Rollout as RolloutConfig
 from common.sft import SFTTrainer
 from common.task import Questions
 from common.tracking import NullTracker, Tracker, WandbTracker
-from common.types import Result, Trainer
+from common.types import Result, Trainer, UserError
 
 
 def run(config: Config, values: dict[str, Any], folder: Path) -> Result:
-    """Train and evaluate one configuration.
+    """Train and evaluate one configuration; what an earlier attempt in the same folder finished is not done again.
 
     Args:
         config: Validated configuration.
@@ -46,43 +50,54 @@ def run(config: Config, values: dict[str, Any], folder: Path) -> Result:
     """
     began = time.perf_counter()
     device = init_process_group(config.gpus)
-    torch.manual_seed(config.seed)
     questions = task.build(config)
-    if rank() == 0:
+    if rank() == 0 and not (folder / "manifest.json").is_file():
         manifest.write(questions.manifest, folder / "manifest.json")
     barrier()
+    manifest.verify(folder / "manifest.json", questions.manifest)
 
     checkpoint = find_checkpoint(config)
     seconds = {"model": time.perf_counter() - began}
+    torch.manual_seed(config.seed)  # adapters start alike on all ranks
     policy = vlm.load(checkpoint, config.model, device)
-    encoder = vlm.Encoder(policy, questions.task.open, config.model.image_size, config.model.max_prompt_tokens)
+    encoder = make_encoder(config, policy, checkpoint, questions)
     rollout: Rollout = locate(config.rollout.backend, "rollout.backend")(policy)
     evaluator = Evaluator(rollout, encoder, questions, config.rollout)
+    place, checkpoints = RunFolder(folder), Checkpoints(folder / "checkpoints", config.checkpoint.max_checkpoints)
     tracker = make_tracker(config, values, folder, questions)
-    recorder = Recorder(RunFolder(folder), tracker, config.tracking.completions_every)
+    recorder = Recorder(place, tracker, config.tracking.completions_every)
     seconds["load"] = time.perf_counter() - began - seconds["model"]
 
     result = describe(config, values, checkpoint, questions)
     failed = True
     try:
-        manifest.verify(folder / "manifest.json", questions.manifest)
-        before = after = evaluator.all_splits("zero-shot")
-        recorder.evaluation(0, before)
         updates = total_updates(config.trainer, len(questions.train))
+        resume = checkpoints.latest()
+        state = read_state(resume) if resume else None
+        recorder.rewind(state.update if state else 0, state.lines if state else {})
+        before = after = evaluator.all_splits("zero_shot", recorder)
+        if state is None:
+            recorder.evaluation(0, before)
         if updates:
-            trainer = make_trainer(config, policy, encoder, rollout, questions, updates)
+            trainer = make_trainer(config, policy, encoder, rollout, questions, updates, resume)
             try:
-                seconds |= train(config, trainer, updates, recorder, evaluator)
+                train(config, trainer, policy, updates, state, checkpoints, recorder, evaluator)
+                manifest.verify(folder / "manifest.json", task.build(config).manifest)
+                with trainer.whole_weights():
+                    save_weights(policy, folder / "model")
+                    after = evaluator.all_splits("eval", recorder)
             finally:
                 trainer.close()
-            save_weights(policy, folder / "model")
-            manifest.verify(folder / "manifest.json", task.build(config).manifest)
-            after = evaluator.all_splits("trained")
             recorder.evaluation(updates, after)
         result.zero_shot, result.eval = before.summary, after.summary
+        seconds |= recorder.seconds()
         seconds["total"] = time.perf_counter() - began
         result.train = {"updates": updates, "seconds": seconds, "paired": paired(before, after) if updates else {}}
-        recorder.finish(result, before, after, questions.task.names)
+        best = checkpoints.best()
+        if best is not None:
+            result.train["best"] = {"update": best.update, "accuracy": best.accuracy, "split": evaluator.watched}
+        checkpoints.keep_weights_only()
+        recorder.finish(result, after, questions.task.names)
         failed = False
     finally:
         recorder.close(failed)
@@ -98,51 +113,113 @@ def find_checkpoint(config: Config) -> Path:
     return files.find(model.path, model.revision)
 
 
+def make_encoder(config: Config, policy: vlm.VLM, checkpoint: Path, questions: Questions) -> vlm.Encoder:
+    """Prompts to tensors; with a store of image features if the vision tower is frozen and disk space is given."""
+    store = None
+    if config.model.feature_cache_gb > 0:
+        name = f"{files.checkpoint_hash(checkpoint)[:16]}-{config.model.dtype}"
+        folder = Path(config.cache_dir).resolve() / "features" / name
+        store = FeatureStore(folder, int(config.model.feature_cache_gb * 2**30))
+    return vlm.Encoder(policy, questions.task.open, config.model.image_size, config.model.max_prompt_tokens, store)
+
+
 def make_trainer(
-    config: Config, policy: vlm.VLM, encoder: vlm.Encoder, rollout: Rollout, questions: Questions, updates: int
+    config: Config,
+    policy: vlm.VLM,
+    encoder: vlm.Encoder,
+    rollout: Rollout,
+    questions: Questions,
+    updates: int,
+    resume: Path | None,
 ) -> Trainer:
     """The trainer that `trainer.name` asks for."""
+    shared: dict[str, Any] = {
+        "vlm": policy,
+        "encoder": encoder,
+        "prompts": questions.train,
+        "config": config.trainer,
+        "deepspeed": config.deepspeed,
+        "updates": updates,
+        "seed": config.seed,
+        "resume": None if resume is None else resume / "deepspeed",
+    }
     if isinstance(config.trainer, GRPO):
-        sampling = config.rollout
         return GRPOTrainer(
-            vlm=policy,
-            encoder=encoder,
+            **shared,
             rollout=rollout,
-            prompts=questions.train,
             rewards=build_rewards(config.rewards),
-            decoding=Decoding(sampling.temperature, sampling.top_k, sampling.top_p, sampling.max_completion_tokens),
-            config=config.trainer,
-            deepspeed=config.deepspeed,
-            updates=updates,
-            seed=config.seed,
+            decoding=sampling(config.rollout),
         )
-    return SFTTrainer(
-        vlm=policy,
-        encoder=encoder,
-        prompts=questions.train,
-        loss=config.protocol.sft_loss,
-        config=config.trainer,
-        deepspeed=config.deepspeed,
-        updates=updates,
-        seed=config.seed,
-    )
+    return SFTTrainer(**shared, loss=config.protocol.sft_loss)
 
 
-def train(config: Config, trainer: Trainer, updates: int, recorder: Recorder, evaluator: Evaluator) -> dict[str, float]:
-    """The loop over updates. Returns the seconds of each phase."""
-    seconds: dict[str, float] = {}
-    every = config.trainer.evaluate_every
-    for update in progress(range(updates), f"training ({config.method['name']})", updates):
+def train(
+    config: Config,
+    trainer: Trainer,
+    policy: vlm.VLM,
+    updates: int,
+    state: State | None,
+    checkpoints: Checkpoints,
+    recorder: Recorder,
+    evaluator: Evaluator,
+) -> None:
+    """The loop over the updates that are still to be done."""
+    seed_generators(config.seed)
+    start, best = 0, checkpoints.best()
+    highest = best.accuracy if best is not None and best.accuracy is not None else -1.0
+    if state is not None:
+        latest = checkpoints.latest()
+        assert latest is not None
+        checkpoints.restore_generators(latest, config.seed)
+        start, trainer.tokens = state.update, state.tokens
+    for update in progress(range(start, updates), f"training ({config.method['name']})", updates - start):
         step = trainer.step(update)
-        number = update + 1
-        recorder.update(number, step, last=number == updates)
-        spent = dict(step.seconds)
-        if every and number % every == 0 and number < updates:
-            start = time.perf_counter()
-            recorder.evaluation(number, evaluator.during_training(config.trainer.evaluate_limit))
-            spent["evaluation during training"] = time.perf_counter() - start
-        seconds = {phase: seconds.get(phase, 0.0) + spent.get(phase, 0.0) for phase in seconds | spent}
-    return seconds
+        number, last = update + 1, update + 1 == updates
+        check_finite(step.metrics, number)
+        due = config.trainer.evaluate_every and number % config.trainer.evaluate_every == 0 and not last
+        accuracy = None
+        if due:
+            clock = time.perf_counter()
+            with trainer.whole_weights():
+                found = evaluator.during_training(config.trainer.evaluate_limit)
+            accuracy = found.summary[evaluator.watched]["accuracy"]
+            step.seconds["evaluation during training"] = time.perf_counter() - clock
+        recorder.update(number, step, last)
+        if due:
+            recorder.evaluation(number, found)
+        better = accuracy is not None and accuracy > highest
+        if better or last or (config.checkpoint.every and number % config.checkpoint.every == 0):
+            recorder.flush(number)
+            here = State(
+                number, trainer.tokens, accuracy, world(), config.seed, recorder.tracker.id, recorder.place.lengths()
+            )
+            checkpoints.write(here, lambda folder: save_all(trainer, policy, folder))
+            highest = accuracy if better and accuracy is not None else highest
+
+
+def check_finite(metrics: dict[str, float], number: int) -> None:
+    """Stop at the first NaN or infinity; nothing of that update is recorded, and the last checkpoint stays as it is.
+
+    Raises:
+        UserError: Names the update and the metrics.
+    """
+    if bad := sorted(name for name, value in metrics.items() if not math.isfinite(value)):
+        raise UserError(
+            f"update {number}: {', '.join(bad)} not finite; training stopped, checkpoints before it are good. Lower"
+            " trainer.learning_rate or trainer.grad_clip, or use model.dtype=float32, under another run_name"
+        )
+
+
+def save_all(trainer: Trainer, policy: vlm.VLM, folder: Path) -> None:
+    """What a checkpoint holds of the model: to resume from, and to load elsewhere."""
+    trainer.save(folder / "deepspeed")
+    with trainer.whole_weights():
+        save_weights(policy, folder / "model")
+
+
+def sampling(config: RolloutConfig) -> Decoding:
+    """How completions are drawn for training."""
+    return Decoding(config.temperature, config.top_k, config.top_p, config.max_completion_tokens)
 
 
 def save_weights(policy: vlm.VLM, folder: Path) -> None:

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from common import metrics
-from common.distributed import rank
+from common.distributed import barrier, rank
 from common.evaluate import Evaluation
 from common.report import figures
 from common.run_folder import RunFolder
 from common.tracking import Tracker
-from common.types import Result, Step
+from common.types import Prediction, Result, Step
 
 log = logging.getLogger(__name__)
 COMPLETIONS_EVERY = 25  # updates between two writes of sampled completions
@@ -33,40 +33,66 @@ class Recorder:
         self.rows: list[dict[str, Any]] = []
         self.accuracies: dict[str, float] = {}
 
+    def rewind(self, update: int, lengths: dict[str, int]) -> None:
+        """Continue after `update`: what an interrupted attempt wrote beyond it will be computed again."""
+        if self.writes:
+            self.place.rewind(update, lengths)
+        barrier()
+
     def update(self, number: int, step: Step, last: bool) -> None:
         """One update; `number` counts from 1."""
-        self._metrics(number, {**step.metrics, **{f"time/{phase}_s": s for phase, s in step.seconds.items()}})
         if not self.writes:
             return
+        self.place.log("metrics.jsonl", {"step": number, **step.metrics})
+        self.place.log("timings.jsonl", {"step": number, **step.seconds})
+        self.tracker.log(step.metrics | {f"time/{phase}_s": s for phase, s in step.seconds.items()}, number)
         self.rows += step.rows
-        if number % self.table_every == 0 or last:
+        if step.rows and (number % self.table_every == 0 or last):
             self.tracker.completions(step.rows, number)
-        if self.rows and (number % COMPLETIONS_EVERY == 0 or last):
+        if number % COMPLETIONS_EVERY == 0:
+            self.flush(number)
+
+    def flush(self, number: int) -> None:
+        """Put everything up to update `number` on the disk."""
+        if self.rows:
             self.place.write_completions(self.rows, number)
             self.rows = []
-        if last:
-            self.place.merge_completions()
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of all updates by phase, over all attempts."""
+        spent: dict[str, float] = {}
+        for row in self.place.read_log("timings.jsonl"):
+            for phase, seconds in row.items():
+                if phase != "step":
+                    spent[phase] = spent.get(phase, 0.0) + seconds
+        return spent
+
+    def kept(self, phase: str, split: str) -> tuple[list[Prediction], float] | None:
+        """Predictions of an evaluation that an earlier attempt finished, and its seconds."""
+        return self.place.read_predictions(phase, split)
+
+    def keep(self, phase: str, split: str, found: list[Prediction], seconds: float) -> None:
+        """Keep the predictions of a finished split."""
+        if self.writes:
+            self.place.write_predictions(phase, split, found, seconds)
 
     def evaluation(self, number: int, found: Evaluation) -> None:
         """Accuracies after `number` updates."""
         self.accuracies = found.accuracies
         log.info("after %d updates: %s", number, found.accuracies)
-        self._metrics(number, found.accuracies)
+        if self.writes:
+            self.place.log("metrics.jsonl", {"step": number, **found.accuracies})
+            self.tracker.log(found.accuracies, number)
 
-    def finish(self, result: Result, before: Evaluation, after: Evaluation, names: Sequence[str]) -> None:
-        """Predictions, pictures, and last the result, whose presence means that the run is finished."""
+    def finish(self, result: Result, after: Evaluation, names: Sequence[str]) -> None:
+        """Tables, pictures, and last the result, whose presence means that the run is finished."""
         if not self.writes:
             return
-        self.place.write_predictions(
-            {
-                (phase, split): predictions
-                for phase, found in (("zero_shot", before), ("eval", after))
-                for split, predictions in found.predictions.items()
-            }
-        )
+        self.place.merge_completions()
+        self.place.merge_predictions()
         title = f"{result.method}, {result.data}, {result.shots} shots, seed {result.seed}"
         title += f" ({result.model}, {result.protocol})"
-        figures.curves(self.place.metrics(), title, self.place.path / "curves.png")
+        figures.curves(self.place.read_log("metrics.jsonl"), title, self.place.path / "curves.png")
         summary = after.summary["test"]
         note = f"{title}\ntest accuracy {100 * summary['accuracy']:.1f} % of {summary['n']}"
         table = metrics.confusion(after.predictions["test"], names)
@@ -77,8 +103,3 @@ class Recorder:
         """End the tracker's run and release the files."""
         self.tracker.close(self.accuracies, failed)
         self.place.close()
-
-    def _metrics(self, number: int, values: dict[str, float]) -> None:
-        if self.writes:
-            self.place.log_metrics({"step": number, **values})
-            self.tracker.log(values, number)

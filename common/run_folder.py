@@ -2,14 +2,16 @@
 
     config.yaml           the resolved configuration, with its signature
     manifest.json         images, labels and questions of the task, hashed
-    metrics.jsonl         one line per update, written at once (TRL's metric names)
-    completions.parquet   every sampled completion with its rewards
-    predictions.parquet   every evaluated image, before and after training
+    metrics.jsonl         one line per update, written at once (TRL's metric names); the same to the byte after a resume
+    timings.jsonl         seconds of each update by phase
+    checkpoints/          see common/checkpoint.py
+    completions.parquet   every sampled completion with its rewards (completions/: parts, while the run goes)
+    predictions.parquet   every evaluated image, before and after training (predictions/: likewise)
     metrics.json          the result; written last, so its presence means the run is finished
     curves.png, confusion.png, run.log, model/ (weights), wandb/
 
-The signature covers what a result depends on. The same command in a finished folder shows the result; a different
-configuration in a used folder is refused.
+The signature covers what a result depends on. The same command in a finished folder shows the result, in an unfinished
+one it continues; a different configuration in a used folder is refused.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from dataclasses import asdict
+import shutil
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,10 +31,7 @@ from common.distributed import rank
 from common.types import Prediction, Result, UserError
 
 LOCK = ".lock"
-WRITTEN = (
-    *("config.yaml", "manifest.json", "metrics.jsonl", "metrics.json", "run.log", "curves.png", "confusion.png"),
-    *("completions", "completions.parquet", "predictions.parquet", "model", "wandb"),
-)
+LOGS = ("metrics.jsonl", "timings.jsonl")
 
 
 class RunFolder:
@@ -39,7 +39,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
-        self._log: IO[str] | None = None
+        self._logs: dict[str, IO[str]] = {}
         self._lock: IO[str] | None = None
 
     def finished_result(self, values: dict[str, Any]) -> dict[str, Any] | None:
@@ -68,14 +68,12 @@ class RunFolder:
         if rank() != 0 or not self.path.is_dir():
             return  # other ranks may look while rank 0 is claiming the folder
         names = (entry.name for entry in self.path.iterdir())
-        strange = sorted(name for name in names if name != LOCK and not name.startswith("interrupted-"))
+        strange = sorted(name for name in names if name != LOCK and not name.endswith(".unfinished"))
         if strange:
             raise UserError(f"{self.path} is not empty and holds no run (it has {strange[0]}); choose another folder")
 
     def claim(self, values: dict[str, Any]) -> None:
-        """Mark the folder as this configuration's, for as long as this object lives.
-
-        What an interrupted attempt left is moved aside, not overwritten.
+        """Mark the folder as this configuration's, for as long as this object lives; what lies there is kept.
 
         Raises:
             UserError: Another process is at work here, or the folder cannot be written.
@@ -84,8 +82,6 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / LOCK).open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if (self.path / "config.yaml").is_file():
-                self._move_aside()
             text = yaml.safe_dump({"signature": signature(values), **values}, sort_keys=False)
             self._write_whole("config.yaml", text)
         except BlockingIOError as error:
@@ -95,57 +91,92 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"cannot write to the run folder {self.path}: {error.strerror}") from error
 
-    def _move_aside(self) -> None:
-        earlier = list(self.path.glob("interrupted-*"))
-        aside = self.path / f"interrupted-{len(earlier) + 1}"
-        aside.mkdir()
-        for name in WRITTEN:
-            if (self.path / name).exists():
-                (self.path / name).rename(aside / name)
+    def log(self, name: str, values: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl or timings.jsonl; it is on disk when this returns."""
+        if name not in self._logs:
+            self._logs[name] = (self.path / name).open("a", buffering=1)
+        self._logs[name].write(json.dumps(values) + "\n")
 
-    def log_metrics(self, values: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl; it is on disk when this returns."""
-        if self._log is None:
-            self._log = (self.path / "metrics.jsonl").open("a", buffering=1)
-        self._log.write(json.dumps(values) + "\n")
+    def lengths(self) -> dict[str, int]:
+        """Bytes of the logs as they are now."""
+        return {name: (self.path / name).stat().st_size for name in LOGS if (self.path / name).is_file()}
 
-    def write_completions(self, rows: list[dict[str, Any]], part: int) -> None:
+    def rewind(self, update: int, lengths: dict[str, int]) -> None:
+        """Forget what was written after an update: it is about to be computed again.
+
+        Args:
+            update: Updates that are kept.
+            lengths: Of the logs after that update, see `lengths`.
+        """
+        for name in LOGS:
+            if (self.path / name).is_file():
+                os.truncate(self.path / name, lengths.get(name, 0))
+        for part in (self.path / "completions").glob("*.parquet"):
+            if int(part.stem) > update:
+                part.unlink()
+
+    def write_completions(self, rows: list[dict[str, Any]], update: int) -> None:
         """Add rows to the completions of the run, as a file of their own: a crash loses none of the earlier parts."""
         import pyarrow
-        import pyarrow.parquet
 
-        folder = self.path / "completions"
-        folder.mkdir(exist_ok=True)
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / f"{part:06d}.parquet")
+        self._write_table(pyarrow.Table.from_pylist(rows), self.path / "completions" / f"{update:06d}.parquet")
 
     def merge_completions(self) -> None:
         """Join the parts to completions.parquet."""
-        import pyarrow.parquet
+        self._merge("completions")
 
-        parts = sorted((self.path / "completions").glob("*.parquet"))
-        if not parts:
-            return
-        unfinished = self.path / "completions.parquet.unfinished"
-        schema = pyarrow.parquet.read_schema(parts[0])
-        with pyarrow.parquet.ParquetWriter(unfinished, schema) as writer:
-            for part in parts:
-                writer.write_table(pyarrow.parquet.read_table(part, schema=schema))
-        os.replace(unfinished, self.path / "completions.parquet")
-        for part in parts:
-            part.unlink()
-        (self.path / "completions").rmdir()
-
-    def write_predictions(self, predictions: dict[tuple[str, str], list[Prediction]]) -> None:
-        """One row per image, phase (`zero_shot` or `eval`) and split."""
+    def write_predictions(self, phase: str, split: str, found: list[Prediction], seconds: float) -> None:
+        """Keep the predictions of a finished split: one row per image."""
         import pyarrow
+
+        rows = [{"phase": phase, "split": split, **asdict(prediction)} for prediction in found]
+        table = pyarrow.Table.from_pylist(rows).replace_schema_metadata({"seconds": str(seconds)})
+        self._write_table(table, self.path / "predictions" / f"{phase}-{split}.parquet")
+
+    def read_predictions(self, phase: str, split: str) -> tuple[list[Prediction], float] | None:
+        """What `write_predictions` kept, with the seconds it took; None if that split is not finished."""
         import pyarrow.parquet
 
-        rows = [
-            {"phase": phase, "split": split, **asdict(prediction)}
-            for (phase, split), found in predictions.items()
-            for prediction in found
-        ]
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), self.path / "predictions.parquet")
+        path = self.path / "predictions" / f"{phase}-{split}.parquet"
+        if not path.is_file():
+            return None
+        table = pyarrow.parquet.read_table(path)
+        names = {f.name for f in fields(Prediction)}
+        rows = ({key: value for key, value in row.items() if key in names} for row in table.to_pylist())
+        return [Prediction(**row) for row in rows], float(table.schema.metadata[b"seconds"])
+
+    def drop_predictions(self, phase: str) -> None:
+        """Forget a phase whose model is about to change."""
+        for path in (self.path / "predictions").glob(f"{phase}-*.parquet"):
+            path.unlink()
+
+    def merge_predictions(self) -> None:
+        """Join the parts to predictions.parquet."""
+        self._merge("predictions")
+
+    def _write_table(self, table: Any, path: Path) -> None:
+        import pyarrow.parquet
+
+        path.parent.mkdir(exist_ok=True)
+        unfinished = path.with_suffix(".unfinished")
+        pyarrow.parquet.write_table(table, unfinished)
+        os.replace(unfinished, path)
+
+    def _merge(self, name: str) -> None:
+        """One file of many parts; the parts go when it is whole."""
+        import pyarrow.parquet
+
+        folder, whole = self.path / name, self.path / f"{name}.parquet"
+        parts = sorted(folder.glob("*.parquet"))
+        if parts and not whole.is_file():
+            unfinished = whole.with_suffix(".unfinished")
+            schema = pyarrow.parquet.read_schema(parts[0]).remove_metadata()
+            with pyarrow.parquet.ParquetWriter(unfinished, schema) as writer:
+                for part in parts:
+                    writer.write_table(pyarrow.parquet.read_table(part).replace_schema_metadata().cast(schema))
+            os.replace(unfinished, whole)
+        if folder.is_dir():
+            shutil.rmtree(folder)
 
     def write_result(self, result: Result) -> None:
         """Write metrics.json, whole or not at all."""
@@ -156,12 +187,12 @@ class RunFolder:
         unfinished.write_text(text)
         os.replace(unfinished, self.path / name)
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """All lines of metrics.jsonl."""
-        path = self.path / "metrics.jsonl"
+    def read_log(self, name: str) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl or timings.jsonl."""
+        path = self.path / name
         return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
     def close(self) -> None:
-        if self._log is not None:
-            self._log.close()
-            self._log = None
+        for file in self._logs.values():
+            file.close()
+        self._logs = {}

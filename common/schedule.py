@@ -8,17 +8,18 @@ from __future__ import annotations
 import math
 import random
 
-from common.schema import Trainer
+from common.schema import GRPO, Trainer
 
 
 def total_updates(config: Trainer, items: int) -> int:
     """`updates` if set, else as many as `epochs` passes over the items take (the last one may be partial).
 
-    0 for trainer=none.
+    Each rollout batch makes `num_iterations` updates. 0 for trainer=none.
     """
     if config.name == "none":
         return 0
-    return config.updates or math.ceil(config.epochs * items / config.prompts_per_update)
+    several = config.num_iterations if isinstance(config, GRPO) else 1
+    return config.updates or several * math.ceil(config.epochs * items / config.prompts_per_update)
 
 
 def batch(update: int, size: int, items: int, seed: int) -> list[int]:

@@ -156,15 +156,47 @@ class GRPO(Trainer):
     group_size: int = MISSING
     beta: float = MISSING
     epsilon: float = MISSING
-    impl: str = "shared"
+    epsilon_high: float | None = None
+    loss_type: str = "grpo"
+    importance_sampling_level: str = "token"
+    scale_rewards: str = "group"
+    multi_objective_aggregation: str = "sum_then_normalize"
+    mask_truncated_completions: bool = False
+    use_bias_correction_kl: bool = False
+    num_iterations: int = 1
+    importance_correction: str = "none"
+    importance_cap: float = 3.0
+    zero_variance: str = "keep"
+    resample_rounds: int = 3
+    impl: str = "auto"
     self_check: bool = True
+    tokens_per_forward: int | None = None
     head_chunk: int = 1024
     shuffle_rewards: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("trainer.impl", self.impl, ("shared", "plain"))
-        positive("trainer.head_chunk", self.head_chunk)
+        one_of("trainer.impl", self.impl, ("auto", "shared", "plain"))
+        one_of("trainer.loss_type", self.loss_type, ("grpo", "bnpo", "dr_grpo", "dapo"))
+        one_of("trainer.importance_sampling_level", self.importance_sampling_level, ("token", "sequence"))
+        one_of("trainer.scale_rewards", self.scale_rewards, ("group", "batch", "none"))
+        one_of(
+            "trainer.multi_objective_aggregation",
+            self.multi_objective_aggregation,
+            ("sum_then_normalize", "normalize_then_sum"),
+        )
+        one_of("trainer.zero_variance", self.zero_variance, ("keep", "skip", "resample"))
+        one_of(
+            "trainer.importance_correction",
+            self.importance_correction,
+            ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+        )
+        for key in ("head_chunk", "num_iterations", "importance_cap", "resample_rounds"):
+            positive(f"trainer.{key}", getattr(self, key))
+        if self.tokens_per_forward is not None:
+            positive("trainer.tokens_per_forward", self.tokens_per_forward)
+        if self.epsilon_high is not None:
+            positive("trainer.epsilon_high", self.epsilon_high)
         if self.group_size < 2:
             raise UserError(
                 f"trainer.group_size={self.group_size}: GRPO compares completions of one prompt, use at least 2"
@@ -210,6 +242,21 @@ class Tracking:
 
 
 @dataclass
+class Checkpoint:
+    """When to write one (every so many updates, and whenever an evaluation is the best; 0: only then and at the end),
+    and how many to keep.
+    """
+
+    every: int = 50
+    max_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        positive("checkpoint.max_checkpoints", self.max_checkpoints)
+        if self.every < 0:
+            raise UserError(f"checkpoint.every={self.every} must be 0 (off) or a number of updates")
+
+
+@dataclass
 class Config:
     """One run."""
 
@@ -223,6 +270,7 @@ class Config:
     rollout: Rollout = MISSING
     deepspeed: dict[str, Any] = field(default_factory=dict)
     tracking: Tracking = MISSING
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
     shots: int = 16
     seed: int = 1
     gpus: int = MISSING

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,12 +40,13 @@ class SFTTrainer:
         deepspeed: dict[str, Any],
         updates: int,
         seed: int,
+        resume: Path | None = None,
     ) -> None:
         self.vlm, self.encoder, self.prompts = vlm, encoder, list(prompts)
         self.loss, self.config, self.seed = loss, config, seed
         self.tokens = 0.0
         scorer = PolicyScorer(vlm.model, vlm.banned, temperature=1.0, chunk=1024).to(vlm.device)
-        self.engine = Engine(scorer, config, deepspeed, updates)
+        self.engine = Engine(scorer, config, deepspeed, updates, resume)
 
     def step(self, update: int) -> Step:
         """One update."""
@@ -80,6 +83,12 @@ class SFTTrainer:
     def _target(self, label: str) -> torch.Tensor:
         ids = self.vlm.processor.tokenizer(label, add_special_tokens=False)["input_ids"]
         return torch.tensor([*ids, self.vlm.eos[0]])
+
+    def whole_weights(self) -> AbstractContextManager[None]:
+        return self.engine.whole_weights()
+
+    def save(self, folder: Path) -> None:
+        self.engine.save(folder)
 
     def close(self) -> None:
         self.engine.close()

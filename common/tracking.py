@@ -6,6 +6,7 @@ The run and the images of its tables lie inside the run folder, so that `wandb s
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 
 
 class Tracker(Protocol):
-    """Where metrics are mirrored to."""
+    """Where metrics are mirrored to. id: name of the run there, by which a resumed run continues it."""
+
+    id: str | None
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Scalars of one update."""
@@ -31,6 +34,8 @@ class Tracker(Protocol):
 
 class NullTracker:
     """Tracks nothing: other ranks, and tracking=none."""
+
+    id: str | None = None
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         return
@@ -60,8 +65,13 @@ class WandbTracker:
         import wandb
 
         self.wandb, self.config, self.open_image = wandb, config, open_image
+        known = folder / "wandb" / "run_id"
+        self.id: str | None = known.read_text() if known.is_file() else uuid.uuid4().hex[:8]
+        known.write_text(self.id)
         self.run = wandb.init(
             project=config.project,
+            id=self.id,
+            resume="allow",
             group=config.group,
             job_type=job_type,
             tags=[*tags, *config.tags],

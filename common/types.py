@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -99,10 +101,18 @@ class Step:
 
 
 class Trainer(Protocol):
-    """GRPO and SFT look the same from the loop."""
+    """GRPO and SFT look the same from the loop. All ranks call the methods together. tokens: seen so far."""
+
+    tokens: float
 
     def step(self, update: int) -> Step:
-        """Update number `update`, counted from 0. All ranks call it together."""
+        """Update number `update`, counted from 0."""
+
+    def whole_weights(self) -> AbstractContextManager[None]:
+        """Inside, every rank holds all weights of the model, to sample, evaluate or save."""
+
+    def save(self, folder: Path) -> None:
+        """Write weights and optimizer state into a folder that a trainer can resume from."""
 
     def close(self) -> None:
         """Release the engine."""

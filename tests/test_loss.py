@@ -163,7 +163,9 @@ def trl_loss(case, loss_type, level, beta, correct_kl, correction):
     return loss.item(), gradient, {key: values[0] for key, values in trainer._metrics["train"].items() if values}
 
 
-TRL_METRICS = ["kl", "entropy"] + [f"clip_ratio/{name}" for name in ("low_mean", "low_min", "high_mean", "high_max", "region_mean")]
+TRL_METRICS = ["kl", "entropy"] + [
+    f"clip_ratio/{name}" for name in ("low_mean", "low_min", "high_mean", "high_max", "region_mean")
+]
 
 
 def random_case(seed):
@@ -187,7 +189,9 @@ def random_case(seed):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("corrected", [False, True], ids=["", "importance"])
-@pytest.mark.parametrize(("beta", "correct_kl"), [(0.0, False), (0.04, False), (0.04, True)], ids=["no kl", "kl", "kl x ratio"])
+@pytest.mark.parametrize(
+    ("beta", "correct_kl"), [(0.0, False), (0.04, False), (0.04, True)], ids=["no kl", "kl", "kl x ratio"]
+)
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_loss_gradient_and_metrics_equal_trl(loss_type, level, beta, correct_kl, corrected, seed):

@@ -32,7 +32,9 @@ def groups(vlm, prompts, encoder, sizes, lengths, image):
     if not image:
         config = vlm.model.config
         kept = [e.ids[~torch.isin(e.ids, torch.tensor(vlm.banned))] for e in encoded]
-        encoded = [Encoded(ids, vlm.family.positions(ids, None, config), blocks=vlm.family.blocks(ids, config)) for ids in kept]
+        encoded = [
+            Encoded(ids, vlm.family.positions(ids, None, config), blocks=vlm.family.blocks(ids, config)) for ids in kept
+        ]
     made, count = [], 0
     for prompt, size in zip(encoded, sizes, strict=True):
         completions = []
@@ -103,7 +105,9 @@ def model_for_parity(load_vlm, dtype, window=None, **changes):
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("lora", [Lora(), LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
-def test_shared_equals_plain(load_vlm, digits_task, think, no_think, record_property, dtype, image, lora, checkpointing, model):
+def test_shared_equals_plain(
+    load_vlm, digits_task, think, no_think, record_property, dtype, image, lora, checkpointing, model
+):
     vlm = model_for_parity(load_vlm, dtype, lora=lora, gradient_checkpointing=checkpointing, **model)
     encoder = Encoder(vlm, digits_task.open, 32, 512)
     # two instructions: prompts of different lengths in one row

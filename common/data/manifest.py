@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,9 @@ def write(manifest: dict[str, Any], path: Path) -> None:
         lines.append(f'{"," if number else ""}{json.dumps(name)}: {json.dumps(facts)[:-1]}, "rows": [')
         lines.append(",\n".join(json.dumps(row) for row in split["rows"]))
         lines.append("]}")
-    path.write_text("\n".join([*lines, "}}"]) + "\n")
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text("\n".join([*lines, "}}"]) + "\n")
+    os.replace(unfinished, path)
 
 
 def verify(path: Path, manifest: dict[str, Any]) -> None:

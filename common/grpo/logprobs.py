@@ -47,7 +47,9 @@ class PolicyScorer(torch.nn.Module):
             Log-probabilities [T] with gradient, and the entropies [T] of their distributions without. Both in nats.
         """
         base = without_adapters(self.model)
-        hidden = base.model(**spliced(base, packed.inputs), use_cache=False).last_hidden_state.flatten(0, 1)  # [rows, D]
+        hidden = base.model(**spliced(base, packed.inputs), use_cache=False).last_hidden_state.flatten(
+            0, 1
+        )  # [rows, D]
         hidden = hidden[packed.predictors]  # [T, D]
         pieces = [
             checkpoint(self._score, base.lm_head, rows, targets, use_reentrant=False)

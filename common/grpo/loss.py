@@ -5,7 +5,7 @@ Per token: -min(ratio A, clip(ratio) A) + beta KL, with the k3 estimate KL = exp
 sequence-level ratio of GSPO (arXiv 2507.18071) is the exponential of the completion's mean log-ratio.
 
 Example: two completions of 2 and 1 tokens, on-policy (ratio 1), advantages 1 and -1, beta 0, loss type `grpo`. Token
-losses are -1, -1, +1; the completion means are -1 and +1; the loss is 0. With `dapo` all three tokens count alike: -1/3.
+losses are -1, -1, +1; the completion means are -1 and +1; the loss is 0. With `dapo` every token counts alike: -1/3.
 
 Shapes: T tokens of all completions, S completions, N groups of G completions.
 """

@@ -20,7 +20,7 @@ T completion tokens of all completions together, A position axes, W prompt token
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -73,8 +73,9 @@ class SharedPrefix:
 
     def to(self, device: torch.device) -> SharedPrefix:
         """The same on another device."""
-        moved = (getattr(self, f.name) for f in fields(self) if f.name != "masks")
-        return SharedPrefix(*(None if x is None else x.to(device) for x in moved))
+        names = ("prefix_index", "prefix_lengths", "suffix_index", "suffix_owner", "restore")
+        moved = {name: getattr(self, name).to(device) for name in names}
+        return SharedPrefix(**moved, blocks=None if self.blocks is None else self.blocks.to(device))
 
     def prefix_mask(self, window: int | None) -> torch.Tensor | None:
         """Which prompt tokens a prompt token sees, True = sees; None: all before it. Shape: [N, 1, P, P].
@@ -114,10 +115,10 @@ class SharedPrefix:
             row = torch.arange(own, device=device)[:, None]  # [R, 1]
             before = (places[owner] >= 0) & (places[owner] < lengths[owner])  # [S, W]
             seen = before[:, None, :].expand(-1, own, -1)  # [S, R, W]
-            itself = (row.T <= row).expand(len(owner), -1, -1)  # [S, R, R]
+            itself = (row >= row.T).expand(len(owner), -1, -1)  # [S, R, R]
             if window is not None:
                 seen = seen & (places[owner][:, None, :] > lengths[owner][:, :, None] + row - window)
-                itself = itself & (row.T > row - window)
+                itself = itself & (row - window < row.T)
             self.masks["suffix", window] = index, torch.cat([seen, itself], 2)[:, None]
         return self.masks["suffix", window]
 

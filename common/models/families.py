@@ -9,7 +9,7 @@ Shapes: B rows, P prompt tokens, L tokens of a row, A position axes, n images in
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +19,7 @@ class Family(Protocol):
     """What the rest of the framework asks about an architecture."""
 
     # The modules that turn pixels into token embeddings, by their names in the model.
-    vision: tuple[str, ...]
+    vision: ClassVar[tuple[str, ...]]
 
     @staticmethod
     def positions(ids: torch.Tensor, grid: torch.Tensor | None, config: Any) -> torch.Tensor:
@@ -60,7 +60,7 @@ class Family(Protocol):
 class Qwen2VL:
     """Qwen2-VL (arXiv 2409.12191): 3-D rotary positions (time, height, width), one token per 2x2 patches."""
 
-    vision = ("visual",)
+    vision: ClassVar[tuple[str, ...]] = ("visual",)
 
     @staticmethod
     def positions(ids: torch.Tensor, grid: torch.Tensor | None, config: Any) -> torch.Tensor:
@@ -128,7 +128,7 @@ class Gemma3:
     each other both ways.
     """
 
-    vision = ("vision_tower", "multi_modal_projector")
+    vision: ClassVar[tuple[str, ...]] = ("vision_tower", "multi_modal_projector")
 
     @staticmethod
     def positions(ids: torch.Tensor, grid: torch.Tensor | None, config: Any) -> torch.Tensor:

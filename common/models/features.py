@@ -31,7 +31,7 @@ class FeatureStore:
     def key(pixels: torch.Tensor, grid: torch.Tensor | None) -> str:
         """SHA-256 of a processed image: values, shape and grid."""
         digest = hashlib.sha256(f"{tuple(pixels.shape)} {None if grid is None else grid.tolist()}".encode())
-        digest.update(pixels.contiguous().view(torch.uint8).numpy())
+        digest.update(pixels.contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def get(self, key: str) -> torch.Tensor | None:

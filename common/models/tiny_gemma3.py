@@ -123,6 +123,7 @@ def build_model(tokenizer: Any, seed: int) -> Any:
     token = tokenizer.convert_tokens_to_ids
     ends = [token("<eos>"), token(END)]
     torch.manual_seed(seed)
+    options: dict[str, Any] = {"eos_token_id": ends}
     config = Gemma3Config(
         text_config={
             **TEXT,
@@ -136,11 +137,13 @@ def build_model(tokenizer: Any, seed: int) -> Any:
         boi_token_index=token(IMAGE["boi_token"]),
         eoi_token_index=token(IMAGE["eoi_token"]),
         image_token_index=token(IMAGE["image_token"]),
-        eos_token_id=ends,
+        **options,
     )
     model = Gemma3ForConditionalGeneration(config)
     # transformers starts this projection at zero, which hides the image from an untrained model
-    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=VISION["hidden_size"] ** -0.5)
+    torch.nn.init.normal_(
+        model.model.multi_modal_projector.mm_input_projection_weight, std=VISION["hidden_size"] ** -0.5
+    )
     model.generation_config = GenerationConfig(
         bos_token_id=token(BEGIN), eos_token_id=ends, pad_token_id=token(PAD), do_sample=True, top_k=64, top_p=0.95
     )

@@ -159,7 +159,9 @@ class Encoder:
         processor, family, config = self.vlm.processor, self.vlm.family, self.vlm.model.config
         size = (self.image_size, self.image_size)
         pictures = [[self.open_image(p.image).convert("RGB").resize(size, Resampling.LANCZOS)] for p in prompts]
-        texts = [processor.apply_chat_template(messages(p), tokenize=False, add_generation_prompt=True) for p in prompts]
+        texts = [
+            processor.apply_chat_template(messages(p), tokenize=False, add_generation_prompt=True) for p in prompts
+        ]
         # the template has already written what begins a conversation
         batch = processor(text=texts, images=pictures, padding=True, return_tensors="pt", add_special_tokens=False)
         keep = batch["attention_mask"].bool()

@@ -1,0 +1,188 @@
+"""Checkpoints: everything that decides the next update, whole or not at all.
+
+    checkpoints/step-000040/
+        state.json       updates done, tokens seen, accuracy, ranks, seed, tracker id, length of metrics.jsonl
+        random-<rank>.pt generators of Python, NumPy and PyTorch
+        deepspeed/       weights and optimizer state by rank
+        model/           weights or adapter and processor, for from_pretrained
+
+A checkpoint is written beside its place and renamed when it is complete, so a kill or a full disk at any moment leaves
+the previous one as it was. Schedule and data order are functions of the number of updates (common/schedule.py) and
+completions of their seeds, so the generators matter only to code that draws from them, like a custom reward.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+from common.distributed import barrier, rank, world
+from common.types import UserError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class State:
+    """What state.json holds. accuracy: of the evaluation at this update, None if there was none; a share of 1.
+
+    lines: bytes of metrics.jsonl and timings.jsonl at this update; what follows them is computed again.
+    """
+
+    update: int
+    tokens: float
+    accuracy: float | None
+    ranks: int
+    seed: int
+    tracker: str | None
+    lines: dict[str, int]
+
+
+class Checkpoints:
+    """The checkpoints of one run. All ranks call its methods together."""
+
+    def __init__(self, folder: Path, at_most: int) -> None:
+        """
+        Args:
+            folder: Usually `checkpoints` in the run folder.
+            at_most: How many to keep: the best by accuracy, and the last ones.
+        """
+        self.folder, self.at_most = folder, at_most
+
+    def latest(self) -> Path | None:
+        """The complete checkpoint with the most updates; leftovers of interrupted writing are removed."""
+        if rank() == 0:
+            for leftover in self.folder.glob("*.unfinished"):
+                shutil.rmtree(leftover)
+        barrier()
+        found = self._complete()
+        return found[-1] if found else None
+
+    def best(self) -> State | None:
+        """State of the kept checkpoint with the highest accuracy, the earlier one of equals."""
+        states = [read_state(path) for path in self._complete()]
+        measured = [state for state in states if state.accuracy is not None]
+        return max(measured, key=lambda state: (state.accuracy, -state.update), default=None)
+
+    def write(self, state: State, save: Callable[[Path], None]) -> None:
+        """Write one checkpoint and drop those that are no longer wanted.
+
+        Args:
+            state: See `State`.
+            save: Writes weights and optimizer state of this rank into a folder.
+
+        Raises:
+            UserError: The disk is full or cannot be written; the previous checkpoint is untouched.
+        """
+        final = self.folder / f"step-{state.update:06d}"
+        unfinished = final.with_name(f"{final.name}.unfinished")
+        try:
+            if rank() == 0:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir(parents=True)
+            barrier()
+            save(unfinished)
+            torch.save(_generators(), unfinished / f"random-{rank()}.pt")
+            if rank() == 0:
+                (unfinished / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n")
+                _flush(unfinished)
+        except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as a RuntimeError
+            shutil.rmtree(unfinished, ignore_errors=True)
+            kept = self._complete()
+            raise UserError(
+                f"the checkpoint after update {state.update} cannot be written to {self.folder} ({error}); "
+                + (f"{kept[-1].name} is whole" if kept else "there is no earlier one")
+                + "; free disk space and give the same command again"
+            ) from error
+        barrier()
+        if rank() == 0:
+            os.replace(unfinished, final)
+            self._drop_surplus()
+        barrier()
+
+    def restore_generators(self, checkpoint: Path, seed: int) -> None:
+        """Set this rank's generators as they were; a rank that did not exist then gets fresh ones."""
+        path = checkpoint / f"random-{rank()}.pt"
+        if read_state(checkpoint).ranks == world():
+            _set_generators(torch.load(path, weights_only=False))
+        else:
+            log.info("generators of %d ranks are not those of %d: seeded anew", read_state(checkpoint).ranks, world())
+            seed_generators(seed)
+
+    def keep_weights_only(self) -> None:
+        """After a finished run: optimizer states and generators are of no use any more."""
+        if rank() == 0:
+            for path in self._complete():
+                for part in path.iterdir():
+                    if part.name not in ("model", "state.json"):
+                        shutil.rmtree(part) if part.is_dir() else part.unlink()
+
+    def _complete(self) -> list[Path]:
+        return sorted(
+            path for path in self.folder.glob("step-*") if (path / "state.json").is_file() and not path.suffix
+        )
+
+    def _drop_surplus(self) -> None:
+        complete, best = self._complete(), self.best()
+        kept = {complete[-1]}
+        if best is not None and self.at_most > 1:
+            kept.add(self.folder / f"step-{best.update:06d}")
+        for path in reversed(complete):
+            if len(kept) < self.at_most:
+                kept.add(path)
+        for path in complete:
+            if path not in kept:
+                # renamed first: a kill in the middle must not leave half a checkpoint under its name
+                doomed = path.with_suffix(".unfinished")
+                os.replace(path, doomed)
+                shutil.rmtree(doomed)
+
+
+def read_state(checkpoint: Path) -> State:
+    """The state of a checkpoint folder."""
+    return State(**json.loads((checkpoint / "state.json").read_text()))
+
+
+def seed_generators(seed: int) -> None:
+    """Python, NumPy and PyTorch, different on every rank."""
+    number = seed * 1_000_003 + rank()
+    random.seed(number)
+    numpy.random.seed(number % 2**32)
+    torch.manual_seed(number)
+
+
+def _generators() -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": numpy.random.get_state(),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        found["cuda"] = torch.cuda.get_rng_state()
+    return found
+
+
+def _set_generators(found: dict[str, Any]) -> None:
+    random.setstate(found["python"])
+    numpy.random.set_state(found["numpy"])
+    torch.set_rng_state(found["torch"])
+    if "cuda" in found:
+        torch.cuda.set_rng_state(found["cuda"])
+
+
+def _flush(folder: Path) -> None:
+    """Wait until every file is on the disk: a rename that survives a power cut must not name half a file."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())

@@ -1,0 +1,162 @@
+"""One rollout batch: completions with their rewards and advantages, and what it reports about itself.
+
+Shapes: n prompts of this rank, N of all ranks, G completions each, K rewards.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from common.distributed import gather, interleave, share_of
+from common.grpo.advantages import advantages
+from common.grpo.packing import Group
+from common.rewards import Reward, Scores, score
+from common.rollout.base import Completion
+from common.types import Prompt, Sample
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """This rank's completions of one rollout.
+
+    rewards: by component, and the weighted sum under "total", each with G values per prompt in a row. advantages: [n,
+    G]. old_logps, reference_logps: filled by the first update over the batch for those that follow, by group.
+    """
+
+    prompts: list[Prompt]
+    groups: list[Group]
+    completions: list[list[Completion]]
+    scores: Scores
+    advantages: torch.Tensor
+    resampled: int = 0
+    old_logps: dict[int, torch.Tensor] = field(default_factory=dict)
+    reference_logps: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def lengths(self, without_truncated: bool) -> torch.Tensor:
+        """Tokens of each completion that count; 0 for a truncated one if those are left out. Shape: [n G]."""
+        completions = [c for group in self.completions for c in group]
+        return torch.tensor([0 if c.truncated and without_truncated else len(c.ids) for c in completions])
+
+    def sampled_logps(self, groups: Sequence[int]) -> torch.Tensor:
+        """The sampler's log-probabilities of the tokens of some groups. Shape: [T]."""
+        return torch.cat([c.logps for i in groups for c in self.completions[i]])
+
+
+def score_groups(
+    prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], rewards: dict[str, Reward]
+) -> Scores:
+    """Every reward of every completion, group after group."""
+    samples = [Sample(p, c.text) for p, group in zip(prompts, completions, strict=True) for c in group]
+    return score(samples, rewards)
+
+
+def without_differences(total: Sequence[float], group_size: int) -> list[int]:
+    """The groups in which all completions got the same reward: nothing to learn from.
+
+    >>> without_differences([1.0, 1.0, 0.0, 1.0], 2)
+    [0]
+    """
+    groups = range(len(total) // group_size)
+    return [i for i in groups if len(set(total[i * group_size : (i + 1) * group_size])) == 1]
+
+
+def compare(
+    scores: Scores,
+    weights: dict[str, float],
+    group_size: int,
+    scaling: str,
+    aggregation: str,
+    shuffle_seed: int | None,
+) -> tuple[Scores, torch.Tensor]:
+    """Advantages of this rank's completions, from the rewards of all ranks.
+
+    Args:
+        scores: This rank's rewards.
+        weights: Weight of each reward.
+        group_size: G.
+        scaling: See `advantages.scaled`.
+        aggregation: See `advantages.advantages`.
+        shuffle_seed: The control experiment: permute the rewards over all completions of the update.
+
+    Returns:
+        The rewards as they were used (permuted or not), and advantages [n, G].
+    """
+    columns = [*scores.parts.values(), scores.total]
+    mine = torch.tensor(columns, dtype=torch.float64).view(len(columns), -1, group_size)  # [K + 1, n, G]
+    everyone = torch.stack(interleave([list(part.unbind(1)) for part in gather(mine)]), 1)  # [K + 1, N, G]
+    if shuffle_seed is not None:
+        order = torch.randperm(everyone[0].numel(), generator=torch.Generator().manual_seed(shuffle_seed))
+        everyone = everyone.flatten(1)[:, order].view_as(everyone)
+    parts, weight = everyone[:-1], torch.tensor([weights[name] for name in scores.parts], dtype=torch.float64)
+    found = advantages(parts, weight, scaling, aggregation)  # [N, G]
+    used = torch.stack(share_of(list(everyone.unbind(1))), 1).flatten(1).tolist()
+    named = dict(zip(scores.parts, used[:-1], strict=True))
+    return Scores(named, used[-1]), torch.stack(share_of(list(found.unbind(0)))).float()
+
+
+def describe(batch: RolloutBatch) -> dict[str, float]:
+    """Rewards and lengths of the rollout over all ranks, under TRL's names."""
+    size = batch.advantages.shape[1]
+    mine: dict[str, list[Any]] = {
+        "total": batch.scores.total,
+        "lengths": [len(c.ids) for group in batch.completions for c in group],
+        "truncated": [c.truncated for group in batch.completions for c in group],
+        "prompt_tokens": [len(group.prompt.ids) * size for group in batch.groups],
+        "resampled": [batch.resampled],
+        **{f"rewards/{name}": values for name, values in batch.scores.parts.items()},
+    }
+    ranks = gather(mine)
+    joined = {key: [value for part in ranks for value in part[key]] for key in mine}
+    flat = without_differences(joined["total"], size)
+    lengths = joined["lengths"]
+    ended = [n for n, cut in zip(lengths, joined["truncated"], strict=True) if not cut] or [0]
+    metrics = {
+        "reward": statistics.fmean(joined["total"]),
+        "reward_std": statistics.stdev(joined["total"]),
+        "frac_reward_zero_std": len(flat) * size / len(joined["total"]),
+        "frac_resampled": sum(joined["resampled"]) * size / len(joined["total"]),
+        "completions/mean_length": statistics.fmean(lengths),
+        "completions/min_length": float(min(lengths)),
+        "completions/max_length": float(max(lengths)),
+        "completions/clipped_ratio": statistics.fmean(joined["truncated"]),
+        "completions/mean_terminated_length": statistics.fmean(ended),
+        "completions/min_terminated_length": float(min(ended)),
+        "completions/max_terminated_length": float(max(ended)),
+        "tokens": float(sum(lengths) + sum(joined["prompt_tokens"])),
+    }
+    for name in batch.scores.parts:
+        values = joined[f"rewards/{name}"]
+        metrics[f"rewards/{name}/mean"] = statistics.fmean(values)
+        metrics[f"rewards/{name}/std"] = statistics.stdev(values)
+    return metrics
+
+
+def rows(number: int, batch: RolloutBatch) -> list[dict[str, Any]]:
+    """The completions of all ranks as table rows, in the order of the prompts."""
+    size = batch.advantages.shape[1]
+    mine = []
+    for i, prompt in enumerate(batch.prompts):
+        found = []
+        for j, completion in enumerate(batch.completions[i]):
+            place = i * size + j
+            found.append(
+                {
+                    "step": number,
+                    "image": prompt.image,
+                    "prompt": prompt.text,
+                    "label": prompt.label,
+                    "completion": completion.text,
+                    "tokens": len(completion.ids),
+                    "truncated": completion.truncated,
+                    "reward": batch.scores.total[place],
+                    **{f"rewards/{name}": values[place] for name, values in batch.scores.parts.items()},
+                    "advantage": float(batch.advantages[i, j]),
+                }
+            )
+        mine.append(found)
+    return [row for group in interleave(gather(mine)) for row in group]
