@@ -4,7 +4,7 @@
     manifest.json         images, labels and questions of the task, hashed
     metrics.jsonl         one line per update, written at once (TRL's metric names)
     completions.parquet   every sampled completion with its rewards
-    predictions.parquet   every evaluated image, before and after training
+    predictions.parquet   every evaluated image, before and after training, with the probabilities of the class names
     metrics.json          the result; written last, so its presence means the run is finished
     curves.png, confusion.png, run.log, model/ (weights), wandb/
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import IO, Any
 
@@ -140,12 +140,21 @@ class RunFolder:
         import pyarrow
         import pyarrow.parquet
 
+        column = {
+            "str": pyarrow.string(),
+            "bool": pyarrow.bool_(),
+            "int": pyarrow.int64(),
+            "tuple[str, ...]": pyarrow.list_(pyarrow.string()),
+            "tuple[float, ...]": pyarrow.list_(pyarrow.float32()),
+        }
+        types = {"phase": "str", "split": "str"} | {field.name: str(field.type) for field in fields(Prediction)}
+        schema = pyarrow.schema([(name, column[kind]) for name, kind in types.items()])
         rows = [
-            {"phase": phase, "split": split, **asdict(prediction)}
+            {"phase": phase, "split": split, **vars(prediction)}
             for (phase, split), found in predictions.items()
             for prediction in found
         ]
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), self.path / "predictions.parquet")
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), self.path / "predictions.parquet")
 
     def write_result(self, result: Result) -> None:
         """Write metrics.json, whole or not at all."""

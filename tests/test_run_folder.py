@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pyarrow
 import pyarrow.parquet
 import pytest
 import yaml
@@ -104,3 +105,18 @@ def test_predictions_hold_both_phases(tmp_path):
     RunFolder(tmp_path).write_predictions({("zero_shot", "test"): [found], ("eval", "test"): [found]})
     rows = pyarrow.parquet.read_table(tmp_path / "predictions.parquet").to_pylist()
     assert [row["phase"] for row in rows] == ["zero_shot", "eval"] and rows[0]["answer"] == "six"
+
+
+def test_predictions_hold_probabilities_in_single_precision(tmp_path):
+    found = Prediction("7", "six", "six", "six", True, True, True, 2, False, ("six", "one"), (0.75, 0.25), (0.9, 0.1))
+    for phase, prediction in (("with", found), ("without", Prediction(*list(vars(found).values())[:9]))):
+        place = RunFolder(tmp_path / phase)
+        place.path.mkdir()
+        place.write_predictions({("eval", "test"): [prediction]})
+    table, bare = (pyarrow.parquet.read_table(tmp_path / name / "predictions.parquet") for name in ("with", "without"))
+    assert table.schema == bare.schema, "the same columns with and without label scoring"
+    assert table.schema.field("probabilities").type == table.schema.field("probabilities_raw").type
+    assert table.schema.field("probabilities").type.value_type == pyarrow.float32()
+    (row,) = table.to_pylist()
+    assert row["choices"] == ["six", "one"] and row["probabilities"] == [0.75, 0.25]
+    assert bare.to_pylist()[0]["probabilities"] == []
