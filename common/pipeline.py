@@ -17,6 +17,7 @@ from common.distributed import barrier, rank
 from common.engine import init_process_group
 from common.evaluate import Evaluator
 from common.grpo.trainer import GRPOTrainer
+from common.label_scores import LabelScorer
 from common.models import files, vlm
 from common.plugins import locate
 from common.progress import progress
@@ -57,7 +58,8 @@ def run(config: Config, values: dict[str, Any], folder: Path) -> Result:
     policy = vlm.load(checkpoint, config.model, device)
     encoder = vlm.Encoder(policy, questions.task.open, config.model.image_size, config.model.max_prompt_tokens)
     rollout: Rollout = locate(config.rollout.backend, "rollout.backend")(policy)
-    evaluator = Evaluator(rollout, encoder, questions, config.rollout)
+    labels = LabelScorer(policy) if config.label_scoring else None
+    evaluator = Evaluator(rollout, encoder, questions, config.rollout, labels)
     tracker = make_tracker(config, values, folder, questions)
     recorder = Recorder(RunFolder(folder), tracker, config.tracking.completions_every)
     seconds["load"] = time.perf_counter() - began - seconds["model"]

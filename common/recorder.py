@@ -31,7 +31,7 @@ class Recorder:
         self.place, self.tracker, self.table_every = place, tracker, table_every
         self.writes = rank() == 0
         self.rows: list[dict[str, Any]] = []
-        self.accuracies: dict[str, float] = {}
+        self.measured: dict[str, float] = {}
 
     def update(self, number: int, step: Step, last: bool) -> None:
         """One update; `number` counts from 1."""
@@ -48,10 +48,10 @@ class Recorder:
             self.place.merge_completions()
 
     def evaluation(self, number: int, found: Evaluation) -> None:
-        """Accuracies after `number` updates."""
-        self.accuracies = found.accuracies
-        log.info("after %d updates: %s", number, found.accuracies)
-        self._metrics(number, found.accuracies)
+        """What was measured after `number` updates."""
+        self.measured = found.scalars
+        log.info("after %d updates: %s", number, found.scalars)
+        self._metrics(number, found.scalars)
 
     def finish(self, result: Result, before: Evaluation, after: Evaluation, names: Sequence[str]) -> None:
         """Predictions, pictures, and last the result, whose presence means that the run is finished."""
@@ -75,7 +75,7 @@ class Recorder:
 
     def close(self, failed: bool) -> None:
         """End the tracker's run and release the files."""
-        self.tracker.close(self.accuracies, failed)
+        self.tracker.close(self.measured, failed)
         self.place.close()
 
     def _metrics(self, number: int, values: dict[str, float]) -> None:

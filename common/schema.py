@@ -210,6 +210,7 @@ class Config:
     rollout: Rollout = MISSING
     deepspeed: dict[str, Any] = field(default_factory=dict)
     tracking: Tracking = MISSING
+    label_scoring: bool = True
     shots: int = 16
     seed: int = 1
     gpus: int = MISSING
