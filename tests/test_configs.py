@@ -147,6 +147,12 @@ def test_signature_ignores_where_and_how_it_is_watched(compose):
     assert config.signature(config.plain(compose("+rewards.extra={weight:1,fn:common.rewards.accuracy}"))) != base
 
 
+def test_label_scoring_is_on_and_part_of_the_result(compose):
+    on, off = compose(), compose("label_scoring=false")
+    assert config.validate(on).label_scoring and not config.validate(off).label_scoring
+    assert config.signature(config.plain(on)) != config.signature(config.plain(off))
+
+
 def test_plain_values_hold_no_interpolations(compose):
     values = config.plain(compose())
     assert values["run_name"] == "nothinking-digits-tiny_qwen2_vl-s16-seed1"
