@@ -65,6 +65,10 @@ class ClosedFormQuestion:
             return parsing.is_strict_format(completion)
         return not parsing.TAG.search(completion) and bool(completion.strip())
 
+    def label_response(self, name: str) -> str:
+        """The bare name, or the name in its tags: with `think`, its probability is the one without reasoning."""
+        return f"<answer>{name}</answer>" if self.instruction == "think" else name
+
     def _prompts(self, items: Sequence[Item], names: Sequence[str], wording: str, system: str | None) -> list[Prompt]:
         instruction = prompts.INSTRUCTIONS[self.instruction, wording]
         size = prompts.class_list_size(len(names), self.list_share, self.list_all_below, self.list_at_most)

@@ -1,20 +1,28 @@
-"""Evaluation: greedy answers to the prompts of a split, matched strictly and as the authors' code does."""
+"""Evaluation: greedy answers to the prompts of a split, matched strictly and as the authors' code does, and the
+probability of every name that a prompt offers.
+"""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from common import metrics, parsing
 from common.distributed import gather, interleave, share_of
 from common.engine import micro_batches
+from common.grpo.packing import Encoded
+from common.label_scores import LabelScorer
 from common.models.vlm import Encoder
 from common.progress import progress
 from common.rollout.base import Completion, Decoding, Rollout
 from common.schema import Rollout as RolloutConfig
 from common.task import Questions
-from common.types import Method, Prediction, Prompt
+from common.types import Answers, Method, Prediction, Prompt
+
+# Name in metrics.jsonl to its name in a summary's `probability`.
+PROBABILITY = {"probability_accuracy": "top1", "top5_accuracy": "top5", "ece": "ece", "brier": "brier"}
 
 
 @dataclass(frozen=True)
@@ -25,72 +33,104 @@ class Evaluation:
     summary: dict[str, dict[str, Any]]
 
     @property
-    def accuracies(self) -> dict[str, float]:
+    def scalars(self) -> dict[str, float]:
         """Metric name to value, as metrics.jsonl and the tracker take them."""
-        return {
-            f"eval/{split}/{key}": found[key]
-            for split, found in self.summary.items()
-            for key in ("accuracy", "accuracy_official", "n")
-        }
+        scalars: dict[str, float] = {}
+        for split, found in self.summary.items():
+            scalars |= {f"eval/{split}/{key}": found[key] for key in ("accuracy", "accuracy_official", "n")}
+            if "probability" in found:
+                scalars |= {f"eval/{split}/{name}": found["probability"][key] for name, key in PROBABILITY.items()}
+        return scalars
 
 
 class Recorder(Protocol):
     """Where finished splits are kept (see common/recorder.py)."""
 
-    def kept(self, phase: str, split: str) -> tuple[list[Prediction], float] | None:
-        """Predictions and seconds of a finished split."""
+    def kept(self, phase: str, split: str) -> Answers | None:
+        """A finished split."""
 
-    def keep(self, phase: str, split: str, found: list[Prediction], seconds: float) -> None:
-        """Keep them."""
+    def keep(self, phase: str, split: str, found: Answers) -> None:
+        """Keep a finished split."""
 
 
 class Evaluator:
     """Asks the model the evaluation questions. Ranks share the work, and every rank gets all predictions."""
 
-    def __init__(self, rollout: Rollout, encoder: Encoder, questions: Questions, config: RolloutConfig) -> None:
+    def __init__(
+        self,
+        rollout: Rollout,
+        encoder: Encoder,
+        questions: Questions,
+        config: RolloutConfig,
+        labels: LabelScorer | None,
+    ) -> None:
         """
         Args:
             rollout: Sampling backend, used greedily.
             encoder: Prompts to tensors.
             questions: Task and method.
             config: Limits on tokens and batch size.
+            labels: Scores the class names in `all_splits`; None leaves them out.
         """
-        self.rollout, self.encoder, self.questions = rollout, encoder, questions
+        self.rollout, self.encoder, self.questions, self.labels = rollout, encoder, questions, labels
         self.decoding, self.batch = greedy(config.max_completion_tokens), config.evaluation_batch
 
     def all_splits(self, phase: str, recorder: Recorder) -> Evaluation:
-        """Every image of every split; splits that an earlier attempt of the run finished are not asked again."""
+        """Every image of every split, answers and probabilities.
+
+        Splits that an earlier attempt of the run finished are not asked again.
+        """
         predictions, summary = {}, {}
         for split, prompts in self.questions.evaluation.items():
-            kept = recorder.kept(phase, split)
-            if kept is None:
-                start = time.perf_counter()
-                found = self._predict(prompts, f"evaluating {split} ({phase.replace('_', '-')})")
-                kept = found, time.perf_counter() - start
-                recorder.keep(phase, split, *kept)
-            predictions[split] = kept[0]
-            summary[split] = metrics.summarize(kept[0], self.questions.task.names, kept[1])
+            found = recorder.kept(phase, split)
+            if found is None:
+                found = self._answer(prompts, f"evaluating {split} ({phase.replace('_', '-')})", self.labels)
+                recorder.keep(phase, split, found)
+            predictions[split], summary[split] = found.predictions, self._summary(found)
         return Evaluation(predictions, summary)
 
     def during_training(self, limit: int | None) -> Evaluation:
-        """The first `limit` images of val where the task has one, else of test."""
-        start = time.perf_counter()
-        found = self._predict(self.questions.evaluation[self.watched][:limit], f"evaluating {self.watched} (training)")
-        summary = metrics.summarize(found, self.questions.task.names, time.perf_counter() - start)
-        return Evaluation({self.watched: found}, {self.watched: summary})
+        """The first `limit` images of val where the task has one, else of test; answers only."""
+        found = self._answer(
+            self.questions.evaluation[self.watched][:limit], f"evaluating {self.watched} (training)", None
+        )
+        return Evaluation({self.watched: found.predictions}, {self.watched: self._summary(found)})
 
     @property
     def watched(self) -> str:
         """The split that is evaluated during training."""
         return "val" if "val" in self.questions.evaluation else "test"
 
-    def _predict(self, prompts: list[Prompt], description: str) -> list[Prediction]:
+    def _summary(self, found: Answers) -> dict[str, Any]:
+        return metrics.summarize(found.predictions, self.questions.task.names, found.seconds, found.scoring_seconds)
+
+    def _answer(self, prompts: list[Prompt], description: str, labels: LabelScorer | None) -> Answers:
+        """The predictions of all ranks; the seconds are this one's."""
+        began, scoring = time.perf_counter(), 0.0
         slices = list(micro_batches(share_of(prompts), self.batch))
         found = []
         for part in progress(slices, description, len(slices)):
-            groups = self.rollout.generate(self.encoder(part), 1, self.decoding, [""] * len(part))
-            found += [grade(self.questions.method, p, group[0]) for p, group in zip(part, groups, strict=True)]
-        return interleave(gather(found))
+            encoded = self.encoder(part)
+            groups = self.rollout.generate(encoded, 1, self.decoding, [""] * len(part))
+            graded = [grade(self.questions.method, p, group[0]) for p, group in zip(part, groups, strict=True)]
+            if labels is not None:
+                start = time.perf_counter()
+                graded = self._with_probabilities(labels, part, encoded, graded)
+                scoring += time.perf_counter() - start
+            found += graded
+        return Answers(interleave(gather(found)), time.perf_counter() - began - scoring, scoring)
+
+    def _with_probabilities(
+        self, labels: LabelScorer, prompts: Sequence[Prompt], encoded: Sequence[Encoded], graded: Sequence[Prediction]
+    ) -> list[Prediction]:
+        """Add the probabilities of the names that each prompt offers; an open question offers all names of the task."""
+        everything = tuple(dict.fromkeys(self.questions.task.names))  # two classes may share a display name
+        choices = [prompt.choices or everything for prompt in prompts]
+        scores = labels(encoded, [[self.questions.method.label_response(name) for name in c] for c in choices])
+        return [
+            replace(prediction, choices=names, probabilities=score.normalised, probabilities_raw=score.raw)
+            for prediction, names, score in zip(graded, choices, scores, strict=True)
+        ]
 
 
 def greedy(max_tokens: int) -> Decoding:

@@ -1,10 +1,14 @@
-"""Numbers about predictions: accuracy with intervals, per class, and paired tests. Pure Python, no torch."""
+"""Numbers about predictions: accuracy with intervals, per class, paired tests, and how good the probabilities of the
+class names are. Pure Python, no torch.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Sequence
+from itertools import groupby
+from statistics import fmean
 from typing import Any
 
 from common.parsing import normalize
@@ -56,14 +60,26 @@ def _normal_p(fixed: int, broken: int) -> float:
     return math.erfc((abs(fixed - broken) - 1) / math.sqrt(2 * (fixed + broken)))
 
 
-def summarize(predictions: Sequence[Prediction], names: Sequence[str], seconds: float) -> dict[str, Any]:
-    """What metrics.json says about one split. Accuracies are shares of 1; `per_class` is in the order of `names`."""
+def summarize(
+    predictions: Sequence[Prediction], names: Sequence[str], seconds: float, label_seconds: float = 0.0
+) -> dict[str, Any]:
+    """What metrics.json says about one split.
+
+    Args:
+        predictions: Of all its images.
+        names: Class names, in the order of `per_class`.
+        seconds: Spent on the answers.
+        label_seconds: Spent on the probabilities of the class names.
+
+    Returns:
+        Shares of 1. `probability` is there if label scoring was on (see `probability_metrics`).
+    """
     n = len(predictions)
     correct = sum(p.correct for p in predictions)
     official = sum(p.correct_official for p in predictions)
     count = Counter(p.label for p in predictions)
     right = Counter(p.label for p in predictions if p.correct)
-    return {
+    summary: dict[str, Any] = {
         "n": n,
         "accuracy": correct / n,
         "accuracy_official": official / n,
@@ -75,6 +91,102 @@ def summarize(predictions: Sequence[Prediction], names: Sequence[str], seconds: 
         "truncated": sum(p.truncated for p in predictions) / n,
         "seconds": seconds,
     }
+    if all(p.choices for p in predictions):
+        truths = [p.choices.index(p.label) if p.label in p.choices else None for p in predictions]
+        summary["probability"] = {
+            **probability_metrics([p.probabilities for p in predictions], truths),
+            "raw": probability_metrics([p.probabilities_raw for p in predictions], truths),
+            "seconds": label_seconds,
+        }
+    return summary
+
+
+def probability_metrics(probabilities: Sequence[Sequence[float]], truths: Sequence[int | None]) -> dict[str, Any]:
+    """How good the probabilities of the offered names are, whatever was generated.
+
+    Args:
+        probabilities: Of the names that were offered for each image; they add up to 1.
+        truths: Place of the true name among them; None if it was not offered, which counts as an error everywhere.
+
+    Returns:
+        `top1` and `top5` accuracy (any list of up to five names has a `top5` of 1), `ece`, `brier`, `aurc`, and
+        `risk_coverage`: [coverage, risk] at 10 % to 100 % of the images.
+    """
+    ranks = [rank_of(row, truth) for row, truth in zip(probabilities, truths, strict=True)]
+    confidences = [max(row) for row in probabilities]
+    right = [rank == 0 for rank in ranks]
+    risks = selective_risks(confidences, right)
+    return {
+        "top1": fmean(right),
+        "top5": fmean(rank < 5 for rank in ranks),
+        "ece": calibration_error(confidences, right),
+        "brier": fmean(brier(row, truth) for row, truth in zip(probabilities, truths, strict=True)),
+        "aurc": fmean(risks),
+        "risk_coverage": [[tenth / 10, risks[math.ceil(len(risks) * tenth / 10) - 1]] for tenth in range(1, 11)],
+    }
+
+
+def rank_of(probabilities: Sequence[float], truth: int | None) -> float:
+    """How many names come before the true one, the most probable first; of equal ones the first in the list leads.
+
+    >>> rank_of([0.2, 0.5, 0.3], 2), rank_of([0.4, 0.4, 0.2], 1), rank_of([1.0], None)
+    (1, 1, inf)
+    """
+    if truth is None:
+        return math.inf
+    mine = probabilities[truth]
+    return sum(p > mine or (p == mine and place < truth) for place, p in enumerate(probabilities))
+
+
+def brier(probabilities: Sequence[float], truth: int | None) -> float:
+    """Squared distance of the probabilities from the truth's 1 and the others' 0, between 0 and 2 (Brier 1950).
+
+    A truth that was not offered had probability 0.
+
+    >>> round(brier([0.7, 0.2, 0.1], 0), 4), brier([0.0, 1.0], 0), brier([1.0, 0.0], None)
+    (0.14, 2.0, 2.0)
+    """
+    missed = 1.0 if truth is None else 0.0
+    return missed + sum((p - (place == truth)) ** 2 for place, p in enumerate(probabilities))
+
+
+def calibration_error(confidences: Sequence[float], right: Sequence[bool], bins: int = 15) -> float:
+    """Expected calibration error: |accuracy - mean confidence| in bins of equal width, weighted by their images.
+
+    Guo et al. 2017 (arXiv 1706.04599), equation 3. Bins are closed above: (0, 1/15], (1/15, 2/15], ...
+
+    Two images at 0.95, both right, and two at 0.65, one right: 1/2 |1 - 0.95| + 1/2 |0.5 - 0.65| = 0.1.
+
+    >>> round(calibration_error([0.95, 0.65, 0.95, 0.65], [True, True, True, False]), 6)
+    0.1
+    """
+    placed = sorted((math.ceil(c * bins), c, r) for c, r in zip(confidences, right, strict=True))
+    gaps = 0.0
+    for _, members in groupby(placed, key=lambda image: image[0]):
+        gaps += abs(sum(r - c for _, c, r in members))
+    return gaps / len(placed)
+
+
+def selective_risks(confidences: Sequence[float], right: Sequence[bool]) -> list[float]:
+    """The risk-coverage curve: the share of errors among the k most confident images, for k = 1 to all.
+
+    Geifman and El-Yaniv 2017 (arXiv 1705.08500); the mean over the curve is AURC (Geifman et al. 2019, arXiv
+    1805.08206). Images of equal confidence count with their expected errors, so that their order does not matter.
+
+    >>> [round(risk, 3) for risk in selective_risks([0.9, 0.6, 0.8, 0.7], [True, True, False, True])]
+    [0.0, 0.5, 0.333, 0.25]
+    >>> selective_risks([0.9, 0.9], [True, False])
+    [0.5, 0.5]
+    """
+    ordered = sorted(zip(confidences, right, strict=True), reverse=True)
+    risks: list[float] = []
+    errors = 0.0
+    for _, equal in groupby(ordered, key=lambda image: image[0]):
+        wrong = [not r for _, r in equal]
+        for share in [fmean(wrong)] * len(wrong):
+            errors += share
+            risks.append(errors / (len(risks) + 1))
+    return risks
 
 
 def confusion(predictions: Sequence[Prediction], names: Sequence[str]) -> list[list[int]]:

@@ -19,6 +19,7 @@ from common.distributed import barrier, rank, world
 from common.engine import init_process_group
 from common.evaluate import Evaluator
 from common.grpo.trainer import GRPOTrainer
+from common.label_scores import LabelScorer
 from common.models import files, vlm
 from common.models.features import FeatureStore
 from common.plugins import locate
@@ -62,7 +63,8 @@ def run(config: Config, values: dict[str, Any], folder: Path) -> Result:
     policy = vlm.load(checkpoint, config.model, device)
     encoder = make_encoder(config, policy, checkpoint, questions)
     rollout: Rollout = locate(config.rollout.backend, "rollout.backend")(policy)
-    evaluator = Evaluator(rollout, encoder, questions, config.rollout)
+    labels = LabelScorer(policy) if config.label_scoring else None
+    evaluator = Evaluator(rollout, encoder, questions, config.rollout, labels)
     place, checkpoints = RunFolder(folder), Checkpoints(folder / "checkpoints", config.checkpoint.max_checkpoints)
     tracker = make_tracker(config, values, folder, questions)
     recorder = Recorder(place, tracker, config.tracking.completions_every)

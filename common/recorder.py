@@ -12,7 +12,7 @@ from common.evaluate import Evaluation
 from common.report import figures
 from common.run_folder import RunFolder
 from common.tracking import Tracker
-from common.types import Prediction, Result, Step
+from common.types import Answers, Result, Step
 
 log = logging.getLogger(__name__)
 COMPLETIONS_EVERY = 25  # updates between two writes of sampled completions
@@ -31,7 +31,7 @@ class Recorder:
         self.place, self.tracker, self.table_every = place, tracker, table_every
         self.writes = rank() == 0
         self.rows: list[dict[str, Any]] = []
-        self.accuracies: dict[str, float] = {}
+        self.measured: dict[str, float] = {}
 
     def rewind(self, update: int, lengths: dict[str, int]) -> None:
         """Continue after `update`: what an interrupted attempt wrote beyond it will be computed again."""
@@ -67,22 +67,22 @@ class Recorder:
                     spent[phase] = spent.get(phase, 0.0) + seconds
         return spent
 
-    def kept(self, phase: str, split: str) -> tuple[list[Prediction], float] | None:
-        """Predictions of an evaluation that an earlier attempt finished, and its seconds."""
+    def kept(self, phase: str, split: str) -> Answers | None:
+        """What an earlier attempt finished."""
         return self.place.read_predictions(phase, split)
 
-    def keep(self, phase: str, split: str, found: list[Prediction], seconds: float) -> None:
-        """Keep the predictions of a finished split."""
+    def keep(self, phase: str, split: str, found: Answers) -> None:
+        """Keep a finished split."""
         if self.writes:
-            self.place.write_predictions(phase, split, found, seconds)
+            self.place.write_predictions(phase, split, found)
 
     def evaluation(self, number: int, found: Evaluation) -> None:
-        """Accuracies after `number` updates."""
-        self.accuracies = found.accuracies
-        log.info("after %d updates: %s", number, found.accuracies)
+        """What was measured after `number` updates."""
+        self.measured = found.scalars
+        log.info("after %d updates: %s", number, found.scalars)
         if self.writes:
-            self.place.log("metrics.jsonl", {"step": number, **found.accuracies})
-            self.tracker.log(found.accuracies, number)
+            self.place.log("metrics.jsonl", {"step": number, **found.scalars})
+            self.tracker.log(found.scalars, number)
 
     def finish(self, result: Result, after: Evaluation, names: Sequence[str]) -> None:
         """Tables, pictures, and last the result, whose presence means that the run is finished."""
@@ -101,5 +101,5 @@ class Recorder:
 
     def close(self, failed: bool) -> None:
         """End the tracker's run and release the files."""
-        self.tracker.close(self.accuracies, failed)
+        self.tracker.close(self.measured, failed)
         self.place.close()

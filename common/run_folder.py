@@ -6,7 +6,8 @@
     timings.jsonl         seconds of each update by phase
     checkpoints/          see common/checkpoint.py
     completions.parquet   every sampled completion with its rewards (completions/: parts, while the run goes)
-    predictions.parquet   every evaluated image, before and after training (predictions/: likewise)
+    predictions.parquet   every evaluated image, before and after training, with the probabilities of the class names
+                          (predictions/: parts, while the run goes)
     metrics.json          the result; written last, so its presence means the run is finished
     curves.png, confusion.png, run.log, model/ (weights), wandb/
 
@@ -22,13 +23,13 @@ import os
 import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import yaml
 
 from common.config import decides_result, differences, signature
 from common.distributed import rank
-from common.types import Prediction, Result, UserError
+from common.types import Answers, Prediction, Result, UserError
 
 LOCK = ".lock"
 LOGS = ("metrics.jsonl", "timings.jsonl")
@@ -125,30 +126,39 @@ class RunFolder:
         """Join the parts to completions.parquet."""
         self._merge("completions")
 
-    def write_predictions(self, phase: str, split: str, found: list[Prediction], seconds: float) -> None:
-        """Keep the predictions of a finished split: one row per image."""
+    def write_predictions(self, phase: str, split: str, found: Answers) -> None:
+        """Keep a finished split, one row per image; `phase` is `zero_shot` or `eval`."""
         import pyarrow
 
-        rows = [{"phase": phase, "split": split, **asdict(prediction)} for prediction in found]
-        table = pyarrow.Table.from_pylist(rows).replace_schema_metadata({"seconds": str(seconds)})
-        self._write_table(table, self.path / "predictions" / f"{phase}-{split}.parquet")
+        column = {
+            "str": pyarrow.string(),
+            "bool": pyarrow.bool_(),
+            "int": pyarrow.int64(),
+            "tuple[str, ...]": pyarrow.list_(pyarrow.string()),
+            "tuple[float, ...]": pyarrow.list_(pyarrow.float32()),
+        }
+        types = {"phase": "str", "split": "str"} | {field.name: str(field.type) for field in fields(Prediction)}
+        schema = pyarrow.schema([(name, column[kind]) for name, kind in types.items()])
+        rows = [{"phase": phase, "split": split, **vars(prediction)} for prediction in found.predictions]
+        notes = {"seconds": str(found.seconds), "scoring_seconds": str(found.scoring_seconds)}
+        table = pyarrow.Table.from_pylist(rows, schema).replace_schema_metadata(notes)
+        self._write_table(table, self._predictions(phase, split))
 
-    def read_predictions(self, phase: str, split: str) -> tuple[list[Prediction], float] | None:
-        """What `write_predictions` kept, with the seconds it took; None if that split is not finished."""
+    def read_predictions(self, phase: str, split: str) -> Answers | None:
+        """What `write_predictions` kept; None if that split is not finished."""
         import pyarrow.parquet
 
-        path = self.path / "predictions" / f"{phase}-{split}.parquet"
+        path = self._predictions(phase, split)
         if not path.is_file():
             return None
-        table = pyarrow.parquet.read_table(path)
-        names = {f.name for f in fields(Prediction)}
-        rows = ({key: value for key, value in row.items() if key in names} for row in table.to_pylist())
-        return [Prediction(**row) for row in rows], float(table.schema.metadata[b"seconds"])
+        table = pyarrow.parquet.read_table(path).drop_columns(["phase", "split"])
+        rows: list[dict[str, Any]] = table.to_pylist()
+        made = [{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()} for row in rows]
+        seconds = (float(table.schema.metadata[name]) for name in (b"seconds", b"scoring_seconds"))
+        return Answers([Prediction(**cast(Any, row)) for row in made], *seconds)
 
-    def drop_predictions(self, phase: str) -> None:
-        """Forget a phase whose model is about to change."""
-        for path in (self.path / "predictions").glob(f"{phase}-*.parquet"):
-            path.unlink()
+    def _predictions(self, phase: str, split: str) -> Path:
+        return self.path / "predictions" / f"{phase}-{split}.parquet"
 
     def merge_predictions(self) -> None:
         """Join the parts to predictions.parquet."""

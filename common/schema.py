@@ -271,6 +271,7 @@ class Config:
     deepspeed: dict[str, Any] = field(default_factory=dict)
     tracking: Tracking = MISSING
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    label_scoring: bool = True
     shots: int = 16
     seed: int = 1
     gpus: int = MISSING

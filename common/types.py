@@ -77,7 +77,8 @@ class Sample:
 @dataclass(frozen=True)
 class Prediction:
     """One evaluated image. `answer` is empty when the completion gives none or several. `correct` is the strict match,
-    `correct_official` the authors' substring match.
+    `correct_official` the authors' substring match. `probabilities` (length-normalised) and `probabilities_raw` belong
+    to the names in `choices`; all three are empty without label scoring.
     """
 
     image: str
@@ -89,6 +90,18 @@ class Prediction:
     formatted: bool
     tokens: int
     truncated: bool
+    choices: tuple[str, ...] = ()
+    probabilities: tuple[float, ...] = ()
+    probabilities_raw: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The predictions of one split, and the seconds that generating and scoring the class names took."""
+
+    predictions: list[Prediction]
+    seconds: float
+    scoring_seconds: float
 
 
 @dataclass(frozen=True)
@@ -119,7 +132,7 @@ class Trainer(Protocol):
 
 
 class Method(Protocol):
-    """What a paper's method decides: how to ask, and what a well-formed reply is. Found by `method._target_`."""
+    """What a paper's method decides: how to ask, and what a reply looks like. Found by `method._target_`."""
 
     def train_prompts(self, task: Task) -> list[Prompt]:
         """One prompt per training item, in the order of `task.train`."""
@@ -129,6 +142,9 @@ class Method(Protocol):
 
     def well_formed(self, completion: str) -> bool:
         """Whether the reply follows the requested format."""
+
+    def label_response(self, name: str) -> str:
+        """The reply that answers `name` and says nothing else; its probability is that of the name."""
 
 
 @dataclass

@@ -112,7 +112,13 @@ def test_protocol_switches_reach_rewards_and_method(compose):
         (["trainer.head_chunk=0"], "trainer.head_chunk"),
         (["trainer.evaluate_limit=0"], "trainer.evaluate_limit"),
         (["+deepspeed.foo=1"], "deepspeed.foo"),
-        (["deepspeed.zero_optimization.stage=3"], "stage=3"),
+        (["deepspeed.zero_optimization.stage=4"], "stage=4"),
+        (["trainer.loss_type=ppo"], "trainer.loss_type=ppo: choose one of grpo, bnpo, dr_grpo, dapo"),
+        (["trainer.zero_variance=drop"], "trainer.zero_variance=drop"),
+        (["trainer.num_iterations=3"], "checkpoint.every=50 must be divisible by trainer.num_iterations=3"),
+        (["checkpoint.max_checkpoints=0"], "checkpoint.max_checkpoints=0"),
+        (["model.feature_cache_gb=1"], "model.feature_cache_gb needs model.freeze_vision=true"),
+        (["model.load_in_8bit=true"], "model.load_in_8bit=true needs adapters"),
         (["rollout.backend=common.rollout.nope.Backend"], "rollout.backend"),
         (["rewards.equality.fn=builtins.max"], "builtins.max"),
         (["model.dtype=float16"], "model.dtype"),
@@ -145,6 +151,12 @@ def test_signature_ignores_where_and_how_it_is_watched(compose):
     assert config.signature(config.plain(compose("tracking=none", "run_name=x", "cache_dir=y"))) == base
     assert config.signature(config.plain(compose("seed=2"))) != base
     assert config.signature(config.plain(compose("+rewards.extra={weight:1,fn:common.rewards.accuracy}"))) != base
+
+
+def test_label_scoring_is_on_and_part_of_the_result(compose):
+    on, off = compose(), compose("label_scoring=false")
+    assert config.validate(on).label_scoring and not config.validate(off).label_scoring
+    assert config.signature(config.plain(on)) != config.signature(config.plain(off))
 
 
 def test_plain_values_hold_no_interpolations(compose):

@@ -69,7 +69,15 @@ def test_demo_learns(demo):
 
 def test_demo_ends_with_a_table(demo):
     folder, output = demo
-    for text in ("test, zero-shot", "test, trained", "95 % interval", "McNemar", "seconds: ", f"run folder: {folder}"):
+    for text in (
+        "test, zero-shot",
+        "test, trained",
+        "95 % interval",
+        "McNemar",
+        "most probable name",
+        "seconds: ",
+        f"run folder: {folder}",
+    ):
         assert text in output
 
 
@@ -79,6 +87,9 @@ def test_run_folder_is_complete_and_consistent(demo):
     predictions = pyarrow.parquet.read_table(folder / "predictions.parquet").to_pandas()
     trained = predictions[predictions.phase == "eval"]
     assert len(trained) == 1637 and trained.correct.mean() == pytest.approx(r["eval"]["test"]["accuracy"])
+    best = trained.apply(lambda row: row.choices[row.probabilities.argmax()] == row.label, axis=1)
+    assert best.mean() == pytest.approx(r["eval"]["test"]["probability"]["top1"], abs=2e-3)  # stored in fp32: ties
+    assert best.mean() >= 0.83
     completions = pyarrow.parquet.read_table(folder / "completions.parquet").to_pandas()
     assert len(completions) == 100 * 16 * 8
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -58,6 +58,10 @@ def test_two_ranks_equal_one(tmp_path):
         assert one.keys() == two.keys()
         for key in one:
             assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-4), key
+    scored = [pyarrow.parquet.read_table(tmp_path / name / "predictions.parquet") for name in ("one", "two")]
+    for one, two in zip(*(table.to_pylist() for table in scored), strict=True):
+        assert (one["image"], one["choices"]) == (two["image"], two["choices"])
+        assert two["probabilities"] == pytest.approx(one["probabilities"], abs=1e-3)
     sampled = [
         pyarrow.parquet.read_table(tmp_path / name / "completions.parquet").to_pylist() for name in ("one", "two")
     ]

@@ -37,7 +37,7 @@ def test_sampled_logps_equal_a_fresh_scoring_pass(setup, temperature):
     scorer = PolicyScorer(vlm.model, vlm.banned, temperature, chunk=1024).eval()
     groups = [Group(p, tuple(c.ids for c in group)) for p, group in zip(prompts, found, strict=True)]
     with torch.no_grad():
-        scored, _ = scorer(pack_plain(groups, vlm.pad, vlm.device))
+        scored, _ = scorer(pack_plain(groups, vlm.family, vlm.pad, vlm.device))
     sampled = torch.cat([c.logps for group in found for c in group])
     assert float((sampled - scored).abs().max()) <= 1e-4
 

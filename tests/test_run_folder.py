@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
+import pyarrow
 import pyarrow.parquet
 import pytest
 import yaml
 
 from common.run_folder import RunFolder
-from common.types import Prediction, UserError
+from common.types import Answers, Prediction, UserError
 
 VALUES = {"shots": 4, "seed": 1, "method": {"name": "clsrl"}, "run_name": "a", "tracking": {"mode": "offline"}}
 
@@ -35,15 +37,21 @@ def test_another_value_is_refused_and_named(tmp_path):
     assert RunFolder(tmp_path).finished_result({**VALUES, "run_name": "b", "tracking": {"mode": "online"}}) is None
 
 
-def test_interrupted_work_is_moved_aside(tmp_path):
+def test_what_an_interrupted_run_wrote_is_kept_up_to_its_checkpoint(tmp_path):
     place = RunFolder(tmp_path)
-    for attempt in (1, 2):
-        place.claim(VALUES)
-        place.log_metrics({"step": attempt})
-        place.close()
     place.claim(VALUES)
-    kept = [json.loads((tmp_path / f"interrupted-{n}" / "metrics.jsonl").read_text())["step"] for n in (1, 2)]
-    assert kept == [1, 2] and place.metrics() == []
+    for step in (1, 2, 3):
+        place.log("metrics.jsonl", {"step": step})
+        place.write_completions([{"step": step}], step)
+        if step == 2:
+            at_checkpoint = place.lengths()
+    place.close()
+    again = RunFolder(tmp_path)
+    again.rewind(2, at_checkpoint)
+    assert [row["step"] for row in again.read_log("metrics.jsonl")] == [1, 2]
+    assert pyarrow.parquet.read_table(tmp_path / "completions").column("step").to_pylist() == [1, 2]
+    again.rewind(0, {})
+    assert again.read_log("metrics.jsonl") == [] and not list((tmp_path / "completions").iterdir())
 
 
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
@@ -58,19 +66,11 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
         RunFolder(tmp_path).finished_result(VALUES)
 
 
-def test_only_a_run_s_own_files_are_moved_aside(tmp_path):
-    RunFolder(tmp_path).claim(VALUES)
-    (tmp_path / "notes.txt").write_text("mine")
-    RunFolder(tmp_path).claim(VALUES)
-    assert (tmp_path / "notes.txt").read_text() == "mine" and (tmp_path / "interrupted-1" / "config.yaml").is_file()
-
-
 def test_two_processes_do_not_share_a_folder(tmp_path):
     first = RunFolder(tmp_path)
     first.claim(VALUES)
     with pytest.raises(UserError, match="another process is running in"):
         RunFolder(tmp_path).claim(VALUES)
-    assert not list(tmp_path.glob("interrupted-*"))
 
 
 def test_unwritable_folder_is_one_line(tmp_path):
@@ -81,15 +81,15 @@ def test_unwritable_folder_is_one_line(tmp_path):
 
 def test_metrics_are_on_disk_at_once(tmp_path):
     place = RunFolder(tmp_path)
-    place.log_metrics({"step": 1, "loss": 0.5})
+    place.log("metrics.jsonl", {"step": 1, "loss": 0.5})
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 0.5}  # still open
     place.close()
 
 
 def test_completions_survive_a_crash_and_are_merged(tmp_path):
     place = RunFolder(tmp_path)
-    place.write_completions([{"step": 1, "completion": "six"}], part=1)
-    place.write_completions([{"step": 2, "completion": "nine"}], part=2)
+    place.write_completions([{"step": 1, "completion": "six"}], 1)
+    place.write_completions([{"step": 2, "completion": "nine"}], 2)
     assert pyarrow.parquet.read_table(tmp_path / "completions").num_rows == 2
     place.merge_completions()
     assert pyarrow.parquet.read_table(tmp_path / "completions.parquet").to_pylist() == [
@@ -99,8 +99,48 @@ def test_completions_survive_a_crash_and_are_merged(tmp_path):
     assert not (tmp_path / "completions").exists()
 
 
+PREDICTION = Prediction("7", "six", "six", "six", True, True, True, 2, False, ("six", "one"), (0.75, 0.25), (0.5, 0.5))
+
+
+def test_a_finished_split_is_read_back_as_it_was(tmp_path):
+    place, found = RunFolder(tmp_path), Answers([PREDICTION, replace(PREDICTION, choices=())], 1.5, 0.25)
+    assert place.read_predictions("eval", "test") is None
+    place.write_predictions("eval", "test", found)
+    assert place.read_predictions("eval", "test") == found
+
+
 def test_predictions_hold_both_phases(tmp_path):
-    found = Prediction("7", "six", "six", "six", True, True, True, 2, False)
-    RunFolder(tmp_path).write_predictions({("zero_shot", "test"): [found], ("eval", "test"): [found]})
+    place = RunFolder(tmp_path)
+    for phase in ("zero_shot", "eval"):
+        place.write_predictions(phase, "test", Answers([PREDICTION], 1.0, 0.0))
+    place.merge_predictions()
     rows = pyarrow.parquet.read_table(tmp_path / "predictions.parquet").to_pylist()
-    assert [row["phase"] for row in rows] == ["zero_shot", "eval"] and rows[0]["answer"] == "six"
+    assert {row["phase"] for row in rows} == {"zero_shot", "eval"} and rows[0]["answer"] == "six"
+    assert not (tmp_path / "predictions").exists()
+
+
+def test_predictions_hold_probabilities_in_single_precision(tmp_path):
+    for phase, prediction in (("with", PREDICTION), ("without", Prediction(*list(vars(PREDICTION).values())[:9]))):
+        place = RunFolder(tmp_path / phase)
+        place.path.mkdir()
+        place.write_predictions("eval", "test", Answers([prediction], 1.0, 0.0))
+        place.merge_predictions()
+    table, bare = (pyarrow.parquet.read_table(tmp_path / name / "predictions.parquet") for name in ("with", "without"))
+    assert table.schema == bare.schema, "the same columns with and without label scoring"
+    assert table.schema.field("probabilities").type == table.schema.field("probabilities_raw").type
+    assert table.schema.field("probabilities").type.value_type == pyarrow.float32()
+    (row,) = table.to_pylist()
+    assert row["choices"] == ["six", "one"] and row["probabilities"] == [0.75, 0.25]
+    assert bare.to_pylist()[0]["probabilities"] == []
+
+
+def test_a_merge_that_was_interrupted_loses_nothing(tmp_path):
+    place = RunFolder(tmp_path)
+    place.write_completions([{"step": 1}], 1)
+    place.write_completions([{"step": 2}], 2)
+    part = (tmp_path / "completions" / "000001.parquet").read_bytes()
+    place.merge_completions()
+    (tmp_path / "completions").mkdir()  # as if the program had died before the last part was removed
+    (tmp_path / "completions" / "000001.parquet").write_bytes(part)
+    place.merge_completions()
+    assert pyarrow.parquet.read_table(tmp_path / "completions.parquet").num_rows == 2

@@ -7,7 +7,7 @@ layout it is ordinary scaled-dot-product attention with transformers' own masks.
 
 Exact for models without dropout: the same sums as the plain computation, in another order.
 
-Shapes: H query heads, K key heads, D head size; N, S, P, R, L as in common/grpo/packing.py.
+Shapes: H query heads, K key heads, D head size; N, S, P, R, L as in common/grpo/layout.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from common.grpo.packing import SharedPrefix
+from common.grpo.layout import SharedPrefix
 
 NAME = "shared_prefix"
 

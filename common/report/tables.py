@@ -46,6 +46,22 @@ def result_table(result: dict[str, Any]) -> Table:
     return table
 
 
+def probability_lines(result: dict[str, Any]) -> list[str]:
+    """How often the most probable name is right, one line per split; none without label scoring."""
+    trained = result["train"]["updates"] > 0
+    lines = []
+    for split, after in result["eval"].items():
+        phases = [("zero-shot", result["zero_shot"][split])] + ([("trained", after)] if trained else [])
+        found = [
+            f"{phase} {percent(p['top1'])} % (top-5 {percent(p['top5'])}, ECE {percent(p['ece'])})"
+            for phase, summary in phases
+            if (p := summary.get("probability"))
+        ]
+        if found:
+            lines.append(f"{split}, most probable name: {', '.join(found)}")
+    return lines
+
+
 def paired_lines(result: dict[str, Any]) -> list[str]:
     """The paired comparison on the same images, one line per split."""
     lines = []
@@ -68,6 +84,6 @@ def show(result: dict[str, Any], folder: Path, console: Console | None = None) -
     """Print the result of a run to standard output."""
     console = console or Console(width=None if Console().is_terminal else 120)
     console.print(result_table(result))
-    for line in [*paired_lines(result), time_line(result)]:
+    for line in [*probability_lines(result), *paired_lines(result), time_line(result)]:
         console.print(line, highlight=False)
     console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)

@@ -1,0 +1,150 @@
+"""A run that is killed at any moment and started again ends as if nothing had happened: bit for bit.
+
+Four moments are in `make test`, all of them in `make test-faults`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pyarrow.parquet
+import pytest
+
+from tests.faults import Kill, Runner
+
+pytestmark = pytest.mark.slow
+
+ROLLOUT = "common.rollout.hf:HFRollout._forward"
+UPDATE = "common.engine:Engine.backward"
+STEP = "common.engine:Engine.step"
+STATES = "common.engine:Engine.save"
+RENAME = "os:replace"
+ANSWERS = "common.evaluate:Evaluator._answer"
+# Six updates; an evaluation after the 2nd and 4th, a checkpoint after the 3rd and 6th and after better evaluations.
+MOMENTS = {
+    "zero-shot evaluation": Kill(ROLLOUT, 3),
+    "zero-shot evaluation kept": Kill("common.run_folder:RunFolder.write_predictions", 1, after=True),
+    "before the first update": Kill("common.grpo.trainer:GRPOTrainer.step", 1),
+    "rollout of the first update": Kill("common.grpo.trainer:GRPOTrainer._sample", 1, after=True),
+    "rewards of the second update": Kill("common.grpo.trainer:GRPOTrainer._score", 2),
+    "gradients of the first update": Kill(UPDATE, 1, after=True),
+    "first optimizer step done": Kill(STEP, 1, after=True),
+    "metrics of an update half recorded": Kill("common.run_folder:RunFolder.log", 4),
+    "evaluation during training": Kill(ANSWERS, 2),
+    "evaluation during training done": Kill(ANSWERS, 2, after=True),
+    "completions being written": Kill("common.run_folder:RunFolder.write_completions", 1),
+    "completions written": Kill("common.run_folder:RunFolder.write_completions", 1, after=True),
+    "first checkpoint begun": Kill(STATES, 1),
+    "first checkpoint half written": Kill(STATES, 1, after=True),
+    "first checkpoint before its state": Kill("common.checkpoint:_flush", 1),
+    "first checkpoint before its rename": Kill("common.checkpoint:_flush", 1, after=True),
+    "first checkpoint renamed": Kill("common.checkpoint:Checkpoints._drop_surplus", 1),
+    "second checkpoint half written": Kill(STATES, 2, after=True),
+    "a surplus checkpoint half removed": Kill("shutil:rmtree", 4),
+    "rollout of the fifth update": Kill("common.grpo.trainer:GRPOTrainer._sample", 5),
+    "gradients of the fifth update": Kill(UPDATE, 17),
+    "last checkpoint before its rename": Kill("common.checkpoint:_flush", 4, after=True),
+    "training done": Kill("common.pipeline:train", 1, after=True),
+    "final weights written": Kill("common.pipeline:save_weights", 5, after=True),
+    "final evaluation": Kill(ANSWERS, 4),
+    "final evaluation done": Kill(ANSWERS, 4, after=True),
+    "tables being merged": Kill("common.run_folder:RunFolder.merge_completions", 1, after=True),
+    "result not yet named": Kill("common.run_folder:RunFolder.write_result", 1),
+}
+IN_EVERY_TEST_RUN = (
+    "rollout of the fifth update",
+    "gradients of the fifth update",
+    "second checkpoint half written",
+    "final evaluation",
+)
+
+
+@pytest.fixture(scope="module")
+def runner():
+    return Runner()
+
+
+@pytest.fixture(scope="module")
+def job(untrained_folders, tmp_path_factory):
+    """Arguments of a short run on the untrained model, with a reward that it can earn."""
+    return [
+        "model.recipe=null",
+        f"model.path={untrained_folders['qwen2_vl']}",
+        "trainer.updates=6",
+        "trainer.prompts_per_forward=4",
+        "trainer.evaluate_every=2",
+        "trainer.evaluate_limit=20",
+        "checkpoint.every=3",
+        "rollout.max_completion_tokens=8",
+        "+rewards.short={weight:1.0,fn:tests.rewards.shorter}",
+        "shots=150",
+        "tracking=none",
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(runner, job, tmp_path_factory):
+    """The run that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert runner(folder, job) == 0
+    return folder
+
+
+def weights(folder):
+    return hashlib.sha256((folder / "model" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def table(folder, name):
+    return pyarrow.parquet.read_table(folder / f"{name}.parquet").to_pylist()
+
+
+def summaries(folder):
+    """The result without what depends on the clock and the folder."""
+    result = json.loads((folder / "metrics.json").read_text())
+    for phase in ("zero_shot", "eval"):
+        for split in result[phase].values():
+            split["seconds"] = split["probability"]["seconds"] = 0
+    result["train"]["seconds"] = 0
+    return result
+
+
+@pytest.mark.parametrize(
+    "moment", [pytest.param(m, marks=() if m in IN_EVERY_TEST_RUN else pytest.mark.faults) for m in MOMENTS]
+)
+def test_killed_and_resumed_equals_undisturbed(runner, job, whole, tmp_path, moment):
+    folder = tmp_path / "run"
+    assert runner(folder, job, MOMENTS[moment]) == -9, "the moment never came"
+    assert not (folder / "metrics.json").exists()
+    finished = {path.name for path in (folder / "checkpoints").glob("step-*") if not path.suffix}
+    before = {name: json.loads((folder / "checkpoints" / name / "state.json").read_text()) for name in finished}
+    assert runner(folder, job) == 0
+    assert (folder / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert weights(folder) == weights(whole)
+    assert table(folder, "completions") == table(whole, "completions")
+    assert table(folder, "predictions") == table(whole, "predictions")
+    assert summaries(folder) == summaries(whole)
+    kept = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert kept == {path.name for path in (whole / "checkpoints").iterdir()}
+    for name in finished & kept:
+        assert json.loads((folder / "checkpoints" / name / "state.json").read_text()) == before[name], "written once"
+
+
+def test_undisturbed_run_keeps_the_best_and_the_last(whole):
+    states = [json.loads(path.read_text()) for path in sorted((whole / "checkpoints").glob("*/state.json"))]
+    assert len(states) == 2 and states[-1]["update"] == 6
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    seen = {line["step"]: line["eval/test/accuracy"] for line in lines if 0 < line["step"] < 6 and "eval/test/n" in line}
+    best = max(seen, key=lambda step: (seen[step], -step))
+    assert (states[0]["update"], states[0]["accuracy"]) == (best, seen[best])
+    names = {path.name for path in (whole / "checkpoints").glob("*/*")}
+    assert names == {"model", "state.json"}, "a finished run needs no optimizer states"
+
+
+def test_two_kills_in_a_row(runner, job, whole, tmp_path):
+    folder = tmp_path / "run"
+    assert runner(folder, job, MOMENTS["gradients of the fifth update"]) == -9
+    assert runner(folder, job, Kill(STEP, 2)) == -9
+    assert runner(folder, job) == 0
+    assert (folder / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert weights(folder) == weights(whole)

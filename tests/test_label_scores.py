@@ -1,0 +1,194 @@
+"""Probabilities of class names: the shared forward against plain ones, whatever shares a row with what."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from common import parsing
+from common.evaluate import Evaluator
+from common.grpo.logprobs import PolicyScorer
+from common.grpo.packing import Group, pack_plain
+from common.label_scores import LabelScorer, rows
+from common.models.vlm import Encoder
+from common.rollout.hf import HFRollout
+from common.schema import Rollout
+from common.task import Questions
+
+NAMES = ("cat", "caterpillar", "six", "nine", "Ägyptian mau", "a very long name of a class", "cat's eye", "seven")
+
+
+@pytest.fixture
+def setup(load_vlm, digits_task, think, no_think):
+    """A model, prompts of two lengths, and replies of many."""
+    vlm = load_vlm()
+    methods = [think, no_think, no_think]
+    prompts = [method.train_prompts(digits_task)[place] for method, place in zip(methods, (0, 17, 33), strict=True)]
+    responses = [[method.label_response(name) for name in NAMES] for method in methods]
+    responses[2] = responses[2][:3]
+    return vlm, Encoder(vlm, digits_task.open, 32, 512)(prompts), responses
+
+
+def reply_ids(vlm, text):
+    ids = vlm.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return torch.tensor([*ids, vlm.processor.tokenizer.eos_token_id])
+
+
+def one_by_one(vlm, prompt, texts):
+    """Each reply in a forward of its own, with the model's stock positions and attention."""
+    found = []
+    for text in texts:
+        reply = reply_ids(vlm, text)
+        ids = torch.cat([prompt.ids, reply])[None]
+        with torch.no_grad():
+            logits = vlm.model(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                pixel_values=prompt.pixel_values,
+                image_grid_thw=prompt.grid,
+                mm_token_type_ids=(ids == vlm.model.config.image_token_id).int(),
+            ).logits[0, len(prompt.ids) - 1 : -1]
+        logits[:, list(vlm.banned)] = -torch.inf
+        found.append(logits.log_softmax(-1).gather(-1, reply[:, None]).sum(dtype=torch.double))
+    return torch.stack(found)
+
+
+def largest_difference(found, expected):
+    return max(float((a.logps - b).abs().max()) for a, b in zip(found, expected, strict=True))
+
+
+def test_equal_to_one_name_at_a_time(setup):
+    vlm, prompts, responses = setup
+    found = LabelScorer(vlm)(prompts, responses)
+    expected = [one_by_one(vlm, prompt, texts) for prompt, texts in zip(prompts, responses, strict=True)]
+    assert float(expected[0].std()) > 0.5, "flat logits would prove nothing"
+    assert largest_difference(found, expected) <= 1e-5
+    assert found[1].lengths.tolist() == [len(reply_ids(vlm, name)) for name in NAMES]
+
+
+def test_equal_to_the_plain_layout(setup):
+    vlm, prompts, responses = setup
+    found = LabelScorer(vlm)(prompts, responses)
+    scorer = PolicyScorer(vlm.model, vlm.banned, temperature=1.0, chunk=1024).eval()
+    for prompt, texts, scores in zip(prompts, responses, found, strict=True):
+        replies = tuple(reply_ids(vlm, text) for text in texts)
+        with torch.no_grad():
+            logps, _ = scorer(pack_plain([Group(prompt, replies)], vlm.family, vlm.pad, vlm.device))
+        expected = torch.stack(
+            [part.sum(dtype=torch.double) for part in logps.split([len(reply) for reply in replies])]
+        )
+        assert largest_difference([scores], [expected]) <= 1e-5
+
+
+@pytest.mark.parametrize("budget", [1, 150, 400, 1000])
+def test_chunks_do_not_matter(setup, budget):
+    vlm, prompts, responses = setup
+    whole = LabelScorer(vlm, budget=10**6)(prompts, responses)
+    lengths = [[len(reply_ids(vlm, text)) for text in texts] for texts in responses]
+    forwards = len(list(rows([len(p.ids) for p in prompts], lengths, budget)))
+    assert forwards > 1 and (budget > 1 or forwards == 8 + 8 + 3)
+    cut = LabelScorer(vlm, budget)(prompts, responses)
+    assert largest_difference(cut, [scores.logps for scores in whole]) <= 1e-5
+    for a, b in zip(cut, whole, strict=True):
+        assert a.normalised == pytest.approx(b.normalised, abs=1e-5) and a.raw == pytest.approx(b.raw, abs=1e-5)
+
+
+def test_order_of_names_does_not_matter(setup):
+    vlm, prompts, responses = setup
+    order = [3, 0, 7, 1, 6, 2, 5, 4]
+    (straight,) = LabelScorer(vlm)(prompts[:1], responses[:1])
+    (mixed,) = LabelScorer(vlm)(prompts[:1], [[responses[0][place] for place in order]])
+    assert mixed.normalised == pytest.approx([straight.normalised[place] for place in order], abs=1e-6)
+    assert mixed.raw == pytest.approx([straight.raw[place] for place in order], abs=1e-6)
+
+
+def test_probabilities_are_shares_of_the_choices(setup):
+    vlm, prompts, responses = setup
+    for scores in LabelScorer(vlm)(prompts, responses):
+        raw = [float(logp.exp()) for logp in scores.logps]
+        assert sum(scores.raw) == pytest.approx(1, abs=1e-6) and sum(scores.normalised) == pytest.approx(1, abs=1e-6)
+        assert scores.raw == pytest.approx([p / sum(raw) for p in raw])
+        mean = [float(logp / length) for logp, length in zip(scores.logps, scores.lengths, strict=True)]
+        assert max(range(len(mean)), key=mean.__getitem__) == scores.normalised.index(max(scores.normalised))
+
+
+def test_scoring_leaves_the_training_mode(setup):
+    vlm, prompts, responses = setup
+    vlm.model.train()
+    found = LabelScorer(vlm)(prompts, responses)
+    assert vlm.model.training and not found[0].logps.requires_grad
+
+
+def test_long_class_lists_are_cut_within_the_budget():
+    lengths = [[3 + place % 5 for place in range(1000)]]
+    found = list(rows([700], lengths, budget=2**15))
+    size = 2**15 // 707  # the widest reply takes 700 + 7 keys
+    assert found == [[(0, start, min(start + size, 1000))] for start in range(0, 1000, size)]
+
+
+def test_a_name_as_a_reply_is_answered_and_right(think, no_think):
+    for method in (think, no_think):
+        for name in NAMES:
+            assert parsing.matches_strictly(method.label_response(name), name)
+    assert think.label_response("six") == "<answer>six</answer>" and no_think.well_formed(
+        no_think.label_response("six")
+    )
+
+
+class Nowhere:
+    """A recorder that keeps nothing."""
+
+    def kept(self, phase, split):
+        return None
+
+    def keep(self, phase, split, found):
+        assert found.predictions and found.seconds > 0
+
+
+@pytest.fixture
+def evaluator(load_vlm, digits_task, no_think):
+    vlm = load_vlm()
+    task = replace(digits_task, evaluation={"test": digits_task.evaluation["test"][:12]})
+    prompts = no_think.evaluation_prompts(task, "test")
+    prompts[5:] = [replace(prompt, choices=()) for prompt in prompts[5:]]  # the second half as open questions
+    questions = Questions(task, no_think, [], {"test": prompts}, {})
+    limits = Rollout("hf", "x", 1.0, 0, 1.0, max_completion_tokens=4, evaluation_batch=5)
+    encoder = Encoder(vlm, task.open, 32, 512)
+
+    def make(scored=True):
+        return Evaluator(HFRollout(vlm), encoder, questions, limits, LabelScorer(vlm) if scored else None)
+
+    return make
+
+
+def test_evaluation_scores_the_offered_names(evaluator, digits_task):
+    found = evaluator().all_splits("eval", Nowhere())
+    predictions = found.predictions["test"]
+    for prediction in predictions[:5]:
+        assert set(prediction.choices) == set(digits_task.names) and prediction.choices != digits_task.names
+    assert all(p.choices == digits_task.names for p in predictions[5:]), "an open question offers all names of the task"
+    assert all(sum(p.probabilities) == pytest.approx(1) == sum(p.probabilities_raw) for p in predictions)
+    summary = found.summary["test"]["probability"]
+    best = [p.choices[p.probabilities.index(max(p.probabilities))] == p.label for p in predictions]
+    assert summary["top1"] == pytest.approx(sum(best) / 12) and summary["seconds"] > 0
+    assert found.scalars == {
+        **{f"eval/test/{key}": found.summary["test"][key] for key in ("accuracy", "accuracy_official", "n")},
+        "eval/test/probability_accuracy": summary["top1"],
+        "eval/test/top5_accuracy": summary["top5"],
+        "eval/test/ece": summary["ece"],
+        "eval/test/brier": summary["brier"],
+    }
+
+
+def test_label_scoring_changes_no_answer_and_can_be_left_out(evaluator):
+    scored, plain, during = (
+        evaluator().all_splits("eval", Nowhere()),
+        evaluator(False).all_splits("eval", Nowhere()),
+        evaluator().during_training(7),
+    )
+    bare = [replace(p, choices=(), probabilities=(), probabilities_raw=()) for p in scored.predictions["test"]]
+    assert bare == plain.predictions["test"] and bare[:7] == during.predictions["test"]
+    for found in (plain, during):
+        assert "probability" not in found.summary["test"] and not any("ece" in name for name in found.scalars)

@@ -1,0 +1,29 @@
+"""The lines below the table of a run."""
+
+from __future__ import annotations
+
+from common.report import tables
+
+
+def summary(**probability):
+    return {"probability": probability} if probability else {}
+
+
+def test_probabilities_are_one_line_per_split():
+    before = summary(top1=0.6628, top5=0.9536, ece=0.1528)
+    after = summary(top1=1.0, top5=1.0, ece=0.059)
+    result = {"train": {"updates": 3}, "zero_shot": {"test": before}, "eval": {"test": after}}
+    (line,) = tables.probability_lines(result)
+    assert line == (
+        "test, most probable name: zero-shot 66.28 % (top-5 95.36, ECE 15.28), trained 100.00 % (top-5 100.00, ECE 5.90)"
+    )
+    assert len(line) <= 120
+    (line,) = tables.probability_lines(
+        {"train": {"updates": 0}, "zero_shot": {"test": before}, "eval": {"test": before}}
+    )
+    assert "trained" not in line
+
+
+def test_a_result_without_label_scoring_has_no_line():
+    result = {"train": {"updates": 3}, "zero_shot": {"test": summary()}, "eval": {"test": summary()}}
+    assert tables.probability_lines(result) == []
