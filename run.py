@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from common import config as configuration
-from common.distributed import rank
+from common.distributed import adopt_slurm, rank
 from common.types import UserError
 
 configuration.register()
@@ -74,6 +74,7 @@ def run() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that errors reach this function and not Hydra's own printer
     # CPU threads that spin while they wait slow two runs on one machine down thirty times (docs/log.md)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    adopt_slurm()
     try:
         main()
     except (UserError, HydraException, OmegaConfBaseException) as error:

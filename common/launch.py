@@ -1,11 +1,12 @@
-"""Starting the ranks of one run: this process alone, or one process per GPU, or the ranks that torchrun
+"""Starting the ranks of one run: this process alone, or one process per GPU, or the ranks that torchrun or SLURM
 started.
 
-Hydra composes once, in the parent; the ranks it starts get plain values. (Under torchrun every rank composes itself.)
+Hydra composes once, in the parent; the ranks it starts get plain values. (Under torchrun or srun every rank composes itself.)
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -69,6 +70,11 @@ def worker(config: Config, values: dict[str, Any], folder: Path) -> None:
 
     try:
         run(config, values, folder)
+    except OSError as error:
+        logging.getLogger(__name__).exception("the run failed")
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"the disk is full ({error}); free some space and give the same command again") from error
+        raise
     except Exception:
         logging.getLogger(__name__).exception("the run failed")
         raise

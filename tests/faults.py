@@ -11,6 +11,7 @@ import importlib
 import multiprocessing
 import os
 import signal
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,9 @@ class Kill:
         setattr(owner, name, counted)
 
 
-def job(folder: Path, overrides: list[str], kill: Kill | None) -> None:
-    """What run.py does after the checks, in this process."""
+def job(folder: Path, overrides: list[str], kill: Kill | None, environment: dict[str, str]) -> None:
+    """What run.py does after the checks, in this process; with RANK in the environment as one rank of several."""
+    os.environ |= environment
     import hydra
     import torch
 
@@ -66,7 +68,8 @@ def job(folder: Path, overrides: list[str], kill: Kill | None) -> None:
     place = RunFolder(folder)
     if place.finished_result(values) is not None:
         return
-    place.claim(values)
+    if os.environ.get("RANK", "0") == "0":
+        place.claim(values)
     if kill is not None:
         kill.arm()
     launch(config, values, folder)
@@ -81,11 +84,37 @@ class Runner:
 
     def __call__(self, folder: Path, overrides: list[str], kill: Kill | None = None) -> int:
         """Run one job and return its exit code (-9 if it was killed)."""
-        process = self.context.Process(target=job, args=(folder, overrides, kill))
+        return self._run([self._start(folder, overrides, kill, {})])[0]
+
+    def ranks(self, count: int, folder: Path, overrides: list[str], kill: Kill | None = None) -> list[int]:
+        """Run one job on several CPU ranks, as torchrun would start them; `kill` is for rank 0."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        return self._run(
+            [
+                self._start(
+                    folder,
+                    overrides,
+                    kill if rank == 0 else None,
+                    {"RANK": str(rank), "LOCAL_RANK": str(rank), **shared},
+                )
+                for rank in range(count)
+            ]
+        )
+
+    def _start(self, *arguments: Any) -> Any:
+        process = self.context.Process(target=job, args=arguments)
         process.start()
-        process.join(timeout=300)
-        if process.is_alive():
+        return process
+
+    @staticmethod
+    def _run(processes: list[Any]) -> list[int]:
+        for process in processes:
+            process.join(timeout=300)
+        hanging = [process for process in processes if process.is_alive()]
+        for process in hanging:
             process.kill()
-            raise TimeoutError(f"the job in {folder} hangs")
-        assert process.exitcode is not None
-        return process.exitcode
+        assert not hanging, "the job hangs"
+        return [process.exitcode for process in processes]

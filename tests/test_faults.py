@@ -134,7 +134,9 @@ def test_undisturbed_run_keeps_the_best_and_the_last(whole):
     states = [json.loads(path.read_text()) for path in sorted((whole / "checkpoints").glob("*/state.json"))]
     assert len(states) == 2 and states[-1]["update"] == 6
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
-    seen = {line["step"]: line["eval/test/accuracy"] for line in lines if 0 < line["step"] < 6 and "eval/test/n" in line}
+    seen = {
+        line["step"]: line["eval/test/accuracy"] for line in lines if 0 < line["step"] < 6 and "eval/test/n" in line
+    }
     best = max(seen, key=lambda step: (seen[step], -step))
     assert (states[0]["update"], states[0]["accuracy"]) == (best, seen[best])
     names = {path.name for path in (whole / "checkpoints").glob("*/*")}
