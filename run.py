@@ -47,6 +47,12 @@ def job(cfg: DictConfig, folder: Path) -> None:
 
     config = configuration.validate(cfg)
     values = configuration.plain(cfg)
+    if config.doctor:
+        preflight.check(config)
+        launch.launch(config, values, folder)
+        with suppress(OSError):
+            folder.rmdir()
+        return
     place = RunFolder(folder)
     result = place.finished_result(values)
     if result is None:

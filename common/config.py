@@ -35,7 +35,7 @@ SCHEMAS = {
     "tracking": Tracking,
 }
 # Keys that do not change a result: where it goes, how it is watched, how many processes compute it.
-NOT_IN_SIGNATURE = ("tracking", "run_name", "gpus", "cache_dir", "checkpoint")
+NOT_IN_SIGNATURE = ("tracking", "run_name", "gpus", "cache_dir", "checkpoint", "doctor")
 
 # Handed to DeepSpeed as they are; batch sizes, clipping and precision follow from other values.
 DEEPSPEED_KEYS = {

@@ -1,7 +1,8 @@
 """Starting the ranks of one run: this process alone, or one process per GPU, or the ranks that torchrun or SLURM
 started.
 
-Hydra composes once, in the parent; the ranks it starts get plain values. (Under torchrun or srun every rank composes itself.)
+Hydra composes once, in the parent; the ranks it starts get plain values. (Under torchrun or srun every rank composes
+itself.)
 """
 
 from __future__ import annotations
@@ -62,14 +63,20 @@ def worker(config: Config, values: dict[str, Any], folder: Path) -> None:
     for printer in logging.getLogger().handlers:
         printer.setLevel(logging.WARNING)
     handler = None
-    if rank() == 0:
+    if rank() == 0 and not config.doctor:
         handler = logging.FileHandler(folder / "run.log")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger().addHandler(handler)
-    from common.pipeline import run
+    from common.pipeline import examine, run
 
     try:
-        run(config, values, folder)
+        if config.doctor:
+            examine(config)
+        else:
+            run(config, values, folder)
+    except UserError as error:
+        logging.getLogger(__name__).error("%s", error)
+        raise
     except OSError as error:
         logging.getLogger(__name__).exception("the run failed")
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
-from common import task
+from common import doctor, task
 from common.checkpoint import Checkpoints, State, read_state, seed_generators
 from common.data import manifest
 from common.distributed import barrier, rank, world
@@ -59,12 +61,8 @@ def run(config: Config, values: dict[str, Any], folder: Path) -> Result:
 
     checkpoint = find_checkpoint(config)
     seconds = {"model": time.perf_counter() - began}
-    torch.manual_seed(config.seed)  # adapters start alike on all ranks
-    policy = vlm.load(checkpoint, config.model, device)
-    encoder = make_encoder(config, policy, checkpoint, questions)
-    rollout: Rollout = locate(config.rollout.backend, "rollout.backend")(policy)
-    labels = LabelScorer(policy) if config.label_scoring else None
-    evaluator = Evaluator(rollout, encoder, questions, config.rollout, labels)
+    parts = assemble(config, questions, checkpoint, device)
+    policy, evaluator = parts.policy, parts.evaluator
     place, checkpoints = RunFolder(folder), Checkpoints(folder / "checkpoints", config.checkpoint.max_checkpoints)
     tracker = make_tracker(config, values, folder, questions)
     recorder = Recorder(place, tracker, config.tracking.completions_every)
@@ -76,12 +74,14 @@ def run(config: Config, values: dict[str, Any], folder: Path) -> Result:
         updates = total_updates(config.trainer, len(questions.train))
         resume = checkpoints.latest()
         state = read_state(resume) if resume else None
+        if state is None and isinstance(config.trainer, GRPO) and doctor.is_long(updates, config.trainer):
+            examine(config, parts)
         recorder.rewind(state.update if state else 0, state.lines if state else {})
         before = after = evaluator.all_splits("zero_shot", recorder)
         if state is None:
             recorder.evaluation(0, before)
         if updates:
-            trainer = make_trainer(config, policy, encoder, rollout, questions, updates, resume)
+            trainer = make_trainer(config, parts, updates, resume)
             try:
                 train(config, trainer, policy, updates, state, checkpoints, recorder, evaluator)
                 manifest.verify(folder / "manifest.json", task.build(config).manifest)
@@ -106,6 +106,57 @@ def run(config: Config, values: dict[str, Any], folder: Path) -> Result:
     return result
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of before anything is trained."""
+
+    questions: Questions
+    policy: vlm.VLM
+    encoder: vlm.Encoder
+    rollout: Rollout
+    evaluator: Evaluator
+
+
+def assemble(config: Config, questions: Questions, checkpoint: Path, device: torch.device) -> Parts:
+    """Load the model and put sampler and evaluation around it."""
+    torch.manual_seed(config.seed)  # adapters start alike on all ranks
+    policy = vlm.load(checkpoint, config.model, device)
+    encoder = make_encoder(config, policy, checkpoint, questions)
+    rollout: Rollout = locate(config.rollout.backend, "rollout.backend")(policy)
+    labels = LabelScorer(policy) if config.label_scoring else None
+    return Parts(questions, policy, encoder, rollout, Evaluator(rollout, encoder, questions, config.rollout, labels))
+
+
+def examine(config: Config, parts: Parts | None = None) -> None:
+    """The doctor (common/doctor.py): its findings as a table, and an error if one of them is a reason not to train.
+
+    Raises:
+        UserError: Names the finding and the fix.
+    """
+    if not isinstance(config.trainer, GRPO):
+        raise UserError(f"doctor=true examines GRPO trainings, but trainer={config.trainer.name}")
+    if parts is None:
+        device = init_process_group(config.gpus)
+        parts = assemble(config, task.build(config), find_checkpoint(config), device)
+    findings = doctor.examine(
+        vlm=parts.policy,
+        encoder=parts.encoder,
+        rollout=parts.rollout,
+        prompts=parts.questions.train,
+        rewards=build_rewards(config.rewards),
+        decoding=sampling(config.rollout),
+        config=config.trainer,
+        image_size=config.model.image_size,
+        updates=total_updates(config.trainer, len(parts.questions.train)),
+        ranks=world(),
+        stage=config.deepspeed.get("zero_optimization", {}).get("stage", 0),
+        seed=config.seed,
+    )
+    if rank() == 0:
+        Console().print(doctor.report(findings))
+    doctor.refuse(findings)
+
+
 def find_checkpoint(config: Config) -> Path:
     """The checkpoint folder of the run's model; built or fetched on first use."""
     model = config.model
@@ -125,20 +176,12 @@ def make_encoder(config: Config, policy: vlm.VLM, checkpoint: Path, questions: Q
     return vlm.Encoder(policy, questions.task.open, config.model.image_size, config.model.max_prompt_tokens, store)
 
 
-def make_trainer(
-    config: Config,
-    policy: vlm.VLM,
-    encoder: vlm.Encoder,
-    rollout: Rollout,
-    questions: Questions,
-    updates: int,
-    resume: Path | None,
-) -> Trainer:
+def make_trainer(config: Config, parts: Parts, updates: int, resume: Path | None) -> Trainer:
     """The trainer that `trainer.name` asks for."""
     shared: dict[str, Any] = {
-        "vlm": policy,
-        "encoder": encoder,
-        "prompts": questions.train,
+        "vlm": parts.policy,
+        "encoder": parts.encoder,
+        "prompts": parts.questions.train,
         "config": config.trainer,
         "deepspeed": config.deepspeed,
         "updates": updates,
@@ -148,7 +191,7 @@ def make_trainer(
     if isinstance(config.trainer, GRPO):
         return GRPOTrainer(
             **shared,
-            rollout=rollout,
+            rollout=parts.rollout,
             rewards=build_rewards(config.rewards),
             decoding=sampling(config.rollout),
         )

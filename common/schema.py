@@ -272,6 +272,7 @@ class Config:
     tracking: Tracking = MISSING
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     label_scoring: bool = True
+    doctor: bool = False
     shots: int = 16
     seed: int = 1
     gpus: int = MISSING

@@ -1,0 +1,293 @@
+"""The doctor: a few minutes on a handful of prompts that show whether hours of training could teach anything.
+
+Each check answers one way in which GRPO runs have silently learned nothing or broken late: a sampler that repeats
+itself, rewards without differences, a sampler and a trainer that disagree, a wrong attention mask, prompts without
+their image or too long for the model. It ends with an estimate of time and memory, formula included.
+
+Shapes: n sampled prompts, G completions each.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from common.grpo.batch import score_groups, without_differences
+from common.grpo.logprobs import PolicyScorer
+from common.grpo.packing import Encoded, Group, pack_plain, pack_shared, shared_tokens, within_budget
+from common.grpo.trainer import TOLERANCE
+from common.models.vlm import VLM, Encoder
+from common.rewards import Reward
+from common.rollout.base import Completion, Decoding, Rollout
+from common.schema import GRPO
+from common.types import Prompt, UserError
+
+PROMPTS = 8  # sampled prompts
+LONG = 20_000  # completions from which on a training is examined without being asked
+FEW_LEARN = 0.8  # share of groups without differences from which on a warning is given
+# Mean difference of a sampled token's log-probability that rounding explains: two forwards of different shape.
+SAMPLER_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check: what was seen, whether it is good (`ok`), worth a look (`warning`) or a reason to stop (`failed`)."""
+
+    check: str
+    verdict: str
+    seen: str
+    fix: str = ""
+
+
+def is_long(updates: int, config: GRPO) -> bool:
+    """Whether a training is worth examining before it begins."""
+    return updates // config.num_iterations * config.prompts_per_update * config.group_size >= LONG
+
+
+def examine(
+    *,
+    vlm: VLM,
+    encoder: Encoder,
+    rollout: Rollout,
+    prompts: Sequence[Prompt],
+    rewards: dict[str, Reward],
+    decoding: Decoding,
+    config: GRPO,
+    image_size: int,
+    updates: int,
+    ranks: int,
+    stage: int,
+    seed: int,
+) -> list[Finding]:
+    """Sample a few groups and check them. Call it before the optimizer takes over the weights.
+
+    Args:
+        vlm: The policy.
+        encoder: Prompts to tensors.
+        rollout: Sampling backend.
+        prompts: The training prompts; evenly spaced ones are used.
+        rewards: The reward mix.
+        decoding: How completions are drawn.
+        config: Group size and batch sizes.
+        image_size: Side of the images in pixels.
+        updates: Planned updates.
+        ranks: Number of processes.
+        stage: ZeRO stage.
+        seed: Of the run.
+
+    Returns:
+        All findings, the failed ones included.
+    """
+    chosen = list(prompts)[:: max(1, len(prompts) // PROMPTS)][:PROMPTS]
+    encoded = encoder(chosen)
+    seeds = [f"doctor-{seed}-{place}" for place in range(len(chosen))]
+    rollout.generate(encoded[:1], config.group_size, decoding, seeds[:1])  # the first call is slow
+    began = time.perf_counter()
+    completions = rollout.generate(encoded, config.group_size, decoding, seeds)
+    sampling = time.perf_counter() - began
+    groups = [Group(e, tuple(c.ids for c in found)) for e, found in zip(encoded, completions, strict=True)]
+    scorer = PolicyScorer(vlm.model, vlm.banned, decoding.temperature, config.head_chunk).to(vlm.device)
+    gaps, scoring = score(scorer, vlm, groups, completions, config)
+    total = score_groups(chosen, completions, rewards).total
+    return [
+        check_lengths(vlm, encoded, chosen, decoding, image_size),
+        check_distinct(completions, decoding),
+        check_rewards(total, config.group_size),
+        check_forward(scorer, vlm, groups[0]),
+        check_sampler(gaps, vlm.model.dtype),
+        estimate_time(sampling / len(chosen), scoring / len(chosen), config, updates, ranks),
+        estimate_memory(vlm, groups, config, ranks, stage),
+    ]
+
+
+def check_lengths(
+    vlm: VLM, encoded: Sequence[Encoded], prompts: Sequence[Prompt], decoding: Decoding, image_size: int
+) -> Finding:
+    """The image is in the prompt with all its tokens, and prompt and completion fit the model."""
+    config = vlm.model.config
+    expected = vlm.family.image_tokens(config.to_dict(), image_size)
+    found = [int((e.ids == vlm.family.placeholder_tokens(config)[0]).sum()) for e in encoded]
+    longest, limit = max(len(e.ids) for e in encoded), config.get_text_config().max_position_embeddings
+    most = longest + decoding.max_tokens
+    seen = f"up to {longest} tokens, {found[0]} of them image; with the completion at most {most} of {limit}"
+    if set(found) != {expected}:
+        wrong = next(i for i, count in enumerate(found) if count != expected)
+        return Finding(
+            "prompts",
+            "failed",
+            f"image {prompts[wrong].image} has {found[wrong]} image tokens instead of {expected}",
+            "check model.family and the checkpoint's processor",
+        )
+    if most > limit:
+        return Finding("prompts", "failed", seen, "lower rollout.max_completion_tokens or list fewer names")
+    return Finding("prompts", "ok", seen)
+
+
+def check_distinct(completions: Sequence[Sequence[Completion]], decoding: Decoding) -> Finding:
+    """A group of equal completions teaches nothing."""
+    different = [len({tuple(c.ids.tolist()) for c in group}) for group in completions]
+    seen = f"{statistics.fmean(different):.1f} different completions of {len(completions[0])} on average ({decoding})"
+    if max(different) == 1:
+        fix = "raise rollout.temperature and set rollout.top_k=0 (top_k=1 is greedy); the checkpoint may be too sure"
+        return Finding("sampling", "failed", seen, fix)
+    return Finding("sampling", "ok", seen)
+
+
+def check_rewards(total: Sequence[float], group_size: int) -> Finding:
+    """Groups without reward differences have no gradient."""
+    groups = len(total) // group_size
+    flat = len(without_differences(total, group_size))
+    seen = f"{flat} of {groups} groups without differences; mean reward {statistics.fmean(total):.3f}"
+    fix = "raise trainer.group_size or rollout.temperature, or add a reward in which completions differ"
+    if flat == groups:
+        return Finding("rewards", "failed", seen, fix)
+    return Finding("rewards", "warning" if flat >= FEW_LEARN * groups else "ok", seen, fix)
+
+
+def check_sampler(gap: torch.Tensor, dtype: torch.dtype) -> Finding:
+    """Sampler and trainer give the sampled tokens the same probability. `gap`: [T], absolute differences in nats."""
+    allowed = SAMPLER_TOLERANCE[dtype]
+    seen = f"log-probabilities differ by {gap.mean():.1e} on average (allowed: {allowed:.0e}), {gap.max():.1e} at most"
+    if float(gap.mean()) <= allowed:
+        return Finding("sampler against trainer", "ok", seen)
+    return Finding(
+        "sampler against trainer",
+        "failed",
+        seen,
+        "use rollout=hf, or correct with trainer.importance_correction=sequence_mask, or model.dtype=float32",
+    )
+
+
+@torch.no_grad()
+def check_forward(scorer: PolicyScorer, vlm: VLM, group: Group) -> Finding:
+    """The shared-prefix forward equals the plain one."""
+    shared, _ = scorer(pack_shared([group], vlm.family, vlm.device))
+    plain, _ = scorer(pack_plain([group], vlm.family, vlm.pad, vlm.device))
+    difference, allowed = float((shared - plain).abs().mean()), TOLERANCE[vlm.model.dtype]
+    seen = f"log-probabilities differ by {difference:.1e} on average (allowed: {allowed:.0e})"
+    if difference <= allowed:
+        return Finding("shared against plain forward", "ok", seen)
+    return Finding(
+        "shared against plain forward", "failed", seen, "train with trainer.impl=plain and report this model"
+    )
+
+
+def score(
+    scorer: PolicyScorer,
+    vlm: VLM,
+    groups: Sequence[Group],
+    completions: Sequence[Sequence[Completion]],
+    config: GRPO,
+) -> tuple[torch.Tensor, float]:
+    """Forward and backward of all groups, in the forwards of an update.
+
+    Returns:
+        |log-probability minus the sampler's| of every token [T], and seconds, the first forward repeated for them.
+    """
+    sizes = [shared_tokens(group) for group in groups]
+    parts = within_budget(range(len(groups)), sizes.__getitem__, config.tokens_per_forward, config.prompts_per_forward)
+    gaps, began = [], 0.0
+    for number, part in enumerate([parts[0], *parts]):  # the first call is slow
+        if number == 1:
+            began = time.perf_counter()
+        logps, _ = scorer(pack_shared([groups[i] for i in part], vlm.family, vlm.device))
+        logps.sum().backward()
+        scorer.zero_grad(set_to_none=True)
+        if number > 0:
+            gaps.append((logps.detach().cpu() - torch.cat([c.logps for i in part for c in completions[i]])).abs())
+    return torch.cat(gaps), time.perf_counter() - began
+
+
+def estimate_time(sampling: float, scoring: float, config: GRPO, updates: int, ranks: int) -> Finding:
+    """Seconds of the whole training from those of one prompt.
+
+    Args:
+        sampling: Seconds to sample one group.
+        scoring: Seconds of forward and backward of one group.
+        config: Batch sizes.
+        updates: Planned updates.
+        ranks: Number of processes.
+    """
+    each = config.prompts_per_update / ranks
+    reference = 1 + (config.beta > 0) / 3  # a forward costs a third of forward and backward
+    total = updates * each * (sampling / config.num_iterations + scoring * reference)
+    seen = (
+        f"about {_duration(total)} without evaluation = {updates} updates x {each:g} prompts per rank x"
+        f" ({sampling:.3g} s sampling / {config.num_iterations}"
+        f" + {scoring:.3g} s forward and backward x {reference:.2f})"
+    )
+    return Finding("time", "ok", seen)
+
+
+def estimate_memory(vlm: VLM, groups: Sequence[Group], config: GRPO, ranks: int, stage: int) -> Finding:
+    """Bytes per rank: weights, gradients, AdamW, reference and activations; on a GPU also the measured peak.
+
+    Activations are the usual rule of thumb of 34 bytes per token, layer and width at 16 bits (arXiv 2205.05198), 2
+    with gradient checkpointing.
+    """
+    parameters = list(vlm.model.parameters())
+    size = parameters[0].element_size()
+    count, trained = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+    text = vlm.model.config.get_text_config()
+    tokens = max(len(g.prompt.ids) + sum(map(len, g.completions)) for g in groups) * config.prompts_per_forward
+    if config.tokens_per_forward is not None:
+        tokens = min(tokens, config.tokens_per_forward)
+    per_token = 2 if getattr(vlm.model, "is_gradient_checkpointing", False) else 34
+    parts = {
+        "weights": count * size / (ranks if stage == 3 else 1),
+        "gradients": trained * size / (ranks if stage >= 2 else 1),
+        "AdamW": trained * (12 if size == 2 else 8) / (ranks if stage >= 1 else 1),
+        "reference": count * size if config.beta > 0 and trained == count else 0,
+        "activations": tokens * text.num_hidden_layers * text.hidden_size * per_token * size / 2,
+    }
+    total = sum(parts.values())
+    seen = f"about {_bytes(total)} per rank = " + " + ".join(f"{n} {_bytes(b)}" for n, b in parts.items() if b)
+    if vlm.device.type != "cuda":
+        return Finding("memory", "ok", seen)
+    available = torch.cuda.get_device_properties(vlm.device).total_memory
+    peak = torch.cuda.max_memory_allocated(vlm.device)
+    seen += f"; the GPU has {_bytes(available)}, the examination took {_bytes(peak)}"
+    fix = "use deepspeed=zero3 or an offload, model.gradient_checkpointing=true, adapters, or fewer tokens_per_forward"
+    return Finding("memory", "failed" if total > available else "ok", seen, fix)
+
+
+def _duration(seconds: float) -> str:
+    """
+    >>> [_duration(s) for s in (42, 600, 90_000)]
+    ['42 s', '10 min', '25.0 h']
+    """
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.1f} MiB"
+
+
+def report(findings: Sequence[Finding]) -> Any:
+    """The findings as a table for the terminal."""
+    from rich.table import Table
+
+    table = Table(title="doctor", title_justify="left")
+    for column in ("check", "verdict", "seen"):
+        table.add_column(column)
+    for finding in findings:
+        fix = f"\nfix: {finding.fix}" if finding.verdict != "ok" else ""
+        table.add_row(finding.check, finding.verdict, finding.seen + fix)
+    return table
+
+
+def refuse(findings: Sequence[Finding]) -> None:
+    """
+    Raises:
+        UserError: A check failed; names it, what was seen and the fix.
+    """
+    for finding in findings:
+        if finding.verdict == "failed":
+            raise UserError(f"doctor: {finding.check}: {finding.seen}. {finding.fix[0].upper()}{finding.fix[1:]}")

@@ -1,0 +1,133 @@
+"""The doctor finds what makes a training useless, and passes a sound one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from common import doctor
+from common.grpo.layout import SharedPrefix
+from common.models.vlm import Encoder
+from common.rewards import Reward, equality
+from common.rollout.base import Decoding
+from common.rollout.hf import HFRollout
+from common.schema import GRPO
+from common.types import UserError
+from tests.conftest import REPOSITORY
+from tests.rewards import shorter
+
+DECODING = Decoding(1.0, 0, 1.0, 12)
+
+
+@pytest.fixture
+def examine(load_vlm, digits_task, think):
+    """`examine(decoding=..., ...)`: verdicts by check, and the findings."""
+
+    def run(family="qwen2_vl", rollout=HFRollout, **changes):
+        vlm = load_vlm(family=family)
+        values = {
+            "vlm": vlm,
+            "encoder": Encoder(vlm, digits_task.open, 32, 512),
+            "rollout": rollout(vlm),
+            "prompts": think.train_prompts(digits_task),
+            "rewards": {"short": Reward(1.0, shorter)},
+            "decoding": DECODING,
+            "config": GRPO("grpo", learning_rate=1e-3, epochs=1.0, group_size=4, beta=0.04, epsilon=0.2),
+            "image_size": 32,
+            "updates": 100,
+            "ranks": 1,
+            "stage": 2,
+            "seed": 1,
+        }
+        findings = doctor.examine(**{**values, **changes})
+        return {finding.check: finding.verdict for finding in findings}, findings
+
+    return run
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "gemma3"])
+def test_a_sound_training_passes(examine, family):
+    verdicts, findings = examine(family)
+    assert set(verdicts.values()) == {"ok"} and len(verdicts) == 7
+    doctor.refuse(findings)
+
+
+def failed(found, check, message):
+    verdicts, findings = found
+    assert verdicts[check] == "failed"
+    with pytest.raises(UserError, match=message):
+        doctor.refuse(findings)
+
+
+def test_greedy_sampling_is_found(examine):
+    failed(examine(decoding=replace(DECODING, top_k=1)), "sampling", "top_k 1.*set rollout.top_k=0")
+
+
+def test_rewards_without_differences_are_found(examine):
+    found = examine(rewards={"equality": Reward(1.0, equality)})  # an untrained model is never right
+    failed(found, "rewards", "8 of 8 groups without differences.*Raise trainer.group_size")
+
+
+def test_a_wrong_mask_is_found(examine, monkeypatch):
+    original = SharedPrefix.suffix_keys
+
+    def blind_to_the_first_token(self, window):
+        index, mask = original(self, window)
+        return index, torch.cat([torch.zeros_like(mask[..., :1]), mask[..., 1:]], -1)
+
+    monkeypatch.setattr(SharedPrefix, "suffix_keys", blind_to_the_first_token)
+    failed(examine(), "shared against plain forward", "trainer.impl=plain")
+
+
+def test_a_sampler_that_disagrees_is_found(examine):
+    class Distorted(HFRollout):
+        def generate(self, prompts, group_size, decoding, seeds):
+            found = super().generate(prompts, group_size, decoding, seeds)
+            return [[replace(c, logps=c.logps - 0.01) for c in group] for group in found]
+
+    failed(examine(rollout=Distorted), "sampler against trainer", "rollout=hf")
+
+
+def test_missing_image_tokens_are_found(examine):
+    failed(examine(image_size=64), "prompts", "has 4 image tokens instead of 16")
+
+
+def test_a_completion_that_does_not_fit_is_found(examine):
+    class Short(HFRollout):  # sampling 2,000 tokens would take minutes
+        def generate(self, prompts, group_size, decoding, seeds):
+            return super().generate(prompts, group_size, replace(decoding, max_tokens=4), seeds)
+
+    failed(examine(rollout=Short, decoding=replace(DECODING, max_tokens=2048)), "prompts", "max_completion_tokens")
+
+
+def test_memory_follows_the_zero_stages(examine, load_vlm):
+    seen = {stage: examine(stage=stage, ranks=4)[1][-1].seen for stage in (0, 1, 3)}
+    size = sum(p.numel() for p in load_vlm().model.parameters()) * 4 / 2**20  # MiB of fp32 weights
+    for stage, weights, adamw in ((0, size, 2 * size), (1, size, size / 2), (3, size / 4, size / 2)):
+        assert f"weights {weights:.1f} MiB" in seen[stage] and f"AdamW {adamw:.1f} MiB" in seen[stage]
+
+
+def test_long_trainings_are_examined_unasked():
+    config = GRPO("grpo", learning_rate=1e-3, epochs=1.0, group_size=8, beta=0.0, epsilon=0.2, prompts_per_update=16)
+    assert not doctor.is_long(100, config) and doctor.is_long(200, config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["rollout.top_k=1"], "error: doctor: sampling: "),
+        (["model.max_prompt_tokens=20"], "model.max_prompt_tokens=20"),
+        (["trainer=none"], "doctor=true examines GRPO trainings"),
+    ],
+)
+def test_doctor_from_the_command_line(tmp_path, changes, message):
+    folder = tmp_path / "run"
+    command = [sys.executable, "run.py", "doctor=true", *changes, f"hydra.run.dir={folder}"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
+    assert not folder.exists()
