@@ -6,6 +6,7 @@ Everything here raises `UserError`: one line that names the key, file or class a
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 from common import task
@@ -18,6 +19,7 @@ from common.types import UserError
 def check(config: Config) -> None:
     """Run all checks of one configuration."""
     check_devices(config)
+    check_8bit(config)
     meter = check_checkpoint(config)
     questions = task.build(config)
     for prompts in (questions.train, *questions.evaluation.values()):
@@ -40,6 +42,18 @@ def check_devices(config: Config) -> None:
         return
     if config.gpus > 0 and (found := visible_gpus()) < config.gpus:
         raise UserError(f"gpus={config.gpus}, but this machine has {found}; use gpus={found}" + " (CPU)" * (not found))
+
+
+def check_8bit(config: Config) -> None:
+    """8-bit weights are bitsandbytes' and for GPUs alone."""
+    if not config.model.load_in_8bit:
+        return
+    if config.gpus == 0:
+        raise UserError("model.load_in_8bit=true needs a GPU: set gpus=1 or more, or model.load_in_8bit=false")
+    if find_spec("bitsandbytes") is None:
+        raise UserError("model.load_in_8bit=true needs bitsandbytes: uv pip install bitsandbytes")
+    if config.deepspeed.get("zero_optimization", {}).get("stage", 0) == 3:
+        raise UserError("model.load_in_8bit=true: ZeRO-3 cannot shard 8-bit weights; choose deepspeed=zero2")
 
 
 def visible_gpus() -> int:

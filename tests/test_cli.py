@@ -34,6 +34,7 @@ BAD = {
     "missing checkpoint": (["model.recipe=null", "model.path=/nonexistent"], "model.path=/nonexistent is not a folder"),
     "over-long prompt": (["model.max_prompt_tokens=20"], "model.max_prompt_tokens=20"),
     "more GPUs than there are": (["gpus=16"], "gpus=16"),
+    "8 bits without a GPU": (["model.load_in_8bit=true", "model.lora.r=4"], "model.load_in_8bit=true needs a GPU"),
     "missing reward": (["rewards.equality.fn=common.rewards.nope"], "rewards.equality.fn=common.rewards.nope"),
     "misspelt reward argument": (["+rewards.equality.matc=x"], "matc"),
     "empty rewards": (["rewards=none"], "rewards is empty"),

@@ -1,0 +1,249 @@
+"""What the GRPO trainer can do beyond the papers' setting, each against a plain computation or by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from common.grpo import trainer as module
+from common.grpo.logprobs import PolicyScorer
+from common.grpo.packing import pack_plain
+from common.models.vlm import Encoder
+from common.rewards import Reward, accuracy, equality
+from tests.test_training import LORA, distance, grpo, weights
+
+pytestmark = pytest.mark.usefixtures("process_group")
+
+
+def steps(trainer, count):
+    found = [trainer.step(update) for update in range(count)]
+    trainer.close()
+    return found
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+def test_two_updates_per_batch_equal_a_plain_loop(load_vlm, digits_task, think, beta):
+    vlm = load_vlm()
+    trainer = grpo(vlm, digits_task, think, num_iterations=2, beta=beta, weight_decay=0.0, learning_rate=3e-3)
+    first = trainer.step(0)
+    batch = trainer.current
+    second = trainer.step(1)
+    assert trainer.current is batch and first.rows and not second.rows
+    trainer.close()
+
+    plain = load_vlm()
+    scorer = PolicyScorer(plain.model, plain.banned, 1.0, 1024)
+    optimizer = torch.optim.AdamW(plain.model.parameters(), lr=3e-3, betas=(0.9, 0.999), weight_decay=0.0)
+    counts = [len(c) for group in batch.groups for c in group.completions]
+    old = None
+    for _ in range(2):
+        logps = scorer(pack_plain(batch.groups, plain.family, plain.pad, plain.device))[0].split(counts)
+        old = old or [x.detach() for x in logps]  # also the reference: the weights before the first update
+        losses = []
+        for mine, before, advantage in zip(logps, old, batch.advantages.flatten(), strict=True):
+            ratio = (mine - before).exp()
+            kl = (before - mine).exp() - (before - mine) - 1
+            losses.append((-torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage) + beta * kl).mean())
+        optimizer.zero_grad()
+        torch.stack(losses).mean().backward()
+        torch.nn.utils.clip_grad_norm_(plain.model.parameters(), 1.0)
+        optimizer.step()
+        if _ == 1:
+            assert second.metrics["loss"] == pytest.approx(float(torch.stack(losses).mean()), abs=1e-5)
+    assert second.metrics["clip_ratio/region_mean"] > 0, "the second update meets clipped tokens"
+    assert distance(weights(vlm.model), weights(plain.model)) < 6e-5  # 1 % of two updates at 3e-3
+
+
+def test_a_new_batch_after_every_second_update(load_vlm, digits_task, think):
+    trainer = grpo(load_vlm(), digits_task, think, num_iterations=2)
+    found = steps(trainer, 4)
+    assert [bool(step.rows) for step in found] == [True, False, True, False]
+    assert ["reward" in step.metrics for step in found] == [True, False, True, False]
+    assert found[0].metrics["num_tokens"] == found[1].metrics["num_tokens"] < found[2].metrics["num_tokens"]
+
+
+def test_skipped_groups_have_no_gradient_anyway(load_vlm, digits_task, think):
+    ended = {}
+    rewards = {"long": Reward(1.0, lambda samples: [float(len(s.completion) > 40) for s in samples])}
+    for choice in ("keep", "skip"):
+        vlm = load_vlm()
+        found = steps(grpo(vlm, digits_task, think, zero_variance=choice, rewards=rewards), 3)
+        ended[choice] = weights(vlm.model)
+    assert 0 < found[0].metrics["frac_reward_zero_std"] < 1
+    assert distance(ended["keep"], ended["skip"]) < 3e-5
+
+
+def test_skipping_drops_the_kl_of_skipped_groups(load_vlm, digits_task, think):
+    flat = {"never": Reward(1.0, equality)}  # an untrained model is never right
+    norms = {}
+    for choice in ("keep", "skip"):
+        torch.manual_seed(0)
+        vlm = load_vlm(lora=LORA)
+        for name, parameter in vlm.model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)  # away from the reference
+        trainer = grpo(vlm, digits_task, think, zero_variance=choice, rewards=flat, beta=0.1)
+        norms[choice] = steps(trainer, 1)[0].metrics["grad_norm"]
+    assert norms["keep"] > 0 and norms["skip"] == 0
+
+
+def test_resampling_draws_flat_groups_again_up_to_the_cap(load_vlm, digits_task, think, monkeypatch):
+    trainer = grpo(
+        load_vlm(),
+        digits_task,
+        think,
+        zero_variance="resample",
+        resample_rounds=2,
+        rewards={"long": Reward(1.0, lambda samples: [float(len(s.completion) > 40) for s in samples])},
+    )
+    asked = []
+    generate = trainer.rollout.generate
+    monkeypatch.setattr(trainer.rollout, "generate", lambda p, g, d, s: asked.append(list(s)) or generate(p, g, d, s))
+    metrics = steps(trainer, 1)[0].metrics
+    assert len(asked[0]) == 4 and 1 <= len(asked) - 1 <= 2
+    for attempt, seeds in enumerate(asked[1:]):
+        assert all(seed.endswith(f"-again-{attempt}") for seed in seeds) and len(seeds) < 4
+    assert metrics["frac_resampled"] == pytest.approx(sum(map(len, asked[1:])) / 4)
+
+
+def test_truncated_completions_are_left_out(load_vlm, digits_task, think):
+    masked = grpo(load_vlm(), digits_task, think, mask_truncated_completions=True)
+    step = masked.step(0)
+    cut = [c.truncated for group in masked.current.completions for c in group]
+    assert any(cut) and not all(cut)
+    lengths = masked.current.lengths(without_truncated=True).tolist()
+    assert [n == 0 for n in lengths] == cut
+    everything = steps(grpo(load_vlm(), digits_task, think), 1)[0]
+    assert step.metrics["grad_norm"] != pytest.approx(everything.metrics["grad_norm"], rel=1e-2)
+    masked.close()
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
+def test_loss_types_train_the_same_in_any_forwards(load_vlm, digits_task, think, loss_type):
+    ended = []
+    for budget, at_most in ((None, 4), (150, 4), (None, 1)):
+        vlm = load_vlm()
+        steps(
+            grpo(vlm, digits_task, think, loss_type=loss_type, tokens_per_forward=budget, prompts_per_forward=at_most),
+            2,
+        )
+        ended.append(weights(vlm.model))
+    assert distance(ended[0], ended[1]) < 3e-5 and distance(ended[0], ended[2]) < 3e-5
+
+
+def test_the_token_budget_bounds_every_forward(load_vlm, digits_task, think, monkeypatch):
+    seen = []
+    pack = module.pack_shared
+    monkeypatch.setattr(module, "pack_shared", lambda *a: seen.append(pack(*a).tokens) or pack(*a))
+    steps(grpo(load_vlm(), digits_task, think, tokens_per_forward=250, prompts_per_forward=4, self_check=False), 1)
+    assert len(seen) > 1 and max(seen) <= 250 < sum(seen)
+
+
+@pytest.mark.parametrize(("length", "layout"), [(8, "pack_shared"), (900, "pack_plain")])
+def test_auto_shares_only_where_it_saves_tokens(load_vlm, digits_task, think, monkeypatch, length, layout):
+    used = []
+    for name in ("pack_shared", "pack_plain"):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, name=name, original=original: used.append(name) or original(*a))
+    trainer = grpo(load_vlm(), digits_task, think, group_size=2, self_check=False)
+    encoded = trainer.encoder(trainer.prompts[:1])[0]
+    # a prompt of 80 tokens with two completions: 176 against 96 tokens, or 1,960 against 1,880
+    packed = trainer._pack([module.Group(encoded, (torch.full((length,), 100),) * 2)])
+    assert used == [layout] and packed.completions == 2
+    trainer.close()
+
+
+def test_importance_correction_weighs_tokens(load_vlm, digits_task, think, monkeypatch):
+    def off(trainer):
+        generate = trainer.rollout.generate
+
+        def shifted(*arguments):  # a sampler that gave every token e^-0.1 of the trainer's probability
+            return [[replace(c, logps=c.logps - 0.1) for c in group] for group in generate(*arguments)]
+
+        monkeypatch.setattr(trainer.rollout, "generate", shifted)
+        return trainer
+
+    plain = steps(off(grpo(load_vlm(), digits_task, think, grad_clip=100.0)), 1)[0].metrics
+    weighed = steps(
+        off(grpo(load_vlm(), digits_task, think, grad_clip=100.0, importance_correction="token_truncate")), 1
+    )[0].metrics
+    # the policy gradient is multiplied by e^0.1 throughout
+    assert weighed["grad_norm"] / plain["grad_norm"] == pytest.approx(1.10517, rel=1e-3)
+    assert weighed["sampling/importance_sampling_ratio/mean"] == pytest.approx(1.10517, rel=1e-3)
+    assert "sampling/importance_sampling_ratio/mean" not in plain
+    assert plain["sampling/sampling_logp_difference/mean"] == pytest.approx(0.1, rel=1e-3)
+
+
+@pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
+def test_two_rewards_are_compared_as_asked(load_vlm, digits_task, think, aggregation):
+    rewards = {
+        "short": Reward(1.0, lambda samples: [1.0 / (1 + len(s.completion)) for s in samples]),
+        "accuracy": Reward(0.5, accuracy),
+    }
+    trainer = grpo(load_vlm(), digits_task, think, rewards=rewards, multi_objective_aggregation=aggregation)
+    trainer.step(0)
+    found = trainer.current.advantages
+    short = torch.tensor(trainer.current.scores.parts["short"]).view(4, 4)
+    each = (short - short.mean(1, keepdim=True)) / (short.std(1, keepdim=True) + 1e-4)
+    if aggregation == "normalize_then_sum":  # accuracy is 0 throughout and adds nothing
+        each = (each - each.mean()) / (each.std() + 1e-4)
+    assert float((found - each).abs().max()) < 1e-3
+    trainer.close()
+
+
+def test_frozen_vision_features_are_the_tower_s(load_vlm, digits_task, think, tmp_path):
+    from common.models.features import FeatureStore
+
+    for family in ("qwen2_vl", "gemma3"):
+        vlm = load_vlm(family=family, freeze_vision=True)
+        assert not any(
+            p.requires_grad for n, p in vlm.model.named_parameters() if set(n.split(".")) & set(vlm.family.vision)
+        )
+        store = FeatureStore(tmp_path / family, 2**20)
+        prompts = think.train_prompts(digits_task)[:4]
+        scorer = PolicyScorer(vlm.model, vlm.banned, 1.0, 64)
+        completions = (torch.arange(100, 104), torch.arange(200, 207))
+        found = []
+        for encoder in (
+            Encoder(vlm, digits_task.open, 32, 512),
+            Encoder(vlm, digits_task.open, 32, 512, store),
+            Encoder(vlm, digits_task.open, 32, 512, store),  # from the disk
+        ):
+            groups = [module.Group(e, completions) for e in encoder(prompts)]
+            with torch.no_grad():
+                shared = scorer(module.pack_shared(groups, vlm.family, vlm.device))[0]
+                plain = scorer(pack_plain(groups, vlm.family, vlm.pad, vlm.device))[0]
+            found += [shared, plain]
+        assert max(float((x - found[0]).abs().max()) for x in found[1:]) < 1e-5
+        assert len(list((tmp_path / family).glob("*.safetensors"))) == 4
+
+
+def test_a_feature_store_is_bounded_and_survives_damage(tmp_path):
+    from common.models.features import FeatureStore
+
+    store = FeatureStore(tmp_path, 5000)
+    for number in range(12):
+        store.put(f"key{number}", torch.full((10, 25), float(number)))  # 1,000 bytes and a header
+        assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 5500
+    assert store.get("key0") is None and torch.equal(store.get("key11"), torch.full((10, 25), 11.0))
+    store.put("huge", torch.zeros(10_000))
+    assert store.get("huge") is None
+    (tmp_path / "key11.safetensors").write_bytes(b"damaged")
+    assert store.get("key11") is None
+    assert FeatureStore(tmp_path, 5000).used <= 5500
+
+
+def test_training_with_frozen_vision_equals_training_with_its_features(load_vlm, digits_task, think, tmp_path):
+    from common.models.features import FeatureStore
+
+    ended = []
+    for cached in (False, True):
+        vlm = load_vlm(freeze_vision=True)
+        trainer = grpo(vlm, digits_task, think)
+        if cached:
+            trainer.encoder = Encoder(vlm, digits_task.open, 32, 512, FeatureStore(tmp_path, 2**20))
+        steps(trainer, 2)
+        ended.append(weights(vlm.model))
+    assert distance(*ended) < 3e-5
