@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from common.models import files, glyphs, pretrain, tiny
-from common.models.families import Qwen2VL
+from common.models import files, glyphs, pretrain, tiny, tiny_gemma3
+from common.models.families import Gemma3, Qwen2VL
 from common.models.vlm import Encoder
 from common.types import UserError
 
@@ -56,12 +58,40 @@ def test_positions_equal_transformers(load_vlm, grid):
     assert torch.equal(Qwen2VL.positions(ids, grid, vlm.model.config), expected[:, 0])
 
 
-def test_prompt_meter_counts_what_the_encoder_makes(load_vlm, untrained_folder, digits_task, think, no_think):
-    vlm = load_vlm()
+@pytest.mark.parametrize(("family", "recipe"), [("qwen2_vl", tiny), ("gemma3", tiny_gemma3)])
+def test_prompt_meter_counts_what_the_encoder_makes(
+    load_vlm, untrained_folders, digits_task, think, no_think, family, recipe
+):
+    vlm = load_vlm(family=family)
     prompts = [*think.train_prompts(digits_task)[:5], *no_think.evaluation_prompts(digits_task, "test")[:5]]
+    prompts.append(replace(prompts[0], system="Be brief. "))
     lengths = [len(e.ids) for e in Encoder(vlm, digits_task.open, 32, 512)(prompts)]
-    assert files.meter_for_folder(untrained_folder, "qwen2_vl").tokens(prompts, 32) == lengths
-    assert tiny.meter().tokens(prompts, 32) == lengths
+    assert files.meter_for_folder(untrained_folders[family], family).tokens(prompts, 32) == lengths
+    assert recipe.meter().tokens(prompts, 32) == lengths
+
+
+def test_gemma_encoding_equals_the_processor(load_vlm, digits_task, think):
+    vlm = load_vlm(family="gemma3")
+    prompts = think.train_prompts(digits_task)[:3]
+    for encoded, prompt in zip(Encoder(vlm, digits_task.open, 32, 512)(prompts), prompts, strict=True):
+        content = [{"type": "image", "image": digits_task.open(prompt.image).resize((32, 32), 1)}]
+        content.append({"type": "text", "text": prompt.text})
+        stock = vlm.processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        assert torch.equal(encoded.ids, stock["input_ids"][0]), "one beginning-of-sequence token, not two"
+        assert torch.equal(encoded.pixel_values, stock["pixel_values"])
+        assert torch.equal((encoded.blocks == 0).long(), stock["token_type_ids"][0])
+        assert encoded.positions.tolist() == [list(range(len(encoded.ids)))]
+
+
+def test_gemma_blocks_number_the_images():
+    config = SimpleNamespace(image_token_id=9)
+    assert Gemma3.blocks(torch.tensor([1, 9, 9, 2, 9, 9]), config).tolist() == [-1, 0, 0, -1, 1, 1]
 
 
 def test_image_tokens_of_the_paper():

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
+import psutil
 import pyarrow.parquet
 import pytest
 from safetensors.torch import load_file
@@ -162,3 +165,78 @@ def test_an_error_inside_a_rank_ends_the_job_and_is_shown(tmp_path):
     )
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("common.types.UserError: model.lora.targets=nothing")
+
+
+@pytest.fixture
+def two_ranks(tmp_path):
+    """Starts a run of two ranks by torch elastic; `alive()` counts its processes, found by their environment."""
+    script, marker = tmp_path / "two.py", f"{os.getpid()}-{tmp_path.name}"
+    script.write_text(TWO_RANKS)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "FEWSHOT_TEST": marker}
+
+    def start(*overrides):
+        command = [sys.executable, str(script), str(tmp_path / "two"), *overrides]
+        return subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, env=environment)
+
+    def alive():
+        return [p.pid for p in psutil.process_iter() if _environment(p).get("FEWSHOT_TEST") == marker]
+
+    yield start, alive
+    for pid in alive():
+        os.kill(pid, signal.SIGKILL)
+
+
+def _environment(process):
+    try:
+        return process.environ() if process.status() != psutil.STATUS_ZOMBIE else {}
+    except psutil.Error:
+        return {}
+
+
+def gone(alive, seconds=30):
+    """Whether all processes end within some time."""
+    end = time.monotonic() + seconds
+    while alive() and time.monotonic() < end:
+        time.sleep(0.2)
+    return not alive()
+
+
+def test_a_rank_that_dies_ends_the_job_and_leaves_no_orphan(two_ranks, job):
+    start, alive = two_ranks
+    mine = [part.replace("shorter", "rank_1_dies_in_the_second_update") for part in job]
+    process = start(*mine)
+    _, said = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert "Signal 9 (SIGKILL)" in said and "rank      : 1" in said, said[-3000:]
+    assert gone(alive)
+
+
+def test_ranks_end_with_the_process_that_started_them(two_ranks, job, tmp_path):
+    start, alive = two_ranks
+    process = start(*job, "trainer.updates=100000")
+    log = tmp_path / "two" / "metrics.jsonl"
+    while process.poll() is None and not (log.is_file() and log.read_text().count("\n") > 2):
+        time.sleep(0.2)
+    assert len(alive()) >= 3
+    process.kill()
+    process.wait()
+    assert gone(alive)
+
+
+def test_slurm_tasks_form_one_run(job, tmp_path):
+    tasks = []
+    for number in range(2):
+        slurm = {
+            "SLURM_STEP_NUM_TASKS": "2",
+            "SLURM_PROCID": str(number),
+            "SLURM_LOCALID": str(number),
+            "SLURM_STEP_NODELIST": "127.0.0.1",
+            "SLURM_JOB_ID": str(os.getpid()),
+            "SLURM_STEP_ID": "0",
+        }
+        command = [sys.executable, "run.py", *job, f"hydra.run.dir={tmp_path / 'slurm'}"]
+        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "FEWSHOT_ALONE")}
+        tasks.append(subprocess.Popen(command, cwd=REPOSITORY, env={**environment, "OMP_NUM_THREADS": "1", **slurm}))
+    assert [task.wait(timeout=200) for task in tasks] == [0, 0]
+    state = json.loads((tmp_path / "slurm" / "checkpoints" / "step-000005" / "state.json").read_text())
+    assert state["ranks"] == 2 and len(metrics(tmp_path / "slurm")) == 7
