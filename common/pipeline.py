@@ -98,8 +98,8 @@ def run(config: Config, values: dict[str, Any], folder: Path) -> Result:
         best = checkpoints.best()
         if best is not None:
             result.train["best"] = {"update": best.update, "accuracy": best.accuracy, "split": evaluator.watched}
-        checkpoints.keep_weights_only()
         recorder.finish(result, after, questions.task.names)
+        checkpoints.keep_weights_only()
         failed = False
     finally:
         recorder.close(failed)

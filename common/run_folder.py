@@ -173,24 +173,24 @@ class RunFolder:
         os.replace(unfinished, path)
 
     def _merge(self, name: str) -> None:
-        """One file of many parts; the parts go when it is whole."""
+        """One file of many parts. The parts stay until the result is written: a resumed run goes on from them."""
         import pyarrow.parquet
 
         folder, whole = self.path / name, self.path / f"{name}.parquet"
         parts = sorted(folder.glob("*.parquet"))
-        if parts and not whole.is_file():
+        if parts:
             unfinished = whole.with_suffix(".unfinished")
             schema = pyarrow.parquet.read_schema(parts[0]).remove_metadata()
             with pyarrow.parquet.ParquetWriter(unfinished, schema) as writer:
                 for part in parts:
                     writer.write_table(pyarrow.parquet.read_table(part).replace_schema_metadata().cast(schema))
             os.replace(unfinished, whole)
-        if folder.is_dir():
-            shutil.rmtree(folder)
 
     def write_result(self, result: Result) -> None:
-        """Write metrics.json, whole or not at all."""
+        """Write metrics.json, whole or not at all; what only an unfinished run needs goes."""
         self._write_whole("metrics.json", json.dumps(asdict(result), indent=2) + "\n")
+        for name in ("completions", "predictions"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
 
     def _write_whole(self, name: str, text: str) -> None:
         unfinished = self.path / f"{name}.unfinished"

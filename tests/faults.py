@@ -10,6 +10,7 @@ import functools
 import importlib
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 from dataclasses import dataclass
@@ -41,13 +42,24 @@ class Kill:
             nonlocal calls
             calls += 1
             if calls == self.count and not self.after:
-                os.kill(os.getpid(), signal.SIGKILL)
+                self.strike()
             result = original(*args, **kwargs)
             if calls == self.count and self.after:
-                os.kill(os.getpid(), signal.SIGKILL)
+                self.strike()
             return result
 
         setattr(owner, name, counted)
+
+    def strike(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Full(Kill):
+    """From that moment on no file can grow beyond 100 kB, as on a full disk."""
+
+    def strike(self) -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
 def job(folder: Path, overrides: list[str], kill: Kill | None, environment: dict[str, str]) -> None:

@@ -11,7 +11,7 @@ import json
 import pyarrow.parquet
 import pytest
 
-from tests.faults import Kill, Runner
+from tests.faults import Full, Kill, Runner
 
 pytestmark = pytest.mark.slow
 
@@ -44,13 +44,13 @@ MOMENTS = {
     "a surplus checkpoint half removed": Kill("shutil:rmtree", 4),
     "rollout of the fifth update": Kill("common.grpo.trainer:GRPOTrainer._sample", 5),
     "gradients of the fifth update": Kill(UPDATE, 17),
-    "last checkpoint before its rename": Kill("common.checkpoint:_flush", 4, after=True),
+    "last checkpoint before its rename": Kill("common.checkpoint:_flush", 3, after=True),
     "training done": Kill("common.pipeline:train", 1, after=True),
-    "final weights written": Kill("common.pipeline:save_weights", 5, after=True),
+    "final weights written": Kill("common.pipeline:save_weights", 4, after=True),
     "final evaluation": Kill(ANSWERS, 4),
     "final evaluation done": Kill(ANSWERS, 4, after=True),
     "tables being merged": Kill("common.run_folder:RunFolder.merge_completions", 1, after=True),
-    "result not yet named": Kill("common.run_folder:RunFolder.write_result", 1),
+    "result not yet written": Kill("common.run_folder:RunFolder.write_result", 1),
 }
 IN_EVERY_TEST_RUN = (
     "rollout of the fifth update",
@@ -150,3 +150,25 @@ def test_two_kills_in_a_row(runner, job, whole, tmp_path):
     assert runner(folder, job) == 0
     assert (folder / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     assert weights(folder) == weights(whole)
+
+
+def test_a_full_disk_costs_nothing_that_was_finished(runner, job, whole, tmp_path):
+    folder = tmp_path / "run"
+    assert runner(folder, job, Full(STATES, 2)) == 1
+    (kept,) = (folder / "checkpoints").iterdir()
+    assert kept.name == "step-000002" and (kept / "state.json").is_file(), "what was half written is gone"
+    said = (folder / "run.log").read_text()
+    assert "the checkpoint after update 3 cannot be written" in said and "step-000002 is whole; free disk space" in said
+    assert runner(folder, job) == 0
+    assert (folder / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert weights(folder) == weights(whole)
+
+
+def test_training_stops_at_the_first_number_that_is_none(runner, job, tmp_path):
+    folder = tmp_path / "run"
+    assert runner(folder, [part.replace("shorter", "not_a_number_in_the_third_update") for part in job]) == 1
+    said = (folder / "run.log").read_text()
+    assert "update 3: " in said and "loss" in said and "reward" in said and "not finite" in said
+    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()][-1] == 2
+    (kept,) = (folder / "checkpoints").iterdir()
+    assert kept.name == "step-000002" and (kept / "deepspeed").is_dir(), "the last good one stays"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 
 import pyarrow
 import pyarrow.parquet
@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from common.run_folder import RunFolder
-from common.types import Answers, Prediction, UserError
+from common.types import Answers, Prediction, Result, UserError
 
 VALUES = {"shots": 4, "seed": 1, "method": {"name": "clsrl"}, "run_name": "a", "tracking": {"mode": "offline"}}
 
@@ -96,7 +96,7 @@ def test_completions_survive_a_crash_and_are_merged(tmp_path):
         {"step": 1, "completion": "six"},
         {"step": 2, "completion": "nine"},
     ]
-    assert not (tmp_path / "completions").exists()
+    assert (tmp_path / "completions").exists(), "needed until the result is there"
 
 
 PREDICTION = Prediction("7", "six", "six", "six", True, True, True, 2, False, ("six", "one"), (0.75, 0.25), (0.5, 0.5))
@@ -116,7 +116,6 @@ def test_predictions_hold_both_phases(tmp_path):
     place.merge_predictions()
     rows = pyarrow.parquet.read_table(tmp_path / "predictions.parquet").to_pylist()
     assert {row["phase"] for row in rows} == {"zero_shot", "eval"} and rows[0]["answer"] == "six"
-    assert not (tmp_path / "predictions").exists()
 
 
 def test_predictions_hold_probabilities_in_single_precision(tmp_path):
@@ -134,13 +133,14 @@ def test_predictions_hold_probabilities_in_single_precision(tmp_path):
     assert bare.to_pylist()[0]["probabilities"] == []
 
 
-def test_a_merge_that_was_interrupted_loses_nothing(tmp_path):
+def test_the_parts_go_when_the_result_is_there(tmp_path):
     place = RunFolder(tmp_path)
     place.write_completions([{"step": 1}], 1)
-    place.write_completions([{"step": 2}], 2)
-    part = (tmp_path / "completions" / "000001.parquet").read_bytes()
-    place.merge_completions()
-    (tmp_path / "completions").mkdir()  # as if the program had died before the last part was removed
-    (tmp_path / "completions" / "000001.parquet").write_bytes(part)
-    place.merge_completions()
-    assert pyarrow.parquet.read_table(tmp_path / "completions.parquet").num_rows == 2
+    place.write_predictions("eval", "test", Answers([PREDICTION], 1.0, 0.0))
+    for _ in range(2):  # as if the program had died in between
+        place.merge_completions()
+        place.merge_predictions()
+    names = [field.name for field in fields(Result) if field.default is MISSING and field.default_factory is MISSING]
+    place.write_result(Result(**dict.fromkeys(names, "")))
+    assert {path.name for path in tmp_path.iterdir()} == {"completions.parquet", "predictions.parquet", "metrics.json"}
+    assert pyarrow.parquet.read_table(tmp_path / "completions.parquet").num_rows == 1

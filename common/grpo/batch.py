@@ -117,7 +117,7 @@ def describe(batch: RolloutBatch) -> dict[str, float]:
     ended = [n for n, cut in zip(lengths, joined["truncated"], strict=True) if not cut] or [0]
     metrics = {
         "reward": statistics.fmean(joined["total"]),
-        "reward_std": statistics.stdev(joined["total"]),
+        "reward_std": _std(joined["total"]),
         "frac_reward_zero_std": len(flat) * size / len(joined["total"]),
         "frac_resampled": sum(joined["resampled"]) * size / len(joined["total"]),
         "completions/mean_length": statistics.fmean(lengths),
@@ -132,8 +132,13 @@ def describe(batch: RolloutBatch) -> dict[str, float]:
     for name in batch.scores.parts:
         values = joined[f"rewards/{name}"]
         metrics[f"rewards/{name}/mean"] = statistics.fmean(values)
-        metrics[f"rewards/{name}/std"] = statistics.stdev(values)
+        metrics[f"rewards/{name}/std"] = _std(values)
     return metrics
+
+
+def _std(values: list[float]) -> float:
+    """Unbiased; NaN where a value is one (the statistics module raises), so that the guard can name it."""
+    return float(torch.tensor(values, dtype=torch.float64).std())
 
 
 def rows(number: int, batch: RolloutBatch) -> list[dict[str, Any]]:
