@@ -4,10 +4,10 @@ UV_VERSION := 0.13.8
 BIN := .venv/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo test test-fast lint format clean
+.PHONY: help setup demo test test-fast test-faults lint format clean
 
 help:  ## show this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 setup: .venv/installed  ## install the locked versions into .venv (about 6 GB)
 
@@ -21,11 +21,14 @@ setup: .venv/installed  ## install the locked versions into .venv (about 6 GB)
 demo: setup  ## train No-Thinking-CLS-RL on real digits (no GPU, no data, no hub)
 	$(BIN)/python run.py
 
-test: setup  ## run all tests
-	$(BIN)/python -m pytest
+test: setup  ## run the tests
+	$(BIN)/python -m pytest -m "not faults"
 
 test-fast: setup  ## run the tests that train nothing
 	$(BIN)/python -m pytest -m "not slow"
+
+test-faults: setup  ## kill runs at every moment there is and resume them
+	$(BIN)/python -m pytest tests/test_faults.py
 
 lint: setup  ## check format, style and types
 	$(BIN)/ruff format --check .
