@@ -110,7 +110,7 @@ def ours(pipe: Connection, plan: Plan) -> None:
 
 def trl(pipe: Connection, plan: Plan) -> None:
     """TRL's side."""
-    from transformers import AutoModelForImageTextToText, TrainerCallback
+    from transformers import AutoModelForImageTextToText, PrinterCallback, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     from common.pipeline import find_checkpoint
@@ -176,6 +176,7 @@ def trl(pipe: Connection, plan: Plan) -> None:
             optimizers=(optimizer, schedule),
             callbacks=[TakeTurns()],
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     parts.policy.model.load_state_dict(trainer.accelerator.unwrap_model(trainer.model).state_dict())
     pipe.send(parts.accuracy(plan.images))
