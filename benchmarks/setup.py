@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +124,8 @@ def perturb(model: torch.nn.Module) -> None:
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.3 * parameter.std(correction=0) * torch.randn(parameter.shape, generator=generator)
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.3 * parameter.std(correction=0) * noise)
 
 
 def make_group(policy: VLM, case: Case) -> Group:
@@ -150,12 +151,12 @@ class OurModels:
     """Policy and reference behind their scorers, the policy a little away from the reference."""
 
     def __init__(self, folder: Path) -> None:
-        chunk = GRPO.__dataclass_fields__["head_chunk"].default
         self.policy = load_ours(folder)
         perturb(self.policy.model)
         # no id is banned, because TRL bans none: both sides normalise over the whole vocabulary
-        self.scorer = PolicyScorer(self.policy.model, (), 1.0, chunk).train()
-        self.reference = PolicyScorer(load_ours(folder).model, (), 1.0, chunk).eval().requires_grad_(False)
+        self.scorer = PolicyScorer(self.policy.model, (), 1.0, GRPO.head_chunk).train()
+        reference = PolicyScorer(load_ours(folder).model, (), 1.0, GRPO.head_chunk)
+        self.reference = reference.eval().requires_grad_(False)
 
 
 class OurStep:
@@ -189,8 +190,9 @@ def completion_rows_only() -> Iterator[None]:
     The head asks the `_use_triton` of `trl.trainer.utils` which rows to score. The kernels ask their own copy, in
     `trl.kernels`, which still answers for the CPU.
     """
-    from trl.trainer import utils
+    import trl.trainer.utils
 
+    utils: Any = trl.trainer.utils
     original = utils._use_triton
     utils._use_triton = lambda device: True
     try:
@@ -213,7 +215,7 @@ class Seconds:
         return f"{self.median:.3f} [{min(self.values):.3f}, {max(self.values):.3f}]"
 
 
-def alternate(variants: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, Seconds]:
+def alternate(variants: Mapping[str, Callable[[], Any]], repetitions: int) -> dict[str, Seconds]:
     """Run the variants in turn, so that a slow phase of the machine meets all of them; one round first to warm up."""
     found: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(repetitions + 1):
@@ -224,7 +226,7 @@ def alternate(variants: dict[str, Callable[[], Any]], repetitions: int) -> dict[
     return {name: Seconds(tuple(values[1:])) for name, values in found.items()}
 
 
-def show(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]], found: dict[str, Any]) -> None:
+def show(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], found: dict[str, Any]) -> None:
     """The table for people, then one line of JSON for programs."""
     table = Table(*columns, title=title)
     for row in rows:

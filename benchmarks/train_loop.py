@@ -111,7 +111,8 @@ def ours(pipe: Connection, plan: Plan) -> None:
 def trl(pipe: Connection, plan: Plan) -> None:
     """TRL's side."""
     from transformers import AutoModelForImageTextToText, PrinterCallback, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl.trainer.grpo_config import GRPOConfig
+    from trl.trainer.grpo_trainer import GRPOTrainer
 
     from common.pipeline import find_checkpoint
     from common.schedule import learning_rate
@@ -206,16 +207,16 @@ def trl_dataset(parts: Parts, updates: int) -> Any:
     return Dataset.from_list(list(rows()))
 
 
-def reward_function(parts: Parts) -> Callable[..., list[float]]:
+def reward_function(parts: Parts) -> Callable[..., list[float | None]]:
     """Our reward mix as a function that TRL calls."""
     from common.rewards import build_rewards, score
     from common.types import Sample
 
     rewards, train = build_rewards(parts.config.rewards), parts.questions.train
 
-    def reward(completions: list[Any], number: list[int], **_: Any) -> list[float]:
+    def reward(completions: list[Any], number: list[int], **_: Any) -> list[float | None]:
         samples = [Sample(train[i], reply[0]["content"]) for i, reply in zip(number, completions, strict=True)]
-        return score(samples, rewards).total
+        return [*score(samples, rewards).total]
 
     return reward
 
