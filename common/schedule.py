@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+from functools import lru_cache
 
 from common.schema import GRPO, Trainer
 
@@ -35,10 +36,11 @@ def batch(update: int, size: int, items: int, seed: int) -> list[int]:
     return chosen
 
 
-def _order(epoch: int, items: int, seed: int) -> list[int]:
+@lru_cache(maxsize=2)  # an update asks for the same one or two epochs once per prompt
+def _order(epoch: int, items: int, seed: int) -> tuple[int, ...]:
     order = list(range(items))
     random.Random(f"epoch-{seed}-{epoch}").shuffle(order)
-    return order
+    return tuple(order)
 
 
 def learning_rate(config: Trainer, update: int, updates: int) -> float:

@@ -1,0 +1,101 @@
+"""Sampling a group's completions: our sampler, which computes the prompt once, against transformers' `generate`.
+
+    python -m benchmarks.rollout
+
+`generate(num_return_sequences=G)` repeats the prompt and its image G times and computes all copies. Both sides sample
+from the same weights at temperature 1 without truncation, ban the same ids, and decode a fixed number of tokens; no
+sampled id ends a completion. They take turns in one process; CPU seconds of one thread.
+
+Before the clock starts, both sides decode greedily and must give the same tokens, so that it is the same work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.setup import Case, Seconds, alternate, load_ours, load_stock, make_group, prepare, save_model, show
+from common.rollout.base import Decoding
+from common.rollout.hf import HFRollout
+
+CASE = Case(1000, 16, 8)
+
+
+class OurRollout:
+    """`HFRollout` on one prompt."""
+
+    def __init__(self, folder: Path, case: Case) -> None:
+        loaded = load_ours(folder)
+        # an end-of-sequence id can never be sampled: every completion has its full length
+        self.policy = replace(loaded, banned=tuple(sorted({*loaded.banned, *loaded.eos})))
+        self.prompt, self.case = make_group(self.policy, case).prompt, case
+        self.rollout = HFRollout(self.policy)
+
+    def __call__(self, sample: bool = True) -> torch.Tensor:
+        """Shape: [G, R]."""
+        decoding = Decoding(1.0 if sample else 0.0, 0, 1.0, self.case.completion)
+        return torch.stack([c.ids for c in self.rollout.generate([self.prompt], self.case.group, decoding, ["0"])[0]])
+
+
+class StockRollout:
+    """transformers' `generate` on the same prompt and weights."""
+
+    def __init__(self, folder: Path, ours: OurRollout) -> None:
+        self.model, self.case = load_stock(folder).eval(), ours.case
+        ids = ours.prompt.ids[None]
+        self.inputs = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "mm_token_type_ids": (ids == self.model.config.image_token_id).int(),
+            "pixel_values": ours.prompt.pixel_values,
+            "image_grid_thw": ours.prompt.grid,
+        }
+        self.banned = list(ours.policy.banned)
+
+    def __call__(self, sample: bool = True) -> torch.Tensor:
+        """Shape: [G, R], one row when greedy."""
+        sampling = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_return_sequences": self.case.group}
+        out = self.model.generate(
+            **self.inputs,
+            **(sampling if sample else {}),
+            do_sample=sample,
+            suppress_tokens=self.banned,
+            max_new_tokens=self.case.completion,
+        )
+        return out[:, self.inputs["input_ids"].shape[1] :]
+
+
+def measure(case: Case, folder: Path, repetitions: int) -> tuple[dict[str, Seconds], dict[str, Any]]:
+    """CPU seconds of both sides, and the numbers of the case."""
+    ours = OurRollout(folder, case)
+    stock = StockRollout(folder, ours)
+    assert torch.equal(ours(sample=False)[:1], stock(sample=False)), "the two samplers decode different tokens greedily"
+    assert ours().shape == stock().shape == (case.group, case.completion)
+    seconds = alternate({"ours": ours, "generate": stock}, repetitions)
+    ratio = seconds["generate"].median / seconds["ours"].median
+    return seconds, {"ratio": ratio, "seconds": {name: list(found.values) for name, found in seconds.items()}}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=5)
+    options = parser.parse_args()
+    prepare()
+    with tempfile.TemporaryDirectory() as workdir:
+        seconds, numbers = measure(CASE, save_model(Path(workdir) / "model"), options.repetitions)
+    rows = [
+        (CASE.name, name, str(found), "" if name == "ours" else f"{numbers['ratio']:.2f}")
+        for name, found in seconds.items()
+    ]
+    columns = ("case", "variant", "CPU s: median [min, max]", "x ours")
+    show("Sampling one group, 17 M Qwen2-VL, one thread", columns, rows, {"cases": {CASE.name: numbers}})
+
+
+if __name__ == "__main__":
+    main()

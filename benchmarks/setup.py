@@ -1,0 +1,244 @@
+"""What the benchmarks share: the model they measure, its inputs, our side of the comparison, and the clock.
+
+All contact of the scoring and sampling benchmarks with `common` is here.
+
+Shapes: P prompt tokens, R completion tokens, G completions.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from common.grpo.advantages import group_advantages
+from common.grpo.logprobs import PolicyScorer
+from common.grpo.loss import LossInputs, grpo_loss
+from common.grpo.packing import Encoded, Group, pack_plain, pack_shared
+from common.models import tiny, vlm
+from common.models.families import Qwen2VL
+from common.models.vlm import VLM
+from common.schema import GRPO, Model
+
+VOCABULARY = 8192
+GRID = (1, 24, 24)  # 576 patches, 144 image tokens: an image of 336x336 pixels
+PATCH, MERGE = 14, 2
+BETA, EPSILON = 0.04, 0.2
+FIRST_WORD = 700  # ids from here on are ordinary tokens in every benchmark prompt
+
+
+@dataclass(frozen=True)
+class Case:
+    """One size of problem."""
+
+    prompt: int
+    completion: int
+    group: int
+
+    @property
+    def name(self) -> str:
+        return f"P{self.prompt}_R{self.completion}_G{self.group}"
+
+    @property
+    def shared_tokens(self) -> int:
+        return self.prompt + self.group * self.completion
+
+    @property
+    def plain_tokens(self) -> int:
+        return self.group * (self.prompt + self.completion)
+
+
+def save_model(folder: Path) -> Path:
+    """A Qwen2-VL of 17 M parameters with random weights, as a checkpoint folder."""
+    from transformers import GenerationConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    processor = tiny.build_processor()
+    token = processor.tokenizer.convert_tokens_to_ids
+    eos, pad = token("<|im_end|>"), token("<|endoftext|>")
+    torch.manual_seed(0)
+    model = Qwen2VLForConditionalGeneration(
+        Qwen2VLConfig(
+            text_config={
+                "hidden_size": 384,
+                "intermediate_size": 1536,
+                "num_hidden_layers": 6,
+                "num_attention_heads": 6,
+                "num_key_value_heads": 2,
+                "vocab_size": VOCABULARY,
+                "max_position_embeddings": 8192,
+                "use_sliding_window": False,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
+                "bos_token_id": pad,
+                "eos_token_id": eos,
+                "pad_token_id": pad,
+            },
+            vision_config={
+                "depth": 2,
+                "embed_dim": 128,
+                "hidden_size": 384,
+                "num_heads": 2,
+                "mlp_ratio": 2,
+                "patch_size": PATCH,
+                "spatial_merge_size": MERGE,
+                "temporal_patch_size": 2,
+            },
+            image_token_id=token("<|image_pad|>"),
+            video_token_id=token("<|video_pad|>"),
+            vision_start_token_id=token("<|vision_start|>"),
+            vision_end_token_id=token("<|vision_end|>"),
+            tie_word_embeddings=True,
+        )
+    )
+    model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def load_ours(folder: Path) -> VLM:
+    """The checkpoint as the framework loads it."""
+    config = Model(
+        name="benchmark", family="qwen2_vl", path=str(folder), dtype="float32", image_size=336, max_prompt_tokens=8192
+    )
+    return vlm.load(folder, config, torch.device("cpu"))
+
+
+def load_stock(folder: Path) -> Any:
+    """The checkpoint as transformers loads it."""
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+
+
+def perturb(model: torch.nn.Module) -> None:
+    """Move the policy a little away from the reference, so that the KL term is not zero. Always the same way."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.3 * parameter.std(correction=0) * noise)
+
+
+def make_group(policy: VLM, case: Case) -> Group:
+    """A prompt of random words with one image near its beginning, and random completions."""
+    config = policy.model.config
+    generator = torch.Generator().manual_seed(1)
+    image = torch.full((GRID[1] * GRID[2] // MERGE**2,), config.image_token_id)
+    words = torch.randint(FIRST_WORD, VOCABULARY, (case.prompt - len(image) - 2,), generator=generator)
+    start, end = torch.tensor([config.vision_start_token_id]), torch.tensor([config.vision_end_token_id])
+    ids = torch.cat([words[:16], start, image, end, words[16:]])
+    grid = torch.tensor([GRID])
+    pixels = torch.randn(GRID[1] * GRID[2], 3 * 2 * PATCH * PATCH, generator=generator)
+    completions = torch.randint(FIRST_WORD, VOCABULARY, (case.group, case.completion), generator=generator)
+    return Group(Encoded(ids, Qwen2VL.positions(ids, grid, config), pixels, grid), tuple(completions))
+
+
+def make_advantages(case: Case) -> torch.Tensor:
+    """Advantages [G] of a group in which every other completion is right."""
+    return group_advantages((torch.arange(case.group) % 2).float()[None])[0]
+
+
+class OurModels:
+    """Policy and reference behind their scorers, the policy a little away from the reference."""
+
+    def __init__(self, folder: Path) -> None:
+        self.policy = load_ours(folder)
+        perturb(self.policy.model)
+        # no id is banned, because TRL bans none: both sides normalise over the whole vocabulary
+        self.scorer = PolicyScorer(self.policy.model, (), 1.0, GRPO.head_chunk).train()
+        reference = PolicyScorer(load_ours(folder).model, (), 1.0, GRPO.head_chunk)
+        self.reference = reference.eval().requires_grad_(False)
+
+
+class OurStep:
+    """Scoring, loss and backward of one group, as the trainer does them for one forward."""
+
+    def __init__(self, models: OurModels, case: Case, shared: bool = True) -> None:
+        self.models, self.model, self.shared = models, models.policy.model, shared
+        self.group, self.advantages = make_group(models.policy, case), make_advantages(case)
+
+    def __call__(self) -> float:
+        """One step from no gradient to all gradients. Returns the loss."""
+        self.model.zero_grad()
+        policy = self.models.policy
+        if self.shared:
+            packed = pack_shared([self.group], policy.family, policy.device)
+        else:
+            packed = pack_plain([self.group], policy.pad, policy.device)
+        with torch.no_grad():
+            ref_logps = self.models.reference(packed)[0]
+        logps, _ = self.models.scorer(packed)
+        inputs = LossInputs(logps, logps.detach(), ref_logps, self.advantages, packed.owner, packed.completions)
+        loss = grpo_loss(inputs, EPSILON, BETA).loss
+        loss.backward()
+        return float(loss.detach())
+
+
+@contextmanager
+def completion_rows_only() -> Iterator[None]:
+    """Let TRL's fused head score completion tokens only, as it does on GPUs; its kernels are not touched.
+
+    The head asks the `_use_triton` of `trl.trainer.utils` which rows to score. The kernels ask their own copy, in
+    `trl.kernels`, which still answers for the CPU.
+    """
+    import trl.trainer.utils
+
+    utils: Any = trl.trainer.utils
+    original = utils._use_triton
+    utils._use_triton = lambda device: True
+    try:
+        yield
+    finally:
+        utils._use_triton = original
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """CPU seconds of the repetitions of one variant."""
+
+    values: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} [{min(self.values):.3f}, {max(self.values):.3f}]"
+
+
+def alternate(variants: Mapping[str, Callable[[], Any]], repetitions: int) -> dict[str, Seconds]:
+    """Run the variants in turn, so that a slow phase of the machine meets all of them; one round first to warm up."""
+    found: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(repetitions + 1):
+        for name, run in variants.items():
+            start = time.process_time()
+            run()
+            found[name].append(time.process_time() - start)
+    return {name: Seconds(tuple(values[1:])) for name, values in found.items()}
+
+
+def show(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], found: dict[str, Any]) -> None:
+    """The table for people, then one line of JSON for programs."""
+    table = Table(*columns, title=title)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=120).print(table)
+    print(json.dumps(found))
+
+
+def prepare() -> None:
+    """One thread, and no chatter of the libraries between the numbers."""
+    import transformers
+
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()

@@ -1,0 +1,49 @@
+"""The benchmarks at a toy size: both sides of each comparison compute the same thing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    from benchmarks.setup import save_model
+
+    return save_model(tmp_path_factory.mktemp("benchmark") / "model")
+
+
+def test_one_step_has_the_loss_and_gradients_of_trl(folder, tmp_path):
+    from benchmarks.grpo_step import VARIANTS, assert_same_work, build
+    from benchmarks.setup import Case
+
+    case = Case(200, 6, 4)
+    assert_same_work(case, {name: build(name, folder, case, tmp_path) for name in VARIANTS})
+
+
+def test_head_patch_is_undone():
+    from trl.trainer import utils
+
+    from benchmarks.setup import completion_rows_only
+
+    before = utils._use_triton
+    with completion_rows_only():
+        assert utils._use_triton(torch.device("cpu"))
+    assert utils._use_triton is before and not before(torch.device("cpu"))
+
+
+def test_sampling_decodes_what_transformers_decodes(folder):
+    from benchmarks.rollout import measure
+    from benchmarks.setup import Case
+
+    _, numbers = measure(Case(200, 4, 2), folder, repetitions=1)
+    assert numbers["ratio"] > 0
+
+
+def test_line_fit_finds_the_line():
+    from benchmarks.cost_model import fit
+
+    line = fit([100, 200, 400], [1.5, 2.5, 4.5])
+    assert (line.slope, line.intercept, line.r2) == pytest.approx((0.01, 0.5, 1.0))
