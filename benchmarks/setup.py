@@ -20,9 +20,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from common.grpo.advantages import group_advantages
+from common.grpo.advantages import scaled
 from common.grpo.logprobs import PolicyScorer
-from common.grpo.loss import LossInputs, grpo_loss
+from common.grpo.loss import LossInputs, policy_loss, token_weights
 from common.grpo.packing import Encoded, Group, pack_plain, pack_shared
 from common.models import tiny, vlm
 from common.models.families import Qwen2VL
@@ -144,7 +144,7 @@ def make_group(policy: VLM, case: Case) -> Group:
 
 def make_advantages(case: Case) -> torch.Tensor:
     """Advantages [G] of a group in which every other completion is right."""
-    return group_advantages((torch.arange(case.group) % 2).float()[None])[0]
+    return scaled((torch.arange(case.group) % 2).float()[None])[0]
 
 
 class OurModels:
@@ -173,12 +173,14 @@ class OurStep:
         if self.shared:
             packed = pack_shared([self.group], policy.family, policy.device)
         else:
-            packed = pack_plain([self.group], policy.pad, policy.device)
+            packed = pack_plain([self.group], policy.family, policy.pad, policy.device)
         with torch.no_grad():
-            ref_logps = self.models.reference(packed)[0]
+            ref_logps, _ = self.models.reference(packed, False)
         logps, _ = self.models.scorer(packed)
-        inputs = LossInputs(logps, logps.detach(), ref_logps, self.advantages, packed.owner, packed.completions)
-        loss = grpo_loss(inputs, EPSILON, BETA).loss
+        lengths = torch.tensor([len(completion) for completion in self.group.completions])
+        weights = token_weights("grpo", lengths, len(lengths), len(lengths), int(lengths.sum()), int(lengths.max()))
+        inputs = LossInputs(logps, logps.detach(), ref_logps, self.advantages, weights, packed.owner)
+        loss = policy_loss(inputs, EPSILON, EPSILON, BETA).loss
         loss.backward()
         return float(loss.detach())
 

@@ -56,35 +56,17 @@ def compose(plan: Plan) -> Any:
         return config.validate(hydra.compose("config", overrides))
 
 
-@dataclass(frozen=True)
-class Parts:
-    """The parts of a run that both sides use."""
-
-    config: Any
-    questions: Any
-    policy: Any
-    encoder: Any
-    rollout: Any
-
-    def accuracy(self, images: int) -> float:
-        """Greedy, on the first test images."""
-        from common.evaluate import Evaluator
-
-        evaluator = Evaluator(self.rollout, self.encoder, self.questions, self.config.rollout)
-        return float(evaluator.during_training(images).summary["test"]["accuracy"])
-
-
-def load(plan: Plan) -> Parts:
-    """Task, model and sampler, as common/pipeline.py builds them."""
+def load(plan: Plan) -> tuple[Any, Any]:
+    """Configuration, and task, model, sampler and evaluation as common/pipeline.py puts them together."""
     from common import pipeline, task
-    from common.models import vlm
-    from common.rollout.hf import HFRollout
 
     config = compose(plan)
-    questions = task.build(config)
-    policy = vlm.load(pipeline.find_checkpoint(config), config.model, torch.device("cpu"))
-    encoder = vlm.Encoder(policy, questions.task.open, config.model.image_size, config.model.max_prompt_tokens)
-    return Parts(config, questions, policy, encoder, HFRollout(policy))
+    return config, pipeline.assemble(config, task.build(config), pipeline.find_checkpoint(config), torch.device("cpu"))
+
+
+def accuracy(parts: Any, images: int) -> float:
+    """Greedy, on the first test images."""
+    return float(parts.evaluator.during_training(images).summary["test"]["accuracy"])
 
 
 def ours(pipe: Connection, plan: Plan) -> None:
@@ -94,18 +76,15 @@ def ours(pipe: Connection, plan: Plan) -> None:
 
     prepare()
     init_process_group(gpus=0)
-    parts = load(plan)
-    torch.manual_seed(parts.config.seed)
-    trainer = make_trainer(
-        parts.config, parts.policy, parts.encoder, parts.rollout, parts.questions, updates=plan.updates
-    )
+    config, parts = load(plan)
+    trainer = make_trainer(config, parts, plan.updates, resume=None)
     for update in range(plan.updates):
         pipe.recv()
         start = time.process_time()
         step = trainer.step(update)
         pipe.send((time.process_time() - start, step.metrics["completions/mean_length"]))
     trainer.close()
-    pipe.send(parts.accuracy(plan.images))
+    pipe.send(accuracy(parts, plan.images))
 
 
 def trl(pipe: Connection, plan: Plan) -> None:
@@ -118,9 +97,9 @@ def trl(pipe: Connection, plan: Plan) -> None:
     from common.schedule import learning_rate
 
     prepare()
-    parts = load(plan)
-    settings, sampling = parts.config.trainer, parts.config.rollout
-    folder = find_checkpoint(parts.config)
+    config, parts = load(plan)
+    settings, sampling = config.trainer, config.rollout
+    folder = find_checkpoint(config)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, betas=tuple(settings.betas), weight_decay=settings.weight_decay
@@ -157,7 +136,7 @@ def trl(pipe: Connection, plan: Plan) -> None:
                 save_strategy="no",
                 logging_steps=plan.updates + 1,
                 disable_tqdm=True,
-                seed=parts.config.seed,
+                seed=config.seed,
                 max_steps=plan.updates,
                 per_device_train_batch_size=rows,
                 num_generations=settings.group_size,
@@ -180,7 +159,7 @@ def trl(pipe: Connection, plan: Plan) -> None:
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     parts.policy.model.load_state_dict(trainer.accelerator.unwrap_model(trainer.model).state_dict())
-    pipe.send(parts.accuracy(plan.images))
+    pipe.send(accuracy(parts, plan.images))
 
 
 def trl_dataset(parts: Parts, updates: int) -> Any:
@@ -190,12 +169,12 @@ def trl_dataset(parts: Parts, updates: int) -> Any:
 
     from common.schedule import batch
 
-    train, settings = parts.questions.train, parts.config.trainer
-    size = (parts.config.model.image_size,) * 2
+    train, settings = parts.questions.train, config.trainer
+    size = (config.model.image_size,) * 2
     order = [
         number
         for update in range(updates)
-        for number in batch(update, settings.prompts_per_update, len(train), parts.config.seed)
+        for number in batch(update, settings.prompts_per_update, len(train), config.seed)
     ]
     pictures = [parts.questions.task.open(p.image).convert("RGB").resize(size, Resampling.LANCZOS) for p in train]
 
@@ -212,7 +191,7 @@ def reward_function(parts: Parts) -> Callable[..., list[float | None]]:
     from common.rewards import build_rewards, score
     from common.types import Sample
 
-    rewards, train = build_rewards(parts.config.rewards), parts.questions.train
+    rewards, train = build_rewards(config.rewards), parts.questions.train
 
     def reward(completions: list[Any], number: list[int], **_: Any) -> list[float | None]:
         samples = [Sample(train[i], reply[0]["content"]) for i, reply in zip(number, completions, strict=True)]

@@ -171,7 +171,7 @@ class GRPO(Trainer):
     impl: str = "auto"
     self_check: bool = True
     tokens_per_forward: int | None = None
-    head_chunk: int = 1024
+    head_chunk: int = 128
     shuffle_rewards: bool = False
 
     def __post_init__(self) -> None:

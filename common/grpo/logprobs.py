@@ -40,8 +40,12 @@ class PolicyScorer(torch.nn.Module):
         self.register_buffer("banned", torch.tensor(sorted(banned), dtype=torch.long), persistent=False)
         self.temperature, self.chunk = temperature, chunk
 
-    def forward(self, packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, packed: Packed, entropy: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         """Score the target tokens.
+
+        Args:
+            packed: Prompts and completions.
+            entropy: False leaves the entropies at 0; nobody reads those of a reference.
 
         Returns:
             Log-probabilities [T] with gradient, and the entropies [T] of their distributions without. Both in nats.
@@ -52,18 +56,18 @@ class PolicyScorer(torch.nn.Module):
         )  # [rows, D]
         hidden = hidden[packed.predictors]  # [T, D]
         pieces = [
-            checkpoint(self._score, base.lm_head, rows, targets, use_reentrant=False)
+            checkpoint(self._score, base.lm_head, rows, targets, entropy, use_reentrant=False)
             for rows, targets in zip(hidden.split(self.chunk), packed.targets.split(self.chunk), strict=True)
         ]
         return torch.cat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces])
 
     def _score(
-        self, head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor
+        self, head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor, entropy: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         logps = token_logps(head(hidden), self.banned, self.temperature)  # [chunk, V]
+        chosen = logps.gather(-1, targets[:, None])[:, 0]
         with torch.no_grad():
-            entropy = torch.special.entr(logps.exp()).sum(-1)
-        return logps.gather(-1, targets[:, None])[:, 0], entropy
+            return chosen, torch.special.entr(logps.exp()).sum(-1) if entropy else torch.zeros_like(chosen)
 
 
 def without_adapters(model: Any) -> Any:

@@ -219,9 +219,9 @@ class GRPOTrainer:
     @torch.no_grad()
     def _reference_logps(self, packed: Packed) -> torch.Tensor:
         if self.frozen is not None:
-            return self.frozen(packed)[0]
+            return self.frozen(packed, False)[0]
         with self.vlm.model.disable_adapter():
-            return self.engine(packed)[0]
+            return self.engine(packed, False)[0]
 
     @torch.no_grad()
     def _self_check(self, group: Group) -> None:

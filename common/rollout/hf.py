@@ -78,7 +78,7 @@ class HFRollout:
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
             places = (position + step)[None, :, None].expand(len(positions), -1, -1)  # [A, live, 1]
             logits = self._forward(chosen[:, None], mask, places, cache, {})
-        return [self._completion(*row) for row in zip(tokens.cpu(), logps.cpu(), strict=True)]
+        return self._completions(tokens.cpu(), logps.cpu())
 
     def _forward(
         self,
@@ -101,13 +101,17 @@ class HFRollout:
         out = self.vlm.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return out.logits[:, -1]
 
-    def _completion(self, tokens: torch.Tensor, logps: torch.Tensor) -> Completion:
-        """Cut a row at its first end-of-sequence id (included)."""
-        ended = torch.isin(tokens, torch.tensor(self.vlm.eos)).nonzero()[:, 0]
-        length = int(ended[0]) + 1 if len(ended) else int((tokens >= 0).sum())
-        ids = tokens[:length].clone()
-        text = self.vlm.processor.tokenizer.decode(ids[:-1] if len(ended) else ids, skip_special_tokens=False)
-        return Completion(ids, logps[:length].clone(), text, truncated=not len(ended))
+    def _completions(self, tokens: torch.Tensor, logps: torch.Tensor) -> list[Completion]:
+        """Cut the rows [B, R] at their first end-of-sequence id (included)."""
+        ends = torch.isin(tokens, torch.tensor(self.vlm.eos, dtype=tokens.dtype))
+        ended = ends.any(1)
+        lengths = torch.where(ended, ends.int().argmax(1) + 1, (tokens >= 0).sum(1)).tolist()
+        found = []
+        for row, length in enumerate(lengths):
+            ids, finished = tokens[row, :length].clone(), bool(ended[row])
+            text = self.vlm.processor.tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=False)
+            found.append(Completion(ids, logps[row, :length].clone(), text, truncated=not finished))
+        return found
 
 
 def left_pad(prompts: Sequence[Encoded], pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
