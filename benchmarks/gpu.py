@@ -130,8 +130,13 @@ class Work:
 
 def build(name: str, device: torch.device) -> Any:
     """The model with random weights in bf16 on the device."""
-    from transformers import Gemma3Config, Gemma3ForConditionalGeneration, GenerationConfig
-    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+    from transformers import (
+        Gemma3Config,
+        Gemma3ForConditionalGeneration,
+        GenerationConfig,
+        Qwen2VLConfig,
+        Qwen2VLForConditionalGeneration,
+    )
 
     from common.grpo import attention
 
@@ -260,7 +265,7 @@ def main() -> None:
     from common.engine import init_process_group
 
     device = init_process_group(gpus=0) if arguments.device == "cpu" else _one_gpu()
-    cases = {}
+    cases: dict[str, dict[str, float]] = {}
     for name in arguments.model or ["qwen2_vl_2b", "gemma3_4b"]:
         cases |= {f"{name}_{kind}": values for kind, values in measure(name, device).items()}
     columns = list(next(iter(cases.values())))

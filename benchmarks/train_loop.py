@@ -126,7 +126,7 @@ def trl(pipe: Connection, plan: Plan) -> None:
     with tempfile.TemporaryDirectory() as workdir, completion_rows_only():
         trainer = GRPOTrainer(
             model=model,
-            reward_funcs=reward_function(parts),
+            reward_funcs=reward_function(config, parts),
             args=GRPOConfig(
                 output_dir=workdir,
                 use_cpu=True,
@@ -151,7 +151,7 @@ def trl(pipe: Connection, plan: Plan) -> None:
                 beta=settings.beta,
                 epsilon=settings.epsilon,
             ),
-            train_dataset=trl_dataset(parts, plan.updates),
+            train_dataset=trl_dataset(config, parts, plan.updates),
             processing_class=parts.policy.processor,
             optimizers=(optimizer, schedule),
             callbacks=[TakeTurns()],
@@ -162,7 +162,7 @@ def trl(pipe: Connection, plan: Plan) -> None:
     pipe.send(accuracy(parts, plan.images))
 
 
-def trl_dataset(parts: Parts, updates: int) -> Any:
+def trl_dataset(config: Any, parts: Any, updates: int) -> Any:
     """Every prompt of every update in our order, images enlarged as our encoder does."""
     from datasets import Dataset
     from PIL.Image import Resampling
@@ -186,7 +186,7 @@ def trl_dataset(parts: Parts, updates: int) -> Any:
     return Dataset.from_list(list(rows()))
 
 
-def reward_function(parts: Parts) -> Callable[..., list[float | None]]:
+def reward_function(config: Any, parts: Any) -> Callable[..., list[float | None]]:
     """Our reward mix as a function that TRL calls."""
     from common.rewards import build_rewards, score
     from common.types import Sample
@@ -217,7 +217,7 @@ def measure(plan: Plan) -> dict[str, Any]:
             spent, length = pipes[side].recv()
             seconds[side].append(spent)
             lengths[side].append(length)
-    accuracy = {side: pipes[side].recv() for side in SIDES}
+    accuracies = {side: pipes[side].recv() for side in SIDES}
     for worker in workers:
         worker.join()
     counted = {side: seconds[side][WARM_UP:] for side in SIDES}
@@ -225,8 +225,8 @@ def measure(plan: Plan) -> dict[str, Any]:
     return {
         "ratio": medians["trl"] / medians["ours"],
         "ratio_of_means": sum(counted["trl"]) / sum(counted["ours"]),
-        "accuracy": accuracy["ours"],
-        "trl_accuracy": accuracy["trl"],
+        "accuracy": accuracies["ours"],
+        "trl_accuracy": accuracies["trl"],
         "seconds": medians,
         "range": {side: [min(counted[side]), max(counted[side])] for side in SIDES},
         "mean_length": {side: statistics.fmean(lengths[side]) for side in SIDES},
