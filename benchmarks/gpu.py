@@ -10,7 +10,7 @@ tokens for the direct answer, 150 for thinking. Communication between GPUs is no
 
 Reports seconds per update by phase, tokens per second, model FLOPs utilisation (useful FLOPs of sampling, policy and
 reference over the GPU's peak at bf16; recomputation by checkpointing not counted), and the minutes that 2,500 updates
-would take, beside the paper's 94 (direct) and 1,587 (thinking) on eight A100 (CLS-RL, table 9).
+would take, beside the paper's 94 (direct) and 1,587 (thinking) on eight A100 (CLS-RL, section 5.2, table 3).
 """
 
 from __future__ import annotations

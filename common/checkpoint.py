@@ -1,7 +1,7 @@
 """Checkpoints: everything that decides the next update, whole or not at all.
 
     checkpoints/step-000040/
-        state.json       updates done, tokens seen, accuracy, ranks, seed, tracker id, length of metrics.jsonl
+        state.json       updates done, tokens seen, best accuracy, ranks, seed, tracker id, length of metrics.jsonl
         random-<rank>.pt generators of Python, NumPy and PyTorch
         deepspeed/       weights and optimizer state by rank
         model/           weights or adapter and processor, for from_pretrained
@@ -34,14 +34,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class State:
-    """What state.json holds. accuracy: of the evaluation at this update, None if there was none; a share of 1.
+    """What state.json holds. best: update and accuracy (a share of 1) of the best evaluation so far.
 
     lines: bytes of metrics.jsonl and timings.jsonl at this update; what follows them is computed again.
     """
 
     update: int
     tokens: float
-    accuracy: float | None
+    best: tuple[int, float] | None
     ranks: int
     seed: int
     tracker: str | None
@@ -55,7 +55,7 @@ class Checkpoints:
         """
         Args:
             folder: Usually `checkpoints` in the run folder.
-            at_most: How many to keep: the best by accuracy, and the last ones.
+            at_most: How many to keep: the last one, the best by accuracy, and then those before the last.
         """
         self.folder, self.at_most = folder, at_most
 
@@ -67,12 +67,6 @@ class Checkpoints:
         barrier()
         found = self._complete()
         return found[-1] if found else None
-
-    def best(self) -> State | None:
-        """State of the kept checkpoint with the highest accuracy, the earlier one of equals."""
-        states = [read_state(path) for path in self._complete()]
-        measured = [state for state in states if state.accuracy is not None]
-        return max(measured, key=lambda state: (state.accuracy, -state.update), default=None)
 
     def write(self, state: State, save: Callable[[Path], None]) -> None:
         """Write one checkpoint and drop those that are no longer wanted.
@@ -110,13 +104,14 @@ class Checkpoints:
             self._drop_surplus()
         barrier()
 
-    def restore_generators(self, checkpoint: Path, seed: int) -> None:
-        """Set this rank's generators as they were; a rank that did not exist then gets fresh ones."""
-        path = checkpoint / f"random-{rank()}.pt"
-        if read_state(checkpoint).ranks == world():
-            _set_generators(torch.load(path, weights_only=False))
+    def restore_generators(self, seed: int) -> None:
+        """Set this rank's generators as the latest checkpoint has them; another number of ranks gets fresh ones."""
+        latest = self._complete()[-1]
+        before = read_state(latest).ranks
+        if before == world():
+            _set_generators(torch.load(latest / f"random-{rank()}.pt", weights_only=False))
         else:
-            log.info("generators of %d ranks are not those of %d: seeded anew", read_state(checkpoint).ranks, world())
+            log.info("generators of %d ranks are not those of %d: seeded anew", before, world())
             seed_generators(seed)
 
     def keep_weights_only(self) -> None:
@@ -133,10 +128,10 @@ class Checkpoints:
         )
 
     def _drop_surplus(self) -> None:
-        complete, best = self._complete(), self.best()
-        kept = {complete[-1]}
+        complete = self._complete()
+        kept, best = {complete[-1]}, read_state(complete[-1]).best
         if best is not None and self.at_most > 1:
-            kept.add(self.folder / f"step-{best.update:06d}")
+            kept.add(self.folder / f"step-{best[0]:06d}")
         for path in reversed(complete):
             if len(kept) < self.at_most:
                 kept.add(path)
@@ -150,7 +145,8 @@ class Checkpoints:
 
 def read_state(checkpoint: Path) -> State:
     """The state of a checkpoint folder."""
-    return State(**json.loads((checkpoint / "state.json").read_text()))
+    found = json.loads((checkpoint / "state.json").read_text())
+    return State(**{**found, "best": found["best"] and tuple(found["best"])})
 
 
 def seed_generators(seed: int) -> None:

@@ -95,9 +95,9 @@ def run(config: Config, values: dict[str, Any], folder: Path) -> Result:
         seconds |= recorder.seconds()
         seconds["total"] = time.perf_counter() - began
         result.train = {"updates": updates, "seconds": seconds, "paired": paired(before, after) if updates else {}}
-        best = checkpoints.best()
-        if best is not None:
-            result.train["best"] = {"update": best.update, "accuracy": best.accuracy, "split": evaluator.watched}
+        last = checkpoints.latest()
+        if last is not None and (best := read_state(last).best):
+            result.train["best"] = {"update": best[0], "accuracy": best[1], "split": evaluator.watched}
         recorder.finish(result, after, questions.task.names)
         checkpoints.keep_weights_only()
         failed = False
@@ -210,36 +210,32 @@ def train(
 ) -> None:
     """The loop over the updates that are still to be done."""
     seed_generators(config.seed)
-    start, best = 0, checkpoints.best()
-    highest = best.accuracy if best is not None and best.accuracy is not None else -1.0
+    start, best = 0, None
     if state is not None:
-        latest = checkpoints.latest()
-        assert latest is not None
-        checkpoints.restore_generators(latest, config.seed)
-        start, trainer.tokens = state.update, state.tokens
+        checkpoints.restore_generators(config.seed)
+        start, best, trainer.tokens = state.update, state.best, state.tokens
     for update in progress(range(start, updates), f"training ({config.method['name']})", updates - start):
         step = trainer.step(update)
         number, last = update + 1, update + 1 == updates
         check_finite(step.metrics, number)
         due = config.trainer.evaluate_every and number % config.trainer.evaluate_every == 0 and not last
-        accuracy = None
+        better = False
         if due:
             clock = time.perf_counter()
             with trainer.whole_weights():
                 found = evaluator.during_training(config.trainer.evaluate_limit)
             accuracy = found.summary[evaluator.watched]["accuracy"]
+            better = best is None or accuracy > best[1]
+            best = (number, accuracy) if better else best
             step.seconds["evaluation during training"] = time.perf_counter() - clock
         recorder.update(number, step, last)
         if due:
             recorder.evaluation(number, found)
-        better = accuracy is not None and accuracy > highest
         if better or last or (config.checkpoint.every and number % config.checkpoint.every == 0):
             recorder.flush(number)
-            here = State(
-                number, trainer.tokens, accuracy, world(), config.seed, recorder.tracker.id, recorder.place.lengths()
-            )
+            lengths = recorder.place.lengths()
+            here = State(number, trainer.tokens, best, world(), config.seed, recorder.tracker.id, lengths)
             checkpoints.write(here, lambda folder: save_all(trainer, policy, folder))
-            highest = accuracy if better and accuracy is not None else highest
 
 
 def check_finite(metrics: dict[str, float], number: int) -> None:

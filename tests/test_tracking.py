@@ -47,6 +47,18 @@ def test_offline_file_holds_the_run(tmp_path):
     assert staged.count(b"\x89PNG\r\n\x1a\n") >= 2, "images of the table lie inside the run folder"
 
 
+def test_a_resumed_run_continues_the_same_one(tmp_path):
+    config = Tracking(name="wandb", project="p")
+    ids = []
+    for folder in (tmp_path / "a", tmp_path / "a", tmp_path / "b"):
+        folder.mkdir(exist_ok=True)
+        tracker = tracking.WandbTracker(config, folder, "train", [], {}, ["test"], open_digit)
+        ids.append(tracker.id)
+        assert tracker.run.id == tracker.id
+        tracker.close({}, failed=False)
+    assert ids[0] == ids[1] != ids[2]
+
+
 @pytest.mark.parametrize(
     ("mode", "environment", "expected"),
     [
