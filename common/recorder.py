@@ -45,7 +45,8 @@ class Recorder:
             return
         self.place.log("metrics.jsonl", {"step": number, **step.metrics})
         self.place.log("timings.jsonl", {"step": number, **step.seconds})
-        self.tracker.log(step.metrics | {f"time/{phase}_s": s for phase, s in step.seconds.items()}, number)
+        phases = {f"time/{phase}_s": seconds for phase, seconds in step.seconds.items()}
+        self.tracker.log(step.metrics | phases | {"step_time": sum(step.seconds.values())}, number)
         self.rows += step.rows
         if step.rows and (number % self.table_every == 0 or last):
             self.tracker.completions(step.rows, number)

@@ -152,6 +152,45 @@ def test_two_kills_in_a_row(runner, job, whole, tmp_path):
     assert weights(folder) == weights(whole)
 
 
+OTHERS = {
+    "Gemma, adapters, ZeRO-3": [
+        "model.family=gemma3",
+        "model.lora.r=4",
+        "trainer.beta=0.04",
+        "deepspeed=zero3",
+        "+deepspeed.zero_optimization.stage3_param_persistence_threshold=0",
+    ],
+    "reference, two updates per batch, frozen vision with features, ZeRO-0": [
+        "trainer.beta=0.04",
+        "trainer.num_iterations=2",
+        "checkpoint.every=4",
+        "model.freeze_vision=true",
+        "model.feature_cache_gb=1",
+        "deepspeed=zero0",
+    ],
+    "SFT, offload": ["method=sft", "rewards=none", "deepspeed=zero2_offload"],
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n.startswith("Gemma") else pytest.mark.faults) for n in OTHERS]
+)
+def test_other_configurations_resume_as_exactly(runner, job, untrained_folders, tmp_path, name):
+    arguments = [*job, *OTHERS[name], f"cache_dir={tmp_path / 'cache'}"]
+    if "model.family=gemma3" in arguments:
+        arguments.append(f"model.path={untrained_folders['gemma3']}")
+    if "method=sft" in arguments:
+        arguments = [a for a in arguments if "rewards.short" not in a]
+    assert runner(tmp_path / "whole", arguments) == 0
+    assert runner(tmp_path / "killed", arguments, Kill(STEP, 5)) == -9
+    assert runner(tmp_path / "killed", arguments) == 0
+    first, second = tmp_path / "whole", tmp_path / "killed"
+    assert (first / "metrics.jsonl").read_bytes() == (second / "metrics.jsonl").read_bytes()
+    for path in (first / "model").glob("*.safetensors"):
+        assert path.read_bytes() == (second / "model" / path.name).read_bytes()
+    assert table(first, "predictions") == table(second, "predictions")
+
+
 def test_a_full_disk_costs_nothing_that_was_finished(runner, job, whole, tmp_path):
     folder = tmp_path / "run"
     assert runner(folder, job, Full(STATES, 2)) == 1

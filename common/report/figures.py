@@ -29,7 +29,8 @@ def curves(metrics: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     rows = [row for row in metrics if "loss" in row]
     rewards = sorted({key for row in rows for key in row if key.startswith("rewards/") and key.endswith("/mean")})
     for name, colour in zip(rewards or ["loss"], cycle(COLOURS), strict=False):
-        steps, values = [row["step"] for row in rows], [row[name] for row in rows]
+        # later updates over the same rollout batch have no rewards of their own
+        steps, values = zip(*[(row["step"], row[name]) for row in rows if name in row], strict=True)
         left.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
         label = name.removeprefix("rewards/").removesuffix("/mean")
         left.plot(steps, smooth(values), color=colour, linewidth=2, label=label)
