@@ -4,7 +4,7 @@ UV_VERSION := 0.13.8
 BIN := .venv/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo test test-fast test-faults lint format clean
+.PHONY: help setup demo test test-fast test-faults bench lint format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -29,6 +29,10 @@ test-fast: setup  ## run the tests that train nothing
 
 test-faults: setup  ## kill runs at every moment there is and resume them
 	$(BIN)/python -m pytest tests/test_faults.py
+
+bench: setup  ## measure against TRL and transformers, one thread (docs/performance.md; half an hour)
+	for name in grpo_step rollout train_loop cost_model; do \
+		OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 lint: setup  ## check format, style and types
 	$(BIN)/ruff format --check .

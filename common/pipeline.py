@@ -9,6 +9,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -97,6 +98,8 @@ def run(config: Config, values: dict[str, Any], folder: Path) -> Result:
         result.train = {"updates": updates, "seconds": seconds, "paired": paired(before, after) if updates else {}}
         last = checkpoints.latest()
         if last is not None and (best := read_state(last).best):
+            watched = after.predictions[evaluator.watched][: config.trainer.evaluate_limit]
+            best = max(best, (updates, fmean(p.correct for p in watched)), key=lambda found: found[1])
             result.train["best"] = {"update": best[0], "accuracy": best[1], "split": evaluator.watched}
         recorder.finish(result, after, questions.task.names)
         checkpoints.keep_weights_only()

@@ -125,26 +125,43 @@ def assert_same_run(one, two):
     assert moved <= 5e-5
 
 
+@pytest.fixture(scope="module")
+def alone(runner, job, tmp_path_factory):
+    """The run on one rank without ZeRO, by arguments; made when first asked for."""
+    folders = {}
+
+    def run(*changes):
+        if changes not in folders:
+            folders[changes] = tmp_path_factory.mktemp("alone") / "run"
+            assert runner(folders[changes], [*job, "deepspeed=zero0", *changes]) == 0
+        return folders[changes]
+
+    return run
+
+
+# shard really, small as the tensors are
+STAGES = {
+    0: ["deepspeed=zero0"],
+    2: ["deepspeed=zero2"],
+    3: ["deepspeed=zero3", "+deepspeed.zero_optimization.stage3_param_persistence_threshold=0"],
+}
+
+
 @pytest.mark.parametrize("adapters", [[], ["model.lora.r=4"]], ids=["full", "lora"])
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_two_ranks_train_as_one(runner, job, tmp_path, stage, adapters):
-    changes = [f"deepspeed=zero{stage}", *adapters]
-    if stage == 3:  # shard really, small as the tensors are
-        changes.append("+deepspeed.zero_optimization.stage3_param_persistence_threshold=0")
-    assert runner(tmp_path / "one", [*job, *changes]) == 0
-    assert runner.ranks(2, tmp_path / "two", [*job, *changes]) == [0, 0]
-    assert_same_run(tmp_path / "one", tmp_path / "two")
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_ranks_train_as_one(runner, job, alone, tmp_path, stage, adapters):
+    assert runner.ranks(2, tmp_path / "two", [*job, *STAGES[stage], *adapters]) == [0, 0]
+    assert_same_run(alone(*adapters), tmp_path / "two")
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_what_two_ranks_began_one_can_finish(runner, job, tmp_path, stage):
-    changes = [f"deepspeed=zero{stage}"]
-    assert runner(tmp_path / "one", [*job, *changes]) == 0
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_two_ranks_began_one_can_finish(runner, job, alone, tmp_path, stage):
+    changes = STAGES[stage]
     codes = runner.ranks(2, tmp_path / "two", [*job, *changes], Kill("common.engine:Engine.step", 4))
     assert codes[0] == -9 and codes[1] != 0, "the other rank does not wait for ever"
     assert (tmp_path / "two" / "checkpoints" / "step-000002" / "state.json").is_file()
     assert runner(tmp_path / "two", [*job, *changes]) == 0
-    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert_same_run(alone(), tmp_path / "two")
 
 
 def test_an_error_inside_a_rank_ends_the_job_and_is_shown(tmp_path):
