@@ -81,6 +81,8 @@ def validate(cfg: DictConfig) -> Config:
         )
     if config.trainer.name == "grpo" and not config.rewards:
         raise UserError("rewards is empty, but trainer=grpo learns from rewards; choose e.g. rewards=nothinking")
+    if config.doctor and not isinstance(config.trainer, GRPO):
+        raise UserError(f"doctor=true examines GRPO trainings, but trainer={config.trainer.name}")
     _check_iterations(config)
     _check_deepspeed(config.deepspeed)
     _check_calls(config)

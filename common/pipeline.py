@@ -136,8 +136,7 @@ def examine(config: Config, parts: Parts | None = None) -> None:
     Raises:
         UserError: Names the finding and the fix.
     """
-    if not isinstance(config.trainer, GRPO):
-        raise UserError(f"doctor=true examines GRPO trainings, but trainer={config.trainer.name}")
+    assert isinstance(config.trainer, GRPO)
     if parts is None:
         device = init_process_group(config.gpus)
         parts = assemble(config, task.build(config), find_checkpoint(config), device)

@@ -64,14 +64,19 @@ class Full(Kill):
 
 def job(folder: Path, overrides: list[str], kill: Kill | None, environment: dict[str, str]) -> None:
     """What run.py does after the checks, in this process; with RANK in the environment as one rank of several."""
+    # the process that forked may be a group of its own
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "FEWSHOT_ALONE"):
+        os.environ.pop(name, None)
     os.environ |= environment
     import hydra
     import torch
 
     from common import config as configuration
+    from common.distributed import adopt_slurm
     from common.launch import launch
     from common.run_folder import RunFolder
 
+    adopt_slurm()
     torch.set_num_threads(1)
     configuration.register()
     with hydra.initialize_config_dir(str(Path(__file__).parent.parent / "conf"), version_base="1.3"):
@@ -104,15 +109,17 @@ class Runner:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        each = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **shared} for rank in range(count)]
+        return self.tasks(each, folder, overrides, kill)
+
+    def tasks(
+        self, environments: list[dict[str, str]], folder: Path, overrides: list[str], kill: Kill | None = None
+    ) -> list[int]:
+        """Run one process per environment."""
         return self._run(
             [
-                self._start(
-                    folder,
-                    overrides,
-                    kill if rank == 0 else None,
-                    {"RANK": str(rank), "LOCAL_RANK": str(rank), **shared},
-                )
-                for rank in range(count)
+                self._start(folder, overrides, kill if number == 0 else None, environment)
+                for number, environment in enumerate(environments)
             ]
         )
 

@@ -142,7 +142,7 @@ def test_second_run_shows_the_result_and_touches_nothing(demo):
 
 
 def test_thinking_learns_accuracy_and_format(tmp_path):
-    run(tmp_path, "method=clsrl", "tracking=none")
+    run(tmp_path, "method=clsrl", "tracking=none", "label_scoring=false")
     r = result(tmp_path)
     assert 0.40 <= r["zero_shot"]["test"]["accuracy"] <= 0.70
     assert r["eval"]["test"]["accuracy"] >= 0.79 and r["eval"]["test"]["well_formed"] >= 0.95
@@ -154,18 +154,26 @@ def test_thinking_learns_accuracy_and_format(tmp_path):
 
 
 def test_supervised_baseline_learns(tmp_path):
-    run(tmp_path, "method=sft", "tracking=none")
+    run(tmp_path, "method=sft", "tracking=none", "label_scoring=false")
     assert result(tmp_path)["eval"]["test"]["accuracy"] >= 0.83
 
 
 def test_meaningless_rewards_teach_nothing(tmp_path):
-    run(tmp_path, "experiment=shuffled_rewards", "tracking=none")
+    run(tmp_path, "experiment=shuffled_rewards", "tracking=none", "label_scoring=false")
     r = result(tmp_path)
     assert r["eval"]["test"]["accuracy"] <= r["zero_shot"]["test"]["accuracy"] + 0.05
 
 
 def test_official_protocol_runs_end_to_end(tmp_path):
-    run(tmp_path, "method=clsrl", "protocol=official", "shots=1", "trainer.updates=2", "tracking=none")
+    run(
+        tmp_path,
+        "method=clsrl",
+        "protocol=official",
+        "shots=1",
+        "trainer.updates=2",
+        "tracking=none",
+        "label_scoring=false",
+    )
     r = result(tmp_path)
     assert r["protocol"] == "official" and r["train"]["updates"] == 2
 
@@ -173,7 +181,7 @@ def test_official_protocol_runs_end_to_end(tmp_path):
 def test_adapter_run_saves_an_adapter_that_loads(tmp_path):
     from transformers import AutoModelForImageTextToText
 
-    run(tmp_path, "model.lora.r=4", "trainer.updates=2", "trainer.beta=0.04", "tracking=none")
+    run(tmp_path, "model.lora.r=4", "trainer.updates=2", "trainer.beta=0.04", "tracking=none", "label_scoring=false")
     assert (tmp_path / "model" / "adapter_config.json").is_file()
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
     assert any("lora" in name for name, _ in model.named_parameters())
@@ -189,6 +197,7 @@ def test_adding_a_reward_takes_one_function_and_one_line(tmp_path, monkeypatch):
         "+rewards.shorter={weight:0.5,fn:my_rewards.shorter,limit:8}",
         "trainer.updates=2",
         "tracking=none",
+        "label_scoring=false",
     )
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     update = next(json.loads(line) for line in lines if "loss" in line)

@@ -48,7 +48,7 @@ class Measured:
             self._extreme(self.highest, "clip_ratio/high_max", outputs.highest, max)
 
     def tokens(self, plain: int, computed: int) -> None:
-        """Tokens that the plain layout would have computed, and those that were."""
+        """Tokens that the plain layout would have computed, padding aside, and those that were."""
         before = self.means.get("shared_prefix/token_ratio", (0.0, 0.0))
         self.means["shared_prefix/token_ratio"] = before[0] + plain, before[1] + computed
 

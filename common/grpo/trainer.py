@@ -155,7 +155,8 @@ class GRPOTrainer:
         for number in range(forwards):
             part = parts[number] if number < len(parts) else []
             shown = part or [0]
-            packed = self._pack([rollouts.groups[i] for i in shown])
+            groups = [rollouts.groups[i] for i in shown]
+            packed = self._pack(groups)
             logps, entropy = self.engine(packed)
             old, reference = self._earlier_logps(shown, packed, logps, first)
             sampled = rollouts.sampled_logps(shown).to(logps)
@@ -185,7 +186,7 @@ class GRPOTrainer:
             self.engine.backward(outputs.loss * world(), last=number + 1 == forwards)
             if part:
                 found.add(inputs, outputs, entropy, (old - sampled).detach(), first)
-                found.tokens(plain_tokens([rollouts.groups[i] for i in part]), packed.tokens)
+                found.tokens(sum(len(g.prompt.ids) + len(c) for g in groups for c in g.completions), packed.tokens)
         return {**found.over_ranks(), **self.engine.step(update)}
 
     def _pack(self, groups: Sequence[Group]) -> Packed:
