@@ -47,7 +47,7 @@ def job(cfg: DictConfig, folder: Path) -> None:
 
     config = configuration.validate(cfg)
     values = configuration.plain(cfg)
-    if config.doctor:
+    if config.doctor is True:
         preflight.check(config)
         launch.launch(config, values, folder)
         with suppress(OSError):

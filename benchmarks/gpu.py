@@ -193,7 +193,7 @@ def measure(name: str, device: torch.device) -> dict[str, dict[str, float]]:
     tokenizer = SimpleNamespace(decode=lambda ids, **_: " ".join(map(str, ids.tolist())))
     placeholders = family.placeholder_tokens(model.config)
     # no id ends a completion, so all have the length that is asked for
-    policy = VLM(model, SimpleNamespace(tokenizer=tokenizer), family, (), placeholders, 0)
+    policy = VLM(model, SimpleNamespace(tokenizer=tokenizer), family, (), 0, placeholders, 0)
     text = model.config.get_text_config()
     inside = {n: p.numel() for n, p in model.named_parameters()}
     vision = sum(count for n, count in inside.items() if set(n.split(".")) & set(family.vision))

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy
 import torch
+from safetensors import SafetensorError
 
 from common.distributed import barrier, rank, world
 from common.types import UserError
@@ -36,7 +37,8 @@ log = logging.getLogger(__name__)
 class State:
     """What state.json holds. best: update and accuracy (a share of 1) of the best evaluation so far.
 
-    lines: bytes of metrics.jsonl and timings.jsonl at this update; what follows them is computed again.
+    lines: bytes of metrics.jsonl and timings.jsonl at this update; what follows them is computed again. seconds: spent
+    on the run so far, over all attempts.
     """
 
     update: int
@@ -46,6 +48,7 @@ class State:
     seed: int
     tracker: str | None
     lines: dict[str, int]
+    seconds: float
 
 
 class Checkpoints:
@@ -90,7 +93,7 @@ class Checkpoints:
             if rank() == 0:
                 (unfinished / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n")
                 _flush(unfinished)
-        except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as a RuntimeError
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, by whoever writes
             shutil.rmtree(unfinished, ignore_errors=True)
             kept = self._complete()
             raise UserError(
@@ -101,6 +104,7 @@ class Checkpoints:
         barrier()
         if rank() == 0:
             os.replace(unfinished, final)
+            _sync(self.folder)
             self._drop_surplus()
         barrier()
 
@@ -178,7 +182,13 @@ def _set_generators(found: dict[str, Any]) -> None:
 
 def _flush(folder: Path) -> None:
     """Wait until every file is on the disk: a rename that survives a power cut must not name half a file."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+    for path in [*folder.rglob("*"), folder]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -20,7 +20,19 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from common.plugins import check_call, check_module, locate
-from common.schema import GRPO, Config, Data, Model, Protocol, Rollout, Setting, Tracking, Trainer, positive
+from common.schema import (
+    GRPO,
+    Config,
+    Data,
+    Model,
+    Protocol,
+    Rollout,
+    Setting,
+    Tracking,
+    Trainer,
+    one_of,
+    positive,
+)
 from common.types import UserError
 
 SCHEMAS = {
@@ -81,7 +93,8 @@ def validate(cfg: DictConfig) -> Config:
         )
     if config.trainer.name == "grpo" and not config.rewards:
         raise UserError("rewards is empty, but trainer=grpo learns from rewards; choose e.g. rewards=nothinking")
-    if config.doctor and not isinstance(config.trainer, GRPO):
+    one_of("doctor", config.doctor, ("auto", True, False))
+    if config.doctor is True and not isinstance(config.trainer, GRPO):
         raise UserError(f"doctor=true examines GRPO trainings, but trainer={config.trainer.name}")
     _check_iterations(config)
     _check_deepspeed(config.deepspeed)

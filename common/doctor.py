@@ -24,10 +24,11 @@ from common.grpo.trainer import TOLERANCE
 from common.models.vlm import VLM, Encoder
 from common.rewards import Reward
 from common.rollout.base import Completion, Decoding, Rollout
-from common.schema import GRPO
+from common.schema import GRPO, Trainer
 from common.types import Prompt, UserError
 
 PROMPTS = 8  # sampled prompts
+MORE_PROMPTS = 64  # sampled at most, while no group has differences
 LONG = 20_000  # completions from which on a training is examined without being asked
 FEW_LEARN = 0.8  # share of groups without differences from which on a warning is given
 # Mean difference of a sampled token's log-probability that rounding explains: two forwards of different shape.
@@ -44,8 +45,10 @@ class Finding:
     fix: str = ""
 
 
-def is_long(updates: int, config: GRPO) -> bool:
+def is_long(updates: int, config: Trainer) -> bool:
     """Whether a training is worth examining before it begins."""
+    if not isinstance(config, GRPO):
+        return False
     return updates // config.num_iterations * config.prompts_per_update * config.group_size >= LONG
 
 
@@ -61,7 +64,7 @@ def examine(
     image_size: int,
     updates: int,
     ranks: int,
-    stage: int,
+    deepspeed: dict[str, Any],
     seed: int,
 ) -> list[Finding]:
     """Sample a few groups and check them. Call it before the optimizer takes over the weights.
@@ -77,7 +80,7 @@ def examine(
         image_size: Side of the images in pixels.
         updates: Planned updates.
         ranks: Number of processes.
-        stage: ZeRO stage.
+        deepspeed: Its ZeRO stage and offload are used.
         seed: Of the run.
 
     Returns:
@@ -94,15 +97,24 @@ def examine(
     scorer = PolicyScorer(vlm.model, vlm.banned, decoding.temperature, config.head_chunk).to(vlm.device)
     gaps, scoring = score(scorer, vlm, groups, completions, config)
     total = score_groups(chosen, completions, rewards).total
-    return [
+    for start in range(PROMPTS, MORE_PROMPTS, PROMPTS):  # few groups could all be flat by chance
+        if len(without_differences(total, config.group_size)) < len(total) // config.group_size:
+            break
+        others = list(prompts)[:: max(1, len(prompts) // MORE_PROMPTS)][start : start + PROMPTS]
+        seeds = [f"doctor-{seed}-{start + place}" for place in range(len(others))]
+        fresh = rollout.generate(encoder(others), config.group_size, decoding, seeds)
+        total += score_groups(others, fresh, rewards).total
+    findings = [
         check_lengths(vlm, encoded, chosen, decoding, image_size),
-        check_distinct(completions, decoding),
+        check_distinct(completions),
         check_rewards(total, config.group_size),
-        check_forward(scorer, vlm, groups[0]),
-        check_sampler(gaps, vlm.model.dtype),
+        check_sampler(gaps, vlm.model.dtype, corrected=config.importance_correction != "none"),
         estimate_time(sampling / len(chosen), scoring / len(chosen), config, updates, ranks),
-        estimate_memory(vlm, groups, config, ranks, stage),
+        estimate_memory(vlm, groups, config, ranks, deepspeed),
     ]
+    if config.impl != "plain":
+        findings.insert(3, check_forward(scorer, vlm, groups[0]))
+    return findings
 
 
 def check_lengths(
@@ -128,10 +140,10 @@ def check_lengths(
     return Finding("prompts", "ok", seen)
 
 
-def check_distinct(completions: Sequence[Sequence[Completion]], decoding: Decoding) -> Finding:
+def check_distinct(completions: Sequence[Sequence[Completion]]) -> Finding:
     """A group of equal completions teaches nothing."""
     different = [len({tuple(c.ids.tolist()) for c in group}) for group in completions]
-    seen = f"{statistics.fmean(different):.1f} different completions of {len(completions[0])} on average ({decoding})"
+    seen = f"{statistics.fmean(different):.1f} different completions of {len(completions[0])} on average"
     if max(different) == 1:
         fix = "raise rollout.temperature and set rollout.top_k=0 (top_k=1 is greedy); the checkpoint may be too sure"
         return Finding("sampling", "failed", seen, fix)
@@ -149,15 +161,21 @@ def check_rewards(total: Sequence[float], group_size: int) -> Finding:
     return Finding("rewards", "warning" if flat >= FEW_LEARN * groups else "ok", seen, fix)
 
 
-def check_sampler(gap: torch.Tensor, dtype: torch.dtype) -> Finding:
-    """Sampler and trainer give the sampled tokens the same probability. `gap`: [T], absolute differences in nats."""
+def check_sampler(gap: torch.Tensor, dtype: torch.dtype, corrected: bool) -> Finding:
+    """Sampler and trainer give the sampled tokens the same probability.
+
+    Args:
+        gap: Absolute differences of the log-probabilities in nats. Shape: [T].
+        dtype: Of the weights.
+        corrected: The loss corrects for such differences: a warning is enough.
+    """
     allowed = SAMPLER_TOLERANCE[dtype]
     seen = f"log-probabilities differ by {gap.mean():.1e} on average (allowed: {allowed:.0e}), {gap.max():.1e} at most"
     if float(gap.mean()) <= allowed:
         return Finding("sampler against trainer", "ok", seen)
     return Finding(
         "sampler against trainer",
-        "failed",
+        "warning" if corrected else "failed",
         seen,
         "use rollout=hf, or correct with trainer.importance_correction=sequence_mask, or model.dtype=float32",
     )
@@ -192,6 +210,7 @@ def score(
     sizes = [shared_tokens(group) for group in groups]
     parts = within_budget(range(len(groups)), sizes.__getitem__, config.tokens_per_forward, config.prompts_per_forward)
     gaps, began = [], 0.0
+    vlm.model.train()  # with gradient checkpointing, as in an update
     for number, part in enumerate([parts[0], *parts]):  # the first call is slow
         if number == 1:
             began = time.perf_counter()
@@ -200,6 +219,7 @@ def score(
         scorer.zero_grad(set_to_none=True)
         if number > 0:
             gaps.append((logps.detach().cpu() - torch.cat([c.logps for i in part for c in completions[i]])).abs())
+    vlm.model.eval()
     return torch.cat(gaps), time.perf_counter() - began
 
 
@@ -224,25 +244,28 @@ def estimate_time(sampling: float, scoring: float, config: GRPO, updates: int, r
     return Finding("time", "ok", seen)
 
 
-def estimate_memory(vlm: VLM, groups: Sequence[Group], config: GRPO, ranks: int, stage: int) -> Finding:
+def estimate_memory(vlm: VLM, groups: Sequence[Group], config: GRPO, ranks: int, deepspeed: dict[str, Any]) -> Finding:
     """Bytes per rank: weights, gradients, AdamW, reference and activations; on a GPU also the measured peak.
 
-    Activations are the usual rule of thumb of 34 bytes per token, layer and width at 16 bits (arXiv 2205.05198), 2
-    with gradient checkpointing.
+    Weights count whole under ZeRO-3 too: they are gathered while sampling. Activations are the usual rule of thumb of
+    34 bytes per token, layer and width at 16 bits (arXiv 2205.05198), 2 with gradient checkpointing.
     """
+    zero = deepspeed.get("zero_optimization", {})
+    stage, offloaded = zero.get("stage", 0), "offload_optimizer" in zero
     parameters = list(vlm.model.parameters())
     size = parameters[0].element_size()
     count, trained = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+    adapters = hasattr(vlm.model, "disable_adapter")
     text = vlm.model.config.get_text_config()
     tokens = max(len(g.prompt.ids) + sum(map(len, g.completions)) for g in groups) * config.prompts_per_forward
     if config.tokens_per_forward is not None:
         tokens = min(tokens, config.tokens_per_forward)
     per_token = 2 if getattr(vlm.model, "is_gradient_checkpointing", False) else 34
     parts = {
-        "weights": count * size / (ranks if stage == 3 else 1),
+        "weights": count * size,
         "gradients": trained * size / (ranks if stage >= 2 else 1),
-        "AdamW": trained * (12 if size == 2 else 8) / (ranks if stage >= 1 else 1),
-        "reference": count * size if config.beta > 0 and trained == count else 0,
+        "AdamW": 0 if offloaded else trained * (12 if size == 2 else 8) / (ranks if stage >= 1 else 1),
+        "reference": count * size if config.beta > 0 and not adapters else 0,
         "activations": tokens * text.num_hidden_layers * text.hidden_size * per_token * size / 2,
     }
     total = sum(parts.values())

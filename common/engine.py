@@ -41,7 +41,8 @@ def init_process_group(gpus: int) -> torch.device:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         device = torch.device("cpu")
     else:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        # a launcher may show every process a GPU of its own
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():
         deepspeed.init_distributed(dist_backend="gloo" if gpus == 0 else "nccl", verbose=False)
@@ -76,8 +77,8 @@ class Engine:
 
         self.config, self.updates = config, updates
         parameters = [p for p in module.parameters() if p.requires_grad]
-        self.adapters = len(parameters) < len(list(module.parameters()))
-        self.stage = deepspeed_config.get("zero_optimization", {}).get("stage", 0)
+        self.has_frozen = len(parameters) < len(list(module.parameters()))
+        self.stage = zero_stage(deepspeed_config)
         optimizer = torch.optim.AdamW(
             parameters,
             lr=config.learning_rate,
@@ -99,7 +100,7 @@ class Engine:
         if folder is not None:
             # frozen weights are not in the checkpoint: they are those of the model that was loaded
             loaded, _ = self.engine.load_checkpoint(
-                str(folder.parent), tag=folder.name, load_module_strict=not self.adapters
+                str(folder.parent), tag=folder.name, load_module_strict=not self.has_frozen
             )
             if loaded is None:
                 raise RuntimeError(f"DeepSpeed cannot read the checkpoint {folder}")
@@ -155,12 +156,17 @@ class Engine:
     def save(self, folder: Path) -> None:
         """Weights and optimizer state of all ranks, in DeepSpeed's format. All ranks call it together."""
         self.engine.save_checkpoint(
-            str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=self.adapters
+            str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=self.has_frozen
         )
 
     def close(self) -> None:
         """Free DeepSpeed's hooks and buffers; an engine left open can abort the interpreter at exit."""
         self.engine.destroy()
+
+
+def zero_stage(deepspeed_config: dict[str, Any]) -> int:
+    """ZeRO stage that a DeepSpeed configuration asks for."""
+    return int(deepspeed_config.get("zero_optimization", {}).get("stage", 0))
 
 
 def _for_this_world(folder: Path, stage: int) -> tuple[Path, bool]:

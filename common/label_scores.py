@@ -79,7 +79,7 @@ class LabelScorer:
     def _tokens(self, text: str) -> torch.Tensor:
         if text not in self.memory:
             ids = self.vlm.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-            self.memory[text] = torch.tensor([*ids, self.vlm.eos[0]])
+            self.memory[text] = torch.tensor([*ids, self.vlm.end_of_turn])
         return self.memory[text]
 
 

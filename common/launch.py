@@ -63,14 +63,16 @@ def worker(config: Config, values: dict[str, Any], folder: Path) -> None:
     for printer in logging.getLogger().handlers:
         printer.setLevel(logging.WARNING)
     handler = None
-    if rank() == 0 and not config.doctor:
+    if rank() == 0 and config.doctor is not True:
         handler = logging.FileHandler(folder / "run.log")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger().addHandler(handler)
+    from safetensors import SafetensorError
+
     from common.pipeline import examine, run
 
     try:
-        if config.doctor:
+        if config.doctor is True:
             examine(config)
         else:
             run(config, values, folder)
@@ -82,6 +84,9 @@ def worker(config: Config, values: dict[str, Any], folder: Path) -> None:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"the disk is full ({error}); free some space and give the same command again") from error
         raise
+    except SafetensorError as error:
+        logging.getLogger(__name__).exception("the run failed")
+        raise UserError(f"weights cannot be written or read ({error}); is the disk full?") from error
     except Exception:
         logging.getLogger(__name__).exception("the run failed")
         raise

@@ -65,7 +65,10 @@ def run(config: Config, values: dict[str, Any], folder: Path) -> Result:
     parts = assemble(config, questions, checkpoint, device)
     policy, evaluator = parts.policy, parts.evaluator
     place, checkpoints = RunFolder(folder), Checkpoints(folder / "checkpoints", config.checkpoint.max_checkpoints)
-    tracker = make_tracker(config, values, folder, questions)
+    resume = checkpoints.latest()
+    state = read_state(resume) if resume else None
+    spent = state.seconds if state else 0.0  # by earlier attempts
+    tracker = make_tracker(config, values, folder, questions, state)
     recorder = Recorder(place, tracker, config.tracking.completions_every)
     seconds["load"] = time.perf_counter() - began - seconds["model"]
 
@@ -73,9 +76,7 @@ def run(config: Config, values: dict[str, Any], folder: Path) -> Result:
     failed = True
     try:
         updates = total_updates(config.trainer, len(questions.train))
-        resume = checkpoints.latest()
-        state = read_state(resume) if resume else None
-        if state is None and isinstance(config.trainer, GRPO) and doctor.is_long(updates, config.trainer):
+        if state is None and config.doctor == "auto" and doctor.is_long(updates, config.trainer):
             examine(config, parts)
         recorder.rewind(state.update if state else 0, state.lines if state else {})
         before = after = evaluator.all_splits("zero_shot", recorder)
@@ -84,7 +85,7 @@ def run(config: Config, values: dict[str, Any], folder: Path) -> Result:
         if updates:
             trainer = make_trainer(config, parts, updates, resume)
             try:
-                train(config, trainer, policy, updates, state, checkpoints, recorder, evaluator)
+                train(config, trainer, policy, updates, state, checkpoints, recorder, evaluator, began - spent)
                 manifest.verify(folder / "manifest.json", task.build(config).manifest)
                 with trainer.whole_weights():
                     save_weights(policy, folder / "model")
@@ -94,7 +95,7 @@ def run(config: Config, values: dict[str, Any], folder: Path) -> Result:
             recorder.evaluation(updates, after)
         result.zero_shot, result.eval = before.summary, after.summary
         seconds |= recorder.seconds()
-        seconds["total"] = time.perf_counter() - began
+        seconds["total"] = time.perf_counter() - began + spent
         result.train = {"updates": updates, "seconds": seconds, "paired": paired(before, after) if updates else {}}
         last = checkpoints.latest()
         if last is not None and (best := read_state(last).best):
@@ -151,7 +152,7 @@ def examine(config: Config, parts: Parts | None = None) -> None:
         image_size=config.model.image_size,
         updates=total_updates(config.trainer, len(parts.questions.train)),
         ranks=world(),
-        stage=config.deepspeed.get("zero_optimization", {}).get("stage", 0),
+        deepspeed=config.deepspeed,
         seed=config.seed,
     )
     if rank() == 0:
@@ -172,7 +173,8 @@ def make_encoder(config: Config, policy: vlm.VLM, checkpoint: Path, questions: Q
     """Prompts to tensors; with a store of image features if the vision tower is frozen and disk space is given."""
     store = None
     if config.model.feature_cache_gb > 0:
-        name = f"{files.checkpoint_hash(checkpoint)[:16]}-{config.model.dtype}"
+        number_format = "int8" if config.model.load_in_8bit else config.model.dtype
+        name = f"{files.checkpoint_hash(checkpoint)[:16]}-{number_format}"
         folder = Path(config.cache_dir).resolve() / "features" / name
         store = FeatureStore(folder, int(config.model.feature_cache_gb * 2**30))
     return vlm.Encoder(policy, questions.task.open, config.model.image_size, config.model.max_prompt_tokens, store)
@@ -209,8 +211,9 @@ def train(
     checkpoints: Checkpoints,
     recorder: Recorder,
     evaluator: Evaluator,
+    began: float,
 ) -> None:
-    """The loop over the updates that are still to be done."""
+    """The loop over the updates that are still to be done; `began`: when the run did, on the clock of perf_counter."""
     seed_generators(config.seed)
     start, best = 0, None
     if state is not None:
@@ -235,8 +238,16 @@ def train(
             recorder.evaluation(number, found)
         if better or last or (config.checkpoint.every and number % config.checkpoint.every == 0):
             recorder.flush(number)
-            lengths = recorder.place.lengths()
-            here = State(number, trainer.tokens, best, world(), config.seed, recorder.tracker.id, lengths)
+            here = State(
+                update=number,
+                tokens=trainer.tokens,
+                best=best,
+                ranks=world(),
+                seed=config.seed,
+                tracker=recorder.tracker.id,
+                lines=recorder.place.lengths(),
+                seconds=time.perf_counter() - began,
+            )
             checkpoints.write(here, lambda folder: save_all(trainer, policy, folder))
 
 
@@ -272,10 +283,15 @@ def save_weights(policy: vlm.VLM, folder: Path) -> None:
         policy.processor.save_pretrained(folder)
 
 
-def make_tracker(config: Config, values: dict[str, Any], folder: Path, questions: Questions) -> Tracker:
+def make_tracker(
+    config: Config, values: dict[str, Any], folder: Path, questions: Questions, state: State | None
+) -> Tracker:
     """W&B on rank 0, nothing elsewhere."""
     if rank() != 0 or config.tracking.mode == "disabled":
         return NullTracker()
     tags = [config.method["name"], config.data.name, config.setting.name, f"s{config.shots}"]
     job_type = "eval" if config.trainer.name == "none" else "train"
-    return WandbTracker(config.tracking, folder, job_type, tags, values, questions.evaluation, questions.task.open)
+    known = state.tracker if state else None
+    return WandbTracker(
+        config.tracking, folder, job_type, tags, values, questions.evaluation, questions.task.open, known
+    )

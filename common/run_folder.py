@@ -93,13 +93,15 @@ class RunFolder:
             raise UserError(f"cannot write to the run folder {self.path}: {error.strerror}") from error
 
     def log(self, name: str, values: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl or timings.jsonl; it is on disk when this returns."""
+        """Append one line to metrics.jsonl or timings.jsonl; it is in the file when this returns."""
         if name not in self._logs:
             self._logs[name] = (self.path / name).open("a", buffering=1)
         self._logs[name].write(json.dumps(values) + "\n")
 
     def lengths(self) -> dict[str, int]:
-        """Bytes of the logs as they are now."""
+        """Bytes of the logs as they are now, and from now on whatever happens to the machine."""
+        for file in self._logs.values():
+            os.fsync(file.fileno())
         return {name: (self.path / name).stat().st_size for name in LOGS if (self.path / name).is_file()}
 
     def rewind(self, update: int, lengths: dict[str, int]) -> None:
@@ -110,8 +112,9 @@ class RunFolder:
             lengths: Of the logs after that update, see `lengths`.
         """
         for name in LOGS:
-            if (self.path / name).is_file():
-                os.truncate(self.path / name, lengths.get(name, 0))
+            path = self.path / name
+            if path.is_file():
+                os.truncate(path, min(lengths.get(name, 0), path.stat().st_size))
         for part in (self.path / "completions").glob("*.parquet"):
             if int(part.stem) > update:
                 part.unlink()

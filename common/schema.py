@@ -14,11 +14,19 @@ from omegaconf import MISSING
 from common.models.families import FAMILIES
 from common.types import UserError
 
+# What common/grpo/ can compute; sources in its docstrings.
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
+LEVELS = ("token", "sequence")
+SCALINGS = ("group", "batch", "none")
+AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
+CORRECTIONS = ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
-def one_of(key: str, value: object, allowed: tuple[str, ...]) -> None:
+
+def one_of(key: str, value: object, allowed: tuple[str | bool, ...]) -> None:
     """Refuse a value that is not among `allowed`."""
     if value not in allowed:
-        raise UserError(f"{key}={value}: choose one of {', '.join(allowed)}")
+        names = [str(choice).lower() if isinstance(choice, bool) else choice for choice in allowed]
+        raise UserError(f"{key}={value}: choose one of {', '.join(names)}")
 
 
 def positive(key: str, value: float) -> None:
@@ -137,8 +145,14 @@ class Trainer:
         one_of("trainer.schedule", self.schedule, ("linear", "cosine", "constant"))
         if self.name == "none":
             return
-        if len(self.betas) != 2:
-            raise UserError(f"trainer.betas={self.betas}: AdamW takes two")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"trainer.betas={self.betas}: AdamW takes two from 0 to below 1")
+        for key in ("warmup_ratio", "final_ratio"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise UserError(f"trainer.{key}={getattr(self, key)} must be between 0 and 1")
+        for key in ("evaluate_every", "weight_decay", "grad_clip"):
+            if getattr(self, key) < 0:
+                raise UserError(f"trainer.{key}={getattr(self, key)} must not be negative (0: off)")
         if self.evaluate_limit is not None:
             positive("trainer.evaluate_limit", self.evaluate_limit)
         for key in ("learning_rate", "prompts_per_update", "prompts_per_forward"):
@@ -177,20 +191,12 @@ class GRPO(Trainer):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("trainer.impl", self.impl, ("auto", "shared", "plain"))
-        one_of("trainer.loss_type", self.loss_type, ("grpo", "bnpo", "dr_grpo", "dapo"))
-        one_of("trainer.importance_sampling_level", self.importance_sampling_level, ("token", "sequence"))
-        one_of("trainer.scale_rewards", self.scale_rewards, ("group", "batch", "none"))
-        one_of(
-            "trainer.multi_objective_aggregation",
-            self.multi_objective_aggregation,
-            ("sum_then_normalize", "normalize_then_sum"),
-        )
+        one_of("trainer.loss_type", self.loss_type, LOSS_TYPES)
+        one_of("trainer.importance_sampling_level", self.importance_sampling_level, LEVELS)
+        one_of("trainer.scale_rewards", self.scale_rewards, SCALINGS)
+        one_of("trainer.multi_objective_aggregation", self.multi_objective_aggregation, AGGREGATIONS)
         one_of("trainer.zero_variance", self.zero_variance, ("keep", "skip", "resample"))
-        one_of(
-            "trainer.importance_correction",
-            self.importance_correction,
-            ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
-        )
+        one_of("trainer.importance_correction", self.importance_correction, CORRECTIONS)
         for key in ("head_chunk", "num_iterations", "importance_cap", "resample_rounds"):
             positive(f"trainer.{key}", getattr(self, key))
         if self.tokens_per_forward is not None:
@@ -272,7 +278,7 @@ class Config:
     tracking: Tracking = MISSING
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     label_scoring: bool = True
-    doctor: bool = False
+    doctor: Any = "auto"
     shots: int = 16
     seed: int = 1
     gpus: int = MISSING

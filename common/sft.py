@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from common.distributed import gather, share_of, world
-from common.engine import Engine, micro_batches
+from common.engine import Engine, micro_batches, zero_stage
 from common.grpo.logprobs import PolicyScorer
 from common.grpo.packing import Group, pack_shared, score_prompts
 from common.models.vlm import VLM, Encoder
@@ -45,7 +45,8 @@ class SFTTrainer:
         self.vlm, self.encoder, self.prompts = vlm, encoder, list(prompts)
         self.loss, self.config, self.seed = loss, config, seed
         self.tokens = 0.0
-        scorer = PolicyScorer(vlm.model, vlm.banned, temperature=1.0, chunk=1024).to(vlm.device)
+        in_step = zero_stage(deepspeed) == 3
+        scorer = PolicyScorer(vlm.model, vlm.banned, temperature=1.0, chunk=1024, in_step=in_step).to(vlm.device)
         self.engine = Engine(scorer, config, deepspeed, updates, resume)
 
     def step(self, update: int) -> Step:
@@ -53,7 +54,9 @@ class SFTTrainer:
         start = time.perf_counter()
         chosen = batch(update, self.config.prompts_per_update, len(self.prompts), self.seed)
         prompts = share_of([self.prompts[i] for i in chosen])
-        groups = [Group(e, (self._target(p.label),)) for p, e in zip(prompts, self.encoder(prompts), strict=True)]
+        with self.engine.whole_weights():  # image features may have to be computed
+            encoded = self.encoder(prompts)
+        groups = [Group(e, (self._target(p.label),)) for p, e in zip(prompts, encoded, strict=True)]
         packs = [
             pack_shared(part, self.vlm.family, self.vlm.device)
             for part in micro_batches(groups, self.config.prompts_per_forward)
@@ -82,7 +85,7 @@ class SFTTrainer:
 
     def _target(self, label: str) -> torch.Tensor:
         ids = self.vlm.processor.tokenizer(label, add_special_tokens=False)["input_ids"]
-        return torch.tensor([*ids, self.vlm.eos[0]])
+        return torch.tensor([*ids, self.vlm.end_of_turn])
 
     def whole_weights(self) -> AbstractContextManager[None]:
         return self.engine.whole_weights()

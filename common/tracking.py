@@ -1,6 +1,8 @@
 """Weights & Biases, mirrored from the run folder by rank 0. Offline unless an API key is present.
 
-The run and the images of its tables lie inside the run folder, so that `wandb sync` works from another machine.
+After a resume the updates since the last checkpoint are logged once more under the same run and step; metrics.jsonl
+holds each once. The run and the images of its tables lie inside the run folder, so that `wandb sync` works from another
+machine.
 """
 
 from __future__ import annotations
@@ -59,15 +61,27 @@ class WandbTracker:
         values: dict[str, Any],
         splits: Iterable[str],
         open_image: Callable[[str], Image],
+        known: str | None = None,
     ) -> None:
+        """
+        Args:
+            config: Project, group, tags and mode.
+            folder: Run folder; the id of a run without a checkpoint yet is kept there.
+            job_type: `train` or `eval`.
+            tags: Beside those of `config`.
+            values: The run's configuration.
+            splits: Evaluated splits.
+            open_image: From an image's key to a picture.
+            known: Id of the run that is resumed, from its checkpoint.
+        """
         os.environ["WANDB_DATA_DIR"] = str(folder / "wandb" / "data")  # images of tables are staged there
         (folder / "wandb" / "data").mkdir(parents=True, exist_ok=True)
         import wandb
 
         self.wandb, self.config, self.open_image = wandb, config, open_image
-        known = folder / "wandb" / "run_id"
-        self.id: str | None = known.read_text() if known.is_file() else uuid.uuid4().hex[:8]
-        known.write_text(self.id)
+        noted = folder / "wandb" / "run_id"
+        self.id: str | None = known or (noted.read_text() if noted.is_file() else uuid.uuid4().hex[:8])
+        noted.write_text(self.id)
         self.run = wandb.init(
             project=config.project,
             id=self.id,

@@ -40,7 +40,7 @@ def examine(load_vlm, digits_task, think):
             "image_size": 32,
             "updates": 100,
             "ranks": 1,
-            "stage": 2,
+            "deepspeed": {"zero_optimization": {"stage": 2}},
             "seed": 1,
         }
         findings = doctor.examine(**{**values, **changes})
@@ -64,12 +64,14 @@ def failed(found, check, message):
 
 
 def test_greedy_sampling_is_found(examine):
-    failed(examine(decoding=replace(DECODING, top_k=1)), "sampling", "top_k 1.*set rollout.top_k=0")
+    failed(
+        examine(decoding=replace(DECODING, top_k=1)), "sampling", "1.0 different completions of 4.*set rollout.top_k=0"
+    )
 
 
 def test_rewards_without_differences_are_found(examine):
     found = examine(rewards={"equality": Reward(1.0, equality)})  # an untrained model is never right
-    failed(found, "rewards", "8 of 8 groups without differences.*Raise trainer.group_size")
+    failed(found, "rewards", "64 of 64 groups without differences.*Raise trainer.group_size")
 
 
 def test_a_wrong_mask_is_found(examine, monkeypatch):
@@ -90,6 +92,26 @@ def test_a_sampler_that_disagrees_is_found(examine):
             return [[replace(c, logps=c.logps - 0.01) for c in group] for group in found]
 
     failed(examine(rollout=Distorted), "sampler against trainer", "rollout=hf")
+    config = GRPO("grpo", 1e-3, epochs=1.0, group_size=4, beta=0.0, epsilon=0.2, importance_correction="token_mask")
+    verdicts, findings = examine(rollout=Distorted, config=config)
+    assert verdicts["sampler against trainer"] == "warning"
+    doctor.refuse(findings)
+
+
+def test_the_plain_forward_needs_no_comparison(examine):
+    config = GRPO("grpo", 1e-3, epochs=1.0, group_size=4, beta=0.0, epsilon=0.2, impl="plain")
+    assert "shared against plain forward" not in examine(config=config)[0]
+
+
+def test_few_flat_groups_are_no_verdict(examine):
+    asked = []
+
+    def seldom(samples):
+        asked.append(len(samples))
+        return [float(len(asked) > 3 and i == 0) for i, _ in enumerate(samples)]  # the first 24 groups are flat
+
+    verdicts, findings = examine(rewards={"seldom": Reward(1.0, seldom)})
+    assert verdicts["rewards"] == "warning" and "31 of 32" in findings[2].seen
 
 
 def test_missing_image_tokens_are_found(examine):
@@ -105,10 +127,12 @@ def test_a_completion_that_does_not_fit_is_found(examine):
 
 
 def test_memory_follows_the_zero_stages(examine, load_vlm):
-    seen = {stage: examine(stage=stage, ranks=4)[1][-1].seen for stage in (0, 1, 3)}
     size = sum(p.numel() for p in load_vlm().model.parameters()) * 4 / 2**20  # MiB of fp32 weights
-    for stage, weights, adamw in ((0, size, 2 * size), (1, size, size / 2), (3, size / 4, size / 2)):
-        assert f"weights {weights:.1f} MiB" in seen[stage] and f"AdamW {adamw:.1f} MiB" in seen[stage]
+    for stage, gradients, adamw in ((0, size, 2 * size), (1, size, size / 2), (3, size / 4, size / 2)):
+        seen = examine(deepspeed={"zero_optimization": {"stage": stage}}, ranks=4)[1][-1].seen
+        assert f"weights {size:.1f} MiB + gradients {gradients:.1f} MiB + AdamW {adamw:.1f} MiB + reference" in seen
+    offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    assert "AdamW" not in examine(deepspeed=offload, ranks=4)[1][-1].seen
 
 
 def test_long_trainings_are_examined_unasked():

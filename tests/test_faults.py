@@ -191,9 +191,10 @@ def test_other_configurations_resume_as_exactly(runner, job, untrained_folders, 
     assert table(first, "predictions") == table(second, "predictions")
 
 
-def test_a_full_disk_costs_nothing_that_was_finished(runner, job, whole, tmp_path):
+@pytest.mark.parametrize("moment", [Full(STATES, 2), Full("common.pipeline:save_weights", 2)], ids=["state", "model"])
+def test_a_full_disk_costs_nothing_that_was_finished(runner, job, whole, tmp_path, moment):
     folder = tmp_path / "run"
-    assert runner(folder, job, Full(STATES, 2)) == 1
+    assert runner(folder, job, moment) == 1
     (kept,) = (folder / "checkpoints").iterdir()
     assert kept.name == "step-000002" and (kept / "state.json").is_file(), "what was half written is gone"
     said = (folder / "run.log").read_text()

@@ -10,15 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common.grpo.advantages import AGGREGATIONS, SCALINGS, advantages, scaled
-from common.grpo.loss import (
-    LEVELS,
-    LOSS_TYPES,
-    LossInputs,
-    importance_correction,
-    policy_loss,
-    token_weights,
-)
+from common.grpo.advantages import advantages, scaled
+from common.grpo.loss import LossInputs, importance_correction, policy_loss, token_weights
+from common.schema import AGGREGATIONS, LEVELS, LOSS_TYPES, SCALINGS
 
 
 def inputs(**changes):

@@ -76,7 +76,8 @@ def metrics(folder):
 
 
 def sampled(folder):
-    rows = pyarrow.parquet.read_table(folder / "completions.parquet").to_pylist()
+    path = folder / "completions.parquet"
+    rows = pyarrow.parquet.read_table(path).to_pylist() if path.is_file() else []
     return sorted((row["step"], row["image"], row["completion"]) for row in rows)
 
 
@@ -130,14 +131,34 @@ def test_two_ranks_train_as_one(runner, job, alone, tmp_path, stage, adapters):
     assert_same_run(alone(*adapters), tmp_path / "two")
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_what_two_ranks_began_one_can_finish(runner, job, alone, tmp_path, stage):
-    changes = STAGES[stage]
+def test_ranks_project_the_vocabulary_in_step(runner, job, alone, tmp_path):
+    # ranks have different numbers of tokens, and ZeRO-3 gathers at every projection: their numbers must agree
+    changes = [*STAGES[3], "trainer.head_chunk=4"]
+    assert runner.ranks(2, tmp_path / "two", [*job, *changes]) == [0, 0]
+    assert_same_run(alone(), tmp_path / "two")
+
+
+def test_ranks_that_miss_different_features_stay_in_step(runner, job, tmp_path):
+    vision = ["model.freeze_vision=true", "model.feature_cache_gb=0.1", f"cache_dir={tmp_path / 'cache'}"]
+    changes = [*(part for part in job if "rewards" not in part), *STAGES[3], *vision, "method=sft", "rewards=none"]
+    assert runner.ranks(2, tmp_path / "first", changes) == [0, 0]
+    for path in sorted((tmp_path / "cache").rglob("*.safetensors"))[::2]:
+        path.unlink()
+    assert runner.ranks(2, tmp_path / "second", changes) == [0, 0]
+    assert_same_run(tmp_path / "first", tmp_path / "second")
+
+
+BEGUN = {**{str(stage): changes for stage, changes in STAGES.items()}, "2, lora": [*STAGES[2], "model.lora.r=4"]}
+
+
+@pytest.mark.parametrize("name", BEGUN)
+def test_what_two_ranks_began_one_can_finish(runner, job, alone, tmp_path, name):
+    changes = BEGUN[name]
     codes = runner.ranks(2, tmp_path / "two", [*job, *changes], Kill("common.engine:Engine.step", 4))
     assert codes[0] == -9 and codes[1] != 0, "the other rank does not wait for ever"
     assert (tmp_path / "two" / "checkpoints" / "step-000002" / "state.json").is_file()
     assert runner(tmp_path / "two", [*job, *changes]) == 0
-    assert_same_run(alone(), tmp_path / "two")
+    assert_same_run(alone(*(["model.lora.r=4"] if "lora" in name else [])), tmp_path / "two")
 
 
 def test_an_error_inside_a_rank_ends_the_job_and_is_shown(tmp_path):

@@ -11,8 +11,6 @@ from __future__ import annotations
 import torch
 
 EPSILON = 1e-4  # TRL's and the authors' value
-SCALINGS = ("group", "batch", "none")
-AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
 
 
 def advantages(parts: torch.Tensor, weights: torch.Tensor, scaling: str, aggregation: str) -> torch.Tensor:

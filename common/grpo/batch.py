@@ -42,6 +42,13 @@ class RolloutBatch:
         completions = [c for group in self.completions for c in group]
         return torch.tensor([0 if c.truncated and without_truncated else len(c.ids) for c in completions])
 
+    def flat(self, aggregation: str) -> set[int]:
+        """Groups whose completions all have the same advantage, so no gradient but that of the KL."""
+        size = self.advantages.shape[1]
+        if aggregation == "sum_then_normalize":
+            return set(without_differences(self.scores.total, size))
+        return set.intersection(*(set(without_differences(part, size)) for part in self.scores.parts.values()))
+
     def sampled_logps(self, groups: Sequence[int]) -> torch.Tensor:
         """The sampler's log-probabilities of the tokens of some groups. Shape: [T]."""
         return torch.cat([c.logps for i in groups for c in self.completions[i]])

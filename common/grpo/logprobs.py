@@ -9,12 +9,14 @@ Shapes: T tokens to score, V vocabulary, D width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from common.distributed import gather
 from common.grpo.packing import Packed
 
 
@@ -27,18 +29,22 @@ class PolicyScorer(torch.nn.Module):
 
     banned: torch.Tensor
 
-    def __init__(self, model: Any, banned: Sequence[int], temperature: float, chunk: int) -> None:
+    def __init__(
+        self, model: Any, banned: Sequence[int], temperature: float, chunk: int, in_step: bool = False
+    ) -> None:
         """
         Args:
             model: The policy.
             banned: Ids with probability zero.
             temperature: Divides the logits.
-            chunk: Rows per vocabulary projection.
+            chunk: Most rows per vocabulary projection.
+            in_step: All ranks call it together and project equally often, whatever their numbers of tokens: ZeRO-3
+                gathers the projection's weights at every call.
         """
         super().__init__()
         self.model = model
         self.register_buffer("banned", torch.tensor(sorted(banned), dtype=torch.long), persistent=False)
-        self.temperature, self.chunk = temperature, chunk
+        self.temperature, self.chunk, self.in_step = temperature, chunk, in_step
 
     def forward(self, packed: Packed, entropy: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         """Score the target tokens.
@@ -55,9 +61,11 @@ class PolicyScorer(torch.nn.Module):
             0, 1
         )  # [rows, D]
         hidden = hidden[packed.predictors]  # [T, D]
+        parts = math.ceil(len(hidden) / self.chunk)
+        parts = max(gather(parts)) if self.in_step else parts
         pieces = [
             checkpoint(self._score, base.lm_head, rows, targets, entropy, use_reentrant=False)
-            for rows, targets in zip(hidden.split(self.chunk), packed.targets.split(self.chunk), strict=True)
+            for rows, targets in zip(hidden.tensor_split(parts), packed.targets.tensor_split(parts), strict=True)
         ]
         return torch.cat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces])
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from common.distributed import gather, share_of, world
-from common.engine import Engine
+from common.engine import Engine, zero_stage
 from common.grpo.batch import RolloutBatch, compare, describe, rows, score_groups, without_differences
 from common.grpo.logprobs import PolicyScorer
 from common.grpo.loss import LossInputs, importance_correction, policy_loss, token_weights
@@ -61,6 +61,7 @@ class GRPOTrainer:
         self.adapters = hasattr(vlm.model, "disable_adapter")
         # the frozen copy of full fine-tuning stays outside the engine; with adapters, the base is the reference
         self.frozen = None if self.adapters or config.beta == 0 else copy.deepcopy(scorer).eval().requires_grad_(False)
+        scorer.in_step = zero_stage(deepspeed) == 3
         self.engine = Engine(scorer, config, deepspeed, updates, resume)
         self.tokens = 0.0
         self.checked = not config.self_check or config.impl == "plain"
@@ -146,7 +147,8 @@ class GRPOTrainer:
         ).view(-1, config.group_size)
         live = list(range(len(rollouts.groups)))
         if config.zero_variance == "skip":
-            live = [i for i in live if rollouts.advantages[i].any()]
+            flat = rollouts.flat(config.multi_objective_aggregation)
+            live = [i for i in live if i not in flat]
         sizes = [shared_tokens(group) for group in rollouts.groups]
         parts = within_budget(live, sizes.__getitem__, config.tokens_per_forward, config.prompts_per_forward)
         # gradients are reduced across ranks in every backward, so all ranks must make the same number of them

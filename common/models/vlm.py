@@ -32,7 +32,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class VLM:
     """A loaded model with everything that is read off its checkpoint.
 
-    eos: ids that end a completion. banned: ids that are neither sampled nor scored (image placeholders, padding).
+    eos: ids that end a completion. end_of_turn: the one that the chat template writes after a reply. banned: ids that are neither sampled nor scored (image placeholders, padding).
     causal_images: image tokens attend causally even where the family's own see each other both ways.
     """
 
@@ -40,6 +40,7 @@ class VLM:
     processor: Any
     family: type[Family]
     eos: tuple[int, ...]
+    end_of_turn: int
     banned: tuple[int, ...]
     pad: int
     causal_images: bool = False
@@ -86,9 +87,25 @@ def load(folder: Path, config: Model, device: torch.device) -> VLM:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.lora.r > 0:
         model = add_adapters(model, config.lora)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    inside = [name for name in trained if set(name.split(".")) & set(family.vision)]
+    if config.freeze_vision and inside:
+        raise UserError(
+            f"model.freeze_vision=true, but model.lora.targets={config.lora.targets} puts an adapter on {inside[0]}"
+        )
     if not config.load_in_8bit:
         model.to(device)
-    return VLM(model, processor, family, ends, banned, pad, config.image_attention == "causal")
+    turn = end_of_turn(processor, ends)
+    return VLM(model, processor, family, ends, turn, banned, pad, config.image_attention == "causal")
+
+
+def end_of_turn(processor: Any, ends: Sequence[int]) -> int:
+    """The end-of-sequence id that the chat template writes after a reply; Gemma's first one only ends a text."""
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "reply"}]
+    after = processor.apply_chat_template(turns, tokenize=False).rpartition("reply")[2]
+    texts = {end: after.find(processor.tokenizer.convert_ids_to_tokens(end)) for end in ends}
+    written = {end: place for end, place in texts.items() if place >= 0}
+    return min(written, key=lambda end: written[end]) if written else ends[0]
 
 
 def freeze(model: Any, modules: tuple[str, ...]) -> None:
