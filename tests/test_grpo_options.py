@@ -14,7 +14,7 @@ from common.models.vlm import Encoder
 from common.rewards import Reward, accuracy, equality
 from tests.test_training import LORA, distance, grpo, weights
 
-pytestmark = pytest.mark.usefixtures("process_group")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("process_group")]
 
 
 def steps(trainer, count):

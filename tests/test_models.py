@@ -13,6 +13,7 @@ import torch
 from common.models import files, glyphs, pretrain, tiny, tiny_gemma3
 from common.models.families import Gemma3, Qwen2VL
 from common.models.vlm import Encoder
+from common.schema import Lora
 from common.types import UserError
 
 
@@ -87,6 +88,18 @@ def test_gemma_encoding_equals_the_processor(load_vlm, digits_task, think):
         assert torch.equal(encoded.pixel_values, stock["pixel_values"])
         assert torch.equal((encoded.blocks == 0).long(), stock["token_type_ids"][0])
         assert encoded.positions.tolist() == [list(range(len(encoded.ids)))]
+
+
+@pytest.mark.parametrize(("family", "token"), [("qwen2_vl", "<|im_end|>"), ("gemma3", "<end_of_turn>")])
+def test_a_reply_ends_as_the_chat_template_ends_it(load_vlm, family, token):
+    vlm = load_vlm(family=family)
+    assert vlm.end_of_turn == vlm.processor.tokenizer.convert_tokens_to_ids(token) and vlm.end_of_turn in vlm.eos
+
+
+def test_a_frozen_tower_takes_no_adapters(load_vlm):
+    lora = Lora(r=4, targets=r".*(qkv|q_proj)")
+    with pytest.raises(UserError, match="model.freeze_vision=true, but model.lora.targets=.*qkv"):
+        load_vlm(freeze_vision=True, lora=lora)
 
 
 def test_gemma_blocks_number_the_images():

@@ -102,7 +102,9 @@ def model_for_parity(load_vlm, dtype, window=None, **changes):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 @pytest.mark.parametrize("image", [True, False], ids=["image", "text"])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize(
+    "checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "checkpointing"]
+)
 @pytest.mark.parametrize("lora", [Lora(), LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
 def test_shared_equals_plain(

@@ -19,7 +19,7 @@ from common.rollout.hf import HFRollout
 from common.schema import GRPO, Lora, Trainer
 from common.sft import SFTTrainer
 
-pytestmark = pytest.mark.usefixtures("process_group")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("process_group")]
 ZERO = {stage: {"zero_optimization": {"stage": stage}} for stage in (0, 1, 2)}
 # persistence 0: really shard, small as the tensors are
 ZERO[3] = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}

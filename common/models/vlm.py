@@ -32,7 +32,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class VLM:
     """A loaded model with everything that is read off its checkpoint.
 
-    eos: ids that end a completion. end_of_turn: the one that the chat template writes after a reply. banned: ids that are neither sampled nor scored (image placeholders, padding).
+    eos: ids that end a completion. end_of_turn: the one that the chat template writes after a reply. banned: ids that
+    are neither sampled nor scored (image placeholders, padding).
     causal_images: image tokens attend causally even where the family's own see each other both ways.
     """
 
