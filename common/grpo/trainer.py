@@ -22,7 +22,7 @@ from common.distributed import gather, share_of, world
 from common.engine import Engine, zero_stage
 from common.grpo.batch import RolloutBatch, compare, describe, rows, score_groups, without_differences
 from common.grpo.logprobs import PolicyScorer
-from common.grpo.loss import LossInputs, importance_correction, policy_loss, token_weights
+from common.grpo.loss import LossInputs, LossOutputs, importance_correction, policy_loss, token_weights
 from common.grpo.measured import Measured
 from common.grpo.packing import Group, Packed, pack_plain, pack_shared, plain_tokens, shared_tokens, within_budget
 from common.models.vlm import VLM, Encoder
@@ -135,9 +135,31 @@ class GRPOTrainer:
 
     def _update(self, update: int, first: bool) -> dict[str, float]:
         """Gradients of all groups, then the optimiser step."""
-        config, rollouts = self.config, self.current
-        lengths = rollouts.lengths(config.mask_truncated_completions)
-        weights = token_weights(
+        rollouts, weights, parts = self.current, self._weights(), self._parts()
+        # gradients are reduced across ranks in every backward, so all ranks must make the same number of them
+        forwards = max(1, max(gather(len(parts))))
+        found = Measured()
+        for number in range(forwards):
+            part = parts[number] if number < len(parts) else []
+            shown = part or [0]  # without a part left, a forward in which nothing counts
+            groups = [rollouts.groups[i] for i in shown]
+            packed = self._pack(groups)
+            logps, entropy = self.engine(packed)
+            inputs = self._loss_inputs(shown, weights[shown] * bool(part), packed, logps, first)
+            outputs = self._loss(inputs)
+            # DeepSpeed averages gradients over ranks, the loss is a sum over them
+            self.engine.backward(outputs.loss * world(), last=number + 1 == forwards)
+            if part:
+                gap = inputs.old_logps - rollouts.sampled_logps(shown).to(logps)
+                found.add(inputs, outputs, entropy, gap, first)
+                found.tokens(sum(len(g.prompt.ids) + len(c) for g in groups for c in g.completions), packed.tokens)
+        return {**found.over_ranks(), **self.engine.step(update)}
+
+    def _weights(self) -> torch.Tensor:
+        """What a token of each completion counts. Shape: [n, G]."""
+        config = self.config
+        lengths = self.current.lengths(config.mask_truncated_completions)
+        return token_weights(
             config.loss_type,
             lengths,
             config.group_size,
@@ -145,51 +167,44 @@ class GRPOTrainer:
             tokens=sum(gather(int(lengths.sum()))),
             max_tokens=self.decoding.max_tokens,
         ).view(-1, config.group_size)
-        live = list(range(len(rollouts.groups)))
-        if config.zero_variance == "skip":
-            flat = rollouts.flat(config.multi_objective_aggregation)
-            live = [i for i in live if i not in flat]
+
+    def _parts(self) -> list[list[int]]:
+        """The groups of each forward."""
+        config, rollouts = self.config, self.current
+        flat = rollouts.flat(config.multi_objective_aggregation) if config.zero_variance == "skip" else set()
+        live = [i for i in range(len(rollouts.groups)) if i not in flat]
         sizes = [shared_tokens(group) for group in rollouts.groups]
-        parts = within_budget(live, sizes.__getitem__, config.tokens_per_forward, config.prompts_per_forward)
-        # gradients are reduced across ranks in every backward, so all ranks must make the same number of them
-        forwards = max(1, max(gather(len(parts))))
-        found = Measured()
-        for number in range(forwards):
-            part = parts[number] if number < len(parts) else []
-            shown = part or [0]
-            groups = [rollouts.groups[i] for i in shown]
-            packed = self._pack(groups)
-            logps, entropy = self.engine(packed)
-            old, reference = self._earlier_logps(shown, packed, logps, first)
-            sampled = rollouts.sampled_logps(shown).to(logps)
-            correction = None
-            if config.importance_correction != "none":
-                correction = importance_correction(
-                    old, sampled, packed.owner, packed.completions, config.importance_correction, config.importance_cap
-                )
-            inputs = LossInputs(
-                logps=logps,
-                old_logps=old,
-                ref_logps=reference,
-                advantages=rollouts.advantages[shown].flatten().to(logps),
-                weights=(weights[shown] * bool(part)).flatten().to(logps.device),
-                owner=packed.owner,
-                correction=correction,
-            )
-            outputs = policy_loss(
-                inputs,
-                config.epsilon,
-                config.epsilon if config.epsilon_high is None else config.epsilon_high,
-                config.beta,
-                config.importance_sampling_level,
-                config.use_bias_correction_kl,
-            )
-            # DeepSpeed averages gradients over ranks, the loss is a sum over them
-            self.engine.backward(outputs.loss * world(), last=number + 1 == forwards)
-            if part:
-                found.add(inputs, outputs, entropy, (old - sampled).detach(), first)
-                found.tokens(sum(len(g.prompt.ids) + len(c) for g in groups for c in g.completions), packed.tokens)
-        return {**found.over_ranks(), **self.engine.step(update)}
+        return within_budget(live, sizes.__getitem__, config.tokens_per_forward, config.prompts_per_forward)
+
+    def _loss_inputs(
+        self, shown: list[int], weights: torch.Tensor, packed: Packed, logps: torch.Tensor, first: bool
+    ) -> LossInputs:
+        old, reference = self._earlier_logps(shown, packed, logps, first)
+        correction, mode = None, self.config.importance_correction
+        if mode != "none":
+            sampled = self.current.sampled_logps(shown).to(logps)
+            cap = self.config.importance_cap
+            correction = importance_correction(old, sampled, packed.owner, packed.completions, mode, cap)
+        return LossInputs(
+            logps=logps,
+            old_logps=old,
+            ref_logps=reference,
+            advantages=self.current.advantages[shown].flatten().to(logps),
+            weights=weights.flatten().to(logps.device),
+            owner=packed.owner,
+            correction=correction,
+        )
+
+    def _loss(self, inputs: LossInputs) -> LossOutputs:
+        config = self.config
+        return policy_loss(
+            inputs,
+            config.epsilon,
+            config.epsilon if config.epsilon_high is None else config.epsilon_high,
+            config.beta,
+            config.importance_sampling_level,
+            config.use_bias_correction_kl,
+        )
 
     def _pack(self, groups: Sequence[Group]) -> Packed:
         impl = self.config.impl
