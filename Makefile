@@ -27,8 +27,8 @@ test: setup  ## run the tests
 test-fast: setup  ## run the tests that train nothing
 	$(BIN)/python -m pytest -m "not slow"
 
-test-faults: setup  ## kill runs at every moment there is and resume them
-	$(BIN)/python -m pytest tests/test_faults.py
+test-faults: setup  ## kill runs at every moment there is and resume them; all tests of ranks
+	$(BIN)/python -m pytest tests/test_faults.py tests/test_ranks.py
 
 bench: setup  ## measure against TRL and transformers, one thread (docs/performance.md; half an hour)
 	for name in grpo_step rollout train_loop cost_model; do \

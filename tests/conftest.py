@@ -122,6 +122,14 @@ def think():
 
 
 @pytest.fixture(scope="session")
+def runner():
+    """Runs whole jobs in processes that fork from one that has imported everything (tests/faults.py)."""
+    from tests.faults import Runner
+
+    return Runner()
+
+
+@pytest.fixture(scope="session")
 def process_group():
     """This process as a group of one."""
     from common.engine import init_process_group

@@ -141,8 +141,8 @@ def test_second_run_shows_the_result_and_touches_nothing(demo):
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
 
 
-def test_thinking_learns_accuracy_and_format(tmp_path):
-    run(tmp_path, "method=clsrl", "tracking=none", "label_scoring=false")
+def test_thinking_learns_accuracy_and_format(runner, tmp_path):
+    assert runner(tmp_path, ["method=clsrl", "tracking=none", "label_scoring=false"]) == 0
     r = result(tmp_path)
     assert 0.40 <= r["zero_shot"]["test"]["accuracy"] <= 0.70
     assert r["eval"]["test"]["accuracy"] >= 0.79 and r["eval"]["test"]["well_formed"] >= 0.95
@@ -153,35 +153,46 @@ def test_thinking_learns_accuracy_and_format(tmp_path):
     assert late < 0.8 * early, "completions get shorter (figure 1 of the paper)"
 
 
-def test_supervised_baseline_learns(tmp_path):
-    run(tmp_path, "method=sft", "tracking=none", "label_scoring=false")
+def test_supervised_baseline_learns(runner, tmp_path):
+    assert runner(tmp_path, ["method=sft", "tracking=none", "label_scoring=false"]) == 0
     assert result(tmp_path)["eval"]["test"]["accuracy"] >= 0.83
 
 
-def test_meaningless_rewards_teach_nothing(tmp_path):
-    run(tmp_path, "experiment=shuffled_rewards", "tracking=none", "label_scoring=false")
+def test_meaningless_rewards_teach_nothing(runner, tmp_path):
+    assert runner(tmp_path, ["experiment=shuffled_rewards", "tracking=none", "label_scoring=false"]) == 0
     r = result(tmp_path)
     assert r["eval"]["test"]["accuracy"] <= r["zero_shot"]["test"]["accuracy"] + 0.05
 
 
-def test_official_protocol_runs_end_to_end(tmp_path):
-    run(
-        tmp_path,
-        "method=clsrl",
-        "protocol=official",
-        "shots=1",
-        "trainer.updates=2",
-        "tracking=none",
-        "label_scoring=false",
+def test_official_protocol_runs_end_to_end(runner, tmp_path):
+    assert (
+        runner(
+            tmp_path,
+            [
+                "method=clsrl",
+                "protocol=official",
+                "shots=1",
+                "trainer.updates=2",
+                "tracking=none",
+                "label_scoring=false",
+            ],
+        )
+        == 0
     )
     r = result(tmp_path)
     assert r["protocol"] == "official" and r["train"]["updates"] == 2
 
 
-def test_adapter_run_saves_an_adapter_that_loads(tmp_path):
+def test_adapter_run_saves_an_adapter_that_loads(runner, tmp_path):
     from transformers import AutoModelForImageTextToText
 
-    run(tmp_path, "model.lora.r=4", "trainer.updates=2", "trainer.beta=0.04", "tracking=none", "label_scoring=false")
+    assert (
+        runner(
+            tmp_path,
+            ["model.lora.r=4", "trainer.updates=2", "trainer.beta=0.04", "tracking=none", "label_scoring=false"],
+        )
+        == 0
+    )
     assert (tmp_path / "model" / "adapter_config.json").is_file()
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
     assert any("lora" in name for name, _ in model.named_parameters())

@@ -11,7 +11,7 @@ import json
 import pyarrow.parquet
 import pytest
 
-from tests.faults import Full, Kill, Runner
+from tests.faults import Full, Kill
 
 pytestmark = pytest.mark.slow
 
@@ -58,11 +58,6 @@ IN_EVERY_TEST_RUN = (
     "second checkpoint half written",
     "final evaluation",
 )
-
-
-@pytest.fixture(scope="module")
-def runner():
-    return Runner()
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +138,7 @@ def test_undisturbed_run_keeps_the_best_and_the_last(whole):
     assert names == {"model", "state.json"}, "a finished run needs no optimizer states"
 
 
+@pytest.mark.faults
 def test_two_kills_in_a_row(runner, job, whole, tmp_path):
     folder = tmp_path / "run"
     assert runner(folder, job, MOMENTS["gradients of the fifth update"]) == -9
@@ -191,7 +187,11 @@ def test_other_configurations_resume_as_exactly(runner, job, untrained_folders, 
     assert table(first, "predictions") == table(second, "predictions")
 
 
-@pytest.mark.parametrize("moment", [Full(STATES, 2), Full("common.pipeline:save_weights", 2)], ids=["state", "model"])
+@pytest.mark.parametrize(
+    "moment",
+    [Full("common.pipeline:save_weights", 2), pytest.param(Full(STATES, 2), marks=pytest.mark.faults)],
+    ids=["model", "state"],
+)
 def test_a_full_disk_costs_nothing_that_was_finished(runner, job, whole, tmp_path, moment):
     folder = tmp_path / "run"
     assert runner(folder, job, moment) == 1

@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.conftest import REPOSITORY
-from tests.faults import Kill, Runner
+from tests.faults import Kill
 
 pytestmark = pytest.mark.slow
 
@@ -35,11 +35,6 @@ if __name__ == "__main__":
     RunFolder(folder).claim(values)
     start_ranks(2, config, values, folder)
 """
-
-
-@pytest.fixture(scope="module")
-def runner():
-    return Runner()
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +115,8 @@ def alone(runner, job, tmp_path_factory):
 STAGES = {
     0: ["deepspeed=zero0"],
     2: ["deepspeed=zero2"],
-    3: ["deepspeed=zero3", "+deepspeed.zero_optimization.stage3_param_persistence_threshold=0"],
+    # chunks of four rows: ranks have different numbers of tokens, and every projection gathers weights
+    3: ["deepspeed=zero3", "+deepspeed.zero_optimization.stage3_param_persistence_threshold=0", "trainer.head_chunk=4"],
 }
 
 
@@ -131,17 +127,12 @@ def test_two_ranks_train_as_one(runner, job, alone, tmp_path, stage, adapters):
     assert_same_run(alone(*adapters), tmp_path / "two")
 
 
-def test_ranks_project_the_vocabulary_in_step(runner, job, alone, tmp_path):
-    # ranks have different numbers of tokens, and ZeRO-3 gathers at every projection: their numbers must agree
-    changes = [*STAGES[3], "trainer.head_chunk=4"]
-    assert runner.ranks(2, tmp_path / "two", [*job, *changes]) == [0, 0]
-    assert_same_run(alone(), tmp_path / "two")
-
-
+@pytest.mark.faults
 def test_ranks_that_miss_different_features_stay_in_step(runner, job, tmp_path):
     vision = ["model.freeze_vision=true", "model.feature_cache_gb=0.1", f"cache_dir={tmp_path / 'cache'}"]
-    only_grpo = ("rewards", "trainer.beta", "trainer.zero_variance")
-    changes = [*(part for part in job if not part.lstrip("+").startswith(only_grpo)), *STAGES[3], *vision, "method=sft"]
+    only_grpo = ("rewards", "trainer.beta", "trainer.zero_variance", "trainer.head_chunk")
+    changes = [part for part in [*job, *STAGES[3], *vision] if not part.lstrip("+").startswith(only_grpo)]
+    changes.append("method=sft")
     assert runner.ranks(2, tmp_path / "first", changes) == [0, 0]
     for path in sorted((tmp_path / "cache").rglob("*.safetensors"))[::2]:
         path.unlink()
@@ -152,7 +143,7 @@ def test_ranks_that_miss_different_features_stay_in_step(runner, job, tmp_path):
 BEGUN = {**{str(stage): changes for stage, changes in STAGES.items()}, "2, lora": [*STAGES[2], "model.lora.r=4"]}
 
 
-@pytest.mark.parametrize("name", BEGUN)
+@pytest.mark.parametrize("name", ["3", "2, lora", *(pytest.param(n, marks=pytest.mark.faults) for n in ("0", "2"))])
 def test_what_two_ranks_began_one_can_finish(runner, job, alone, tmp_path, name):
     changes = BEGUN[name]
     codes = runner.ranks(2, tmp_path / "two", [*job, *changes], Kill("common.engine:Engine.step", 4))
