@@ -37,12 +37,34 @@ def positive(key: str, value: float) -> None:
 
 @dataclass
 class Data:
-    """A dataset. `reader` is the function that finds its images and labels."""
+    """A dataset: where it lies, who reads it, what is asked about it.
+
+    reader: `_target_` and keyword arguments of the function that finds images and labels. hub: the same for
+    `source=hub`, where such an id is known. root: the folder of all datasets. folder: this one's, inside root or
+    absolute. cache_gb: disk space for decoded images. aliases: JSON file, class name to other words for it. published:
+    the sizes to expect.
+    """
 
     name: str = MISSING
-    reader: str = MISSING
+    folder: str = MISSING
+    reader: dict[str, Any] = field(default_factory=dict)
     question: str = MISSING
-    root: str | None = None
+    open_question: str = "What type of object is in the photo?"
+    root: str | None = "${oc.env:DATA,null}"
+    source: str = "local"
+    hub: dict[str, Any] = field(default_factory=dict)
+    allow_fallback_split: bool = False
+    skip_bad: bool = False
+    cache_gb: float = 10.0
+    aliases: str | None = None
+    published: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        one_of("data.source", self.source, ("local", "hub"))
+        if self.cache_gb < 0:
+            raise UserError(f"data.cache_gb={self.cache_gb} must be 0 (no cache) or a size in GiB")
+        if self.source == "hub" and not self.hub:
+            raise UserError(f"data={self.name}: no hub id with this dataset's images and names is known; docs/datasets.md")
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +15,31 @@ class UserError(Exception):
     """A mistake in the request, not in the program: shown as one line that names what is wrong and the fix."""
 
 
+class Images(Protocol):
+    """The pictures behind a dataset's keys."""
+
+    def open(self, image: str) -> Image:
+        """The picture, decoded: RGB, upright, its first frame if it is animated.
+
+        Raises:
+            BadImage: It cannot be decoded.
+        """
+
+    def stamp(self, image: str) -> str:
+        """A text that changes when the picture's bytes may have changed. Decodes nothing.
+
+        Raises:
+            BadImage: There is no such picture, or it has no content.
+        """
+
+
+class BadImage(Exception):
+    """A picture that cannot be used; the message says why."""
+
+
 @dataclass(frozen=True)
 class Item:
-    """One labelled image. `image` is the reader's key (a path relative to the data root, or an index)."""
+    """One labelled image. `image` is its key: `<dataset>/<path inside the dataset's folder>`, unique among datasets."""
 
     image: str
     label: int
@@ -29,37 +50,61 @@ class Item:
 class Source:
     """A whole dataset as its reader found it. One without a split of its own has all items in `train`.
 
-    `fingerprint` is a hash of the files that define it.
+    `names` are the classes by label. `fingerprint` is a hash of what defines the dataset, `origin` says whose split it
+    is.
     """
 
     names: tuple[str, ...]
     train: tuple[Item, ...]
     val: tuple[Item, ...]
     test: tuple[Item, ...]
-    open: Callable[[str], Image]
+    images: Images
     fingerprint: str
+    origin: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images that are asked about alike: among the same names, with the question of their dataset.
+
+    `names` are the classes by label; two labels may share one. `aliases` are other words for a name.
+    """
+
+    items: tuple[Item, ...]
+    names: tuple[str, ...]
+    question: str
+    open_question: str
+    aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The names, each once."""
+        return tuple(dict.fromkeys(self.names))
 
 
 @dataclass(frozen=True)
 class Task:
-    """A few-shot problem: what to train on, what to test on, and how to open an image (always RGB)."""
+    """A few-shot problem: what to train on, and what to test on, by the name of the split."""
 
-    names: tuple[str, ...]
-    train: tuple[Item, ...]
-    evaluation: dict[str, tuple[Item, ...]]
-    open: Callable[[str], Image]
+    train: Split
+    evaluation: dict[str, Split]
+    images: Images
     fingerprint: str
+    origin: str
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question about one image. `choices` are the names it lists (empty: an open question)."""
+    """One question about one image. `choices` are the names it lists (empty: an open question), `aliases` other words
+    for its label.
+    """
 
     image: str
     text: str
     label: str
     choices: tuple[str, ...] = ()
     system: str | None = None
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
