@@ -16,7 +16,8 @@ from common.data.sampling import Sampling
 from common.data.settings import Splits
 from common.data.source import Dataset, load_dataset
 from common.plugins import locate
-from common.schema import Config, Data
+from common.schema import Config
+from common.schema_task import Data
 from common.types import Images, Method, Prompt, Split, Task, UserError
 
 
@@ -102,10 +103,10 @@ def _task(datasets: dict[str, Dataset], splits: Splits) -> Task:
     first = next(iter(sources.values()))
     if len(sources) == 1:
         return Task(splits.train, splits.evaluation, first.images, first.fingerprint, first.origin)
-    parts: list[tuple[list[str], Images]] = [
-        ([item.image for item in (*source.train, *source.val, *source.test)], source.images)
-        for source in sources.values()
-    ]
+    own = [splits.train, *(split for name, split in splits.evaluation.items() if name not in sources)]
+    parts: list[tuple[list[str], Images]] = [([item.image for split in own for item in split.items], first.images)]
+    for name, source in list(sources.items())[1:]:
+        parts.append(([item.image for item in splits.evaluation[name].items], source.images))
     fingerprint = manifest.digest({name: source.fingerprint for name, source in sources.items()})
     origins = {name: source.origin for name, source in sources.items()}
     origin = first.origin if len(set(origins.values())) == 1 else ", ".join(f"{k}: {v}" for k, v in origins.items())

@@ -11,7 +11,7 @@ from common import metrics
 from common.data import digits, settings, source
 from common.data.sampling import Sampling
 from common.data.source import Dataset
-from common.schema import Data
+from common.schema_task import Data
 from common.types import Item, Source, Task, UserError
 from tests.test_sampling import GOLDEN, TRAIN, VAL, keys
 
