@@ -122,10 +122,9 @@ def examine(loader: Loader, keys: Sequence[str]) -> dict[str, str]:
     Raises:
         UserError: The good ones cannot be written down.
     """
-    each = list(dict.fromkeys(keys))
     digests: dict[str, str] = {}
     bad: dict[str, str] = {}
-    for key, found in zip(each, loader.attempt(loader.digest, each), strict=True):
+    for key, found in zip(keys, loader.attempt(loader.digest, keys), strict=True):
         if isinstance(found, BadImage):
             bad[key] = str(found)
         else:
@@ -136,7 +135,7 @@ def examine(loader: Loader, keys: Sequence[str]) -> dict[str, str]:
     for key, outcome in progress(_try(loader, waiting, notes), "checking images", len(waiting)):
         if outcome is not None:
             bad[key] = str(outcome)
-    return {key: bad[key] for key in each if key in bad}
+    return {key: bad[key] for key in keys if key in bad}
 
 
 def _try(loader: Loader, waiting: dict[str, str], notes: Path | None) -> Iterator[tuple[str, BadImage | None]]:
