@@ -18,7 +18,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 from common.data import images, loading
 from common.data.images import FileImages, combine, decode, resize
-from common.data.loading import Loader, examine, report
+from common.data.loading import SUFFIX, Loader, bytes_per_picture, examine, report
 from common.disk_cache import DiskCache
 from common.types import BadImage, UserError
 
@@ -622,3 +622,12 @@ def test_resizing_leaves_the_interpreter_to_other_threads():
 def test_the_report_is_one_line_with_the_fix(bad, line):
     text = str(report(bad, 3669))
     assert text.startswith(line) and "\n" not in text and "data.skip_bad=true" in text
+
+
+def test_only_the_pictures_that_are_kept_are_cached(tmp_path):
+    for name in ("a", "b"):
+        Image.new("RGB", (9, 7), (9, 8, 7)).save(tmp_path / f"{name}.png")
+    cache = DiskCache(tmp_path / "cache", 2**20, SUFFIX)
+    load = Loader(FileImages({"d": tmp_path}), 8, "squash", cache, 1, kept={"d/b.png"})
+    assert len(load(["d/a.png", "d/b.png"])) == 2
+    assert [path.stat().st_size for path in cache.folder.glob(f"*{SUFFIX}")] == [bytes_per_picture(8)]
