@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from common.data.sampling import SAMPLERS, TEST_ROWS
 from common.models.families import FAMILIES
 from common.types import UserError
 
@@ -64,14 +65,28 @@ class Data:
         if self.cache_gb < 0:
             raise UserError(f"data.cache_gb={self.cache_gb} must be 0 (no cache) or a size in GiB")
         if self.source == "hub" and not self.hub:
-            raise UserError(f"data={self.name}: no hub id with this dataset's images and names is known; docs/datasets.md")
+            raise UserError(
+                f"data={self.name}: no hub id with this dataset's images and names is known; docs/datasets.md"
+            )
 
 
 @dataclass
 class Setting:
-    """What the model is tested on relative to what it was trained on."""
+    """What the model is tested on relative to what it was trained on.
+
+    build: the function that assembles the splits. list_share: share of the class names that a question lists; 0: the
+    question is open. targets: datasets to test on besides; test_on: their names, null: all of them.
+    """
 
     name: str = MISSING
+    build: str = MISSING
+    list_share: float = 0.4
+    targets: dict[str, Data] = field(default_factory=dict)
+    test_on: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.list_share <= 1:
+            raise UserError(f"setting.list_share={self.list_share} must be between 0 (open question) and 1")
 
 
 @dataclass
@@ -82,6 +97,8 @@ class Protocol:
     accuracy_match: str = MISSING
     format_match: str = MISSING
     evaluation_prompt: str = MISSING
+    sampler: str = MISSING
+    test_rows: str = MISSING
     sft_loss: str = MISSING
     sft_system_prompt: str = MISSING
 
@@ -89,6 +106,8 @@ class Protocol:
         for key in ("accuracy_match", "format_match"):
             one_of(f"protocol.{key}", getattr(self, key), ("strict", "official"))
         one_of("protocol.evaluation_prompt", self.evaluation_prompt, ("train", "official"))
+        one_of("protocol.sampler", self.sampler, SAMPLERS)
+        one_of("protocol.test_rows", self.test_rows, TEST_ROWS)
         one_of("protocol.sft_loss", self.sft_loss, ("answer", "everything"))
         one_of("protocol.sft_system_prompt", self.sft_system_prompt, ("default", "think"))
 
@@ -110,6 +129,7 @@ class Lora:
 class Model:
     """A checkpoint: a folder or hub id (`path`), or a module with `build` and `meter` that makes one (`recipe`).
 
+    resize: how an image becomes image_size x image_size: `squash`, `crop` (shorter side, then the centre) or `pad`.
     image_attention: `family` (the architecture's own) or `causal`. feature_cache_gb: disk space for the image features
     of a frozen vision tower, 0: no cache. load_in_8bit: bitsandbytes' LLM.int8() for the frozen base of adapters.
     """
@@ -121,6 +141,7 @@ class Model:
     recipe: str | None = None
     dtype: str = "bfloat16"
     image_size: int = MISSING
+    resize: str = "squash"
     max_prompt_tokens: int = MISSING
     gradient_checkpointing: bool = False
     image_attention: str = "family"
@@ -132,6 +153,7 @@ class Model:
 
     def __post_init__(self) -> None:
         one_of("model.family", self.family, tuple(FAMILIES))
+        one_of("model.resize", self.resize, ("squash", "crop", "pad"))
         one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
         one_of("model.image_attention", self.image_attention, ("family", "causal"))
         if self.feature_cache_gb > 0 and not self.freeze_vision:
@@ -301,8 +323,11 @@ class Config:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     label_scoring: bool = True
     doctor: Any = "auto"
-    shots: int = 16
+    manifest: bool = False
+    shots: Any = 16
     seed: int = 1
+    sampler: str = MISSING
+    validation: str = "few"
     gpus: int = MISSING
     cache_dir: str = MISSING
     run_name: str = MISSING

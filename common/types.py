@@ -122,7 +122,8 @@ class Sample:
 @dataclass(frozen=True)
 class Prediction:
     """One evaluated image. `answer` is empty when the completion gives none or several. `correct` is the strict match,
-    `correct_official` the authors' substring match. `probabilities` (length-normalised) and `probabilities_raw` belong
+    `correct_official` the authors' substring match, `correct_alias` a strict match of the label or another word for it.
+    `probabilities` (length-normalised) and `probabilities_raw` belong
     to the names in `choices`; all three are empty without label scoring.
     """
 
@@ -132,6 +133,7 @@ class Prediction:
     completion: str
     correct: bool
     correct_official: bool
+    correct_alias: bool
     formatted: bool
     tokens: int
     truncated: bool
@@ -180,7 +182,7 @@ class Method(Protocol):
     """What a paper's method decides: how to ask, and what a reply looks like. Found by `method._target_`."""
 
     def train_prompts(self, task: Task) -> list[Prompt]:
-        """One prompt per training item, in the order of `task.train`."""
+        """One prompt per training item, in the order of `task.train.items`."""
 
     def evaluation_prompts(self, task: Task, split: str) -> list[Prompt]:
         """One prompt per item of `task.evaluation[split]`, in its order."""
@@ -201,8 +203,11 @@ class Result:
     setting: str
     protocol: str
     model: str
-    shots: int
+    shots: int | str
     seed: int
+    sampler: str
+    origin: str
+    left_out: int
     signature: str
     git_commit: str | None
     versions: dict[str, str]
@@ -211,4 +216,5 @@ class Result:
     decoding: str
     eval: dict[str, Any] = field(default_factory=dict)
     zero_shot: dict[str, Any] = field(default_factory=dict)
+    overall: dict[str, dict[str, float]] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)

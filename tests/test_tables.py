@@ -27,3 +27,14 @@ def test_probabilities_are_one_line_per_split():
 def test_a_result_without_label_scoring_has_no_line():
     result = {"train": {"updates": 3}, "zero_shot": {"test": summary()}, "eval": {"test": summary()}}
     assert tables.probability_lines(result) == []
+
+
+def test_several_splits_have_one_number():
+    numbers = {"zero_shot": {"harmonic_mean": 0.5}, "eval": {"harmonic_mean": 0.625}}
+    result = {"train": {"updates": 3}, "overall": numbers, "left_out": 2}
+    assert tables.overall_lines(result) == [
+        "harmonic mean: zero-shot 50.00 %, trained 62.50 %",
+        "2 pictures that cannot be decoded were left out (manifest.json names them)",
+    ]
+    untrained = {"train": {"updates": 0}, "overall": {"zero_shot": {}, "eval": {}}, "left_out": 0}
+    assert tables.overall_lines(untrained) == []
