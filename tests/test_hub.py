@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from common.data import hub
-from common.data.hub_classes import WORDINGS
+from common.data.hub_classes import WORDINGS, match
 from common.data.place import Place
 from common.types import BadImage, UserError
 
@@ -331,10 +331,64 @@ CONFIGURED = sorted((Path(__file__).parent.parent / "conf" / "data").glob("*.yam
 def test_configured_blocks_are_calls_of_the_reader(path, place):
     from omegaconf import OmegaConf
 
-    block = OmegaConf.to_container(OmegaConf.load(path)).get("hub")
+    block = OmegaConf.to_container(OmegaConf.load(path), resolve=True).get("hub")
     if not block:
         return
     assert block.pop("_target_") == "common.data.hub.read"
     bound = inspect.signature(hub.read).bind(place, **block)
     assert bound.arguments.get("wording", "as_is") in WORDINGS
-    assert set(bound.arguments["parts"]) <= set(hub.PARTS) and "test" in bound.arguments["parts"]
+    assert set(bound.arguments["parts"]) <= {"train", "val", "test"} and "test" in bound.arguments["parts"]
+
+
+def test_a_task_from_the_hub(place, tmp_path, compose):
+    from common import task
+    from common.config import validate
+
+    split_file(place, ["polka-dotted", "banded_lines"])
+    colours = [RED, GREEN, BLUE, RED]
+    id = write(
+        tmp_path / "repo",
+        ["banded lines", "polka-dotted"],
+        {"train": [0, 1, 0, 1], "test": [1, 0]},
+        {"train": [png(colour) for colour in colours]},
+    )
+    settings = ["data=dtd", f"data.root={place.root}", "data.source=hub", f"data.hub.id={id}", "shots=all"]
+    found = task.build(validate(compose("method=sft", *settings))).task
+    assert found.origin == "hub split" and found.train.names == ("polka-dotted", "banded lines")
+    assert [(item.image, item.label) for item in found.train.items] == [
+        (f"dtd/hub/train/{row}", label) for row, label in enumerate([1, 0, 1, 0])
+    ]
+    assert {name: len(split.items) for name, split in found.evaluation.items()} == {"test": 2}
+    for item, colour in zip(found.train.items, colours, strict=True):
+        assert (np.asarray(found.images.open(item.image)) == colour).all()
+
+
+def test_datasets_without_a_known_copy_say_so(compose):
+    from omegaconf import OmegaConf
+
+    config = compose("data=flowers102", "data.source=hub")
+    with pytest.raises(UserError, match="data=flowers102: no hub id"):
+        OmegaConf.to_object(config.data)
+
+
+REAL = Path(__file__).parent.parent.parent / "shared" / "data" / "coop_splits"
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the published split files are not here")
+@pytest.mark.parametrize(
+    ("file", "count"),
+    [("Caltech101", 100), ("OxfordPets", 37), ("StanfordCars", 196), ("DescribableTextures", 47), ("EuroSAT", 10), ("UCF101", 101)],
+)  # fmt: skip
+def test_real_names_find_their_classes(place, file, count):
+    path = REAL / f"split_zhou_{file}.json"
+    (place.folder / path.name).symlink_to(path)
+    names = {label: name for _, label, name in json.loads(path.read_text())["test"]}
+    assert len(names) == count
+    on_the_hub = {name.upper().replace("_", " "): label for label, name in names.items()}
+    wording = "as_is"
+    if file == "StanfordCars":  # the year to the end, as the hub has it
+        on_the_hub = {" ".join([*name.split()[1:], name.split()[0]]): label for name, label in on_the_hub.items()}
+        wording = "year_first"
+    found = match(place, sorted(on_the_hub), wording, {}, [])
+    assert found.labels == on_the_hub
+    assert found.names == tuple(names[label] for label in range(count))

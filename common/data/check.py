@@ -90,7 +90,9 @@ def configured(names: Sequence[str], overrides: Sequence[str]) -> list[Data]:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             for name in names or known:
                 composed = hydra.compose("config", [f"data={name}", *overrides])
-                found.append(OmegaConf.to_object(composed.data))
+                data = OmegaConf.to_object(composed.data)
+                assert isinstance(data, Data)
+                found.append(data)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(" ".join(str(error).split())) from error
     return found

@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.data import hub_classes
+from common.data.assemble import PARTS, Parts, fingerprint
 from common.data.images import decode
-from common.data.manifest import digest
 from common.data.place import Place
 from common.types import BadImage, Item, Source, UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PARTS = ("train", "val", "test")
 PAGE = "https://huggingface.co/datasets"
 
 
@@ -35,7 +34,7 @@ def read(
     parts: Mapping[str, str] | None = None,
     wording: str = "as_is",
     renames: Mapping[str, str] | None = None,
-    drop: Sequence[str] = (),
+    drop: Sequence[str] | None = None,
 ) -> Source:
     """The hub's splits and images under the dataset's class names.
 
@@ -62,15 +61,15 @@ def read(
         _check_columns(place, table, id, image, label)
     rows = {part: _names(place, table, label, parts[part]) for part, table in tables.items()}
     found = sorted({name for table in tables.values() for name in _declared(table, label)}.union(*rows.values()))
-    classes = hub_classes.match(place, found, wording, renames or {}, drop)
-    items = {part: _items(place, part, names, classes) for part, names in rows.items()}
+    classes = hub_classes.match(place, found, wording, renames or {}, drop or ())
+    items = Parts(*(_items(place, part, rows.get(part, ()), classes) for part in PARTS))
     return Source(
         names=classes.names,
-        train=items.get("train", ()),
-        val=items.get("val", ()),
-        test=items.get("test", ()),
+        train=tuple(items.train),
+        val=tuple(items.val),
+        test=tuple(items.test),
         images=HubImages({part: _column(table, image) for part, table in tables.items()}),
-        fingerprint=_fingerprint(classes, rows),
+        fingerprint=fingerprint(classes.names, items),
         origin="hub split",
     )
 
@@ -193,12 +192,6 @@ def _items(place: Place, part: str, names: Sequence[str], classes: hub_classes.C
         for row, name in enumerate(names)
         if name in labels
     )
-
-
-def _fingerprint(classes: hub_classes.Classes, rows: Mapping[str, Sequence[str]]) -> str:
-    """Class names and labels of all rows; a dropped row has none. The same for a local copy as for the hub's."""
-    labels = {part: [classes.labels.get(name) for name in names] for part, names in rows.items()}
-    return digest({"names": classes.names, "labels": labels})
 
 
 def _column(table: Any, image: str) -> Column:

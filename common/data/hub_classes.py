@@ -6,14 +6,18 @@ and never numbers. Where the dataset's own files are on this machine, they say w
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 from common.data import wordnet
+from common.data.assemble import names_by_label
+from common.data.imagenet import CLASSNAMES, classnames
+from common.data.listing import lines
 from common.data.place import Place
+from common.data.shifted import IMAGENET
+from common.data.split_file import parse
 from common.parsing import normalize
 from common.types import UserError
 
@@ -98,7 +102,10 @@ def match(place: Place, found: Sequence[str], wording: str, renames: Mapping[str
 def _refuse_unknown(key: str, named: Sequence[str], found: Sequence[str]) -> None:
     there = {normalize(name) for name in found}
     if unknown := [name for name in named if normalize(name) not in there]:
-        raise UserError(f"data.hub.{key} names {_list(unknown)}, which the hub's classes do not include")
+        raise UserError(
+            f"data.hub.{key} names {_list(unknown)}, which the hub does not have; it has {_list(found)}"
+            f" (data.hub.{key}=null: none)"
+        )
 
 
 def _own(place: Place, words: Mapping[str, str]) -> Classes:
@@ -122,10 +129,10 @@ def _counterparts(place: Place, words: Mapping[str, str], known: Sequence[_Known
     if several := [name for name, labels in candidates.items() if len(labels) > 1]:
         raise place.error(f"the hub's {_list(several)} could be several classes; say which with data.hub.renames")
     labels = {name: candidates[name][0] for name in words}
-    if missing := [one.name for label, one in enumerate(known) if label not in labels.values()]:
+    hits = Counter(labels.values())
+    if missing := [one.name for label, one in enumerate(known) if label not in hits]:
         raise place.error(f"the hub has no class {_list(missing)}; its names are {_list(list(words))}")
-    if len(set(labels.values())) < len(labels):
-        twice = [name for name in labels if list(labels.values()).count(labels[name]) > 1]
+    if twice := [name for name, label in labels.items() if hits[label] > 1]:
         raise place.error(f"the hub's {_list(twice)} are one class of the dataset; correct data.hub.renames")
     return Classes(tuple(one.name for one in known), labels)
 
@@ -144,10 +151,11 @@ def _known(place: Place, wording: str) -> list[_Known] | None:
         raise place.error(
             f"{place.folder} has several split files; keep one of {_list([path.name for path in splits])}"
         )
+    names: Sequence[str]
     if splits:
-        names = _split_names(place, splits[0])
+        names = names_by_label(place, parse(place, splits[0]), str(splits[0]))
     elif (variants := place.folder / "variants.txt").is_file():
-        names = [line.strip() for line in variants.read_text().splitlines() if line.strip()]
+        names = [name for _, name in lines(place, variants)]
     else:
         return None
     return [_Known(normalize(name), name) for name in names]
@@ -155,20 +163,10 @@ def _known(place: Place, wording: str) -> list[_Known] | None:
 
 def _from_classnames(place: Place) -> list[_Known]:
     """The lines `<WordNet id> <name>`, from the dataset's folder or ImageNet's."""
-    for folder in (place.folder, place.root / "imagenet"):
-        if (path := folder / "classnames.txt").is_file():
-            rows = [line.strip().partition(" ") for line in path.read_text().splitlines() if line.strip()]
-            return [_Known(normalize(wnid), name.strip()) for wnid, _, name in rows]
+    for folder in (place.folder, place.root / IMAGENET):
+        if (path := folder / CLASSNAMES).is_file():
+            return [_Known(normalize(wnid), name) for wnid, name in classnames(place, path).items()]
     raise place.error(
-        f"{place.root / 'imagenet' / 'classnames.txt'} does not exist, and the hub gives WordNet ids only; write it"
-        " with `python -m common.data.names classnames <file>`"
+        f"{place.root / IMAGENET / CLASSNAMES} does not exist, and the hub gives WordNet ids only; write it with"
+        " `python -m common.data.names classnames <file>`"
     )
-
-
-def _split_names(place: Place, path: Path) -> list[str]:
-    try:
-        parts = json.loads(path.read_text())
-        names = {int(label): str(name) for rows in parts.values() for _, label, name in rows}
-        return [names[label] for label in range(len(names))]
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise place.error(f"{path} is not a split file ({type(error).__name__}: {error})") from error
