@@ -60,7 +60,7 @@ def test_every_dataset_is_found_and_complete(monkeypatch, tree):
 def test_other_sizes_than_published(configured):
     published = {"classes": 3, "train": 2820, "val": 3, "test": 1692}
     report = check.examine(configured("dtd", published=published))
-    assert report.problems == ("6 train images, published are 2,820", "6 test images, published are 1,692")
+    assert report.problems == ("not the published sizes: train 6 of 2,820, test 6 of 1,692",)
     shown = check.table([report])
     assert [str(cell) for column in shown.columns for cell in column.cells][7] == "differs"
     # ImageNet without its training images is enough for zero-shot
@@ -76,6 +76,22 @@ def test_missing_and_empty_images_are_counted(configured, tree, tmp_path):
     assert report.problems == (
         "2 of 15 images are missing or empty, first: dtd/images/banded/banded_0002.jpg (no such file or directory)",
     )
+
+
+def test_borrowed_images_belong_to_the_report_of_their_dataset(configured, tree, tmp_path):
+    for folder in ("imagenet", "imagenet-adversarial"):
+        shutil.copytree(tree / folder, tmp_path / folder)
+    (tmp_path / "imagenet/images/train/n01608432/n01608432_1.JPEG").write_bytes(b"")
+    problems = {
+        name: check.examine(configured(name, root=str(tmp_path), published={})).problems
+        for name in ("imagenet", "imagenet_a")
+    }
+    assert problems == {
+        "imagenet": (
+            "1 of 20 images are missing or empty, first: imagenet/images/train/n01608432/n01608432_1.JPEG (an empty file)",
+        ),
+        "imagenet_a": (),
+    }
 
 
 def test_a_missing_split_file_is_a_problem(configured, tree, tmp_path):

@@ -68,10 +68,11 @@ def _missing_images(name: str, source: Source) -> Iterator[str]:
 
 def _differences(published: dict[str, int], sizes: dict[str, int]) -> Iterator[str]:
     """Sizes that are not the published ones. A part that is absent altogether is left out on purpose."""
-    for key in SIZES:
-        if sizes[key] and sizes[key] != published.get(key, sizes[key]):
-            noun = "classes" if key == "classes" else f"{key} images"
-            yield f"{sizes[key]:,} {noun}, published are {published[key]:,}"
+    different = [key for key in SIZES if sizes[key] and sizes[key] != published.get(key, sizes[key])]
+    if different:
+        yield "not the published sizes: " + ", ".join(
+            f"{key} {sizes[key]:,} of {published[key]:,}" for key in different
+        )
 
 
 def configured(names: Sequence[str], overrides: Sequence[str]) -> list[Data]:
@@ -100,7 +101,7 @@ def configured(names: Sequence[str], overrides: Sequence[str]) -> list[Data]:
 
 def table(reports: Sequence[Report]) -> Table:
     """A line for every dataset."""
-    shown = Table(title="datasets", title_justify="left")
+    shown = Table(title=f"datasets in {reports[0].data.root}", title_justify="left")
     for name in ("dataset", "there", "split"):
         shown.add_column(name)
     for name in (*SIZES, "published", "problems"):

@@ -113,14 +113,13 @@ class HubImages:
             BadImage: There is none.
         """
         *_, part, row = image.split("/")
-        column = self.parts[part]
-        size = column.sizes[int(row)].as_py()
-        if size:
-            return column, int(row), None
-        stored = column.pictures[int(row)].as_py() if size is None else None
-        path = Path((stored or {}).get("path") or "")
-        if path.is_file() and path.stat().st_size:
-            return column, int(row), path
+        column, number = self.parts[part], int(row)
+        if column.sizes[number].as_py():
+            return column, number, None
+        stored = column.pictures[number].as_py() or {}
+        path = Path(stored.get("path") or "")
+        if path.is_absolute() and path.is_file() and path.stat().st_size:
+            return column, number, path
         raise BadImage("the hub dataset has no picture in this row")
 
 
