@@ -19,20 +19,11 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from common.checks import one_of
 from common.data.sampling import SAMPLERS, VALIDATIONS
 from common.plugins import check_call, check_module
-from common.schema import (
-    GRPO,
-    Config,
-    Data,
-    Model,
-    Protocol,
-    Rollout,
-    Setting,
-    Tracking,
-    Trainer,
-    one_of,
-)
+from common.schema import GRPO, Config, Model, Rollout, Tracking, Trainer
+from common.schema_task import Data, Protocol, Setting
 from common.types import UserError
 
 SCHEMAS = {

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from common import task
-from common.data.images import Loader, examine, report
+from common.data.loading import SUFFIX, Loader, examine, report
 from common.disk_cache import DiskCache
 from common.distributed import gather, share_of, world
 from common.schema import Config
@@ -39,6 +39,6 @@ def make_loader(config: Config, questions: Questions) -> Loader:
     cache = None
     if config.data.cache_gb > 0:
         folder = Path(config.cache_dir).resolve() / "pixels"
-        cache = DiskCache(folder, int(config.data.cache_gb * 2**30), ".rgb")
+        cache = DiskCache(folder, int(config.data.cache_gb * 2**30), SUFFIX)
     workers = max(1, min(8, (os.cpu_count() or 1) // world()))
     return Loader(questions.task.images, config.model.image_size, config.model.resize, cache, workers)

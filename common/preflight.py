@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from common import task
-from common.data.images import report
+from common.data.loading import report
 from common.distributed import started_by_launcher, world
 from common.models import files
 from common.schema import Config

@@ -30,7 +30,7 @@ def describe(config: Config, values: dict[str, Any], checkpoint: Path, questions
         shots=config.shots,
         seed=config.seed,
         sampler=config.sampler,
-        origin=questions.task.origin,
+        origins=questions.task.origins,
         left_out=len(questions.manifest["left_out"]),
         signature=signature(values),
         git_commit=git_commit(),

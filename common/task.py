@@ -16,7 +16,8 @@ from common.data.sampling import Sampling
 from common.data.settings import Splits
 from common.data.source import Dataset, load_dataset
 from common.plugins import locate
-from common.schema import Config, Data
+from common.schema import Config
+from common.schema_task import Data
 from common.types import Images, Method, Prompt, Split, Task, UserError
 
 
@@ -59,7 +60,7 @@ def build(config: Config, without: Collection[str] = ()) -> Questions:
     header = {
         "data": config.data.name,
         "setting": config.setting.name,
-        "origin": task.origin,
+        "origins": task.origins,
         "fingerprint": task.fingerprint,
         "sampler": config.sampler,
         "validation": config.validation,
@@ -99,17 +100,15 @@ def _like(target: Data, data: Data) -> Data:
 
 def _task(datasets: dict[str, Dataset], splits: Splits) -> Task:
     sources = {name: dataset.source for name, dataset in datasets.items()}
-    first = next(iter(sources.values()))
+    first, origins = next(iter(sources.values())), {name: source.origin for name, source in sources.items()}
     if len(sources) == 1:
-        return Task(splits.train, splits.evaluation, first.images, first.fingerprint, first.origin)
-    parts: list[tuple[list[str], Images]] = [
-        ([item.image for item in (*source.train, *source.val, *source.test)], source.images)
-        for source in sources.values()
-    ]
+        return Task(splits.train, splits.evaluation, first.images, first.fingerprint, origins)
+    own = [splits.train, *(split for name, split in splits.evaluation.items() if name not in sources)]
+    parts: list[tuple[list[str], Images]] = [([item.image for split in own for item in split.items], first.images)]
+    for name, source in list(sources.items())[1:]:
+        parts.append(([item.image for item in splits.evaluation[name].items], source.images))
     fingerprint = manifest.digest({name: source.fingerprint for name, source in sources.items()})
-    origins = {name: source.origin for name, source in sources.items()}
-    origin = first.origin if len(set(origins.values())) == 1 else ", ".join(f"{k}: {v}" for k, v in origins.items())
-    return Task(splits.train, splits.evaluation, combine(parts), fingerprint, origin)
+    return Task(splits.train, splits.evaluation, combine(parts), fingerprint, origins)
 
 
 def _without(task: Task, images: frozenset[str]) -> Task:

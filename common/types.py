@@ -37,7 +37,7 @@ class BadImage(Exception):
     """A picture that cannot be used; the message says why."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # a dataset has up to 1.3 million
 class Item:
     """One labelled image. `image` is its key: `<dataset>/<path inside the dataset's folder>`, unique among datasets."""
 
@@ -84,13 +84,16 @@ class Split:
 
 @dataclass(frozen=True)
 class Task:
-    """A few-shot problem: what to train on, and what to test on, by the name of the split."""
+    """A few-shot problem: what to train on, and what to test on, by the name of the split.
+
+    `origins` says of every dataset whose split it is; the first is the one to train on.
+    """
 
     train: Split
     evaluation: dict[str, Split]
     images: Images
     fingerprint: str
-    origin: str
+    origins: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -206,7 +209,7 @@ class Result:
     shots: int | str
     seed: int
     sampler: str
-    origin: str
+    origins: dict[str, str]
     left_out: int
     signature: str
     git_commit: str | None

@@ -98,7 +98,7 @@ def build(root: Path, shots_per_class: int = 2, missing_split: bool = False) -> 
 
 
 def picture(path: Path, label: int = 0) -> None:
-    """A picture that is the same every time, different from all others, and coloured by its label."""
+    """A picture that is the same every time, coloured by its label, with noise that its file name decides."""
     path.parent.mkdir(parents=True, exist_ok=True)
     colour = np.array(colorsys.hsv_to_rgb(label * 0.17 % 1, 0.8, 0.8)) * 255
     noise = np.random.default_rng(random.Random(str(path.name)).randrange(2**32)).integers(-40, 41, (24, 32, 3))
@@ -256,7 +256,8 @@ def _photos(folder: Path, shots: int) -> None:
         for number in range(1, shots + 3):
             picture(folder / name / f"{number}.png", label)
         picture(folder / name / "holiday/2024/beach.JPG", label)
-        (folder / name / ".DS_Store").write_bytes(b"\0")
+        picture(folder / name / ".thumbnails/1.png", label)
+        (folder / name / ".hidden.png").write_bytes(b"\0")
         (folder / name / "notes.txt").write_text("no photo\n")
 
 

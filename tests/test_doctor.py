@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from common import doctor
-from common.data.images import Loader
+from common.data.loading import Loader
 from common.grpo.layout import SharedPrefix
 from common.models.vlm import Encoder
 from common.rewards import Reward, equality

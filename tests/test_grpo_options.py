@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from common.data.images import Loader
+from common.data.loading import Loader
 from common.grpo import trainer as module
 from common.grpo.logprobs import PolicyScorer
 from common.grpo.packing import pack_plain

@@ -9,7 +9,7 @@ import torch
 
 from common import parsing
 from common.data import digits
-from common.data.images import Loader
+from common.data.loading import Loader
 from common.evaluate import Evaluator
 from common.grpo.logprobs import PolicyScorer
 from common.grpo.packing import Group, pack_plain

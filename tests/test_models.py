@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common.data.images import Loader
+from common.data.loading import Loader
 from common.models import files, glyphs, pretrain, tiny, tiny_gemma3
 from common.models.families import Gemma3, Qwen2VL
 from common.models.vlm import Encoder

@@ -362,7 +362,7 @@ def test_fingerprints_do_not_depend_on_the_place(tree, tmp_path, name):
     "change",
     [
         lambda content: content["train"][1].__setitem__(0, "banded/banded_0009.jpg"),
-        lambda content: content["train"][1].__setitem__(1, 1),
+        lambda content: content["train"][-1].__setitem__(1, 1),
         lambda content: [row.__setitem__(2, "spotted") for part in content.values() for row in part if row[1] == 1],
         lambda content: content["train"].reverse(),
         lambda content: content["test"].append(content["val"].pop()),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from common.data.images import Loader
+from common.data.loading import Loader
 from common.grpo.logprobs import PolicyScorer
 from common.grpo.packing import Group, pack_plain
 from common.models.families import FAMILIES

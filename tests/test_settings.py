@@ -11,7 +11,7 @@ from common import metrics
 from common.data import digits, settings, source
 from common.data.sampling import Sampling
 from common.data.source import Dataset
-from common.schema import Data
+from common.schema_task import Data
 from common.types import Item, Source, Task, UserError
 from tests.test_sampling import GOLDEN, TRAIN, VAL, keys
 
@@ -69,7 +69,7 @@ def test_shift_refuses_classes_that_were_not_trained():
 
 def ask(list_share, data=None, build=settings.few_shot, **options):
     found = build(data or dataset(), {}, Sampling(1, 1))
-    task = Task(found.train, found.evaluation, digits.Digits(), "", "")
+    task = Task(found.train, found.evaluation, digits.Digits(), "", {})
     method = ClosedFormQuestion(instruction="no_think", seed=1, list_share=list_share, **options)
     return {split: method.evaluation_prompts(task, split) for split in task.evaluation}
 

@@ -8,7 +8,7 @@ from types import MethodType
 import pytest
 import torch
 
-from common.data.images import Loader
+from common.data.loading import Loader
 from common.grpo.logprobs import PolicyScorer
 from common.grpo.packing import Encoded, Group, pack_plain, pack_shared
 from common.models.families import Qwen2VL

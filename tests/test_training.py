@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.data.images import Loader
+from common.data.loading import Loader
 from common.engine import Engine
 from common.grpo.logprobs import PolicyScorer
 from common.grpo.packing import Group, pack_plain, pack_shared, score_prompts

@@ -184,6 +184,7 @@ def combine(images: Sequence[tuple[Iterable[str], Images]]) -> CombinedImages:
     parts: dict[str, Images] = {}
     for keys, part in images:
         for dataset in sorted({key.partition("/")[0] for key in keys}):
-            if parts.setdefault(dataset, part) != part:
+            own = FileImages({dataset: part.folders[dataset]}) if isinstance(part, FileImages) else part
+            if parts.setdefault(dataset, own) != own:
                 raise UserError(f"two datasets are called '{dataset}', so their images have the same keys: rename one")
     return CombinedImages(parts)

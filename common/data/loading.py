@@ -32,7 +32,9 @@ class Loader:
     as its stamp: a file that has changed is decoded anew.
     """
 
-    def __init__(self, images: Images, size: int, policy: str, cache: DiskCache | None, workers: int) -> None:
+    def __init__(
+        self, images: Images, size: int, policy: str = "squash", cache: DiskCache | None = None, workers: int = 1
+    ) -> None:
         """
         Args:
             images: Where the pictures come from.

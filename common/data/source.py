@@ -9,7 +9,7 @@ from pathlib import Path
 from common.data.names import display, read_aliases
 from common.data.place import Place
 from common.plugins import locate
-from common.schema import Data
+from common.schema_task import Data
 from common.types import Item, Source, Split, UserError
 
 

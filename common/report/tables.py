@@ -26,7 +26,8 @@ def result_table(result: dict[str, Any]) -> Table:
         f"{result['method']} · {result['data']} · {result['model']} · {result['shots']} shots · seed {result['seed']}"
     )
     where = "" if result["setting"] == "few_shot" else f" · {result['setting']}"
-    table = Table(title=f"{title}{where} · {result['protocol']} · {result['origin']}", title_justify="left")
+    splits = " / ".join(dict.fromkeys(result["origins"].values()))
+    table = Table(title=f"{title}{where} · {result['protocol']} · {splits}", title_justify="left")
     table.add_column("split")
     for name in ("images", "accuracy %", "95 % interval", "official match %", "well-formed %", "tokens", "seconds"):
         table.add_column(name, justify="right")
