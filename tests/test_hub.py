@@ -354,7 +354,7 @@ def test_a_task_from_the_hub(place, tmp_path, compose):
     )
     settings = ["data=dtd", f"data.root={place.root}", "data.source=hub", f"data.hub.id={id}", "shots=all"]
     found = task.build(validate(compose("method=sft", *settings))).task
-    assert found.origin == "hub split" and found.train.names == ("polka-dotted", "banded lines")
+    assert found.origins == {"dtd": "hub split"} and found.train.names == ("polka-dotted", "banded lines")
     assert [(item.image, item.label) for item in found.train.items] == [
         (f"dtd/hub/train/{row}", label) for row, label in enumerate([1, 0, 1, 0])
     ]

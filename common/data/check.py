@@ -21,7 +21,7 @@ from rich.table import Table
 
 from common import config
 from common.data.source import find, load
-from common.schema import Data
+from common.schema_task import Data
 from common.types import BadImage, Source, UserError
 
 CONF = Path(__file__).parent.parent.parent / "conf"
