@@ -64,8 +64,11 @@ def class_list(names: Sequence[str], truth: str, size: int, seed: int, image: st
     if size == 0:
         return ()
     pool = list(dict.fromkeys(names))
-    rng.shuffle(pool)
-    chosen = pool[:size]
+    if size < len(pool):
+        chosen = rng.sample(pool, size)  # what shuffling all and cutting gives, sooner
+    else:
+        chosen = pool
+        rng.shuffle(chosen)
     if truth not in chosen:
         chosen[-1] = truth
     rng.shuffle(chosen)

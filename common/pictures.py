@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from common import task
-from common.data.loading import SUFFIX, Loader, examine, report
+from common.data.loading import SUFFIX, Loader, bytes_per_picture, examine, report
 from common.disk_cache import DiskCache
 from common.distributed import gather, share_of, world
 from common.schema import Config
@@ -35,10 +35,16 @@ def readable(config: Config) -> tuple[Questions, list[str]]:
 
 
 def make_loader(config: Config, questions: Questions) -> Loader:
-    """Decodes and resizes pictures, side by side; decoded ones are kept on disk for later epochs and runs."""
-    cache = None
-    if config.data.cache_gb > 0:
-        folder = Path(config.cache_dir).resolve() / "pixels"
-        cache = DiskCache(folder, int(config.data.cache_gb * 2**30), SUFFIX)
+    """Decodes and resizes pictures, side by side; on disk for later epochs and runs if they fit.
+
+    If not all do, those are kept that training reads again and again.
+    """
+    size, limit = config.model.image_size, int(config.data.cache_gb * 2**30)
+    cache = DiskCache(Path(config.cache_dir).resolve() / "pixels", limit, SUFFIX)
     workers = max(1, min(8, (os.cpu_count() or 1) // world()))
-    return Loader(questions.task.images, config.model.image_size, config.model.resize, cache, workers)
+    kept = None
+    if len(questions.images) * bytes_per_picture(size) > limit:
+        kept = {
+            prompt.image for prompts in (questions.train, questions.evaluation.get("val", [])) for prompt in prompts
+        }
+    return Loader(questions.task.images, size, config.model.resize, cache, workers, kept)

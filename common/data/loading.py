@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -33,7 +33,13 @@ class Loader:
     """
 
     def __init__(
-        self, images: Images, size: int, policy: str = "squash", cache: DiskCache | None = None, workers: int = 1
+        self,
+        images: Images,
+        size: int,
+        policy: str = "squash",
+        cache: DiskCache | None = None,
+        workers: int = 1,
+        kept: Container[str] | None = None,
     ) -> None:
         """
         Args:
@@ -42,7 +48,9 @@ class Loader:
             policy: See `resize`.
             cache: With suffix SUFFIX; one with a bound of 0 still remembers what `examine` found. None: neither.
             workers: Threads, 1 or more; each holds one decoded picture.
+            kept: The pictures that the cache is for; None: all. More than it holds would drive each other out.
         """
+        self.kept = kept
         self.images, self.size, self.policy, self.cache, self.workers = images, size, policy, cache, workers
 
     def __call__(self, keys: Sequence[str]) -> list[Image.Image]:
@@ -62,7 +70,7 @@ class Loader:
         Raises:
             BadImage: It cannot be used.
         """
-        if self.cache is None:
+        if self.cache is None or (self.kept is not None and image not in self.kept):
             return self._decode(image)
         digest, side = self.digest(image), (self.size, self.size)
         if (pixels := _unpacked(self.cache.get(digest), 3 * self.size**2)) is not None:
@@ -99,6 +107,11 @@ class Loader:
         return resize(self.images.open(image), self.size, self.policy)
 
 
+def bytes_per_picture(size: int) -> int:
+    """Disk space of one cached picture."""
+    return 3 * size**2 + CHECKSUM
+
+
 def _packed(pixels: bytes) -> bytes:
     return pixels + zlib.crc32(pixels).to_bytes(CHECKSUM, "big")
 
@@ -122,10 +135,9 @@ def examine(loader: Loader, keys: Sequence[str]) -> dict[str, str]:
     Raises:
         UserError: The good ones cannot be written down.
     """
-    each = list(dict.fromkeys(keys))
     digests: dict[str, str] = {}
     bad: dict[str, str] = {}
-    for key, found in zip(each, loader.attempt(loader.digest, each), strict=True):
+    for key, found in zip(keys, loader.attempt(loader.digest, keys), strict=True):
         if isinstance(found, BadImage):
             bad[key] = str(found)
         else:
@@ -136,7 +148,7 @@ def examine(loader: Loader, keys: Sequence[str]) -> dict[str, str]:
     for key, outcome in progress(_try(loader, waiting, notes), "checking images", len(waiting)):
         if outcome is not None:
             bad[key] = str(outcome)
-    return {key: bad[key] for key in each if key in bad}
+    return {key: bad[key] for key in keys if key in bad}
 
 
 def _try(loader: Loader, waiting: dict[str, str], notes: Path | None) -> Iterator[tuple[str, BadImage | None]]:
