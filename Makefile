@@ -4,7 +4,7 @@ UV_VERSION := 0.13.8
 BIN := .venv/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo test test-fast test-faults bench lint format clean
+.PHONY: help setup demo data-check test test-fast test-faults bench lint format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -20,6 +20,9 @@ setup: .venv/installed  ## install the locked versions into .venv (about 6 GB)
 
 demo: setup  ## train No-Thinking-CLS-RL on real digits (no GPU, no data, no hub)
 	$(BIN)/python run.py
+
+data-check: setup  ## which datasets are there and complete? DATA=/folder (docs/datasets.md)
+	$(BIN)/python -m common.data.check
 
 test: setup  ## run the tests
 	$(BIN)/python -m pytest -m "not faults"
