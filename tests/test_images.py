@@ -68,15 +68,6 @@ PLAIN = {  # what PIL's convert is enough for
 
 
 @pytest.mark.parametrize("content", PLAIN.values(), ids=PLAIN)
-def test_only_the_pictures_that_are_kept_are_cached(tmp_path):
-    for name in ("a", "b"):
-        Image.new("RGB", (9, 7), (9, 8, 7)).save(tmp_path / f"{name}.png")
-    cache = DiskCache(tmp_path / "cache", 2**20, SUFFIX)
-    load = Loader(FileImages({"d": tmp_path}), 8, "squash", cache, 1, kept={"d/b.png"})
-    assert len(load(["d/a.png", "d/b.png"])) == 2
-    assert [path.stat().st_size for path in cache.folder.glob(f"*{SUFFIX}")] == [bytes_per_picture(8)]
-
-
 def test_decoding_equals_pil(content, tmp_path):
     expected = Image.open(io.BytesIO(content)).convert("RGB")
     same(decode(content), expected)

@@ -85,7 +85,7 @@ def cars(place: Place, images: str, rng: random.Random) -> Parts:
             image, label = str(row["fname"][0]), int(row["class"][0, 0]) - 1
             if not 0 <= label < len(names):
                 raise place.error(f"{place.folder / file}: {image} has class {label + 1} of {len(names)}")
-            found.append(Item(f"{start}{folder}/{image}", label, _year_first(names[label])))
+            found.append(Item(f"{start}{folder}/{image}", label, year_first(names[label])))
         return found
 
     train, val = split_trainval(place, items("devkit/cars_train_annos.mat", "cars_train"), rng)
@@ -121,9 +121,14 @@ def _label(place: Place, line: tuple[str, str], labels: Mapping[str, int], name:
     return labels[name]
 
 
-def _year_first(name: str) -> str:
+def year_first(name: str) -> str:
+    """A car's name as CoOp's files have it.
+
+    >>> year_first("Audi TTS Coupe 2012")
+    '2012 Audi TTS Coupe'
+    """
     model, _, year = name.rpartition(" ")
-    return f"{year} {model}"
+    return f"{year} {model}".strip()
 
 
 def _names(place: Place, path: Path) -> dict[str, str]:

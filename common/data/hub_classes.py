@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from common.data import wordnet
+from common.data.annotations import year_first
 from common.data.assemble import names_by_label
 from common.data.imagenet import CLASSNAMES, classnames
 from common.data.listing import lines
@@ -22,12 +23,6 @@ from common.parsing import normalize
 from common.types import UserError
 
 SHOWN = 5  # names in an error
-
-
-def _year_first(name: str) -> str:
-    # Stanford Cars: "Audi TTS Coupe 2012" is "2012 Audi TTS Coupe" in the CoOp files.
-    rest, _, year = name.rpartition(" ")
-    return f"{year} {rest}".strip()
 
 
 def _path(name: str) -> str:
@@ -43,7 +38,7 @@ def _synonyms(name: str) -> str:
 
 WORDINGS: dict[str, Callable[[str], str]] = {
     "as_is": str,
-    "year_first": _year_first,
+    "year_first": year_first,
     "path": _path,
     "wnid": str,
     "synonyms": _synonyms,
