@@ -28,7 +28,7 @@ BAD = {
     "appended key": (["+foo=1"], "unknown config key: foo"),
     "wrong type": (["shots=four"], "shots=four"),
     "unknown method": (["method=foo"], "Available options in 'method': clsrl nothinking sft zeroshot"),
-    "unknown data": (["data=foo"], "Available options in 'data': digits"),
+    "unknown data": (["data=foo"], "Available options in 'data': caltech101 digits"),
     "group of one": (["trainer.group_size=1"], "trainer.group_size=1"),
     "too many shots": (["shots=200"], "class 'eight' has only 174 images"),
     "missing checkpoint": (["model.recipe=null", "model.path=/nonexistent"], "model.path=/nonexistent is not a folder"),
