@@ -1,8 +1,8 @@
-"""The lines below the table of a run."""
+"""The lines below the table of a run, and its pictures."""
 
 from __future__ import annotations
 
-from common.report import tables
+from common.report import figures, tables
 
 
 def summary(**probability):
@@ -38,3 +38,15 @@ def test_several_splits_have_one_number():
     ]
     untrained = {"train": {"updates": 0}, "overall": {"zero_shot": {}, "eval": {}}, "left_out": 0}
     assert tables.overall_lines(untrained) == []
+
+
+def test_many_classes_show_their_confusions(tmp_path, monkeypatch):
+    names = [f"class {i}" for i in range(50)]
+    table = [[9 if x == y else 0 for x in range(51)] for y in range(50)]
+    table[3][7], table[8][50], table[4][5] = 5, 6, 1
+    shown = {}
+    monkeypatch.setattr(figures.plt, "close", lambda figure: shown.update(figure=figure))
+    figures.confusion(table, names, "title", tmp_path / "confusion.png")
+    labels = [label.get_text() for label in shown["figure"].axes[0].get_yticklabels()]
+    assert labels == ["class 8 → no class name", "class 3 → class 7", "class 4 → class 5"]
+    assert (tmp_path / "confusion.png").stat().st_size > 1000

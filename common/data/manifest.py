@@ -30,6 +30,8 @@ def build(
             "prompts_sha256": digest([[prompt.system, prompt.text] for prompt in prompts]),
             "rows": rows,
         }
+        if split.aliases:
+            content["splits"][name]["aliases_sha256"] = digest(split.aliases)
     return {"hash": digest(content), **content}
 
 
