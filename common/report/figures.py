@@ -12,6 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 COLOURS = ("#2f6db3", "#d9822b", "#5a9e5a", "#9467bd")
 GREY = "#8a8a8a"
@@ -118,5 +119,5 @@ def _pairs(table: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
     axis.set(xlabel=f"images; the {len(found)} most frequent confusions, true → answered")
     axis.spines[["top", "right"]].set_visible(False)
     axis.margins(x=0.12)
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
