@@ -96,10 +96,14 @@ class Task:
     origins: dict[str, str]
 
 
+CATEGORY = "<category>"  # in the text of a prompt: here stands the embedding of a category
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One question about one image. `choices` are the names it lists (empty: an open question), `aliases` other words
-    for its label.
+    for its label. `categories` are the labels whose embeddings take the places of the CATEGORY marks in the text, in
+    order. The image comes before the text, or with `image_last` after it.
     """
 
     image: str
@@ -108,6 +112,8 @@ class Prompt:
     choices: tuple[str, ...] = ()
     system: str | None = None
     aliases: tuple[str, ...] = ()
+    categories: tuple[int, ...] = ()
+    image_last: bool = False
 
 
 @dataclass(frozen=True)

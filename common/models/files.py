@@ -13,7 +13,7 @@ from typing import Any
 
 from common.models.families import FAMILIES
 from common.plugins import locate
-from common.types import Prompt, UserError
+from common.types import CATEGORY, Prompt, UserError
 
 NEEDED = ("config.json", "tokenizer.json")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -115,7 +115,13 @@ class PromptMeter:
     """Counts the tokens of prompts as the processor will make them, from the files alone."""
 
     def __init__(
-        self, family: str, config: dict[str, Any], tokenizer: Any, template: str, begin: str | None = None
+        self,
+        family: str,
+        config: dict[str, Any],
+        tokenizer: Any,
+        template: str,
+        begin: str | None = None,
+        pad: str = "",
     ) -> None:
         """
         Args:
@@ -124,6 +130,7 @@ class PromptMeter:
             tokenizer: A `tokenizers.Tokenizer`.
             template: Chat template.
             begin: The token that templates write as `bos_token`, if the checkpoint has one.
+            pad: The padding token; it marks the places of category embeddings.
         """
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -133,14 +140,17 @@ class PromptMeter:
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         environment.globals |= {"raise_exception": _refuse, "bos_token": begin or ""}
-        self.template = environment.from_string(template)
+        self.template, self.pad = environment.from_string(template), pad
 
     def tokens(self, prompts: Iterable[Prompt], image_size: int) -> list[int]:
-        """Length of each prompt in tokens, its image included."""
+        """Length of each prompt in tokens, its image and its category embeddings included."""
+        prompts = list(prompts)
         rendered = (self.template.render(messages=messages(p), add_generation_prompt=True) for p in prompts)
-        texts = [self.family.image_text(text) for text in rendered]
+        texts = [self.family.image_text(text).replace(CATEGORY, self.pad) for text in rendered]
         extra = self.family.image_tokens(self.config, image_size) - 1  # the template writes one placeholder
-        return [len(encoding.ids) + extra for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
+        found = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+        # a category has as many embeddings as an image has tokens
+        return [len(e.ids) + extra * (1 + len(p.categories)) for e, p in zip(found, prompts, strict=True)]
 
 
 def _refuse(message: str) -> None:
@@ -160,12 +170,13 @@ def meter_for_folder(folder: Path, family: str) -> PromptMeter:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # the library raises nothing more specific
         raise UserError(f"checkpoint {folder}: tokenizer.json is damaged ({error}); copy or build it again") from error
-    return PromptMeter(family, config, tokenizer, text, _begin_token(folder))
+    begin, pad = (_special_token(folder, name) for name in ("bos_token", "pad_token"))
+    return PromptMeter(family, config, tokenizer, text, begin, pad or "")
 
 
-def _begin_token(folder: Path) -> str | None:
+def _special_token(folder: Path, name: str) -> str | None:
     path = folder / "tokenizer_config.json"
-    found = json.loads(path.read_text()).get("bos_token") if path.is_file() else None
+    found = json.loads(path.read_text()).get(name) if path.is_file() else None
     return found["content"] if isinstance(found, dict) else found
 
 
@@ -178,8 +189,9 @@ def _template_from_json(folder: Path) -> str:
 
 
 def messages(prompt: Prompt) -> list[dict[str, Any]]:
-    """The conversation of one prompt: an optional system message, then the image followed by the question."""
-    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt.text}]}
+    """The conversation of one prompt: an optional system message, then image and question."""
+    content = [{"type": "image"}, {"type": "text", "text": prompt.text}]
+    user = {"role": "user", "content": content[::-1] if prompt.image_last else content}
     system = [] if prompt.system is None else [{"role": "system", "content": prompt.system}]
     return [*system, user]
 

@@ -155,4 +155,4 @@ def meter() -> PromptMeter:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(build_tokenizer()._tokenizer.to_str())
-    return PromptMeter("gemma3", {"mm_tokens_per_image": IMAGE_TOKENS}, tokenizer, CHAT_TEMPLATE, BEGIN)
+    return PromptMeter("gemma3", {"mm_tokens_per_image": IMAGE_TOKENS}, tokenizer, CHAT_TEMPLATE, BEGIN, PAD)

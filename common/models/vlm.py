@@ -19,8 +19,9 @@ from common.grpo.packing import Encoded
 from common.models.families import FAMILIES, Family
 from common.models.features import FeatureStore
 from common.models.files import messages, too_long
+from common.models.slots import Slots, spread
 from common.schema import Lora, Model
-from common.types import Prompt, UserError
+from common.types import CATEGORY, Prompt, UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,6 +36,7 @@ class VLM:
     eos: ids that end a completion. end_of_turn: the one that the chat template writes after a reply. banned: ids that
     are neither sampled nor scored (image placeholders, padding).
     causal_images: image tokens attend causally even where the family's own see each other both ways.
+    slots: embeddings beyond the vocabulary, if a method has attached some.
     """
 
     model: Any
@@ -45,6 +47,7 @@ class VLM:
     banned: tuple[int, ...]
     pad: int
     causal_images: bool = False
+    slots: Slots | None = None
 
     @property
     def device(self) -> torch.device:
@@ -175,12 +178,17 @@ class Encoder:
         texts = [
             processor.apply_chat_template(messages(p), tokenize=False, add_generation_prompt=True) for p in prompts
         ]
+        texts = [text.replace(CATEGORY, processor.tokenizer.pad_token) for text in texts]
         # the template has already written what begins a conversation
         batch = processor(text=texts, images=pictures, padding=True, return_tensors="pt", add_special_tokens=False)
         keep = batch["attention_mask"].bool()
         encoded = []
         for row, (prompt, (pixels, grid)) in enumerate(zip(prompts, family.images(batch), strict=True)):
             ids = batch["input_ids"][row][keep[row]]
+            if prompt.categories:
+                slots = self.vlm.slots
+                assert slots is not None, "a method with category embeddings attaches them to the model"
+                ids = spread(ids, self.vlm.pad, prompt.categories, slots.first, slots.width)
             if len(ids) > self.max_tokens:
                 raise too_long(len(ids), self.max_tokens, prompt)
             positions = family.positions(ids, grid, config)

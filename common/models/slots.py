@@ -1,0 +1,81 @@
+"""Trainable embeddings beyond the vocabulary: token ids that no text has and no sampler can draw.
+
+A table of entries, each `width` rows of the model's input width, stands behind the vocabulary: entry e, row j is the id
+`first + e * width + j`. To the model such ids are text: they take one position each and are attended causally. The
+output projection does not know them, so they never enter a distribution.
+
+Shapes: E entries, m rows of an entry, D width, P prompt tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from common.grpo.logprobs import without_adapters
+
+
+class Slots(torch.nn.Module):
+    """Stands in the place of a model's input embedding.
+
+    The rows are input embeddings as the first layer sees them: a scale that the vocabulary's own embedding applies
+    (Gemma: the square root of D) is not applied to them, as it is not to image features.
+    """
+
+    def __init__(self, embedding: Any, entries: torch.Tensor, trainable: bool) -> None:
+        """
+        Args:
+            embedding: The model's own.
+            entries: Shape: [E, m, D].
+            trainable: Whether the rows get gradients.
+        """
+        super().__init__()
+        self.embedding = embedding
+        self.entries = torch.nn.Parameter(entries.clone(), requires_grad=trainable)
+        self.first, self.width = int(embedding.num_embeddings), entries.shape[1]
+
+    @property
+    def weight(self) -> torch.nn.Parameter:
+        """The vocabulary's rows, for code that asks an embedding for them."""
+        return self.embedding.weight  # type: ignore[no-any-return]
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Input embeddings. Shape: [...] -> [..., D]."""
+        beyond = ids >= self.first
+        known = self.embedding(ids.where(~beyond, 0))
+        rows = self.entries.flatten(0, 1)[(ids - self.first).clamp(min=0)]
+        return torch.where(beyond[..., None], rows.to(known.dtype), known)
+
+
+def attach(model: Any, entries: torch.Tensor, trainable: bool) -> Slots:
+    """Put slots behind the vocabulary of a `*ForConditionalGeneration`, or of the PEFT model around one."""
+    base = without_adapters(model)
+    slots = Slots(base.get_input_embeddings(), entries.to(base.device), trainable)
+    base.set_input_embeddings(slots)
+    return slots
+
+
+def spread(ids: torch.Tensor, mark: int, entries: Sequence[int], first: int, width: int) -> torch.Tensor:
+    """Put the ids of entries in the places of the marks.
+
+    Args:
+        ids: Shape: [P].
+        mark: The id that marks a place.
+        entries: One for each mark, in order.
+        first: Id of the first row of the first entry.
+        width: Rows of an entry.
+
+    Returns:
+        Shape: [P + marks * (width - 1)].
+
+    >>> spread(torch.tensor([5, 0, 6, 0]), mark=0, entries=[1, 0], first=10, width=2).tolist()
+    [5, 12, 13, 6, 10, 11]
+    """
+    places = (ids == mark).nonzero()[:, 0].tolist()
+    pieces, done = [], 0
+    for place, entry in zip(places, entries, strict=True):
+        pieces += [ids[done:place], torch.arange(width, device=ids.device) + first + entry * width]
+        done = place + 1
+    return torch.cat([*pieces, ids[done:]])
