@@ -186,6 +186,7 @@ def measure(name: str, device: torch.device) -> dict[str, dict[str, float]]:
     from common.rewards import Reward
     from common.rollout.base import Decoding
     from common.rollout.hf import HFRollout
+    from common.schedule import Epochs
     from common.schema import GRPO
     from common.types import Prompt
 
@@ -206,7 +207,7 @@ def measure(name: str, device: torch.device) -> dict[str, dict[str, float]]:
         vlm=policy,
         encoder=lambda prompts: [prompt_of(name, model, int(p.image)) for p in prompts],  # type: ignore[arg-type]
         rollout=HFRollout(policy),
-        prompts=[Prompt(str(number), "", "") for number in range(64)],
+        prompts=Epochs(lambda epoch: [Prompt(str(number), "", "") for number in range(64)]),
         rewards=rewards,
         decoding=Decoding(1.0, 50, 1.0, 1),
         config=GRPO(

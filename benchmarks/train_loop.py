@@ -58,10 +58,10 @@ def compose(plan: Plan) -> Any:
 
 def load(plan: Plan) -> tuple[Any, Any]:
     """Configuration, and task, model, sampler and evaluation as common/pipeline.py puts them together."""
-    from common import pipeline, task
+    from common import parts, task
 
     config = compose(plan)
-    return config, pipeline.assemble(config, task.build(config), pipeline.find_checkpoint(config), torch.device("cpu"))
+    return config, parts.assemble(config, task.build(config), parts.find_checkpoint(config), torch.device("cpu"))
 
 
 def accuracy(parts: Any, images: int) -> float:
@@ -72,7 +72,7 @@ def accuracy(parts: Any, images: int) -> float:
 def ours(pipe: Connection, plan: Plan) -> None:
     """Our side: one update per message, then the accuracy."""
     from common.engine import init_process_group
-    from common.pipeline import make_trainer
+    from common.parts import make_trainer
 
     prepare()
     init_process_group(gpus=0)
@@ -93,7 +93,7 @@ def trl(pipe: Connection, plan: Plan) -> None:
     from trl.trainer.grpo_config import GRPOConfig
     from trl.trainer.grpo_trainer import GRPOTrainer
 
-    from common.pipeline import find_checkpoint
+    from common.parts import find_checkpoint
     from common.schedule import learning_rate
 
     prepare()
@@ -174,7 +174,7 @@ def trl_dataset(config: Any, parts: Any, updates: int) -> Any:
     order = [
         number
         for update in range(updates)
-        for number in batch(update, settings.prompts_per_update, len(train), config.seed)
+        for _, number in batch(update, settings.prompts_per_update, len(train), config.seed)
     ]
     pictures = [
         parts.questions.task.images.open(p.image).convert("RGB").resize(size, Resampling.LANCZOS) for p in train

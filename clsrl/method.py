@@ -6,9 +6,18 @@ trainer and which rewards they use stands in conf/method/.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 from clsrl import prompts
 from common import parsing
-from common.types import Prompt, Split, Task, UserError
+from common.types import Prediction, Prompt, Split, Task, UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from common.models.vision import Vision
 
 
 class ClosedFormQuestion:
@@ -50,7 +59,10 @@ class ClosedFormQuestion:
         self.evaluation_prompt = evaluation_prompt
         self.system = prompts.THINK_SYSTEM if train_system_prompt == "think" else None
 
-    def train_prompts(self, task: Task) -> list[Prompt]:
+    def look(self, vision: Vision, task: Task) -> None:
+        return None
+
+    def train_prompts(self, task: Task, epoch: int = 0) -> list[Prompt]:
         return self._prompts(task.train, "train", self.system)
 
     def evaluation_prompts(self, task: Task, split: str) -> list[Prompt]:
@@ -65,6 +77,12 @@ class ClosedFormQuestion:
     def label_response(self, name: str) -> str:
         """The bare name, or the name in its tags: with `think`, its probability is the one without reasoning."""
         return f"<answer>{name}</answer>" if self.instruction == "think" else name
+
+    def facts(self, task: Task, split: str, predictions: Sequence[Prediction]) -> dict[str, Any]:
+        return {}
+
+    def export(self, folder: Path, embeddings: torch.Tensor) -> None:
+        raise ValueError("this method has no embeddings")
 
     def _prompts(self, split: Split, wording: str, system: str | None) -> list[Prompt]:
         instruction = prompts.INSTRUCTIONS[self.instruction, wording]

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from common.distributed import barrier, form_group_alone, rank, started_by_launcher, world
+from common.models.slots import Slots
 from common.schedule import learning_rate
 from common.schema import Trainer
 
@@ -77,10 +78,15 @@ class Engine:
 
         self.config, self.updates = config, updates
         parameters = [p for p in module.parameters() if p.requires_grad]
+        slots = {id(found.entries) for found in module.modules() if isinstance(found, Slots)}
+        peaks = (config.learning_rate, config.embedding_learning_rate or config.learning_rate)
+        members = ([p for p in parameters if id(p) not in slots], [p for p in parameters if id(p) in slots])
+        kept = [(own, peak) for own, peak in zip(members, peaks, strict=True) if own]
+        groups, self.peaks = [{"params": own, "lr": peak} for own, peak in kept], [peak for _, peak in kept]
         self.has_frozen = len(parameters) < len(list(module.parameters()))
         self.stage = zero_stage(deepspeed_config)
         optimizer = torch.optim.AdamW(
-            parameters,
+            groups,
             lr=config.learning_rate,
             betas=(config.betas[0], config.betas[1]),
             weight_decay=config.weight_decay,
@@ -117,8 +123,8 @@ class Engine:
     def step(self, update: int) -> dict[str, float]:
         """Clip, step, zero the gradients. Returns the gradient norm before clipping and the learning rate."""
         rate = learning_rate(self.config, update, self.updates)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = rate
+        for group, peak in zip(self.engine.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = rate * peak / self.config.learning_rate
         # without ZeRO DeepSpeed clips but does not tell the norm
         gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients) if gradients else None

@@ -109,7 +109,7 @@ class Evaluator:
         summary = metrics.summarize(found.predictions, asked.choices, found.seconds, found.scoring_seconds)
         if asked.aliases:
             summary["accuracy_aliases"] = sum(p.correct_alias for p in found.predictions) / len(found.predictions)
-        return summary
+        return summary | self.questions.method.facts(self.questions.task, split, found.predictions)
 
     def _answer(self, prompts: list[Prompt], split: str, occasion: str, labels: LabelScorer | None) -> Answers:
         """The predictions of all ranks; the seconds are this one's."""

@@ -32,7 +32,7 @@ def start_ranks(count: int, config: Config, values: dict[str, Any], folder: Path
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    from common.pipeline import find_checkpoint
+    from common.parts import find_checkpoint
 
     find_checkpoint(config)  # fetched or built once, before the ranks ask for it
     forget_group_alone()  # left by a job of the same sweep that ran on the CPU

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from common import doctor, task
@@ -20,26 +18,18 @@ from common.checkpoint import Checkpoints, State, read_state, seed_generators
 from common.data import manifest
 from common.distributed import barrier, rank, world
 from common.engine import init_process_group
-from common.evaluate import Evaluator
-from common.grpo.trainer import GRPOTrainer
-from common.label_scores import LabelScorer
-from common.models import files, vlm
-from common.models.features import FeatureStore
-from common.pictures import make_loader, readable
-from common.plugins import locate
+from common.models import vlm
+from common.models.slots import detached
+from common.parts import Parts, assemble, find_checkpoint, make_tracker, make_trainer, sampling
+from common.pictures import readable
 from common.progress import progress
 from common.recorder import Recorder
 from common.result import describe, paired
 from common.rewards import build_rewards
-from common.rollout.base import Decoding, Rollout
 from common.run_folder import RunFolder
 from common.schedule import total_updates
 from common.schema import GRPO, Config
-from common.schema import Rollout as RolloutConfig
-from common.sft import SFTTrainer
-from common.task import Questions
-from common.tracking import NullTracker, Tracker, WandbTracker
-from common.types import Result, Trainer, UserError
+from common.types import Method, Result, Trainer, UserError
 
 
 def run(config: Config, values: dict[str, Any], folder: Path) -> Result:
@@ -86,10 +76,10 @@ def run(config: Config, values: dict[str, Any], folder: Path) -> Result:
         if updates:
             trainer = make_trainer(config, parts, updates, resume)
             try:
-                train(config, trainer, policy, updates, state, checkpoints, recorder, evaluator, began - spent)
+                train(config, trainer, parts, updates, state, checkpoints, recorder, began - spent)
                 manifest.verify(folder / "manifest.json", task.build(config, left_out).manifest)
                 with trainer.whole_weights():
-                    save_weights(policy, folder / "model")
+                    save_weights(policy, questions.method, folder / "model")
                     after = evaluator.all_splits("eval", recorder)
             finally:
                 trainer.close()
@@ -111,27 +101,6 @@ def run(config: Config, values: dict[str, Any], folder: Path) -> Result:
     finally:
         recorder.close(failed)
     return result
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a run is made of before anything is trained."""
-
-    questions: Questions
-    policy: vlm.VLM
-    encoder: vlm.Encoder
-    rollout: Rollout
-    evaluator: Evaluator
-
-
-def assemble(config: Config, questions: Questions, checkpoint: Path, device: torch.device) -> Parts:
-    """Load the model and put sampler and evaluation around it."""
-    torch.manual_seed(config.seed)  # adapters start alike on all ranks
-    policy = vlm.load(checkpoint, config.model, device)
-    encoder = make_encoder(config, policy, checkpoint, questions)
-    rollout: Rollout = locate(config.rollout.backend, "rollout.backend")(policy)
-    labels = LabelScorer(policy) if config.label_scoring else None
-    return Parts(questions, policy, encoder, rollout, Evaluator(rollout, encoder, questions, config.rollout, labels))
 
 
 def examine(config: Config, parts: Parts | None = None) -> None:
@@ -163,60 +132,18 @@ def examine(config: Config, parts: Parts | None = None) -> None:
     doctor.refuse(findings)
 
 
-def find_checkpoint(config: Config) -> Path:
-    """The checkpoint folder of the run's model; built or fetched on first use."""
-    model = config.model
-    if model.recipe is not None:
-        return files.build(model.recipe, config.cache_dir)
-    assert model.path is not None
-    return files.find(model.path, model.revision)
-
-
-def make_encoder(config: Config, policy: vlm.VLM, checkpoint: Path, questions: Questions) -> vlm.Encoder:
-    """Prompts to tensors; with a store of image features if the vision tower is frozen and disk space is given."""
-    store = None
-    if config.model.feature_cache_gb > 0:
-        number_format = "int8" if config.model.load_in_8bit else config.model.dtype
-        name = f"{files.checkpoint_hash(checkpoint)[:16]}-{number_format}"
-        folder = Path(config.cache_dir).resolve() / "features" / name
-        store = FeatureStore(folder, int(config.model.feature_cache_gb * 2**30))
-    return vlm.Encoder(policy, make_loader(config, questions), config.model.max_prompt_tokens, store)
-
-
-def make_trainer(config: Config, parts: Parts, updates: int, resume: Path | None) -> Trainer:
-    """The trainer that `trainer.name` asks for."""
-    shared: dict[str, Any] = {
-        "vlm": parts.policy,
-        "encoder": parts.encoder,
-        "prompts": parts.questions.train,
-        "config": config.trainer,
-        "deepspeed": config.deepspeed,
-        "updates": updates,
-        "seed": config.seed,
-        "resume": None if resume is None else resume / "deepspeed",
-    }
-    if isinstance(config.trainer, GRPO):
-        return GRPOTrainer(
-            **shared,
-            rollout=parts.rollout,
-            rewards=build_rewards(config.rewards),
-            decoding=sampling(config.rollout),
-        )
-    return SFTTrainer(**shared, loss=config.protocol.sft_loss)
-
-
 def train(
     config: Config,
     trainer: Trainer,
-    policy: vlm.VLM,
+    parts: Parts,
     updates: int,
     state: State | None,
     checkpoints: Checkpoints,
     recorder: Recorder,
-    evaluator: Evaluator,
     began: float,
 ) -> None:
     """The loop over the updates that are still to be done; `began`: when the run did, on the clock of perf_counter."""
+    evaluator = parts.evaluator
     seed_generators(config.seed)
     start, best = 0, None
     if state is not None:
@@ -251,7 +178,7 @@ def train(
                 lines=recorder.place.lengths(),
                 seconds=time.perf_counter() - began,
             )
-            checkpoints.write(here, lambda folder: save_all(trainer, policy, folder))
+            checkpoints.write(here, lambda folder: save_all(trainer, parts, folder))
 
 
 def check_finite(metrics: dict[str, float], number: int) -> None:
@@ -267,34 +194,19 @@ def check_finite(metrics: dict[str, float], number: int) -> None:
         )
 
 
-def save_all(trainer: Trainer, policy: vlm.VLM, folder: Path) -> None:
+def save_all(trainer: Trainer, parts: Parts, folder: Path) -> None:
     """What a checkpoint holds of the model: to resume from, and to load elsewhere."""
     trainer.save(folder / "deepspeed")
     with trainer.whole_weights():
-        save_weights(policy, folder / "model")
+        save_weights(parts.policy, parts.questions.method, folder / "model")
 
 
-def sampling(config: RolloutConfig) -> Decoding:
-    """How completions are drawn for training."""
-    return Decoding(config.temperature, config.top_k, config.top_p, config.max_completion_tokens)
-
-
-def save_weights(policy: vlm.VLM, folder: Path) -> None:
-    """A folder that `from_pretrained` loads: model (or adapter) and processor."""
-    if rank() == 0:
+def save_weights(policy: vlm.VLM, method: Method, folder: Path) -> None:
+    """A folder that `from_pretrained` loads: model (or adapter) and processor; embeddings beside them."""
+    if rank() != 0:
+        return
+    with detached(policy.model):
         policy.model.save_pretrained(folder)
-        policy.processor.save_pretrained(folder)
-
-
-def make_tracker(
-    config: Config, values: dict[str, Any], folder: Path, questions: Questions, state: State | None
-) -> Tracker:
-    """W&B on rank 0, nothing elsewhere."""
-    if rank() != 0 or config.tracking.mode == "disabled":
-        return NullTracker()
-    tags = [config.method["name"], config.data.name, config.setting.name, f"s{config.shots}"]
-    job_type = "eval" if config.trainer.name == "none" else "train"
-    known = state.tracker if state else None
-    return WandbTracker(
-        config.tracking, folder, job_type, tags, values, questions.evaluation, questions.task.images.open, known
-    )
+    policy.processor.save_pretrained(folder)
+    if policy.slots is not None:
+        method.export(folder / "embeddings", policy.slots.entries.detach().cpu())

@@ -7,9 +7,30 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from common.schema import GRPO, Trainer
+from common.types import Prompt
+
+
+class Epochs:
+    """The prompts of every epoch, in the order of the training images; asked for when they are needed."""
+
+    def __init__(self, ask: Callable[[int], Sequence[Prompt]]) -> None:
+        self.ask, self.known = ask, {0: ask(0)}
+        self.size = len(self.known[0])
+
+    def __call__(self, epoch: int) -> Sequence[Prompt]:
+        """The prompts of one epoch, counted from 0."""
+        if epoch not in self.known:
+            # an update reaches from one epoch into the next at most
+            self.known = {number: prompts for number, prompts in self.known.items() if number == epoch - 1}
+            self.known[epoch] = self.ask(epoch)
+        return self.known[epoch]
+
+    def __len__(self) -> int:
+        return self.size
 
 
 def total_updates(config: Trainer, items: int) -> int:
@@ -23,16 +44,16 @@ def total_updates(config: Trainer, items: int) -> int:
     return config.updates or several * math.ceil(config.epochs * items / config.prompts_per_update)
 
 
-def batch(update: int, size: int, items: int, seed: int) -> list[int]:
-    """Indices of the update's prompts: consecutive stretches of freshly shuffled epochs.
+def batch(update: int, size: int, items: int, seed: int) -> list[tuple[int, int]]:
+    """Epoch and index of each of the update's prompts: consecutive stretches of freshly shuffled epochs.
 
-    >>> sorted(batch(0, 2, 4, seed=1) + batch(1, 2, 4, seed=1))
-    [0, 1, 2, 3]
+    >>> sorted(batch(0, 2, 4, seed=1) + batch(1, 2, 4, seed=1) + batch(2, 2, 4, seed=1))[:4]
+    [(0, 0), (0, 1), (0, 2), (0, 3)]
     """
     chosen = []
     for place in range(update * size, (update + 1) * size):
         epoch, offset = divmod(place, items)
-        chosen.append(_order(epoch, items, seed)[offset])
+        chosen.append((epoch, _order(epoch, items, seed)[offset]))
     return chosen
 
 

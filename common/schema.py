@@ -80,10 +80,14 @@ class Model:
 
 @dataclass
 class Trainer:
-    """Optimisation shared by GRPO and SFT; an update is one optimiser step over `prompts_per_update` prompts."""
+    """Optimisation shared by GRPO and SFT; an update is one optimiser step over `prompts_per_update` prompts.
+
+    embedding_learning_rate: of embeddings that a method puts behind the vocabulary; null: as the rest.
+    """
 
     name: str = MISSING
     learning_rate: float = 0.0
+    embedding_learning_rate: float | None = None
     schedule: str = "linear"
     final_ratio: float = 0.0
     warmup_ratio: float = 0.0

@@ -9,7 +9,6 @@ Shapes: T scored tokens of a micro-batch.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,9 @@ from common.engine import Engine, micro_batches, zero_stage
 from common.grpo.logprobs import PolicyScorer
 from common.grpo.packing import Group, pack_shared, score_prompts
 from common.models.vlm import VLM, Encoder
-from common.schedule import batch
+from common.schedule import Epochs, batch
 from common.schema import Trainer
-from common.types import Prompt, Step
+from common.types import Step
 
 
 class SFTTrainer:
@@ -34,7 +33,7 @@ class SFTTrainer:
         *,
         vlm: VLM,
         encoder: Encoder,
-        prompts: Sequence[Prompt],
+        prompts: Epochs,
         loss: str,
         config: Trainer,
         deepspeed: dict[str, Any],
@@ -42,7 +41,7 @@ class SFTTrainer:
         seed: int,
         resume: Path | None = None,
     ) -> None:
-        self.vlm, self.encoder, self.prompts = vlm, encoder, list(prompts)
+        self.vlm, self.encoder, self.prompts = vlm, encoder, prompts
         self.loss, self.config, self.seed = loss, config, seed
         self.tokens = 0.0
         in_step = zero_stage(deepspeed) == 3
@@ -53,7 +52,7 @@ class SFTTrainer:
         """One update."""
         start = time.perf_counter()
         chosen = batch(update, self.config.prompts_per_update, len(self.prompts), self.seed)
-        prompts = share_of([self.prompts[i] for i in chosen])
+        prompts = share_of([self.prompts(epoch)[i] for epoch, i in chosen])
         with self.engine.whole_weights():  # image features may have to be computed
             encoded = self.encoder(prompts)
         groups = [Group(e, (self._target(p.label),)) for p, e in zip(prompts, encoded, strict=True)]

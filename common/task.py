@@ -73,6 +73,13 @@ def build(config: Config, without: Collection[str] = ()) -> Questions:
     return Questions(task, method, train, evaluation, manifest.build(task, train, evaluation, header))
 
 
+def ask_again(questions: Questions) -> Questions:
+    """The questions of a method that has seen the pictures meanwhile. What the manifest froze stays as it is."""
+    method, task = questions.method, questions.task
+    evaluation = {split: method.evaluation_prompts(task, split) for split in task.evaluation}
+    return replace(questions, train=method.train_prompts(task), evaluation=evaluation)
+
+
 def read_datasets(config: Config) -> dict[str, Dataset]:
     """The run's dataset, then the others that the setting tests on; these lie under the same root."""
     chosen = config.setting.targets if config.setting.test_on is None else config.setting.test_on

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
+
+    from common.models.vision import Vision
 
 
 class UserError(Exception):
@@ -169,6 +173,14 @@ class Step:
     rows: list[dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class Embeddings:
+    """Embeddings to put behind the vocabulary. Shape of `entries`: [entries, tokens of one, width]."""
+
+    entries: torch.Tensor
+    trainable: bool
+
+
 class Trainer(Protocol):
     """GRPO and SFT look the same from the loop. All ranks call the methods together. tokens: seen so far."""
 
@@ -190,7 +202,14 @@ class Trainer(Protocol):
 class Method(Protocol):
     """What a paper's method decides: how to ask, and what a reply looks like. Found by `method._target_`."""
 
-    def train_prompts(self, task: Task) -> list[Prompt]:
+    def look(self, vision: Vision, task: Task) -> Embeddings | None:
+        """See pictures as the loaded model does, before it is asked or trained.
+
+        The method may ask other questions afterwards (before, it asks the longest that it ever will), and it may return
+        embeddings that its prompts refer to.
+        """
+
+    def train_prompts(self, task: Task, epoch: int = 0) -> list[Prompt]:
         """One prompt per training item, in the order of `task.train.items`."""
 
     def evaluation_prompts(self, task: Task, split: str) -> list[Prompt]:
@@ -201,6 +220,12 @@ class Method(Protocol):
 
     def label_response(self, name: str) -> str:
         """The reply that answers `name` and says nothing else; its probability is that of the name."""
+
+    def facts(self, task: Task, split: str, predictions: Sequence[Prediction]) -> dict[str, Any]:
+        """What the method has to say about the predictions of a split, beside the accuracies; for metrics.json."""
+
+    def export(self, folder: Path, embeddings: torch.Tensor) -> None:
+        """Write the embeddings as they are now, in a form that a later run of the method can begin from."""
 
 
 @dataclass

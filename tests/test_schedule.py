@@ -13,15 +13,20 @@ def trainer(**values):
 
 
 def test_every_epoch_visits_every_item_once():
-    seen = [i for update in range(30) for i in batch(update, size=16, items=160, seed=1)]
+    seen = [i for update in range(30) for _, i in batch(update, size=16, items=160, seed=1)]
     for epoch in range(3):
         assert sorted(seen[epoch * 160 : (epoch + 1) * 160]) == list(range(160))
     assert seen[:160] != seen[160:320]
 
 
 def test_batches_run_over_the_end_of_an_epoch():
-    seen = [i for update in range(5) for i in batch(update, size=16, items=40, seed=1)]  # 80 = 2 epochs of 40
+    seen = [i for update in range(5) for _, i in batch(update, size=16, items=40, seed=1)]  # 80 = 2 epochs of 40
     assert sorted(seen[:40]) == sorted(seen[40:]) == list(range(40))
+
+
+def test_epochs_are_counted():
+    epochs = [epoch for update in range(5) for epoch, _ in batch(update, size=16, items=40, seed=1)]
+    assert epochs == [0] * 40 + [1] * 40
 
 
 def test_order_depends_on_the_seed():

@@ -17,6 +17,7 @@ from common.models.vlm import Encoder
 from common.rewards import Reward, accuracy, strict_format
 from common.rollout.base import Decoding
 from common.rollout.hf import HFRollout
+from common.schedule import Epochs
 from common.schema import GRPO, Lora, Trainer
 from common.sft import SFTTrainer
 
@@ -102,7 +103,14 @@ def test_sft_loss_equals_transformers(load_vlm, digits_task, no_think, loss):
     encoder = Encoder(vlm, Loader(digits_task.images, 32), 512)
     prompts = no_think.train_prompts(digits_task)[::20][:4]
     trainer = SFTTrainer(
-        vlm=vlm, encoder=encoder, prompts=prompts, loss=loss, config=options(), deepspeed=ZERO[2], updates=1, seed=1
+        vlm=vlm,
+        encoder=encoder,
+        prompts=Epochs(lambda epoch: prompts),
+        loss=loss,
+        config=options(),
+        deepspeed=ZERO[2],
+        updates=1,
+        seed=1,
     )
     rows = [torch.cat([e.ids, trainer._target(p.label)]) for e, p in zip(encoder(prompts), prompts, strict=True)]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
@@ -130,7 +138,7 @@ def test_sft_learns_the_labels(load_vlm, digits_task, no_think):
     trainer = SFTTrainer(
         vlm=vlm,
         encoder=Encoder(vlm, Loader(digits_task.images, 32), 512),
-        prompts=no_think.train_prompts(digits_task)[::20][:4],
+        prompts=Epochs(lambda epoch: no_think.train_prompts(digits_task)[::20][:4]),
         loss="answer",
         config=options(),
         deepspeed=ZERO[2],
@@ -162,7 +170,7 @@ def grpo(vlm, task, method, **changes):
         vlm=vlm,
         encoder=Encoder(vlm, Loader(task.images, 32), 512),
         rollout=HFRollout(vlm),
-        prompts=method.train_prompts(task),
+        prompts=Epochs(lambda epoch: method.train_prompts(task)),
         rewards=rewards,
         decoding=Decoding(1.0, 0, 1.0, 12),
         config=config,

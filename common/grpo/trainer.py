@@ -28,7 +28,7 @@ from common.grpo.packing import Group, Packed, pack_plain, pack_shared, plain_to
 from common.models.vlm import VLM, Encoder
 from common.rewards import Reward
 from common.rollout.base import Completion, Decoding, Rollout
-from common.schedule import batch
+from common.schedule import Epochs, batch
 from common.schema import GRPO
 from common.types import Prompt, Step
 
@@ -46,7 +46,7 @@ class GRPOTrainer:
         vlm: VLM,
         encoder: Encoder,
         rollout: Rollout,
-        prompts: Sequence[Prompt],
+        prompts: Epochs,
         rewards: dict[str, Reward],
         decoding: Decoding,
         config: GRPO,
@@ -55,7 +55,7 @@ class GRPOTrainer:
         seed: int,
         resume: Path | None = None,
     ) -> None:
-        self.vlm, self.encoder, self.rollout, self.prompts = vlm, encoder, rollout, list(prompts)
+        self.vlm, self.encoder, self.rollout, self.prompts = vlm, encoder, rollout, prompts
         self.rewards, self.decoding, self.config, self.seed = rewards, decoding, config, seed
         scorer = PolicyScorer(vlm.model, vlm.banned, decoding.temperature, config.head_chunk).to(vlm.device)
         self.adapters = hasattr(vlm.model, "disable_adapter")
@@ -96,7 +96,7 @@ class GRPOTrainer:
     def _sample(self, number: int) -> tuple[list[Prompt], list[Any], list[list[Completion]], int]:
         """Completions of this rank's prompts; groups without differences are drawn again if the config says so."""
         chosen = batch(number, self.config.prompts_per_update, len(self.prompts), self.seed)
-        prompts = share_of([self.prompts[i] for i in chosen])
+        prompts = share_of([self.prompts(epoch)[i] for epoch, i in chosen])
         seeds = [f"rollout-{self.seed}-{number}-{place}" for place in share_of(list(range(len(chosen))))]
         size, again = self.config.group_size, 0
         with self.engine.whole_weights():

@@ -53,6 +53,10 @@ class Family(Protocol):
         """Number of prompt tokens that a square image of `image_size` pixels takes; `config` is config.json."""
 
     @staticmethod
+    def project(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+        """Outputs of the vision tower as input embeddings. Shape: [n, patches, V] -> [n, m, D]."""
+
+    @staticmethod
     def image_text(text: str) -> str:
         """A rendered chat with the text that the processor puts around its images, one image token in each."""
 
@@ -122,6 +126,12 @@ class Qwen2VL:
     def image_text(text: str) -> str:
         return text
 
+    @staticmethod
+    def project(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+        return model.model.visual.merger(hidden.flatten(0, 1)).view(
+            len(hidden), -1, model.config.text_config.hidden_size
+        )
+
 
 class Gemma3:
     """Gemma 3 (arXiv 2503.19786): 1-D positions, most layers with a sliding window, and an image of 256 tokens that see
@@ -169,6 +179,10 @@ class Gemma3:
     @staticmethod
     def image_text(text: str) -> str:
         return text.replace("<start_of_image>", "\n\n<start_of_image><image_soft_token><end_of_image>\n\n")
+
+    @staticmethod
+    def project(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+        return model.model.multi_modal_projector(hidden)
 
 
 FAMILIES: dict[str, type[Family]] = {"qwen2_vl": Qwen2VL, "gemma3": Gemma3}

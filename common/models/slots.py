@@ -9,7 +9,8 @@ Shapes: E entries, m rows of an entry, D width, P prompt tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,9 +53,28 @@ class Slots(torch.nn.Module):
 def attach(model: Any, entries: torch.Tensor, trainable: bool) -> Slots:
     """Put slots behind the vocabulary of a `*ForConditionalGeneration`, or of the PEFT model around one."""
     base = without_adapters(model)
-    slots = Slots(base.get_input_embeddings(), entries.to(base.device), trainable)
+    # DeepSpeed wants one number format among the trained weights; it keeps fp32 master copies of bf16 ones
+    formats = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    slots = Slots(
+        base.get_input_embeddings(), entries.to(base.device, formats.pop() if formats else base.dtype), trainable
+    )
     base.set_input_embeddings(slots)
     return slots
+
+
+@contextmanager
+def detached(model: Any) -> Iterator[None]:
+    """Inside, the model is as it was before `attach`: to save it in a form that loads anywhere."""
+    base = without_adapters(model)
+    slots = base.get_input_embeddings()
+    if not isinstance(slots, Slots):
+        yield
+        return
+    base.set_input_embeddings(slots.embedding)
+    try:
+        yield
+    finally:
+        base.set_input_embeddings(slots)
 
 
 def spread(ids: torch.Tensor, mark: int, entries: Sequence[int], first: int, width: int) -> torch.Tensor:

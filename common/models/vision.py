@@ -1,0 +1,53 @@
+"""What the vision tower says of pictures, before and after its projection into the language model.
+
+Shapes: n pictures, P patches, V width of the tower, m tokens of a picture, D width of the language model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from common.grpo.logprobs import without_adapters
+from common.models.vlm import VLM
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class Vision:
+    """Tower and projector of a loaded model, without gradients."""
+
+    def __init__(self, vlm: VLM, load_images: Callable[[Sequence[str]], list[Image]], batch: int = 32) -> None:
+        """
+        Args:
+            vlm: The model.
+            load_images: From keys to RGB pictures of the model's size.
+            batch: Pictures per forward.
+        """
+        self.vlm, self.load_images, self.batch = vlm, load_images, batch
+
+    @torch.no_grad()
+    def hidden(self, keys: Sequence[str]) -> torch.Tensor:
+        """Outputs of the tower. Shape: [n, P, V]; all at once, so ask for a batch."""
+        family, model = self.vlm.family, without_adapters(self.vlm.model)
+        pictures = [[picture] for picture in self.load_images(keys)]
+        parts = family.images(self.vlm.processor.image_processor(pictures, return_tensors="pt"))
+        pixels = torch.cat([pixels for pixels, _ in parts]).to(self.vlm.device, model.dtype)
+        grids = [grid for _, grid in parts if grid is not None]
+        inputs = {"image_grid_thw": torch.cat(grids).to(self.vlm.device)} if grids else {}
+        found = model.get_image_features(pixel_values=pixels, **inputs).last_hidden_state
+        return found.reshape(len(keys), -1, found.shape[-1])  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Tower outputs as input embeddings of the language model. Shape: [n, P, V] -> [n, m, D]."""
+        return self.vlm.family.project(without_adapters(self.vlm.model), hidden)
+
+    def pooled(self, keys: Sequence[str]) -> torch.Tensor:
+        """One vector per picture: the mean of its patches. Shape: [n, V], fp32 on the CPU."""
+        starts = range(0, len(keys), self.batch)
+        parts = [self.hidden(keys[start : start + self.batch]).float().mean(1).cpu() for start in starts]
+        return torch.cat(parts) if parts else torch.empty(0, 0)

@@ -1,0 +1,118 @@
+"""What a run is made of: model, sampler, evaluation, trainer and tracker, built from the configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common import task
+from common.checkpoint import State
+from common.distributed import rank
+from common.evaluate import Evaluator
+from common.grpo.trainer import GRPOTrainer
+from common.label_scores import LabelScorer
+from common.models import files, vlm
+from common.models.features import FeatureStore
+from common.models.slots import attach
+from common.models.vision import Vision
+from common.pictures import make_loader
+from common.plugins import locate
+from common.rewards import build_rewards
+from common.rollout.base import Decoding, Rollout
+from common.schedule import Epochs
+from common.schema import GRPO, Config
+from common.schema import Rollout as RolloutConfig
+from common.sft import SFTTrainer
+from common.task import Questions
+from common.tracking import NullTracker, Tracker, WandbTracker
+from common.types import Trainer
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of before anything is trained."""
+
+    questions: Questions
+    policy: vlm.VLM
+    encoder: vlm.Encoder
+    rollout: Rollout
+    evaluator: Evaluator
+
+
+def assemble(config: Config, questions: Questions, checkpoint: Path, device: torch.device) -> Parts:
+    """Load the model and put sampler and evaluation around it."""
+    torch.manual_seed(config.seed)  # adapters start alike on all ranks
+    policy = vlm.load(checkpoint, config.model, device)
+    seen = questions.method.look(Vision(policy, make_loader(config, questions)), questions.task)
+    if seen is not None:
+        policy = replace(policy, slots=attach(policy.model, seen.entries, seen.trainable))
+        questions = task.ask_again(questions)
+    encoder = make_encoder(config, policy, checkpoint, questions)
+    rollout: Rollout = locate(config.rollout.backend, "rollout.backend")(policy)
+    labels = LabelScorer(policy) if config.label_scoring else None
+    return Parts(questions, policy, encoder, rollout, Evaluator(rollout, encoder, questions, config.rollout, labels))
+
+
+def find_checkpoint(config: Config) -> Path:
+    """The checkpoint folder of the run's model; built or fetched on first use."""
+    model = config.model
+    if model.recipe is not None:
+        return files.build(model.recipe, config.cache_dir)
+    assert model.path is not None
+    return files.find(model.path, model.revision)
+
+
+def make_encoder(config: Config, policy: vlm.VLM, checkpoint: Path, questions: Questions) -> vlm.Encoder:
+    """Prompts to tensors; with a store of image features if the vision tower is frozen and disk space is given."""
+    store = None
+    if config.model.feature_cache_gb > 0:
+        number_format = "int8" if config.model.load_in_8bit else config.model.dtype
+        name = f"{files.checkpoint_hash(checkpoint)[:16]}-{number_format}"
+        folder = Path(config.cache_dir).resolve() / "features" / name
+        store = FeatureStore(folder, int(config.model.feature_cache_gb * 2**30))
+    return vlm.Encoder(policy, make_loader(config, questions), config.model.max_prompt_tokens, store)
+
+
+def make_trainer(config: Config, parts: Parts, updates: int, resume: Path | None) -> Trainer:
+    """The trainer that `trainer.name` asks for."""
+    shared: dict[str, Any] = {
+        "vlm": parts.policy,
+        "encoder": parts.encoder,
+        "prompts": Epochs(partial(parts.questions.method.train_prompts, parts.questions.task)),
+        "config": config.trainer,
+        "deepspeed": config.deepspeed,
+        "updates": updates,
+        "seed": config.seed,
+        "resume": None if resume is None else resume / "deepspeed",
+    }
+    if isinstance(config.trainer, GRPO):
+        return GRPOTrainer(
+            **shared,
+            rollout=parts.rollout,
+            rewards=build_rewards(config.rewards),
+            decoding=sampling(config.rollout),
+        )
+    return SFTTrainer(**shared, loss=config.protocol.sft_loss)
+
+
+def sampling(config: RolloutConfig) -> Decoding:
+    """How completions are drawn for training."""
+    return Decoding(config.temperature, config.top_k, config.top_p, config.max_completion_tokens)
+
+
+def make_tracker(
+    config: Config, values: dict[str, Any], folder: Path, questions: Questions, state: State | None
+) -> Tracker:
+    """W&B on rank 0, nothing elsewhere."""
+    if rank() != 0 or config.tracking.mode == "disabled":
+        return NullTracker()
+    tags = [config.method["name"], config.data.name, config.setting.name, f"s{config.shots}"]
+    job_type = "eval" if config.trainer.name == "none" else "train"
+    known = state.tracker if state else None
+    return WandbTracker(
+        config.tracking, folder, job_type, tags, values, questions.evaluation, questions.task.images.open, known
+    )
