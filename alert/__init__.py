@@ -1,1 +1,1 @@
-"""ALERT: few-shot classification with trainable category embeddings and GRPO on a reasoning model."""
+"""ALERT: few-shot classification with trainable category embeddings, a comparing prompt and GRPO."""

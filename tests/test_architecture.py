@@ -58,6 +58,9 @@ LIGHT = (
     "common.task",
     "common.run_folder",
     "clsrl.method",
+    "alert.accounting",
+    "alert.candidate_file",
+    "alert.reference",
 )
 
 
