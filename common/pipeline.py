@@ -20,7 +20,7 @@ from common.checkpoint import Checkpoints, State, read_state, seed_generators
 from common.data import manifest
 from common.distributed import barrier, rank, world
 from common.engine import init_process_group
-from common.evaluate import Evaluator
+from common.evaluate import Evaluator, spread
 from common.grpo.trainer import GRPOTrainer
 from common.label_scores import LabelScorer
 from common.models import files, vlm
@@ -101,7 +101,7 @@ def run(config: Config, values: dict[str, Any], folder: Path) -> Result:
         result.train = {"updates": updates, "seconds": seconds, "paired": paired(before, after) if updates else {}}
         last = checkpoints.latest()
         if last is not None and (best := read_state(last).best):
-            watched = after.predictions[evaluator.watched][: config.trainer.evaluate_limit]
+            watched = spread(after.predictions[evaluator.watched], config.trainer.evaluate_limit)
             best = max(best, (updates, fmean(p.correct for p in watched)), key=lambda found: found[1])
             result.train["best"] = {"update": best[0], "accuracy": best[1], "split": evaluator.watched}
         names = {split: asked.choices for split, asked in questions.task.evaluation.items()}
@@ -293,6 +293,7 @@ def make_tracker(
     if rank() != 0 or config.tracking.mode == "disabled":
         return NullTracker()
     tags = [config.method["name"], config.data.name, config.setting.name, f"s{config.shots}"]
+    tags += dict.fromkeys(questions.task.origins.values())
     job_type = "eval" if config.trainer.name == "none" else "train"
     known = state.tracker if state else None
     return WandbTracker(
