@@ -34,7 +34,7 @@ test-faults: setup  ## kill runs at every moment there is and resume them; all t
 	$(BIN)/python -m pytest tests/test_faults.py tests/test_ranks.py
 
 bench: setup  ## measure against TRL and transformers, one thread (docs/performance.md; half an hour)
-	for name in grpo_step rollout train_loop cost_model; do \
+	for name in grpo_step rollout train_loop cost_model loading; do \
 		OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 lint: setup  ## check format, style and types

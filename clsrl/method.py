@@ -66,8 +66,9 @@ class ClosedFormQuestion:
         return self._prompts(task.train, "train", self.system)
 
     def evaluation_prompts(self, task: Task, split: str) -> list[Prompt]:
-        # the authors' scripts ask base classes as in training
-        return self._prompts(task.evaluation[split], "train" if split == "base" else self.evaluation_prompt, None)
+        # the authors' scripts ask base classes as in training, so also those that are watched for them
+        as_trained = split == "base" or (split == "val" and "base" in task.evaluation)
+        return self._prompts(task.evaluation[split], "train" if as_trained else self.evaluation_prompt, None)
 
     def well_formed(self, completion: str) -> bool:
         if self.instruction == "think":

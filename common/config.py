@@ -40,7 +40,8 @@ SCHEMAS = {
 }
 # Keys that do not change a result: where it goes, how it is watched, how many processes compute it.
 NOT_IN_SIGNATURE = ("tracking", "run_name", "gpus", "cache_dir", "checkpoint", "doctor", "manifest")
-NOT_IN_SIGNATURE_OF_DATA = ("root", "cache_gb")
+# The manifest says which pictures were left out, so a run that met bad ones may continue without them.
+NOT_IN_SIGNATURE_OF_DATA = ("root", "cache_gb", "skip_bad")
 NOT_IN_SIGNATURE_OF_REWARDS = ("runtime",)  # of a reward that is computed elsewhere: address, patience, cache
 
 # Handed to DeepSpeed as they are; batch sizes, clipping and precision follow from other values.

@@ -51,7 +51,7 @@ class DiskCache:
         path = self._path(key)
         try:
             content = path.read_bytes()
-        except FileNotFoundError:
+        except OSError:  # not there, or not to be read: as good as not there
             return None
         with suppress(OSError):  # removed since, or another user's: the content is good all the same
             os.utime(path)
@@ -89,7 +89,8 @@ class DiskCache:
         for _, length, path in sorted(known):
             if self.used + size <= 0.9 * self.limit:  # a little more than needed, so that this stays rare
                 break
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # another user's, or gone
+                path.unlink()
             self.used -= length
 
     def _entries(self) -> list[tuple[float, int, Path]]:
@@ -98,14 +99,14 @@ class DiskCache:
         with os.scandir(self.folder) as found:
             for entry in found:
                 if entry.name.endswith(self.suffix):
-                    with suppress(FileNotFoundError):  # another process made room at the same time
+                    with suppress(OSError):  # another process made room at the same time
                         status = entry.stat()
                         known.append((status.st_mtime, status.st_size, Path(entry.path)))
         return known
 
     def _drop_abandoned(self) -> None:
         for path in self.folder.glob("*.unfinished"):
-            with suppress(FileNotFoundError):  # finished just now
+            with suppress(OSError):  # finished just now, or another user's
                 if time.time() - path.stat().st_mtime > ABANDONED:
                     path.unlink()
 

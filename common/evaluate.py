@@ -7,7 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from common import metrics, parsing
 from common.distributed import gather, interleave, share_of
@@ -21,6 +21,7 @@ from common.schema import Rollout as RolloutConfig
 from common.task import Questions
 from common.types import Answers, Method, Prediction, Prompt
 
+T = TypeVar("T")
 # Name in metrics.jsonl to its name in a summary's `probability`.
 PROBABILITY = {"probability_accuracy": "top1", "top5_accuracy": "top5", "ece": "ece", "brier": "brier"}
 
@@ -95,8 +96,8 @@ class Evaluator:
         return Evaluation(predictions, summary)
 
     def during_training(self, limit: int | None) -> Evaluation:
-        """The first `limit` images of val where the task has one, else of test; answers only."""
-        found = self._answer(self.questions.evaluation[self.watched][:limit], self.watched, "training", None)
+        """`limit` images of val where the task has one, else of test (see `spread`); answers only."""
+        found = self._answer(spread(self.questions.evaluation[self.watched], limit), self.watched, "training", None)
         return Evaluation({self.watched: found.predictions}, {self.watched: self._summary(found, self.watched)})
 
     @property
@@ -143,6 +144,17 @@ class Evaluator:
             replace(prediction, choices=names, probabilities=score.normalised, probabilities_raw=score.raw)
             for prediction, names, score in zip(graded, choices, scores, strict=True)
         ]
+
+
+def spread(items: list[T], limit: int | None) -> list[T]:
+    """At most `limit` of them, evenly spaced: splits are often in the order of the classes.
+
+    >>> spread([0, 1, 2, 3, 4, 5, 6], 3), spread([0, 1], 3), spread([0, 1], None)
+    ([0, 2, 4], [0, 1], [0, 1])
+    """
+    if limit is None or limit >= len(items):
+        return items
+    return [items[place * len(items) // limit] for place in range(limit)]
 
 
 def greedy(max_tokens: int) -> Decoding:

@@ -111,6 +111,7 @@ def make_tracker(
     if rank() != 0 or config.tracking.mode == "disabled":
         return NullTracker()
     tags = [config.method["name"], config.data.name, config.setting.name, f"s{config.shots}"]
+    tags += dict.fromkeys(questions.task.origins.values())
     job_type = "eval" if config.trainer.name == "none" else "train"
     known = state.tracker if state else None
     return WandbTracker(

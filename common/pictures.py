@@ -30,7 +30,7 @@ def readable(config: Config) -> tuple[Questions, list[str]]:
         return questions, []
     if not config.data.skip_bad:
         raise report(bad, len(questions.images))
-    log.warning("left out %d pictures that cannot be decoded: %s", len(bad), bad)
+    log.warning("left out %d pictures that cannot be decoded; manifest.json names them", len(bad))
     return task.build(config, bad), sorted(bad)
 
 

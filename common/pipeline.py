@@ -18,6 +18,7 @@ from common.checkpoint import Checkpoints, State, read_state, seed_generators
 from common.data import manifest
 from common.distributed import barrier, rank, world
 from common.engine import init_process_group
+from common.evaluate import spread
 from common.models import vlm
 from common.models.slots import detached
 from common.parts import Parts, assemble, find_checkpoint, make_tracker, make_trainer, sampling
@@ -91,7 +92,7 @@ def run(config: Config, values: dict[str, Any], folder: Path) -> Result:
         result.train = {"updates": updates, "seconds": seconds, "paired": paired(before, after) if updates else {}}
         last = checkpoints.latest()
         if last is not None and (best := read_state(last).best):
-            watched = after.predictions[evaluator.watched][: config.trainer.evaluate_limit]
+            watched = spread(after.predictions[evaluator.watched], config.trainer.evaluate_limit)
             best = max(best, (updates, fmean(p.correct for p in watched)), key=lambda found: found[1])
             result.train["best"] = {"update": best[0], "accuracy": best[1], "split": evaluator.watched}
         names = {split: asked.choices for split, asked in questions.task.evaluation.items()}

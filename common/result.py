@@ -32,6 +32,7 @@ def describe(config: Config, values: dict[str, Any], checkpoint: Path, questions
         sampler=config.sampler,
         origins=questions.task.origins,
         left_out=len(questions.manifest["left_out"]),
+        short_classes=questions.manifest["short_classes"],
         signature=signature(values),
         git_commit=git_commit(),
         versions=installed_versions(),

@@ -5,6 +5,7 @@ Built twice on purpose: by the parent before anything expensive, and by every ra
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
@@ -91,7 +92,12 @@ def read_datasets(config: Config) -> dict[str, Dataset]:
     datasets = {config.data.name: load_dataset(config.data)}
     for name in chosen:
         if name != config.data.name:
-            datasets[name] = load_dataset(_like(config.setting.targets[name], config.data))
+            try:
+                datasets[name] = load_dataset(_like(config.setting.targets[name], config.data), only_test=True)
+            except UserError as error:
+                raise UserError(
+                    f"{error} (setting={config.setting.name} tests on it; choose with setting.test_on)"
+                ) from error
     return datasets
 
 
@@ -102,7 +108,10 @@ def sampling(config: Config) -> Sampling:
 
 
 def _like(target: Data, data: Data) -> Data:
-    return replace(target, root=data.root, source=data.source, allow_fallback_split=data.allow_fallback_split)
+    """A target is found where and as the run's own dataset is, unless its configuration says otherwise."""
+    usual = {"root": os.environ.get("DATA"), "source": "local", "allow_fallback_split": False}
+    shared = {key: getattr(data, key) for key, value in usual.items() if getattr(target, key) in (None, value)}
+    return replace(target, **shared)
 
 
 def _task(datasets: dict[str, Dataset], splits: Splits) -> Task:

@@ -242,6 +242,7 @@ class Result:
     sampler: str
     origins: dict[str, str]
     left_out: int
+    short_classes: dict[str, int]
     signature: str
     git_commit: str | None
     versions: dict[str, str]

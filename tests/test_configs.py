@@ -179,5 +179,5 @@ def test_label_scoring_is_on_and_part_of_the_result(compose):
 
 def test_plain_values_hold_no_interpolations(compose):
     values = config.plain(compose())
-    assert values["run_name"] == "nothinking-digits-tiny_qwen2_vl-s16-seed1"
+    assert values["run_name"] == "nothinking-digits-few_shot-clean-tiny_qwen2_vl-s16-seed1"
     assert "${" not in OmegaConf.to_yaml(values)

@@ -179,6 +179,15 @@ def damage(root, relative):
 
 
 @pytest.mark.slow
+def test_an_evaluation_alone_ends_with_a_result(data_root, runner, tmp_path):
+    arguments = ["data=imagenet_v2", "method=zeroshot", "shots=1", "tracking=none", "label_scoring=false"]
+    assert runner(tmp_path / "run", [*arguments, *recipe(), f"cache_dir={tmp_path}"]) == 0
+    found = result(tmp_path / "run")
+    assert found["eval"] == found["zero_shot"] and found["train"]["updates"] == 0
+    assert (tmp_path / "run" / "curves.png").is_file()
+
+
+@pytest.mark.slow
 def test_bad_pictures_are_named_or_left_out(tmp_path, runner, compose):
     root = data_tree.build(tmp_path / "data")
     arguments = ["data=food101", f"data.root={root}", *QUICK, *recipe(), f"cache_dir={tmp_path}"]
@@ -186,9 +195,13 @@ def test_bad_pictures_are_named_or_left_out(tmp_path, runner, compose):
     bad = [picks.train.items[0].image, picks.evaluation["test"].items[0].image]
     for image in bad:
         damage(root / "food-101", image.removeprefix("food101/"))
-    assert runner(tmp_path / "refused", arguments) != 0
-    assert not (tmp_path / "refused" / "metrics.jsonl").exists(), "refused before anything was measured"
-    assert runner(tmp_path / "run", [*arguments, "data.skip_bad=true"]) == 0
+    assert runner(tmp_path / "run", arguments) != 0
+    assert not (tmp_path / "run" / "metrics.jsonl").exists(), "refused before anything was measured"
+    arguments.append("data.skip_bad=true")  # the fix that the error names, in the same folder
+    assert runner(tmp_path / "run", arguments) == 0
+    assert runner.ranks(2, tmp_path / "ranks", arguments) == [0, 0]
+    manifests = [(tmp_path / folder / "manifest.json").read_text() for folder in ("run", "ranks")]
+    assert manifests[0] == manifests[1], "ranks leave out the same pictures"
     assert result(tmp_path / "run")["left_out"] == 2
     frozen = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert frozen["left_out"] == sorted(bad)

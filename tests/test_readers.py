@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from common.data import fallback
+from common.data import fallback, source
+from common.data import folder as own_photos
+from common.data.check import configured
 from common.data.place import Place
 from common.data.split_file import parse
 from common.plugins import check_call, locate
@@ -689,3 +692,37 @@ def test_the_tree_has_the_shots_it_was_asked_for(tmp_path, shots):
         source = read(tmp_path, name)
         count = len(source.names)
         assert (len(source.train), len(source.val), len(source.test)) == (shots * count, count, 2 * count)
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (["train/a", "test/a", "extra"], "has the folders train and test, but also extra"),
+        (["my_cat", "My cat"], "classes 'My cat' and 'my_cat' are one answer"),
+        (["cat, black", "dog"], "class 'cat, black' has a comma"),
+        ([b"caf\xe9", b"bar"], "which is not UTF-8"),
+    ],
+    ids=["stray folder", "same answer", "comma", "latin-1"],
+)
+def test_own_photos_that_cannot_be_asked_about(tmp_path, folders, message):
+    for name in folders:
+        path = Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), os.fsencode(name))))
+        path.mkdir(parents=True)
+        (path / "one.png").write_bytes(b"")
+    with pytest.raises(UserError, match=message):
+        own_photos.read(Place("folder", tmp_path, tmp_path))
+
+
+def test_labels_by_line_need_sorted_lines(tree, tmp_path):
+    shutil.copytree(tree / "imagenetv2", tmp_path / "imagenetv2")
+    lines = (tree / "imagenet" / "classnames.txt").read_text().splitlines()
+    (tmp_path / "imagenetv2" / "classnames.txt").write_text("\n".join(reversed(lines)))
+    with pytest.raises(UserError, match="classnames.txt is not in the order of WordNet ids"):
+        read(tmp_path, "imagenet_v2")
+
+
+def test_targets_do_not_list_training_images(tree):
+    for name in ("imagenet", "imagenet_v2", "imagenet_a"):
+        data = configured([name], [f"data.root={tree}"])[0]
+        whole, tested = source.load(data), source.load(data, only_test=True)
+        assert whole.train and not tested.train and tested.test == whole.test and tested.names == whole.names

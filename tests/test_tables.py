@@ -31,12 +31,24 @@ def test_a_result_without_label_scoring_has_no_line():
 
 def test_several_splits_have_one_number():
     numbers = {"zero_shot": {"harmonic_mean": 0.5}, "eval": {"harmonic_mean": 0.625}}
-    result = {"train": {"updates": 3}, "overall": numbers, "left_out": 2}
+    aliases = {"zero_shot": {"new": {"accuracy_aliases": 0.5}}, "eval": {"new": {"accuracy_aliases": 0.75}}}
+    best = {"update": 2, "accuracy": 1.0, "split": "base"}
+    result = {
+        "train": {"updates": 3, "best": best},
+        "overall": numbers,
+        "left_out": 2,
+        "short_classes": {"a": 1},
+        **aliases,
+    }
     assert tables.overall_lines(result) == [
         "harmonic mean: zero-shot 50.00 %, trained 62.50 %",
+        "new, other words accepted: zero-shot 50.00 %, trained 75.00 %",
+        "best update 2 was chosen on base itself: no validation images",
+        "1 classes have fewer training images than shots, first: 'a' has 1",
         "2 pictures that cannot be decoded were left out (manifest.json names them)",
     ]
     untrained = {"train": {"updates": 0}, "overall": {"zero_shot": {}, "eval": {}}, "left_out": 0}
+    untrained |= {"eval": {"test": {}}, "zero_shot": {"test": {}}, "short_classes": {}}
     assert tables.overall_lines(untrained) == []
 
 

@@ -53,7 +53,7 @@ def fingerprint(names: Sequence[str], parts: Parts) -> str:
     digest = hashlib.sha256(json.dumps(list(names)).encode())
     for part in (parts.train, parts.val, parts.test):
         rows = "\n".join([f"{item.label} {item.image}" for item in part])
-        digest.update(f"\n{len(part)}\n{rows}".encode(errors="surrogateescape"))
+        digest.update(f"\n{len(part)}\n{rows}".encode())
     return digest.hexdigest()
 
 

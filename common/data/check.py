@@ -118,7 +118,7 @@ def _published(report: Report) -> str:
     published = report.data.published
     if not report.sizes or not published:
         return "–"
-    return "differs" if any(report.sizes[key] != size for key, size in published.items()) else "ok"
+    return "differs" if any(_differences(published, report.sizes)) else "ok"
 
 
 def lines(reports: Sequence[Report]) -> Iterator[str]:

@@ -6,6 +6,7 @@ few-shot picks from them are not CoOp's, and every result says "hub split".
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from common.types import BadImage, Item, Source, UserError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+SAMPLES = 64  # pictures of a part that are hashed
 PAGE = "https://huggingface.co/datasets"
 
 
@@ -63,14 +65,15 @@ def read(
     found = sorted({name for table in tables.values() for name in _declared(table, label)}.union(*rows.values()))
     classes = hub_classes.match(place, found, wording, renames or {}, drop or ())
     items = Parts(*(_items(place, part, rows.get(part, ()), classes) for part in PARTS))
+    columns = {part: _column(table, image) for part, table in tables.items()}
     return Source(
         names=classes.names,
         train=tuple(items.train),
         val=tuple(items.val),
         test=tuple(items.test),
-        images=HubImages({part: _column(table, image) for part, table in tables.items()}),
-        fingerprint=fingerprint(classes.names, items),
-        origin="hub split",
+        images=HubImages(columns),
+        fingerprint=_digest([fingerprint(classes.names, items), *(column.origin for column in columns.values())]),
+        origin="hub split" if classes.canonical else "hub split, classes in the hub's order",
     )
 
 
@@ -79,7 +82,7 @@ class Column:
     """The pictures of one part, as Arrow columns in a file that is mapped into memory.
 
     Args:
-        origin: The file; another version of the data lies in another.
+        origin: Hash of what the pictures are known by (see `_column`).
         pictures: Of every row the bytes or, in repositories of plain image files, the path of its file.
         sizes: Of the bytes; null where there are none. They tell an empty row without reading its picture.
     """
@@ -194,8 +197,15 @@ def _items(place: Place, part: str, names: Sequence[str], classes: hub_classes.C
 
 
 def _column(table: Any, image: str) -> Column:
+    """The pictures, known by the sizes of all and the content of SAMPLES of them: another revision has other ones."""
     import pyarrow.compute as compute
 
     pictures = table.data.column(image)
-    origin = ",".join(file["filename"] for file in table.cache_files)
-    return Column(origin, pictures, compute.binary_length(compute.struct_field(pictures, "bytes")))
+    sizes = compute.binary_length(compute.struct_field(pictures, "bytes"))
+    step = max(1, len(pictures) // SAMPLES)
+    some = [hashlib.sha256(pictures[row]["bytes"].as_py() or b"").hexdigest() for row in range(0, len(pictures), step)]
+    return Column(_digest([*map(str, sizes.to_pylist()), *some]), pictures, sizes)
+
+
+def _digest(parts: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

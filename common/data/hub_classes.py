@@ -48,10 +48,14 @@ BY_WNID = ("wnid", "synonyms")  # wordings that give WordNet ids, whose names ar
 
 @dataclass(frozen=True)
 class Classes:
-    """The classes of the dataset: `names` by label, and the label of every hub class that is not dropped."""
+    """The classes of the dataset: `names` by label, and the label of every hub class that is not dropped.
+
+    canonical: names and order are those of the dataset's own files, not the hub's.
+    """
 
     names: tuple[str, ...]
     labels: dict[str, int]
+    canonical: bool
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ def _own(place: Place, words: Mapping[str, str]) -> Classes:
     order = sorted(words, key=lambda name: normalize(words[name]))
     if twice := [words[one] for one, other in pairwise(order) if normalize(words[one]) == normalize(words[other])]:
         raise place.error(f"two of the hub's classes are called {_list(twice)}")
-    return Classes(tuple(words[name] for name in order), {name: label for label, name in enumerate(order)})
+    return Classes(tuple(words[name] for name in order), {name: label for label, name in enumerate(order)}, False)
 
 
 def _counterparts(place: Place, words: Mapping[str, str], known: Sequence[_Known]) -> Classes:
@@ -129,7 +133,7 @@ def _counterparts(place: Place, words: Mapping[str, str], known: Sequence[_Known
         raise place.error(f"the hub has no class {_list(missing)}; its names are {_list(list(words))}")
     if twice := [name for name, label in labels.items() if hits[label] > 1]:
         raise place.error(f"the hub's {_list(twice)} are one class of the dataset; correct data.hub.renames")
-    return Classes(tuple(one.name for one in known), labels)
+    return Classes(tuple(one.name for one in known), labels, True)
 
 
 def _list(names: Sequence[str]) -> str:

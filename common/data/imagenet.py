@@ -28,7 +28,8 @@ def read(place: Place) -> Source:
     """
     names = classnames(place, place.need(CLASSNAMES))
     place.need(TEST)
-    present = [part for part in (TRAIN, TEST) if (place.folder / part).is_dir()]
+    wanted = (TEST,) if place.only_test else (TRAIN, TEST)
+    present = [part for part in wanted if (place.folder / part).is_dir()]
     found = {part: class_folders(place, place.folder / part, names) for part in present}
     wnids = sorted(set().union(*found.values()))
     for part in present:

@@ -92,6 +92,21 @@ def _names(place: Place, folder: Path, wanted: Callable[[os.DirEntry[str]], bool
     # os.scandir knows files from folders without asking for each: ImageNet's 1.3 million take seconds.
     try:
         with os.scandir(folder) as entries:
-            return sorted(entry.name for entry in entries if entry.name[0] != "." and wanted(entry))
+            found = sorted(entry.name for entry in entries if entry.name[0] != "." and wanted(entry))
     except OSError as error:
         raise place.error(f"{folder} cannot be listed ({error.strerror})") from error
+    check_text(place, folder, found)
+    return found
+
+
+def check_text(place: Place, folder: Path, names: Iterable[str]) -> None:
+    """Refuse file names that are not UTF-8, as old archives have them: no question or result could write them.
+
+    Raises:
+        UserError: Names the first.
+    """
+    for name in names:
+        if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise place.error(
+                f"{folder} has the name {name!a}, which is not UTF-8; rename it (convmv -f latin1 -t utf8)"
+            )

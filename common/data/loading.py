@@ -21,6 +21,7 @@ T = TypeVar("T")
 SUFFIX = ".rgb"  # of the cache's files
 CHECKSUM = 4  # bytes after the pixels
 CHECKED = "checked.txt"  # beside them: digests of pictures that were found good, one per line
+VERSION = 1  # of our own decoding and resizing: count up when pixels change
 CHUNK = 256  # pictures that are checked before the good ones are written down
 SHOWN = 3  # bad pictures that an error names
 
@@ -85,7 +86,7 @@ class Loader:
         Raises:
             BadImage: There is no such picture, or it has no content.
         """
-        facts = (self.images.stamp(image), self.size, self.policy, PIL.__version__)
+        facts = (self.images.stamp(image), self.size, self.policy, PIL.__version__, VERSION)
         return hashlib.sha256("|".join(map(str, facts)).encode()).hexdigest()
 
     def attempt(self, work: Callable[[str], T], keys: Sequence[str]) -> list[T | BadImage]:

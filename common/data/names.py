@@ -52,7 +52,7 @@ def read_aliases(path: Path, names: Sequence[str]) -> dict[str, tuple[str, ...]]
 
 def _read_object(path: Path) -> dict[str, list[str]]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"data.aliases={path} cannot be read: {error.strerror}") from error
     except ValueError as error:
@@ -118,7 +118,7 @@ def _write(path: Path, text: str) -> None:
     if path.exists():
         raise UserError(f"{path} exists already; remove it or give another path")
     try:
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
     print(f"wrote {path}")

@@ -17,12 +17,14 @@ class Place:
         root: The folder of all datasets (CoOp's `$DATA`).
         folder: This dataset's.
         allow_fallback_split: Whether a split of our own may stand in for a missing split file.
+        only_test: The training images are not needed; a reader may save the time that it takes to list them.
     """
 
     name: str
     root: Path
     folder: Path
     allow_fallback_split: bool = False
+    only_test: bool = False
 
     @property
     def section(self) -> str:

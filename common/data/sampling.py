@@ -94,6 +94,8 @@ def draw(source: Source, how: Sampling) -> Picks:
         UserError: Nothing would be left to test a class on, or parts of the source overlap.
     """
     if not source.test:
+        if not source.train:
+            raise UserError("the dataset has neither training nor test images")
         _check_rest(source, how.shots)
     rng = random.Random(how.seed)
     take = pick if how.sampler == "coop" else pick_globally
@@ -103,7 +105,7 @@ def draw(source: Source, how: Sampling) -> Picks:
     test = source.test or tuple(item for item in source.train if item.image not in picked)
     if how.test_rows == "val_and_test":
         test, val = (*source.val, *test), []
-    short = {} if how.shots is None else _short(source, train, how.shots)
+    short = {} if how.shots is None else _short(source, train, how)
     return Picks(tuple(train), tuple(val), test, short)
 
 
@@ -113,9 +115,15 @@ def _validation(items: Sequence[Item], how: Sampling, rng: random.Random) -> lis
     return pick(items, None if how.validation == "full" or how.shots is None else min(how.shots, 4), rng)
 
 
-def _short(source: Source, train: Sequence[Item], shots: int) -> dict[str, int]:
-    count = Counter(item.label for item in train)
-    return {source.names[label]: number for label, number in sorted(count.items()) if number < shots}
+def _short(source: Source, train: Sequence[Item], how: Sampling) -> dict[str, int]:
+    """Names with fewer images than `shots` for each of their classes; `coop` picks class by class, `clsrl` by name."""
+    picked, found = Counter(item.label for item in train), dict[str, int]()
+    for name in dict.fromkeys(source.names):
+        counts = [picked[label] for label, other in enumerate(source.names) if other == name and picked[label]]
+        wanted = (how.shots or 0) * len(counts)
+        if sum(counts) < wanted if how.sampler == "clsrl" else any(count < (how.shots or 0) for count in counts):
+            found[name] = sum(counts)
+    return found
 
 
 def _check_rest(source: Source, shots: int | None) -> None:

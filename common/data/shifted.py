@@ -49,6 +49,8 @@ def by_number(place: Place, *, images: str) -> Source:
         UserError: A folder or `classnames.txt` is missing, or folders and lines differ in number.
     """
     names = _classnames(place)
+    if list(names) != sorted(names):
+        raise place.error("classnames.txt is not in the order of WordNet ids, so its lines are not the labels; sort it")
     folder = place.need(images)
     imagenet.same_folders(place, folder, subfolders(place, folder), map(str, range(len(names))))
     classes = [(str(label), label, name) for label, name in enumerate(names.values())]
@@ -72,7 +74,7 @@ def _source(place: Place, wnids: list[str], names: dict[str, str], test: Sequenc
 
 
 def _training_images(place: Place, wnids: list[str], names: dict[str, str], folder: Path) -> list[Item]:
-    if not folder.is_dir():
+    if place.only_test or not folder.is_dir():
         return []
     present = set(subfolders(place, folder))
     imagenet.same_folders(place, folder, present & set(wnids), wnids)

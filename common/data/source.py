@@ -37,15 +37,15 @@ class Dataset:
         return Split(tuple(items), names, self.config.question, self.config.open_question, known)
 
 
-def load(data: Data) -> Source:
-    """Read a dataset; names as they are shown to a model.
+def load(data: Data, only_test: bool = False) -> Source:
+    """Read a dataset; names as they are shown to a model. `only_test`: see `Place`.
 
     Raises:
         UserError: A folder or file is missing, or the files contradict each other.
     """
     entry = data.hub if data.source == "hub" else data.reader
     arguments = {key: value for key, value in entry.items() if key != "_target_"}
-    source: Source = locate(entry["_target_"], "data.reader._target_")(find(data), **arguments)
+    source: Source = locate(entry["_target_"], "data.reader._target_")(find(data, only_test), **arguments)
     source = replace(
         source,
         names=tuple(display(name) for name in source.names),
@@ -58,14 +58,14 @@ def load(data: Data) -> Source:
     return source
 
 
-def load_dataset(data: Data) -> Dataset:
+def load_dataset(data: Data, only_test: bool = False) -> Dataset:
     """Read a dataset and the other words for its classes."""
-    source = load(data)
+    source = load(data, only_test)
     aliases = {} if data.aliases is None else read_aliases(Path(data.aliases).expanduser(), source.names)
     return Dataset(data, source, aliases)
 
 
-def find(data: Data) -> Place:
+def find(data: Data, only_test: bool = False) -> Place:
     """Where the dataset lies.
 
     Raises:
@@ -78,7 +78,7 @@ def find(data: Data) -> Place:
             f" datasets>, or data.root=<folder>; docs/datasets.md#{data.name} says what belongs there"
         )
     root = Path(data.root or ".").expanduser().absolute()
-    return Place(data.name, root, root / folder, data.allow_fallback_split)
+    return Place(data.name, root, root / folder, data.allow_fallback_split, only_test)
 
 
 def problems(source: Source) -> Iterator[str]:

@@ -74,5 +74,8 @@ def _photo(place: Place, where: str, row: dict[str, str], folder: Path, base: Pa
         raise place.error(f"{where}: split '{part}' is not one of {', '.join(PARTS)}")
     relative = Path(os.path.relpath(folder / row["path"], base)).as_posix()
     if relative.startswith(".."):
-        raise place.error(f"{where}: {row['path']} is outside {base}")
+        raise place.error(
+            f"{where}: {row['path']} is outside {base}; put the CSV file above the photos,"
+            " and give data.folder=<its path>"
+        )
     return Photo(relative, row["label"], part)

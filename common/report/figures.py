@@ -32,7 +32,7 @@ def curves(metrics: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     figure.suptitle(title, fontsize=11)
     rows = [row for row in metrics if "loss" in row]
     rewards = sorted({key for row in rows for key in row if key.startswith("rewards/") and key.endswith("/mean")})
-    for name, colour in zip(rewards or ["loss"], cycle(COLOURS), strict=False):
+    for name, colour in zip(rewards or ["loss"] * bool(rows), cycle(COLOURS), strict=False):
         # later updates over the same rollout batch have no rewards of their own
         steps, values = zip(*[(row["step"], row[name]) for row in rows if name in row], strict=True)
         left.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
@@ -55,7 +55,8 @@ def curves(metrics: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     for axis in (left, right):
         axis.grid(alpha=0.25)
         axis.spines[["top"]].set_visible(False)
-        axis.legend(frameon=False, loc="lower right")
+        if axis.get_legend_handles_labels()[0]:  # an evaluation alone has no curve on the left
+            axis.legend(frameon=False, loc="lower right")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

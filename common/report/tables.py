@@ -71,6 +71,17 @@ def overall_lines(result: dict[str, Any]) -> list[str]:
     for name, before in result["overall"]["zero_shot"].items():
         after = f", trained {percent(result['overall']['eval'][name])} %" if trained else ""
         lines.append(f"{name.replace('_', ' ')}: zero-shot {percent(before)} %{after}")
+    for split, after in result["eval"].items():
+        if "accuracy_aliases" in after:
+            before = result["zero_shot"][split]["accuracy_aliases"]
+            trained_too = f", trained {percent(after['accuracy_aliases'])} %" if trained else ""
+            lines.append(f"{split}, other words accepted: zero-shot {percent(before)} %{trained_too}")
+    best = result["train"].get("best")
+    if best and best["split"] != "val":
+        lines.append(f"best update {best['update']} was chosen on {best['split']} itself: no validation images")
+    if short := result["short_classes"]:
+        name, count = next(iter(short.items()))
+        lines.append(f"{len(short)} classes have fewer training images than shots, first: '{name}' has {count}")
     if result["left_out"]:
         lines.append(f"{result['left_out']} pictures that cannot be decoded were left out (manifest.json names them)")
     return lines
