@@ -21,7 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from common.checks import one_of
 from common.data.sampling import SAMPLERS, VALIDATIONS
-from common.plugins import check_call, check_module
+from common.plugins import check_call, check_module, locate
+from common.rewards import build_rewards
 from common.schema import GRPO, Config, Model, Rollout, Tracking, Trainer
 from common.schema_task import Data, Protocol, Setting
 from common.types import UserError
@@ -40,6 +41,7 @@ SCHEMAS = {
 # Keys that do not change a result: where it goes, how it is watched, how many processes compute it.
 NOT_IN_SIGNATURE = ("tracking", "run_name", "gpus", "cache_dir", "checkpoint", "doctor", "manifest")
 NOT_IN_SIGNATURE_OF_DATA = ("root", "cache_gb")
+NOT_IN_SIGNATURE_OF_REWARDS = ("runtime",)  # of a reward that is computed elsewhere: address, patience, cache
 
 # Handed to DeepSpeed as they are; batch sizes, clipping and precision follow from other values.
 DEEPSPEED_KEYS = {
@@ -136,7 +138,10 @@ def _check_calls(config: Config) -> None:
         if isinstance(entry["weight"], bool) or not isinstance(entry["weight"], int | float):
             raise UserError(f"rewards.{name}.weight={entry['weight']!r} must be a number")
         arguments = {key: value for key, value in entry.items() if key not in ("weight", "fn")}
-        check_call(entry["fn"], f"rewards.{name}.fn", arguments, given=1)
+        key = f"rewards.{name}.fn"
+        is_class = isinstance(locate(entry["fn"], key), type)
+        check_call(entry["fn"], key, arguments, given=0 if is_class else 1)
+    build_rewards(config.rewards)  # classes check their own arguments
 
 
 def _check_data(key: str, data: Data) -> None:
@@ -180,14 +185,17 @@ def decides_result(values: dict[str, Any]) -> dict[str, Any]:
     """The part of a plain configuration that a result depends on."""
     kept = {key: value for key, value in values.items() if key not in NOT_IN_SIGNATURE}
     if "data" in kept:
-        kept["data"] = _without_places(kept["data"])
+        kept["data"] = _without(kept["data"], NOT_IN_SIGNATURE_OF_DATA)
     if targets := kept.get("setting", {}).get("targets"):
-        kept["setting"] = kept["setting"] | {"targets": {name: _without_places(one) for name, one in targets.items()}}
+        targets = {name: _without(one, NOT_IN_SIGNATURE_OF_DATA) for name, one in targets.items()}
+        kept["setting"] = kept["setting"] | {"targets": targets}
+    if rewards := kept.get("rewards"):
+        kept["rewards"] = {name: _without(one, NOT_IN_SIGNATURE_OF_REWARDS) for name, one in rewards.items()}
     return kept
 
 
-def _without_places(data: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in data.items() if key not in NOT_IN_SIGNATURE_OF_DATA}
+def _without(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in names}
 
 
 def signature(values: dict[str, Any]) -> str:

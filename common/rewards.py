@@ -3,6 +3,11 @@
 A reward is a function from samples to one float per sample, plus keyword arguments from its config entry
 `name: {weight, fn, **arguments}`. Add one by writing such a function anywhere importable and one YAML line.
 
+One that keeps something between calls (a connection, counts) is a class: the arguments go to its constructor, and its
+instance is called with the samples. The constructor also runs when the configuration is checked, so it checks its
+arguments, begins its `UserError` with the argument at fault, and opens nothing. The argument `runtime` says how the
+reward gets its values and not which: a result does not depend on it (common/config.py).
+
 Shapes: N samples (all completions of one update).
 """
 
@@ -15,7 +20,7 @@ from typing import Any
 
 from common import parsing
 from common.plugins import locate
-from common.types import Sample
+from common.types import Sample, UserError
 
 RewardFunction = Callable[[Sequence[Sample]], list[float]]
 
@@ -93,14 +98,25 @@ def score(samples: Sequence[Sample], rewards: dict[str, Reward]) -> Scores:
 
 
 def build_rewards(mix: dict[str, dict[str, Any]]) -> dict[str, Reward]:
-    """Turn the config's `rewards` into functions with their arguments bound.
+    """Turn the config's `rewards` into functions with their arguments bound, and into instances of classes.
 
     Raises:
-        UserError: `rewards.<name>.fn` cannot be found.
+        UserError: `rewards.<name>.fn` cannot be found, or a class refuses its arguments.
     """
     built = {}
     for name, entry in mix.items():
         arguments = {key: value for key, value in entry.items() if key not in ("weight", "fn")}
-        function = locate(entry["fn"], f"rewards.{name}.fn")
-        built[name] = Reward(float(entry["weight"]), partial(function, **arguments))
+        found = locate(entry["fn"], f"rewards.{name}.fn")
+        function = _instance(found, name, arguments) if isinstance(found, type) else partial(found, **arguments)
+        built[name] = Reward(float(entry["weight"]), function)
     return built
+
+
+def _instance(kind: type, name: str, arguments: dict[str, Any]) -> RewardFunction:
+    try:
+        found = kind(**arguments)
+    except UserError as error:
+        raise UserError(f"rewards.{name}.{error}") from error
+    if not callable(found):
+        raise UserError(f"rewards.{name}.fn: {kind.__name__} objects cannot be called; give a class with __call__")
+    return found
