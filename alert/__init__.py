@@ -1,0 +1,1 @@
+"""ALERT: few-shot classification with trainable category embeddings, reference categories and GRPO."""
