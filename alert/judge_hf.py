@@ -52,7 +52,13 @@ class Checkpoint:
             UserError: The checkpoint does not load, or has no chat template.
         """
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+        from transformers import (
+            AutoConfig,
+            AutoModelForCausalLM,
+            AutoModelForImageTextToText,
+            AutoTokenizer,
+            GenerationConfig,
+        )
 
         where: dict[str, Any] = {"revision": self.model.revision}
         name = str(self.folder) if self.folder.is_dir() else self.name
@@ -66,6 +72,13 @@ class Checkpoint:
             raise UserError(f"judge.model={name} does not load: {' '.join(str(error).split())}") from error
         if not tokenizer.chat_template:
             raise UserError(f"judge.model={name} has no chat template; give an instruction-tuned checkpoint")
+        # without the checkpoint's own wishes, such as a repetition penalty: the most probable reply
+        model.generation_config = GenerationConfig(
+            eos_token_id=model.generation_config.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            do_sample=False,
+            max_new_tokens=self.model.max_tokens,
+        )
         return tokenizer, model.to(device).eval().requires_grad_(False)
 
     def ask(self, prompts: Sequence[str]) -> list[str]:
@@ -75,22 +88,15 @@ class Checkpoint:
 
     def _replies(self, prompts: Sequence[str]) -> list[str]:
         import torch
-        from transformers import GenerationConfig
 
         tokenizer, model = self._loaded
         turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
         texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         # the template has already written what begins a conversation
         batch = tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False).to(model.device)
-        ends = model.generation_config.eos_token_id
-        greedy = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=self.model.max_tokens,
-            eos_token_id=ends,
-            pad_token_id=tokenizer.pad_token_id,
-        )
         with torch.no_grad():
-            ids = model.generate(**batch, generation_config=greedy)[:, batch["input_ids"].shape[1] :]  # [B, new]
+            ids = model.generate(**batch)[:, batch["input_ids"].shape[1] :]  # [B, new]
+        ends = model.generation_config.eos_token_id
         last = set(ends) if isinstance(ends, list) else {ends}
         found = []
         for row in ids.tolist():

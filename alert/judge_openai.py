@@ -137,7 +137,7 @@ def _content(reply: Any) -> str | Failure:
     """The text of a reply. The library checks little: a server may have sent anything under status 200."""
     choices = getattr(reply, "choices", None)
     first = choices[0] if isinstance(choices, list) and choices else None
-    message = getattr(first, "message", None)
+    message: Any = getattr(first, "message", None)
     if first is None or not hasattr(message, "content"):
         return Failure("the reply is not what the protocol says", again=True)
     if not isinstance(message.content, str):

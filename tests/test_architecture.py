@@ -58,6 +58,10 @@ LIGHT = (
     "common.task",
     "common.run_folder",
     "clsrl.method",
+    "alert.judge",
+    "alert.judge_hf",
+    "alert.judge_openai",
+    "alert.rewards",
 )
 
 
