@@ -61,6 +61,10 @@ LIGHT = (
     "alert.accounting",
     "alert.candidate_file",
     "alert.reference",
+    "alert.judge",
+    "alert.judge_hf",
+    "alert.judge_openai",
+    "alert.rewards",
 )
 
 

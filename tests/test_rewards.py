@@ -6,8 +6,9 @@ import time
 
 import pytest
 
+from alert.rewards import soft_format
 from common.rewards import Reward, accuracy, build_rewards, equality, score, strict_format
-from common.types import Prompt, Sample
+from common.types import Prompt, Sample, UserError
 
 NAMES = ("six", "nine", "arctic fox", "ox")
 
@@ -114,6 +115,35 @@ def test_strict_format_accepts_line_breaks():
     assert strict_format([sample("<think>a\nb</think>\n\n<answer>six</answer>")]) == [1.0]
 
 
+SOFT = {
+    "strict": (GOOD, 1),
+    "words around": (f"Sure. {GOOD} Anything else?", 1),
+    "words between": ("<think>x</think> So it is <answer>six</answer>", 1),
+    "line breaks": ("<think>\nx\n</think>\n\n<answer>\nsix\n</answer>\n", 1),
+    "wrong answer": ("<think>x</think><answer>a cat</answer>", 1),
+    "empty thought": ("<think></think><answer>six</answer>", 1),
+    "two answers": (GOOD + "<answer>nine</answer>", 1),
+    "tag inside think": ("<think><answer>six</answer></think><answer>six</answer>", 1),
+    "empty answer": ("<think>x</think><answer> \n</answer>", 0),
+    "no answer tag": ("<think>x</think>six", 0),
+    "no thought": ("<answer>six</answer>", 0),
+    "answer first": ("<answer>six</answer><think>x</think>", 0),
+    "answer only inside": ("<think><answer>six</answer></think>", 0),
+    "unclosed thought": ("<think>x<answer>six</answer>", 0),
+    "unclosed answer": ("<think>x</think><answer>six", 0),
+    "closed before opened": ("</think><think><answer>six</answer>", 0),
+    "upper case": (GOOD.upper(), 0),
+    "plain": ("six", 0),
+    "empty": ("", 0),
+    "100 kB": ("<think>" * 15_000 + GOOD, 0),
+}
+
+
+@pytest.mark.parametrize(("completion", "expected"), SOFT.values(), ids=SOFT.keys())
+def test_soft_format(completion, expected):
+    assert soft_format([sample(completion)]) == [expected]
+
+
 def test_official_quirks_are_reproduced():
     # the authors' code: tags may repeat inside the full match; the first <answer> counts; and math_verify, asked first,
     # takes two car names for one number
@@ -145,3 +175,40 @@ def test_score_makes_floats_of_whole_numbers():
 def test_build_rewards_binds_arguments():
     built = build_rewards({"format": {"weight": 1, "fn": "common.rewards.strict_format", "match": "official"}})
     assert built["format"].function([sample(GOOD + GOOD)]) == [1.0]
+
+
+class Counting:
+    """A reward that keeps something between calls."""
+
+    def __init__(self, *, limit: int) -> None:
+        if limit < 0:
+            raise UserError(f"limit={limit} must not be negative")
+        self.limit, self.calls = limit, 0
+
+    def __call__(self, samples):
+        self.calls += 1
+        return [float(len(s.completion) <= self.limit) for s in samples]
+
+
+class Silent:
+    """Not a reward: its objects cannot be called."""
+
+
+def entry(kind, **arguments):
+    return {"mine": {"weight": 2.0, "fn": f"{__name__}.{kind}", **arguments}}
+
+
+def test_a_class_is_built_once_and_keeps_its_state():
+    rewards = build_rewards(entry("Counting", limit=3))
+    assert [score([sample("six"), sample("nine")], rewards).total for _ in range(2)] == [[2.0, 0.0]] * 2
+    assert rewards["mine"].function.calls == 2
+    assert build_rewards(entry("Counting", limit=3))["mine"].function.calls == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("Counting", "rewards.mine.limit=-1 must not be negative"), ("Silent", "rewards.mine.fn: Silent objects cannot")],
+)
+def test_a_class_that_refuses_is_named_by_its_key(kind, message):
+    with pytest.raises(UserError, match=message):
+        build_rewards(entry(kind, **({"limit": -1} if kind == "Counting" else {})))
