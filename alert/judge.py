@@ -55,7 +55,8 @@ class ContrastiveReasoning:
         if not 0 <= unparsed <= 1:
             raise UserError(f"unparsed={unparsed} must be from 0 to 1, as the scores are")
         self.runtime = settings(Runtime, "runtime", runtime)
-        self.judge = make_judge(settings(Model, "judge", judge), self.runtime)
+        model = settings(Model, "judge", judge)
+        self.judge, self.max_tokens = make_judge(model, self.runtime), model.max_tokens
         self.scale, self.unparsed, self.on_failure = scale, unparsed, on_failure
         self.counts = dict.fromkeys(COUNTS, 0.0)
 

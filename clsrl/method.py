@@ -82,7 +82,7 @@ class ClosedFormQuestion:
     def facts(self, task: Task, split: str, predictions: Sequence[Prediction]) -> dict[str, Any]:
         return {}
 
-    def export(self, folder: Path, embeddings: torch.Tensor) -> None:
+    def export(self, folder: Path, embeddings: torch.Tensor, task: Task) -> None:
         raise ValueError("this method has no embeddings")
 
     def _prompts(self, split: Split, wording: str, system: str | None) -> list[Prompt]:

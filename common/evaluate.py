@@ -166,12 +166,13 @@ def grade(method: Method, prompt: Prompt, completion: Completion) -> Prediction:
     """Compare one completion with its label."""
     text = completion.text
     strict = parsing.strict_answer(text)
+    offered = not prompt.choices or prompt.label in prompt.choices  # a label that was not offered cannot be chosen
     return Prediction(
         image=prompt.image,
         label=prompt.label,
         answer=strict or "",
         completion=text,
-        correct=parsing.matches_strictly(text, prompt.label),
+        correct=offered and parsing.matches_strictly(text, prompt.label),
         correct_official=parsing.matches_officially(text, prompt.label),
         correct_alias=any(parsing.matches_strictly(text, name) for name in (prompt.label, *prompt.aliases)),
         formatted=method.well_formed(text),

@@ -21,8 +21,9 @@ from common.models.slots import attach
 from common.models.vision import Vision
 from common.pictures import make_loader
 from common.plugins import locate
-from common.rewards import build_rewards
+from common.rewards import Reward, build_rewards
 from common.rollout.base import Decoding, Rollout
+from common.rollout.text import FrozenReplies
 from common.schedule import Epochs
 from common.schema import GRPO, Config
 from common.schema import Rollout as RolloutConfig
@@ -93,10 +94,21 @@ def make_trainer(config: Config, parts: Parts, updates: int, resume: Path | None
         return GRPOTrainer(
             **shared,
             rollout=parts.rollout,
-            rewards=build_rewards(config.rewards),
+            rewards=bound_rewards(config, parts.policy),
             decoding=sampling(config.rollout),
         )
     return SFTTrainer(**shared, loss=config.protocol.sft_loss)
+
+
+def bound_rewards(config: Config, policy: vlm.VLM) -> dict[str, Reward]:
+    """The reward mix; a reward that judges with the run's own model gets it, as it is now."""
+    rewards = build_rewards(config.rewards)
+    for reward in rewards.values():
+        judge: Any = reward.function
+        if getattr(judge, "needs_base", False):
+            replies = FrozenReplies(policy, judge.max_tokens, config.rollout.evaluation_batch)
+            judge.bind(replies, files.checkpoint_hash(find_checkpoint(config)))
+    return rewards
 
 
 def sampling(config: RolloutConfig) -> Decoding:

@@ -19,18 +19,16 @@ from common.data import manifest
 from common.distributed import barrier, rank, world
 from common.engine import init_process_group
 from common.evaluate import spread
-from common.models import vlm
 from common.models.slots import detached
-from common.parts import Parts, assemble, find_checkpoint, make_tracker, make_trainer, sampling
+from common.parts import Parts, assemble, bound_rewards, find_checkpoint, make_tracker, make_trainer, sampling
 from common.pictures import readable
 from common.progress import progress
 from common.recorder import Recorder
 from common.result import describe, paired
-from common.rewards import build_rewards
 from common.run_folder import RunFolder
 from common.schedule import total_updates
 from common.schema import GRPO, Config
-from common.types import Method, Result, Trainer, UserError
+from common.types import Result, Trainer, UserError
 
 
 def run(config: Config, values: dict[str, Any], folder: Path) -> Result:
@@ -55,7 +53,7 @@ def run(config: Config, values: dict[str, Any], folder: Path) -> Result:
     checkpoint = find_checkpoint(config)
     seconds = {"model": time.perf_counter() - began}
     parts = assemble(config, questions, checkpoint, device)
-    policy, evaluator = parts.policy, parts.evaluator
+    evaluator = parts.evaluator
     place, checkpoints = RunFolder(folder), Checkpoints(folder / "checkpoints", config.checkpoint.max_checkpoints)
     resume = checkpoints.latest()
     state = read_state(resume) if resume else None
@@ -80,7 +78,7 @@ def run(config: Config, values: dict[str, Any], folder: Path) -> Result:
                 train(config, trainer, parts, updates, state, checkpoints, recorder, began - spent)
                 manifest.verify(folder / "manifest.json", task.build(config, left_out).manifest)
                 with trainer.whole_weights():
-                    save_weights(policy, questions.method, folder / "model")
+                    save_weights(parts, folder / "model")
                     after = evaluator.all_splits("eval", recorder)
             finally:
                 trainer.close()
@@ -119,7 +117,7 @@ def examine(config: Config, parts: Parts | None = None) -> None:
         encoder=parts.encoder,
         rollout=parts.rollout,
         prompts=parts.questions.train,
-        rewards=build_rewards(config.rewards),
+        rewards=bound_rewards(config, parts.policy),
         decoding=sampling(config.rollout),
         config=config.trainer,
         image_size=config.model.image_size,
@@ -199,15 +197,16 @@ def save_all(trainer: Trainer, parts: Parts, folder: Path) -> None:
     """What a checkpoint holds of the model: to resume from, and to load elsewhere."""
     trainer.save(folder / "deepspeed")
     with trainer.whole_weights():
-        save_weights(parts.policy, parts.questions.method, folder / "model")
+        save_weights(parts, folder / "model")
 
 
-def save_weights(policy: vlm.VLM, method: Method, folder: Path) -> None:
+def save_weights(parts: Parts, folder: Path) -> None:
     """A folder that `from_pretrained` loads: model (or adapter) and processor; embeddings beside them."""
     if rank() != 0:
         return
+    policy, questions = parts.policy, parts.questions
     with detached(policy.model):
         policy.model.save_pretrained(folder)
     policy.processor.save_pretrained(folder)
     if policy.slots is not None:
-        method.export(folder / "embeddings", policy.slots.entries.detach().cpu())
+        questions.method.export(folder / "embeddings", policy.slots.entries.detach().cpu(), questions.task)

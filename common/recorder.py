@@ -44,9 +44,9 @@ class Recorder:
         if not self.writes:
             return
         self.place.log("metrics.jsonl", {"step": number, **step.metrics})
-        self.place.log("timings.jsonl", {"step": number, **step.seconds})
+        self.place.log("timings.jsonl", {"step": number, **step.seconds, **step.counts})
         phases = {f"time/{phase}_s": seconds for phase, seconds in step.seconds.items()}
-        self.tracker.log(step.metrics | phases | {"step_time": sum(step.seconds.values())}, number)
+        self.tracker.log(step.metrics | step.counts | phases | {"step_time": sum(step.seconds.values())}, number)
         self.rows += step.rows
         if step.rows and (number % self.table_every == 0 or last):
             self.tracker.completions(step.rows, number)
@@ -64,7 +64,7 @@ class Recorder:
         spent: dict[str, float] = {}
         for row in self.place.read_log("timings.jsonl"):
             for phase, seconds in row.items():
-                if phase != "step":
+                if phase != "step" and "/" not in phase:
                     spent[phase] = spent.get(phase, 0.0) + seconds
         return spent
 

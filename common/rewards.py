@@ -93,8 +93,17 @@ def score(samples: Sequence[Sample], rewards: dict[str, Reward]) -> Scores:
         if len(values) != len(samples):
             raise ValueError(f"reward '{name}' returned {len(values)} values for {len(samples)} samples")
     weights = {name: reward.weight for name, reward in rewards.items()}
-    total = [sum(weights[name] * values[i] for name, values in parts.items()) for i in range(len(samples))]
-    return Scores(parts, total)
+    return Scores(parts, weighted(parts, weights) if parts else [0.0] * len(samples))
+
+
+def weighted(parts: dict[str, list[float]], weights: dict[str, float]) -> list[float]:
+    """The weighted sum of every sample.
+
+    >>> weighted({"a": [1.0, 0.0], "b": [1.0, 1.0]}, {"a": 2.0, "b": 0.5})
+    [2.5, 0.5]
+    """
+    columns = [[weights[name] * value for value in values] for name, values in parts.items()]
+    return [sum(row) for row in zip(*columns, strict=True)]
 
 
 def build_rewards(mix: dict[str, dict[str, Any]]) -> dict[str, Reward]:

@@ -166,11 +166,14 @@ class Answers:
 
 @dataclass(frozen=True)
 class Step:
-    """What one update reports: metrics by name, seconds by phase, and its completions as table rows."""
+    """What one update reports: metrics by name, seconds by phase, its completions as table rows, and counts that a
+    resumed run would not repeat (names with a `/`).
+    """
 
     metrics: dict[str, float]
     seconds: dict[str, float]
     rows: list[dict[str, Any]]
+    counts: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -224,7 +227,7 @@ class Method(Protocol):
     def facts(self, task: Task, split: str, predictions: Sequence[Prediction]) -> dict[str, Any]:
         """What the method has to say about the predictions of a split, beside the accuracies; for metrics.json."""
 
-    def export(self, folder: Path, embeddings: torch.Tensor) -> None:
+    def export(self, folder: Path, embeddings: torch.Tensor, task: Task) -> None:
         """Write the embeddings as they are now, in a form that a later run of the method can begin from."""
 
 

@@ -5,6 +5,7 @@ Shapes: n prompts of this rank, N of all ranks, G completions each, K rewards.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import torch
 from common.distributed import gather, interleave, share_of
 from common.grpo.advantages import advantages
 from common.grpo.packing import Group
-from common.rewards import Reward, Scores, score
+from common.rewards import Reward, Scores, score, weighted
 from common.rollout.base import Completion
 from common.types import Prompt, Sample
 
@@ -57,9 +58,24 @@ class RolloutBatch:
 def score_groups(
     prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], rewards: dict[str, Reward]
 ) -> Scores:
-    """Every reward of every completion, group after group."""
+    """Every reward of every completion, group after group. A reward that is missing (NaN) for one completion of a group
+    is left out for the whole group, as 0: the others are still compared fairly.
+    """
     samples = [Sample(p, c.text) for p, group in zip(prompts, completions, strict=True) for c in group]
-    return score(samples, rewards)
+    found = score(samples, rewards)
+    parts = {name: without_gaps(values, len(completions[0])) for name, values in found.parts.items()}
+    weights = {name: reward.weight for name, reward in rewards.items()}
+    return Scores(parts, weighted(parts, weights)) if parts != found.parts else found
+
+
+def without_gaps(values: Sequence[float], group_size: int) -> list[float]:
+    """Zeros in the place of every group with a NaN.
+
+    >>> without_gaps([1.0, float("nan"), 0.5, 0.0], 2)
+    [0.0, 0.0, 0.5, 0.0]
+    """
+    groups = [values[start : start + group_size] for start in range(0, len(values), group_size)]
+    return [value for group in groups for value in ([0.0] * group_size if any(map(math.isnan, group)) else group)]
 
 
 def without_differences(total: Sequence[float], group_size: int) -> list[int]:

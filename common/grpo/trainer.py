@@ -78,12 +78,14 @@ class GRPOTrainer:
 
         number, iteration = divmod(update, self.config.num_iterations)
         metrics: dict[str, float] = {}
+        counts: dict[str, float] = {}
         if iteration == 0:
             prompts, encoded, completions, resampled = self._sample(number)
             lap("rollout")
             self.current = self._score(number, prompts, encoded, completions, resampled)
             metrics |= describe(self.current)
             self.tokens += metrics.pop("tokens")
+            counts = self._counts()
             lap("reward")
             if not self.checked:
                 self._self_check(self.current.groups[0])
@@ -91,7 +93,7 @@ class GRPOTrainer:
         lap("update")
         metrics["num_tokens"] = self.tokens
         metrics["epoch"] = (number + 1) * self.config.prompts_per_update / len(self.prompts)
-        return Step(metrics, seconds, rows(update + 1, self.current) if iteration == 0 else [])
+        return Step(metrics, seconds, rows(update + 1, self.current) if iteration == 0 else [], counts)
 
     def _sample(self, number: int) -> tuple[list[Prompt], list[Any], list[list[Completion]], int]:
         """Completions of this rank's prompts; groups without differences are drawn again if the config says so."""
@@ -132,6 +134,15 @@ class GRPOTrainer:
         )
         groups = [Group(e, tuple(c.ids for c in group)) for e, group in zip(encoded, completions, strict=True)]
         return RolloutBatch(prompts, groups, completions, scores, advantages, resampled)
+
+    def _counts(self) -> dict[str, float]:
+        """What rewards that keep accounts did for this update, over all ranks."""
+        own: dict[str, float] = {}
+        for reward in self.rewards.values():
+            accounts: Any = getattr(reward.function, "metrics", None)
+            own |= accounts() if accounts is not None else {}
+        ranks = gather(own)
+        return {name: sum(found[name] for found in ranks) for name in own}
 
     def _update(self, update: int, first: bool) -> dict[str, float]:
         """Gradients of all groups, then the optimiser step."""

@@ -1,0 +1,223 @@
+"""ALERT (section 3): the meta-task prompt over category embeddings, with references while training and a draft's
+candidates when testing.
+
+`method=alert` and `method=gemma_1shot` are this one class with other arguments.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alert import accounting, candidate_file, candidates, reference
+from alert.prompt import INSTRUCTIONS, meta_task
+from common import parsing
+from common.checks import one_of
+from common.distributed import gather, interleave, share_of
+from common.types import Embeddings, Item, Prediction, Prompt, Split, Task, UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from common.models.vision import Vision
+
+DRAFTS = ("class_means", "oracle_recall", "file")
+INITIALISATIONS = ("proposed", "averaging", "random", "one_shot")
+
+
+class Alert:
+    """Asks which of some reference categories an image shows, each given by its name and its embedding."""
+
+    def __init__(
+        self,
+        *,
+        seed: int,
+        instruction: str = "paper",
+        initialisation: str = "proposed",
+        trainable: bool = True,
+        bank: str | None = None,
+        tau: float = 0.1,
+        smallest: int = 2,
+        largest: int = 8,
+        draft: str = "class_means",
+        draft_file: str | None = None,
+        k: int = 2,
+        order: str = "rank",
+    ) -> None:
+        """
+        Args:
+            seed: Of references, initialisation and order.
+            instruction: `paper` (appendix A) or `short` (for tiny models).
+            initialisation: Of the embeddings, see `alert.bank.initial`.
+            trainable: False: the bank stays as it begins (Table 3).
+            bank: Folder of an exported bank to begin from, instead of an initialisation.
+            tau: Temperature of the reference weights (section 4.1.2).
+            smallest: Fewest references in a training prompt.
+            largest: Most.
+            draft: Who chooses the candidates of a test image: `class_means`, `oracle_recall` (an upper bound: it knows
+                the truth) or `file`.
+            draft_file: For `file`: what `alert.candidate_file.write` wrote; `{split}` stands for the split.
+            k: Candidates of a test image.
+            order: Of the candidates in the prompt, `rank` or `shuffle` (our choice: the paper does not say).
+
+        Raises:
+            UserError: An argument has an unknown value.
+        """
+        for key, value, allowed in (
+            ("instruction", instruction, tuple(INSTRUCTIONS)),
+            ("initialisation", initialisation, INITIALISATIONS),
+            ("draft", draft, DRAFTS),
+            ("order", order, candidates.ORDERS),
+        ):
+            one_of(f"method.{key}", value, allowed)
+        if draft == "file" and draft_file is None:
+            raise UserError("method.draft=file needs method.draft_file, the candidates that a learner wrote")
+        if not (2 <= smallest <= largest and k >= 1 and tau > 0):
+            raise UserError(
+                f"method.smallest={smallest}, largest={largest}, k={k}, tau={tau}: 2 <= smallest <= largest, k >= 1"
+                " and tau > 0 are needed"
+            )
+        self.seed, self.instruction = seed, instruction
+        self.initialisation, self.trainable, self.bank = initialisation, trainable, bank
+        self.tau, self.smallest, self.largest = tau, smallest, largest
+        self.draft, self.draft_file, self.k, self.order = draft, draft_file, k, order
+        self.similarities: Any = None  # [C, C], known once pictures were seen
+        self.drafted: dict[str, candidates.Candidates] = {}
+        self.begun: torch.Tensor | None = None
+
+    def look(self, vision: Vision, task: Task) -> Embeddings:
+        """Similarities of the categories, candidates of the test images, and the bank that training starts from."""
+        from pathlib import Path as Folder
+
+        from alert import bank
+
+        train = task.train
+        means = reference.class_means(
+            _pooled(vision, train.items), [item.label for item in train.items], len(train.names)
+        )
+        self.similarities = reference.similarities(means)
+        for split, asked in task.evaluation.items():
+            self.drafted[split] = self._candidates(vision, means, task, split, asked)
+        if self.bank is not None:
+            entries, self.begun = bank.read(Folder(self.bank).expanduser(), train.names)
+        else:
+            entries = bank.initial(vision, train.items, len(train.names), self.initialisation, self.seed)
+            self.begun = entries
+        return Embeddings(entries, self.trainable)
+
+    def train_prompts(self, task: Task, epoch: int = 0) -> list[Prompt]:
+        """With other references in every epoch. Before `look`, the longest prompts that there could be."""
+        split = task.train
+        longest = self._longest(split, self.largest)
+        return [self._prompt(item, split, self._references(item, split, longest, epoch)) for item in split.items]
+
+    def evaluation_prompts(self, task: Task, split: str) -> list[Prompt]:
+        asked = task.evaluation[split]
+        labels = _train_labels(task, split)
+        if self.k > len(asked.choices):
+            raise UserError(
+                f"method.k={self.k}, but '{split}' has {len(asked.choices)} class names; use fewer candidates"
+            )
+        if split not in self.drafted:
+            shown = [self._longest(asked, self.k)] * len(asked.items)
+        else:
+            shown = [self.drafted[split].shown(item.image, self.k, self.order) for item in asked.items]
+        return [self._prompt(item, asked, chosen, labels) for item, chosen in zip(asked.items, shown, strict=True)]
+
+    def well_formed(self, completion: str) -> bool:
+        return parsing.is_strict_format(completion)
+
+    def label_response(self, name: str) -> str:
+        """The name in its tags: its probability is the one without reasoning."""
+        return f"<answer>{name}</answer>"
+
+    def facts(self, task: Task, split: str, predictions: Sequence[Prediction]) -> dict[str, Any]:
+        """The accounts of the two stages, and whether reasoning and answer agree (alert/accounting.py)."""
+        drafted, names = self.drafted[split], task.evaluation[split].names
+        cases, verdicts = [], []
+        for p in predictions:
+            shown = tuple(names[label] for label in drafted.shown(p.image, self.k, self.order))
+            ranking = tuple(names[label] for label in drafted.ranking(p.image))
+            cases.append(accounting.Case(p.label, shown, ranking, p.answer))
+            if thought := parsing.FORMAT.search(p.completion):
+                verdicts.append(accounting.reasoning_agrees(thought["think"], p.answer, shown))
+        draft = {**vars(drafted.origin), "k": self.k, **accounting.account(cases)}
+        return {"draft": draft, "reasoning": accounting.agreement(verdicts)}
+
+    def export(self, folder: Path, embeddings: torch.Tensor, task: Task) -> None:
+        from alert import bank
+
+        assert self.begun is not None
+        bank.export(folder, embeddings, self.begun, task.train.names)
+
+    def _candidates(self, vision: Vision, means: Any, task: Task, split: str, asked: Split) -> candidates.Candidates:
+        images = [item.image for item in asked.items]
+        shots = len(task.train.items) // len(task.train.names)
+        origin = candidates.Origin("class_means", split, shots, self.seed)
+        if self.draft == "file":
+            assert self.draft_file is not None
+            path = Path(self.draft_file.replace("{split}", split)).expanduser()
+            return candidate_file.read(path, images, asked.names, split)
+        own = [_train_labels(task, split)[label] for label in range(len(asked.names))]
+        logits = candidates.class_mean_logits(_pooled(vision, asked.items), means[own])
+        if self.draft == "class_means":
+            return candidates.rank(images, logits, asked.names, origin)
+        truths = [item.label for item in asked.items]
+        return candidates.oracle_recall(images, logits, truths, self.k, asked.names, origin)
+
+    def _references(self, item: Item, split: Split, longest: tuple[int, ...], epoch: int) -> tuple[int, ...]:
+        if self.similarities is None:
+            return (item.label, *[label for label in longest if label != item.label][: self.largest - 1])
+        return reference.sample_references(
+            item.label,
+            self.similarities[item.label],
+            split.names,
+            random.Random(f"references-{self.seed}-{epoch}-{item.image}"),
+            tau=self.tau,
+            smallest=self.smallest,
+            largest=self.largest,
+        )
+
+    def _longest(self, split: Split, count: int) -> tuple[int, ...]:
+        """The classes of the longest names, no name twice."""
+        first = {name: label for label, name in reversed(list(enumerate(split.names)))}
+        return tuple(first[name] for name in sorted(first, key=len, reverse=True)[: count + 1][: max(count, 1)])
+
+    def _prompt(self, item: Item, split: Split, shown: Sequence[int], labels: Sequence[int] | None = None) -> Prompt:
+        names = tuple(split.names[label] for label in shown)
+        entries = tuple(shown if labels is None else (labels[label] for label in shown))
+        return Prompt(
+            image=item.image,
+            text=meta_task(names, self.instruction),
+            label=item.name,
+            choices=names,
+            aliases=split.aliases.get(item.name, ()),
+            categories=entries,
+            image_last=True,
+        )
+
+
+def _train_labels(task: Task, split: str) -> list[int]:
+    """The trained category of every class of a split, by name.
+
+    Raises:
+        UserError: A class was not trained, so it has no embedding.
+    """
+    trained = {name: label for label, name in reversed(list(enumerate(task.train.names)))}
+    names = task.evaluation[split].names
+    if missing := [name for name in names if name not in trained]:
+        raise UserError(
+            f"ALERT knows only categories with training images, but {len(missing)} of '{split}' have none, first:"
+            f" '{missing[0]}'; use setting=few_shot or shift"
+        )
+    if names == task.train.names:
+        return list(range(len(names)))  # of two classes of one name each keeps its own embedding
+    return [trained[name] for name in names]
+
+
+def _pooled(vision: Vision, items: Sequence[Item]) -> Any:
+    """One feature per image (mean over the tower's patches, our choice). Ranks share the images. Shape: [N, V]."""
+    keys = [item.image for item in items]
+    return interleave([list(part) for part in gather(vision.pooled(share_of(keys)).numpy())])

@@ -1,0 +1,64 @@
+"""Greedy replies to plain texts by the model as it was before training: a judge of its own.
+
+Shapes: P prompt tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from common.engine import micro_batches
+from common.grpo.packing import Encoded
+from common.models.vlm import VLM
+from common.rollout.base import Decoding
+from common.rollout.hf import HFRollout
+
+CUT = re.compile(r"\s*\S+\s*\Z")
+
+
+class FrozenReplies:
+    """The untrained model as a function from texts to replies; build it before the first update.
+
+    With adapters that is the base model, without them a copy.
+    """
+
+    def __init__(self, vlm: VLM, max_tokens: int, batch: int) -> None:
+        self.adapters = hasattr(vlm.model, "disable_adapter")
+        self.vlm = vlm if self.adapters else replace(vlm, model=copy.deepcopy(vlm.model).eval().requires_grad_(False))
+        self.decoding = Decoding(temperature=0.0, top_k=0, top_p=1.0, max_tokens=max_tokens)
+        self.rollout, self.batch = HFRollout(self.vlm), batch
+
+    def __call__(self, texts: Sequence[str]) -> list[str]:
+        """One reply to each text, without the end of turn, or its last word if the limit may have cut that."""
+        replies: list[str] = []
+        with self._base():
+            for part in micro_batches(list(texts), self.batch):
+                groups = self.rollout.generate(
+                    [self._encode(text) for text in part], 1, self.decoding, [""] * len(part)
+                )
+                replies += [CUT.sub("", reply.text) if reply.truncated else reply.text for (reply,) in groups]
+        return replies
+
+    @contextmanager
+    def _base(self) -> Iterator[None]:
+        if not self.adapters:
+            yield
+            return
+        with self.vlm.model.disable_adapter():
+            yield
+
+    def _encode(self, text: str) -> Encoded:
+        """A conversation without an image. Shape of its ids: [P]."""
+        tokenizer, family = self.vlm.processor.tokenizer, self.vlm.family
+        turns = [{"role": "user", "content": [{"type": "text", "text": text}]}]
+        rendered = self.vlm.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        ids = torch.tensor(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+        config = self.vlm.model.config
+        blocks = None if self.vlm.causal_images else family.blocks(ids, config)
+        return Encoded(ids, family.positions(ids, None, config), None, None, blocks)
