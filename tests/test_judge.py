@@ -391,6 +391,8 @@ def test_another_model_has_other_replies(tmp_path):
     replies.put("openai:a", "prompt", "8")
     assert replies.get("openai:a", "prompt") == "8"
     assert replies.get("openai:b", "prompt") is replies.get("openai:a", "other") is None
+    replies.put("openai:b", "prompt", "2")
+    assert [replies.get(f"openai:{name}", "prompt") for name in "ab"] == ["8", "2"]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"judge": "a"}', '{"judge": "b", "prompt": "p", "reply": "9"}'])
@@ -420,7 +422,7 @@ def test_a_process_killed_while_it_writes_leaves_whole_replies(tmp_path):
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=root)
     assert done.returncode == -9
-    assert len(list(tmp_path.iterdir())) == 2, "the whole one and the half"
+    assert len(list(tmp_path.iterdir())) == 2 and len(list(tmp_path.glob("*.json"))) == 1, "the half is no reply"
     replies = Replies(tmp_path, 2**20)
     assert (replies.get("a", "first"), replies.get("a", "second")) == ("8", None)
     replies.put("a", "second", "9")
