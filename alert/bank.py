@@ -97,7 +97,7 @@ def export(folder: Path, entries: torch.Tensor, begun: torch.Tensor, names: Sequ
         names: Of the categories.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {"entries": entries.float().contiguous(), "begun": begun.float().contiguous()}
+    tensors = {"entries": entries.float().clone(), "begun": begun.float().clone()}  # they may be one
     save_file(tensors, folder / "bank.safetensors")
     facts = {"names": list(names), "sha256": _hash(folder / "bank.safetensors", names), "shape": list(entries.shape)}
     (folder / "bank.json").write_text(json.dumps(facts, indent=2) + "\n")
