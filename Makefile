@@ -4,7 +4,7 @@ UV_VERSION := 0.13.8
 BIN := .venv/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo test test-fast test-faults bench lint format clean
+.PHONY: help setup demo data-check test test-fast test-faults bench lint format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -21,6 +21,9 @@ setup: .venv/installed  ## install the locked versions into .venv (about 6 GB)
 demo: setup  ## train No-Thinking-CLS-RL on real digits (no GPU, no data, no hub)
 	$(BIN)/python run.py
 
+data-check: setup  ## which datasets are there and complete? DATA=/folder (docs/datasets.md)
+	$(BIN)/python -m common.data.check
+
 test: setup  ## run the tests
 	$(BIN)/python -m pytest -m "not faults"
 
@@ -31,7 +34,7 @@ test-faults: setup  ## kill runs at every moment there is and resume them; all t
 	$(BIN)/python -m pytest tests/test_faults.py tests/test_ranks.py
 
 bench: setup  ## measure against TRL and transformers, one thread (docs/performance.md; half an hour)
-	for name in grpo_step rollout train_loop cost_model; do \
+	for name in grpo_step rollout train_loop cost_model loading; do \
 		OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 lint: setup  ## check format, style and types

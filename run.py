@@ -31,27 +31,33 @@ def main(cfg: DictConfig) -> None:
     try:
         job(cfg, folder)
     except UserError as error:
-        with suppress(OSError):
-            folder.rmdir()  # made by Hydra; goes only if it is empty
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             print(f"{folder.name}: {one_line(error)}", file=sys.stderr)  # Hydra itself only reports the first
             raise
         sys.exit(one_line(error))
+    finally:
+        with suppress(OSError):
+            folder.rmdir()  # made by Hydra; goes only if it is empty
 
 
 def job(cfg: DictConfig, folder: Path) -> None:
-    """Check, run, show. A folder that already holds this configuration's result only shows it."""
-    from common import launch, preflight
+    """Check, run, show. A folder that already holds this configuration's result only shows it.
+
+    With `manifest=true` or `doctor=true` nothing is trained: the first prints, the second examines.
+    """
+    from common import launch, preflight, task
+    from common.data import manifest
     from common.report import tables
     from common.run_folder import RunFolder
 
     config = configuration.validate(cfg)
     values = configuration.plain(cfg)
+    if config.manifest:
+        print(manifest.text(task.build(config).manifest), end="")
+        return
     if config.doctor is True:
         preflight.check(config)
         launch.launch(config, values, folder)
-        with suppress(OSError):
-            folder.rmdir()
         return
     place = RunFolder(folder)
     result = place.finished_result(values)

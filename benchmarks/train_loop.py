@@ -176,7 +176,9 @@ def trl_dataset(config: Any, parts: Any, updates: int) -> Any:
         for update in range(updates)
         for number in batch(update, settings.prompts_per_update, len(train), config.seed)
     ]
-    pictures = [parts.questions.task.open(p.image).convert("RGB").resize(size, Resampling.LANCZOS) for p in train]
+    pictures = [
+        parts.questions.task.images.open(p.image).convert("RGB").resize(size, Resampling.LANCZOS) for p in train
+    ]
 
     def rows() -> Iterator[dict[str, Any]]:
         for number in order:

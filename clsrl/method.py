@@ -6,11 +6,9 @@ trainer and which rewards they use stands in conf/method/.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from clsrl import prompts
 from common import parsing
-from common.types import Item, Prompt, Task, UserError
+from common.types import Prompt, Split, Task, UserError
 
 
 class ClosedFormQuestion:
@@ -20,7 +18,6 @@ class ClosedFormQuestion:
         self,
         *,
         instruction: str,
-        question: str,
         seed: int,
         list_share: float = 0.4,
         list_all_below: int = 30,
@@ -31,9 +28,8 @@ class ClosedFormQuestion:
         """
         Args:
             instruction: `think` (CLS-RL) or `no_think` (No-Thinking-CLS-RL, SFT, zero-shot).
-            question: The dataset's question, e.g. "What type of digit is in the photo?".
             seed: Seed of the class lists.
-            list_share: Share of the class names to list.
+            list_share: Share of the class names to list; 0: an open question without a list (open-set setting).
             list_all_below: List all names when the share gives fewer than this.
             list_at_most: Cap on the number of listed names.
             evaluation_prompt: `train` (the training instruction) or `official` (the authors' other wording).
@@ -49,16 +45,18 @@ class ClosedFormQuestion:
         ):
             if value not in allowed:
                 raise UserError(f"method.{name}={value}: choose one of {', '.join(allowed)}")
-        self.instruction, self.question, self.seed = instruction, question, seed
+        self.instruction, self.seed = instruction, seed
         self.list_share, self.list_all_below, self.list_at_most = list_share, list_all_below, list_at_most
         self.evaluation_prompt = evaluation_prompt
         self.system = prompts.THINK_SYSTEM if train_system_prompt == "think" else None
 
     def train_prompts(self, task: Task) -> list[Prompt]:
-        return self._prompts(task.train, task.names, "train", self.system)
+        return self._prompts(task.train, "train", self.system)
 
     def evaluation_prompts(self, task: Task, split: str) -> list[Prompt]:
-        return self._prompts(task.evaluation[split], task.names, self.evaluation_prompt, None)
+        # the authors' scripts ask base classes as in training, so also those that are watched for them
+        as_trained = split == "base" or (split == "val" and "base" in task.evaluation)
+        return self._prompts(task.evaluation[split], "train" if as_trained else self.evaluation_prompt, None)
 
     def well_formed(self, completion: str) -> bool:
         if self.instruction == "think":
@@ -69,12 +67,13 @@ class ClosedFormQuestion:
         """The bare name, or the name in its tags: with `think`, its probability is the one without reasoning."""
         return f"<answer>{name}</answer>" if self.instruction == "think" else name
 
-    def _prompts(self, items: Sequence[Item], names: Sequence[str], wording: str, system: str | None) -> list[Prompt]:
+    def _prompts(self, split: Split, wording: str, system: str | None) -> list[Prompt]:
         instruction = prompts.INSTRUCTIONS[self.instruction, wording]
+        names = split.choices
         size = prompts.class_list_size(len(names), self.list_share, self.list_all_below, self.list_at_most)
         built = []
-        for item in items:
+        for item in split.items:
             choices = prompts.class_list(names, item.name, size, self.seed, item.image)
-            text = prompts.question(self.question, choices, instruction)
-            built.append(Prompt(item.image, text, item.name, choices, system))
+            text = prompts.question(split.question if choices else split.open_question, choices, instruction)
+            built.append(Prompt(item.image, text, item.name, choices, system, split.aliases.get(item.name, ())))
         return built

@@ -42,7 +42,14 @@ def class_list_size(classes: int, share: float, smallest: int, largest: int) -> 
 
     >>> [class_list_size(c, 0.4, 30, 100) for c in (1000, 397, 196, 102, 100, 47, 37, 10)]
     [100, 100, 78, 40, 40, 47, 37, 10]
+
+    Base-to-new lists 80 % of the half; a share of 0 lists none:
+
+    >>> [class_list_size(c, 0.8, 30, 100) for c in (500, 51, 24, 5)], class_list_size(1000, 0.0, 30, 100)
+    ([100, 40, 24, 5], 0)
     """
+    if share == 0:
+        return 0
     size = int(share * classes)
     return classes if size < smallest else min(size, largest)
 
@@ -54,9 +61,14 @@ def class_list(names: Sequence[str], truth: str, size: int, seed: int, image: st
     Two classes that share one display name are listed once.
     """
     rng = random.Random(f"class-list-{seed}-{image}")
+    if size == 0:
+        return ()
     pool = list(dict.fromkeys(names))
-    rng.shuffle(pool)
-    chosen = pool[:size]
+    if size < len(pool):
+        chosen = rng.sample(pool, size)  # what shuffling all and cutting gives, sooner
+    else:
+        chosen = pool
+        rng.shuffle(chosen)
     if truth not in chosen:
         chosen[-1] = truth
     rng.shuffle(chosen)

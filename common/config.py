@@ -19,20 +19,11 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from common.plugins import check_call, check_module, locate
-from common.schema import (
-    GRPO,
-    Config,
-    Data,
-    Model,
-    Protocol,
-    Rollout,
-    Setting,
-    Tracking,
-    Trainer,
-    one_of,
-    positive,
-)
+from common.checks import one_of
+from common.data.sampling import SAMPLERS, VALIDATIONS
+from common.plugins import check_call, check_module
+from common.schema import GRPO, Config, Model, Rollout, Tracking, Trainer
+from common.schema_task import Data, Protocol, Setting
 from common.types import UserError
 
 SCHEMAS = {
@@ -47,7 +38,9 @@ SCHEMAS = {
     "tracking": Tracking,
 }
 # Keys that do not change a result: where it goes, how it is watched, how many processes compute it.
-NOT_IN_SIGNATURE = ("tracking", "run_name", "gpus", "cache_dir", "checkpoint", "doctor")
+NOT_IN_SIGNATURE = ("tracking", "run_name", "gpus", "cache_dir", "checkpoint", "doctor", "manifest")
+# The manifest says which pictures were left out, so a run that met bad ones may continue without them.
+NOT_IN_SIGNATURE_OF_DATA = ("root", "cache_gb", "skip_bad")
 
 # Handed to DeepSpeed as they are; batch sizes, clipping and precision follow from other values.
 DEEPSPEED_KEYS = {
@@ -83,7 +76,12 @@ def validate(cfg: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise UserError(" ".join(str(error).split())) from error
     assert isinstance(config, Config)
-    positive("shots", config.shots)
+    if config.shots != "all" and (
+        isinstance(config.shots, bool) or not isinstance(config.shots, int) or config.shots < 1
+    ):
+        raise UserError(f"shots={config.shots}: give the number of training images per class, 1 or more, or all")
+    one_of("sampler", config.sampler, SAMPLERS)
+    one_of("validation", config.validation, VALIDATIONS)
     if config.gpus < 0:
         raise UserError(f"gpus={config.gpus}: give the number of GPUs, 0 to compute on the CPU")
     ranks = max(1, config.gpus)
@@ -128,7 +126,10 @@ def _check_calls(config: Config) -> None:
         if key not in config.method:
             raise UserError(f"method.{key} is missing; see conf/method/ for examples")
     check_call(config.method["_target_"], "method._target_", method_arguments(config))
-    locate(config.data.reader, "data.reader")
+    _check_data("data", config.data)
+    for name, target in config.setting.targets.items():
+        _check_data(f"setting.targets.{name}", target)
+    check_call(config.setting.build, "setting.build", {}, given=3)
     check_module(config.rollout.backend, "rollout.backend")
     for name, entry in config.rewards.items():
         if not isinstance(entry, dict) or not {"weight", "fn"} <= entry.keys():
@@ -137,6 +138,16 @@ def _check_calls(config: Config) -> None:
             raise UserError(f"rewards.{name}.weight={entry['weight']!r} must be a number")
         arguments = {key: value for key, value in entry.items() if key not in ("weight", "fn")}
         check_call(entry["fn"], f"rewards.{name}.fn", arguments, given=1)
+
+
+def _check_data(key: str, data: Data) -> None:
+    for part, entry in (("reader", data.reader), ("hub", data.hub)):
+        if part == "hub" and not entry:
+            continue
+        if "_target_" not in entry:
+            raise UserError(f"{key}.{part}._target_ is missing; see conf/data/ for examples")
+        arguments = {name: value for name, value in entry.items() if name != "_target_"}
+        check_call(entry["_target_"], f"{key}.{part}._target_", arguments, given=1)
 
 
 def method_arguments(config: Config) -> dict[str, Any]:
@@ -168,7 +179,16 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
 def decides_result(values: dict[str, Any]) -> dict[str, Any]:
     """The part of a plain configuration that a result depends on."""
-    return {key: value for key, value in values.items() if key not in NOT_IN_SIGNATURE}
+    kept = {key: value for key, value in values.items() if key not in NOT_IN_SIGNATURE}
+    if "data" in kept:
+        kept["data"] = _without_places(kept["data"])
+    if targets := kept.get("setting", {}).get("targets"):
+        kept["setting"] = kept["setting"] | {"targets": {name: _without_places(one) for name, one in targets.items()}}
+    return kept
+
+
+def _without_places(data: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in data.items() if key not in NOT_IN_SIGNATURE_OF_DATA}
 
 
 def signature(values: dict[str, Any]) -> str:

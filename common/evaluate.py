@@ -7,7 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from common import metrics, parsing
 from common.distributed import gather, interleave, share_of
@@ -21,6 +21,7 @@ from common.schema import Rollout as RolloutConfig
 from common.task import Questions
 from common.types import Answers, Method, Prediction, Prompt
 
+T = TypeVar("T")
 # Name in metrics.jsonl to its name in a summary's `probability`.
 PROBABILITY = {"probability_accuracy": "top1", "top5_accuracy": "top5", "ece": "ece", "brier": "brier"}
 
@@ -33,6 +34,11 @@ class Evaluation:
     summary: dict[str, dict[str, Any]]
 
     @property
+    def overall(self) -> dict[str, float]:
+        """See `metrics.overall`."""
+        return metrics.overall({split: found["accuracy"] for split, found in self.summary.items()})
+
+    @property
     def scalars(self) -> dict[str, float]:
         """Metric name to value, as metrics.jsonl and the tracker take them."""
         scalars: dict[str, float] = {}
@@ -40,7 +46,7 @@ class Evaluation:
             scalars |= {f"eval/{split}/{key}": found[key] for key in ("accuracy", "accuracy_official", "n")}
             if "probability" in found:
                 scalars |= {f"eval/{split}/{name}": found["probability"][key] for name, key in PROBABILITY.items()}
-        return scalars
+        return scalars | {f"eval/{name}": value for name, value in self.overall.items()}
 
 
 class Recorder(Protocol):
@@ -84,53 +90,71 @@ class Evaluator:
         for split, prompts in self.questions.evaluation.items():
             found = recorder.kept(phase, split)
             if found is None:
-                found = self._answer(prompts, f"evaluating {split} ({phase.replace('_', '-')})", self.labels)
+                found = self._answer(prompts, split, phase.replace("_", "-"), self.labels)
                 recorder.keep(phase, split, found)
-            predictions[split], summary[split] = found.predictions, self._summary(found)
+            predictions[split], summary[split] = found.predictions, self._summary(found, split)
         return Evaluation(predictions, summary)
 
     def during_training(self, limit: int | None) -> Evaluation:
-        """The first `limit` images of val where the task has one, else of test; answers only."""
-        found = self._answer(
-            self.questions.evaluation[self.watched][:limit], f"evaluating {self.watched} (training)", None
-        )
-        return Evaluation({self.watched: found.predictions}, {self.watched: self._summary(found)})
+        """`limit` images of val where the task has one, else of test (see `spread`); answers only."""
+        found = self._answer(spread(self.questions.evaluation[self.watched], limit), self.watched, "training", None)
+        return Evaluation({self.watched: found.predictions}, {self.watched: self._summary(found, self.watched)})
 
     @property
     def watched(self) -> str:
-        """The split that is evaluated during training."""
-        return "val" if "val" in self.questions.evaluation else "test"
+        """The split that is evaluated during training: val where there is one, else the first test."""
+        return "val" if "val" in self.questions.evaluation else next(iter(self.questions.evaluation))
 
-    def _summary(self, found: Answers) -> dict[str, Any]:
-        return metrics.summarize(found.predictions, self.questions.task.names, found.seconds, found.scoring_seconds)
+    def _summary(self, found: Answers, split: str) -> dict[str, Any]:
+        asked = self.questions.task.evaluation[split]
+        summary = metrics.summarize(found.predictions, asked.choices, found.seconds, found.scoring_seconds)
+        if asked.aliases:
+            summary["accuracy_aliases"] = sum(p.correct_alias for p in found.predictions) / len(found.predictions)
+        return summary
 
-    def _answer(self, prompts: list[Prompt], description: str, labels: LabelScorer | None) -> Answers:
+    def _answer(self, prompts: list[Prompt], split: str, occasion: str, labels: LabelScorer | None) -> Answers:
         """The predictions of all ranks; the seconds are this one's."""
         began, scoring = time.perf_counter(), 0.0
         slices = list(micro_batches(share_of(prompts), self.batch))
         found = []
-        for part in progress(slices, description, len(slices)):
+        for part in progress(slices, f"evaluating {split} ({occasion})", len(slices)):
             encoded = self.encoder(part)
             groups = self.rollout.generate(encoded, 1, self.decoding, [""] * len(part))
             graded = [grade(self.questions.method, p, group[0]) for p, group in zip(part, groups, strict=True)]
             if labels is not None:
                 start = time.perf_counter()
-                graded = self._with_probabilities(labels, part, encoded, graded)
+                graded = self._with_probabilities(labels, split, part, encoded, graded)
                 scoring += time.perf_counter() - start
             found += graded
         return Answers(interleave(gather(found)), time.perf_counter() - began - scoring, scoring)
 
     def _with_probabilities(
-        self, labels: LabelScorer, prompts: Sequence[Prompt], encoded: Sequence[Encoded], graded: Sequence[Prediction]
+        self,
+        labels: LabelScorer,
+        split: str,
+        prompts: Sequence[Prompt],
+        encoded: Sequence[Encoded],
+        graded: Sequence[Prediction],
     ) -> list[Prediction]:
-        """Add the probabilities of the names that each prompt offers; an open question offers all names of the task."""
-        everything = tuple(dict.fromkeys(self.questions.task.names))  # two classes may share a display name
+        """Add the probabilities of the names that each prompt offers; an open question offers all of the split."""
+        everything = self.questions.task.evaluation[split].choices
         choices = [prompt.choices or everything for prompt in prompts]
         scores = labels(encoded, [[self.questions.method.label_response(name) for name in c] for c in choices])
         return [
             replace(prediction, choices=names, probabilities=score.normalised, probabilities_raw=score.raw)
             for prediction, names, score in zip(graded, choices, scores, strict=True)
         ]
+
+
+def spread(items: list[T], limit: int | None) -> list[T]:
+    """At most `limit` of them, evenly spaced: splits are often in the order of the classes.
+
+    >>> spread([0, 1, 2, 3, 4, 5, 6], 3), spread([0, 1], 3), spread([0, 1], None)
+    ([0, 2, 4], [0, 1], [0, 1])
+    """
+    if limit is None or limit >= len(items):
+        return items
+    return [items[place * len(items) // limit] for place in range(limit)]
 
 
 def greedy(max_tokens: int) -> Decoding:
@@ -149,6 +173,7 @@ def grade(method: Method, prompt: Prompt, completion: Completion) -> Prediction:
         completion=text,
         correct=parsing.matches_strictly(text, prompt.label),
         correct_official=parsing.matches_officially(text, prompt.label),
+        correct_alias=any(parsing.matches_strictly(text, name) for name in (prompt.label, *prompt.aliases)),
         formatted=method.well_formed(text),
         tokens=len(completion.ids),
         truncated=completion.truncated,

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from statistics import fmean
 from typing import Any
@@ -27,6 +27,23 @@ def wilson_interval(successes: int, total: int, z: float = 1.959963984540054) ->
     centre = (share + square / (2 * total)) / (1 + square / total)
     half = z / (1 + square / total) * math.sqrt(share * (1 - share) / total + square / (4 * total * total))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def overall(accuracies: Mapping[str, float]) -> dict[str, float]:
+    """One number for several splits: harmonic mean of base and new (Xian et al. 2017), mean over other datasets.
+
+    >>> overall({"val": 0.9, "base": 0.5, "new": 0.25})
+    {'harmonic_mean': 0.3333333333333333}
+    >>> overall({"test": 0.9, "dtd": 0.5, "eurosat": 0.25}), overall({"test": 0.9})
+    ({'mean_of_targets': 0.375}, {})
+    """
+    found = {}
+    if {"base", "new"} <= accuracies.keys():
+        base, new = accuracies["base"], accuracies["new"]
+        found["harmonic_mean"] = 2 * base * new / (base + new) if base + new else 0.0
+    if targets := [value for name, value in accuracies.items() if name not in ("val", "test", "base", "new")]:
+        found["mean_of_targets"] = fmean(targets)
+    return found
 
 
 def paired_test(before: Sequence[bool], after: Sequence[bool]) -> dict[str, Any]:

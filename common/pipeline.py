@@ -20,11 +20,12 @@ from common.checkpoint import Checkpoints, State, read_state, seed_generators
 from common.data import manifest
 from common.distributed import barrier, rank, world
 from common.engine import init_process_group
-from common.evaluate import Evaluator
+from common.evaluate import Evaluator, spread
 from common.grpo.trainer import GRPOTrainer
 from common.label_scores import LabelScorer
 from common.models import files, vlm
 from common.models.features import FeatureStore
+from common.pictures import make_loader, readable
 from common.plugins import locate
 from common.progress import progress
 from common.recorder import Recorder
@@ -54,7 +55,7 @@ def run(config: Config, values: dict[str, Any], folder: Path) -> Result:
     """
     began = time.perf_counter()
     device = init_process_group(config.gpus)
-    questions = task.build(config)
+    questions, left_out = readable(config)
     if rank() == 0 and not (folder / "manifest.json").is_file():
         manifest.write(questions.manifest, folder / "manifest.json")
     barrier()
@@ -86,7 +87,7 @@ def run(config: Config, values: dict[str, Any], folder: Path) -> Result:
             trainer = make_trainer(config, parts, updates, resume)
             try:
                 train(config, trainer, policy, updates, state, checkpoints, recorder, evaluator, began - spent)
-                manifest.verify(folder / "manifest.json", task.build(config).manifest)
+                manifest.verify(folder / "manifest.json", task.build(config, left_out).manifest)
                 with trainer.whole_weights():
                     save_weights(policy, folder / "model")
                     after = evaluator.all_splits("eval", recorder)
@@ -94,15 +95,17 @@ def run(config: Config, values: dict[str, Any], folder: Path) -> Result:
                 trainer.close()
             recorder.evaluation(updates, after)
         result.zero_shot, result.eval = before.summary, after.summary
+        result.overall = {"zero_shot": before.overall, "eval": after.overall}
         seconds |= recorder.seconds()
         seconds["total"] = time.perf_counter() - began + spent
         result.train = {"updates": updates, "seconds": seconds, "paired": paired(before, after) if updates else {}}
         last = checkpoints.latest()
         if last is not None and (best := read_state(last).best):
-            watched = after.predictions[evaluator.watched][: config.trainer.evaluate_limit]
+            watched = spread(after.predictions[evaluator.watched], config.trainer.evaluate_limit)
             best = max(best, (updates, fmean(p.correct for p in watched)), key=lambda found: found[1])
             result.train["best"] = {"update": best[0], "accuracy": best[1], "split": evaluator.watched}
-        recorder.finish(result, after, questions.task.names)
+        names = {split: asked.choices for split, asked in questions.task.evaluation.items()}
+        recorder.finish(result, after, names)
         checkpoints.keep_weights_only()
         failed = False
     finally:
@@ -140,7 +143,7 @@ def examine(config: Config, parts: Parts | None = None) -> None:
     assert isinstance(config.trainer, GRPO)
     if parts is None:
         device = init_process_group(config.gpus)
-        parts = assemble(config, task.build(config), find_checkpoint(config), device)
+        parts = assemble(config, readable(config)[0], find_checkpoint(config), device)
     findings = doctor.examine(
         vlm=parts.policy,
         encoder=parts.encoder,
@@ -177,7 +180,7 @@ def make_encoder(config: Config, policy: vlm.VLM, checkpoint: Path, questions: Q
         name = f"{files.checkpoint_hash(checkpoint)[:16]}-{number_format}"
         folder = Path(config.cache_dir).resolve() / "features" / name
         store = FeatureStore(folder, int(config.model.feature_cache_gb * 2**30))
-    return vlm.Encoder(policy, questions.task.open, config.model.image_size, config.model.max_prompt_tokens, store)
+    return vlm.Encoder(policy, make_loader(config, questions), config.model.max_prompt_tokens, store)
 
 
 def make_trainer(config: Config, parts: Parts, updates: int, resume: Path | None) -> Trainer:
@@ -289,9 +292,8 @@ def make_tracker(
     """W&B on rank 0, nothing elsewhere."""
     if rank() != 0 or config.tracking.mode == "disabled":
         return NullTracker()
-    tags = [config.method["name"], config.data.name, config.setting.name, f"s{config.shots}"]
+    whose = dict.fromkeys(questions.task.origins.values())
+    tags = [config.method["name"], config.data.name, config.setting.name, f"s{config.shots}", *whose]
     job_type = "eval" if config.trainer.name == "none" else "train"
-    known = state.tracker if state else None
-    return WandbTracker(
-        config.tracking, folder, job_type, tags, values, questions.evaluation, questions.task.open, known
-    )
+    known, open_image = state.tracker if state else None, questions.task.images.open
+    return WandbTracker(config.tracking, folder, job_type, tags, values, questions.evaluation, open_image, known)

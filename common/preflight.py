@@ -10,10 +10,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from common import task
+from common.data.loading import report
 from common.distributed import started_by_launcher, world
 from common.models import files
 from common.schema import Config
-from common.types import UserError
+from common.types import BadImage, UserError
 
 
 def check(config: Config) -> None:
@@ -22,11 +23,26 @@ def check(config: Config) -> None:
     check_8bit(config)
     meter = check_checkpoint(config)
     questions = task.build(config)
+    check_images(config, questions)
     for prompts in (questions.train, *questions.evaluation.values()):
+        if not prompts:
+            continue
         lengths = meter.tokens(prompts, config.model.image_size)
         longest = max(range(len(lengths)), key=lengths.__getitem__)
         if lengths[longest] > config.model.max_prompt_tokens:
             raise files.too_long(lengths[longest], config.model.max_prompt_tokens, prompts[longest])
+
+
+def check_images(config: Config, questions: task.Questions) -> None:
+    """Every picture is there and has content; the ranks try to decode it before they load the model."""
+    bad = {}
+    for image in questions.images:
+        try:
+            questions.task.images.stamp(image)
+        except BadImage as error:
+            bad[image] = str(error)
+    if bad and not config.data.skip_bad:
+        raise report(bad, len(questions.images))
 
 
 def check_devices(config: Config) -> None:

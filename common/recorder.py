@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from common import metrics
@@ -85,19 +85,23 @@ class Recorder:
             self.place.log("metrics.jsonl", {"step": number, **found.scalars})
             self.tracker.log(found.scalars, number)
 
-    def finish(self, result: Result, after: Evaluation, names: Sequence[str]) -> None:
-        """Tables, pictures, and last the result, whose presence means that the run is finished."""
+    def finish(self, result: Result, after: Evaluation, names: Mapping[str, Sequence[str]]) -> None:
+        """Tables, pictures, and last the result, whose presence means that the run is finished.
+
+        `names`: of the classes of each split.
+        """
         if not self.writes:
             return
         self.place.merge_completions()
         self.place.merge_predictions()
         title = f"{result.method}, {result.data}, {result.shots} shots, seed {result.seed}"
-        title += f" ({result.model}, {result.protocol})"
+        title += f" ({result.model}, {result.protocol}, {', '.join(dict.fromkeys(result.origins.values()))})"
         figures.curves(self.place.read_log("metrics.jsonl"), title, self.place.path / "curves.png")
-        summary = after.summary["test"]
-        note = f"{title}\ntest accuracy {100 * summary['accuracy']:.1f} % of {summary['n']}"
-        table = metrics.confusion(after.predictions["test"], names)
-        figures.confusion(table, names, note, self.place.path / "confusion.png")
+        for split in (split for split in after.summary if split != "val"):
+            summary = after.summary[split]
+            note = f"{title}\n{split} accuracy {100 * summary['accuracy']:.1f} % of {summary['n']}"
+            table = metrics.confusion(after.predictions[split], names[split])
+            figures.confusion(table, names[split], note, self.place.path / f"confusion-{split}.png")
         self.place.write_result(result)
 
     def close(self, failed: bool) -> None:

@@ -9,7 +9,7 @@
     predictions.parquet   every evaluated image, before and after training, with the probabilities of the class names
                           (predictions/: parts, while the run goes)
     metrics.json          the result; written last, so its presence means the run is finished
-    curves.png, confusion.png, run.log, model/ (weights), wandb/
+    curves.png, confusion-<split>.png, run.log, model/ (weights), wandb/
 
 The signature covers what a result depends on. The same command in a finished folder shows the result, in an unfinished
 one it continues; a different configuration in a used folder is refused.

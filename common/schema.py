@@ -11,7 +11,9 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from common.checks import one_of, positive
 from common.models.families import FAMILIES
+from common.schema_task import Data, Protocol, Setting
 from common.types import UserError
 
 # What common/grpo/ can compute; sources in its docstrings.
@@ -20,55 +22,6 @@ LEVELS = ("token", "sequence")
 SCALINGS = ("group", "batch", "none")
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
 CORRECTIONS = ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
-
-
-def one_of(key: str, value: object, allowed: tuple[str | bool, ...]) -> None:
-    """Refuse a value that is not among `allowed`."""
-    if value not in allowed:
-        names = [str(choice).lower() if isinstance(choice, bool) else choice for choice in allowed]
-        raise UserError(f"{key}={value}: choose one of {', '.join(names)}")
-
-
-def positive(key: str, value: float) -> None:
-    """Refuse zero and below."""
-    if not value > 0:
-        raise UserError(f"{key}={value} must be above 0")
-
-
-@dataclass
-class Data:
-    """A dataset. `reader` is the function that finds its images and labels."""
-
-    name: str = MISSING
-    reader: str = MISSING
-    question: str = MISSING
-    root: str | None = None
-
-
-@dataclass
-class Setting:
-    """What the model is tested on relative to what it was trained on."""
-
-    name: str = MISSING
-
-
-@dataclass
-class Protocol:
-    """Choices in which the CLS-RL authors' code and a sound evaluation differ, each a switch of its own."""
-
-    name: str = MISSING
-    accuracy_match: str = MISSING
-    format_match: str = MISSING
-    evaluation_prompt: str = MISSING
-    sft_loss: str = MISSING
-    sft_system_prompt: str = MISSING
-
-    def __post_init__(self) -> None:
-        for key in ("accuracy_match", "format_match"):
-            one_of(f"protocol.{key}", getattr(self, key), ("strict", "official"))
-        one_of("protocol.evaluation_prompt", self.evaluation_prompt, ("train", "official"))
-        one_of("protocol.sft_loss", self.sft_loss, ("answer", "everything"))
-        one_of("protocol.sft_system_prompt", self.sft_system_prompt, ("default", "think"))
 
 
 @dataclass
@@ -88,6 +41,7 @@ class Lora:
 class Model:
     """A checkpoint: a folder or hub id (`path`), or a module with `build` and `meter` that makes one (`recipe`).
 
+    resize: how an image becomes image_size x image_size: `squash`, `crop` (shorter side, then the centre) or `pad`.
     image_attention: `family` (the architecture's own) or `causal`. feature_cache_gb: disk space for the image features
     of a frozen vision tower, 0: no cache. load_in_8bit: bitsandbytes' LLM.int8() for the frozen base of adapters.
     """
@@ -99,6 +53,7 @@ class Model:
     recipe: str | None = None
     dtype: str = "bfloat16"
     image_size: int = MISSING
+    resize: str = "squash"
     max_prompt_tokens: int = MISSING
     gradient_checkpointing: bool = False
     image_attention: str = "family"
@@ -110,6 +65,7 @@ class Model:
 
     def __post_init__(self) -> None:
         one_of("model.family", self.family, tuple(FAMILIES))
+        one_of("model.resize", self.resize, ("squash", "crop", "pad"))
         one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
         one_of("model.image_attention", self.image_attention, ("family", "causal"))
         if self.feature_cache_gb > 0 and not self.freeze_vision:
@@ -279,8 +235,11 @@ class Config:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     label_scoring: bool = True
     doctor: Any = "auto"
-    shots: int = 16
+    manifest: bool = False
+    shots: Any = 16
     seed: int = 1
+    sampler: str = MISSING
+    validation: str = "few"
     gpus: int = MISSING
     cache_dir: str = MISSING
     run_name: str = MISSING

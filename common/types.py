@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +15,31 @@ class UserError(Exception):
     """A mistake in the request, not in the program: shown as one line that names what is wrong and the fix."""
 
 
-@dataclass(frozen=True)
+class Images(Protocol):
+    """The pictures behind a dataset's keys."""
+
+    def open(self, image: str) -> Image:
+        """The picture, decoded: RGB, upright, its first frame if it is animated.
+
+        Raises:
+            BadImage: It cannot be decoded.
+        """
+
+    def stamp(self, image: str) -> str:
+        """A text that changes when the picture's bytes may have changed. Decodes nothing.
+
+        Raises:
+            BadImage: There is no such picture, or it has no content.
+        """
+
+
+class BadImage(Exception):
+    """A picture that cannot be used; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)  # a dataset has up to 1.3 million
 class Item:
-    """One labelled image. `image` is the reader's key (a path relative to the data root, or an index)."""
+    """One labelled image. `image` is its key: `<dataset>/<path inside the dataset's folder>`, unique among datasets."""
 
     image: str
     label: int
@@ -29,37 +50,64 @@ class Item:
 class Source:
     """A whole dataset as its reader found it. One without a split of its own has all items in `train`.
 
-    `fingerprint` is a hash of the files that define it.
+    `names` are the classes by label. `fingerprint` is a hash of what defines the dataset, `origin` says whose split it
+    is.
     """
 
     names: tuple[str, ...]
     train: tuple[Item, ...]
     val: tuple[Item, ...]
     test: tuple[Item, ...]
-    open: Callable[[str], Image]
+    images: Images
     fingerprint: str
+    origin: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images that are asked about alike: among the same names, with the question of their dataset.
+
+    `names` are the classes by label; two labels may share one. `aliases` are other words for a name.
+    """
+
+    items: tuple[Item, ...]
+    names: tuple[str, ...]
+    question: str
+    open_question: str
+    aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The names, each once."""
+        return tuple(dict.fromkeys(self.names))
 
 
 @dataclass(frozen=True)
 class Task:
-    """A few-shot problem: what to train on, what to test on, and how to open an image (always RGB)."""
+    """A few-shot problem: what to train on, and what to test on, by the name of the split.
 
-    names: tuple[str, ...]
-    train: tuple[Item, ...]
-    evaluation: dict[str, tuple[Item, ...]]
-    open: Callable[[str], Image]
+    `origins` says of every dataset whose split it is; the first is the one to train on.
+    """
+
+    train: Split
+    evaluation: dict[str, Split]
+    images: Images
     fingerprint: str
+    origins: dict[str, str]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question about one image. `choices` are the names it lists (empty: an open question)."""
+    """One question about one image. `choices` are the names it lists (empty: an open question), `aliases` other words
+    for its label.
+    """
 
     image: str
     text: str
     label: str
     choices: tuple[str, ...] = ()
     system: str | None = None
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,7 +125,8 @@ class Sample:
 @dataclass(frozen=True)
 class Prediction:
     """One evaluated image. `answer` is empty when the completion gives none or several. `correct` is the strict match,
-    `correct_official` the authors' substring match. `probabilities` (length-normalised) and `probabilities_raw` belong
+    `correct_official` the authors' substring match, `correct_alias` a strict match of the label or another word for it.
+    `probabilities` (length-normalised) and `probabilities_raw` belong
     to the names in `choices`; all three are empty without label scoring.
     """
 
@@ -87,6 +136,7 @@ class Prediction:
     completion: str
     correct: bool
     correct_official: bool
+    correct_alias: bool
     formatted: bool
     tokens: int
     truncated: bool
@@ -135,7 +185,7 @@ class Method(Protocol):
     """What a paper's method decides: how to ask, and what a reply looks like. Found by `method._target_`."""
 
     def train_prompts(self, task: Task) -> list[Prompt]:
-        """One prompt per training item, in the order of `task.train`."""
+        """One prompt per training item, in the order of `task.train.items`."""
 
     def evaluation_prompts(self, task: Task, split: str) -> list[Prompt]:
         """One prompt per item of `task.evaluation[split]`, in its order."""
@@ -156,8 +206,12 @@ class Result:
     setting: str
     protocol: str
     model: str
-    shots: int
+    shots: int | str
     seed: int
+    sampler: str
+    origins: dict[str, str]
+    left_out: int
+    short_classes: dict[str, int]
     signature: str
     git_commit: str | None
     versions: dict[str, str]
@@ -166,4 +220,5 @@ class Result:
     decoding: str
     eval: dict[str, Any] = field(default_factory=dict)
     zero_shot: dict[str, Any] = field(default_factory=dict)
+    overall: dict[str, dict[str, float]] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)

@@ -100,25 +100,26 @@ def load_vlm(untrained_folders, model_config):
 
 
 @pytest.fixture
-def digits_task():
+def digits_task(compose):
     """16 shots of the real digits, seed 1."""
-    from common.data import digits, sampling
+    from common import task
+    from common.config import validate
 
-    return sampling.few_shot(digits.read(), shots=16, seed=1)
+    return task.build(validate(compose("method=sft"))).task
 
 
 @pytest.fixture
 def no_think():
     from clsrl.method import ClosedFormQuestion
 
-    return ClosedFormQuestion(instruction="no_think", question="What type of digit is in the photo?", seed=1)
+    return ClosedFormQuestion(instruction="no_think", seed=1)
 
 
 @pytest.fixture
 def think():
     from clsrl.method import ClosedFormQuestion
 
-    return ClosedFormQuestion(instruction="think", question="What type of digit is in the photo?", seed=1)
+    return ClosedFormQuestion(instruction="think", seed=1)
 
 
 @pytest.fixture(scope="session")

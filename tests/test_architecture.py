@@ -46,6 +46,9 @@ def test_papers_are_reached_only_through_targets():
 LIGHT = (
     "run",
     "common.config",
+    "common.data.check",
+    "common.data.hub",
+    "common.data.names",
     "common.parsing",
     "common.rewards",
     "common.metrics",

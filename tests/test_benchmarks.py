@@ -47,3 +47,13 @@ def test_line_fit_finds_the_line():
 
     line = fit([100, 200, 400], [1.5, 2.5, 4.5])
     assert (line.slope, line.intercept, line.r2) == pytest.approx((0.01, 0.5, 1.0))
+
+
+def test_both_loaders_give_the_same_pixels(tmp_path):
+    from benchmarks.loading import Plan, generate, measure
+
+    generate(tmp_path / "pictures", 100)
+    measure(Plan("same", 2, str(tmp_path / "pictures"), 8, str(tmp_path / "index")))
+    cached = Plan("ours", 1, str(tmp_path / "pictures"), 8, str(tmp_path / "cache"), 2**24)
+    assert all(measure(cached).seconds > 0 for _ in range(2))
+    assert len(list((tmp_path / "cache").glob("*.rgb"))) == 8

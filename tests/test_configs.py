@@ -32,7 +32,7 @@ def test_every_file_composes_and_validates(compose, file):
             "model": ("", "model"),
             "trainer": ("trainer", "model"),
             "method": ("method", "model"),
-            "data": ("method", "data"),
+            "data": ("model", "data"),
         }
         before, after = groups[kind]
         config.validate(compose(*(f"{before}={part}" for part in first), f"{after}={last}"))
@@ -42,10 +42,13 @@ def test_every_file_composes_and_validates(compose, file):
         config.validate(compose(f"{group}={name}"))
 
 
-PAIRS = list(itertools.product(options("method"), options("data"), options("model")))
+COMBINATIONS = [
+    *itertools.product(options("method"), ["digits"], options("model")),
+    *itertools.product(["clsrl"], options("data"), options("model")),
+]
 
 
-@pytest.mark.parametrize(("method", "data", "model"), PAIRS, ids="-".join)
+@pytest.mark.parametrize(("method", "data", "model"), COMBINATIONS, ids="-".join)
 def test_every_method_data_model_composes(compose, method, data, model):
     checked = config.validate(compose(f"method={method}", f"data={data}", f"model={model}"))
     assert (checked.method["name"], checked.data.name, checked.model.name) == (method, data, model)
@@ -73,6 +76,17 @@ def test_paper_configuration(compose, method, rewards):
     assert (t.beta, c.rollout.temperature, c.rollout.top_k, c.rollout.top_p) == (0.04, 1.0, 50, 1.0)
     assert c.rollout.max_completion_tokens == 1024
     assert set(c.rewards) == rewards and all(entry["weight"] == 1 for entry in c.rewards.values())
+
+
+@pytest.mark.parametrize(("data", "epochs"), [("imagenet", 10), ("sun397", 25), ("eurosat", 100), ("dtd", 50)])
+@pytest.mark.parametrize("method", ["clsrl", "sft"])
+def test_epochs_of_a_dataset(compose, method, data, epochs):
+    assert config.validate(compose(f"method={method}", f"data={data}", "model=qwen2_vl_2b")).trainer.epochs == epochs
+
+
+def test_long_prompts_of_cars(compose):
+    limits = [config.validate(compose("data=stanford_cars", f"model={m}")).model for m in ("qwen2_vl_2b", "gemma3_4b")]
+    assert [model.max_prompt_tokens for model in limits] == [2048, 8192]
 
 
 def test_method_chooses_trainer_and_rewards(compose):
@@ -165,5 +179,5 @@ def test_label_scoring_is_on_and_part_of_the_result(compose):
 
 def test_plain_values_hold_no_interpolations(compose):
     values = config.plain(compose())
-    assert values["run_name"] == "nothinking-digits-tiny_qwen2_vl-s16-seed1"
+    assert values["run_name"] == "nothinking-digits-few_shot-clean-tiny_qwen2_vl-s16-seed1"
     assert "${" not in OmegaConf.to_yaml(values)

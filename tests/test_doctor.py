@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from common import doctor
+from common.data.loading import Loader
 from common.grpo.layout import SharedPrefix
 from common.models.vlm import Encoder
 from common.rewards import Reward, equality
@@ -31,7 +32,7 @@ def examine(load_vlm, digits_task, think):
         vlm = load_vlm(family=family)
         values = {
             "vlm": vlm,
-            "encoder": Encoder(vlm, digits_task.open, 32, 512),
+            "encoder": Encoder(vlm, Loader(digits_task.images, 32), 512),
             "rollout": rollout(vlm),
             "prompts": think.train_prompts(digits_task),
             "rewards": {"short": Reward(1.0, shorter)},

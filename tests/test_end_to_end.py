@@ -101,7 +101,7 @@ def test_run_folder_is_complete_and_consistent(demo):
     assert manifest["hash"] == r["manifest"]
     train_images = {row[0] for row in manifest["splits"]["train"]["rows"]}
     assert not train_images & set(trained.image)
-    for picture in ("curves.png", "confusion.png"):
+    for picture in ("curves.png", "confusion-test.png"):
         assert (folder / picture).stat().st_size > 10_000
     (log,) = folder.rglob("*.wandb")
     found = summary_of(log)
@@ -124,7 +124,7 @@ def test_trained_weights_load_and_give_the_same_answers(demo, digits_task, no_th
     for prompt in prompts:
         text = processor.apply_chat_template(messages(prompt), tokenize=False, add_generation_prompt=True)
         inputs = processor(
-            text=[text], images=[digits_task.open(prompt.image).resize((32, 32), 1)], return_tensors="pt"
+            text=[text], images=[digits_task.images.open(prompt.image).resize((32, 32), 1)], return_tensors="pt"
         )
         with torch.no_grad():
             ids = model.generate(**inputs, do_sample=False, max_new_tokens=40)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from common.data.loading import Loader
 from common.grpo import trainer as module
 from common.grpo.logprobs import PolicyScorer
 from common.grpo.packing import pack_plain
@@ -207,9 +208,9 @@ def test_frozen_vision_features_are_the_tower_s(load_vlm, digits_task, think, tm
         completions = (torch.arange(100, 104), torch.arange(200, 207))
         found = []
         for encoder in (
-            Encoder(vlm, digits_task.open, 32, 512),
-            Encoder(vlm, digits_task.open, 32, 512, store),
-            Encoder(vlm, digits_task.open, 32, 512, store),  # from the disk
+            Encoder(vlm, Loader(digits_task.images, 32), 512),
+            Encoder(vlm, Loader(digits_task.images, 32), 512, store),
+            Encoder(vlm, Loader(digits_task.images, 32), 512, store),  # from the disk
         ):
             groups = [module.Group(e, completions) for e in encoder(prompts)]
             with torch.no_grad():
@@ -243,7 +244,7 @@ def test_training_with_frozen_vision_equals_training_with_its_features(load_vlm,
         vlm = load_vlm(freeze_vision=True)
         trainer = grpo(vlm, digits_task, think)
         if cached:
-            trainer.encoder = Encoder(vlm, digits_task.open, 32, 512, FeatureStore(tmp_path, 2**20))
+            trainer.encoder = Encoder(vlm, Loader(digits_task.images, 32), 512, FeatureStore(tmp_path, 2**20))
         steps(trainer, 2)
         ended.append(weights(vlm.model))
     assert distance(*ended) < 3e-5

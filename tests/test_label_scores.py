@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from common import parsing
+from common.data import digits
+from common.data.loading import Loader
 from common.evaluate import Evaluator
 from common.grpo.logprobs import PolicyScorer
 from common.grpo.packing import Group, pack_plain
@@ -28,7 +30,7 @@ def setup(load_vlm, digits_task, think, no_think):
     prompts = [method.train_prompts(digits_task)[place] for method, place in zip(methods, (0, 17, 33), strict=True)]
     responses = [[method.label_response(name) for name in NAMES] for method in methods]
     responses[2] = responses[2][:3]
-    return vlm, Encoder(vlm, digits_task.open, 32, 512)(prompts), responses
+    return vlm, Encoder(vlm, Loader(digits_task.images, 32), 512)(prompts), responses
 
 
 def reply_ids(vlm, text):
@@ -150,12 +152,13 @@ class Nowhere:
 @pytest.fixture
 def evaluator(load_vlm, digits_task, no_think):
     vlm = load_vlm()
-    task = replace(digits_task, evaluation={"test": digits_task.evaluation["test"][:12]})
+    test = digits_task.evaluation["test"]
+    task = replace(digits_task, evaluation={"test": replace(test, items=test.items[:12])})
     prompts = no_think.evaluation_prompts(task, "test")
     prompts[5:] = [replace(prompt, choices=()) for prompt in prompts[5:]]  # the second half as open questions
     questions = Questions(task, no_think, [], {"test": prompts}, {})
     limits = Rollout("hf", "x", 1.0, 0, 1.0, max_completion_tokens=4, evaluation_batch=5)
-    encoder = Encoder(vlm, task.open, 32, 512)
+    encoder = Encoder(vlm, Loader(task.images, 32), 512)
 
     def make(scored=True):
         return Evaluator(HFRollout(vlm), encoder, questions, limits, LabelScorer(vlm) if scored else None)
@@ -167,8 +170,8 @@ def test_evaluation_scores_the_offered_names(evaluator, digits_task):
     found = evaluator().all_splits("eval", Nowhere())
     predictions = found.predictions["test"]
     for prediction in predictions[:5]:
-        assert set(prediction.choices) == set(digits_task.names) and prediction.choices != digits_task.names
-    assert all(p.choices == digits_task.names for p in predictions[5:]), "an open question offers all names of the task"
+        assert set(prediction.choices) == set(digits.NAMES) and prediction.choices != digits.NAMES
+    assert all(p.choices == digits.NAMES for p in predictions[5:]), "an open question offers all names of the task"
     assert all(sum(p.probabilities) == pytest.approx(1) == sum(p.probabilities_raw) for p in predictions)
     summary = found.summary["test"]["probability"]
     best = [p.choices[p.probabilities.index(max(p.probabilities))] == p.label for p in predictions]
@@ -189,6 +192,6 @@ def test_label_scoring_changes_no_answer_and_can_be_left_out(evaluator):
         evaluator().during_training(7),
     )
     bare = [replace(p, choices=(), probabilities=(), probabilities_raw=()) for p in scored.predictions["test"]]
-    assert bare == plain.predictions["test"] and bare[:7] == during.predictions["test"]
+    assert bare == plain.predictions["test"] and [bare[i * 12 // 7] for i in range(7)] == during.predictions["test"]
     for found in (plain, during):
         assert "probability" not in found.summary["test"] and not any("ece" in name for name in found.scalars)

@@ -51,7 +51,7 @@ def test_an_edited_manifest_is_noticed(compose, tmp_path):
     q = questions(compose, "shots=2")
     path = tmp_path / "manifest.json"
     manifest.write(q.manifest, path)
-    first = q.task.train[0].image
+    first = q.task.train.items[0].image
     path.write_text(path.read_text().replace(f'["{first}", 0]', f'["{first}", 1]', 1))
     with pytest.raises(UserError, match="was changed after the run began"):
         manifest.verify(path, q.manifest)

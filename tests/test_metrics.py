@@ -16,7 +16,7 @@ from common.types import Prediction
 
 def prediction(label: str, answer: str, correct: bool | None = None) -> Prediction:
     right = label == answer if correct is None else correct
-    return Prediction("0", label, answer, answer, right, right, True, 2, False)
+    return Prediction("0", label, answer, answer, right, right, right, True, 2, False)
 
 
 @pytest.mark.parametrize(("successes", "total"), [(0, 10), (1, 7), (50, 100), (1442, 1637), (10, 10)])

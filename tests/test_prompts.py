@@ -25,7 +25,7 @@ def test_class_lists_belong_to_the_image(digits_task, no_think):
     first = no_think.train_prompts(digits_task)
     assert first == no_think.train_prompts(digits_task)
     assert len({p.choices for p in first}) > 150, "lists differ from image to image"
-    other = ClosedFormQuestion(instruction="no_think", question=QUESTION, seed=2).train_prompts(digits_task)
+    other = ClosedFormQuestion(instruction="no_think", seed=2).train_prompts(digits_task)
     assert [p.choices for p in other] != [p.choices for p in first]
 
 
@@ -38,7 +38,7 @@ def test_list_holds_the_truth_once():
 
 def test_official_evaluation_wording(digits_task):
     official = {
-        kind: ClosedFormQuestion(instruction=kind, question=QUESTION, seed=1, evaluation_prompt="official")
+        kind: ClosedFormQuestion(instruction=kind, seed=1, evaluation_prompt="official")
         for kind in ("think", "no_think")
     }
     assert official["no_think"].evaluation_prompts(digits_task, "test")[0].text.endswith("output the answer name.")
@@ -47,14 +47,14 @@ def test_official_evaluation_wording(digits_task):
 
 
 def test_official_sft_system_prompt_is_for_training_only(digits_task):
-    sft = ClosedFormQuestion(instruction="no_think", question=QUESTION, seed=1, train_system_prompt="think")
+    sft = ClosedFormQuestion(instruction="no_think", seed=1, train_system_prompt="think")
     assert "<think>" in sft.train_prompts(digits_task)[0].system
     assert sft.evaluation_prompts(digits_task, "test")[0].system is None
 
 
 def test_unknown_instruction_is_refused():
     with pytest.raises(UserError, match="method.instruction=maybe: choose one of think, no_think"):
-        ClosedFormQuestion(instruction="maybe", question=QUESTION, seed=1)
+        ClosedFormQuestion(instruction="maybe", seed=1)
 
 
 @pytest.mark.parametrize(

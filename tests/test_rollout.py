@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from common.data.loading import Loader
 from common.grpo.logprobs import PolicyScorer
 from common.grpo.packing import Group, pack_plain
 from common.models.families import FAMILIES
@@ -28,7 +29,7 @@ def setup(request, load_vlm, digits_task, think, no_think):
         no_think.train_prompts(digits_task)[17],
         think.train_prompts(digits_task)[33],
     ]
-    return vlm, Encoder(vlm, digits_task.open, 32, 512)(prompts)
+    return vlm, Encoder(vlm, Loader(digits_task.images, 32), 512)(prompts)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

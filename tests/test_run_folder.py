@@ -99,7 +99,9 @@ def test_completions_survive_a_crash_and_are_merged(tmp_path):
     assert (tmp_path / "completions").exists(), "needed until the result is there"
 
 
-PREDICTION = Prediction("7", "six", "six", "six", True, True, True, 2, False, ("six", "one"), (0.75, 0.25), (0.5, 0.5))
+PREDICTION = Prediction(
+    "7", "six", "six", "six", True, True, True, True, 2, False, ("six", "one"), (0.75, 0.25), (0.5, 0.5)
+)
 
 
 def test_a_finished_split_is_read_back_as_it_was(tmp_path):
@@ -119,7 +121,7 @@ def test_predictions_hold_both_phases(tmp_path):
 
 
 def test_predictions_hold_probabilities_in_single_precision(tmp_path):
-    for phase, prediction in (("with", PREDICTION), ("without", Prediction(*list(vars(PREDICTION).values())[:9]))):
+    for phase, prediction in (("with", PREDICTION), ("without", Prediction(*list(vars(PREDICTION).values())[:10]))):
         place = RunFolder(tmp_path / phase)
         place.path.mkdir()
         place.write_predictions("eval", "test", Answers([prediction], 1.0, 0.0))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 
 from common.data import digits, sampling
+from common.data.sampling import Sampling
 from common.types import Item, Source, UserError
 
 # A list in mixed order with classes a (6), b (5), c (2); picks computed with the original Dassl/CoOp code.
@@ -38,23 +42,118 @@ def test_picks_equal_coop(seed, shots, train, val):
     assert [item.image for item in sampling.pick(VAL, min(shots, 4), rng)] == val.split()
 
 
-def test_few_shot_draws_train_then_val():
-    source = Source(("a", "b", "c"), tuple(TRAIN), tuple(VAL), (Item("t", 0, "a"),), digits.open_digit, "")
-    task = sampling.few_shot(source, 4, 1)
-    assert [item.image for item in task.train] == GOLDEN[2][2].split()
-    assert [item.image for item in task.evaluation["val"]] == GOLDEN[2][3].split()
+TEST = (Item("t", 0, "a"),)
+
+
+def source(train=TRAIN, val=VAL, test=TEST, names=("a", "b", "c")):
+    return Source(names, tuple(train), tuple(val), tuple(test), digits.Digits(), "", "CoOp split")
+
+
+def keys(items):
+    return [item.image for item in items]
+
+
+@pytest.mark.parametrize(("seed", "shots", "train", "val"), GOLDEN)
+def test_draw_equals_coop(seed, shots, train, val):
+    picks = sampling.draw(source(), Sampling(shots, seed))
+    assert (keys(picks.train), keys(picks.val), keys(picks.test)) == (train.split(), val.split(), ["t"])
+
+
+def digest(positions):
+    return hashlib.sha256(json.dumps(positions, separators=(",", ":")).encode()).hexdigest()[:16]
+
+
+def blocks(sizes):
+    """A list in which every class is one block, labels ascending, and keys are the places."""
+    labels = [label for label, size in enumerate(sizes) for _ in range(size)]
+    return [Item(str(place), label, str(label)) for place, label in enumerate(labels)]
+
+
+EUROSAT = [1500, 1500, 1500, 1250, 1250, 1000, 1250, 1500, 1250, 1500]
+AIRCRAFT = [34 if label % 3 == 0 else 33 for label in range(100)]
+# Places in the train and val lists of the published few-shot files, and the digest of the whole lists.
+PUBLISHED = [
+    ([500] * 101, [200] * 101, 1, 1, "68 791 1433 1910 2391 2532", "150 327 529 700", "8cc39be9fe790da8 483ee891556f92ac"),
+    ([500] * 101, [200] * 101, 1, 4, "68 291 433 410 891 532", "83 144 34 86", "ae8f33802be16136 95d4a8aef5ce03cc"),
+    ([500] * 101, [200] * 101, 1, 16, "68 291 433 410 391 32", "110 5 151 94", "4dc1a476a9184941 87e8f98811fbe6e5"),
+    ([500] * 101, [200] * 101, 2, 16, "489 441 485 434 28 46", "133 158 118 169", "3e66ea04e75ad6f8 012e7f157f2dff4f"),
+    ([500] * 101, [200] * 101, 3, 16, "121 303 278 66 189 468", "92 141 8 125", "06cbc340912d0d2e ca2b2a5b816a4959"),
+    ([40] * 397, [10] * 397, 1, 1, "8 76 84 136 167 231", "3 15 21 38", "65e299bb7af94845 07aade599b845fff"),
+    ([40] * 397, [10] * 397, 1, 16, "8 36 4 16 7 31", "9 7 4 2", "e66c480a6895f2f3 29514cc7b73d4fcc"),
+    ([60] * 47, [24] * 47, 1, 4, "8 36 54 51 108 64", "15 11 13 0", "bdc6e63d3eb0d1a1 f677fd4fe30d9617"),
+    ([60] * 47, [24] * 47, 2, 16, "55 54 3 5 56 23", "15 3 4 6", "d41fb72545649447 69a0b69a38f5147e"),
+    (EUROSAT, [n * 2 // 5 for n in EUROSAT], 1, 4, "275 1165 129 522 1741 2514", "566 238 353 236", "bd1cd08c25d7d28d db2b7e20a27b669f"),
+    (EUROSAT, [n * 2 // 5 for n in EUROSAT], 1, 16, "275 1165 129 522 241 1014", "463 14 287 255", "7a741414b7ae8741 5ca7e3d61d7827d8"),
+    (AIRCRAFT, [1] * 100, 1, 1, "8 38 83 107 165 195", None, "095d04a459a84374"),
+    (AIRCRAFT, [1] * 100, 1, 16, "8 4 16 3 15 24", None, "868c2f67442b5a66"),
+    (AIRCRAFT, [1] * 100, 3, 16, "15 8 23 29 19 33", None, "a338b3d0b3946307"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("sizes", "val_sizes", "seed", "shots", "train", "val", "digests"), PUBLISHED)
+def test_picks_equal_the_published_lists(sizes, val_sizes, seed, shots, train, val, digests):
+    whole = source(blocks(sizes), blocks(val_sizes), names=tuple(map(str, range(len(sizes)))))
+    whole = replace(whole, val=tuple(replace(item, image=f"v{item.image}") for item in whole.val))
+    picks = sampling.draw(whole, Sampling(shots, seed))
+    places = [int(key) for key in keys(picks.train)]
+    val_places = [int(key[1:]) for key in keys(picks.val)]
+    assert places[:6] == [int(place) for place in train.split()]
+    assert digest(places) == digests.split()[0]
+    if val:
+        assert val_places[:4] == [int(place) for place in val.split()]
+        assert digest(val_places) == digests.split()[1]
+
+
+def test_classes_with_too_few_images_are_taken_whole_and_named():
+    picks = sampling.draw(source(), Sampling(4, 1))
+    assert picks.short == {"c": 2}, "c has two images"
+    assert sampling.draw(source(), Sampling(2, 1)).short == {}
+
+
+def test_all_shots_keep_the_lists():
+    picks = sampling.draw(source(), Sampling(None, 1))
+    assert (picks.train, picks.val, picks.short) == (tuple(TRAIN), tuple(VAL), {})
+
+
+@pytest.mark.parametrize(("validation", "number"), [("few", 3), ("full", 12), ("none", 0)])
+def test_validation(validation, number):
+    assert len(sampling.draw(source(), Sampling(1, 1, validation=validation)).val) == number
+
+
+def test_official_test_rows_hold_val():
+    picks = sampling.draw(source(), Sampling(1, 1, test_rows="val_and_test"))
+    assert keys(picks.test) == [*keys(VAL), "t"] and picks.val == ()
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_global_shuffle_takes_each_class_until_it_is_full(seed):
+    # the plain statement of the authors' notebook: shuffle, walk, count
+    shuffled = list(TRAIN)
+    random.Random(seed).shuffle(shuffled)
+    counter, expected = {"a": 0, "b": 0, "c": 0}, []
+    for item in shuffled:
+        if counter[item.name] < 4:
+            counter[item.name] += 1
+            expected.append(item.image)
+    picks = sampling.draw(source(), Sampling(4, seed, sampler="clsrl"))
+    assert keys(picks.train) == expected and picks.short == {"c": 2}
+
+
+def test_global_shuffle_counts_by_name():
+    items = [Item(f"{label}-{i}", label, "missile") for label in (0, 1) for i in range(10)]
+    found = sampling.pick_globally(items, 4, random.Random(1))
+    assert len(found) == 8, "two classes of one name share twice the shots"
 
 
 @pytest.mark.parametrize("shots", [1, 2, 4, 8, 16])
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_digits_split_is_complete_and_disjoint(shots, seed):
-    task = sampling.few_shot(digits.read(), shots, seed)
-    train, test = {i.image for i in task.train}, {i.image for i in task.evaluation["test"]}
-    assert len(task.train) == len(train) == 10 * shots
+@pytest.mark.parametrize("sampler", ["coop", "clsrl"])
+def test_digits_split_is_complete_and_disjoint(shots, seed, sampler):
+    picks = sampling.draw(digits.read(None), Sampling(shots, seed, sampler))
+    train, test = set(keys(picks.train)), set(keys(picks.test))
+    assert len(picks.train) == len(train) == 10 * shots
     assert not train & test and len(train | test) == 1797
-    assert {name: len(group) for name, group in sampling.by_label(task.train).items()} == dict.fromkeys(
-        range(10), shots
-    )
+    assert Counter(item.label for item in picks.train) == dict.fromkeys(range(10), shots)
 
 
 def test_digits_equal_scikit_learn():
@@ -62,21 +161,21 @@ def test_digits_equal_scikit_learn():
     from sklearn.datasets import load_digits
 
     reference = load_digits()
-    source = digits.read()
-    assert [item.label for item in source.train] == reference.target.tolist()
+    found = digits.read(None)
+    assert [item.label for item in found.train] == reference.target.tolist()
     for index in (0, 5, 1796):
-        picture = np.asarray(source.open(str(index)))
+        picture = np.asarray(found.images.open(str(index)))
         assert picture.shape == (8, 8, 3)
         assert np.array_equal(picture[..., 0], np.round(reference.images[index] * 255 / 16))
 
 
-def test_too_many_shots_name_the_class():
-    with pytest.raises(UserError, match="'eight' has only 174 images.*shots=173"):
-        sampling.few_shot(digits.read(), 174, 1)
+@pytest.mark.parametrize("shots", [174, None])
+def test_too_many_shots_name_the_class(shots):
+    with pytest.raises(UserError, match=f"shots={shots or 'all'}.*'eight' has only 174 images.*shots=173"):
+        sampling.draw(digits.read(None), Sampling(shots, 1))
 
 
-def test_overlap_of_train_and_test_is_refused():
-    items = tuple(Item(str(i), 0, "a") for i in range(4))
-    source = Source(("a",), items, (), (replace(items[0]),), digits.open_digit, "")
-    with pytest.raises(UserError, match="1 training images are also in test"):
-        sampling.few_shot(source, 4, 1)
+@pytest.mark.parametrize(("classes", "base"), [(1000, 500), (397, 199), (101, 51), (47, 24), (37, 19), (5, 3), (1, 1)])
+def test_base_is_the_larger_half(classes, base):
+    first, rest = sampling.halves([""] * classes)
+    assert first == list(range(base)) and rest == list(range(base, classes))

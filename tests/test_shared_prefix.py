@@ -8,6 +8,7 @@ from types import MethodType
 import pytest
 import torch
 
+from common.data.loading import Loader
 from common.grpo.logprobs import PolicyScorer
 from common.grpo.packing import Encoded, Group, pack_plain, pack_shared
 from common.models.families import Qwen2VL
@@ -111,7 +112,7 @@ def test_shared_equals_plain(
     load_vlm, digits_task, think, no_think, record_property, dtype, image, lora, checkpointing, model
 ):
     vlm = model_for_parity(load_vlm, dtype, lora=lora, gradient_checkpointing=checkpointing, **model)
-    encoder = Encoder(vlm, digits_task.open, 32, 512)
+    encoder = Encoder(vlm, Loader(digits_task.images, 32), 512)
     # two instructions: prompts of different lengths in one row
     prompts = [
         think.train_prompts(digits_task)[0],
@@ -135,7 +136,9 @@ def test_the_image_block_of_gemma_matters(load_vlm, digits_task, think):
     scores = {}
     for attention in ("family", "causal"):
         vlm = model_for_parity(load_vlm, torch.float32, family="gemma3", image_attention=attention)
-        batch = groups(vlm, think.train_prompts(digits_task), Encoder(vlm, digits_task.open, 32, 512), [2], [4], True)
+        batch = groups(
+            vlm, think.train_prompts(digits_task), Encoder(vlm, Loader(digits_task.images, 32), 512), [2], [4], True
+        )
         scores[attention] = PolicyScorer(vlm.model, vlm.banned, 1.0, 64)(pack_shared(batch, vlm.family, vlm.device))[0]
     assert float((scores["family"] - scores["causal"]).abs().max()) > 1e-3
 
@@ -145,7 +148,7 @@ def test_gradient_checkpointing_changes_nothing(load_vlm, digits_task, think):
     for checkpointing in (False, True):
         vlm = load_vlm(gradient_checkpointing=checkpointing)
         vlm.model.train()
-        encoder = Encoder(vlm, digits_task.open, 32, 512)
+        encoder = Encoder(vlm, Loader(digits_task.images, 32), 512)
         batch = groups(vlm, think.train_prompts(digits_task), encoder, [4], [3, 6], image=True)
         scorer = PolicyScorer(vlm.model, vlm.banned, temperature=1.0, chunk=1024)
         results.append(scores_and_gradient(scorer, pack_shared(batch, vlm.family, vlm.device)))
@@ -155,7 +158,7 @@ def test_gradient_checkpointing_changes_nothing(load_vlm, digits_task, think):
 
 def test_completions_do_not_see_each_other(load_vlm, digits_task, think):
     vlm = load_vlm()
-    encoder = Encoder(vlm, digits_task.open, 32, 512)
+    encoder = Encoder(vlm, Loader(digits_task.images, 32), 512)
     group = groups(vlm, think.train_prompts(digits_task), encoder, [3], [5, 2, 4], image=True)[0]
     scorer = PolicyScorer(vlm.model, vlm.banned, temperature=1.0, chunk=1024)
     changed = Group(group.prompt, (group.completions[0], group.completions[1].flip(0), group.completions[2]))

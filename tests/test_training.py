@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from common.data.loading import Loader
 from common.engine import Engine
 from common.grpo.logprobs import PolicyScorer
 from common.grpo.packing import Group, pack_plain, pack_shared, score_prompts
@@ -98,7 +99,7 @@ def test_engine_equals_plain_adamw(stage):
 @pytest.mark.parametrize("loss", ["answer", "everything"])
 def test_sft_loss_equals_transformers(load_vlm, digits_task, no_think, loss):
     vlm = load_vlm()
-    encoder = Encoder(vlm, digits_task.open, 32, 512)
+    encoder = Encoder(vlm, Loader(digits_task.images, 32), 512)
     prompts = no_think.train_prompts(digits_task)[::20][:4]
     trainer = SFTTrainer(
         vlm=vlm, encoder=encoder, prompts=prompts, loss=loss, config=options(), deepspeed=ZERO[2], updates=1, seed=1
@@ -128,7 +129,7 @@ def test_sft_learns_the_labels(load_vlm, digits_task, no_think):
     vlm = load_vlm()
     trainer = SFTTrainer(
         vlm=vlm,
-        encoder=Encoder(vlm, digits_task.open, 32, 512),
+        encoder=Encoder(vlm, Loader(digits_task.images, 32), 512),
         prompts=no_think.train_prompts(digits_task)[::20][:4],
         loss="answer",
         config=options(),
@@ -143,7 +144,7 @@ def test_sft_learns_the_labels(load_vlm, digits_task, no_think):
 
 def test_score_prompts_skips_images_and_first_tokens(load_vlm, digits_task, no_think):
     vlm = load_vlm()
-    encoded = Encoder(vlm, digits_task.open, 32, 512)(no_think.train_prompts(digits_task)[:2])
+    encoded = Encoder(vlm, Loader(digits_task.images, 32), 512)(no_think.train_prompts(digits_task)[:2])
     packed = pack_shared([Group(e, (torch.tensor([9, 2]),)) for e in encoded], vlm.family, vlm.device)
     scored = score_prompts(packed, vlm.banned)
     ids = packed.inputs["input_ids"][0]
@@ -159,7 +160,7 @@ def grpo(vlm, task, method, **changes):
     config = grpo_options(**changes)
     return GRPOTrainer(
         vlm=vlm,
-        encoder=Encoder(vlm, task.open, 32, 512),
+        encoder=Encoder(vlm, Loader(task.images, 32), 512),
         rollout=HFRollout(vlm),
         prompts=method.train_prompts(task),
         rewards=rewards,
@@ -363,7 +364,7 @@ def test_gradient_checkpointing_is_at_work_in_an_update(load_vlm, digits_task, t
 
 def test_scorer_chunks_do_not_matter(load_vlm, digits_task, think):
     vlm = load_vlm()
-    encoded = Encoder(vlm, digits_task.open, 32, 512)(think.train_prompts(digits_task)[:1])
+    encoded = Encoder(vlm, Loader(digits_task.images, 32), 512)(think.train_prompts(digits_task)[:1])
     packed = pack_plain(
         [Group(encoded[0], (torch.arange(100, 117), torch.arange(200, 209)))], vlm.family, vlm.pad, vlm.device
     )

@@ -20,15 +20,18 @@ def build(
 ) -> dict[str, Any]:
     """Everything that defines the task, as JSON-ready values; `hash` covers all the rest."""
     splits = {"train": (task.train, train)} | {name: (task.evaluation[name], evaluation[name]) for name in evaluation}
-    content: dict[str, Any] = {**header, "names": list(task.names), "splits": {}}
-    for name, (items, prompts) in splits.items():
-        rows = [[item.image, item.label] for item in items]
+    content: dict[str, Any] = {**header, "splits": {}}
+    for name, (split, prompts) in splits.items():
+        rows = [[item.image, item.label] for item in split.items]
         content["splits"][name] = {
             "n": len(rows),
+            "names": list(split.names),
             "items_sha256": digest(rows),
             "prompts_sha256": digest([[prompt.system, prompt.text] for prompt in prompts]),
             "rows": rows,
         }
+        if split.aliases:
+            content["splits"][name]["aliases_sha256"] = digest(split.aliases)
     return {"hash": digest(content), **content}
 
 
@@ -38,8 +41,8 @@ def digest(content: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def write(manifest: dict[str, Any], path: Path) -> None:
-    """One image per line, so that two manifests can be compared with diff."""
+def text(manifest: dict[str, Any]) -> str:
+    """JSON with one image per line, so that two manifests can be compared with diff."""
     head = {key: value for key, value in manifest.items() if key != "splits"}
     lines = [json.dumps(head)[:-1] + ', "splits": {']
     for number, (name, split) in enumerate(manifest["splits"].items()):
@@ -47,8 +50,13 @@ def write(manifest: dict[str, Any], path: Path) -> None:
         lines.append(f'{"," if number else ""}{json.dumps(name)}: {json.dumps(facts)[:-1]}, "rows": [')
         lines.append(",\n".join(json.dumps(row) for row in split["rows"]))
         lines.append("]}")
+    return "\n".join([*lines, "}}"]) + "\n"
+
+
+def write(manifest: dict[str, Any], path: Path) -> None:
+    """Write the file, whole or not at all."""
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text("\n".join([*lines, "}}"]) + "\n")
+    unfinished.write_text(text(manifest))
     os.replace(unfinished, path)
 
 

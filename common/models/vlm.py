@@ -136,8 +136,7 @@ class Encoder:
     def __init__(
         self,
         vlm: VLM,
-        open_image: Callable[[str], Image],
-        image_size: int,
+        load_images: Callable[[Sequence[str]], list[Image]],
         max_tokens: int,
         store: FeatureStore | None = None,
         cache_bytes: int = 512 * 2**20,
@@ -145,13 +144,12 @@ class Encoder:
         """
         Args:
             vlm: Its processor is used, and its vision tower if there is a store.
-            open_image: From an image's key to an RGB picture.
-            image_size: Images are squashed to this side in pixels with Lanczos, as in the CLS-RL code.
+            load_images: From keys to RGB pictures of the model's size (see `common.data.images.Loader`).
             max_tokens: Limit on a prompt's length, image tokens included.
             store: Images become features of the frozen vision tower at once, kept here; None: pixels.
             cache_bytes: Bound on the remembered tensors.
         """
-        self.vlm, self.open_image, self.image_size, self.max_tokens = vlm, open_image, image_size, max_tokens
+        self.vlm, self.load_images, self.max_tokens = vlm, load_images, max_tokens
         self.store, self.cache_bytes, self.used = store, cache_bytes, 0
         self.memory: OrderedDict[Prompt, Encoded] = OrderedDict()
 
@@ -172,11 +170,8 @@ class Encoder:
         return found
 
     def _encode(self, prompts: Sequence[Prompt]) -> list[Encoded]:
-        from PIL.Image import Resampling
-
         processor, family, config = self.vlm.processor, self.vlm.family, self.vlm.model.config
-        size = (self.image_size, self.image_size)
-        pictures = [[self.open_image(p.image).convert("RGB").resize(size, Resampling.LANCZOS)] for p in prompts]
+        pictures = [[picture] for picture in self.load_images([p.image for p in prompts])]
         texts = [
             processor.apply_chat_template(messages(p), tokenize=False, add_generation_prompt=True) for p in prompts
         ]

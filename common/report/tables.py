@@ -25,7 +25,9 @@ def result_table(result: dict[str, Any]) -> Table:
     title = (
         f"{result['method']} · {result['data']} · {result['model']} · {result['shots']} shots · seed {result['seed']}"
     )
-    table = Table(title=f"{title} · {result['protocol']}", title_justify="left")
+    where = "" if result["setting"] == "few_shot" else f" · {result['setting']}"
+    splits = " / ".join(dict.fromkeys(result["origins"].values()))
+    table = Table(title=f"{title}{where} · {result['protocol']} · {splits}", title_justify="left")
     table.add_column("split")
     for name in ("images", "accuracy %", "95 % interval", "official match %", "well-formed %", "tokens", "seconds"):
         table.add_column(name, justify="right")
@@ -62,6 +64,29 @@ def probability_lines(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def overall_lines(result: dict[str, Any]) -> list[str]:
+    """One number for several splits, and what was left out."""
+    trained = result["train"]["updates"] > 0
+    lines = []
+    for name, before in result["overall"]["zero_shot"].items():
+        after = f", trained {percent(result['overall']['eval'][name])} %" if trained else ""
+        lines.append(f"{name.replace('_', ' ')}: zero-shot {percent(before)} %{after}")
+    for split, after in result["eval"].items():
+        if "accuracy_aliases" in after:
+            before = result["zero_shot"][split]["accuracy_aliases"]
+            trained_too = f", trained {percent(after['accuracy_aliases'])} %" if trained else ""
+            lines.append(f"{split}, other words accepted: zero-shot {percent(before)} %{trained_too}")
+    best = result["train"].get("best")
+    if best and best["split"] != "val":
+        lines.append(f"best update {best['update']} was chosen on {best['split']} itself: no validation images")
+    if short := result["short_classes"]:
+        name, count = next(iter(short.items()))
+        lines.append(f"{len(short)} classes have fewer training images than shots, first: '{name}' has {count}")
+    if result["left_out"]:
+        lines.append(f"{result['left_out']} pictures that cannot be decoded were left out (manifest.json names them)")
+    return lines
+
+
 def paired_lines(result: dict[str, Any]) -> list[str]:
     """The paired comparison on the same images, one line per split."""
     lines = []
@@ -84,6 +109,6 @@ def show(result: dict[str, Any], folder: Path, console: Console | None = None) -
     """Print the result of a run to standard output."""
     console = console or Console(width=None if Console().is_terminal else 120)
     console.print(result_table(result))
-    for line in [*probability_lines(result), *paired_lines(result), time_line(result)]:
+    for line in [*overall_lines(result), *probability_lines(result), *paired_lines(result), time_line(result)]:
         console.print(line, highlight=False)
     console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)

@@ -1,0 +1,38 @@
+"""FGVC-Aircraft by the official lists, which are also CoOp's split; there is no split file.
+
+`variants.txt` has one class per line, `images_variant_{train,val,test}.txt` lines of image number and class.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from common.data.assemble import Parts, assemble
+from common.data.listing import fields, lines
+from common.data.place import Place
+from common.types import Item, Source
+
+
+def read(place: Place) -> Source:
+    """The dataset with its own parts; a label is a class's line in `variants.txt`, counted from 0.
+
+    Raises:
+        UserError: A file is missing, or a line names an unknown class.
+    """
+    place.need("images")
+    names = [name for _, name in lines(place, place.need("variants.txt"))]
+    labels = {name: label for label, name in enumerate(names)}
+    train, val, test = (
+        _items(place, place.need(f"images_variant_{part}.txt"), labels) for part in ("train", "val", "test")
+    )
+    return assemble(place, names, Parts(train, val, test), "official lists")
+
+
+def _items(place: Place, path: Path, labels: dict[str, int]) -> list[Item]:
+    items = []
+    for line in lines(place, path):
+        image, name = fields(place, line, "image variant")
+        if name not in labels:
+            raise place.error(f"{line[0]}: '{name}' is not in variants.txt")
+        items.append(Item(place.key(f"images/{image}.jpg"), labels[name], name))
+    return items

@@ -1,0 +1,154 @@
+"""Which datasets are there, complete and of the published size? `make data-check DATA=/folder`.
+
+`python -m common.data.check dtd eurosat` looks at some only; `key=value` overrides a configuration as in run.py. The
+exit code is 0 unless a dataset that is there has a problem.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.table import Table
+
+from common import config
+from common.data.source import find, load
+from common.schema_task import Data
+from common.types import BadImage, Source, UserError
+
+CONF = Path(__file__).parent.parent.parent / "conf"
+SIZES = ("classes", "train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found of one dataset. `problems` are half sentences, the gravest first."""
+
+    data: Data
+    found: bool
+    origin: str = ""
+    sizes: dict[str, int] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+
+
+def examine(data: Data) -> Report:
+    """Read a dataset, compare its sizes, look for all its images."""
+    if data.folder and not find(data).folder.exists():
+        return Report(data, found=False)
+    try:
+        source = load(data)
+    except UserError as error:
+        return Report(data, found=True, problems=(str(error).removeprefix(f"data={data.name}: "),))
+    sizes = {"classes": len(source.names), **{part: len(getattr(source, part)) for part in SIZES[1:]}}
+    problems = (*_missing_images(data.name, source), *_differences(data.published, sizes))
+    return Report(data, True, source.origin, sizes, problems)
+
+
+def _missing_images(name: str, source: Source) -> Iterator[str]:
+    """The dataset's own images that are not there or empty; borrowed ones belong to another's report."""
+    items = (*source.train, *source.val, *source.test)
+    own = [item.image for item in items if item.image.startswith(f"{name}/")]
+    count, first = 0, ""
+    for image in own:
+        try:
+            source.images.stamp(image)
+        except BadImage as error:
+            count, first = count + 1, first or f"{image} ({error})"
+    if count:
+        yield f"{count:,} of {len(own):,} images are missing or empty, first: {first}"
+
+
+def _differences(published: dict[str, int], sizes: dict[str, int]) -> Iterator[str]:
+    """Sizes that are not the published ones. A part that is absent altogether is left out on purpose."""
+    different = [key for key in SIZES if sizes[key] and sizes[key] != published.get(key, sizes[key])]
+    if different:
+        yield "not the published sizes: " + ", ".join(
+            f"{key} {sizes[key]:,} of {published[key]:,}" for key in different
+        )
+
+
+def configured(names: Sequence[str], overrides: Sequence[str]) -> list[Data]:
+    """The configurations of the datasets called `names`, of all without names.
+
+    Raises:
+        UserError: There is no such dataset.
+    """
+    known = sorted(path.stem for path in (CONF / "data").glob("*.yaml"))
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"there is no data={unknown[0]}; there are {', '.join(known)}")
+    config.register()
+    GlobalHydra.instance().clear()
+    found = []
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            for name in names or known:
+                composed = hydra.compose("config", [f"data={name}", *overrides])
+                data = OmegaConf.to_object(composed.data)
+                assert isinstance(data, Data)
+                found.append(data)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(" ".join(str(error).split())) from error
+    return found
+
+
+def table(reports: Sequence[Report]) -> Table:
+    """A line for every dataset."""
+    shown = Table(title=f"datasets in {reports[0].data.root}", title_justify="left")
+    for name in ("dataset", "there", "split"):
+        shown.add_column(name)
+    for name in (*SIZES, "published", "problems"):
+        shown.add_column(name, justify="right")
+    for report in reports:
+        sizes = [f"{report.sizes[key]:,}" if report.sizes.get(key) else "–" for key in SIZES]
+        state = "found" if report.found else "missing"
+        problems = f"[red]{len(report.problems)}[/]" if report.problems else "–"
+        shown.add_row(report.data.name, state, report.origin or "–", *sizes, _published(report), problems)
+    return shown
+
+
+def _published(report: Report) -> str:
+    published = report.data.published
+    if not report.sizes or not published:
+        return "–"
+    return "differs" if any(_differences(published, report.sizes)) else "ok"
+
+
+def lines(reports: Sequence[Report]) -> Iterator[str]:
+    """The first problem of every dataset, and where to read on."""
+    for report in reports:
+        if report.problems:
+            section = f"docs/datasets.md#{report.data.name}"
+            problem = report.problems[0]
+            yield f"{report.data.name}: {problem}" + ("" if section in problem else f"; see {section}")
+    if missing := [report.data.name for report in reports if not report.found]:
+        yield f"missing: {', '.join(missing)}; docs/datasets.md has a section on each"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the table and the problems; returns the exit code."""
+    names = [argument for argument in arguments if "=" not in argument]
+    overrides = [argument for argument in arguments if "=" in argument]
+    console = Console(width=None if Console().is_terminal else 140)
+    reports = []
+    for data in configured(names, overrides):
+        with console.status(f"looking at {data.name}"):
+            reports.append(examine(data))
+    console.print(table(reports))
+    for line in lines(reports):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return 1 if any(report.problems for report in reports) else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        sys.exit(f"error: {error}")

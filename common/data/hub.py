@@ -1,0 +1,211 @@
+"""A dataset from the Hugging Face hub, or from a local folder in the hub's layout (parquet files), with `datasets`.
+
+For `data.source=hub`. The classes are matched by name (common/data/hub_classes.py). Hub copies have their own splits:
+few-shot picks from them are not CoOp's, and every result says "hub split".
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.data import hub_classes
+from common.data.assemble import PARTS, Parts, fingerprint
+from common.data.images import decode
+from common.data.place import Place
+from common.types import BadImage, Item, Source, UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SAMPLES = 64  # pictures of a part that are hashed
+PAGE = "https://huggingface.co/datasets"
+
+
+def read(
+    place: Place,
+    *,
+    id: str,
+    revision: str | None = None,
+    config: str | None = None,
+    image: str = "image",
+    label: str = "label",
+    parts: Mapping[str, str] | None = None,
+    wording: str = "as_is",
+    renames: Mapping[str, str] | None = None,
+    drop: Sequence[str] | None = None,
+) -> Source:
+    """The hub's splits and images under the dataset's class names.
+
+    Args:
+        place: Where the dataset's own files may lie, which then name the classes and their order.
+        id: Of the hub dataset, or a folder.
+        revision: Branch, tag or commit on the hub.
+        config: Of a hub dataset that has several.
+        image: Column of the pictures.
+        label: Column of the classes: class labels, or their names as text.
+        parts: train, val, test to the hub's split; a part that is not named is empty.
+        wording: How the hub words the names, a key of `hub_classes.WORDINGS`.
+        renames: Hub name to class name, where the wording does not give it.
+        drop: Hub names of classes whose images are left out.
+
+    Raises:
+        UserError: The hub cannot be reached, or the copy does not fit; says what to do.
+    """
+    parts = {"train": "train", "test": "test"} if parts is None else parts
+    if unknown := [part for part in parts if part not in PARTS]:
+        raise UserError(f"data.hub.parts.{unknown[0]}: the parts are {', '.join(PARTS)}")
+    tables = {part: _load(place, id, config, parts[part], revision) for part in PARTS if part in parts}
+    for table in tables.values():
+        _check_columns(place, table, id, image, label)
+    rows = {part: _names(place, table, label, parts[part]) for part, table in tables.items()}
+    found = sorted({name for table in tables.values() for name in _declared(table, label)}.union(*rows.values()))
+    classes = hub_classes.match(place, found, wording, renames or {}, drop or ())
+    items = Parts(*(_items(place, part, rows.get(part, ()), classes) for part in PARTS))
+    columns = {part: _column(table, image) for part, table in tables.items()}
+    return Source(
+        names=classes.names,
+        train=tuple(items.train),
+        val=tuple(items.val),
+        test=tuple(items.test),
+        images=HubImages(columns),
+        fingerprint=_digest([fingerprint(classes.names, items), *(column.origin for column in columns.values())]),
+        origin="hub split" if classes.canonical else "hub split, classes in the hub's order",
+    )
+
+
+@dataclass(frozen=True)
+class Column:
+    """The pictures of one part, as Arrow columns in a file that is mapped into memory.
+
+    Args:
+        origin: Hash of what the pictures are known by (see `_column`).
+        pictures: Of every row the bytes or, in repositories of plain image files, the path of its file.
+        sizes: Of the bytes; null where there are none. They tell an empty row without reading its picture.
+    """
+
+    origin: str
+    pictures: Any = field(compare=False, repr=False)
+    sizes: Any = field(compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class HubImages:
+    """The pictures of a hub dataset, decoded when they are asked for. Keys are `<dataset>/hub/<part>/<row>`."""
+
+    parts: dict[str, Column]
+
+    def open(self, image: str) -> Image:
+        column, row, path = self._find(image)
+        return decode(path or column.pictures[row]["bytes"].as_py())
+
+    def stamp(self, image: str) -> str:
+        column, row, path = self._find(image)
+        if path is None:
+            return f"{column.origin}:{row}"
+        status = path.stat()
+        return f"{path}:{status.st_size}:{status.st_mtime_ns}"
+
+    def _find(self, image: str) -> tuple[Column, int, Path | None]:
+        """Where a picture is stored; with its path if that is outside the column.
+
+        Raises:
+            BadImage: There is none.
+        """
+        *_, part, row = image.split("/")
+        column, number = self.parts[part], int(row)
+        if column.sizes[number].as_py():
+            return column, number, None
+        stored = column.pictures[number].as_py() or {}
+        path = Path(stored.get("path") or "")
+        if path.is_absolute() and path.is_file() and path.stat().st_size:
+            return column, number, path
+        raise BadImage("the hub dataset has no picture in this row")
+
+
+def _load(place: Place, id: str, config: str | None, split: str, revision: str | None) -> Any:
+    import httpx
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return load_dataset(id, name=config, split=split, revision=revision)
+    # all that it raises for a missing network, right, repository, file, configuration or split
+    except (OSError, RuntimeError, ValueError, DatasetsError, httpx.HTTPError) as error:
+        raise UserError(f"data={place.name}: {_advice(id, error)}; see {place.section}") from error
+
+
+def _advice(id: str, error: Exception) -> str:
+    """What went wrong, and what to do about it."""
+    text = " ".join(str(error).split())
+    if "gated" in text:
+        return f"data.hub.id={id} is gated: accept its terms at {PAGE}/{id}, then run `hf auth login`"
+    if "scripts are no longer supported" in text:
+        return f"data.hub.id={id} is a loading script, which is not run: give another id, or use data.source=local"
+    if "Unknown split" in text:
+        return f"data.hub.parts does not fit data.hub.id={id}: {text}"
+    if Path(id).is_absolute():
+        return f"data.hub.id={id} is no folder with a dataset in the hub's layout: {text}"
+    if isinstance(error, ConnectionError):
+        return (
+            f"data.hub.id={id} cannot be reached and was not loaded before ({text}): go online, or run `hf download"
+            f" {id} --repo-type dataset --local-dir <folder>` where there is a network and give data.hub.id=<folder>,"
+            " or use data.source=local"
+        )
+    return f"data.hub.id={id} cannot be loaded ({text}): check it at {PAGE}/{id}, or use data.source=local"
+
+
+def _check_columns(place: Place, table: Any, id: str, image: str, label: str) -> None:
+    from datasets import ClassLabel, Image, Value
+
+    for key, column in (("image", image), ("label", label)):
+        if column not in table.features:
+            there = ", ".join(table.features)
+            raise UserError(f"data={place.name}: data.hub.{key}={column}: {id} has the columns {there}")
+    if not isinstance(table.features[image], Image):
+        raise UserError(f"data={place.name}: data.hub.image={image}: the column holds no pictures")
+    kind = table.features[label]
+    if not isinstance(kind, ClassLabel) and kind not in (Value("string"), Value("large_string")):
+        raise UserError(f"data={place.name}: data.hub.label={label}: the column has no class names")
+
+
+def _declared(table: Any, label: str) -> list[str]:
+    """The classes that the column knows, with or without images; none for a text column."""
+    return list(getattr(table.features[label], "names", None) or [])
+
+
+def _names(place: Place, table: Any, label: str, split: str) -> list[str]:
+    """The class name of every row, from the Arrow column: no picture is touched."""
+    values = table.data.column(label).to_pylist()
+    declared = _declared(table, label)
+    for row, value in enumerate(values):
+        if value is None or value == -1:
+            raise place.error(f"row {row} of the hub's split '{split}' has no label; choose another in data.hub.parts")
+    return [declared[value] for value in values] if declared else values
+
+
+def _items(place: Place, part: str, names: Sequence[str], classes: hub_classes.Classes) -> tuple[Item, ...]:
+    prefix, labels = place.key(f"hub/{part}"), classes.labels
+    return tuple(
+        Item(f"{prefix}/{row}", labels[name], classes.names[labels[name]])
+        for row, name in enumerate(names)
+        if name in labels
+    )
+
+
+def _column(table: Any, image: str) -> Column:
+    """The pictures, known by the sizes of all and the content of SAMPLES of them: another revision has other ones."""
+    import pyarrow.compute as compute
+
+    pictures = table.data.column(image)
+    sizes = compute.binary_length(compute.struct_field(pictures, "bytes"))
+    step = max(1, len(pictures) // SAMPLES)
+    some = [hashlib.sha256(pictures[row]["bytes"].as_py() or b"").hexdigest() for row in range(0, len(pictures), step)]
+    return Column(_digest([*map(str, sizes.to_pylist()), *some]), pictures, sizes)
+
+
+def _digest(parts: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -1,0 +1,85 @@
+"""ImageNet (ILSVRC 2012): `images/train` and `images/val` with one folder per class, named by its WordNet id, and
+`classnames.txt` with CLIP's class names. Two of the 1,000 names occur twice (missile, sunglasses).
+
+CoOp tests on the official validation set, since the test set's labels are secret. It takes file names in the order in
+which the file system lists them; here they are sorted, so that a seed picks the same images on every machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from common.data.assemble import Parts, assemble
+from common.data.listing import collect, fields, files, lines, subfolders
+from common.data.place import Place
+from common.types import Item, Source
+
+TRAIN, TEST = "images/train", "images/val"
+CLASSNAMES = "classnames.txt"
+
+
+def read(place: Place) -> Source:
+    """The training images, if they are there, and the validation set as test set; labels in the order of WordNet ids.
+
+    Raises:
+        UserError: The validation set is missing or not sorted into class folders, or the class folders of the two
+            parts differ.
+    """
+    names = classnames(place, place.need(CLASSNAMES))
+    place.need(TEST)
+    wanted = (TEST,) if place.only_test else (TRAIN, TEST)
+    present = [part for part in wanted if (place.folder / part).is_dir()]
+    found = {part: class_folders(place, place.folder / part, names) for part in present}
+    wnids = sorted(set().union(*found.values()))
+    for part in present:
+        same_folders(place, place.folder / part, found[part], wnids)
+    images = {part: items(place, place.folder / part, place.key(part), wnids, names) for part in present}
+    parts = Parts(images.get(TRAIN, []), (), images[TEST])
+    return assemble(place, [names[wnid] for wnid in wnids], parts, "ImageNet validation set")
+
+
+def classnames(place: Place, path: Path) -> dict[str, str]:
+    """Class name by WordNet id, in file order; each line is `<WordNet id> <class name>`.
+
+    Raises:
+        UserError: A line has another form or repeats an id.
+    """
+    names: dict[str, str] = {}
+    for line in lines(place, path):
+        wnid, name = fields(place, line, "wnid name")
+        if wnid in names:
+            raise place.error(f"{line[0]}: {wnid} has a line already")
+        names[wnid] = name
+    return names
+
+
+def class_folders(place: Place, folder: Path, names: dict[str, str]) -> list[str]:
+    """The sorted class folders in a folder.
+
+    Raises:
+        UserError: There is none, or one is not in `classnames.txt`.
+    """
+    found = subfolders(place, folder)
+    if not found:
+        raise place.error(
+            f"{folder} has {len(files(place, folder))} files and no class folders; sort the images into one folder per"
+            " class, named by its WordNet id"
+        )
+    if strange := [name for name in found if name not in names]:
+        raise place.error(f"{folder / strange[0]} is not in {CLASSNAMES}: a class folder is named by its WordNet id")
+    return found
+
+
+def same_folders(place: Place, folder: Path, found: Iterable[str], expected: Iterable[str]) -> None:
+    """Refuse class folders that are missing or too many."""
+    found, expected = set(found), set(expected)
+    if missing := sorted(expected - found):
+        raise place.error(f"{folder / missing[0]} does not exist ({len(missing)} class folders are missing)")
+    if extra := sorted(found - expected):
+        raise place.error(f"{folder / extra[0]} has no class ({len(extra)} folders are too many)")
+
+
+def items(place: Place, folder: Path, key: str, wnids: list[str], names: dict[str, str]) -> list[Item]:
+    """The images of class folders; labels count `wnids`."""
+    return collect(place, folder, key, [(wnid, label, names[wnid]) for label, wnid in enumerate(wnids)])

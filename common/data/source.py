@@ -1,0 +1,113 @@
+"""From a dataset's configuration to its images and labels: find the place, read, name, check."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from common.data.names import display, read_aliases
+from common.data.place import Place
+from common.plugins import locate
+from common.schema_task import Data
+from common.types import Item, Source, Split, UserError
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset that was read, with what its configuration says about the questions."""
+
+    config: Data
+    source: Source
+    aliases: dict[str, tuple[str, ...]]
+
+    def split(self, items: Sequence[Item], labels: Sequence[int] | None = None) -> Split:
+        """Images asked about among all classes, or among those of `labels`; the others are dropped, labels renumbered.
+
+        Args:
+            items: Of this dataset.
+            labels: Ascending; None: all.
+        """
+        names = self.source.names
+        if labels is not None:
+            place = {label: number for number, label in enumerate(labels)}
+            items = [replace(item, label=place[item.label]) for item in items if item.label in place]
+            names = tuple(names[label] for label in labels)
+        known = {name: self.aliases[name] for name in names if name in self.aliases}
+        return Split(tuple(items), names, self.config.question, self.config.open_question, known)
+
+
+def load(data: Data, only_test: bool = False) -> Source:
+    """Read a dataset; names as they are shown to a model. `only_test`: see `Place`.
+
+    Raises:
+        UserError: A folder or file is missing, or the files contradict each other.
+    """
+    entry = data.hub if data.source == "hub" else data.reader
+    arguments = {key: value for key, value in entry.items() if key != "_target_"}
+    source: Source = locate(entry["_target_"], "data.reader._target_")(find(data, only_test), **arguments)
+    source = replace(
+        source,
+        names=tuple(display(name) for name in source.names),
+        train=_displayed(source.train),
+        val=_displayed(source.val),
+        test=_displayed(source.test),
+    )
+    for problem in problems(source):
+        raise UserError(f"data={data.name}: {problem}; see docs/datasets.md#{data.name}")
+    return source
+
+
+def load_dataset(data: Data, only_test: bool = False) -> Dataset:
+    """Read a dataset and the other words for its classes."""
+    source = load(data, only_test)
+    aliases = {} if data.aliases is None else read_aliases(Path(data.aliases).expanduser(), source.names)
+    return Dataset(data, source, aliases)
+
+
+def find(data: Data, only_test: bool = False) -> Place:
+    """Where the dataset lies.
+
+    Raises:
+        UserError: `data.folder` is inside a root, and no root is given.
+    """
+    folder = Path(data.folder).expanduser()
+    if data.root is None and not folder.is_absolute() and data.folder and data.source == "local":
+        raise UserError(
+            f"data={data.name} is read from $DATA/{data.folder}, but DATA is not set: export DATA=<folder of all"
+            f" datasets>, or data.root=<folder>; docs/datasets.md#{data.name} says what belongs there"
+        )
+    root = Path(data.root or ".").expanduser().absolute()
+    return Place(data.name, root, root / folder, data.allow_fallback_split, only_test)
+
+
+def problems(source: Source) -> Iterator[str]:
+    """Contradictions in a dataset, each as half a sentence that names what is at fault."""
+    seen: set[str] = set()
+    for part in ("train", "val", "test"):
+        items: tuple[Item, ...] = getattr(source, part)
+        if wrong := next((item for item in items if not 0 <= item.label < len(source.names)), None):
+            yield f"{wrong.image} has label {wrong.label}, but there are {len(source.names)} classes"
+            return
+        if wrong := next((item for item in items if item.name != source.names[item.label]), None):
+            names = f"'{source.names[wrong.label]}' and '{wrong.name}'"
+            yield f"label {wrong.label} has two names, {names} (at {wrong.image})"
+        for item in items:
+            if item.image in seen:
+                yield f"{item.image} is listed twice, the second time in {part}"
+                break
+            seen.add(item.image)
+    yield from _missing_classes(source)
+
+
+def _missing_classes(source: Source) -> Iterator[str]:
+    for part, items in (("train", source.train), ("test", source.test)):
+        present = {item.label for item in items}
+        missing = [name for label, name in enumerate(source.names) if label not in present]
+        if items and missing:
+            yield f"{len(missing)} classes have no image in {part}, first: '{missing[0]}'"
+
+
+def _displayed(items: Sequence[Item]) -> tuple[Item, ...]:
+    shown = {name: display(name) for name in {item.name for item in items}}
+    return tuple(item if shown[item.name] == item.name else replace(item, name=shown[item.name]) for item in items)

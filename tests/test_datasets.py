@@ -1,0 +1,263 @@
+"""Every dataset from its folder to a result, in every setting; and what happens without the folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pyarrow.parquet
+import pytest
+import yaml
+
+from common import task
+from common.config import validate
+from common.data import manifest, settings
+from common.types import UserError
+from tests import data_tree
+from tests.conftest import REPOSITORY
+
+NAMES = sorted(path.stem for path in (REPOSITORY / "conf" / "data").glob("*.yaml"))
+LOCAL = [name for name in NAMES if name != "digits"]
+QUICK = ["shots=1", "trainer.updates=1", "tracking=none", "label_scoring=false"]
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    return data_tree.build(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def data_root(tree, monkeypatch):
+    monkeypatch.setenv("DATA", str(tree))
+    return tree
+
+
+def result(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+FORMATS = ["dtd", "fgvc_aircraft", "imagenet", "imagenet_v2", "imagenet_a", "folder"]  # one for each kind of reader
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_dataset_trains_and_is_tested(name, data_root, runner, tmp_path):
+    folder = tmp_path / "run"
+    assert runner(folder, [f"data={name}", "method=nothinking", *QUICK, f"cache_dir={tmp_path}", *recipe()]) == 0
+    found = result(folder)
+    assert found["data"] == name and found["train"]["updates"] == 1 and found["left_out"] == 0
+    assert found["eval"]["test"]["n"] == found["zero_shot"]["test"]["n"] > 0
+    cached = list((tmp_path / "pixels").glob("*.rgb"))
+    predictions = pyarrow.parquet.read_table(folder / "predictions.parquet").to_pandas()
+    trained = json.loads((folder / "manifest.json").read_text())["splits"]["train"]["n"]
+    assert len(cached) == trained + predictions.image.nunique(), "every picture was decoded once"
+
+
+SETTINGS = [
+    ("base_to_new", "stanford_cars", {"val", "base", "new"}, "harmonic_mean"),
+    ("open_set", "oxford_pets", {"val", "test"}, None),
+    ("cross_dataset", "dtd", {"val", "test", "eurosat", "imagenet"}, "mean_of_targets"),
+    ("shift", "imagenet", {"test", "imagenet_v2", "imagenet_a"}, "mean_of_targets"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("setting", "name", "splits", "overall"), SETTINGS, ids=[row[0] for row in SETTINGS])
+def test_every_setting_trains_and_is_tested(setting, name, splits, overall, data_root, runner, tmp_path):
+    targets = sorted(splits - {"val", "test", "base", "new"})
+    chosen = [f"setting.test_on=[{','.join(targets)}]"] if targets else []
+    arguments = [f"data={name}", f"setting={setting}", *chosen, "method=clsrl", *QUICK, *recipe()]
+    assert runner(tmp_path / "run", [*arguments, f"cache_dir={tmp_path}"]) == 0
+    found = result(tmp_path / "run")
+    assert set(found["eval"]) == set(found["zero_shot"]) == splits
+    assert list(found["overall"]["eval"]) == ([overall] if overall else [])
+    for split in splits - {"val"}:
+        assert (tmp_path / "run" / f"confusion-{split}.png").is_file()
+
+
+def recipe():
+    """The tiny model from the shared cache, whatever cache_dir a test uses for its pictures."""
+    from common.models import tiny
+    from tests.conftest import CACHE
+
+    return [f"model.path={tiny.build(CACHE)}", "model.recipe=null"]
+
+
+def questions(compose, *overrides):
+    return task.build(validate(compose(*overrides)))
+
+
+@pytest.mark.parametrize("setting", ["few_shot", "base_to_new", "open_set", "cross_dataset"])
+@pytest.mark.parametrize("name", LOCAL)
+def test_every_dataset_in_every_setting_asks_its_questions(name, setting, data_root, compose):
+    found = questions(compose, f"data={name}", f"setting={setting}", "shots=1")
+    tested = set(found.evaluation) - {"val"}
+    assert {"base", "new"} == tested if setting == "base_to_new" else "test" in tested
+    for prompts in (found.train, *found.evaluation.values()):
+        assert prompts and all(("from list" in prompt.text) == (setting != "open_set") for prompt in prompts)
+        assert all(prompt.label in prompt.choices for prompt in prompts if setting != "open_set")
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_without_data_one_line_names_the_folder_and_the_page(name, tmp_path, compose):
+    config = validate(compose(f"data={name}", f"data.root={tmp_path}"))
+    with pytest.raises(UserError) as error:
+        task.build(config)
+    text = str(error.value)
+    assert str(tmp_path / config.data.folder) in text and f"docs/datasets.md#{name}" in text and "\n" not in text
+
+
+def test_without_data_the_command_ends_at_once(tmp_path):
+    began = time.perf_counter()
+    command = [sys.executable, "run.py", "data=dtd", f"data.root={tmp_path}", f"hydra.run.dir={tmp_path / 'run'}"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and f"{tmp_path / 'dtd'} does not exist" in done.stderr
+    assert not (tmp_path / "run").exists()
+    assert time.perf_counter() - began < 60, "no model was loaded"
+
+
+def test_a_manifest_does_not_depend_on_the_place(data_root, tmp_path, compose):
+    here = questions(compose, "data=sun397", "shots=2").manifest
+    shutil.copytree(data_root / "sun397", tmp_path / "other" / "sun397")
+    there = questions(compose, "data=sun397", "shots=2", f"data.root={tmp_path / 'other'}").manifest
+    assert here == there
+
+
+def test_a_manifest_is_the_same_everywhere(data_root, compose):
+    # seen on Python 3.11, 3.12 and 3.13; a change of readers, picks, class lists or wording changes it
+    found = questions(compose, "data=sun397", "shots=2", "sampler=clsrl").manifest["hash"]
+    assert found == "bfc8c31d2775e110d0c1412f8c5273094fb526def67b541c746b5f64ca9591f5"
+
+
+CHANGES = ["shots=2", "seed=2", "sampler=clsrl", "validation=none", "setting=base_to_new", "method=clsrl", "protocol=official"]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_all_choices_are_in_the_manifest(change, data_root, compose):
+    assert (
+        questions(compose, "data=food101", "shots=1", change).manifest["hash"]
+        != questions(compose, "data=food101", "shots=1").manifest["hash"]
+    )
+
+
+def test_a_class_with_too_few_images_stands_in_the_manifest(data_root, compose):
+    path = data_root / "dtd" / "split_zhou_DescribableTextures.json"
+    found = questions(compose, "data=dtd", "shots=16").manifest
+    trained = len(json.loads(path.read_text())["train"])
+    assert sum(found["short_classes"].values()) == trained == found["splits"]["train"]["n"]
+    assert set(found["short_classes"]) == {"banded", "dotted", "polka-dotted"}
+
+
+def test_the_manifest_is_printed(data_root):
+    command = [sys.executable, "run.py", "data=dtd", "shots=1", "manifest=true"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=dict(os.environ))
+    printed = json.loads(done.stdout)
+    assert printed["hash"] == manifest.digest({key: value for key, value in printed.items() if key != "hash"})
+
+
+def test_moving_the_data_keeps_the_signature(compose):
+    from common.config import plain, signature
+
+    signatures = {signature(plain(compose("setting=shift", f"data.root={root}"))) for root in ("/a", "/b")}
+    assert len(signatures) == 1
+
+
+def test_fallback_splits_are_marked_and_do_not_follow_the_seed(tmp_path, compose):
+    root = data_tree.build(tmp_path, missing_split=True)
+    chosen = ["data=food101", f"data.root={root}", "data.allow_fallback_split=true", "validation=none", "shots=1"]
+    first, second = (questions(compose, *chosen, f"seed={seed}") for seed in (1, 2))
+    assert first.task.origins == {"food101": "fallback split"} == first.manifest["origins"]
+    assert first.task.evaluation["test"] == second.task.evaluation["test"]
+
+
+def damage(root, relative):
+    (root / relative).write_bytes((root / relative).read_bytes()[:200])
+
+
+@pytest.mark.slow
+def test_an_evaluation_alone_ends_with_a_result(data_root, runner, tmp_path):
+    arguments = ["data=imagenet_v2", "method=zeroshot", "shots=1", "tracking=none", "label_scoring=false"]
+    assert runner(tmp_path / "run", [*arguments, *recipe(), f"cache_dir={tmp_path}"]) == 0
+    found = result(tmp_path / "run")
+    assert found["eval"] == found["zero_shot"] and found["train"]["updates"] == 0
+    assert (tmp_path / "run" / "curves.png").is_file()
+
+
+@pytest.mark.slow
+def test_bad_pictures_are_named_or_left_out(tmp_path, runner, compose):
+    root = data_tree.build(tmp_path / "data")
+    arguments = ["data=food101", f"data.root={root}", *QUICK, *recipe(), f"cache_dir={tmp_path}"]
+    picks = questions(compose, *arguments).task
+    bad = [picks.train.items[0].image, picks.evaluation["test"].items[0].image]
+    for image in bad:
+        damage(root / "food-101", image.removeprefix("food101/"))
+    assert runner(tmp_path / "run", arguments) != 0
+    assert not (tmp_path / "run" / "metrics.jsonl").exists(), "refused before anything was measured"
+    arguments.append("data.skip_bad=true")  # the fix that the error names, in the same folder
+    assert runner(tmp_path / "run", arguments) == 0
+    assert runner.ranks(2, tmp_path / "ranks", arguments) == [0, 0]
+    manifests = [(tmp_path / folder / "manifest.json").read_text() for folder in ("run", "ranks")]
+    assert manifests[0] == manifests[1], "ranks leave out the same pictures"
+    assert result(tmp_path / "run")["left_out"] == 2
+    frozen = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert frozen["left_out"] == sorted(bad)
+    assert frozen["splits"]["train"]["n"] == len(picks.train.items) - 1, "the other picks stay"
+
+
+def test_missing_pictures_are_reported_before_the_ranks_start(tmp_path, compose):
+    from common import preflight
+
+    root = data_tree.build(tmp_path)
+    config = validate(compose("data=food101", f"data.root={root}", "shots=1"))
+    found = task.build(config)
+    gone = found.task.evaluation["test"].items[1].image
+    (root / "food-101" / gone.removeprefix("food101/")).unlink()
+    with pytest.raises(UserError, match=f"1 of {len(found.images)} images cannot be used: {gone}.*data.skip_bad=true"):
+        preflight.check(config)
+
+
+@pytest.mark.slow
+def test_own_photos_from_folder_to_predictions(data_root, runner, tmp_path):
+    photos = data_root / "photos"
+    arguments = ["data=folder", f"data.folder={photos}", "data.question=What is in the photo?", *QUICK, *recipe()]
+    assert runner(tmp_path / "run", [*arguments, f"cache_dir={tmp_path}"]) == 0
+    predictions = pyarrow.parquet.read_table(tmp_path / "run" / "predictions.parquet").to_pandas()
+    classes = {path.name for path in photos.iterdir() if path.is_dir()}
+    assert set(predictions.label) == {name.replace("_", " ") for name in classes}
+    asked = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert asked["data"]["question"] == "What is in the photo?"
+
+
+def test_targets_are_chosen_by_name(data_root, compose):
+    found = questions(compose, "data=dtd", "setting=cross_dataset", "setting.test_on=[eurosat]", "shots=1")
+    assert list(found.evaluation) == ["val", "test", "eurosat"]
+    with pytest.raises(UserError, match="setting.test_on names dogs, but setting=cross_dataset can test on imagenet"):
+        questions(compose, "data=dtd", "setting=cross_dataset", "setting.test_on=[dogs]", "shots=1")
+    own = ["+data@setting.targets.mine=folder", "setting.test_on=[mine]"]
+    found = questions(compose, "data=dtd", "setting=cross_dataset", *own, "shots=1")
+    assert list(found.evaluation) == ["val", "test", "mine"]
+
+
+def test_targets_are_asked_as_they_are_in_their_own_runs(data_root, compose):
+    cross = questions(compose, "data=dtd", "setting=cross_dataset", "shots=1")
+    alone = questions(compose, "data=ucf101", "shots=1")
+    assert cross.evaluation["ucf101"] == alone.evaluation["test"]
+
+
+def test_settings_without_training_images(data_root, compose, tmp_path):
+    shutil.copytree(data_root / "imagenetv2", tmp_path / "imagenetv2")
+    shutil.copy(data_root / "imagenet" / "classnames.txt", tmp_path / "imagenetv2" / "classnames.txt")
+    chosen = ["data=imagenet_v2", f"data.root={tmp_path}"]
+    assert questions(compose, *chosen, "method=zeroshot").train == []
+    with pytest.raises(UserError, match="data=imagenet_v2 has no training images.*method=zeroshot"):
+        questions(compose, *chosen, "method=sft")
+
+
+def test_every_setting_has_a_function():
+    names = [path.stem for path in (REPOSITORY / "conf" / "setting").glob("*.yaml")]
+    assert sorted(names) == ["base_to_new", "cross_dataset", "few_shot", "open_set", "shift"]
+    assert all(hasattr(settings, name) for name in names if name != "open_set")
