@@ -122,8 +122,8 @@ def make_tracker(
     """W&B on rank 0, nothing elsewhere."""
     if rank() != 0 or config.tracking.mode == "disabled":
         return NullTracker()
-    tags = [config.method["name"], config.data.name, config.setting.name, f"s{config.shots}"]
-    tags += dict.fromkeys(questions.task.origins.values())
+    whose = dict.fromkeys(questions.task.origins.values())
+    tags = [config.method["name"], config.data.name, config.setting.name, f"s{config.shots}", *whose]
     job_type = "eval" if config.trainer.name == "none" else "train"
     known = state.tracker if state else None
     return WandbTracker(

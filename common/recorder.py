@@ -94,8 +94,8 @@ class Recorder:
             return
         self.place.merge_completions()
         self.place.merge_predictions()
-        title = f"{result.method}, {result.data}, {result.shots} shots, seed {result.seed}"
-        title += f" ({result.model}, {result.protocol}, {', '.join(dict.fromkeys(result.origins.values()))})"
+        title = f"{result.method}, {result.data}, {result.setting}, {result.shots} shots, seed {result.seed}"
+        title += f"\n{result.model}, {result.protocol}, {', '.join(dict.fromkeys(result.origins.values()))}"
         figures.curves(self.place.read_log("metrics.jsonl"), title, self.place.path / "curves.png")
         for split in (split for split in after.summary if split != "val"):
             summary = after.summary[split]

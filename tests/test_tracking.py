@@ -7,7 +7,7 @@ import json
 import pytest
 
 from common import tracking
-from common.data.digits import open_digit
+from common.data.digits import Digits
 from common.schema import Tracking
 from tests.wandb_log import summary_of
 
@@ -17,7 +17,7 @@ def test_offline_file_holds_the_run(tmp_path):
     folder.mkdir()
     config = Tracking(name="wandb", project="p", group="digits-few_shot-s16", tags=["extra"], completions_rows=2)
     values = {"method": {"name": "clsrl"}, "shots": 16}
-    tracker = tracking.WandbTracker(config, folder, "train", ["clsrl", "digits"], values, ["test"], open_digit)
+    tracker = tracking.WandbTracker(config, folder, "train", ["clsrl", "digits"], values, ["test"], Digits().open)
     rows = [{"step": 1, "image": str(i), "label": "six", "completion": "six", "reward": 1.0} for i in range(3)]
     for step in (1, 2):
         tracker.log({"reward": 0.5 * step, "eval/test/accuracy": 0.6, "time/rollout_s": 0.1}, step)
@@ -52,7 +52,7 @@ def test_a_resumed_run_continues_the_same_one(tmp_path):
     ids = []
     for folder in (tmp_path / "a", tmp_path / "a", tmp_path / "b"):
         folder.mkdir(exist_ok=True)
-        tracker = tracking.WandbTracker(config, folder, "train", [], {}, ["test"], open_digit)
+        tracker = tracking.WandbTracker(config, folder, "train", [], {}, ["test"], Digits().open)
         ids.append(tracker.id)
         assert tracker.run.id == tracker.id
         tracker.close({}, failed=False)

@@ -84,14 +84,14 @@ def confusion(table: Sequence[Sequence[int]], names: Sequence[str], title: str, 
         path: PNG to write.
     """
     figure = _matrix(table, names) if len(names) <= LEGIBLE else _pairs(table, names)
-    figure.axes[0].set_title(title, fontsize=10)
+    figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
 def _matrix(table: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
     columns = [*names, "other"]
-    side = max(4.5, 0.32 * len(names))
+    side = max(5, 0.32 * len(names))
     figure, axis = plt.subplots(figsize=(side + 0.8, side), layout="constrained")
     shares = [[count / max(1, sum(row)) for count in row] for row in table]
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
