@@ -1,0 +1,137 @@
+"""Pre-training of the tiny Gemma 3 from scratch: captions of rendered digits, then ALERT's episodes.
+
+Stage 1 teaches the vision tower to read glyphs. Stage 2 teaches the meta-task prompt: 2 to 8 digits with their names
+and embeddings, then an input image of one of them. A category's embedding is made as ALERT initialises it (section
+3.2): the projection of the vision tower's mean output over a few images. Everything here is our choice.
+
+Shapes: N images, E categories, m tokens of an image, D width.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from alert.prompt import meta_task
+from alert.tiny_episodes import reply
+from alert.tiny_layout import Row, lay_out, reply_loss
+from common.models import glyphs
+from common.models.families import Gemma3
+from common.models.files import messages
+from common.models.slots import spread
+from common.models.tiny import IMAGE_SIZE
+from common.models.tiny_gemma3 import END, IMAGE, IMAGE_TOKENS
+from common.models.wordings import DIGITS
+from common.progress import progress
+from common.types import CATEGORY, Prompt
+
+CAPTION_STEPS, CAPTION_ROWS = 400, 64
+EPISODE_STEPS, EPISODE_ROWS, IMAGES_PER_ROW = 700, 8, 6
+REFERENCES = (2, 2, 3, 3, 4, 4, 5, 6, 7, 8)
+SUPPORT = (1, 2, 4, 8)  # images that a category's embedding is the mean of
+CAPTION_SHARE = 0.15  # of the steps of stage 2, so that reading is not forgotten
+LEARNING_RATE, WARMUP_STEPS, DECAY_SHARE = 2e-3, 50, 0.4
+SLOPPY = 0.3  # share of replies that ignore the requested tags
+
+
+def pretrain(model: Any, processor: Any, seed: int = 0) -> Any:
+    """Train `model` in place on rendered digits and return it in evaluation mode."""
+    total = CAPTION_STEPS + EPISODE_STEPS
+    for _ in progress(losses(model, processor, seed), "pre-training the tiny model", total):
+        pass
+    return model.eval()
+
+
+def losses(model: Any, processor: Any, seed: int) -> Iterator[float]:
+    """Make one update at a time and yield its loss (nats per reply token): AdamW, warm-up, plateau, linear decay."""
+    episodes = Episodes(model, processor, seed)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05, fused=True
+    )
+    total = CAPTION_STEPS + EPISODE_STEPS
+    model.train()
+    for step in range(total):
+        rate = min(1.0, (step + 1) / WARMUP_STEPS, 0.02 + (total - step) / (DECAY_SHARE * total))
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * rate
+        captions = step < CAPTION_STEPS or episodes.rng.random() < CAPTION_SHARE
+        loss = episodes.captions() if captions else episodes.meta_tasks()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        yield float(loss)
+
+
+class Episodes:
+    """Draws batches of rendered digits with texts, and computes their loss."""
+
+    def __init__(self, model: Any, processor: Any, seed: int) -> None:
+        self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
+        self.images, self.rng = torch.Generator().manual_seed(seed), random.Random(seed)
+        self.glyphs = glyphs.glyph_bank()
+        self.first = int(model.get_input_embeddings().num_embeddings)
+
+    def captions(self) -> torch.Tensor:
+        """Loss of naming single digits: no text but the name."""
+        labels = [self.rng.randrange(10) for _ in range(CAPTION_ROWS)]
+        beginning, image = self.prompt("", ())
+        rows = [Row(beginning, image, [self.ids(DIGITS[label])]) for label in labels]
+        return self.loss(rows, labels, None)
+
+    def meta_tasks(self) -> torch.Tensor:
+        """Loss of choosing among reference categories; all rows have as many and share one bank."""
+        support, count = self.rng.choice(SUPPORT), self.rng.choice(REFERENCES)
+        outputs = self.tower([label for label in range(10) for _ in range(support)])
+        bank = self.model.model.multi_modal_projector(outputs.unflatten(0, (10, support)).mean(1))  # [10, m, D]
+        rows, labels = [], []
+        for _ in range(EPISODE_ROWS):
+            chosen = self.rng.sample(range(10), count)
+            shown = [self.rng.choice(chosen) for _ in range(IMAGES_PER_ROW)]
+            names = [DIGITS[label] for label in chosen]
+            beginning, image = self.prompt(meta_task(names, "short"), chosen)
+            rows.append(Row(beginning, image, [self.reply(DIGITS[label], names) for label in shown]))
+            labels += shown
+        return self.loss(rows, labels, bank)
+
+    def loss(self, rows: Sequence[Row], labels: Sequence[int], bank: torch.Tensor | None) -> torch.Tensor:
+        """Loss of rows whose input images show `labels`."""
+        image_token = self.model.config.image_token_id
+        laid_out = lay_out(rows, image_token, self.tokenizer.pad_token_id)
+        return reply_loss(self.model, laid_out, bank, self.features(labels), self.first)
+
+    def reply(self, name: str, names: Sequence[str]) -> list[int]:
+        """Ids of a reply, its end of turn included."""
+        return self.ids(reply(name, [other for other in names if other != name], SLOPPY, self.rng))
+
+    def ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text + END, add_special_tokens=False)["input_ids"])
+
+    def prompt(self, text: str, categories: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Ids of a prompt up to its input image, and from there on."""
+        chat = self.processor.apply_chat_template(
+            messages(Prompt("", text, "", image_last=True)), tokenize=False, add_generation_prompt=True
+        )
+        whole = Gemma3.image_text(chat).replace(IMAGE["image_token"], IMAGE["image_token"] * IMAGE_TOKENS)
+        marked = whole.replace(CATEGORY, self.tokenizer.pad_token)
+        ids = torch.tensor(self.tokenizer(marked, add_special_tokens=False)["input_ids"])
+        ids = spread(ids, self.tokenizer.pad_token_id, categories, self.first, IMAGE_TOKENS)
+        start = int((ids == self.model.config.boi_token_index).nonzero()[0, 0])
+        return ids[:start].tolist(), ids[start:].tolist()
+
+    def features(self, labels: Sequence[int]) -> torch.Tensor:
+        """Embeddings of fresh images. Shape: [N, m, D]."""
+        return self.model.model.multi_modal_projector(self.tower(labels))
+
+    def tower(self, labels: Sequence[int]) -> torch.Tensor:
+        """The vision tower's outputs for fresh images. Shape: [N, patches, width of the tower]."""
+        shown = glyphs.render(self.glyphs, torch.tensor(labels), IMAGE_SIZE, self.images)
+        return self.model.model.vision_tower(pixel_values=pixels(shown)).last_hidden_state
+
+
+def pixels(images: torch.Tensor) -> torch.Tensor:
+    """Images [N, 1, S, S] in [0, 1] as `Gemma3ImageProcessor` makes them. Shape: [N, 3, S, S], in [-1, 1]."""
+    return 2 * images.expand(-1, 3, -1, -1) - 1
