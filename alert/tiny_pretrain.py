@@ -34,6 +34,7 @@ REFERENCES = (2, 2, 3, 3, 4, 4, 5, 6, 7, 8)
 SUPPORT = (1, 2, 4, 8)  # images that a category's embedding is the mean of
 CAPTION_SHARE = 0.15  # of the steps of stage 2, so that reading is not forgotten
 LEARNING_RATE, WARMUP_STEPS, DECAY_SHARE = 2e-3, 50, 0.4
+BLENDED, BLEND = 0.6, (0.3, 0.6)  # share of input images that are mixed with an unlisted digit, and its weight
 SLOPPY = 0.3  # share of replies that ignore the requested tags
 
 
@@ -63,7 +64,7 @@ def losses(model: Any, processor: Any, seed: int) -> Iterator[float]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        yield float(loss)
+        yield loss.item()
 
 
 class Episodes:
@@ -80,14 +81,14 @@ class Episodes:
         labels = [self.rng.randrange(10) for _ in range(CAPTION_ROWS)]
         beginning, image = self.prompt("", ())
         rows = [Row(beginning, image, [self.ids(DIGITS[label])]) for label in labels]
-        return self.loss(rows, labels, None)
+        return self.loss(rows, self.tower(self.render(labels)), None)
 
     def meta_tasks(self) -> torch.Tensor:
         """Loss of choosing among reference categories; all rows have as many and share one bank."""
         support, count = self.rng.choice(SUPPORT), self.rng.choice(REFERENCES)
-        outputs = self.tower([label for label in range(10) for _ in range(support)])
+        outputs = self.tower(self.render([label for label in range(10) for _ in range(support)]))
         bank = self.model.model.multi_modal_projector(outputs.unflatten(0, (10, support)).mean(1))  # [10, m, D]
-        rows, labels = [], []
+        rows, labels, unlisted = [], [], []
         for _ in range(EPISODE_ROWS):
             chosen = self.rng.sample(range(10), count)
             shown = [self.rng.choice(chosen) for _ in range(IMAGES_PER_ROW)]
@@ -95,13 +96,14 @@ class Episodes:
             beginning, image = self.prompt(meta_task(names, "short"), chosen)
             rows.append(Row(beginning, image, [self.reply(DIGITS[label], names) for label in shown]))
             labels += shown
-        return self.loss(rows, labels, bank)
+            unlisted += [self.rng.choice([label for label in range(10) if label not in chosen]) for _ in shown]
+        return self.loss(rows, self.tower(self.blend(labels, unlisted)), bank)
 
-    def loss(self, rows: Sequence[Row], labels: Sequence[int], bank: torch.Tensor | None) -> torch.Tensor:
-        """Loss of rows whose input images show `labels`."""
-        image_token = self.model.config.image_token_id
-        laid_out = lay_out(rows, image_token, self.tokenizer.pad_token_id)
-        return reply_loss(self.model, laid_out, bank, self.features(labels), self.first)
+    def loss(self, rows: Sequence[Row], outputs: torch.Tensor, bank: torch.Tensor | None) -> torch.Tensor:
+        """Loss of rows, given the vision tower's outputs for their input images."""
+        laid_out = lay_out(rows, self.model.config.image_token_id, self.tokenizer.pad_token_id)
+        features = self.model.model.multi_modal_projector(outputs)
+        return reply_loss(self.model, laid_out, bank, features, self.first)
 
     def reply(self, name: str, names: Sequence[str]) -> list[int]:
         """Ids of a reply, its end of turn included."""
@@ -122,14 +124,23 @@ class Episodes:
         start = int((ids == self.model.config.boi_token_index).nonzero()[0, 0])
         return ids[:start].tolist(), ids[start:].tolist()
 
-    def features(self, labels: Sequence[int]) -> torch.Tensor:
-        """Embeddings of fresh images. Shape: [N, m, D]."""
-        return self.model.model.multi_modal_projector(self.tower(labels))
+    def render(self, labels: Sequence[int]) -> torch.Tensor:
+        """Fresh images of digits. Shape: [N, 1, S, S], in [0, 1]."""
+        return glyphs.render(self.glyphs, torch.tensor(labels), IMAGE_SIZE, self.images)
 
-    def tower(self, labels: Sequence[int]) -> torch.Tensor:
-        """The vision tower's outputs for fresh images. Shape: [N, patches, width of the tower]."""
-        shown = glyphs.render(self.glyphs, torch.tensor(labels), IMAGE_SIZE, self.images)
-        return self.model.model.vision_tower(pixel_values=pixels(shown)).last_hidden_state
+    def blend(self, labels: Sequence[int], unlisted: Sequence[int]) -> torch.Tensor:
+        """Images of `labels`, some mixed with digits that the prompt does not list: without its list nobody could tell.
+
+        Shape: [N, 1, S, S], in [0, 1].
+        """
+        low, high = BLEND
+        weight = low + (high - low) * torch.rand(len(labels), 1, 1, 1, generator=self.images)
+        weight = weight * (torch.rand(weight.shape, generator=self.images) < BLENDED)
+        return (1 - weight) * self.render(labels) + weight * self.render(unlisted)
+
+    def tower(self, images: torch.Tensor) -> torch.Tensor:
+        """The vision tower's outputs. Shape: [N, 1, S, S] -> [N, patches, width of the tower]."""
+        return self.model.model.vision_tower(pixel_values=pixels(images)).last_hidden_state
 
 
 def pixels(images: torch.Tensor) -> torch.Tensor:

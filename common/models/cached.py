@@ -32,7 +32,8 @@ def build_once(folder: Path, save: Callable[[Path], None]) -> Path:
         save(unfinished)
         os.rename(unfinished, folder)
     except OSError:
-        if not folder.is_dir():
+        if not folder.is_dir():  # else another process finished the same recipe first
             raise
-        shutil.rmtree(unfinished)  # another process finished the same recipe first
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)  # renamed, if all went well
     return folder
