@@ -15,7 +15,8 @@ from common.models.files import PromptMeter
 
 HERE, MODELS = Path(__file__).parent, Path(tiny_gemma3.__file__).parent
 SOURCES = (
-    *(HERE / f"{name}.py" for name in ("tiny_gemma3", "tiny_episodes", "tiny_layout", "tiny_pretrain", "prompt")),
+    *sorted(HERE.glob("tiny_*.py")),
+    HERE / "prompt.py",
     *(MODELS / f"{name}.py" for name in ("tiny_gemma3", "glyphs", "wordings")),
 )
 

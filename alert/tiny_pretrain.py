@@ -1,8 +1,9 @@
 """Pre-training of the tiny Gemma 3 from scratch: captions of rendered digits, then ALERT's episodes.
 
-Stage 1 teaches the vision tower to read glyphs. Stage 2 teaches the meta-task prompt: 2 to 8 digits with their names
-and embeddings, then an input image of one of them. A category's embedding is made as ALERT initialises it (section
-3.2): the projection of the vision tower's mean output over a few images. Everything here is our choice.
+Stage 1 teaches the vision tower to read glyphs. Stage 2 teaches the meta-task prompt: 2 to 8 digits with names and
+embeddings, then an input image of one of them. A category's embedding is made as ALERT initialises it (section 3.2):
+the projection of the vision tower's mean output over a few images. In part of the episodes any word is any digit's
+name, so that only comparing with the embeddings tells which. Everything here is our choice.
 
 Shapes: N images, E categories, m tokens of an image, D width.
 """
@@ -16,8 +17,9 @@ from typing import Any
 import torch
 
 from alert.prompt import meta_task
-from alert.tiny_episodes import reply
-from alert.tiny_layout import Row, lay_out, reply_loss
+from alert.tiny_episodes import draw, reply
+from alert.tiny_guidance import guidance
+from alert.tiny_layout import Row, forward, lay_out, reply_loss, visible
 from common.models import glyphs
 from common.models.families import Gemma3
 from common.models.files import messages
@@ -34,7 +36,9 @@ REFERENCES = (2, 2, 3, 3, 4, 4, 5, 6, 7, 8)
 SUPPORT = (1, 2, 4, 8)  # images that a category's embedding is the mean of
 CAPTION_SHARE = 0.15  # of the steps of stage 2, so that reading is not forgotten
 LEARNING_RATE, WARMUP_STEPS, DECAY_SHARE = 2e-3, 50, 0.4
-BLENDED, BLEND = 0.6, (0.3, 0.6)  # share of input images that are mixed with an unlisted digit, and its weight
+TRUE_NAMES = 0.4  # share of the steps of stage 2 in which digits are called by their names
+BLENDED, BLEND = 0.4, (0.3, 0.6)  # share of input images that are mixed with an unlisted digit, and its weight
+GUIDANCE = 0.5  # weight
 SLOPPY = 0.3  # share of replies that ignore the requested tags
 
 
@@ -53,6 +57,7 @@ def losses(model: Any, processor: Any, seed: int) -> Iterator[float]:
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05, fused=True
     )
     total = CAPTION_STEPS + EPISODE_STEPS
+    model.set_attn_implementation({"text_config": "eager"})  # which returns the attentions
     model.train()
     for step in range(total):
         rate = min(1.0, (step + 1) / WARMUP_STEPS, 0.02 + (total - step) / (DECAY_SHARE * total))
@@ -78,38 +83,61 @@ class Episodes:
 
     def captions(self) -> torch.Tensor:
         """Loss of naming single digits: no text but the name."""
-        labels = [self.rng.randrange(10) for _ in range(CAPTION_ROWS)]
+        digits = [self.rng.randrange(10) for _ in range(CAPTION_ROWS)]
         beginning, image = self.prompt("", ())
-        rows = [Row(beginning, image, [self.ids(DIGITS[label])]) for label in labels]
-        return self.loss(rows, self.tower(self.render(labels)), None)
+        rows = [
+            Row(beginning, image, [self.ids(DIGITS[digit])], [digit], [self.name(DIGITS[digit])]) for digit in digits
+        ]
+        return self.loss(rows, self.render(digits), None)
 
     def meta_tasks(self) -> torch.Tensor:
         """Loss of choosing among reference categories; all rows have as many and share one bank."""
         support, count = self.rng.choice(SUPPORT), self.rng.choice(REFERENCES)
-        outputs = self.tower(self.render([label for label in range(10) for _ in range(support)]))
+        true_names = self.rng.random() < TRUE_NAMES
+        outputs = self.tower(self.render([digit for digit in range(10) for _ in range(support)]))
         bank = self.model.model.multi_modal_projector(outputs.unflatten(0, (10, support)).mean(1))  # [10, m, D]
-        rows, labels, unlisted = [], [], []
-        for _ in range(EPISODE_ROWS):
-            chosen = self.rng.sample(range(10), count)
-            shown = [self.rng.choice(chosen) for _ in range(IMAGES_PER_ROW)]
-            names = [DIGITS[label] for label in chosen]
-            beginning, image = self.prompt(meta_task(names, "short"), chosen)
-            rows.append(Row(beginning, image, [self.reply(DIGITS[label], names) for label in shown]))
-            labels += shown
-            unlisted += [self.rng.choice([label for label in range(10) if label not in chosen]) for _ in shown]
-        return self.loss(rows, self.tower(self.blend(labels, unlisted)), bank)
+        rows = [self.episode(count, true_names) for _ in range(EPISODE_ROWS)]
+        unlisted = [self.rng.choice(self.unlisted(row)) for row in rows for _ in row.categories]
+        return self.loss(rows, self.blend([digit for row in rows for digit in row.categories], unlisted), bank)
 
-    def loss(self, rows: Sequence[Row], outputs: torch.Tensor, bank: torch.Tensor | None) -> torch.Tensor:
-        """Loss of rows, given the vision tower's outputs for their input images."""
-        laid_out = lay_out(rows, self.model.config.image_token_id, self.tokenizer.pad_token_id)
-        features = self.model.model.multi_modal_projector(outputs)
-        return reply_loss(self.model, laid_out, bank, features, self.first)
+    def episode(self, count: int, true_names: bool) -> Row:
+        """A prompt with `count` reference categories, and replies to some images of them."""
+        listed = draw(count, true_names, self.rng)
+        shown = [self.rng.choice(listed) for _ in range(IMAGES_PER_ROW)]
+        replies = [reply(one, [other for other in listed if other != one], SLOPPY, self.rng) for one in shown]
+        text = meta_task([reference.name for reference in listed], "short")
+        beginning, image = self.prompt(text, [reference.digit for reference in listed])
+        return Row(
+            beginning,
+            image,
+            [self.ids(text) for text in replies],
+            [one.digit for one in shown],
+            [self.name(one.name) for one in shown],
+        )
 
-    def reply(self, name: str, names: Sequence[str]) -> list[int]:
-        """Ids of a reply, its end of turn included."""
-        return self.ids(reply(name, [other for other in names if other != name], SLOPPY, self.rng))
+    def unlisted(self, row: Row) -> list[int]:
+        """The digits that a row's prompt does not list."""
+        listed = {(token - self.first) // IMAGE_TOKENS for token in row.beginning if token >= self.first}
+        return [digit for digit in range(10) if digit not in listed]
+
+    def loss(self, rows: Sequence[Row], images: torch.Tensor, bank: torch.Tensor | None) -> torch.Tensor:
+        """Loss of rows with their input images [N, 1, S, S]; with guidance where there is a bank."""
+        model, first = self.model, self.first
+        laid_out = lay_out(rows, model.config.image_token_id, self.tokenizer.pad_token_id)
+        seen = visible(laid_out, model.config.text_config.sliding_window)
+        features = model.model.multi_modal_projector(self.tower(images))
+        output = forward(model, laid_out, seen, bank, features, first)
+        loss = reply_loss(model, laid_out, output.last_hidden_state)
+        if bank is None:
+            return loss
+        return loss + GUIDANCE * guidance(model, laid_out, seen["sliding_attention"], output, first, IMAGE_TOKENS)
+
+    def name(self, name: str) -> int:
+        """Id of a name inside a text."""
+        return int(self.tokenizer(f" {name}", add_special_tokens=False)["input_ids"][-1])
 
     def ids(self, text: str) -> list[int]:
+        """Ids of a reply, its end of turn included."""
         return list(self.tokenizer(text + END, add_special_tokens=False)["input_ids"])
 
     def prompt(self, text: str, categories: Sequence[int]) -> tuple[list[int], list[int]]:

@@ -9,8 +9,9 @@ from itertools import islice
 import pytest
 import torch
 
-from alert import tiny_episodes, tiny_gemma3, tiny_layout, tiny_pretrain
+from alert import tiny_episodes, tiny_gemma3, tiny_guidance, tiny_layout, tiny_pretrain
 from alert.prompt import meta_task
+from alert.tiny_episodes import Reference
 from common import parsing
 from common.data.loading import Loader
 from common.grpo.logprobs import PolicyScorer
@@ -65,28 +66,70 @@ def test_loss_is_that_of_each_reply_alone(model, policy, processor, digits_task,
     beginning, image = episodes.prompt(meta_task([NAMES[c] for c in categories], "short"), categories)
     assert all(prompt.ids.tolist() == beginning + image for prompt in prompts)
     # two rows, so that the first is padded
-    rows = [tiny_layout.Row(beginning, image, replies[2:]), tiny_layout.Row(beginning, image, replies[:2])]
+    rows = [
+        tiny_layout.Row(beginning, image, replies[2:], [0], [0]),
+        tiny_layout.Row(beginning, image, replies[:2], [0, 0], [0, 0]),
+    ]
     features = model.model.get_image_features(torch.cat([prompts[i].pixel_values for i in (2, 0, 1)])).pooler_output
     laid_out = tiny_layout.lay_out(rows, model.config.image_token_id, processor.tokenizer.pad_token_id)
-    loss = tiny_layout.reply_loss(model, laid_out, bank, features, episodes.first)
-    assert float(loss) == pytest.approx(-float(logps.mean()), abs=1e-5)
+    seen = tiny_layout.visible(laid_out, model.config.text_config.sliding_window)
+    output = tiny_layout.forward(model, laid_out, seen, bank, features, episodes.first)
+    loss = tiny_layout.reply_loss(model, laid_out, output.last_hidden_state)
+    assert loss.item() == pytest.approx(-logps.mean().item(), abs=1e-5)
 
 
-def test_masks_by_hand():
-    # beginning [1 2], then two parts, each an image of two tokens (9) and a reply of one; the second row is padded
-    rows = [tiny_layout.Row([1, 2], [9, 9], [[5], [6]]), tiny_layout.Row([1, 2], [9, 9], [[7]])]
-    laid_out = tiny_layout.lay_out(rows, image_token=9, pad=0)
-    assert laid_out.positions.tolist() == [[0, 1, 2, 3, 4, 2, 3, 4], [0, 1, 2, 3, 4, 0, 0, 0]]
-    assert laid_out.ids[laid_out.targets].tolist() == [5, 6, 7]
-    found = tiny_layout.masks(laid_out, window=3)
-    seen = {kind: [row.nonzero()[:, 0].tolist() for row in mask[0, 0]] for kind, mask in found.items()}
-    assert seen["full_attention"] == [
-        *([0], [0, 1], [0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3, 4]),
-        *([0, 1, 5, 6], [0, 1, 5, 6], [0, 1, 5, 6, 7]),
+# Beginning: a name (30), a word (2), a category of two embeddings (50 51: entry 0), a name (31), a word, entry 1 (52 53).
+# Then parts: an image of two tokens (9 9), a word (4) and a reply.
+BEGINNING = [30, 2, 50, 51, 31, 2, 52, 53]
+
+
+@pytest.fixture
+def laid_out():
+    """Two parts in the first row, one (that shows entry 0, called 30) in the second, which is padded."""
+    rows = [
+        tiny_layout.Row(BEGINNING, [9, 9, 4], [[31, 5], [6]], [1, 0], [31, 30]),
+        tiny_layout.Row(BEGINNING, [9, 9, 4], [[7, 30]], [0], [30]),
     ]
-    assert seen["sliding_attention"][4] == [2, 3, 4], "positions 2 to 4"
-    assert seen["sliding_attention"][5] == [0, 1, 5, 6], "an image sees its own next token inside the window"
-    assert found["full_attention"][1, 0].any(-1).all(), "padding sees something"
+    return tiny_layout.lay_out(rows, image_token=9, pad=0)
+
+
+def test_layout_by_hand(laid_out):
+    assert laid_out.ids.tolist() == [
+        [*BEGINNING, 9, 9, 4, 31, 5, 9, 9, 4, 6],
+        [*BEGINNING, 9, 9, 4, 7, 30, 0, 0, 0, 0],
+    ]
+    assert laid_out.positions.tolist() == [
+        [*range(8), *range(8, 13), *range(8, 12)],
+        [*range(8), *range(8, 13), 0, 0, 0, 0],
+    ]
+    assert laid_out.ids[laid_out.targets].tolist() == [31, 5, 6, 7, 30]
+    assert laid_out.names[0].tolist() == [-1] * 8 + [31] * 5 + [30] * 4
+
+
+def places_of(mask):
+    return [row.nonzero()[:, 0].tolist() for row in mask]
+
+
+def test_visible_by_hand(laid_out):
+    found = tiny_layout.visible(laid_out, window=3)
+    full, sliding = places_of(found["full_attention"][0]), places_of(found["sliding_attention"][0])
+    assert full[:8] == [list(range(n + 1)) for n in range(8)]
+    assert full[8] == full[9] == [*range(8), 8, 9], "both tokens of the first image"
+    assert full[13] == full[14] == [*range(8), 13, 14], "the second part does not see the first"
+    assert full[16] == [*range(8), 13, 14, 15, 16]
+    assert sliding[12] == [10, 11, 12] and sliding[13] == [6, 7, 13, 14] and sliding[15] == [13, 14, 15]
+    assert found["sliding_attention"].any(-1).all(), "padding sees something"
+
+
+def test_guidance_by_hand(laid_out):
+    seen = tiny_layout.visible(laid_out, window=7)["sliding_attention"]
+    names, alike, image = tiny_guidance.places(laid_out, seen, first=50, width=2)
+    assert places_of(names[0])[:8] == [[], [], [0], [0], [], [], [4], [4]]
+    # entry 1 is near enough for the first image; of entry 0 the second image's first token (position 8) sees
+    # positions 2 and 3, its second one (position 9) only 3
+    assert {n: p for n, p in enumerate(places_of(alike[0])) if p} == {8: [6, 7], 9: [6, 7], 13: [2, 3], 14: [3]}
+    assert {n: p for n, p in enumerate(places_of(image[0])) if p} == {10: [8, 9]}, "where 31 comes next"
+    assert {n: p for n, p in enumerate(places_of(image[1])) if p} == {11: [8, 9]}, "where 30 comes next"
 
 
 def test_pixels_equal_the_processor(processor):
@@ -112,7 +155,6 @@ def test_loss_falls(model, processor, monkeypatch, captions):
     monkeypatch.setattr(tiny_pretrain, "CAPTION_SHARE", 0.0)
     monkeypatch.setattr(tiny_pretrain, "WARMUP_STEPS", 5)
     found = list(islice(tiny_pretrain.losses(model, processor, seed=0), 15))
-    assert found[0] == pytest.approx(6.6, abs=0.5), "about the logarithm of the vocabulary"
     assert max(found[-3:]) < 0.75 * found[0]
 
 
@@ -168,16 +210,43 @@ def test_whoever_finishes_first_wins(tmp_path):
 
 def test_replies_answer_and_compare():
     rng = random.Random(0)
-    replies = [tiny_episodes.reply("six", ["nine", "two"], 0.0, rng) for _ in range(400)]
+    six, others = Reference(6, "six"), [Reference(9, "red"), Reference(2, "two")]
+    replies = [tiny_episodes.reply(six, others, 0.0, rng) for _ in range(400)]
     assert all(parsing.is_strict_format(text) and parsing.matches_strictly(text, "six") for text in replies)
-    compared = sum("nine" in text or "two" in text for text in replies) / len(replies)
-    assert compared == pytest.approx(tiny_episodes.CONTRAST_SHARE, abs=0.07), "three standard errors"
-    sloppy = [tiny_episodes.reply("six", ["nine"], 1.0, rng) for _ in range(50)]
+    compared = [text for text in replies if "red" in text or "two" in text]
+    assert len(compared) / 400 == pytest.approx(tiny_episodes.CONTRAST_SHARE, abs=0.07), "three standard errors"
+    assert all(("a loop at the top" in text) == ("red" in text) for text in compared), "what the images show, not names"
+    sloppy = [tiny_episodes.reply(six, others, 1.0, rng) for _ in range(50)]
     assert all("six" in text and not parsing.is_strict_format(text) for text in sloppy)
 
 
+def test_an_episode_is_about_its_references(model, processor):
+    episodes = tiny_pretrain.Episodes(model, processor, seed=0)
+    for count in (2, 8):
+        row = episodes.episode(count, true_names=False)
+        listed = {token for token in row.beginning if token >= episodes.first}
+        assert len(listed) == 4 * count
+        assert all({episodes.first + 4 * c + j for j in range(4)} <= listed for c in row.categories)
+        assert not set(row.categories) & set(episodes.unlisted(row))
+        assert sorted({*episodes.unlisted(row), *((token - episodes.first) // 4 for token in listed)}) == list(
+            range(10)
+        )
+        assert set(row.names) <= set(row.beginning), "the answer's name stands in the prompt"
+
+
+def test_blends_keep_some_images_whole(model, processor):
+    episodes = tiny_pretrain.Episodes(model, processor, seed=0)
+    digits, others = [1] * 300, [0] * 300
+    state = episodes.images.get_state()
+    found = episodes.blend(digits, others)
+    episodes.images.set_state(state)
+    torch.rand(600, generator=episodes.images)  # the weights and the choice
+    whole = (found == episodes.render(digits)).flatten(1).all(1)
+    assert float(whole.float().mean()) == pytest.approx(1 - tiny_pretrain.BLENDED, abs=0.09), "three standard errors"
+
+
 def test_names_are_single_tokens_wherever_they_stand(processor):
-    for name in NAMES:
+    for name in tiny_episodes.NAMES:
         for text in (name, f" {name}", f" {name},"):
             ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
             assert len(ids) == 1 + text.endswith(","), text
