@@ -1,12 +1,13 @@
 """A tiny model in the Gemma 3 architecture: SigLIP tower, sliding and full attention layers, bidirectional image block.
 
 An ordinary checkpoint folder, as `common/models/tiny.py` makes one for Qwen2-VL. The tokenizer is of Gemma's kind
-(byte fallback, `▁` for a space) and trained on the same prompt texts.
+(byte fallback, `▁` for a space) and trained on the same prompt texts, or on those of whoever pre-trains the model.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import cache
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ CONTROL = (PAD, "<eos>", BEGIN, "<unk>", "<mask>")
 IMAGE = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
 VOCABULARY = 800
 IMAGE_TOKENS = 4
+Corpus = Callable[[], list[str]]  # the texts that a tokenizer is trained on
 
 # The layout of Gemma 3's own template: a system message becomes the beginning of the user's turn.
 CHAT_TEMPLATE = (
@@ -62,14 +64,14 @@ VISION: dict[str, Any] = {
 
 
 @cache
-def train_tokenizer_model() -> tuple[dict[str, int], list[tuple[str, str]]]:
+def train_tokenizer_model(corpus: Corpus = wordings.corpus) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Vocabulary and merges of a byte-fallback BPE over the prompt texts."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", behavior="merged_with_next")
-    text = wordings.corpus()
+    text = corpus()
     for tag in (*TAGS, "\n"):  # tags are added tokens, newlines tokens of their own
         text = [line.replace(tag, " ") for line in text]
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY - 320, special_tokens=list(CONTROL), show_progress=False)
@@ -84,11 +86,11 @@ def train_tokenizer_model() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 @cache
-def build_tokenizer() -> Any:
+def build_tokenizer(corpus: Corpus = wordings.corpus) -> Any:
     """The `GemmaTokenizer` of the tiny model."""
     from transformers import GemmaTokenizer
 
-    vocabulary, merges = train_tokenizer_model()
+    vocabulary, merges = train_tokenizer_model(corpus)
     tokenizer = GemmaTokenizer(
         vocab=cast(Any, vocabulary),
         merges=cast(Any, merges),
@@ -101,7 +103,7 @@ def build_tokenizer() -> Any:
     return tokenizer
 
 
-def build_processor() -> Any:
+def build_processor(corpus: Corpus = wordings.corpus) -> Any:
     """The `Gemma3Processor` of the tiny model: 32x32 images, four tokens each."""
     from transformers import Gemma3Processor
     from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
@@ -109,7 +111,7 @@ def build_processor() -> Any:
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     return Gemma3Processor(
         image_processor=Gemma3ImageProcessorPil(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3),
-        tokenizer=build_tokenizer(),
+        tokenizer=build_tokenizer(corpus),
         chat_template=CHAT_TEMPLATE,
         image_seq_length=IMAGE_TOKENS,
     )
@@ -150,9 +152,9 @@ def build_model(tokenizer: Any, seed: int) -> Any:
     return model
 
 
-def meter() -> PromptMeter:
+def meter(corpus: Corpus = wordings.corpus) -> PromptMeter:
     """Measures prompts for this model without building it."""
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_str(build_tokenizer()._tokenizer.to_str())
+    tokenizer = Tokenizer.from_str(build_tokenizer(corpus)._tokenizer.to_str())
     return PromptMeter("gemma3", {"mm_tokens_per_image": IMAGE_TOKENS}, tokenizer, CHAT_TEMPLATE, BEGIN, PAD)
