@@ -14,6 +14,7 @@ from tests.conftest import REPOSITORY
 from tests.wandb_log import summary_of
 
 pytestmark = pytest.mark.slow
+QUIET = ["tracking=none", "label_scoring=false", "trainer.evaluate_every=0"]
 
 
 def run(folder, *arguments):
@@ -142,7 +143,7 @@ def test_second_run_shows_the_result_and_touches_nothing(demo):
 
 
 def test_thinking_learns_accuracy_and_format(runner, tmp_path):
-    assert runner(tmp_path, ["method=clsrl", "tracking=none", "label_scoring=false"]) == 0
+    assert runner(tmp_path, ["method=clsrl", *QUIET]) == 0
     r = result(tmp_path)
     assert 0.40 <= r["zero_shot"]["test"]["accuracy"] <= 0.70
     assert r["eval"]["test"]["accuracy"] >= 0.79 and r["eval"]["test"]["well_formed"] >= 0.95
@@ -155,12 +156,12 @@ def test_thinking_learns_accuracy_and_format(runner, tmp_path):
 
 
 def test_supervised_baseline_learns(runner, tmp_path):
-    assert runner(tmp_path, ["method=sft", "tracking=none", "label_scoring=false"]) == 0
+    assert runner(tmp_path, ["method=sft", *QUIET]) == 0
     assert result(tmp_path)["eval"]["test"]["accuracy"] >= 0.83
 
 
 def test_meaningless_rewards_teach_nothing(runner, tmp_path):
-    assert runner(tmp_path, ["experiment=shuffled_rewards", "tracking=none", "label_scoring=false"]) == 0
+    assert runner(tmp_path, ["experiment=shuffled_rewards", *QUIET]) == 0
     r = result(tmp_path)
     assert r["eval"]["test"]["accuracy"] <= r["zero_shot"]["test"]["accuracy"] + 0.05
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,8 +39,18 @@ def records(path: Path) -> Iterator[Any]:
             yield record
 
 
-def summary_of(path: Path) -> dict[str, Any]:
-    """The run's identity, its history rows, its metric definitions and its exit code."""
+def summary_of(path: Path, patience: float = 20.0) -> dict[str, Any]:
+    """The run's identity, its history rows, its metric definitions and its exit code.
+
+    W&B writes in a process of its own; a busy machine may still be at it when the run has ended.
+    """
+    end = time.monotonic() + patience
+    while (found := _summary(path))["exit"] is None and time.monotonic() < end:
+        time.sleep(0.1)
+    return found
+
+
+def _summary(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"history": [], "metrics": [], "config": {}, "exit": None}
     for record in records(path):
         kind = record.WhichOneof("record_type")
