@@ -41,6 +41,7 @@ class Alert:
         tau: float = 0.1,
         smallest: int = 2,
         largest: int = 8,
+        features: str = "mean",
         draft: str = "class_means",
         draft_file: str | None = None,
         k: int = 2,
@@ -56,6 +57,9 @@ class Alert:
             tau: Temperature of the reference weights (section 4.1.2).
             smallest: Fewest references in a training prompt.
             largest: Most.
+            features: What stands for an image in class means, for references and draft: `mean` of the tower's patches, or
+                all `patches` in a row (our choice: the paper does not say; patches know places, and take P times the
+                memory).
             draft: Who chooses the candidates of a test image: `class_means`, `oracle_recall` (an upper bound: it knows
                 the truth) or `file`.
             draft_file: For `file`: what `alert.candidate_file.write` wrote; `{split}` stands for the split.
@@ -68,6 +72,7 @@ class Alert:
         for key, value, allowed in (
             ("instruction", instruction, tuple(INSTRUCTIONS)),
             ("initialisation", initialisation, INITIALISATIONS),
+            ("features", features, ("mean", "patches")),
             ("draft", draft, DRAFTS),
             ("order", order, candidates.ORDERS),
         ):
@@ -83,6 +88,7 @@ class Alert:
         self.initialisation, self.trainable, self.bank = initialisation, trainable, bank
         self.tau, self.smallest, self.largest = tau, smallest, largest
         self.draft, self.draft_file, self.k, self.order = draft, draft_file, k, order
+        self.patches = features == "patches"
         self.similarities: Any = None  # [C, C], known once pictures were seen
         self.drafted: dict[str, candidates.Candidates] = {}
         self.begun: torch.Tensor | None = None
@@ -95,7 +101,7 @@ class Alert:
 
         train = task.train
         means = reference.class_means(
-            _pooled(vision, train.items), [item.label for item in train.items], len(train.names)
+            _vectors(vision, train.items, self.patches), [item.label for item in train.items], len(train.names)
         )
         self.similarities = reference.similarities(means)
         for split, asked in task.evaluation.items():
@@ -155,13 +161,14 @@ class Alert:
     def _candidates(self, vision: Vision, means: Any, task: Task, split: str, asked: Split) -> candidates.Candidates:
         images = [item.image for item in asked.items]
         shots = len(task.train.items) // len(task.train.names)
-        origin = candidates.Origin("class_means", split, shots, self.seed)
+        dataset = next(iter(task.origins), split) if split in ("val", "test") else split
+        origin = candidates.Origin("class_means", dataset, shots, self.seed)
         if self.draft == "file":
             assert self.draft_file is not None
             path = Path(self.draft_file.replace("{split}", split)).expanduser()
-            return candidate_file.read(path, images, asked.names, split)
+            return candidate_file.read(path, images, asked.names, dataset)
         own = [_train_labels(task, split)[label] for label in range(len(asked.names))]
-        logits = candidates.class_mean_logits(_pooled(vision, asked.items), means[own])
+        logits = candidates.class_mean_logits(_vectors(vision, asked.items, self.patches), means[own])
         if self.draft == "class_means":
             return candidates.rank(images, logits, asked.names, origin)
         truths = [item.label for item in asked.items]
@@ -217,7 +224,7 @@ def _train_labels(task: Task, split: str) -> list[int]:
     return [trained[name] for name in names]
 
 
-def _pooled(vision: Vision, items: Sequence[Item]) -> Any:
-    """One feature per image (mean over the tower's patches, our choice). Ranks share the images. Shape: [N, V]."""
+def _vectors(vision: Vision, items: Sequence[Item], patches: bool) -> Any:
+    """One feature per image, see `Vision.vectors`. Ranks share the images. Shape: [N, V]."""
     keys = [item.image for item in items]
-    return interleave([list(part) for part in gather(vision.pooled(share_of(keys)).numpy())])
+    return interleave([list(part) for part in gather(vision.vectors(share_of(keys), patches).numpy())])

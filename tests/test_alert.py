@@ -213,9 +213,9 @@ def test_frozen_bank_and_base_stay_as_they_are(job, runner, tmp_path, untrained_
 
 @pytest.mark.slow
 def test_an_exported_bank_gives_the_same_answers(undisturbed, job, runner, tmp_path):
-    replaced = [a for a in job if not a.startswith(("model.path", "trainer.", "+rewards", "checkpoint"))]
+    replaced = [a for a in job if not a.startswith(("method=", "model.path", "trainer.", "+rewards", "checkpoint"))]
     again = [f"model.path={undisturbed / 'model'}", f"method.bank={undisturbed / 'model' / 'embeddings'}"]
-    arguments = [*replaced, *again, *FULL, "trainer=none", "rewards=none", f"cache_dir={tmp_path}"]
+    arguments = ["method=alert_zeroshot", *replaced, *again, *FULL, f"cache_dir={tmp_path}"]
     assert runner(tmp_path / "run", arguments) == 0
     import pyarrow.parquet
 

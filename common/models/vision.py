@@ -46,8 +46,9 @@ class Vision:
         """Tower outputs as input embeddings of the language model. Shape: [n, P, V] -> [n, m, D]."""
         return self.vlm.family.project(without_adapters(self.vlm.model), hidden)
 
-    def pooled(self, keys: Sequence[str]) -> torch.Tensor:
-        """One vector per picture: the mean of its patches. Shape: [n, V], fp32 on the CPU."""
+    def vectors(self, keys: Sequence[str], patches: bool = False) -> torch.Tensor:
+        """One vector per picture: the mean of its patches [n, V], or all of them in a row [n, P V]. fp32 on the CPU."""
         starts = range(0, len(keys), self.batch)
-        parts = [self.hidden(keys[start : start + self.batch]).float().mean(1).cpu() for start in starts]
+        hidden = (self.hidden(keys[start : start + self.batch]).float() for start in starts)
+        parts = [(each.flatten(1) if patches else each.mean(1)).cpu() for each in hidden]
         return torch.cat(parts) if parts else torch.empty(0, 0)
