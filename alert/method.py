@@ -57,7 +57,7 @@ class Alert:
             tau: Temperature of the reference weights (section 4.1.2).
             smallest: Fewest references in a training prompt.
             largest: Most.
-            features: What stands for an image in class means, for references and draft: `mean` of the tower's patches, or
+            features: What stands for an image in class means, of references and draft: `mean` of the patches, or
                 all `patches` in a row (our choice: the paper does not say; patches know places, and take P times the
                 memory).
             draft: Who chooses the candidates of a test image: `class_means`, `oracle_recall` (an upper bound: it knows
