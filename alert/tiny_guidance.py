@@ -23,6 +23,14 @@ HEADS = (1, 0, 2)  # the head of each layer that is told where to look: any woul
 SMALLEST = 1e-6  # share of attention below which the logarithm stays
 
 
+@torch.no_grad()
+def prefer_alike(model: Any) -> None:
+    """Begin the second layer with equal keys and queries, so that alike tokens attend to each other from the start."""
+    attention = model.model.language_model.layers[1].self_attn
+    size = attention.head_dim
+    attention.k_proj.weight.copy_(attention.q_proj.weight[HEADS[1] * size : (HEADS[1] + 1) * size])
+
+
 def guidance(model: Any, rows: Rows, seen: torch.Tensor, output: Any, first: int, width: int) -> torch.Tensor:
     """Sum of the five losses, in nats.
 

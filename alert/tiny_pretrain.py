@@ -18,7 +18,7 @@ import torch
 
 from alert.prompt import meta_task
 from alert.tiny_episodes import draw, reply
-from alert.tiny_guidance import guidance
+from alert.tiny_guidance import guidance, prefer_alike
 from alert.tiny_layout import Row, forward, lay_out, reply_loss, visible
 from common.models import glyphs
 from common.models.families import Gemma3
@@ -31,10 +31,10 @@ from common.progress import progress
 from common.types import CATEGORY, Prompt
 
 CAPTION_STEPS, CAPTION_ROWS = 400, 64
-EPISODE_STEPS, EPISODE_ROWS, IMAGES_PER_ROW = 700, 8, 6
+EPISODE_STEPS, EPISODE_ROWS, IMAGES_PER_ROW = 1600, 4, 6
 REFERENCES = (2, 2, 3, 3, 4, 4, 5, 6, 7, 8)
 SUPPORT = (1, 2, 4, 8)  # images that a category's embedding is the mean of
-CAPTION_SHARE = 0.15  # of the steps of stage 2, so that reading is not forgotten
+CAPTION_SHARE = 0.1  # of the steps of stage 2, so that reading is not forgotten
 LEARNING_RATE, WARMUP_STEPS, DECAY_SHARE = 2e-3, 50, 0.4
 TRUE_NAMES = 0.4  # share of the steps of stage 2 in which digits are called by their names
 BLENDED, BLEND = 0.4, (0.3, 0.6)  # share of input images that are mixed with an unlisted digit, and its weight
@@ -58,6 +58,7 @@ def losses(model: Any, processor: Any, seed: int) -> Iterator[float]:
     )
     total = CAPTION_STEPS + EPISODE_STEPS
     model.set_attn_implementation({"text_config": "eager"})  # which returns the attentions
+    prefer_alike(model)
     model.train()
     for step in range(total):
         rate = min(1.0, (step + 1) / WARMUP_STEPS, 0.02 + (total - step) / (DECAY_SHARE * total))
