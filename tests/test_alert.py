@@ -236,3 +236,18 @@ def test_every_path_of_imagenet(job, runner, tmp_path):
     assert runner(tmp_path / "run", arguments) == 0
     found = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert {"test", "imagenet_v2"} == set(found["eval"]) and found["eval"]["imagenet_v2"]["draft"]["n"] > 0
+
+
+def test_a_bank_can_be_looked_at(tmp_path, capsys):
+    from alert import inspect
+
+    begun = torch.tensor([[[1.0, 0.0]], [[0.6, 0.8]], [[0.0, 2.0]]])
+    entries = begun.clone()
+    entries[2, 0, 1] = 2.5
+    bank.export(tmp_path, entries, begun, ["a", "b", "c"])
+    found = inspect.rows(tmp_path)
+    assert found[0] == ("c", 2.5, 0.25, "b", pytest.approx(0.8)) and [row[2] for row in found[1:]] == [0, 0]
+    inspect.main([str(tmp_path)])
+    assert (tmp_path / "bank.png").stat().st_size > 1000 and "25.00" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="holds no bank"):
+        inspect.main([str(tmp_path / "nowhere")])

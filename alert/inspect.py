@@ -1,0 +1,85 @@
+"""How far the category embeddings of a run have moved, and which are alike: a table and a figure.
+
+    python -m alert.inspect outputs/<run>/model/embeddings
+
+Shapes: C categories, m tokens of an image, D width.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from rich.console import Console
+from rich.table import Table
+
+from alert import bank
+from common.types import UserError
+
+SHOWN = 40  # categories in the table: those that moved most
+
+
+def rows(folder: Path) -> list[tuple[str, float, float, str, float]]:
+    """Name, norm, drift as a share of the initial norm, nearest category and its cosine, the most moved first.
+
+    Raises:
+        UserError: The folder holds no bank.
+    """
+    try:
+        names = json.loads((folder / "bank.json").read_text())["names"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder} holds no bank that a run has exported ({error})") from error
+    entries, begun = bank.read(folder, names)
+    norms, moved = entries.flatten(1).norm(dim=1).tolist(), bank.drift(entries, begun).tolist()
+    indices, cosines = bank.nearest(entries)
+    nearest = [names[index] for index in indices.tolist()]
+    found = zip(names, norms, moved, nearest, cosines.tolist(), strict=True)
+    return sorted(found, key=lambda row: -row[2])
+
+
+def table(found: Sequence[tuple[str, float, float, str, float]]) -> Table:
+    """The categories that moved most."""
+    shown = Table(title=f"{min(SHOWN, len(found))} of {len(found)} categories, the most moved first")
+    shown.add_column("category")
+    for name in ("norm", "moved %", "nearest", "cosine"):
+        shown.add_column(name, justify="right")
+    for name, norm, moved, nearest, cosine in found[:SHOWN]:
+        shown.add_row(name, f"{norm:.2f}", f"{100 * moved:.2f}", nearest, f"{cosine:.3f}")
+    return shown
+
+
+def figure(found: Sequence[tuple[str, float, float, str, float]], path: Path) -> None:
+    """Every category by how alike its nearest one is and how far it has moved."""
+    picture, axis = plt.subplots(figsize=(6.5, 4.5), layout="constrained")
+    axis.scatter([row[4] for row in found], [100 * row[2] for row in found], s=18, color="#2f6db3", alpha=0.7)
+    for name, _, moved, _, cosine in found[:10]:
+        axis.annotate(name, (cosine, 100 * moved), fontsize=7, xytext=(4, 2), textcoords="offset points")
+    axis.set(xlabel="cosine to the nearest other category", ylabel="moved since the beginning (% of the norm)")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25)
+    picture.savefig(path, dpi=130)
+    plt.close(picture)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print the table and write bank.png beside the bank."""
+    if len(arguments) != 1:
+        sys.exit("error: give one folder: python -m alert.inspect <run>/model/embeddings")
+    folder = Path(arguments[0]).expanduser()
+    try:
+        found = rows(folder)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    Console().print(table(found))
+    figure(found, folder / "bank.png")
+    print(f"wrote {folder / 'bank.png'}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
