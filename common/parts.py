@@ -97,7 +97,7 @@ def make_trainer(config: Config, parts: Parts, updates: int, resume: Path | None
             rewards=bound_rewards(config, parts.policy),
             decoding=sampling(config.rollout),
         )
-    return SFTTrainer(**shared, loss=config.protocol.sft_loss)
+    return SFTTrainer(**shared, loss=config.protocol.sft_loss, reply=parts.questions.method.label_response)
 
 
 def bound_rewards(config: Config, policy: vlm.VLM) -> dict[str, Reward]:

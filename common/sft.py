@@ -9,6 +9,7 @@ Shapes: T scored tokens of a micro-batch.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,10 @@ class SFTTrainer:
         updates: int,
         seed: int,
         resume: Path | None = None,
+        reply: Callable[[str], str] = str,
     ) -> None:
+        """`reply`: from a label to the text that answers it; the rest as for GRPO."""
+        self.reply = reply
         self.vlm, self.encoder, self.prompts = vlm, encoder, prompts
         self.loss, self.config, self.seed = loss, config, seed
         self.tokens = 0.0
@@ -83,7 +87,7 @@ class SFTTrainer:
         return Step(metrics, {"update": time.perf_counter() - start}, [])
 
     def _target(self, label: str) -> torch.Tensor:
-        ids = self.vlm.processor.tokenizer(label, add_special_tokens=False)["input_ids"]
+        ids = self.vlm.processor.tokenizer(self.reply(label), add_special_tokens=False)["input_ids"]
         return torch.tensor([*ids, self.vlm.end_of_turn])
 
     def whole_weights(self) -> AbstractContextManager[None]:
