@@ -17,7 +17,7 @@ HERE, MODELS = Path(__file__).parent, Path(tiny_gemma3.__file__).parent
 SOURCES = (
     *sorted(HERE.glob("tiny_*.py")),
     HERE / "prompt.py",
-    *(MODELS / f"{name}.py" for name in ("tiny_gemma3", "glyphs", "wordings")),
+    *(MODELS / f"{name}.py" for name in ("tiny", "tiny_gemma3", "glyphs", "wordings")),
 )
 
 

@@ -32,13 +32,13 @@ from common.types import CATEGORY, Prompt
 
 CAPTION_STEPS, CAPTION_ROWS = 400, 64
 EPISODE_STEPS, EPISODE_ROWS, IMAGES_PER_ROW = 1600, 4, 6
-REFERENCES = (2, 2, 3, 3, 4, 4, 5, 6, 7, 8)
+REFERENCES = (2, 2, 3, 3, 4, 4, 5, 6, 7, 8)  # how many categories a prompt lists, drawn anew in every step
 SUPPORT = (1, 2, 4, 8)  # images that a category's embedding is the mean of
 CAPTION_SHARE = 0.1  # of the steps of stage 2, so that reading is not forgotten
 LEARNING_RATE, WARMUP_STEPS, DECAY_SHARE = 2e-3, 50, 0.4
 TRUE_NAMES = 0.4  # share of the steps of stage 2 in which digits are called by their names
 BLENDED, BLEND = 0.4, (0.3, 0.6)  # share of input images that are mixed with an unlisted digit, and its weight
-GUIDANCE = 0.5  # weight
+GUIDANCE = 0.5  # weight beside the loss of the replies
 SLOPPY = 0.3  # share of replies that ignore the requested tags
 
 
