@@ -47,7 +47,8 @@ FORMATS = ["dtd", "fgvc_aircraft", "imagenet", "imagenet_v2", "imagenet_a", "fol
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_dataset_trains_and_is_tested(name, data_root, runner, tmp_path):
     folder = tmp_path / "run"
-    assert runner(folder, [f"data={name}", "method=nothinking", *QUICK, f"cache_dir={tmp_path}", *recipe()]) == 0
+    arguments = [f"data={name}", f"data.root={data_root}", "method=nothinking", *QUICK, *recipe()]
+    assert runner(folder, [*arguments, f"cache_dir={tmp_path}"]) == 0
     found = result(folder)
     assert found["data"] == name and found["train"]["updates"] == 1 and found["left_out"] == 0
     assert found["eval"]["test"]["n"] == found["zero_shot"]["test"]["n"] > 0
@@ -70,7 +71,8 @@ SETTINGS = [
 def test_every_setting_trains_and_is_tested(setting, name, splits, overall, data_root, runner, tmp_path):
     targets = sorted(splits - {"val", "test", "base", "new"})
     chosen = [f"setting.test_on=[{','.join(targets)}]"] if targets else []
-    arguments = [f"data={name}", f"setting={setting}", *chosen, "method=clsrl", *QUICK, *recipe()]
+    arguments = [f"data={name}", f"data.root={data_root}", f"setting={setting}", *chosen, "method=clsrl"]
+    arguments += [*QUICK, *recipe()]
     assert runner(tmp_path / "run", [*arguments, f"cache_dir={tmp_path}"]) == 0
     found = result(tmp_path / "run")
     assert set(found["eval"]) == set(found["zero_shot"]) == splits
@@ -180,8 +182,8 @@ def damage(root, relative):
 
 @pytest.mark.slow
 def test_an_evaluation_alone_ends_with_a_result(data_root, runner, tmp_path):
-    arguments = ["data=imagenet_v2", "method=zeroshot", "shots=1", "tracking=none", "label_scoring=false"]
-    assert runner(tmp_path / "run", [*arguments, *recipe(), f"cache_dir={tmp_path}"]) == 0
+    arguments = ["data=imagenet_v2", f"data.root={data_root}", "method=zeroshot", "shots=1", *QUICK[2:], *recipe()]
+    assert runner(tmp_path / "run", [*arguments, f"cache_dir={tmp_path}"]) == 0
     found = result(tmp_path / "run")
     assert found["eval"] == found["zero_shot"] and found["train"]["updates"] == 0
     assert (tmp_path / "run" / "curves.png").is_file()
