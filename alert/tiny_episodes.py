@@ -62,9 +62,9 @@ def reply(shown: Reference, others: Sequence[Reference], sloppy: float, rng: ran
         sloppy: Share of replies without the requested tags.
         rng: Of the choices.
 
-    >>> reply(Reference(6, "six"), [Reference(9, "red")], 0.0, random.Random(1))
-    '<think>Similar to six: a loop at the bottom. Different from red: it has a loop at the top.</think><answer>six</answer>'
-    """  # noqa: E501
+    >>> reply(Reference(6, "six"), [Reference(9, "red")], 0.0, random.Random(4))
+    '<think>I see a loop at the bottom as in six, but not a loop at the top as in red.</think><answer>six</answer>'
+    """
     other = rng.choice(others)
     templates = CONTRASTS if rng.random() < CONTRAST_SHARE else ASSERTIONS
     reason = rng.choice(templates).format(name=shown.name, cue=shown.cue, other=other.name, difference=other.cue)
