@@ -24,11 +24,12 @@ demo: setup  ## train No-Thinking-CLS-RL on real digits (no GPU, no data, no hub
 data-check: setup  ## which datasets are there and complete? DATA=/folder (docs/datasets.md)
 	$(BIN)/python -m common.data.check
 
-test: setup  ## run the tests
-	$(BIN)/python -m pytest -m "not faults"
+test: setup  ## run the tests, on two cores
+	$(BIN)/python -c "from pathlib import Path; from common.models import tiny; tiny.build(Path('$${FEWSHOT_CACHE:-cache}').resolve())"
+	$(BIN)/python -m pytest -m "not faults" -n 2 --dist loadfile
 
 test-fast: setup  ## run the tests that train nothing
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-faults: setup  ## kill runs at every moment there is and resume them; all tests of ranks
 	$(BIN)/python -m pytest tests/test_faults.py tests/test_ranks.py
