@@ -49,7 +49,7 @@ class Alert:
     ) -> None:
         """
         Args:
-            seed: Of references, initialisation and order.
+            seed: Of references and initialisation; the order of candidates depends on the image alone.
             instruction: `paper` (appendix A) or `short` (for tiny models).
             initialisation: Of the embeddings, see `alert.bank.initial`.
             trainable: False: the bank stays as it begins (Table 3).
@@ -62,7 +62,7 @@ class Alert:
                 memory).
             draft: Who chooses the candidates of a test image: `class_means`, `oracle_recall` (an upper bound: it knows
                 the truth) or `file`.
-            draft_file: For `file`: what `alert.candidate_file.write` wrote; `{split}` stands for the split.
+            draft_file: For `file`: what `alert.candidate_file.write` wrote; `SPLIT` stands for the split.
             k: Candidates of a test image.
             order: Of the candidates in the prompt, `rank` or `shuffle` (our choice: the paper does not say).
 
@@ -84,6 +84,8 @@ class Alert:
                 f"method.smallest={smallest}, largest={largest}, k={k}, tau={tau}: 2 <= smallest <= largest, k >= 1"
                 " and tau > 0 are needed"
             )
+        if k > candidates.DEPTH:
+            raise UserError(f"method.k={k}: at most {candidates.DEPTH} candidates are kept of a draft")
         self.seed, self.instruction = seed, instruction
         self.initialisation, self.trainable, self.bank = initialisation, trainable, bank
         self.tau, self.smallest, self.largest = tau, smallest, largest
@@ -116,11 +118,13 @@ class Alert:
     def train_prompts(self, task: Task, epoch: int = 0) -> list[Prompt]:
         """With other references in every epoch. Before `look`, the longest prompts that there could be."""
         split = task.train
+        _check_images(task)
         longest = self._longest(split, self.largest)
         return [self._prompt(item, split, self._references(item, split, longest, epoch)) for item in split.items]
 
     def evaluation_prompts(self, task: Task, split: str) -> list[Prompt]:
         asked = task.evaluation[split]
+        _check_images(task)
         labels = _train_labels(task, split)
         if self.k > len(asked.choices):
             raise UserError(
@@ -165,7 +169,7 @@ class Alert:
         origin = candidates.Origin("class_means", dataset, shots, self.seed)
         if self.draft == "file":
             assert self.draft_file is not None
-            path = Path(self.draft_file.replace("{split}", split)).expanduser()
+            path = Path(self.draft_file.replace("SPLIT", split)).expanduser()
             return candidate_file.read(path, images, asked.names, dataset)
         own = [_train_labels(task, split)[label] for label in range(len(asked.names))]
         logits = candidates.class_mean_logits(_vectors(vision, asked.items, self.patches), means[own])
@@ -190,7 +194,7 @@ class Alert:
     def _longest(self, split: Split, count: int) -> tuple[int, ...]:
         """The classes of the longest names, no name twice."""
         first = {name: label for label, name in reversed(list(enumerate(split.names)))}
-        return tuple(first[name] for name in sorted(first, key=len, reverse=True)[: count + 1][: max(count, 1)])
+        return tuple(first[name] for name in sorted(first, key=len, reverse=True)[:count])
 
     def _prompt(self, item: Item, split: Split, shown: Sequence[int], labels: Sequence[int] | None = None) -> Prompt:
         names = tuple(split.names[label] for label in shown)
@@ -203,6 +207,20 @@ class Alert:
             aliases=split.aliases.get(item.name, ()),
             categories=entries,
             image_last=True,
+        )
+
+
+def _check_images(task: Task) -> None:
+    """Every category needs an image: its embedding begins from them, and references are similar by them.
+
+    Raises:
+        UserError: Names the first without.
+    """
+    present = {item.label for item in task.train.items}
+    if missing := [name for label, name in enumerate(task.train.names) if label not in present]:
+        raise UserError(
+            f"ALERT begins every category from its training images, but {len(missing)} have none, first: '{missing[0]}'"
+            "; use more shots, or put the dataset's training images into its folder"
         )
 
 

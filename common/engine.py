@@ -79,7 +79,8 @@ class Engine:
         self.config, self.updates = config, updates
         parameters = [p for p in module.parameters() if p.requires_grad]
         slots = {id(found.entries) for found in module.modules() if isinstance(found, Slots)}
-        peaks = (config.learning_rate, config.embedding_learning_rate or config.learning_rate)
+        own_peak = config.embedding_learning_rate
+        peaks = (config.learning_rate, config.learning_rate if own_peak is None else own_peak)
         members = ([p for p in parameters if id(p) not in slots], [p for p in parameters if id(p) in slots])
         kept = [(own, peak) for own, peak in zip(members, peaks, strict=True) if own]
         groups, self.peaks = [{"params": own, "lr": peak} for own, peak in kept], [peak for _, peak in kept]

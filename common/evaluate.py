@@ -166,15 +166,16 @@ def grade(method: Method, prompt: Prompt, completion: Completion) -> Prediction:
     """Compare one completion with its label."""
     text = completion.text
     strict = parsing.strict_answer(text)
-    offered = not prompt.choices or prompt.label in prompt.choices  # a label that was not offered cannot be chosen
+    # a label that was not offered cannot be chosen
+    offered = not prompt.choices or parsing.normalize(prompt.label) in map(parsing.normalize, prompt.choices)
     return Prediction(
         image=prompt.image,
         label=prompt.label,
         answer=strict or "",
         completion=text,
         correct=offered and parsing.matches_strictly(text, prompt.label),
-        correct_official=parsing.matches_officially(text, prompt.label),
-        correct_alias=any(parsing.matches_strictly(text, name) for name in (prompt.label, *prompt.aliases)),
+        correct_official=offered and parsing.matches_officially(text, prompt.label),
+        correct_alias=offered and any(parsing.matches_strictly(text, name) for name in (prompt.label, *prompt.aliases)),
         formatted=method.well_formed(text),
         tokens=len(completion.ids),
         truncated=completion.truncated,

@@ -36,7 +36,7 @@ def strict_format(samples: Sequence[Sample], *, match: str = "strict") -> list[f
     return [float(check(s.completion)) for s in samples]
 
 
-def accuracy(samples: Sequence[Sample], *, match: str = "strict") -> list[float]:
+def accuracy(samples: Sequence[Sample], *, match: str = "strict", tags: bool = False) -> list[float]:
     """1 when the answer is the label (CLS-RL section 3.2, second equation), else 0.
 
     Args:
@@ -44,9 +44,12 @@ def accuracy(samples: Sequence[Sample], *, match: str = "strict") -> list[float]
         match: `strict` (normalised equality of the one answer) or `official` (the authors' reward: symbolic
             verification by `math_verify` first, which accepts some wrong names, then lower-cased equality of the first
             `<answer>`).
+        tags: Only an answer inside `<answer>` counts (ALERT section 3.5); a bare name does not.
     """
     check = {"strict": parsing.matches_strictly, "official": _official_reward_match}[match]
-    return [float(check(s.completion, s.label)) for s in samples]
+    return [
+        float(check(s.completion, s.label) and (not tags or bool(parsing.ANSWER.search(s.completion)))) for s in samples
+    ]
 
 
 def equality(samples: Sequence[Sample]) -> list[float]:

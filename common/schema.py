@@ -115,6 +115,8 @@ class Trainer:
                 raise UserError(f"trainer.{key}={getattr(self, key)} must not be negative (0: off)")
         if self.evaluate_limit is not None:
             positive("trainer.evaluate_limit", self.evaluate_limit)
+        if self.embedding_learning_rate is not None:
+            positive("trainer.embedding_learning_rate", self.embedding_learning_rate)
         for key in ("learning_rate", "prompts_per_update", "prompts_per_forward"):
             positive(f"trainer.{key}", getattr(self, key))
         if self.updates is None:

@@ -44,7 +44,7 @@ class SFTTrainer:
         reply: Callable[[str], str] = str,
     ) -> None:
         """`reply`: from a label to the text that answers it; the rest as for GRPO."""
-        self.reply = reply
+        self.reply, self.vocabulary = reply, vlm.model.get_output_embeddings().weight.shape[0]
         self.vlm, self.encoder, self.prompts = vlm, encoder, prompts
         self.loss, self.config, self.seed = loss, config, seed
         self.tokens = 0.0
@@ -65,7 +65,7 @@ class SFTTrainer:
             for part in micro_batches(groups, self.config.prompts_per_forward)
         ]
         if self.loss == "everything":
-            packs = [score_prompts(packed, self.vlm.banned) for packed in packs]
+            packs = [score_prompts(packed, self.vlm.banned, self.vocabulary) for packed in packs]
         tokens = sum(gather(sum(len(packed.targets) for packed in packs)))
         self.tokens += float(sum(gather(sum(packed.tokens for packed in packs))))
         total, entropy, right = 0.0, 0.0, 0.0

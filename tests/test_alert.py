@@ -251,3 +251,22 @@ def test_a_bank_can_be_looked_at(tmp_path, capsys):
     assert (tmp_path / "bank.png").stat().st_size > 1000 and "25.00" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="holds no bank"):
         inspect.main([str(tmp_path / "nowhere")])
+
+
+def test_a_category_without_images_is_refused_before_the_model_loads(digits_task):
+    from dataclasses import replace
+
+    rest = tuple(item for item in digits_task.train.items if item.label != 4)
+    task = replace(digits_task, train=replace(digits_task.train, items=rest))
+    with pytest.raises(UserError, match="but 1 have none, first: 'four'"):
+        Alert(seed=1).train_prompts(task)
+
+
+def test_accuracy_of_alert_needs_the_tags():
+    from common.rewards import accuracy
+    from common.types import Prompt, Sample
+
+    samples = [
+        Sample(Prompt("0", "?", "six"), text) for text in ("six", "<answer>six</answer>", "<answer>one</answer>")
+    ]
+    assert accuracy(samples, tags=True) == [0.0, 1.0, 0.0] and accuracy(samples) == [1.0, 1.0, 0.0]

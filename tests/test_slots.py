@@ -131,3 +131,16 @@ def test_a_model_is_saved_as_it_was_without_slots(load_vlm, untrained_folders, t
     )
     assert saved.keys() == original.keys() and all(torch.equal(saved[name], original[name]) for name in saved)
     assert vlm.model.get_input_embeddings() is vlm.slots
+
+
+def test_no_id_beyond_the_vocabulary_is_a_target(load_vlm, digits_task):
+    from common.grpo.packing import score_prompts
+
+    vlm = with_slots(load_vlm, torch.float32, family="gemma3")
+    batch = groups(
+        vlm, prompts(digits_task), Encoder(vlm, Loader(digits_task.images, 32), 512), [1, 1, 1], [3], image=True
+    )
+    packed = pack_shared(batch, vlm.family, vlm.device)
+    everything = score_prompts(packed, vlm.banned, vlm.slots.first)
+    assert len(everything.targets) > len(packed.targets) and int(everything.targets.max()) < vlm.slots.first
+    PolicyScorer(vlm.model, vlm.banned, temperature=1.0, chunk=64)(everything)

@@ -154,7 +154,7 @@ def test_score_prompts_skips_images_and_first_tokens(load_vlm, digits_task, no_t
     vlm = load_vlm()
     encoded = Encoder(vlm, Loader(digits_task.images, 32), 512)(no_think.train_prompts(digits_task)[:2])
     packed = pack_shared([Group(e, (torch.tensor([9, 2]),)) for e in encoded], vlm.family, vlm.device)
-    scored = score_prompts(packed, vlm.banned)
+    scored = score_prompts(packed, vlm.banned, vlm.model.get_output_embeddings().weight.shape[0])
     ids = packed.inputs["input_ids"][0]
     assert not set(scored.targets.tolist()) & set(vlm.banned)
     prompt_tokens = sum(int((~torch.isin(e.ids[1:], torch.tensor(vlm.banned))).sum()) for e in encoded)

@@ -189,8 +189,9 @@ def pad_blocks(prompts: Sequence[Encoded], width: int = 0, left: bool = False) -
     return rows
 
 
-def score_prompts(packed: Packed, ignored: Sequence[int]) -> Packed:
-    """Score the prompts' own tokens too, except `ignored` ids and each prompt's first token, which nothing predicts.
+def score_prompts(packed: Packed, ignored: Sequence[int], vocabulary: int) -> Packed:
+    """Score the prompts' own tokens too, except `ignored` ids, those beyond the `vocabulary`, that nothing can predict,
+    and each prompt's first token, that nothing does.
 
     Only for the shared layout; `owner` of the added tokens is -1.
     """
@@ -199,6 +200,7 @@ def score_prompts(packed: Packed, ignored: Sequence[int]) -> Packed:
     inside = torch.arange(layout.prefix_index.shape[1], device=ids.device) < layout.prefix_lengths[:, None]  # [N, P]
     targets = layout.prefix_index[:, 1:][inside[:, 1:]]
     targets = targets[~torch.isin(ids[targets], torch.tensor(list(ignored), device=ids.device))]
+    targets = targets[ids[targets] < vocabulary]
     return Packed(
         packed.inputs,
         torch.cat([targets - 1, packed.predictors]),

@@ -82,7 +82,8 @@ class GRPOTrainer:
         if iteration == 0:
             prompts, encoded, completions, resampled = self._sample(number)
             lap("rollout")
-            self.current = self._score(number, prompts, encoded, completions, resampled)
+            with self.engine.whole_weights():  # a judge may be the model itself
+                self.current = self._score(number, prompts, encoded, completions, resampled)
             metrics |= describe(self.current)
             self.tokens += metrics.pop("tokens")
             counts = self._counts()
