@@ -61,6 +61,11 @@ class ContrastiveReasoning:
         self.counts = dict.fromkeys(COUNTS, 0.0)
 
     @property
+    def may_be_missing(self) -> bool:
+        """Whether NaN means that there was no answer, and the group goes without this reward."""
+        return self.on_failure == "drop"
+
+    @property
     def needs_base(self) -> bool:
         """Whether the run's own base model has to be bound before the first call."""
         return isinstance(self.judge, OwnBase)

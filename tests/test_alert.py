@@ -270,3 +270,27 @@ def test_accuracy_of_alert_needs_the_tags():
         Sample(Prompt("0", "?", "six"), text) for text in ("six", "<answer>six</answer>", "<answer>one</answer>")
     ]
     assert accuracy(samples, tags=True) == [0.0, 1.0, 0.0] and accuracy(samples) == [1.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("missing", [True, False], ids=["may be missing", "must be there"])
+def test_only_a_reward_that_may_be_missing_is_left_out(missing):
+    import math
+
+    from common.grpo.batch import score_groups
+    from common.rewards import Reward
+    from common.rollout.base import Completion
+    from common.types import Prompt
+
+    class Judge:
+        may_be_missing = missing
+
+        def __call__(self, samples):
+            return [math.nan, 1.0, 0.5, 0.25]
+
+    rewards = {"judge": Reward(2.0, Judge()), "length": Reward(1.0, lambda samples: [1.0, 0.0, 1.0, 0.0])}
+    reply = Completion(torch.tensor([1]), torch.tensor([0.0]), "six", truncated=False)
+    found = score_groups([Prompt("0", "?", "six")] * 2, [[reply, reply], [reply, reply]], rewards)
+    if missing:
+        assert found.parts["judge"] == [0.0, 0.0, 0.5, 0.25] and found.total == [1.0, 0.0, 2.0, 0.5]
+    else:
+        assert math.isnan(found.parts["judge"][0]) and math.isnan(found.total[0]) and found.total[1] == 2.0

@@ -58,14 +58,19 @@ class RolloutBatch:
 def score_groups(
     prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], rewards: dict[str, Reward]
 ) -> Scores:
-    """Every reward of every completion, group after group. A reward that is missing (NaN) for one completion of a group
-    is left out for the whole group, as 0: the others are still compared fairly.
+    """Every reward of every completion, group after group.
+
+    A reward that says it may be missing (`may_be_missing`) gives NaN where it is, and is then left out for the whole
+    group, as 0: the others are still compared fairly. NaN from any other reward stops the run, as it should.
     """
     samples = [Sample(p, c.text) for p, group in zip(prompts, completions, strict=True) for c in group]
     found = score(samples, rewards)
-    parts = {name: without_gaps(values, len(completions[0])) for name, values in found.parts.items()}
+    parts = dict(found.parts)
+    for name, reward in rewards.items():
+        if getattr(reward.function, "may_be_missing", False):
+            parts[name] = without_gaps(parts[name], len(completions[0]))
     weights = {name: reward.weight for name, reward in rewards.items()}
-    return Scores(parts, weighted(parts, weights)) if parts != found.parts else found
+    return Scores(parts, weighted(parts, weights) if parts else found.total)
 
 
 def without_gaps(values: Sequence[float], group_size: int) -> list[float]:
