@@ -28,7 +28,7 @@ test: setup  ## run the tests, on two cores
 	$(BIN)/python -c "from pathlib import Path; from common.models import tiny; tiny.build(Path('$${FEWSHOT_CACHE:-cache}').resolve())"
 	$(BIN)/python -m pytest -m "not faults" -n 2 --dist loadfile
 
-test-fast: setup  ## run the tests that train nothing
+test-fast: setup  ## run the tests that train nothing and start no process
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-faults: setup  ## kill runs at every moment there is and resume them; all tests of ranks

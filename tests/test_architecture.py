@@ -68,6 +68,7 @@ LIGHT = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", LIGHT)
 def test_light_modules_do_not_import_torch(module):
     code = f"import sys, {module}; heavy = {{'torch', 'transformers', 'deepspeed', 'sklearn'}} & set(sys.modules); sys.exit(str(heavy) if heavy else 0)"

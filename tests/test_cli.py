@@ -42,6 +42,7 @@ BAD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD.keys())
 def test_bad_input_is_one_line(tmp_path, arguments, message):
     folder = tmp_path / "run"

@@ -44,11 +44,14 @@ def test_every_file_composes_and_validates(compose, file):
 
 COMBINATIONS = [
     *itertools.product(options("method"), ["digits"], options("model")),
-    *itertools.product(["clsrl"], options("data"), options("model")),
+    *(
+        pytest.param(*c, marks=pytest.mark.slow)
+        for c in itertools.product(["clsrl"], options("data"), options("model"))
+    ),
 ]
 
 
-@pytest.mark.parametrize(("method", "data", "model"), COMBINATIONS, ids="-".join)
+@pytest.mark.parametrize(("method", "data", "model"), COMBINATIONS)
 def test_every_method_data_model_composes(compose, method, data, model):
     checked = config.validate(compose(f"method={method}", f"data={data}", f"model={model}"))
     assert (checked.method["name"], checked.data.name, checked.model.name) == (method, data, model)

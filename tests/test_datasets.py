@@ -93,7 +93,10 @@ def questions(compose, *overrides):
     return task.build(validate(compose(*overrides)))
 
 
-@pytest.mark.parametrize("setting", ["few_shot", "base_to_new", "open_set", "cross_dataset"])
+@pytest.mark.parametrize(
+    "setting",
+    ["few_shot", *(pytest.param(s, marks=pytest.mark.slow) for s in ("base_to_new", "open_set", "cross_dataset"))],
+)
 @pytest.mark.parametrize("name", LOCAL)
 def test_every_dataset_in_every_setting_asks_its_questions(name, setting, data_root, compose):
     found = questions(compose, f"data={name}", f"setting={setting}", "shots=1")

@@ -101,7 +101,9 @@ def model_for_parity(load_vlm, dtype, window=None, **changes):
     return vlm
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)], ids=["fp32", "fp64"]
+)
 @pytest.mark.parametrize("image", [True, False], ids=["image", "text"])
 @pytest.mark.parametrize(
     "checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "checkpointing"]

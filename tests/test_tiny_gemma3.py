@@ -149,6 +149,7 @@ def test_first_steps_are_deterministic(processor):
     assert first(0) == first(0) != first(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("captions", [40, 0], ids=["captions", "episodes"])
 def test_loss_falls(model, processor, monkeypatch, captions):
     monkeypatch.setattr(tiny_pretrain, "CAPTION_STEPS", captions)
