@@ -91,6 +91,8 @@ def validate(cfg: DictConfig) -> Config:
         raise UserError(
             f"trainer.prompts_per_update={config.trainer.prompts_per_update} must be divisible by gpus={ranks}"
         )
+    if config.trainer.name != "none" and config.model.load_in_8bit and config.model.lora.r == 0:
+        raise UserError("model.load_in_8bit=true needs adapters: 8-bit weights cannot be trained; set model.lora.r")
     if config.trainer.name == "grpo" and not config.rewards:
         raise UserError("rewards is empty, but trainer=grpo learns from rewards; choose e.g. rewards=nothinking")
     one_of("doctor", config.doctor, ("auto", True, False))

@@ -43,7 +43,8 @@ class Model:
 
     resize: how an image becomes image_size x image_size: `squash`, `crop` (shorter side, then the centre) or `pad`.
     image_attention: `family` (the architecture's own) or `causal`. feature_cache_gb: disk space for the image features
-    of a frozen vision tower, 0: no cache. load_in_8bit: bitsandbytes' LLM.int8() for the frozen base of adapters.
+    of a frozen vision tower, 0: no cache. load_in_8bit: bitsandbytes' LLM.int8(), for the base of adapters or without
+    training.
     """
 
     name: str = MISSING
@@ -70,8 +71,6 @@ class Model:
         one_of("model.image_attention", self.image_attention, ("family", "causal"))
         if self.feature_cache_gb > 0 and not self.freeze_vision:
             raise UserError("model.feature_cache_gb needs model.freeze_vision=true: features of a trained tower change")
-        if self.load_in_8bit and self.lora.r == 0:
-            raise UserError("model.load_in_8bit=true needs adapters: 8-bit weights cannot be trained; set model.lora.r")
         if (self.path is None) == (self.recipe is None):
             raise UserError(
                 "model: set either model.path (folder or hub id) or model.recipe (module), the other to null"

@@ -7,8 +7,10 @@ those of the real datasets, their traps included.
 from __future__ import annotations
 
 import colorsys
+import io
 import json
 import random
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -100,10 +102,17 @@ def build(root: Path, shots_per_class: int = 2, missing_split: bool = False) -> 
 def picture(path: Path, label: int = 0) -> None:
     """A picture that is the same every time, coloured by its label, with noise that its file name decides."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(_encoded(path.name, label))
+
+
+@cache
+def _encoded(name: str, label: int) -> bytes:
     colour = np.array(colorsys.hsv_to_rgb(label * 0.17 % 1, 0.8, 0.8)) * 255
-    noise = np.random.default_rng(random.Random(str(path.name)).randrange(2**32)).integers(-40, 41, (24, 32, 3))
-    kind = "PNG" if path.suffix.lower() == ".png" or path.name == "sun_02.jpg" else "JPEG"  # some of SUN397's are PNG
-    Image.fromarray((colour + noise).clip(0, 255).astype("uint8")).save(path, kind)
+    noise = np.random.default_rng(random.Random(name).randrange(2**32)).integers(-40, 41, (24, 32, 3))
+    kind = "PNG" if name.lower().endswith(".png") or name == "sun_02.jpg" else "JPEG"  # some of SUN397's are PNG
+    content = io.BytesIO()
+    Image.fromarray((colour + noise).clip(0, 255).astype("uint8")).save(content, kind)
+    return content.getvalue()
 
 
 def _save(place: Place, images: str, split: str, classes: list[list[Row]], shots: int) -> None:

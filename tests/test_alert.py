@@ -129,6 +129,8 @@ def test_paper_configuration(compose):
     assert (t.epochs, t.group_size) == (4, 6)
     assert (c.rollout.temperature, c.rollout.max_completion_tokens) == (0.9, 512)
     assert (c.method["tau"], c.method["smallest"], c.method["largest"], c.method["k"]) == (0.1, 2, 8, 2)
+    untrained = [validate(compose(f"method={name}")).model for name in ("gemma_1shot", "alert_zeroshot")]
+    assert [(model.load_in_8bit, model.lora.r) for model in untrained] == [(True, 0)] * 2  # the same base, no adapters
     weights = {name: entry["weight"] for name, entry in c.rewards.items()}
     assert weights == {"format": 0.5, "soft_format": 0.5, "accuracy": 2.0, "reasoning": 1.0}
 

@@ -11,6 +11,8 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 
 def run(*arguments: str, folder=None) -> subprocess.CompletedProcess[str]:
     where = [] if folder is None else [f"hydra.run.dir={folder}"]
@@ -42,7 +44,6 @@ BAD = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD.keys())
 def test_bad_input_is_one_line(tmp_path, arguments, message):
     folder = tmp_path / "run"
