@@ -192,9 +192,9 @@ class Alert:
         )
 
     def _longest(self, split: Split, count: int) -> tuple[int, ...]:
-        """The classes of the longest names, no name twice."""
+        """The classes of the longest names, no name twice: by bytes, which tokens follow in every script."""
         first = {name: label for label, name in reversed(list(enumerate(split.names)))}
-        return tuple(first[name] for name in sorted(first, key=len, reverse=True)[:count])
+        return tuple(first[name] for name in sorted(first, key=lambda name: len(name.encode()), reverse=True)[:count])
 
     def _prompt(self, item: Item, split: Split, shown: Sequence[int], labels: Sequence[int] | None = None) -> Prompt:
         names = tuple(split.names[label] for label in shown)

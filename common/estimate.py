@@ -53,8 +53,10 @@ def estimate_memory(vlm: VLM, groups: Sequence[Group], config: GRPO, ranks: int,
     zero = deepspeed.get("zero_optimization", {})
     stage, offloaded = zero.get("stage", 0), "offload_optimizer" in zero
     parameters = list(vlm.model.parameters())
-    size = parameters[0].element_size()
-    count, trained = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+    size = next(p for p in parameters if p.is_floating_point()).element_size()
+    weights, learning = sum(p.nbytes for p in parameters), [p for p in parameters if p.requires_grad]
+    trained = sum(p.nbytes for p in learning)
+    adamw = sum(p.numel() * (12 if p.element_size() == 2 else 8) for p in learning)  # of 16 bits also an fp32 copy
     adapters = hasattr(vlm.model, "disable_adapter")
     text = vlm.model.config.get_text_config()
     tokens = max(len(g.prompt.ids) + sum(map(len, g.completions)) for g in groups) * config.prompts_per_forward
@@ -62,10 +64,10 @@ def estimate_memory(vlm: VLM, groups: Sequence[Group], config: GRPO, ranks: int,
         tokens = min(tokens, config.tokens_per_forward)
     per_token = 2 if getattr(vlm.model, "is_gradient_checkpointing", False) else 34
     parts = {
-        "weights": count * size,
-        "gradients": trained * size / (ranks if stage >= 2 else 1),
-        "AdamW": 0 if offloaded else trained * (12 if size == 2 else 8) / (ranks if stage >= 1 else 1),
-        "reference": count * size if config.beta > 0 and not adapters else 0,
+        "weights": weights,
+        "gradients": trained / (ranks if stage >= 2 else 1),
+        "AdamW": 0 if offloaded else adamw / (ranks if stage >= 1 else 1),
+        "reference": weights if config.beta > 0 and not adapters else 0,
         "activations": tokens * text.num_hidden_layers * text.hidden_size * per_token * size / 2,
     }
     total = sum(parts.values())
