@@ -140,7 +140,7 @@ class Alert:
         return parsing.is_strict_format(completion)
 
     def label_response(self, name: str) -> str:
-        """The name in its tags: its probability is the one without reasoning."""
+        """The name in its tags."""
         return f"<answer>{name}</answer>"
 
     def facts(self, task: Task, split: str, predictions: Sequence[Prediction]) -> dict[str, Any]:

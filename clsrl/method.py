@@ -76,7 +76,7 @@ class ClosedFormQuestion:
         return not parsing.TAG.search(completion) and bool(completion.strip())
 
     def label_response(self, name: str) -> str:
-        """The bare name, or the name in its tags: with `think`, its probability is the one without reasoning."""
+        """The bare name, or with `think` the name in its tags."""
         return f"<answer>{name}</answer>" if self.instruction == "think" else name
 
     def facts(self, task: Task, split: str, predictions: Sequence[Prediction]) -> dict[str, Any]:

@@ -95,6 +95,7 @@ def validate(cfg: DictConfig) -> Config:
         raise UserError("model.load_in_8bit=true needs adapters: 8-bit weights cannot be trained; set model.lora.r")
     if config.trainer.name == "grpo" and not config.rewards:
         raise UserError("rewards is empty, but trainer=grpo learns from rewards; choose e.g. rewards=nothinking")
+    one_of("label_scoring", config.label_scoring, (True, "direct", False))
     one_of("doctor", config.doctor, ("auto", True, False))
     if config.doctor is True and not isinstance(config.trainer, GRPO):
         raise UserError(f"doctor=true examines GRPO trainings, but trainer={config.trainer.name}")

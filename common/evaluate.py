@@ -1,5 +1,5 @@
 """Evaluation: greedy answers to the prompts of a split, matched strictly and as the authors' code does, and the
-probability of every name that a prompt offers.
+probability of every name that a prompt offers, after the reply's own reasoning.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ class Evaluator:
         questions: Questions,
         config: RolloutConfig,
         labels: LabelScorer | None,
+        reasoned: bool = True,
     ) -> None:
         """
         Args:
@@ -77,7 +78,10 @@ class Evaluator:
             questions: Task and method.
             config: Limits on tokens and batch size.
             labels: Scores the class names in `all_splits`; None leaves them out.
+            reasoned: They are scored as the end of the reply, after its own reasoning where it has the format for one;
+                False: as replies of their own, without reasoning.
         """
+        self.reasoned = reasoned
         self.rollout, self.encoder, self.questions, self.labels = rollout, encoder, questions, labels
         self.decoding, self.batch = greedy(config.max_completion_tokens), config.evaluation_batch
 
@@ -139,7 +143,9 @@ class Evaluator:
         """Add the probabilities of the names that each prompt offers; an open question offers all of the split."""
         everything = self.questions.task.evaluation[split].choices
         choices = [prompt.choices or everything for prompt in prompts]
-        scores = labels(encoded, [[self.questions.method.label_response(name) for name in c] for c in choices])
+        responses = [[self.questions.method.label_response(name) for name in c] for c in choices]
+        begun = [reasoning(self.questions.method, p.completion) if self.reasoned else "" for p in graded]
+        scores = labels(encoded, responses, begun)
         return [
             replace(prediction, choices=names, probabilities=score.normalised, probabilities_raw=score.raw)
             for prediction, names, score in zip(graded, choices, scores, strict=True)
@@ -155,6 +161,11 @@ def spread(items: list[T], limit: int | None) -> list[T]:
     if limit is None or limit >= len(items):
         return items
     return [items[place * len(items) // limit] for place in range(limit)]
+
+
+def reasoning(method: Method, completion: str) -> str:
+    """The beginning of a completion up to its answer; nothing if it is malformed or the method asks for none."""
+    return parsing.reasoning_before(completion) if method.well_formed(completion) else ""
 
 
 def greedy(max_tokens: int) -> Decoding:

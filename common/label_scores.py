@@ -1,9 +1,10 @@
-"""The probability of every class name as the reply to a prompt, by the shared-prefix forward.
+"""The probability of every class name as the reply to a prompt, or as the end of one, by the shared-prefix forward.
 
 The names of a prompt are the completions of one group, so prompt and image are computed once for all of them. A list
 that is longer than one row allows is cut, and its prompt computed again for every part; short lists of several prompts
 share a row. Every reply ends with the end-of-sequence token, which tells 'cat' from 'caterpillar'. The distribution is
-that of sampling at temperature 1, the same ids banned; a name counts in the one tokenisation that its text has.
+that of sampling at temperature 1, the same ids banned; a name counts in the one tokenisation that its text has, and so
+does the reasoning before it.
 
 Shapes: N prompts, C choices of one prompt, S completions of a row, T their tokens.
 """
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from common.grpo.logprobs import PolicyScorer
-from common.grpo.packing import Encoded, Group, pack_shared
+from common.grpo.packing import Encoded, Group, followed_by, pack_shared
 from common.models.vlm import VLM
 
 # Keys that the completions of a row attend to, the copies of their prompts included: the largest tensors of a forward,
@@ -57,8 +58,18 @@ class LabelScorer:
         self.memory: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[Encoded], responses: Sequence[Sequence[str]]) -> list[LabelScores]:
-        """Score the replies in `responses` to every prompt, N lists of C texts."""
+    def __call__(
+        self, prompts: Sequence[Encoded], responses: Sequence[Sequence[str]], begun: Sequence[str] | None = None
+    ) -> list[LabelScores]:
+        """Score replies to every prompt.
+
+        Args:
+            prompts: N of them.
+            responses: N lists of C texts.
+            begun: N texts that the replies go on from; their own probability does not count.
+        """
+        if begun is not None:
+            prompts = [followed_by(p, self._ids(text)) if text else p for p, text in zip(prompts, begun, strict=True)]
         model = self.vlm.model
         was_training = model.training
         model.eval()
@@ -78,9 +89,11 @@ class LabelScorer:
 
     def _tokens(self, text: str) -> torch.Tensor:
         if text not in self.memory:
-            ids = self.vlm.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-            self.memory[text] = torch.tensor([*ids, self.vlm.end_of_turn])
+            self.memory[text] = torch.cat([self._ids(text), torch.tensor([self.vlm.end_of_turn])])
         return self.memory[text]
+
+    def _ids(self, text: str) -> torch.Tensor:
+        return torch.tensor(self.vlm.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def rows(

@@ -77,6 +77,15 @@ def strict_answer(completion: str) -> str | None:
     return None
 
 
+def reasoning_before(completion: str) -> str:
+    """What a strictly formatted completion says before its answer, tags included; nothing if it is not.
+
+    >>> reasoning_before("<think>a loop</think> <answer>six</answer>"), reasoning_before("six")
+    ('<think>a loop</think> ', '')
+    """
+    return completion[: completion.index("<answer>")] if is_strict_format(completion) else ""
+
+
 def first_answer(completion: str) -> str:
     """The authors' extraction: the first `<answer>` pair, else the whole completion.
 

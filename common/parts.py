@@ -55,7 +55,9 @@ def assemble(config: Config, questions: Questions, checkpoint: Path, device: tor
     encoder = make_encoder(config, policy, checkpoint, questions)
     rollout: Rollout = locate(config.rollout.backend, "rollout.backend")(policy)
     labels = LabelScorer(policy) if config.label_scoring else None
-    return Parts(questions, policy, encoder, rollout, Evaluator(rollout, encoder, questions, config.rollout, labels))
+    reasoned = config.label_scoring != "direct"
+    evaluator = Evaluator(rollout, encoder, questions, config.rollout, labels, reasoned)
+    return Parts(questions, policy, encoder, rollout, evaluator)
 
 
 def find_checkpoint(config: Config) -> Path:

@@ -238,7 +238,7 @@ class Config:
     deepspeed: dict[str, Any] = field(default_factory=dict)
     tracking: Tracking = MISSING
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    label_scoring: bool = True
+    label_scoring: Any = True
     doctor: Any = "auto"
     manifest: bool = False
     shots: Any = 16

@@ -222,7 +222,7 @@ class Method(Protocol):
         """Whether the reply follows the requested format."""
 
     def label_response(self, name: str) -> str:
-        """The reply that answers `name` and says nothing else; its probability is that of the name."""
+        """The answer `name` without reasoning: a reply, or the end of one, whose probability is that of the name."""
 
     def facts(self, task: Task, split: str, predictions: Sequence[Prediction]) -> dict[str, Any]:
         """What the method has to say about the predictions of a split, beside the accuracies; for metrics.json."""

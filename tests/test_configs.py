@@ -180,7 +180,10 @@ def test_signature_ignores_where_and_how_it_is_watched(compose):
 
 def test_label_scoring_is_on_and_part_of_the_result(compose):
     on, off = compose(), compose("label_scoring=false")
-    assert config.validate(on).label_scoring and not config.validate(off).label_scoring
+    assert config.validate(on).label_scoring is True and config.validate(off).label_scoring is False
+    assert config.validate(compose("label_scoring=direct")).label_scoring == "direct"
+    with pytest.raises(UserError, match="label_scoring=often"):
+        config.validate(compose("label_scoring=often"))
     assert config.signature(config.plain(on)) != config.signature(config.plain(off))
 
 

@@ -15,6 +15,7 @@ from common.grpo.logprobs import PolicyScorer
 from common.grpo.packing import Group, pack_plain
 from common.label_scores import LabelScorer, rows
 from common.models.vlm import Encoder
+from common.rollout.base import Completion
 from common.rollout.hf import HFRollout
 from common.schema import Rollout
 from common.task import Questions
@@ -97,6 +98,27 @@ def test_chunks_do_not_matter(setup, budget):
         assert a.normalised == pytest.approx(b.normalised, abs=1e-5) and a.raw == pytest.approx(b.raw, abs=1e-5)
 
 
+@pytest.mark.parametrize("family", ["qwen2_vl", "gemma3"])
+def test_a_name_after_reasoning_is_the_end_of_one_long_reply(load_vlm, digits_task, think, family):
+    vlm = load_vlm(family=family)
+    prompts = Encoder(vlm, Loader(digits_task.images, 32), 512)(think.train_prompts(digits_task)[:2])
+    thoughts = ["<think>a loop below</think> ", ""]
+    responses = [[think.label_response(name) for name in NAMES]] * 2
+    found = LabelScorer(vlm)(prompts, responses, thoughts)
+    bare = LabelScorer(vlm)(prompts, responses)
+    assert float((found[1].logps - bare[1].logps).abs().max()) <= 1e-5, "nothing begun, nothing changed"
+    assert float((found[0].logps - bare[0].logps).abs().min()) > 1e-3
+    thought = torch.tensor(vlm.processor.tokenizer(thoughts[0], add_special_tokens=False)["input_ids"])
+    ends = [vlm.processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in responses[0]]
+    replies = tuple(torch.tensor([*thought.tolist(), *end, vlm.end_of_turn]) for end in ends)
+    scorer = PolicyScorer(vlm.model, vlm.banned, temperature=1.0, chunk=1024).eval()
+    with torch.no_grad():
+        logps, _ = scorer(pack_plain([Group(prompts[0], replies)], vlm.family, vlm.pad, vlm.device))
+    own = [part[len(thought) :].double().sum() for part in logps.split([len(reply) for reply in replies])]
+    assert float((found[0].logps - torch.stack(own)).abs().max()) <= 1e-5
+    assert found[0].lengths.tolist() == [len(end) + 1 for end in ends]
+
+
 def test_order_of_names_does_not_matter(setup):
     vlm, prompts, responses = setup
     order = [3, 0, 7, 1, 6, 2, 5, 4]
@@ -154,14 +176,15 @@ def evaluator(load_vlm, digits_task, no_think):
     vlm = load_vlm()
     test = digits_task.evaluation["test"]
     task = replace(digits_task, evaluation={"test": replace(test, items=test.items[:12])})
-    prompts = no_think.evaluation_prompts(task, "test")
-    prompts[5:] = [replace(prompt, choices=()) for prompt in prompts[5:]]  # the second half as open questions
-    questions = Questions(task, no_think, [], {"test": prompts}, {})
     limits = Rollout("hf", "x", 1.0, 0, 1.0, max_completion_tokens=4, evaluation_batch=5)
     encoder = Encoder(vlm, Loader(task.images, 32), 512)
 
-    def make(scored=True):
-        return Evaluator(HFRollout(vlm), encoder, questions, limits, LabelScorer(vlm) if scored else None)
+    def make(scored=True, method=no_think, rollout=None, reasoned=True):
+        prompts = method.evaluation_prompts(task, "test")
+        prompts[5:] = [replace(prompt, choices=()) for prompt in prompts[5:]]  # the second half as open questions
+        questions = Questions(task, method, [], {"test": prompts}, {})
+        labels = LabelScorer(vlm) if scored else None
+        return Evaluator(rollout or HFRollout(vlm), encoder, questions, limits, labels, reasoned)
 
     return make
 
@@ -183,6 +206,34 @@ def test_evaluation_scores_the_offered_names(evaluator, digits_task):
         "eval/test/ece": summary["ece"],
         "eval/test/brier": summary["brier"],
     }
+
+
+class Says:
+    """A sampler that says the same to everybody."""
+
+    def __init__(self, text):
+        self.reply = Completion(torch.tensor([1]), torch.tensor([0.0]), text, truncated=False)
+
+    def generate(self, prompts, group_size, decoding, seeds):
+        return [[self.reply] for _ in prompts]
+
+
+@pytest.mark.parametrize(
+    ("said", "reasoned", "begun"),
+    [
+        ("<think>round</think><answer>six</answer>", True, "<think>round</think>"),
+        ("<think>round</think><answer>six</answer>", False, ""),
+        ("<think>round</think><answer>six", True, ""),
+    ],
+    ids=["after it", "direct", "malformed"],
+)
+def test_names_are_scored_after_the_reasoning_that_was_given(evaluator, think, said, reasoned, begun):
+    asked = evaluator(method=think, rollout=Says(said), reasoned=reasoned)
+    (prompt,), names = asked.questions.evaluation["test"][:1], asked.questions.evaluation["test"][0].choices
+    found = asked.all_splits("eval", Nowhere()).predictions["test"][0]
+    replies = [think.label_response(name) for name in names]
+    (expected,) = asked.labels(asked.encoder([prompt]), [replies], [begun])
+    assert found.choices == names and found.probabilities == pytest.approx(expected.normalised, abs=1e-6)
 
 
 def test_label_scoring_changes_no_answer_and_can_be_left_out(evaluator):

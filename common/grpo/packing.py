@@ -20,7 +20,7 @@ T completion tokens of all completions together, A position axes, D width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -72,6 +72,13 @@ class Packed:
     def tokens(self) -> int:
         """Tokens that go through the language model, padding included."""
         return int(self.inputs["input_ids"].numel())
+
+
+def followed_by(prompt: Encoded, ids: torch.Tensor) -> Encoded:
+    """The prompt with the beginning of a reply, token ids [R], already behind it."""
+    blocks = None if prompt.blocks is None else torch.cat([prompt.blocks, torch.full_like(ids, -1)])
+    positions = torch.cat([prompt.positions, _continue(prompt.positions, len(ids))], 1)
+    return replace(prompt, ids=torch.cat([prompt.ids, ids]), positions=positions, blocks=blocks)
 
 
 def shared_tokens(group: Group) -> int:
