@@ -37,7 +37,8 @@ def init_process_group(gpus: int) -> torch.device:
         form_group_alone()
     import deepspeed
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    for noisy in ("DeepSpeed", "compilers"):  # the second: of the compiler that DeepSpeed tries out
+        logging.getLogger(noisy).setLevel(logging.WARNING)
     if gpus == 0:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         device = torch.device("cpu")
