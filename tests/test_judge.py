@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import random
+import signal
 import subprocess
 import sys
 import time
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from alert import judge_openai
+from alert import judge_openai, tiny_episodes
 from alert.judge import ContrastiveReasoning
 from alert.judge_base import JudgeUnavailable, Model, Runtime
 from alert.judge_cache import Replies
@@ -19,6 +21,7 @@ from alert.judge_prompt import CLOSE, OPEN, PROMPT, judge_prompt, neutral, parse
 from common import config
 from common.rewards import build_rewards, score
 from common.types import Prompt, Sample, UserError
+from tests.conftest import REPOSITORY
 from tests.judge_server import JudgeServer, Reply, contrasts, obedient
 
 # ---------------------------------------------------------------------------------------------------------- the score
@@ -197,11 +200,12 @@ def judge(tmp_path, monkeypatch):
     return make
 
 
-TEXTS = ["nothing", "both round", "both round but closed", "both round but closed, therefore"]
+# 1, 4, 6 and 10 by the rule of `contrasts`
+TEXTS = ["nothing", "six, nine", "six, but not nine", "a loop at the bottom: six, but not a loop at the top: nine"]
 
 
 @pytest.mark.parametrize(
-    ("scale", "expected"), [("range", [0, 1 / 3, 2 / 3, 1]), ("tenths", [0.1, 0.4, 0.7, 1.0])], ids=["range", "tenths"]
+    ("scale", "expected"), [("range", [0, 1 / 3, 5 / 9, 1]), ("tenths", [0.1, 0.4, 0.6, 1.0])], ids=["range", "tenths"]
 )
 def test_scores_are_normalised_and_counted(judge, scale, expected):
     with JudgeServer(contrasts) as server:
@@ -211,6 +215,28 @@ def test_scores_are_normalised_and_counted(judge, scale, expected):
     assert found.pop("judge/seconds") > 0
     assert found == {"judge/calls": 4, "judge/cache_hits": 0, "judge/unparsed": 0, "judge/failed": 0}
     assert set(reward.metrics().values()) == {0.0}, "counted per update"
+
+
+def test_the_rule_tells_replies_of_the_tiny_model_apart():
+    rng = random.Random(1)
+    drawn = [tiny_episodes.draw(3, True, rng) for _ in range(100)]
+    replies = [tiny_episodes.reply(shown, others, 0.0, rng) for shown, *others in drawn]
+    scores = [contrasts(judge_prompt(reasoning(text))) for text in replies]
+    assert set(scores) == {"1", "10"} and 50 < scores.count("10") < 90, "comparisons of the pre-training, and claims"
+
+
+@pytest.mark.slow
+def test_the_server_is_a_program(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    command = [sys.executable, "-m", "tests.judge_server", "--port", "0"]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    try:
+        server = OpenAIServer(Model("openai", "contrasts"), Runtime(base_url=process.stdout.readline().strip()))
+        assert server.ask([judge_prompt(text) for text in TEXTS]) == ["1", "4", "6", "10"]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=10) == 0
+    finally:
+        process.kill()
 
 
 def test_the_request_is_greedy_short_and_names_the_model(judge, monkeypatch):
@@ -227,7 +253,7 @@ def test_the_request_is_greedy_short_and_names_the_model(judge, monkeypatch):
 def test_malformed_completions_are_not_asked_about(judge):
     with JudgeServer(contrasts) as server:
         reward = judge(server)
-        assert reward([sample("six"), think("both"), sample("<think>both")]) == pytest.approx([0, 1 / 3, 0])
+        assert reward([sample("six"), think("six, nine"), sample("<think>six, nine")]) == pytest.approx([0, 1 / 3, 0])
         assert reward([]) == [] and reward([sample("six")]) == [0.0]
     assert len(server.requests) == 1
 
@@ -371,7 +397,7 @@ def test_another_run_asks_nothing_twice(judge):
 def test_equal_reasonings_of_an_update_are_asked_about_once(judge):
     with JudgeServer(contrasts) as server:
         reward = judge(server)
-        assert reward([think("both")] * 6) == pytest.approx([1 / 3] * 6)
+        assert reward([think("six, nine")] * 6) == pytest.approx([1 / 3] * 6)
     assert len(server.requests) == 1
     assert (reward.metrics()["judge/cache_hits"]) == 5
 
