@@ -162,4 +162,4 @@ def make_judge(model: Model, runtime: Runtime) -> Judge:
         from alert.judge_hf import Checkpoint
 
         return Checkpoint(model, runtime)
-    return OwnBase()
+    return OwnBase(model)

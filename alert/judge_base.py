@@ -33,7 +33,7 @@ class Judge(Protocol):
     """A language model that is asked to score."""
 
     def identity(self) -> str | None:
-        """Names the model for the cache; None: not known, so nothing is kept."""
+        """For the cache: names all that a reply depends on beside the prompt. None: not known, so nothing is kept."""
 
     def ask(self, prompts: Sequence[str]) -> list[str]:
         """One reply per prompt, in their order; the most probable one (temperature 0).
@@ -147,7 +147,8 @@ def check_server(runtime: Runtime) -> None:
 class OwnBase:
     """`backend: self`: the run's own base model, frozen, without its adapters; bound once it is loaded."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: Model) -> None:
+        self.max_tokens = model.max_tokens
         self.generate: Generate | None = None
         self.name: str | None = None
 
@@ -156,12 +157,12 @@ class OwnBase:
 
         Args:
             generate: One greedy reply per prompt; a reply that ran into its limit goes through `judge_prompt.uncut`.
-            identity: Names the base model's weights, e.g. by their hash; None: answers are not kept.
+            identity: Names the base model's weights and their number format; None: answers are not kept.
         """
         self.generate, self.name = generate, identity
 
     def identity(self) -> str | None:
-        return None if self.name is None else f"self:{self.name}"
+        return None if self.name is None else f"self:{self.name}:{self.max_tokens}"
 
     def ask(self, prompts: Sequence[str]) -> list[str]:
         if self.generate is None:

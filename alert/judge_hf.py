@@ -35,11 +35,11 @@ class Checkpoint:
 
     @cached_property
     def _identity(self) -> str:
-        if not self.folder.is_dir():
-            return f"hf:{self.name}@{self.model.revision or 'main'}:{self.model.dtype}"
         from common.models.files import checkpoint_hash
 
-        return f"hf:{checkpoint_hash(self.folder)}:{self.model.dtype}"
+        local = self.folder.is_dir()
+        weights = checkpoint_hash(self.folder) if local else f"{self.name}@{self.model.revision or 'main'}"
+        return f"hf:{weights}:{self.model.dtype}:{self.model.max_tokens}"
 
     def identity(self) -> str:
         return self._identity

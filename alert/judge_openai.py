@@ -47,10 +47,12 @@ class OpenAIServer:
         """
         check_server(runtime)
         assert model.model is not None
-        self.model, self.max_tokens, self.runtime = model.model, model.max_tokens, runtime
+        self.model, self.runtime = model.model, runtime
+        # what every question asks for beside its prompt
+        self.wishes: dict[str, Any] = {"model": model.model, "temperature": 0, "max_tokens": model.max_tokens}
 
     def identity(self) -> str:
-        return f"openai:{self.model}"
+        return f"openai:{self.runtime.base_url}:{json.dumps(self.wishes)}"
 
     def ask(self, prompts: Sequence[str]) -> list[str]:
         """
@@ -101,10 +103,7 @@ class OpenAIServer:
         try:
             async with asyncio.timeout(self.runtime.timeout):
                 reply = await client.chat.completions.create(
-                    model=self.model,
-                    messages=[{"role": "user", "content": prompt}],
-                    temperature=0,
-                    max_tokens=self.max_tokens,
+                    messages=[{"role": "user", "content": prompt}], **self.wishes
                 )
         except (TimeoutError, openai.APITimeoutError):
             return Failure(f"no answer within runtime.timeout={self.runtime.timeout:g} seconds", again=True)

@@ -78,7 +78,8 @@ class JudgeServer:
                 """A client that has gone away is part of the tests."""
 
         self.server = Server(("127.0.0.1", port), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        self.port = self.server.server_port
+        self.url = f"http://127.0.0.1:{self.port}/v1"
 
     def handle(self, handler: Any, request: dict[str, Any]) -> None:
         with self.lock:

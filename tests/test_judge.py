@@ -14,11 +14,13 @@ import pytest
 
 from alert import judge_openai, tiny_episodes
 from alert.judge import ContrastiveReasoning
-from alert.judge_base import JudgeUnavailable, Model, Runtime
+from alert.judge_base import JudgeUnavailable, Model, OwnBase, Runtime
 from alert.judge_cache import Replies
+from alert.judge_hf import Checkpoint
 from alert.judge_openai import OpenAIServer
 from alert.judge_prompt import CLOSE, OPEN, PROMPT, judge_prompt, neutral, parse_score, reasoning
 from common import config
+from common.parts import weights_name
 from common.rewards import build_rewards, score
 from common.types import Prompt, Sample, UserError
 from tests.conftest import REPOSITORY
@@ -359,7 +361,7 @@ def test_all_questions_together_end_on_time_and_what_came_is_kept(judge):
         assert time.monotonic() - began < 3
         answered = sum(math.isfinite(value) for value in found)
         assert 4 <= answered <= 30
-    with JudgeServer(contrasts) as server:
+    with JudgeServer(contrasts, server.port) as server:
         assert judge(server)(samples)[:2] == pytest.approx([1 / 3, 1 / 3])
     assert len(server.requests) == 40 - answered
 
@@ -407,7 +409,7 @@ def test_after_a_stop_only_the_open_questions_are_asked(judge):
     stopped = pytest.raises(UserError, match="left 1 of 5 questions open")
     with JudgeServer(lambda prompt, number: Reply(status=500) if "hyena" in prompt else "4") as server, stopped:
         judge(server)(samples)
-    with JudgeServer(lambda prompt, number: "4") as server:
+    with JudgeServer(lambda prompt, number: "4", server.port) as server:
         assert judge(server)(samples) == pytest.approx([1 / 3] * 5)
     assert len(server.requests) == 1
 
@@ -419,6 +421,53 @@ def test_another_model_has_other_replies(tmp_path):
     assert replies.get("openai:b", "prompt") is replies.get("openai:a", "other") is None
     replies.put("openai:b", "prompt", "2")
     assert [replies.get(f"openai:{name}", "prompt") for name in "ab"] == ["8", "2"]
+
+
+def openai_judge(base_url="http://a/v1", **changes):
+    return OpenAIServer(Model("openai", **{"model": "m", **changes}), Runtime(base_url=base_url))
+
+
+def own_judge(weights="hash-float32", **changes):
+    judge = OwnBase(Model(**changes))
+    judge.bind(list, weights)
+    return judge
+
+
+def test_all_that_decides_a_reply_names_it(untrained_folders):
+    def checkpoint(model=untrained_folders["gemma3"], **changes):
+        return Checkpoint(Model("hf", str(model), **changes), Runtime())
+
+    judges = [
+        openai_judge(),
+        openai_judge(model="n"),
+        openai_judge(max_tokens=8),
+        openai_judge(base_url="http://b/v1"),
+        own_judge(),
+        own_judge("hash-int8"),
+        own_judge("other-float32"),
+        own_judge(max_tokens=8),
+        checkpoint(),
+        checkpoint(untrained_folders["qwen2_vl"]),
+        checkpoint(dtype="float32"),
+        checkpoint(max_tokens=8),
+    ]
+    keys = {Replies.key(judge.identity(), "prompt") for judge in judges}
+    assert len(keys) == len(judges)
+    assert openai_judge().identity() == openai_judge().identity() and own_judge().identity() == own_judge().identity()
+    assert own_judge(None).identity() is None
+
+
+def test_weights_that_compute_otherwise_have_another_name(untrained_folders, compose):
+    def name(*overrides, family="gemma3"):
+        return weights_name(config.validate(compose("gpus=1", *overrides)), untrained_folders[family])
+
+    names = [
+        name("model.dtype=float32"),
+        name("model.dtype=bfloat16"),
+        name("model.load_in_8bit=true", "model.lora.r=4"),
+        name("model.dtype=float32", family="qwen2_vl"),
+    ]
+    assert len(set(names)) == 4
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"judge": "a"}', '{"judge": "b", "prompt": "p", "reply": "9"}'])
@@ -485,8 +534,6 @@ def test_a_checkpoint_replies_greedily_whatever_it_is_asked_beside(untrained_fol
     import torch
     from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-    from alert.judge_hf import Checkpoint
-
     folder, prompts = str(untrained_folders[family]), ["six", "a longer question about nine", judge_prompt("both")]
     found = Checkpoint(Model("hf", folder, dtype="float32", max_tokens=5), Runtime(batch_size=2)).ask(prompts)
 
@@ -505,14 +552,6 @@ def test_a_checkpoint_replies_greedily_whatever_it_is_asked_beside(untrained_fol
         assert not set(new) & set(ends if isinstance(ends, list) else [ends])
         written = tokenizer.decode(new, skip_special_tokens=True).rstrip()
         assert reply == written.removesuffix(written.split()[-1]).rstrip()  # the last word may be half
-
-
-def test_a_checkpoint_is_known_by_its_weights(untrained_folders):
-    from alert.judge_hf import Checkpoint
-
-    names = [Checkpoint(Model("hf", str(folder)), Runtime()).identity() for folder in untrained_folders.values()]
-    names.append(Checkpoint(Model("hf", "owner/name", revision="abc"), Runtime()).identity())
-    assert len(set(names)) == 3 and names[2] == "hf:owner/name@abc:bfloat16"
 
 
 # ------------------------------------------------------------------------------------------------------ configuration
