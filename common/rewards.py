@@ -14,7 +14,7 @@ Shapes: N samples (all completions of one update).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -72,10 +72,23 @@ def _official_reward_match(completion: str, label: str) -> bool:
 
 @dataclass(frozen=True)
 class Scores:
-    """Each reward by name, and their weighted sum. Length of every list: N."""
+    """Each reward by name, and their weighted sum. Length of every list: N.
+
+    missing: of rewards that may be, which samples go without it; their value in `parts` is 0.
+    """
 
     parts: dict[str, list[float]]
     total: list[float]
+    missing: dict[str, list[bool]] = field(default_factory=dict)
+
+    @property
+    def known(self) -> dict[str, list[float | None]]:
+        """Each reward by name, None where it is missing."""
+        found = {}
+        for name, values in self.parts.items():
+            gaps = self.missing.get(name, [False] * len(values))
+            found[name] = [None if gap else value for value, gap in zip(values, gaps, strict=True)]
+        return found
 
 
 @dataclass(frozen=True)

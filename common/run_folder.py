@@ -177,13 +177,15 @@ class RunFolder:
 
     def _merge(self, name: str) -> None:
         """One file of many parts. The parts stay until the result is written: a resumed run goes on from them."""
+        import pyarrow
         import pyarrow.parquet
 
         folder, whole = self.path / name, self.path / f"{name}.parquet"
         parts = sorted(folder.glob("*.parquet"))
         if parts:
             unfinished = whole.with_suffix(".unfinished")
-            schema = pyarrow.parquet.read_schema(parts[0]).remove_metadata()
+            schemas = [pyarrow.parquet.read_schema(part).remove_metadata() for part in parts]
+            schema = pyarrow.unify_schemas(schemas)  # a column without any value in one part has its type from another
             with pyarrow.parquet.ParquetWriter(unfinished, schema) as writer:
                 for part in parts:
                     writer.write_table(pyarrow.parquet.read_table(part).replace_schema_metadata().cast(schema))

@@ -292,5 +292,50 @@ def test_only_a_reward_that_may_be_missing_is_left_out(missing):
     found = score_groups([Prompt("0", "?", "six")] * 2, [[reply, reply], [reply, reply]], rewards)
     if missing:
         assert found.parts["judge"] == [0.0, 0.0, 0.5, 0.25] and found.total == [1.0, 0.0, 2.0, 0.5]
+        assert found.known == {"judge": [None, None, 0.5, 0.25], "length": [1.0, 0.0, 1.0, 0.0]}
     else:
         assert math.isnan(found.parts["judge"][0]) and math.isnan(found.total[0]) and found.total[1] == 2.0
+
+
+def reported(judged, shuffle=None):
+    """Metrics and table rows of two groups of two samples whose judge gave these scores."""
+    from types import SimpleNamespace
+
+    from common.grpo.batch import RolloutBatch, compare, describe, rows
+    from common.rewards import Scores
+    from common.rollout.base import Completion
+    from common.types import Prompt
+
+    gone = [score is None for score in judged]
+    parts = {"judge": [score or 0.0 for score in judged], "length": [1.0, 0.0, 1.0, 0.0]}
+    total = [a + b for a, b in zip(*parts.values(), strict=True)]
+    reply = Completion(torch.tensor([1]), torch.tensor([0.0]), "six", truncated=False)
+    group, prompt = SimpleNamespace(prompt=SimpleNamespace(ids=[1])), Prompt("0", "?", "six")
+    scores = Scores(parts, total, {"judge": gone})
+    used, found = compare(scores, dict.fromkeys(parts, 1.0), 2, "group", "sum_then_normalize", shuffle)
+    batch = RolloutBatch([prompt] * 2, [group] * 2, [[reply] * 2] * 2, used, found)
+    return describe(batch), rows(1, batch)
+
+
+@pytest.mark.parametrize("shuffle", [None, 1], ids=["as it is", "shuffled"])
+def test_a_missing_reward_is_not_shown_as_zero(shuffle):
+    metrics, rows = reported([None, None, 0.5, 0.25], shuffle)
+    assert metrics["rewards/judge/mean"] == 0.375 and metrics["rewards/judge/std"] == pytest.approx(0.17677669)
+    assert metrics["rewards/judge/missing"] == 0.5 and "rewards/length/missing" not in metrics
+    assert metrics["reward"] == (1.0 + 1.5 + 0.25) / 4
+    shown = [row["rewards/judge"] for row in rows]
+    assert (
+        shown == [None, None, 0.5, 0.25]
+        if shuffle is None
+        else sorted(map(str, shown)) == ["0.25", "0.5", "None", "None"]
+    )
+    assert all(row["reward"] == (row["rewards/judge"] or 0) + row["rewards/length"] for row in rows)
+
+
+def test_a_reward_that_is_missing_everywhere_does_not_stop_the_run():
+    from common.pipeline import check_finite
+
+    metrics, rows = reported([None] * 4)
+    check_finite(metrics, 1)
+    assert metrics["rewards/judge/missing"] == 1.0 and "rewards/judge/mean" not in metrics
+    assert json.loads(json.dumps(rows))[0]["rewards/judge"] is None

@@ -146,3 +146,12 @@ def test_the_parts_go_when_the_result_is_there(tmp_path):
     place.write_result(Result(**dict.fromkeys(names, "")))
     assert {path.name for path in tmp_path.iterdir()} == {"completions.parquet", "predictions.parquet", "metrics.json"}
     assert pyarrow.parquet.read_table(tmp_path / "completions.parquet").num_rows == 1
+
+
+def test_parts_join_where_a_column_has_no_value_in_one(tmp_path):
+    place = RunFolder(tmp_path)
+    for update, value in ((25, None), (50, 0.5), (75, None)):
+        place.write_completions([{"step": update, "rewards/judge": value}], update)
+    place.merge_completions()
+    rows = pyarrow.parquet.read_table(tmp_path / "completions.parquet").to_pylist()
+    assert [row["rewards/judge"] for row in rows] == [None, 0.5, None]
