@@ -75,6 +75,21 @@ class ContrastiveReasoning:
         if isinstance(self.judge, OwnBase):
             self.judge.bind(generate, identity)
 
+    def prepare(self) -> None:
+        """Before the run computes anything: a checkpoint is fetched, a server asked one question.
+
+        Raises:
+            UserError: The judge cannot be had, or does not answer and `on_failure` is `stop`.
+        """
+        try:
+            self.judge.prepare()
+        except JudgeUnavailable as error:
+            if self.on_failure == "stop":
+                raise UserError(
+                    f"on_failure=stop: the judge {error}; start it and give the same command again"
+                ) from error
+            log.warning("the judge %s", error)
+
     def __call__(self, samples: Sequence[Sample]) -> list[float]:
         """The reward of every sample: 0 without a well-formed reasoning, nothing being asked; NaN without an answer.
 

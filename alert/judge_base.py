@@ -35,6 +35,14 @@ class Judge(Protocol):
     def identity(self) -> str | None:
         """For the cache: names all that a reply depends on beside the prompt. None: not known, so nothing is kept."""
 
+    def prepare(self) -> None:
+        """Before the run computes anything: have what it takes to answer.
+
+        Raises:
+            JudgeUnavailable: It does not answer now.
+            UserError: It never will.
+        """
+
     def ask(self, prompts: Sequence[str]) -> list[str]:
         """One reply per prompt, in their order; the most probable one (temperature 0).
 
@@ -163,6 +171,9 @@ class OwnBase:
 
     def identity(self) -> str | None:
         return None if self.name is None else f"self:{self.name}:{self.max_tokens}"
+
+    def prepare(self) -> None:
+        """Nothing: the run loads its model itself."""
 
     def ask(self, prompts: Sequence[str]) -> list[str]:
         if self.generate is None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from alert.judge_base import JudgeUnavailable, Model, Runtime, check_server
-from alert.judge_prompt import uncut
+from alert.judge_prompt import judge_prompt, uncut
 from common.types import UserError
 
 if TYPE_CHECKING:
@@ -53,6 +53,15 @@ class OpenAIServer:
 
     def identity(self) -> str:
         return f"openai:{self.runtime.base_url}:{json.dumps(self.wishes)}"
+
+    def prepare(self) -> None:
+        """One question: not every server lists its models, and this one tries address, key and name of the model.
+
+        Raises:
+            JudgeUnavailable: It does not answer.
+            UserError: It refuses every question.
+        """
+        self.ask([judge_prompt("The image shows a round loop.")])
 
     def ask(self, prompts: Sequence[str]) -> list[str]:
         """

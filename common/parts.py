@@ -11,7 +11,7 @@ import torch
 
 from common import task
 from common.checkpoint import State
-from common.distributed import rank
+from common.distributed import barrier, rank
 from common.evaluate import Evaluator
 from common.grpo.trainer import GRPOTrainer
 from common.label_scores import LabelScorer
@@ -102,6 +102,20 @@ def make_trainer(config: Config, parts: Parts, updates: int, resume: Path | None
             decoding=sampling(config.rollout),
         )
     return SFTTrainer(**shared, loss=config.protocol.sft_loss, reply=parts.questions.method.label_response)
+
+
+def prepare_rewards(config: Config) -> None:
+    """Let the rewards try what they will need from outside; rank 0 first, so that nothing is fetched twice.
+
+    Raises:
+        UserError: Something is missing.
+    """
+    for turn in (rank() == 0, rank() != 0):
+        for reward in build_rewards(config.rewards).values():
+            prepare: Any = getattr(reward.function, "prepare", None)
+            if turn and prepare is not None:
+                prepare()
+        barrier()
 
 
 def bound_rewards(config: Config, policy: vlm.VLM) -> dict[str, Reward]:

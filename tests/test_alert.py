@@ -200,6 +200,23 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(kill, undisturbed, job, ru
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("judge", "said"),
+    [
+        (["backend=hf", "model=nobody/nothing"], "judge.model=nobody/nothing is neither a local folder nor reachable"),
+        (["backend=openai", "model=m"], "no connection"),
+    ],
+    ids=["hub", "server"],
+)
+def test_a_judge_that_is_not_there_stops_the_run_before_it_computes(judge, said, job, runner, tmp_path):
+    runtime = ["runtime.base_url=http://127.0.0.1:9/v1", "runtime.retries=0"]
+    mine = [f"rewards.reasoning.{value}" for value in (*(f"judge.{part}" for part in judge), *runtime)]
+    assert runner(tmp_path / "run", [*job, *FULL, *mine, f"cache_dir={tmp_path}"]) == 1
+    assert said in (tmp_path / "run" / "run.log").read_text()
+    assert not (tmp_path / "run" / "predictions").exists() and not list(tmp_path.glob("features"))
+
+
+@pytest.mark.slow
 def test_frozen_bank_and_base_stay_as_they_are(job, runner, tmp_path, untrained_folders):
     lora = ["model.lora.r=4", "model.lora.alpha=8", "method.trainable=false", f"cache_dir={tmp_path}"]
     assert runner(tmp_path / "run", [*job, *lora]) == 0

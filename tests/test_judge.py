@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -552,6 +553,50 @@ def test_a_checkpoint_replies_greedily_whatever_it_is_asked_beside(untrained_fol
         assert not set(new) & set(ends if isinstance(ends, list) else [ends])
         written = tokenizer.decode(new, skip_special_tokens=True).rstrip()
         assert reply == written.removesuffix(written.split()[-1]).rstrip()  # the last word may be half
+
+
+def test_a_hub_checkpoint_is_fetched_and_looked_at_before_anything_is_computed(untrained_folders, monkeypatch):
+    asked = []
+
+    def fetch(name, revision, allow_patterns):
+        asked.append((name, revision))
+        return str(untrained_folders["gemma3"])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    model = {"backend": "hf", "model": "owner/name", "revision": "abc"}
+    reward = ContrastiveReasoning(judge=model, runtime={})
+    assert not asked, "the configuration is checked without a network"
+    reward.prepare()
+    assert asked == [("owner/name", "abc")] and "_model" not in vars(reward.judge), "weights wait for a question"
+    folder = Checkpoint(Model("hf", str(untrained_folders["gemma3"])), Runtime())
+    assert reward.judge.identity() == folder.identity(), "a branch of the hub may move: its weights are its name"
+
+
+@pytest.mark.parametrize("on_failure", ["stop", "drop"])
+def test_a_hub_checkpoint_that_cannot_be_had_is_one_line(on_failure):
+    judge = {"backend": "hf", "model": "nobody/nothing"}
+    with pytest.raises(UserError, match="^judge.model=nobody/nothing is neither a local folder nor reachable on"):
+        ContrastiveReasoning(judge=judge, runtime={}, on_failure=on_failure).prepare()
+
+
+def test_a_checkpoint_without_a_chat_template_is_refused_before_anything_is_computed(untrained_folders, tmp_path):
+    folder = shutil.copytree(untrained_folders["gemma3"], tmp_path / "plain")
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="has no chat template"):
+        ContrastiveReasoning(judge={"backend": "hf", "model": str(folder)}, runtime={}).prepare()
+
+
+def test_a_server_is_asked_one_question_before_anything_is_computed(judge, caplog):
+    with JudgeServer(contrasts) as server:
+        judge(server).prepare()
+        assert len(server.requests) == 1
+    with pytest.raises(UserError, match="no connection.*; start it and give the same command again"):
+        judge(server).prepare()
+    judge(server, on_failure="drop").prepare()
+    assert "no connection" in caplog.text
+    refused = pytest.raises(UserError, match="HTTP 404; check judge.model")
+    with JudgeServer(lambda prompt, number: Reply(status=404)) as server, refused:
+        judge(server, on_failure="drop").prepare()
 
 
 # ------------------------------------------------------------------------------------------------------ configuration
