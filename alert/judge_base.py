@@ -19,6 +19,7 @@ from common.types import UserError
 BACKENDS = ("self", "hf", "openai")
 Settings = TypeVar("Settings", "Model", "Runtime")
 Generate = Callable[[Sequence[str]], list[str]]
+Keep = Callable[[str, str], None]  # takes a prompt and its reply as soon as there is one
 
 
 class JudgeUnavailable(Exception):
@@ -27,6 +28,10 @@ class JudgeUnavailable(Exception):
     def __init__(self, reason: str, answers: Sequence[str | None]) -> None:
         super().__init__(reason)
         self.answers = list(answers)
+
+
+def forget(prompt: str, reply: str) -> None:
+    """Keeps nothing."""
 
 
 class Judge(Protocol):
@@ -43,8 +48,12 @@ class Judge(Protocol):
             UserError: It never will.
         """
 
-    def ask(self, prompts: Sequence[str]) -> list[str]:
+    def ask(self, prompts: Sequence[str], keep: Keep = forget) -> list[str]:
         """One reply per prompt, in their order; the most probable one (temperature 0).
+
+        Args:
+            prompts: The questions.
+            keep: Called with every question and its reply when that comes, so that a process that dies loses few.
 
         Raises:
             JudgeUnavailable: After the retries some questions are without an answer.
@@ -175,7 +184,10 @@ class OwnBase:
     def prepare(self) -> None:
         """Nothing: the run loads its model itself."""
 
-    def ask(self, prompts: Sequence[str]) -> list[str]:
+    def ask(self, prompts: Sequence[str], keep: Keep = forget) -> list[str]:
         if self.generate is None:
             raise RuntimeError("the judge is the run's own model, but bind() has not been called")
-        return self.generate(prompts)
+        replies = self.generate(prompts)
+        for prompt, reply in zip(prompts, replies, strict=True):
+            keep(prompt, reply)
+        return replies

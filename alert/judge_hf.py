@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from alert.judge_base import Model, Runtime
+from alert.judge_base import Keep, Model, Runtime, forget
 from alert.judge_prompt import uncut
 from common.types import UserError
 
@@ -93,10 +93,16 @@ class Checkpoint:
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise UserError(f"judge.model={self.name} does not load: {' '.join(str(error).split())}") from error
 
-    def ask(self, prompts: Sequence[str]) -> list[str]:
+    def ask(self, prompts: Sequence[str], keep: Keep = forget) -> list[str]:
         """Shapes: B prompts of a forward, padded on the left to P tokens; up to max_tokens new ones."""
-        size = self.runtime.batch_size
-        return [reply for i in range(0, len(prompts), size) for reply in self._replies(prompts[i : i + size])]
+        found: list[str] = []
+        for start in range(0, len(prompts), self.runtime.batch_size):
+            part = prompts[start : start + self.runtime.batch_size]
+            replies = self._replies(part)
+            for prompt, reply in zip(part, replies, strict=True):
+                keep(prompt, reply)
+            found += replies
+        return found
 
     def _replies(self, prompts: Sequence[str]) -> list[str]:
         import torch
