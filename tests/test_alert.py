@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
+import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from alert import bank
+from alert import bank, candidates
 from alert.method import Alert
 from common import task
 from common.config import validate
-from common.types import CATEGORY, Item, UserError
+from common.types import CATEGORY, Item, Prediction, UserError
 from tests import data_tree
 from tests.faults import Kill
 
@@ -160,6 +162,33 @@ def job(untrained_folders):
     ]
 
 
+def answered(completion, answer):
+    return Prediction("0-0", "0", answer, completion, False, False, False, True, 1, False)
+
+
+def test_what_the_reasoning_concludes_is_said_of_every_image(digits_task):
+    replies = [
+        ("<think>Like zero, not one.</think><answer>one</answer>", "one", True),
+        ("<think>Not one but zero.</think><answer>one</answer>", "one", False),
+        ("<think>Round.</think><answer>zero</answer>", "zero", None),
+        ("<think>Like zero.</think> zero", "", None),
+        ("zero", "zero", None),
+    ]
+    items = digits_task.evaluation["test"].items
+    predictions = [
+        replace(answered(completion, answer), image=item.image)
+        for item, (completion, answer, _) in zip(items, replies, strict=False)
+    ]
+    method = Alert(seed=1)
+    origin = candidates.Origin("class_means", "digits", 16, 1)
+    names, logits = digits_task.evaluation["test"].names, torch.arange(10.0, 0.0, -1.0).expand(5, 10).numpy()
+    method.drafted["test"] = candidates.rank([p.image for p in predictions], logits, names, origin)
+    found = method.columns(digits_task, "test", predictions)
+    assert found == {"candidates": [["zero", "one"]] * 5, "reasoning_agrees": [verdict for *_, verdict in replies]}
+    counts = method.facts(digits_task, "test", predictions)["reasoning"]
+    assert counts == {"agree": 1, "differ": 1, "reasoning_names_none": 1, "malformed": 2}
+
+
 FULL = ["model.lora.r=0", "model.freeze_vision=false"]
 
 
@@ -177,6 +206,11 @@ def test_a_run_moves_the_bank_and_accounts_for_its_answers(undisturbed):
     assert moved.shape == (10,) and float(moved.min()) > 0, "all ten categories are referred to"
     draft = json.loads((undisturbed / "metrics.json").read_text())["eval"]["test"]["draft"]
     assert draft["recall@1"] <= draft["recall@2"] == draft["presence"] < draft["recall@8"]
+    reasoning = json.loads((undisturbed / "metrics.json").read_text())["eval"]["test"]["reasoning"]
+    assert sum(reasoning.values()) == draft["n"] and reasoning["malformed"] > 0
+    table = pyarrow.parquet.read_table(undisturbed / "predictions.parquet")
+    assert {len(row["candidates"]) for row in table.select(["candidates"]).to_pylist()} == {2}
+    assert {"reasoning_agrees", "candidates"} < set(table.column_names)
     lines = (undisturbed / "timings.jsonl").read_text().splitlines()
     assert all("judge/calls" in json.loads(line) for line in lines)
 
@@ -234,8 +268,6 @@ def test_an_exported_bank_gives_the_same_answers(undisturbed, job, runner, tmp_p
     again = [f"model.path={undisturbed / 'model'}", f"method.bank={undisturbed / 'model' / 'embeddings'}"]
     arguments = ["method=alert_zeroshot", *replaced, *again, *FULL, f"cache_dir={tmp_path}"]
     assert runner(tmp_path / "run", arguments) == 0
-    import pyarrow.parquet
-
     columns = ["image", "completion"]
     read = {
         name: pyarrow.parquet.read_table(folder / "predictions.parquet").to_pandas()
@@ -271,8 +303,6 @@ def test_a_bank_can_be_looked_at(tmp_path, capsys):
 
 
 def test_a_category_without_images_is_refused_before_the_model_loads(digits_task):
-    from dataclasses import replace
-
     rest = tuple(item for item in digits_task.train.items if item.label != 4)
     task = replace(digits_task, train=replace(digits_task.train, items=rest))
     with pytest.raises(UserError, match="but 1 have none, first: 'four'"):

@@ -105,7 +105,8 @@ PREDICTION = Prediction(
 
 
 def test_a_finished_split_is_read_back_as_it_was(tmp_path):
-    place, found = RunFolder(tmp_path), Answers([PREDICTION, replace(PREDICTION, choices=())], 1.5, 0.25)
+    said = {"candidates": [["six", "nine"], []], "agrees": [True, None]}
+    place, found = RunFolder(tmp_path), Answers([PREDICTION, replace(PREDICTION, choices=())], 1.5, 0.25, said)
     assert place.read_predictions("eval", "test") is None
     place.write_predictions("eval", "test", found)
     assert place.read_predictions("eval", "test") == found
