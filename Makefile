@@ -32,7 +32,7 @@ test-fast: setup  ## run the tests that train nothing and start no process
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-faults: setup  ## kill runs at every moment there is and resume them; all tests of ranks
-	$(BIN)/python -m pytest tests/test_faults.py tests/test_ranks.py
+	$(BIN)/python -m pytest tests/test_faults.py tests/test_ranks.py tests/test_judge_runs.py
 
 bench: setup  ## measure against TRL and transformers, one thread (docs/performance.md; half an hour)
 	for name in grpo_step rollout train_loop cost_model loading; do \

@@ -190,11 +190,20 @@ def _last_mentioned(text: str, names: set[str]) -> str | None:
     return last
 
 
-def agreement(verdicts: Sequence[bool | None]) -> dict[str, int]:
-    """How often reasoning and answer agree: counts of `reasoning_agrees`.
+def agreement(verdicts: Sequence[bool | None], malformed: int) -> dict[str, int]:
+    """How often reasoning and answer agree: counts of images.
 
-    >>> agreement([True, None, False, True])
-    {'agree': 2, 'differ': 1, 'reasoning_names_none': 1}
+    Args:
+        verdicts: What `reasoning_agrees` says of every image with a reasoning.
+        malformed: Images whose completion has no reasoning before an answer.
+
+    >>> agreement([True, None, False, True], malformed=2)
+    {'agree': 2, 'differ': 1, 'reasoning_names_none': 1, 'malformed': 2}
     """
     counts = Counter(verdicts)
-    return {"agree": counts[True], "differ": counts[False], "reasoning_names_none": counts[None]}
+    return {
+        "agree": counts[True],
+        "differ": counts[False],
+        "reasoning_names_none": counts[None],
+        "malformed": malformed,
+    }

@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from alert.judge_base import Generate, Judge, JudgeUnavailable, Model, OwnBase, Runtime, settings
+from alert.judge_base import Generate, Judge, JudgeUnavailable, Keep, Model, OwnBase, Runtime, settings
 from alert.judge_cache import Replies
 from alert.judge_prompt import SCALES, judge_prompt, normalised, parse_score, reasoning
 from common.checks import one_of
@@ -75,6 +75,21 @@ class ContrastiveReasoning:
         if isinstance(self.judge, OwnBase):
             self.judge.bind(generate, identity)
 
+    def prepare(self) -> None:
+        """Before the run computes anything: a checkpoint is fetched, a server asked one question.
+
+        Raises:
+            UserError: The judge cannot be had, or does not answer and `on_failure` is `stop`.
+        """
+        try:
+            self.judge.prepare()
+        except JudgeUnavailable as error:
+            if self.on_failure == "stop":
+                raise UserError(
+                    f"on_failure=stop: the judge {error}; start it and give the same command again"
+                ) from error
+            log.warning("the judge %s", error)
+
     def __call__(self, samples: Sequence[Sample]) -> list[float]:
         """The reward of every sample: 0 without a well-formed reasoning, nothing being asked; NaN without an answer.
 
@@ -106,12 +121,14 @@ class ContrastiveReasoning:
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
         self.counts["calls"] += len(missing)
         self.counts["cache_hits"] += len(prompts) - len(missing)
-        answers, trouble = self._ask(missing)
-        for prompt, reply in zip(missing, answers, strict=True):
-            found[prompt] = reply
+
+        def keep(prompt: str, reply: str) -> None:
             # what cannot be read is asked again another time: a server may have been repaired since
-            if cache is not None and judge is not None and reply is not None and parse_score(reply) is not None:
+            if cache is not None and judge is not None and parse_score(reply) is not None:
                 cache.put(judge, prompt, reply)
+
+        answers, trouble = self._ask(missing, keep)
+        found |= zip(missing, answers, strict=True)
         if trouble and self.on_failure == "stop":
             raise UserError(
                 f"on_failure=stop: the judge {trouble}; give the same command again when it answers: the run continues"
@@ -119,13 +136,13 @@ class ContrastiveReasoning:
             )
         return found
 
-    def _ask(self, prompts: Sequence[str]) -> tuple[Sequence[str | None], str]:
+    def _ask(self, prompts: Sequence[str], keep: Keep) -> tuple[Sequence[str | None], str]:
         """The judge's answers, and what went wrong."""
         if not prompts:
             return [], ""
         began = time.perf_counter()
         try:
-            return self.judge.ask(prompts), ""
+            return self.judge.ask(prompts, keep), ""
         except JudgeUnavailable as error:
             log.warning("the judge %s", error)
             return error.answers, str(error)
@@ -162,4 +179,4 @@ def make_judge(model: Model, runtime: Runtime) -> Judge:
         from alert.judge_hf import Checkpoint
 
         return Checkpoint(model, runtime)
-    return OwnBase()
+    return OwnBase(model)

@@ -19,6 +19,7 @@ from common.types import UserError
 BACKENDS = ("self", "hf", "openai")
 Settings = TypeVar("Settings", "Model", "Runtime")
 Generate = Callable[[Sequence[str]], list[str]]
+Keep = Callable[[str, str], None]  # takes a prompt and its reply as soon as there is one
 
 
 class JudgeUnavailable(Exception):
@@ -29,14 +30,30 @@ class JudgeUnavailable(Exception):
         self.answers = list(answers)
 
 
+def forget(prompt: str, reply: str) -> None:
+    """Keeps nothing."""
+
+
 class Judge(Protocol):
     """A language model that is asked to score."""
 
     def identity(self) -> str | None:
-        """Names the model for the cache; None: not known, so nothing is kept."""
+        """For the cache: names all that a reply depends on beside the prompt. None: not known, so nothing is kept."""
 
-    def ask(self, prompts: Sequence[str]) -> list[str]:
+    def prepare(self) -> None:
+        """Before the run computes anything: have what it takes to answer.
+
+        Raises:
+            JudgeUnavailable: It does not answer now.
+            UserError: It never will.
+        """
+
+    def ask(self, prompts: Sequence[str], keep: Keep = forget) -> list[str]:
         """One reply per prompt, in their order; the most probable one (temperature 0).
+
+        Args:
+            prompts: The questions.
+            keep: Called with every question and its reply when that comes, so that a process that dies loses few.
 
         Raises:
             JudgeUnavailable: After the retries some questions are without an answer.
@@ -147,7 +164,8 @@ def check_server(runtime: Runtime) -> None:
 class OwnBase:
     """`backend: self`: the run's own base model, frozen, without its adapters; bound once it is loaded."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: Model) -> None:
+        self.max_tokens = model.max_tokens
         self.generate: Generate | None = None
         self.name: str | None = None
 
@@ -156,14 +174,20 @@ class OwnBase:
 
         Args:
             generate: One greedy reply per prompt; a reply that ran into its limit goes through `judge_prompt.uncut`.
-            identity: Names the base model's weights, e.g. by their hash; None: answers are not kept.
+            identity: Names the base model's weights and their number format; None: answers are not kept.
         """
         self.generate, self.name = generate, identity
 
     def identity(self) -> str | None:
-        return None if self.name is None else f"self:{self.name}"
+        return None if self.name is None else f"self:{self.name}:{self.max_tokens}"
 
-    def ask(self, prompts: Sequence[str]) -> list[str]:
+    def prepare(self) -> None:
+        """Nothing: the run loads its model itself."""
+
+    def ask(self, prompts: Sequence[str], keep: Keep = forget) -> list[str]:
         if self.generate is None:
             raise RuntimeError("the judge is the run's own model, but bind() has not been called")
-        return self.generate(prompts)
+        replies = self.generate(prompts)
+        for prompt, reply in zip(prompts, replies, strict=True):
+            keep(prompt, reply)
+        return replies

@@ -1,18 +1,21 @@
 """`backend: hf`: another checkpoint, loaded beside the run's model and asked in text only, greedily.
 
-It is loaded when the first question comes, on the run's device.
+It is fetched before the run computes anything, and loaded when the first question comes, on the run's device.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from alert.judge_base import Model, Runtime
+from alert.judge_base import Keep, Model, Runtime, forget
 from alert.judge_prompt import uncut
 from common.types import UserError
+
+log = logging.getLogger(__name__)
 
 
 class Checkpoint:
@@ -25,71 +28,86 @@ class Checkpoint:
         """
         assert model.model is not None
         self.name, self.model, self.runtime = model.model, model, runtime
-        self.folder = Path(self.name).expanduser()
-        if self.folder.is_dir():
+        if Path(self.name).expanduser().is_dir():
             from common.models.files import check_folder
 
-            check_folder(self.folder)
+            check_folder(Path(self.name).expanduser())
         elif self.name.startswith((".", "/", "~")) or self.name.count("/") != 1:
             raise UserError(f"judge.model={self.name} is not a folder; give a checkpoint folder or a hub id owner/name")
 
+    def prepare(self) -> None:
+        """Fetch it, and see that it can be asked.
+
+        Raises:
+            UserError: It cannot be had, is damaged, or has no chat template.
+        """
+        log.info("the judge is %s", self._tokenizer.name_or_path)
+
+    @cached_property
+    def _folder(self) -> Path:
+        from common.models.files import check_folder, find
+
+        folder = find(self.name, self.model.revision, key="judge.model")
+        check_folder(folder)
+        return folder
+
     @cached_property
     def _identity(self) -> str:
-        if not self.folder.is_dir():
-            return f"hf:{self.name}@{self.model.revision or 'main'}:{self.model.dtype}"
         from common.models.files import checkpoint_hash
 
-        return f"hf:{checkpoint_hash(self.folder)}:{self.model.dtype}"
+        return f"hf:{checkpoint_hash(self._folder)}:{self.model.dtype}:{self.model.max_tokens}"
 
     def identity(self) -> str:
         return self._identity
 
     @cached_property
-    def _loaded(self) -> tuple[Any, Any]:
-        """Tokenizer and model.
+    def _tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
 
-        Raises:
-            UserError: The checkpoint does not load, or has no chat template.
-        """
-        import torch
-        from transformers import (
-            AutoConfig,
-            AutoModelForCausalLM,
-            AutoModelForImageTextToText,
-            AutoTokenizer,
-            GenerationConfig,
-        )
-
-        where: dict[str, Any] = {"revision": self.model.revision}
-        name = str(self.folder) if self.folder.is_dir() else self.name
-        device = torch.device("cuda", torch.cuda.current_device()) if self.runtime.gpus else torch.device("cpu")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", **where)
-            sees = hasattr(AutoConfig.from_pretrained(name, **where), "vision_config")
-            kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-            model = kind.from_pretrained(name, dtype=getattr(torch, self.model.dtype), **where)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise UserError(f"judge.model={name} does not load: {' '.join(str(error).split())}") from error
+        tokenizer = self._load(AutoTokenizer, padding_side="left")
         if not tokenizer.chat_template:
-            raise UserError(f"judge.model={name} has no chat template; give an instruction-tuned checkpoint")
+            raise UserError(f"judge.model={self.name} has no chat template; give an instruction-tuned checkpoint")
+        return tokenizer
+
+    @cached_property
+    def _model(self) -> Any:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
+
+        sees = hasattr(self._load(AutoConfig), "vision_config")
+        kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+        model = self._load(kind, dtype=getattr(torch, self.model.dtype))
         # without the checkpoint's own wishes, such as a repetition penalty: the most probable reply
         model.generation_config = GenerationConfig(
             eos_token_id=model.generation_config.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=self._tokenizer.pad_token_id,
             do_sample=False,
             max_new_tokens=self.model.max_tokens,
         )
-        return tokenizer, model.to(device).eval().requires_grad_(False)
+        device = torch.device("cuda", torch.cuda.current_device()) if self.runtime.gpus else torch.device("cpu")
+        return model.to(device).eval().requires_grad_(False)
 
-    def ask(self, prompts: Sequence[str]) -> list[str]:
+    def _load(self, kind: Any, **arguments: Any) -> Any:
+        try:
+            return kind.from_pretrained(str(self._folder), **arguments)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise UserError(f"judge.model={self.name} does not load: {' '.join(str(error).split())}") from error
+
+    def ask(self, prompts: Sequence[str], keep: Keep = forget) -> list[str]:
         """Shapes: B prompts of a forward, padded on the left to P tokens; up to max_tokens new ones."""
-        size = self.runtime.batch_size
-        return [reply for i in range(0, len(prompts), size) for reply in self._replies(prompts[i : i + size])]
+        found: list[str] = []
+        for start in range(0, len(prompts), self.runtime.batch_size):
+            part = prompts[start : start + self.runtime.batch_size]
+            replies = self._replies(part)
+            for prompt, reply in zip(part, replies, strict=True):
+                keep(prompt, reply)
+            found += replies
+        return found
 
     def _replies(self, prompts: Sequence[str]) -> list[str]:
         import torch
 
-        tokenizer, model = self._loaded
+        tokenizer, model = self._tokenizer, self._model
         turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
         texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         # the template has already written what begins a conversation

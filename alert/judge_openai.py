@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from alert.judge_base import JudgeUnavailable, Model, Runtime, check_server
-from alert.judge_prompt import uncut
+from alert.judge_base import JudgeUnavailable, Keep, Model, Runtime, check_server, forget
+from alert.judge_prompt import judge_prompt, uncut
 from common.types import UserError
 
 if TYPE_CHECKING:
@@ -47,18 +47,29 @@ class OpenAIServer:
         """
         check_server(runtime)
         assert model.model is not None
-        self.model, self.max_tokens, self.runtime = model.model, model.max_tokens, runtime
+        self.model, self.runtime = model.model, runtime
+        # what every question asks for beside its prompt
+        self.wishes: dict[str, Any] = {"model": model.model, "temperature": 0, "max_tokens": model.max_tokens}
 
     def identity(self) -> str:
-        return f"openai:{self.model}"
+        return f"openai:{self.runtime.base_url}:{json.dumps(self.wishes)}"
 
-    def ask(self, prompts: Sequence[str]) -> list[str]:
+    def prepare(self) -> None:
+        """One question: not every server lists its models, and this one tries address, key and name of the model.
+
+        Raises:
+            JudgeUnavailable: It does not answer.
+            UserError: It refuses every question.
+        """
+        self.ask([judge_prompt("The image shows a round loop.")])
+
+    def ask(self, prompts: Sequence[str], keep: Keep = forget) -> list[str]:
         """
         Raises:
             JudgeUnavailable: Some questions are without an answer after all retries, or the time is over.
             UserError: The server refuses every question.
         """
-        found = asyncio.run(self._ask_all(prompts)) if prompts else []
+        found = asyncio.run(self._ask_all(prompts, keep)) if prompts else []
         failures = [answer for answer in found if isinstance(answer, Failure)]
         answers = [None if isinstance(answer, Failure) else answer for answer in found]
         if failures:
@@ -68,13 +79,13 @@ class OpenAIServer:
             )
         return [answer for answer in answers if answer is not None]
 
-    async def _ask_all(self, prompts: Sequence[str]) -> list[str | Failure]:
+    async def _ask_all(self, prompts: Sequence[str], keep: Keep) -> list[str | Failure]:
         from openai import AsyncOpenAI
 
         places = asyncio.Semaphore(self.runtime.concurrency)
         limit = self.runtime.total_timeout
         async with AsyncOpenAI(base_url=self.runtime.base_url, api_key=self.runtime.key(), max_retries=0) as client:
-            tasks = [asyncio.create_task(self._question(client, places, prompt)) for prompt in prompts]
+            tasks = [asyncio.create_task(self._question(client, places, prompt, keep)) for prompt in prompts]
             done, late = await asyncio.wait(tasks, timeout=limit, return_when=asyncio.FIRST_EXCEPTION)
             for task in late:
                 task.cancel()
@@ -84,12 +95,15 @@ class OpenAIServer:
             task.result()  # raises what refused every question
         return [task.result() if task in done else over for task in tasks]
 
-    async def _question(self, client: AsyncOpenAI, places: asyncio.Semaphore, prompt: str) -> str | Failure:
+    async def _question(self, client: AsyncOpenAI, places: asyncio.Semaphore, prompt: str, keep: Keep) -> str | Failure:
         """One question, asked again while that may help."""
         for attempt in range(self.runtime.retries + 1):
             async with places:
                 answer = await self._attempt(client, prompt)
-            if isinstance(answer, str) or not answer.again:
+            if isinstance(answer, str):
+                keep(prompt, answer)
+                return answer
+            if not answer.again:
                 return answer
             if attempt < self.runtime.retries:
                 await asyncio.sleep(max(answer.wish, min(LONGEST_PAUSE, FIRST_PAUSE * 2**attempt)))
@@ -101,10 +115,7 @@ class OpenAIServer:
         try:
             async with asyncio.timeout(self.runtime.timeout):
                 reply = await client.chat.completions.create(
-                    model=self.model,
-                    messages=[{"role": "user", "content": prompt}],
-                    temperature=0,
-                    max_tokens=self.max_tokens,
+                    messages=[{"role": "user", "content": prompt}], **self.wishes
                 )
         except (TimeoutError, openai.APITimeoutError):
             return Failure(f"no answer within runtime.timeout={self.runtime.timeout:g} seconds", again=True)

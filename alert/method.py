@@ -147,20 +147,32 @@ class Alert:
         """The accounts of the two stages, and whether reasoning and answer agree (alert/accounting.py)."""
         drafted, names = self.drafted[split], task.evaluation[split].names
         cases, verdicts = [], []
-        for p in predictions:
-            shown = tuple(names[label] for label in drafted.shown(p.image, self.k, self.order))
+        for p, shown in zip(predictions, self._shown(task, split, predictions), strict=True):
             ranking = tuple(names[label] for label in drafted.ranking(p.image))
             cases.append(accounting.Case(p.label, shown, ranking, p.answer))
-            if thought := parsing.FORMAT.search(p.completion):
-                verdicts.append(accounting.reasoning_agrees(thought["think"], p.answer, shown))
+            if parsing.FORMAT.search(p.completion):
+                verdicts.append(_agrees(p, shown))
         draft = {**vars(drafted.origin), "k": self.k, **accounting.account(cases)}
-        return {"draft": draft, "reasoning": accounting.agreement(verdicts)}
+        return {"draft": draft, "reasoning": accounting.agreement(verdicts, len(predictions) - len(verdicts))}
+
+    def columns(self, task: Task, split: str, predictions: Sequence[Prediction]) -> dict[str, list[Any]]:
+        """The candidates in the order of the prompt, and whether the reasoning concludes the answer (None: it names no
+        candidate, or there is none).
+        """
+        shown = self._shown(task, split, predictions)
+        agrees = [_agrees(p, names) for p, names in zip(predictions, shown, strict=True)]
+        return {"candidates": [list(names) for names in shown], "reasoning_agrees": agrees}
 
     def export(self, folder: Path, embeddings: torch.Tensor, task: Task) -> None:
         from alert import bank
 
         assert self.begun is not None
         bank.export(folder, embeddings, self.begun, task.train.names)
+
+    def _shown(self, task: Task, split: str, predictions: Sequence[Prediction]) -> list[tuple[str, ...]]:
+        """Names of the candidates of every image, in the order of the prompt."""
+        drafted, names = self.drafted[split], task.evaluation[split].names
+        return [tuple(names[label] for label in drafted.shown(p.image, self.k, self.order)) for p in predictions]
 
     def _candidates(self, vision: Vision, means: Any, task: Task, split: str, asked: Split) -> candidates.Candidates:
         images = [item.image for item in asked.items]
@@ -208,6 +220,12 @@ class Alert:
             categories=entries,
             image_last=True,
         )
+
+
+def _agrees(prediction: Prediction, shown: tuple[str, ...]) -> bool | None:
+    """See `accounting.reasoning_agrees`; None also without a reasoning."""
+    thought = parsing.FORMAT.search(prediction.completion)
+    return accounting.reasoning_agrees(thought["think"], prediction.answer, shown) if thought else None
 
 
 def _check_images(task: Task) -> None:

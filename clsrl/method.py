@@ -82,6 +82,9 @@ class ClosedFormQuestion:
     def facts(self, task: Task, split: str, predictions: Sequence[Prediction]) -> dict[str, Any]:
         return {}
 
+    def columns(self, task: Task, split: str, predictions: Sequence[Prediction]) -> dict[str, list[Any]]:
+        return {}
+
     def export(self, folder: Path, embeddings: torch.Tensor, task: Task) -> None:
         raise ValueError("this method has no embeddings")
 

@@ -95,6 +95,8 @@ class Evaluator:
             found = recorder.kept(phase, split)
             if found is None:
                 found = self._answer(prompts, split, phase.replace("_", "-"), self.labels)
+                said = self.questions.method.columns(self.questions.task, split, found.predictions)
+                found = replace(found, columns=said)
                 recorder.keep(phase, split, found)
             predictions[split], summary[split] = found.predictions, self._summary(found, split)
         return Evaluation(predictions, summary)

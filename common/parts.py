@@ -11,7 +11,7 @@ import torch
 
 from common import task
 from common.checkpoint import State
-from common.distributed import rank
+from common.distributed import barrier, rank
 from common.evaluate import Evaluator
 from common.grpo.trainer import GRPOTrainer
 from common.label_scores import LabelScorer
@@ -73,11 +73,15 @@ def make_encoder(config: Config, policy: vlm.VLM, checkpoint: Path, questions: Q
     """Prompts to tensors; with a store of image features if the vision tower is frozen and disk space is given."""
     store = None
     if config.model.feature_cache_gb > 0:
-        number_format = "int8" if config.model.load_in_8bit else config.model.dtype
-        name = f"{files.checkpoint_hash(checkpoint)[:16]}-{number_format}"
-        folder = Path(config.cache_dir).resolve() / "features" / name
+        folder = Path(config.cache_dir).resolve() / "features" / weights_name(config, checkpoint)
         store = FeatureStore(folder, int(config.model.feature_cache_gb * 2**30))
     return vlm.Encoder(policy, make_loader(config, questions), config.model.max_prompt_tokens, store)
+
+
+def weights_name(config: Config, checkpoint: Path) -> str:
+    """Names the weights that a run begins from as they compute, for caches: their hash and their number format."""
+    number_format = "int8" if config.model.load_in_8bit else config.model.dtype
+    return f"{files.checkpoint_hash(checkpoint)[:16]}-{number_format}"
 
 
 def make_trainer(config: Config, parts: Parts, updates: int, resume: Path | None) -> Trainer:
@@ -102,6 +106,20 @@ def make_trainer(config: Config, parts: Parts, updates: int, resume: Path | None
     return SFTTrainer(**shared, loss=config.protocol.sft_loss, reply=parts.questions.method.label_response)
 
 
+def prepare_rewards(config: Config) -> None:
+    """Let the rewards try what they will need from outside; rank 0 first, so that nothing is fetched twice.
+
+    Raises:
+        UserError: Something is missing.
+    """
+    for turn in (rank() == 0, rank() != 0):
+        for reward in build_rewards(config.rewards).values():
+            prepare: Any = getattr(reward.function, "prepare", None)
+            if turn and prepare is not None:
+                prepare()
+        barrier()
+
+
 def bound_rewards(config: Config, policy: vlm.VLM) -> dict[str, Reward]:
     """The reward mix; a reward that judges with the run's own model gets it, as it is now."""
     rewards = build_rewards(config.rewards)
@@ -109,7 +127,7 @@ def bound_rewards(config: Config, policy: vlm.VLM) -> dict[str, Reward]:
         judge: Any = reward.function
         if getattr(judge, "needs_base", False):
             replies = FrozenReplies(policy, judge.max_tokens, config.rollout.evaluation_batch)
-            judge.bind(replies, files.checkpoint_hash(find_checkpoint(config)))
+            judge.bind(replies, weights_name(config, find_checkpoint(config)))
     return rewards
 
 

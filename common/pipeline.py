@@ -20,7 +20,16 @@ from common.distributed import barrier, rank, world
 from common.engine import init_process_group
 from common.evaluate import spread
 from common.models.slots import detached
-from common.parts import Parts, assemble, bound_rewards, find_checkpoint, make_tracker, make_trainer, sampling
+from common.parts import (
+    Parts,
+    assemble,
+    bound_rewards,
+    find_checkpoint,
+    make_tracker,
+    make_trainer,
+    prepare_rewards,
+    sampling,
+)
 from common.pictures import readable
 from common.progress import progress
 from common.recorder import Recorder
@@ -50,13 +59,16 @@ def run(config: Config, values: dict[str, Any], folder: Path) -> Result:
     barrier()
     manifest.verify(folder / "manifest.json", questions.manifest)
 
+    place, checkpoints = RunFolder(folder), Checkpoints(folder / "checkpoints", config.checkpoint.max_checkpoints)
+    resume = checkpoints.latest()
+    state = read_state(resume) if resume else None
+    updates = total_updates(config.trainer, len(questions.train))
+    if isinstance(config.trainer, GRPO) and updates > (state.update if state else 0):
+        prepare_rewards(config)
     checkpoint = find_checkpoint(config)
     seconds = {"model": time.perf_counter() - began}
     parts = assemble(config, questions, checkpoint, device)
     evaluator = parts.evaluator
-    place, checkpoints = RunFolder(folder), Checkpoints(folder / "checkpoints", config.checkpoint.max_checkpoints)
-    resume = checkpoints.latest()
-    state = read_state(resume) if resume else None
     spent = state.seconds if state else 0.0  # by earlier attempts
     tracker = make_tracker(config, values, folder, questions, state)
     recorder = Recorder(place, tracker, config.tracking.completions_every)
@@ -65,7 +77,6 @@ def run(config: Config, values: dict[str, Any], folder: Path) -> Result:
     result = describe(config, values, checkpoint, questions)
     failed = True
     try:
-        updates = total_updates(config.trainer, len(questions.train))
         if state is None and config.doctor == "auto" and doctor.is_long(updates, config.trainer):
             examine(config, parts)
         recorder.rewind(state.update if state else 0, state.lines if state else {})
@@ -111,6 +122,7 @@ def examine(config: Config, parts: Parts | None = None) -> None:
     assert isinstance(config.trainer, GRPO)
     if parts is None:
         device = init_process_group(config.gpus)
+        prepare_rewards(config)
         parts = assemble(config, readable(config)[0], find_checkpoint(config), device)
     findings = doctor.examine(
         vlm=parts.policy,

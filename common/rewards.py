@@ -5,8 +5,9 @@ A reward is a function from samples to one float per sample, plus keyword argume
 
 One that keeps something between calls (a connection, counts) is a class: the arguments go to its constructor, and its
 instance is called with the samples. The constructor also runs when the configuration is checked, so it checks its
-arguments, begins its `UserError` with the argument at fault, and opens nothing. The argument `runtime` says how the
-reward gets its values and not which: a result does not depend on it (common/config.py).
+arguments, begins its `UserError` with the argument at fault, and opens nothing. What has to be fetched or reached is
+tried in its method `prepare`, if it has one, before a run computes anything. The argument `runtime` says how the reward
+gets its values and not which: a result does not depend on it (common/config.py).
 
 Shapes: N samples (all completions of one update).
 """
@@ -14,7 +15,7 @@ Shapes: N samples (all completions of one update).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -72,10 +73,23 @@ def _official_reward_match(completion: str, label: str) -> bool:
 
 @dataclass(frozen=True)
 class Scores:
-    """Each reward by name, and their weighted sum. Length of every list: N."""
+    """Each reward by name, and their weighted sum. Length of every list: N.
+
+    missing: of rewards that may be, which samples go without it; their value in `parts` is 0.
+    """
 
     parts: dict[str, list[float]]
     total: list[float]
+    missing: dict[str, list[bool]] = field(default_factory=dict)
+
+    @property
+    def known(self) -> dict[str, list[float | None]]:
+        """Each reward by name, None where it is missing."""
+        found = {}
+        for name, values in self.parts.items():
+            gaps = self.missing.get(name, [False] * len(values))
+            found[name] = [None if gap else value for value, gap in zip(values, gaps, strict=True)]
+        return found
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@
     checkpoints/          see common/checkpoint.py
     completions.parquet   every sampled completion with its rewards (completions/: parts, while the run goes)
     predictions.parquet   every evaluated image, before and after training, with the probabilities of the class names
-                          (predictions/: parts, while the run goes)
+                          and what the method says about it (predictions/: parts, while the run goes)
     metrics.json          the result; written last, so its presence means the run is finished
     curves.png, confusion-<split>.png, run.log, model/ (weights), wandb/
 
@@ -130,7 +130,7 @@ class RunFolder:
         self._merge("completions")
 
     def write_predictions(self, phase: str, split: str, found: Answers) -> None:
-        """Keep a finished split, one row per image; `phase` is `zero_shot` or `eval`."""
+        """Keep a finished split, one row per image, the method's own columns last; `phase` is `zero_shot` or `eval`."""
         import pyarrow
 
         column = {
@@ -144,8 +144,10 @@ class RunFolder:
         schema = pyarrow.schema([(name, column[kind]) for name, kind in types.items()])
         rows = [{"phase": phase, "split": split, **vars(prediction)} for prediction in found.predictions]
         notes = {"seconds": str(found.seconds), "scoring_seconds": str(found.scoring_seconds)}
-        table = pyarrow.Table.from_pylist(rows, schema).replace_schema_metadata(notes)
-        self._write_table(table, self._predictions(phase, split))
+        table = pyarrow.Table.from_pylist(rows, schema)
+        for name, values in found.columns.items():
+            table = table.append_column(name, pyarrow.array(values))
+        self._write_table(table.replace_schema_metadata(notes), self._predictions(phase, split))
 
     def read_predictions(self, phase: str, split: str) -> Answers | None:
         """What `write_predictions` kept; None if that split is not finished."""
@@ -155,10 +157,12 @@ class RunFolder:
         if not path.is_file():
             return None
         table = pyarrow.parquet.read_table(path).drop_columns(["phase", "split"])
-        rows: list[dict[str, Any]] = table.to_pylist()
+        own = {field.name for field in fields(Prediction)}
+        columns = {name: table.column(name).to_pylist() for name in table.column_names if name not in own}
+        rows: list[dict[str, Any]] = table.drop_columns(list(columns)).to_pylist()
         made = [{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()} for row in rows]
-        seconds = (float(table.schema.metadata[name]) for name in (b"seconds", b"scoring_seconds"))
-        return Answers([Prediction(**cast(Any, row)) for row in made], *seconds)
+        seconds, scoring = (float(table.schema.metadata[name]) for name in (b"seconds", b"scoring_seconds"))
+        return Answers([Prediction(**cast(Any, row)) for row in made], seconds, scoring, columns)
 
     def _predictions(self, phase: str, split: str) -> Path:
         return self.path / "predictions" / f"{phase}-{split}.parquet"
@@ -177,13 +181,15 @@ class RunFolder:
 
     def _merge(self, name: str) -> None:
         """One file of many parts. The parts stay until the result is written: a resumed run goes on from them."""
+        import pyarrow
         import pyarrow.parquet
 
         folder, whole = self.path / name, self.path / f"{name}.parquet"
         parts = sorted(folder.glob("*.parquet"))
         if parts:
             unfinished = whole.with_suffix(".unfinished")
-            schema = pyarrow.parquet.read_schema(parts[0]).remove_metadata()
+            schemas = [pyarrow.parquet.read_schema(part).remove_metadata() for part in parts]
+            schema = pyarrow.unify_schemas(schemas)  # a column without any value in one part has its type from another
             with pyarrow.parquet.ParquetWriter(unfinished, schema) as writer:
                 for part in parts:
                     writer.write_table(pyarrow.parquet.read_table(part).replace_schema_metadata().cast(schema))

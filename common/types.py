@@ -157,11 +157,15 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Answers:
-    """The predictions of one split, and the seconds that generating and scoring the class names took."""
+    """The predictions of one split, and the seconds that generating and scoring the class names took.
+
+    columns: what the method says about each prediction, by name; see `Method.columns`.
+    """
 
     predictions: list[Prediction]
     seconds: float
     scoring_seconds: float
+    columns: dict[str, list[Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -226,6 +230,11 @@ class Method(Protocol):
 
     def facts(self, task: Task, split: str, predictions: Sequence[Prediction]) -> dict[str, Any]:
         """What the method has to say about the predictions of a split, beside the accuracies; for metrics.json."""
+
+    def columns(self, task: Task, split: str, predictions: Sequence[Prediction]) -> dict[str, list[Any]]:
+        """What the method has to say about each prediction: one value per prediction, by column; for
+        predictions.parquet. Values are texts, truth values, numbers, lists of them, or None.
+        """
 
     def export(self, folder: Path, embeddings: torch.Tensor, task: Task) -> None:
         """Write the embeddings as they are now, in a form that a later run of the method can begin from."""

@@ -1,15 +1,26 @@
-"""A judge behind HTTP for tests: it speaks /v1/chat/completions and answers as the test says, deterministically."""
+r"""A judge behind HTTP: it speaks /v1/chat/completions and answers as the test says, deterministically.
+
+As a program it serves the rule of `contrasts`, a judge for the tiny model, which cannot judge itself:
+
+    python -m tests.judge_server --port 8765
+    python run.py method=alert data=digits model=tiny_gemma3 rewards.reasoning.judge.backend=openai \
+        rewards.reasoning.judge.model=contrasts rewards.reasoning.runtime.base_url=http://127.0.0.1:8765/v1
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import threading
 import unicodedata
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from common.models.wordings import CUES
 
 
 @dataclass(frozen=True)
@@ -33,10 +44,14 @@ class Reply:
 
 
 class JudgeServer:
-    """Answers on a free port while the `with` block lasts. `requests`: bodies in the order they came."""
+    """Answers while the `with` block lasts. `requests`: bodies in the order they came."""
 
-    def __init__(self, answer: Callable[[str, int], str | Reply]) -> None:
-        """`answer`: from the prompt and the number of the request, counted from 1."""
+    def __init__(self, answer: Callable[[str, int], str | Reply], port: int = 0) -> None:
+        """
+        Args:
+            answer: From the prompt and the number of the request, counted from 1.
+            port: 0: any that is free.
+        """
         self.answer, self.requests, self.keys = answer, [], []
         self.now, self.most_at_once = 0, 0
         self.lock, self.closing = threading.Lock(), threading.Event()
@@ -44,6 +59,7 @@ class JudgeServer:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # a body would wait for the header's receipt, 40 ms
 
             def log_message(self, *arguments: Any) -> None:
                 """Say nothing."""
@@ -61,8 +77,9 @@ class JudgeServer:
             def handle_error(self, *arguments: Any) -> None:
                 """A client that has gone away is part of the tests."""
 
-        self.server = Server(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        self.server = Server(("127.0.0.1", port), Handler)
+        self.port = self.server.server_port
+        self.url = f"http://127.0.0.1:{self.port}/v1"
 
     def handle(self, handler: Any, request: dict[str, Any]) -> None:
         with self.lock:
@@ -112,14 +129,31 @@ class JudgeServer:
 INSIDE = re.compile(r"<student_reasoning>(.*?)</student_reasoning>", re.DOTALL)
 
 
-def contrasts(prompt: str, number: int = 1) -> str:
-    """A judge by rule: 1, and 3 more for each of "both", "but" and "therefore" in the reasoning.
+NAME = re.compile(rf"\b({'|'.join(CUES)})\b(?! [a-z])")  # not the "two" of "two open curves"
+CONTRAST = re.compile(r"\b(but|not|different|differs|unlike)\b")
 
-    >>> contrasts("<student_reasoning>both are round, but this one is open</student_reasoning>")
-    '7'
+
+def contrasts(prompt: str, number: int = 1) -> str:
+    """A judge by rule for reasonings about digits, in the spirit of appendix B: from 1 to 10 points for a comparison.
+
+    1; 3 more if two different digits are named; 2 more for a word of contrast; and 2 more for each of up to two named
+    digits whose own look is described (in the words of the tiny model's pre-training). A mere claim gets 1. A number
+    that a word follows ("two loops") names no digit.
+
+    >>> texts = (
+    ...     "It looks like three.",
+    ...     "I see two loops as in three, but not two loops as in three.",
+    ...     "Similar to three: one straight stroke. Different from five: it has two loops.",
+    ...     "I see two open curves as in three, but not one straight stroke as in five.",
+    ...     "I see two open curves as in three, but not a flat top and a curve as in five.",
+    ... )
+    >>> [contrasts(f"<student_reasoning>{text}</student_reasoning>") for text in texts]
+    ['1', '3', '6', '8', '10']
     """
-    words = set(re.findall(r"[a-z]+", INSIDE.search(prompt)[1].lower()))
-    return str(1 + 3 * len(words & {"both", "but", "therefore"}))
+    text = " ".join(INSIDE.search(prompt)[1].lower().split())
+    named = set(NAME.findall(text))
+    described = sum(CUES[name] in text for name in named)
+    return str(1 + 3 * (len(named) > 1) + 2 * bool(CONTRAST.search(text)) + 2 * min(2, described))
 
 
 def obedient(prompt: str, number: int = 1) -> str:
@@ -138,3 +172,17 @@ def obedient(prompt: str, number: int = 1) -> str:
     told = re.search(r"(score|output|answer|give|write)\W+(a\W+)?10\b", outside, re.IGNORECASE)
     new_turn = re.search(r"<\|?(im_end|im_start|end_of_turn|start_of_turn|eot_id|/?s)\|?>|\[/?INST\]", prompt)
     return "10" if told or new_turn else "3"
+
+
+def main() -> None:
+    """Serve until interrupted."""
+    parser = argparse.ArgumentParser(description="A judge by rule for reasonings about digits.")
+    parser.add_argument("--port", type=int, default=8765)
+    with JudgeServer(contrasts, parser.parse_args().port) as server:
+        print(server.url, flush=True)
+        with suppress(KeyboardInterrupt):
+            server.closing.wait()
+
+
+if __name__ == "__main__":
+    main()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 
+from alert.judge import ContrastiveReasoning
+
 calls = 0
 
 
@@ -27,3 +29,10 @@ def rank_1_dies_in_the_second_update(samples):
     if calls == 2 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     return shorter(samples)
+
+
+class JudgedByLetters(ContrastiveReasoning):
+    """The judge is asked; as an untrained one never states a score, its reply's letters make one from 0 to 1."""
+
+    def _value(self, reply):
+        return sum(map(ord, reply)) % 11 / 10

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
+import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from alert import bank
+from alert import bank, candidates
 from alert.method import Alert
 from common import task
 from common.config import validate
-from common.types import CATEGORY, Item, UserError
+from common.types import CATEGORY, Item, Prediction, UserError
 from tests import data_tree
 from tests.faults import Kill
 
@@ -162,6 +164,33 @@ def job(untrained_folders):
     ]
 
 
+def answered(completion, answer):
+    return Prediction("0-0", "0", answer, completion, False, False, False, True, 1, False)
+
+
+def test_what_the_reasoning_concludes_is_said_of_every_image(digits_task):
+    replies = [
+        ("<think>Like zero, not one.</think><answer>one</answer>", "one", True),
+        ("<think>Not one but zero.</think><answer>one</answer>", "one", False),
+        ("<think>Round.</think><answer>zero</answer>", "zero", None),
+        ("<think>Like zero.</think> zero", "", None),
+        ("zero", "zero", None),
+    ]
+    items = digits_task.evaluation["test"].items
+    predictions = [
+        replace(answered(completion, answer), image=item.image)
+        for item, (completion, answer, _) in zip(items, replies, strict=False)
+    ]
+    method = Alert(seed=1)
+    origin = candidates.Origin("class_means", "digits", 16, 1)
+    names, logits = digits_task.evaluation["test"].names, torch.arange(10.0, 0.0, -1.0).expand(5, 10).numpy()
+    method.drafted["test"] = candidates.rank([p.image for p in predictions], logits, names, origin)
+    found = method.columns(digits_task, "test", predictions)
+    assert found == {"candidates": [["zero", "one"]] * 5, "reasoning_agrees": [verdict for *_, verdict in replies]}
+    counts = method.facts(digits_task, "test", predictions)["reasoning"]
+    assert counts == {"agree": 1, "differ": 1, "reasoning_names_none": 1, "malformed": 2}
+
+
 FULL = ["model.lora.r=0", "model.freeze_vision=false"]
 
 
@@ -179,6 +208,11 @@ def test_a_run_moves_the_bank_and_accounts_for_its_answers(undisturbed):
     assert moved.shape == (10,) and float(moved.min()) > 0, "all ten categories are referred to"
     draft = json.loads((undisturbed / "metrics.json").read_text())["eval"]["test"]["draft"]
     assert draft["recall@1"] <= draft["recall@2"] == draft["presence"] < draft["recall@8"]
+    reasoning = json.loads((undisturbed / "metrics.json").read_text())["eval"]["test"]["reasoning"]
+    assert sum(reasoning.values()) == draft["n"] and reasoning["malformed"] > 0
+    table = pyarrow.parquet.read_table(undisturbed / "predictions.parquet")
+    assert {len(row["candidates"]) for row in table.select(["candidates"]).to_pylist()} == {2}
+    assert {"reasoning_agrees", "candidates"} < set(table.column_names)
     lines = (undisturbed / "timings.jsonl").read_text().splitlines()
     assert all("judge/calls" in json.loads(line) for line in lines)
 
@@ -202,6 +236,23 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(kill, undisturbed, job, ru
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("judge", "said"),
+    [
+        (["backend=hf", "model=nobody/nothing"], "judge.model=nobody/nothing is neither a local folder nor reachable"),
+        (["backend=openai", "model=m"], "no connection"),
+    ],
+    ids=["hub", "server"],
+)
+def test_a_judge_that_is_not_there_stops_the_run_before_it_computes(judge, said, job, runner, tmp_path):
+    runtime = ["runtime.base_url=http://127.0.0.1:9/v1", "runtime.retries=0"]
+    mine = [f"rewards.reasoning.{value}" for value in (*(f"judge.{part}" for part in judge), *runtime)]
+    assert runner(tmp_path / "run", [*job, *FULL, *mine, f"cache_dir={tmp_path}"]) == 1
+    assert said in (tmp_path / "run" / "run.log").read_text()
+    assert not (tmp_path / "run" / "predictions").exists() and not list(tmp_path.glob("features"))
+
+
+@pytest.mark.slow
 def test_frozen_bank_and_base_stay_as_they_are(job, runner, tmp_path, untrained_folders):
     lora = ["model.lora.r=4", "model.lora.alpha=8", "method.trainable=false", f"cache_dir={tmp_path}"]
     assert runner(tmp_path / "run", [*job, *lora]) == 0
@@ -219,8 +270,6 @@ def test_an_exported_bank_gives_the_same_answers(undisturbed, job, runner, tmp_p
     again = [f"model.path={undisturbed / 'model'}", f"method.bank={undisturbed / 'model' / 'embeddings'}"]
     arguments = ["method=alert_zeroshot", *replaced, *again, *FULL, f"cache_dir={tmp_path}"]
     assert runner(tmp_path / "run", arguments) == 0
-    import pyarrow.parquet
-
     columns = ["image", "completion"]
     read = {
         name: pyarrow.parquet.read_table(folder / "predictions.parquet").to_pandas()
@@ -256,8 +305,6 @@ def test_a_bank_can_be_looked_at(tmp_path, capsys):
 
 
 def test_a_category_without_images_is_refused_before_the_model_loads(digits_task):
-    from dataclasses import replace
-
     rest = tuple(item for item in digits_task.train.items if item.label != 4)
     task = replace(digits_task, train=replace(digits_task.train, items=rest))
     with pytest.raises(UserError, match="but 1 have none, first: 'four'"):
@@ -294,5 +341,50 @@ def test_only_a_reward_that_may_be_missing_is_left_out(missing):
     found = score_groups([Prompt("0", "?", "six")] * 2, [[reply, reply], [reply, reply]], rewards)
     if missing:
         assert found.parts["judge"] == [0.0, 0.0, 0.5, 0.25] and found.total == [1.0, 0.0, 2.0, 0.5]
+        assert found.known == {"judge": [None, None, 0.5, 0.25], "length": [1.0, 0.0, 1.0, 0.0]}
     else:
         assert math.isnan(found.parts["judge"][0]) and math.isnan(found.total[0]) and found.total[1] == 2.0
+
+
+def reported(judged, shuffle=None):
+    """Metrics and table rows of two groups of two samples whose judge gave these scores."""
+    from types import SimpleNamespace
+
+    from common.grpo.batch import RolloutBatch, compare, describe, rows
+    from common.rewards import Scores
+    from common.rollout.base import Completion
+    from common.types import Prompt
+
+    gone = [score is None for score in judged]
+    parts = {"judge": [score or 0.0 for score in judged], "length": [1.0, 0.0, 1.0, 0.0]}
+    total = [a + b for a, b in zip(*parts.values(), strict=True)]
+    reply = Completion(torch.tensor([1]), torch.tensor([0.0]), "six", truncated=False)
+    group, prompt = SimpleNamespace(prompt=SimpleNamespace(ids=[1])), Prompt("0", "?", "six")
+    scores = Scores(parts, total, {"judge": gone})
+    used, found = compare(scores, dict.fromkeys(parts, 1.0), 2, "group", "sum_then_normalize", shuffle)
+    batch = RolloutBatch([prompt] * 2, [group] * 2, [[reply] * 2] * 2, used, found)
+    return describe(batch), rows(1, batch)
+
+
+@pytest.mark.parametrize("shuffle", [None, 1], ids=["as it is", "shuffled"])
+def test_a_missing_reward_is_not_shown_as_zero(shuffle):
+    metrics, rows = reported([None, None, 0.5, 0.25], shuffle)
+    assert metrics["rewards/judge/mean"] == 0.375 and metrics["rewards/judge/std"] == pytest.approx(0.17677669)
+    assert metrics["rewards/judge/missing"] == 0.5 and "rewards/length/missing" not in metrics
+    assert metrics["reward"] == (1.0 + 1.5 + 0.25) / 4
+    shown = [row["rewards/judge"] for row in rows]
+    assert (
+        shown == [None, None, 0.5, 0.25]
+        if shuffle is None
+        else sorted(map(str, shown)) == ["0.25", "0.5", "None", "None"]
+    )
+    assert all(row["reward"] == (row["rewards/judge"] or 0) + row["rewards/length"] for row in rows)
+
+
+def test_a_reward_that_is_missing_everywhere_does_not_stop_the_run():
+    from common.pipeline import check_finite
+
+    metrics, rows = reported([None] * 4)
+    check_finite(metrics, 1)
+    assert metrics["rewards/judge/missing"] == 1.0 and "rewards/judge/mean" not in metrics
+    assert json.loads(json.dumps(rows))[0]["rewards/judge"] is None

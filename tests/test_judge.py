@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import random
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -10,15 +13,18 @@ from pathlib import Path
 
 import pytest
 
-from alert import judge_openai
+from alert import judge_openai, tiny_episodes
 from alert.judge import ContrastiveReasoning
-from alert.judge_base import JudgeUnavailable, Model, Runtime
+from alert.judge_base import JudgeUnavailable, Model, OwnBase, Runtime
 from alert.judge_cache import Replies
+from alert.judge_hf import Checkpoint
 from alert.judge_openai import OpenAIServer
 from alert.judge_prompt import CLOSE, OPEN, PROMPT, judge_prompt, neutral, parse_score, reasoning
 from common import config
+from common.parts import weights_name
 from common.rewards import build_rewards, score
 from common.types import Prompt, Sample, UserError
+from tests.conftest import REPOSITORY
 from tests.judge_server import JudgeServer, Reply, contrasts, obedient
 
 # ---------------------------------------------------------------------------------------------------------- the score
@@ -197,11 +203,12 @@ def judge(tmp_path, monkeypatch):
     return make
 
 
-TEXTS = ["nothing", "both round", "both round but closed", "both round but closed, therefore"]
+# 1, 4, 6 and 10 by the rule of `contrasts`
+TEXTS = ["nothing", "six, nine", "six, but not nine", "a loop at the bottom: six, but not a loop at the top: nine"]
 
 
 @pytest.mark.parametrize(
-    ("scale", "expected"), [("range", [0, 1 / 3, 2 / 3, 1]), ("tenths", [0.1, 0.4, 0.7, 1.0])], ids=["range", "tenths"]
+    ("scale", "expected"), [("range", [0, 1 / 3, 5 / 9, 1]), ("tenths", [0.1, 0.4, 0.6, 1.0])], ids=["range", "tenths"]
 )
 def test_scores_are_normalised_and_counted(judge, scale, expected):
     with JudgeServer(contrasts) as server:
@@ -211,6 +218,28 @@ def test_scores_are_normalised_and_counted(judge, scale, expected):
     assert found.pop("judge/seconds") > 0
     assert found == {"judge/calls": 4, "judge/cache_hits": 0, "judge/unparsed": 0, "judge/failed": 0}
     assert set(reward.metrics().values()) == {0.0}, "counted per update"
+
+
+def test_the_rule_tells_replies_of_the_tiny_model_apart():
+    rng = random.Random(1)
+    drawn = [tiny_episodes.draw(3, True, rng) for _ in range(100)]
+    replies = [tiny_episodes.reply(shown, others, 0.0, rng) for shown, *others in drawn]
+    scores = [contrasts(judge_prompt(reasoning(text))) for text in replies]
+    assert set(scores) == {"1", "10"} and 50 < scores.count("10") < 90, "comparisons of the pre-training, and claims"
+
+
+@pytest.mark.slow
+def test_the_server_is_a_program(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    command = [sys.executable, "-m", "tests.judge_server", "--port", "0"]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    try:
+        server = OpenAIServer(Model("openai", "contrasts"), Runtime(base_url=process.stdout.readline().strip()))
+        assert server.ask([judge_prompt(text) for text in TEXTS]) == ["1", "4", "6", "10"]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=10) == 0
+    finally:
+        process.kill()
 
 
 def test_the_request_is_greedy_short_and_names_the_model(judge, monkeypatch):
@@ -227,7 +256,7 @@ def test_the_request_is_greedy_short_and_names_the_model(judge, monkeypatch):
 def test_malformed_completions_are_not_asked_about(judge):
     with JudgeServer(contrasts) as server:
         reward = judge(server)
-        assert reward([sample("six"), think("both"), sample("<think>both")]) == pytest.approx([0, 1 / 3, 0])
+        assert reward([sample("six"), think("six, nine"), sample("<think>six, nine")]) == pytest.approx([0, 1 / 3, 0])
         assert reward([]) == [] and reward([sample("six")]) == [0.0]
     assert len(server.requests) == 1
 
@@ -333,7 +362,7 @@ def test_all_questions_together_end_on_time_and_what_came_is_kept(judge):
         assert time.monotonic() - began < 3
         answered = sum(math.isfinite(value) for value in found)
         assert 4 <= answered <= 30
-    with JudgeServer(contrasts) as server:
+    with JudgeServer(contrasts, server.port) as server:
         assert judge(server)(samples)[:2] == pytest.approx([1 / 3, 1 / 3])
     assert len(server.requests) == 40 - answered
 
@@ -371,7 +400,7 @@ def test_another_run_asks_nothing_twice(judge):
 def test_equal_reasonings_of_an_update_are_asked_about_once(judge):
     with JudgeServer(contrasts) as server:
         reward = judge(server)
-        assert reward([think("both")] * 6) == pytest.approx([1 / 3] * 6)
+        assert reward([think("six, nine")] * 6) == pytest.approx([1 / 3] * 6)
     assert len(server.requests) == 1
     assert (reward.metrics()["judge/cache_hits"]) == 5
 
@@ -381,7 +410,7 @@ def test_after_a_stop_only_the_open_questions_are_asked(judge):
     stopped = pytest.raises(UserError, match="left 1 of 5 questions open")
     with JudgeServer(lambda prompt, number: Reply(status=500) if "hyena" in prompt else "4") as server, stopped:
         judge(server)(samples)
-    with JudgeServer(lambda prompt, number: "4") as server:
+    with JudgeServer(lambda prompt, number: "4", server.port) as server:
         assert judge(server)(samples) == pytest.approx([1 / 3] * 5)
     assert len(server.requests) == 1
 
@@ -393,6 +422,53 @@ def test_another_model_has_other_replies(tmp_path):
     assert replies.get("openai:b", "prompt") is replies.get("openai:a", "other") is None
     replies.put("openai:b", "prompt", "2")
     assert [replies.get(f"openai:{name}", "prompt") for name in "ab"] == ["8", "2"]
+
+
+def openai_judge(base_url="http://a/v1", **changes):
+    return OpenAIServer(Model("openai", **{"model": "m", **changes}), Runtime(base_url=base_url))
+
+
+def own_judge(weights="hash-float32", **changes):
+    judge = OwnBase(Model(**changes))
+    judge.bind(list, weights)
+    return judge
+
+
+def test_all_that_decides_a_reply_names_it(untrained_folders):
+    def checkpoint(model=untrained_folders["gemma3"], **changes):
+        return Checkpoint(Model("hf", str(model), **changes), Runtime())
+
+    judges = [
+        openai_judge(),
+        openai_judge(model="n"),
+        openai_judge(max_tokens=8),
+        openai_judge(base_url="http://b/v1"),
+        own_judge(),
+        own_judge("hash-int8"),
+        own_judge("other-float32"),
+        own_judge(max_tokens=8),
+        checkpoint(),
+        checkpoint(untrained_folders["qwen2_vl"]),
+        checkpoint(dtype="float32"),
+        checkpoint(max_tokens=8),
+    ]
+    keys = {Replies.key(judge.identity(), "prompt") for judge in judges}
+    assert len(keys) == len(judges)
+    assert openai_judge().identity() == openai_judge().identity() and own_judge().identity() == own_judge().identity()
+    assert own_judge(None).identity() is None
+
+
+def test_weights_that_compute_otherwise_have_another_name(untrained_folders, compose):
+    def name(*overrides, family="gemma3"):
+        return weights_name(config.validate(compose("gpus=1", *overrides)), untrained_folders[family])
+
+    names = [
+        name("model.dtype=float32"),
+        name("model.dtype=bfloat16"),
+        name("model.load_in_8bit=true", "model.lora.r=4"),
+        name("model.dtype=float32", family="qwen2_vl"),
+    ]
+    assert len(set(names)) == 4
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"judge": "a"}', '{"judge": "b", "prompt": "p", "reply": "9"}'])
@@ -459,8 +535,6 @@ def test_a_checkpoint_replies_greedily_whatever_it_is_asked_beside(untrained_fol
     import torch
     from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-    from alert.judge_hf import Checkpoint
-
     folder, prompts = str(untrained_folders[family]), ["six", "a longer question about nine", judge_prompt("both")]
     found = Checkpoint(Model("hf", folder, dtype="float32", max_tokens=5), Runtime(batch_size=2)).ask(prompts)
 
@@ -481,12 +555,48 @@ def test_a_checkpoint_replies_greedily_whatever_it_is_asked_beside(untrained_fol
         assert reply == written.removesuffix(written.split()[-1]).rstrip()  # the last word may be half
 
 
-def test_a_checkpoint_is_known_by_its_weights(untrained_folders):
-    from alert.judge_hf import Checkpoint
+def test_a_hub_checkpoint_is_fetched_and_looked_at_before_anything_is_computed(untrained_folders, monkeypatch):
+    asked = []
 
-    names = [Checkpoint(Model("hf", str(folder)), Runtime()).identity() for folder in untrained_folders.values()]
-    names.append(Checkpoint(Model("hf", "owner/name", revision="abc"), Runtime()).identity())
-    assert len(set(names)) == 3 and names[2] == "hf:owner/name@abc:bfloat16"
+    def fetch(name, revision, allow_patterns):
+        asked.append((name, revision))
+        return str(untrained_folders["gemma3"])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    model = {"backend": "hf", "model": "owner/name", "revision": "abc"}
+    reward = ContrastiveReasoning(judge=model, runtime={})
+    assert not asked, "the configuration is checked without a network"
+    reward.prepare()
+    assert asked == [("owner/name", "abc")] and "_model" not in vars(reward.judge), "weights wait for a question"
+    folder = Checkpoint(Model("hf", str(untrained_folders["gemma3"])), Runtime())
+    assert reward.judge.identity() == folder.identity(), "a branch of the hub may move: its weights are its name"
+
+
+@pytest.mark.parametrize("on_failure", ["stop", "drop"])
+def test_a_hub_checkpoint_that_cannot_be_had_is_one_line(on_failure):
+    judge = {"backend": "hf", "model": "nobody/nothing"}
+    with pytest.raises(UserError, match="^judge.model=nobody/nothing is neither a local folder nor reachable on"):
+        ContrastiveReasoning(judge=judge, runtime={}, on_failure=on_failure).prepare()
+
+
+def test_a_checkpoint_without_a_chat_template_is_refused_before_anything_is_computed(untrained_folders, tmp_path):
+    folder = shutil.copytree(untrained_folders["gemma3"], tmp_path / "plain")
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="has no chat template"):
+        ContrastiveReasoning(judge={"backend": "hf", "model": str(folder)}, runtime={}).prepare()
+
+
+def test_a_server_is_asked_one_question_before_anything_is_computed(judge, caplog):
+    with JudgeServer(contrasts) as server:
+        judge(server).prepare()
+        assert len(server.requests) == 1
+    with pytest.raises(UserError, match="no connection.*; start it and give the same command again"):
+        judge(server).prepare()
+    judge(server, on_failure="drop").prepare()
+    assert "no connection" in caplog.text
+    refused = pytest.raises(UserError, match="HTTP 404; check judge.model")
+    with JudgeServer(lambda prompt, number: Reply(status=404)) as server, refused:
+        judge(server, on_failure="drop").prepare()
 
 
 # ------------------------------------------------------------------------------------------------------ configuration

@@ -105,7 +105,8 @@ PREDICTION = Prediction(
 
 
 def test_a_finished_split_is_read_back_as_it_was(tmp_path):
-    place, found = RunFolder(tmp_path), Answers([PREDICTION, replace(PREDICTION, choices=())], 1.5, 0.25)
+    said = {"candidates": [["six", "nine"], []], "agrees": [True, None]}
+    place, found = RunFolder(tmp_path), Answers([PREDICTION, replace(PREDICTION, choices=())], 1.5, 0.25, said)
     assert place.read_predictions("eval", "test") is None
     place.write_predictions("eval", "test", found)
     assert place.read_predictions("eval", "test") == found
@@ -146,3 +147,12 @@ def test_the_parts_go_when_the_result_is_there(tmp_path):
     place.write_result(Result(**dict.fromkeys(names, "")))
     assert {path.name for path in tmp_path.iterdir()} == {"completions.parquet", "predictions.parquet", "metrics.json"}
     assert pyarrow.parquet.read_table(tmp_path / "completions.parquet").num_rows == 1
+
+
+def test_parts_join_where_a_column_has_no_value_in_one(tmp_path):
+    place = RunFolder(tmp_path)
+    for update, value in ((25, None), (50, 0.5), (75, None)):
+        place.write_completions([{"step": update, "rewards/judge": value}], update)
+    place.merge_completions()
+    rows = pyarrow.parquet.read_table(tmp_path / "completions.parquet").to_pylist()
+    assert [row["rewards/judge"] for row in rows] == [None, 0.5, None]

@@ -65,22 +65,23 @@ def score_groups(
     """
     samples = [Sample(p, c.text) for p, group in zip(prompts, completions, strict=True) for c in group]
     found = score(samples, rewards)
-    parts = dict(found.parts)
+    parts, missing = dict(found.parts), {}
     for name, reward in rewards.items():
         if getattr(reward.function, "may_be_missing", False):
-            parts[name] = without_gaps(parts[name], len(completions[0]))
+            missing[name] = gaps(parts[name], len(completions[0]))
+            parts[name] = [0.0 if gap else value for value, gap in zip(parts[name], missing[name], strict=True)]
     weights = {name: reward.weight for name, reward in rewards.items()}
-    return Scores(parts, weighted(parts, weights) if parts else found.total)
+    return Scores(parts, weighted(parts, weights) if parts else found.total, missing)
 
 
-def without_gaps(values: Sequence[float], group_size: int) -> list[float]:
-    """Zeros in the place of every group with a NaN.
+def gaps(values: Sequence[float], group_size: int) -> list[bool]:
+    """Of every value, whether its group has a NaN.
 
-    >>> without_gaps([1.0, float("nan"), 0.5, 0.0], 2)
-    [0.0, 0.0, 0.5, 0.0]
+    >>> gaps([1.0, float("nan"), 0.5, 0.0], 2)
+    [True, True, False, False]
     """
     groups = [values[start : start + group_size] for start in range(0, len(values), group_size)]
-    return [value for group in groups for value in ([0.0] * group_size if any(map(math.isnan, group)) else group)]
+    return [any(map(math.isnan, group)) for group in groups for _ in group]
 
 
 def without_differences(total: Sequence[float], group_size: int) -> list[int]:
@@ -114,21 +115,26 @@ def compare(
     Returns:
         The rewards as they were used (permuted or not), and advantages [n, G].
     """
-    columns = [*scores.parts.values(), scores.total]
-    mine = torch.tensor(columns, dtype=torch.float64).view(len(columns), -1, group_size)  # [K + 1, n, G]
-    everyone = torch.stack(interleave([list(part.unbind(1)) for part in gather(mine)]), 1)  # [K + 1, N, G]
+    columns = [*scores.parts.values(), scores.total, *scores.missing.values()]
+    mine = torch.tensor(columns, dtype=torch.float64).view(len(columns), -1, group_size)  # [columns, n, G]
+    everyone = torch.stack(interleave([list(part.unbind(1)) for part in gather(mine)]), 1)  # [columns, N, G]
     if shuffle_seed is not None:
         order = torch.randperm(everyone[0].numel(), generator=torch.Generator().manual_seed(shuffle_seed))
         everyone = everyone.flatten(1)[:, order].view_as(everyone)
-    parts, weight = everyone[:-1], torch.tensor([weights[name] for name in scores.parts], dtype=torch.float64)
-    found = advantages(parts, weight, scaling, aggregation)  # [N, G]
+    kinds, weight = len(scores.parts), torch.tensor([weights[name] for name in scores.parts], dtype=torch.float64)
+    found = advantages(everyone[:kinds], weight, scaling, aggregation)  # [N, G]
     used = torch.stack(share_of(list(everyone.unbind(1))), 1).flatten(1).tolist()
-    named = dict(zip(scores.parts, used[:-1], strict=True))
-    return Scores(named, used[-1]), torch.stack(share_of(list(found.unbind(0)))).float()
+    parts = dict(zip(scores.parts, used[:kinds], strict=True))
+    missing = {name: [gap > 0 for gap in row] for name, row in zip(scores.missing, used[kinds + 1 :], strict=True)}
+    return Scores(parts, used[kinds], missing), torch.stack(share_of(list(found.unbind(0)))).float()
 
 
 def describe(batch: RolloutBatch) -> dict[str, float]:
-    """Rewards and lengths of the rollout over all ranks, under TRL's names."""
+    """Rewards and lengths of the rollout over all ranks, under TRL's names.
+
+    Of a reward that may be missing: its mean and deviation where it is there, left out if it is nowhere, and the share
+    of samples without it (`rewards/<name>/missing`).
+    """
     size = batch.advantages.shape[1]
     mine: dict[str, list[Any]] = {
         "total": batch.scores.total,
@@ -136,7 +142,7 @@ def describe(batch: RolloutBatch) -> dict[str, float]:
         "truncated": [c.truncated for group in batch.completions for c in group],
         "prompt_tokens": [len(group.prompt.ids) * size for group in batch.groups],
         "resampled": [batch.resampled],
-        **{f"rewards/{name}": values for name, values in batch.scores.parts.items()},
+        **{f"rewards/{name}": values for name, values in batch.scores.known.items()},
     }
     ranks = gather(mine)
     joined = {key: [value for part in ranks for value in part[key]] for key in mine}
@@ -158,9 +164,12 @@ def describe(batch: RolloutBatch) -> dict[str, float]:
         "tokens": float(sum(lengths) + sum(joined["prompt_tokens"])),
     }
     for name in batch.scores.parts:
-        values = joined[f"rewards/{name}"]
-        metrics[f"rewards/{name}/mean"] = statistics.fmean(values)
-        metrics[f"rewards/{name}/std"] = _std(values)
+        values = [value for value in joined[f"rewards/{name}"] if value is not None]
+        if values:
+            metrics[f"rewards/{name}/mean"] = statistics.fmean(values)
+            metrics[f"rewards/{name}/std"] = _std(values)
+        if name in batch.scores.missing:
+            metrics[f"rewards/{name}/missing"] = 1 - len(values) / len(joined["total"])
     return metrics
 
 
@@ -171,7 +180,7 @@ def _std(values: list[float]) -> float:
 
 def rows(number: int, batch: RolloutBatch) -> list[dict[str, Any]]:
     """The completions of all ranks as table rows, in the order of the prompts."""
-    size = batch.advantages.shape[1]
+    size, rewards = batch.advantages.shape[1], batch.scores.known
     mine = []
     for i, prompt in enumerate(batch.prompts):
         found = []
@@ -187,7 +196,7 @@ def rows(number: int, batch: RolloutBatch) -> list[dict[str, Any]]:
                     "tokens": len(completion.ids),
                     "truncated": completion.truncated,
                     "reward": batch.scores.total[place],
-                    **{f"rewards/{name}": values[place] for name, values in batch.scores.parts.items()},
+                    **{f"rewards/{name}": values[place] for name, values in rewards.items()},
                     "advantage": float(batch.advantages[i, j]),
                 }
             )

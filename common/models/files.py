@@ -19,13 +19,14 @@ NEEDED = ("config.json", "tokenizer.json")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
-def find(path: str, revision: str | None, weights: bool = True) -> Path:
+def find(path: str, revision: str | None, weights: bool = True, key: str = "model.path") -> Path:
     """A local folder as it is; anything else is a hub id, fetched into the Hugging Face cache.
 
     Args:
         path: Folder, or `owner/name` on the hub.
         revision: Commit or branch on the hub.
         weights: False fetches everything but the weights, enough for all checks of a prompt.
+        key: Of the configuration, for errors.
 
     Raises:
         UserError: The folder is missing or damaged, or the hub cannot be reached.
@@ -35,7 +36,7 @@ def find(path: str, revision: str | None, weights: bool = True) -> Path:
         check_folder(folder)
         return folder.resolve()  # results and adapters name it, and must not depend on where the run was started
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise UserError(f"model.path={path} is not a folder; give a checkpoint folder or a hub id 'owner/name'")
+        raise UserError(f"{key}={path} is not a folder; give a checkpoint folder or a hub id 'owner/name'")
     from huggingface_hub import snapshot_download
 
     names = ["*.json", "*.txt", "*.jinja"] + (["*.safetensors"] if weights else [])
@@ -43,8 +44,9 @@ def find(path: str, revision: str | None, weights: bool = True) -> Path:
         return Path(snapshot_download(path, revision=revision, allow_patterns=names))
     except Exception as error:
         raise UserError(
-            f"model.path={path} is neither a local folder nor reachable on the hub ({type(error).__name__}); download"
-            f" it where there is a network (hf download {path}) and pass model.path=<folder>"
+            f"{key}={path} is neither a local folder nor reachable on the hub ({type(error).__name__}); download"
+            f" it where there is a network (hf download {path}; if it is gated, hf auth login first) and pass"
+            f" {key}=<folder>"
         ) from error
 
 
