@@ -47,7 +47,7 @@ class Parts:
 def assemble(config: Config, questions: Questions, checkpoint: Path, device: torch.device) -> Parts:
     """Load the model and put sampler and evaluation around it."""
     torch.manual_seed(config.seed)  # adapters start alike on all ranks
-    policy = vlm.load(checkpoint, config.model, device)
+    policy = vlm.load(checkpoint, config.model, device, train=config.trainer.name != "none")
     seen = questions.method.look(Vision(policy, make_loader(config, questions)), questions.task)
     if seen is not None:
         policy = replace(policy, slots=attach(policy.model, seen.entries, seen.trainable))

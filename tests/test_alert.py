@@ -161,12 +161,20 @@ def job(untrained_folders):
 
 
 FULL = ["model.lora.r=0", "model.freeze_vision=false"]
+LORA = ["model.lora.r=4", "model.lora.alpha=8"]  # as in the paper, only adapters and bank are trained
 
 
 @pytest.fixture(scope="module")
 def undisturbed(job, runner, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alert") / "run"
     assert runner(folder, [*job, *FULL, f"cache_dir={folder.parent}"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapted(job, runner, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapted") / "run"
+    assert runner(folder, [*job, *LORA, f"cache_dir={folder.parent}"]) == 0
     return folder
 
 
@@ -212,20 +220,24 @@ def test_frozen_bank_and_base_stay_as_they_are(job, runner, tmp_path, untrained_
 
 
 @pytest.mark.slow
-def test_an_exported_bank_gives_the_same_answers(undisturbed, job, runner, tmp_path):
+@pytest.mark.parametrize("trained", ["undisturbed", "adapted"])
+def test_an_exported_bank_gives_the_same_answers(trained, request, job, runner, tmp_path):
+    folder = request.getfixturevalue(trained)
     replaced = [a for a in job if not a.startswith(("method=", "model.path", "trainer.", "+rewards", "checkpoint"))]
-    again = [f"model.path={undisturbed / 'model'}", f"method.bank={undisturbed / 'model' / 'embeddings'}"]
-    arguments = ["method=alert_zeroshot", *replaced, *again, *FULL, f"cache_dir={tmp_path}"]
+    again = [f"model.path={folder / 'model'}", f"method.bank={folder / 'model' / 'embeddings'}"]
+    arguments = ["method=alert_zeroshot", *replaced, *again, f"cache_dir={tmp_path}"]
     assert runner(tmp_path / "run", arguments) == 0
     import pyarrow.parquet
 
     columns = ["image", "completion"]
     read = {
         name: pyarrow.parquet.read_table(folder / "predictions.parquet").to_pandas()
-        for name, folder in (("before", undisturbed), ("after", tmp_path / "run"))
+        for name, folder in (("before", folder), ("after", tmp_path / "run"))
     }
     before = read["before"][read["before"].phase == "eval"][columns].reset_index(drop=True)
     assert before.equals(read["after"][columns].reset_index(drop=True))
+    begun = read["before"][read["before"].phase == "zero_shot"][columns].reset_index(drop=True)
+    assert not before.equals(begun), "the training changed some"
 
 
 @pytest.mark.slow
