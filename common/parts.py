@@ -44,11 +44,13 @@ class Parts:
     evaluator: Evaluator
 
 
-def assemble(config: Config, questions: Questions, checkpoint: Path, device: torch.device) -> Parts:
-    """Load the model and put sampler and evaluation around it."""
+def assemble(
+    config: Config, questions: Questions, checkpoint: Path, device: torch.device, place: Path | None = None
+) -> Parts:
+    """Load the model and put sampler and evaluation around it; `place`: see `Method.look`."""
     torch.manual_seed(config.seed)  # adapters start alike on all ranks
     policy = vlm.load(checkpoint, config.model, device, train=config.trainer.name != "none")
-    seen = questions.method.look(Vision(policy, make_loader(config, questions)), questions.task)
+    seen = questions.method.look(Vision(policy, make_loader(config, questions)), questions.task, place)
     if seen is not None:
         policy = replace(policy, slots=attach(policy.model, seen.entries, seen.trainable))
         questions = task.ask_again(questions)

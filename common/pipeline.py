@@ -30,6 +30,8 @@ from common.schedule import total_updates
 from common.schema import GRPO, Config
 from common.types import Result, Trainer, UserError
 
+EMBEDDINGS = "embeddings"  # beside the weights
+
 
 def run(config: Config, values: dict[str, Any], folder: Path) -> Result:
     """Train and evaluate one configuration; what an earlier attempt in the same folder finished is not done again.
@@ -52,7 +54,8 @@ def run(config: Config, values: dict[str, Any], folder: Path) -> Result:
 
     checkpoint = find_checkpoint(config)
     seconds = {"model": time.perf_counter() - began}
-    parts = assemble(config, questions, checkpoint, device)
+    embeddings = None if config.trainer.name == "none" else folder / "model" / EMBEDDINGS
+    parts = assemble(config, questions, checkpoint, device, embeddings)
     evaluator = parts.evaluator
     place, checkpoints = RunFolder(folder), Checkpoints(folder / "checkpoints", config.checkpoint.max_checkpoints)
     resume = checkpoints.latest()
@@ -209,4 +212,4 @@ def save_weights(parts: Parts, folder: Path) -> None:
         policy.model.save_pretrained(folder)
     policy.processor.save_pretrained(folder)
     if policy.slots is not None:
-        questions.method.export(folder / "embeddings", policy.slots.entries.detach().cpu(), questions.task)
+        questions.method.export(folder / EMBEDDINGS, policy.slots.entries.detach().cpu(), questions.task)
