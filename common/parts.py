@@ -11,7 +11,7 @@ import torch
 
 from common import task
 from common.checkpoint import State
-from common.distributed import rank
+from common.distributed import gather, rank
 from common.evaluate import Evaluator
 from common.grpo.trainer import GRPOTrainer
 from common.label_scores import LabelScorer
@@ -35,8 +35,9 @@ from common.types import Trainer
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of before anything is trained."""
+    """What a run is made of before anything is trained. checkpoint: path and sha256 of the model's."""
 
+    checkpoint: dict[str, str]
     questions: Questions
     policy: vlm.VLM
     encoder: vlm.Encoder
@@ -54,10 +55,17 @@ def assemble(
     if seen is not None:
         policy = replace(policy, slots=attach(policy.model, seen.entries, seen.trainable))
         questions = task.ask_again(questions)
-    encoder = make_encoder(config, policy, checkpoint, questions)
+    identity = {"path": str(checkpoint), "sha256": shared_hash(checkpoint)}
+    encoder = make_encoder(config, policy, identity["sha256"], questions)
     rollout: Rollout = locate(config.rollout.backend, "rollout.backend")(policy)
     labels = LabelScorer(policy) if config.label_scoring else None
-    return Parts(questions, policy, encoder, rollout, Evaluator(rollout, encoder, questions, config.rollout, labels))
+    evaluator = Evaluator(rollout, encoder, questions, config.rollout, labels)
+    return Parts(identity, questions, policy, encoder, rollout, evaluator)
+
+
+def shared_hash(checkpoint: Path) -> str:
+    """`files.checkpoint_hash`, by one rank for all: it reads every weight. All ranks call it together."""
+    return gather(files.checkpoint_hash(checkpoint) if rank() == 0 else "")[0]
 
 
 def find_checkpoint(config: Config) -> Path:
@@ -69,12 +77,15 @@ def find_checkpoint(config: Config) -> Path:
     return files.find(model.path, model.revision)
 
 
-def make_encoder(config: Config, policy: vlm.VLM, checkpoint: Path, questions: Questions) -> vlm.Encoder:
-    """Prompts to tensors; with a store of image features if the vision tower is frozen and disk space is given."""
+def make_encoder(config: Config, policy: vlm.VLM, sha256: str, questions: Questions) -> vlm.Encoder:
+    """Prompts to tensors; with a store of image features if the vision tower is frozen and disk space is given.
+
+    `sha256`: of the checkpoint; features of different ones are kept apart.
+    """
     store = None
     if config.model.feature_cache_gb > 0:
         number_format = "int8" if config.model.load_in_8bit else config.model.dtype
-        name = f"{files.checkpoint_hash(checkpoint)[:16]}-{number_format}"
+        name = f"{sha256[:16]}-{number_format}"
         folder = Path(config.cache_dir).resolve() / "features" / name
         store = FeatureStore(folder, int(config.model.feature_cache_gb * 2**30))
     return vlm.Encoder(policy, make_loader(config, questions), config.model.max_prompt_tokens, store)
@@ -85,7 +96,7 @@ def make_trainer(config: Config, parts: Parts, updates: int, resume: Path | None
     shared: dict[str, Any] = {
         "vlm": parts.policy,
         "encoder": parts.encoder,
-        "prompts": Epochs(partial(parts.questions.method.train_prompts, parts.questions.task)),
+        "prompts": Epochs(partial(parts.questions.method.train_prompts, parts.questions.task), parts.questions.train),
         "config": config.trainer,
         "deepspeed": config.deepspeed,
         "updates": updates,
@@ -96,20 +107,20 @@ def make_trainer(config: Config, parts: Parts, updates: int, resume: Path | None
         return GRPOTrainer(
             **shared,
             rollout=parts.rollout,
-            rewards=bound_rewards(config, parts.policy),
+            rewards=bound_rewards(config, parts),
             decoding=sampling(config.rollout),
         )
     return SFTTrainer(**shared, loss=config.protocol.sft_loss, reply=parts.questions.method.label_response)
 
 
-def bound_rewards(config: Config, policy: vlm.VLM) -> dict[str, Reward]:
+def bound_rewards(config: Config, parts: Parts) -> dict[str, Reward]:
     """The reward mix; a reward that judges with the run's own model gets it, as it is now."""
     rewards = build_rewards(config.rewards)
     for reward in rewards.values():
         judge: Any = reward.function
         if getattr(judge, "needs_base", False):
-            replies = FrozenReplies(policy, judge.max_tokens, config.rollout.evaluation_batch)
-            judge.bind(replies, files.checkpoint_hash(find_checkpoint(config)))
+            replies = FrozenReplies(parts.policy, judge.max_tokens, config.rollout.evaluation_batch)
+            judge.bind(replies, parts.checkpoint["sha256"])
     return rewards
 
 

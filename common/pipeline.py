@@ -65,7 +65,7 @@ def run(config: Config, values: dict[str, Any], folder: Path) -> Result:
     recorder = Recorder(place, tracker, config.tracking.completions_every)
     seconds["load"] = time.perf_counter() - began - seconds["model"]
 
-    result = describe(config, values, checkpoint, questions)
+    result = describe(config, values, parts.checkpoint, questions)
     failed = True
     try:
         updates = total_updates(config.trainer, len(questions.train))
@@ -120,7 +120,7 @@ def examine(config: Config, parts: Parts | None = None) -> None:
         encoder=parts.encoder,
         rollout=parts.rollout,
         prompts=parts.questions.train,
-        rewards=bound_rewards(config, parts.policy),
+        rewards=bound_rewards(config, parts),
         decoding=sampling(config.rollout),
         config=config.trainer,
         image_size=config.model.image_size,
