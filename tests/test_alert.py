@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from alert import bank, bank_file, candidate_file, candidates
 from alert.method import Alert
@@ -376,11 +376,25 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(kill, undisturbed, job, ru
 
 
 @pytest.mark.slow
-def test_frozen_bank_and_base_stay_as_they_are(job, runner, tmp_path, untrained_folders):
-    lora = ["model.lora.r=4", "model.lora.alpha=8", "method.trainable=false", f"cache_dir={tmp_path}"]
-    assert runner(tmp_path / "run", [*job, *lora]) == 0
+def test_a_killed_run_with_adapters_ends_as_if_nothing_had_happened(adapted, job, runner, tmp_path):
+    arguments = [*job, *LORA, f"cache_dir={tmp_path}"]
+    assert runner(tmp_path / "run", arguments, Kill("common.grpo.trainer:GRPOTrainer._update", 4)) == -9
+    assert (tmp_path / "run" / "checkpoints" / "step-000002").is_dir()
+    assert runner(tmp_path / "run", arguments) == 0
+    files = ("adapter_model.safetensors", "embeddings/bank.safetensors", "embeddings/begun.safetensors")
+    for name in ("metrics.jsonl", *(f"model/{name}" for name in files)):
+        assert (tmp_path / "run" / name).read_bytes() == (adapted / name).read_bytes(), name
+    assert float(bank.drift(*embeddings(adapted)).min()) > 0, "the bank has moved"
+
+
+@pytest.mark.slow
+def test_frozen_bank_and_base_stay_as_they_are(job, runner, tmp_path):
+    assert runner(tmp_path / "run", [*job, *LORA, "method.trainable=false", f"cache_dir={tmp_path}"]) == 0
     assert torch.equal(*embeddings(tmp_path / "run"))
-    assert (tmp_path / "run" / "model" / "adapter_model.safetensors").is_file()
+    adapters = load_file(tmp_path / "run" / "model" / "adapter_model.safetensors")
+    assert all(value.any() for name, value in adapters.items() if "lora_B" in name), (
+        "the rest is trained: B begins at 0"
+    )
     assert not (tmp_path / "run" / "model" / "model.safetensors").exists(), (
         "the base is not written: it has not changed"
     )
