@@ -1,18 +1,14 @@
-"""The category embeddings bank (section 3.2): where it begins, how far it has moved, and the bank as a folder.
+"""The category embeddings bank (section 3.2): where it begins, how far it has moved, which categories are alike.
 
 Shapes: C categories, m tokens of an image, D width of the language model, P patches, V width of the vision tower.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from common.data.sampling import by_label
 from common.distributed import gather, share_of
@@ -23,8 +19,12 @@ INITIALISATIONS = ("proposed", "averaging", "random", "one_shot")
 STANDARD_DEVIATION = 0.02  # of `random`, our choice: the paper says "random values"
 
 
-def initial(vision: Vision, items: Sequence[Item], categories: int, how: str, seed: int) -> torch.Tensor:
-    """The embeddings that training starts from. Shape: [C, m, D], fp32 on the CPU. Ranks share the categories.
+def see(
+    vision: Vision, items: Sequence[Item], categories: int, how: str | None, seed: int, patches: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Look at every few-shot image once: what a category looks like on average, and where its embedding begins.
+
+    Ranks share the categories.
 
     Args:
         vision: Tower and projector of the model.
@@ -33,8 +33,12 @@ def initial(vision: Vision, items: Sequence[Item], categories: int, how: str, se
         how: `proposed` (section 3.2: the mean of the tower's outputs, projected), `averaging` (appendix D.2, "combines
             embeddings after the image encoder layer and the multimodal projector layer"; our reading: the mean of the
             projected mean and the mean of the projections), `random` (normal) or `one_shot` (section 4.1.3: the
-            features of one image drawn at random).
+            features of one image drawn at random). None: the embeddings are known, only the means are asked for.
         seed: Of `random` and `one_shot`.
+        patches: The mean feature has all patches in a row; False: their mean.
+
+    Returns:
+        Mean features of the categories, [C, V] or [C, P V], and the embeddings, [C, m, D]. fp32 on the CPU.
 
     Raises:
         UserError: A category has no image.
@@ -42,27 +46,46 @@ def initial(vision: Vision, items: Sequence[Item], categories: int, how: str, se
     groups = by_label(items)
     if missing := sorted(set(range(categories)) - groups.keys()):
         raise UserError(f"category {missing[0]} has no training image to begin its embedding from; use more shots")
-    own = {
-        label: _begin(vision, [item.image for item in groups[label]], how, seed) for label in share_of(sorted(groups))
-    }
-    found = {label: embedding for part in gather(own) for label, embedding in part.items()}
-    bank = torch.stack([found[label] for label in range(categories)])
-    if how != "random":
-        return bank
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(bank.shape, generator=generator) * STANDARD_DEVIATION
+    own = {}
+    for label in share_of(sorted(groups)):
+        mean, embedding = _category(vision, [item.image for item in groups[label]], how, seed)
+        own[label] = (mean.flatten() if patches else mean.mean(0)).cpu(), embedding
+    found = {label: each for part in gather(own) for label, each in part.items()}
+    means = torch.stack([found[label][0] for label in range(categories)])
+    if how == "random":
+        generator = torch.Generator().manual_seed(seed)
+        shape = (categories, *shape_of(vision, items[0].image))
+        return means, torch.randn(shape, generator=generator) * STANDARD_DEVIATION
+    begun = [embedding for label in range(categories) if (embedding := found[label][1]) is not None]
+    return means, torch.stack(begun) if begun else None
 
 
-def _begin(vision: Vision, images: list[str], how: str, seed: int) -> torch.Tensor:
+def shape_of(vision: Vision, image: str) -> tuple[int, int]:
+    """M and D of a model, read off one image."""
+    tokens, width = vision.project(vision.hidden([image])).shape[1:]
+    return tokens, width
+
+
+def _category(
+    vision: Vision, images: list[str], how: str | None, seed: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The mean of the tower's outputs, [P, V] on its device, and the embedding, [m, D] on the CPU."""
+    outputs, projections = torch.tensor(0.0), torch.tensor(0.0)
+    for start in range(0, len(images), vision.batch):
+        hidden = vision.hidden(images[start : start + vision.batch])
+        outputs = outputs.to(hidden.device) + hidden.float().sum(0)
+        if how == "averaging":
+            projections = projections.to(hidden.device) + vision.project(hidden).float().sum(0)
+    mean = outputs / len(images)
+    if how is None or how == "random":
+        return mean, None
     if how == "one_shot":
-        images = [random.Random(f"one-shot-{seed}-{images[0]}").choice(images)]
-    hidden = torch.cat(
-        [vision.hidden(images[start : start + vision.batch]) for start in range(0, len(images), vision.batch)]
-    )
-    embedding = vision.project(hidden.float().mean(0, keepdim=True).to(hidden.dtype)).float()[0]
+        chosen = vision.hidden([random.Random(f"one-shot-{seed}-{images[0]}").choice(images)])
+        return mean, vision.project(chosen).float()[0].cpu()
+    embedding = vision.project(mean[None].to(hidden.dtype)).float()[0]
     if how == "averaging":
-        embedding = (embedding + vision.project(hidden).float().mean(0)) / 2
-    return embedding.cpu()
+        embedding = (embedding + projections / len(images)) / 2
+    return mean, embedding.cpu()
 
 
 def drift(now: torch.Tensor, begun: torch.Tensor) -> torch.Tensor:
@@ -85,44 +108,3 @@ def nearest(entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     cosines.fill_diagonal_(-torch.inf)
     best = cosines.max(1)
     return best.indices, best.values
-
-
-def export(folder: Path, entries: torch.Tensor, begun: torch.Tensor, names: Sequence[str]) -> None:
-    """Write a bank as a folder: the embeddings, those that it began from, the names, a hash of all.
-
-    Args:
-        folder: Is made.
-        entries: Shape: [C, m, D].
-        begun: The same before training.
-        names: Of the categories.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {"entries": entries.float().clone(), "begun": begun.float().clone()}  # they may be one
-    save_file(tensors, folder / "bank.safetensors")
-    facts = {"names": list(names), "sha256": _hash(folder / "bank.safetensors", names), "shape": list(entries.shape)}
-    (folder / "bank.json").write_text(json.dumps(facts, indent=2) + "\n")
-
-
-def read(folder: Path, names: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """A bank that `export` wrote: its embeddings and those that it began from, both [C, m, D].
-
-    Raises:
-        UserError: It is missing or damaged, or belongs to other categories.
-    """
-    try:
-        facts = json.loads((folder / "bank.json").read_text())
-        tensors = load_file(folder / "bank.safetensors")
-    except (OSError, ValueError) as error:
-        raise UserError(f"method.bank={folder} is no bank that a run has exported ({error})") from error
-    if facts["names"] != list(names):
-        known = set(facts["names"])
-        strange = next((name for name in names if name not in known), None)
-        what = f"it has no '{strange}'" if strange else "their number or order differs"
-        raise UserError(f"method.bank={folder} is a bank of other categories: {what}; train one for this dataset")
-    if facts["sha256"] != _hash(folder / "bank.safetensors", names):
-        raise UserError(f"method.bank={folder} is damaged: its content does not match its hash; export it again")
-    return tensors["entries"], tensors["begun"]
-
-
-def _hash(path: Path, names: Sequence[str]) -> str:
-    return hashlib.sha256(json.dumps(list(names)).encode() + path.read_bytes()).hexdigest()

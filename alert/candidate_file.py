@@ -3,7 +3,7 @@
     <name>.npz    image_id (N), topk_idx (N, K), topk_logit (N, K); K is 16, or the number of names if that is less
     <name>.json   whose ranking it is, the class names with their hash, recall@k, and a hash of the arrays
 
-Both are needed; the layout is our choice. `candidates: file` reads them.
+Both are needed; the layout is our choice. `method.draft=file` reads them.
 
 Shapes: N images, C classes, K candidates per image.
 """
@@ -104,14 +104,23 @@ def read(path: Path, images: Sequence[str], names: Sequence[str], dataset: str) 
         origin = Origin(*(facts[key] for key in ("method", "dataset", "shots", "seed", "uses_labels")))
         written, expected = list(facts["names"]), facts["arrays_sha256"]
     except (KeyError, TypeError) as error:
-        raise UserError(f"candidates.file: {text} lacks {error}; write it again") from error
+        raise UserError(f"method.draft_file: {text} lacks {error}; write it again") from error
     if origin.dataset != dataset:
-        raise UserError(f"candidates.file: {text} is for data={origin.dataset}, not {dataset}; give the right file")
+        raise UserError(f"method.draft_file: {text} is for data={origin.dataset}, not {dataset}; give the right file")
     _check_names(text, written, list(names))
     if _sha256(image_id, indices, logits) != expected:
-        raise UserError(f"candidates.file: {data} and {text.name} do not belong together; write both again")
+        raise UserError(f"method.draft_file: {data} and {text.name} do not belong together; write both again")
     rows = _rows(data, image_id.tolist(), images)
     return Candidates(tuple(images), indices[rows].astype(np.int64), logits[rows].astype(np.float64), origin)
+
+
+def identity(path: Path) -> str:
+    """A hash that changes with the ranking, the names, or whose ranking it is. `path`: as for `read`.
+
+    Raises:
+        UserError: The JSON file is missing or damaged.
+    """
+    return digest(_read_json(_paths(path)[1]))
 
 
 def _paths(path: Path) -> tuple[Path, Path]:
@@ -142,11 +151,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         facts = json.loads(path.read_text())
     except OSError as error:
-        raise UserError(f"candidates.file: {path} cannot be read ({error.strerror}); write it with a draft") from error
+        raise UserError(f"method.draft_file: {path} cannot be read ({error.strerror}); write it first") from error
     except ValueError as error:
-        raise UserError(f"candidates.file: {path} is not JSON; {DAMAGED}") from error
+        raise UserError(f"method.draft_file: {path} is not JSON; {DAMAGED}") from error
     if not isinstance(facts, dict):
-        raise UserError(f"candidates.file: {path} must hold an object, not a {type(facts).__name__}; write it again")
+        raise UserError(f"method.draft_file: {path} must hold an object, not a {type(facts).__name__}; write it again")
     return facts
 
 
@@ -155,28 +164,28 @@ def _read_arrays(path: Path) -> list[NDArray[Any]]:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return [archive[key] for key in ARRAYS]
     except OSError as error:
-        raise UserError(f"candidates.file: {path} cannot be read ({error.strerror}); write it with a draft") from error
+        raise UserError(f"method.draft_file: {path} cannot be read ({error.strerror}); write it first") from error
     except KeyError as error:
-        raise UserError(f"candidates.file: {path} lacks one of {', '.join(ARRAYS)}; write it again") from error
+        raise UserError(f"method.draft_file: {path} lacks one of {', '.join(ARRAYS)}; write it again") from error
     except (ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
-        raise UserError(f"candidates.file: {path} is no .npz file or {DAMAGED}") from error
+        raise UserError(f"method.draft_file: {path} is no .npz file or {DAMAGED}") from error
 
 
 def _check_names(path: Path, written: list[str], names: list[str]) -> None:
     if len(written) != len(names):
         raise UserError(
-            f"candidates.file: {path} has {len(written)} classes, the run {len(names)}; give the right file"
+            f"method.draft_file: {path} has {len(written)} classes, the run {len(names)}; give the right file"
         )
     for label, (there, here) in enumerate(zip(written, names, strict=True)):
         if there != here:
-            raise UserError(f"candidates.file: {path} calls class {label} '{there}', the run '{here}'; write it again")
+            raise UserError(f"method.draft_file: {path} calls class {label} '{there}', the run '{here}'; redo it")
 
 
 def _rows(path: Path, known: list[str], images: Sequence[str]) -> list[int]:
     place = {image: row for row, image in enumerate(known)}
     if missing := [image for image in images if image not in place]:
         raise UserError(
-            f"candidates.file: {path} has no candidates for {missing[0]} ({len(missing):,} of {len(images):,} images"
+            f"method.draft_file: {path} has no candidates for {missing[0]} ({len(missing):,} of {len(images):,} images"
             " are missing); write it for the whole split"
         )
     return [place[image] for image in images]

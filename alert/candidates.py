@@ -83,7 +83,7 @@ class Candidates:
         Raises:
             UserError: `k` or `order` cannot be met.
         """
-        one_of("candidates.order", order, ORDERS)
+        one_of("method.order", order, ORDERS)
         _check_k(k, self.indices.shape[1], "are kept of each image")
         best = list(self.ranking(image)[:k])
         if order == "shuffle":
@@ -140,9 +140,9 @@ def _order(rows: NDArray[np.float64], groups: Sequence[int]) -> NDArray[np.int64
 
 def _check_k(k: int, available: int, what: str) -> None:
     if k < 1:
-        raise UserError(f"candidates.k={k} must be 1 or more")
+        raise UserError(f"method.k={k} must be 1 or more")
     if k > available:
-        raise UserError(f"candidates.k={k}, but only {available} {what}; use candidates.k={available} or less")
+        raise UserError(f"method.k={k}, but only {available} {what}; use method.k={available} or less")
 
 
 def rank(images: Sequence[str], logits: ArrayLike, names: Sequence[str], origin: Origin) -> Candidates:

@@ -7,7 +7,6 @@ Shapes: C categories, m tokens of an image, D width.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
-from alert import bank
+from alert import bank, bank_file
 from common.types import UserError
 
 SHOWN = 40  # categories in the table: those that moved most
@@ -31,11 +30,11 @@ def rows(folder: Path) -> list[tuple[str, float, float, str, float]]:
     Raises:
         UserError: The folder holds no bank.
     """
-    try:
-        names = json.loads((folder / "bank.json").read_text())["names"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder} holds no bank that a run has exported ({error})") from error
-    entries, begun = bank.read(folder, names)
+    names = bank_file.facts(folder)["names"]
+    if not (folder / bank_file.BEGUN).is_file():
+        raise UserError(f"{folder} does not say what the bank began from; only a run's model/embeddings does")
+    entries, begun = bank_file.read(folder, names), bank_file.read_begun(folder)
+    bank_file.check_fits(folder, begun, entries.shape)
     norms, moved = entries.flatten(1).norm(dim=1).tolist(), bank.drift(entries, begun).tolist()
     indices, cosines = bank.nearest(entries)
     nearest = [names[index] for index in indices.tolist()]

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alert import accounting, candidate_file, candidates, reference
+from alert import accounting, bank_file, candidate_file, candidates, reference
 from alert.prompt import INSTRUCTIONS, meta_task
 from common import parsing
 from common.checks import one_of
-from common.distributed import gather, interleave, share_of
+from common.distributed import gather, interleave, rank, share_of
 from common.types import Embeddings, Item, Prediction, Prompt, Split, Task, UserError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Alert:
         Args:
             seed: Of references and initialisation; the order of candidates depends on the image alone.
             instruction: `paper` (appendix A) or `short` (for tiny models).
-            initialisation: Of the embeddings, see `alert.bank.initial`.
+            initialisation: Of the embeddings, see `alert.bank.see`.
             trainable: False: the bank stays as it begins (Table 3).
             bank: Folder of an exported bank to begin from, instead of an initialisation.
             tau: Temperature of the reference weights (section 4.1.2).
@@ -87,32 +87,46 @@ class Alert:
         if k > candidates.DEPTH:
             raise UserError(f"method.k={k}: at most {candidates.DEPTH} candidates are kept of a draft")
         self.seed, self.instruction = seed, instruction
-        self.initialisation, self.trainable, self.bank = initialisation, trainable, bank
+        self.initialisation, self.trainable = initialisation, trainable
+        self.bank = None if bank is None else Path(bank).expanduser()
         self.tau, self.smallest, self.largest = tau, smallest, largest
         self.draft, self.draft_file, self.k, self.order = draft, draft_file, k, order
         self.patches = features == "patches"
         self.similarities: Any = None  # [C, C], known once pictures were seen
         self.drafted: dict[str, candidates.Candidates] = {}
-        self.begun: torch.Tensor | None = None
+        self.architecture = ""
 
-    def look(self, vision: Vision, task: Task) -> Embeddings:
-        """Similarities of the categories, candidates of the test images, and the bank that training starts from."""
-        from pathlib import Path as Folder
+    def sources(self, task: Task) -> dict[str, str]:
+        found = {}
+        if self.bank is not None:
+            found["method.bank"] = bank_file.facts(self.bank, task.train.names)["sha256"]
+        if self.draft == "file":
+            for split in task.evaluation:
+                found[f"method.draft_file of '{split}'"] = candidate_file.identity(self._draft_path(split))
+        return found
 
+    def look(self, vision: Vision, task: Task, place: Path | None = None) -> Embeddings:
+        """Similarities of the categories, candidates of the test images, and the bank that training starts from.
+
+        That bank lies in `place` afterwards; a continued run takes it from there.
+        """
         from alert import bank
 
-        train = task.train
-        means = reference.class_means(
-            _vectors(vision, train.items, self.patches), [item.label for item in train.items], len(train.names)
-        )
+        train, count = task.train, len(task.train.names)
+        known = place if place is not None and all(gather((place / bank_file.BEGUN).is_file())) else None
+        self.architecture, shape = vision.architecture, (count, *bank.shape_of(vision, train.items[0].image))
+        entries = self._known_entries(known, train.names, shape)
+        how = self.initialisation if entries is None else None
+        seen, fresh = bank.see(vision, train.items, count, how, self.seed, self.patches)
+        entries = fresh if entries is None else entries
+        assert entries is not None
+        if place is not None and known is None and rank() == 0:
+            bank_file.export_begun(place, entries)
+        means = reference.class_means(seen.numpy(), range(count), count)
         self.similarities = reference.similarities(means)
         for split, asked in task.evaluation.items():
-            self.drafted[split] = self._candidates(vision, means, task, split, asked)
-        if self.bank is not None:
-            entries, self.begun = bank.read(Folder(self.bank).expanduser(), train.names)
-        else:
-            entries = bank.initial(vision, train.items, len(train.names), self.initialisation, self.seed)
-            self.begun = entries
+            if split not in self.drafted:
+                self.drafted[split] = self._candidates(vision, means, task, split, asked)
         return Embeddings(entries, self.trainable)
 
     def train_prompts(self, task: Task, epoch: int = 0) -> list[Prompt]:
@@ -130,6 +144,11 @@ class Alert:
             raise UserError(
                 f"method.k={self.k}, but '{split}' has {len(asked.choices)} class names; use fewer candidates"
             )
+        if self.draft == "file" and split not in self.drafted:
+            # before the model is loaded: a file that does not fit costs a second then
+            images = [item.image for item in asked.items]
+            path = self._draft_path(split)
+            self.drafted[split] = candidate_file.read(path, images, asked.names, _dataset(task, split))
         if split not in self.drafted:
             shown = [self._longest(asked, self.k)] * len(asked.items)
         else:
@@ -164,10 +183,24 @@ class Alert:
         return {"candidates": [list(names) for names in shown], "reasoning_agrees": agrees}
 
     def export(self, folder: Path, embeddings: torch.Tensor, task: Task) -> None:
-        from alert import bank
+        bank_file.export(folder, embeddings, task.train.names, self.architecture)
 
-        assert self.begun is not None
-        bank.export(folder, embeddings, self.begun, task.train.names)
+    def _known_entries(self, known: Path | None, names: Sequence[str], shape: Sequence[int]) -> torch.Tensor | None:
+        """The bank of an earlier attempt of this run, or the one that it shall begin from, if there is one."""
+        if known is not None:
+            folder, entries = known, bank_file.read_begun(known)
+        elif self.bank is None:
+            return None
+        else:
+            folder, entries = self.bank, bank_file.read(self.bank, names)
+            if (of := bank_file.facts(folder)["architecture"]) != self.architecture:
+                raise UserError(f"method.bank={folder} was made for {of}, not for {self.architecture}; train another")
+        bank_file.check_fits(folder, entries, shape)
+        return entries
+
+    def _draft_path(self, split: str) -> Path:
+        assert self.draft_file is not None
+        return Path(self.draft_file.replace("SPLIT", split)).expanduser()
 
     def _shown(self, task: Task, split: str, predictions: Sequence[Prediction]) -> list[tuple[str, ...]]:
         """Names of the candidates of every image, in the order of the prompt."""
@@ -177,12 +210,7 @@ class Alert:
     def _candidates(self, vision: Vision, means: Any, task: Task, split: str, asked: Split) -> candidates.Candidates:
         images = [item.image for item in asked.items]
         shots = len(task.train.items) // len(task.train.names)
-        dataset = next(iter(task.origins), split) if split in ("val", "test") else split
-        origin = candidates.Origin("class_means", dataset, shots, self.seed)
-        if self.draft == "file":
-            assert self.draft_file is not None
-            path = Path(self.draft_file.replace("SPLIT", split)).expanduser()
-            return candidate_file.read(path, images, asked.names, dataset)
+        origin = candidates.Origin("class_means", _dataset(task, split), shots, self.seed)
         own = [_train_labels(task, split)[label] for label in range(len(asked.names))]
         logits = candidates.class_mean_logits(_vectors(vision, asked.items, self.patches), means[own])
         if self.draft == "class_means":
@@ -226,6 +254,11 @@ def _agrees(prediction: Prediction, shown: tuple[str, ...]) -> bool | None:
     """See `accounting.reasoning_agrees`; None also without a reasoning."""
     thought = parsing.FORMAT.search(prediction.completion)
     return accounting.reasoning_agrees(thought["think"], prediction.answer, shown) if thought else None
+
+
+def _dataset(task: Task, split: str) -> str:
+    """The dataset that a split tests on."""
+    return next(iter(task.origins), split) if split in ("val", "test") else split
 
 
 def _check_images(task: Task) -> None:

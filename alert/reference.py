@@ -184,11 +184,11 @@ def _most(different: int, tau: float, smallest: int, largest: int) -> int:
         UserError: Names the value that cannot be met.
     """
     if not 0 < tau < math.inf:
-        raise UserError(f"references: tau={tau} must be a finite number above 0 (the paper's is 0.1)")
+        raise UserError(f"method.tau={tau} must be a finite number above 0 (the paper's is 0.1)")
     if smallest < 1:
-        raise UserError(f"references: smallest={smallest} must be 1 or more, since the true category is always shown")
+        raise UserError(f"method.smallest={smallest} must be 1 or more, since the true category is always shown")
     if largest < smallest:
-        raise UserError(f"references: largest={largest} is below smallest={smallest}; raise largest")
+        raise UserError(f"method.largest={largest} is below method.smallest={smallest}; raise largest")
     if different < smallest:
-        raise UserError(f"references: smallest={smallest}, but there are {different} different class names; lower it")
+        raise UserError(f"method.smallest={smallest}, but there are {different} different class names; lower it")
     return min(largest, different)

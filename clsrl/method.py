@@ -59,7 +59,10 @@ class ClosedFormQuestion:
         self.evaluation_prompt = evaluation_prompt
         self.system = prompts.THINK_SYSTEM if train_system_prompt == "think" else None
 
-    def look(self, vision: Vision, task: Task) -> None:
+    def sources(self, task: Task) -> dict[str, str]:
+        return {}
+
+    def look(self, vision: Vision, task: Task, place: Path | None = None) -> None:
         return None
 
     def train_prompts(self, task: Task, epoch: int = 0) -> list[Prompt]:

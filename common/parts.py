@@ -11,7 +11,7 @@ import torch
 
 from common import task
 from common.checkpoint import State
-from common.distributed import barrier, rank
+from common.distributed import barrier, gather, rank
 from common.evaluate import Evaluator
 from common.grpo.trainer import GRPOTrainer
 from common.label_scores import LabelScorer
@@ -35,8 +35,9 @@ from common.types import Trainer
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of before anything is trained."""
+    """What a run is made of before anything is trained. checkpoint: path and sha256 of the model's."""
 
+    checkpoint: dict[str, str]
     questions: Questions
     policy: vlm.VLM
     encoder: vlm.Encoder
@@ -44,20 +45,28 @@ class Parts:
     evaluator: Evaluator
 
 
-def assemble(config: Config, questions: Questions, checkpoint: Path, device: torch.device) -> Parts:
-    """Load the model and put sampler and evaluation around it."""
+def assemble(
+    config: Config, questions: Questions, checkpoint: Path, device: torch.device, place: Path | None = None
+) -> Parts:
+    """Load the model and put sampler and evaluation around it; `place`: see `Method.look`."""
     torch.manual_seed(config.seed)  # adapters start alike on all ranks
-    policy = vlm.load(checkpoint, config.model, device)
-    seen = questions.method.look(Vision(policy, make_loader(config, questions)), questions.task)
+    policy = vlm.load(checkpoint, config.model, device, train=config.trainer.name != "none")
+    seen = questions.method.look(Vision(policy, make_loader(config, questions)), questions.task, place)
     if seen is not None:
         policy = replace(policy, slots=attach(policy.model, seen.entries, seen.trainable))
         questions = task.ask_again(questions)
-    encoder = make_encoder(config, policy, checkpoint, questions)
+    identity = {"path": str(checkpoint), "sha256": shared_hash(checkpoint)}
+    encoder = make_encoder(config, policy, identity["sha256"], questions)
     rollout: Rollout = locate(config.rollout.backend, "rollout.backend")(policy)
     labels = LabelScorer(policy) if config.label_scoring else None
     reasoned = config.label_scoring != "direct"
     evaluator = Evaluator(rollout, encoder, questions, config.rollout, labels, reasoned)
-    return Parts(questions, policy, encoder, rollout, evaluator)
+    return Parts(identity, questions, policy, encoder, rollout, evaluator)
+
+
+def shared_hash(checkpoint: Path) -> str:
+    """`files.checkpoint_hash`, by one rank for all: it reads every weight. All ranks call it together."""
+    return gather(files.checkpoint_hash(checkpoint) if rank() == 0 else "")[0]
 
 
 def find_checkpoint(config: Config) -> Path:
@@ -69,19 +78,22 @@ def find_checkpoint(config: Config) -> Path:
     return files.find(model.path, model.revision)
 
 
-def make_encoder(config: Config, policy: vlm.VLM, checkpoint: Path, questions: Questions) -> vlm.Encoder:
-    """Prompts to tensors; with a store of image features if the vision tower is frozen and disk space is given."""
+def make_encoder(config: Config, policy: vlm.VLM, sha256: str, questions: Questions) -> vlm.Encoder:
+    """Prompts to tensors; with a store of image features if the vision tower is frozen and disk space is given.
+
+    `sha256`: of the checkpoint; features of different ones are kept apart.
+    """
     store = None
     if config.model.feature_cache_gb > 0:
-        folder = Path(config.cache_dir).resolve() / "features" / weights_name(config, checkpoint)
+        folder = Path(config.cache_dir).resolve() / "features" / weights_name(config, sha256)
         store = FeatureStore(folder, int(config.model.feature_cache_gb * 2**30))
     return vlm.Encoder(policy, make_loader(config, questions), config.model.max_prompt_tokens, store)
 
 
-def weights_name(config: Config, checkpoint: Path) -> str:
+def weights_name(config: Config, sha256: str) -> str:
     """Names the weights that a run begins from as they compute, for caches: their hash and their number format."""
     number_format = "int8" if config.model.load_in_8bit else config.model.dtype
-    return f"{files.checkpoint_hash(checkpoint)[:16]}-{number_format}"
+    return f"{sha256[:16]}-{number_format}"
 
 
 def make_trainer(config: Config, parts: Parts, updates: int, resume: Path | None) -> Trainer:
@@ -89,7 +101,7 @@ def make_trainer(config: Config, parts: Parts, updates: int, resume: Path | None
     shared: dict[str, Any] = {
         "vlm": parts.policy,
         "encoder": parts.encoder,
-        "prompts": Epochs(partial(parts.questions.method.train_prompts, parts.questions.task)),
+        "prompts": Epochs(partial(parts.questions.method.train_prompts, parts.questions.task), parts.questions.train),
         "config": config.trainer,
         "deepspeed": config.deepspeed,
         "updates": updates,
@@ -100,7 +112,7 @@ def make_trainer(config: Config, parts: Parts, updates: int, resume: Path | None
         return GRPOTrainer(
             **shared,
             rollout=parts.rollout,
-            rewards=bound_rewards(config, parts.policy),
+            rewards=bound_rewards(config, parts),
             decoding=sampling(config.rollout),
         )
     return SFTTrainer(**shared, loss=config.protocol.sft_loss, reply=parts.questions.method.label_response)
@@ -120,14 +132,14 @@ def prepare_rewards(config: Config) -> None:
         barrier()
 
 
-def bound_rewards(config: Config, policy: vlm.VLM) -> dict[str, Reward]:
+def bound_rewards(config: Config, parts: Parts) -> dict[str, Reward]:
     """The reward mix; a reward that judges with the run's own model gets it, as it is now."""
     rewards = build_rewards(config.rewards)
     for reward in rewards.values():
         judge: Any = reward.function
         if getattr(judge, "needs_base", False):
-            replies = FrozenReplies(policy, judge.max_tokens, config.rollout.evaluation_batch)
-            judge.bind(replies, weights_name(config, find_checkpoint(config)))
+            replies = FrozenReplies(parts.policy, judge.max_tokens, config.rollout.evaluation_batch)
+            judge.bind(replies, weights_name(config, parts.checkpoint["sha256"]))
     return rewards
 
 

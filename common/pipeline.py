@@ -39,6 +39,8 @@ from common.schedule import total_updates
 from common.schema import GRPO, Config
 from common.types import Result, Trainer, UserError
 
+EMBEDDINGS = "embeddings"  # beside the weights
+
 
 def run(config: Config, values: dict[str, Any], folder: Path) -> Result:
     """Train and evaluate one configuration; what an earlier attempt in the same folder finished is not done again.
@@ -67,14 +69,15 @@ def run(config: Config, values: dict[str, Any], folder: Path) -> Result:
         prepare_rewards(config)
     checkpoint = find_checkpoint(config)
     seconds = {"model": time.perf_counter() - began}
-    parts = assemble(config, questions, checkpoint, device)
+    embeddings = None if config.trainer.name == "none" else folder / "model" / EMBEDDINGS
+    parts = assemble(config, questions, checkpoint, device, embeddings)
     evaluator = parts.evaluator
     spent = state.seconds if state else 0.0  # by earlier attempts
     tracker = make_tracker(config, values, folder, questions, state)
     recorder = Recorder(place, tracker, config.tracking.completions_every)
     seconds["load"] = time.perf_counter() - began - seconds["model"]
 
-    result = describe(config, values, checkpoint, questions)
+    result = describe(config, values, parts.checkpoint, questions)
     failed = True
     try:
         if state is None and config.doctor == "auto" and doctor.is_long(updates, config.trainer):
@@ -129,7 +132,7 @@ def examine(config: Config, parts: Parts | None = None) -> None:
         encoder=parts.encoder,
         rollout=parts.rollout,
         prompts=parts.questions.train,
-        rewards=bound_rewards(config, parts.policy),
+        rewards=bound_rewards(config, parts),
         decoding=sampling(config.rollout),
         config=config.trainer,
         image_size=config.model.image_size,
@@ -221,4 +224,4 @@ def save_weights(parts: Parts, folder: Path) -> None:
         policy.model.save_pretrained(folder)
     policy.processor.save_pretrained(folder)
     if policy.slots is not None:
-        questions.method.export(folder / "embeddings", policy.slots.entries.detach().cpu(), questions.task)
+        questions.method.export(folder / EMBEDDINGS, policy.slots.entries.detach().cpu(), questions.task)

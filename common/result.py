@@ -11,7 +11,6 @@ from typing import Any
 from common import metrics
 from common.config import signature
 from common.evaluate import Evaluation, greedy
-from common.models import files
 from common.schema import Config
 from common.task import Questions
 from common.types import Result
@@ -19,8 +18,8 @@ from common.types import Result
 PACKAGES = ("torch", "transformers", "deepspeed", "peft", "hydra-core", "wandb", "datasets", "timm")
 
 
-def describe(config: Config, values: dict[str, Any], checkpoint: Path, questions: Questions) -> Result:
-    """Everything of the result that is known before the first evaluation."""
+def describe(config: Config, values: dict[str, Any], checkpoint: dict[str, str], questions: Questions) -> Result:
+    """Everything of the result that is known before the first evaluation. `checkpoint`: path and sha256."""
     return Result(
         method=config.method["name"],
         data=config.data.name,
@@ -36,7 +35,7 @@ def describe(config: Config, values: dict[str, Any], checkpoint: Path, questions
         signature=signature(values),
         git_commit=git_commit(),
         versions=installed_versions(),
-        checkpoint={"path": str(checkpoint), "sha256": files.checkpoint_hash(checkpoint)},
+        checkpoint=checkpoint,
         manifest=questions.manifest["hash"],
         decoding=str(greedy(config.rollout.max_completion_tokens)),
     )

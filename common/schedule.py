@@ -17,8 +17,13 @@ from common.types import Prompt
 class Epochs:
     """The prompts of every epoch, in the order of the training images; asked for when they are needed."""
 
-    def __init__(self, ask: Callable[[int], Sequence[Prompt]]) -> None:
-        self.ask, self.known = ask, {0: ask(0)}
+    def __init__(self, ask: Callable[[int], Sequence[Prompt]], first: Sequence[Prompt] | None = None) -> None:
+        """
+        Args:
+            ask: From an epoch, counted from 0, to its prompts.
+            first: Those of epoch 0, if they are known already.
+        """
+        self.ask, self.known = ask, {0: ask(0) if first is None else first}
         self.size = len(self.known[0])
 
     def __call__(self, epoch: int) -> Sequence[Prompt]:

@@ -39,7 +39,7 @@ class Lora:
 
 @dataclass
 class Model:
-    """A checkpoint: a folder or hub id (`path`), or a module with `build` and `meter` that makes one (`recipe`).
+    """A checkpoint: a folder (whole or adapters) or hub id (`path`), or a module with `build` and `meter` (`recipe`).
 
     resize: how an image becomes image_size x image_size: `squash`, `crop` (shorter side, then the centre) or `pad`.
     image_attention: `family` (the architecture's own) or `causal`. feature_cache_gb: disk space for the image features

@@ -71,6 +71,8 @@ def build(config: Config, without: Collection[str] = ()) -> Questions:
         "short_classes": splits.short,
         "left_out": sorted(without),
     }
+    if sources := method.sources(task):
+        header["sources"] = sources
     return Questions(task, method, train, evaluation, manifest.build(task, train, evaluation, header))
 
 

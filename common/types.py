@@ -209,11 +209,20 @@ class Trainer(Protocol):
 class Method(Protocol):
     """What a paper's method decides: how to ask, and what a reply looks like. Found by `method._target_`."""
 
-    def look(self, vision: Vision, task: Task) -> Embeddings | None:
+    def sources(self, task: Task) -> dict[str, str]:
+        """A hash of every file that the method reads beside the data, by its config key; a run freezes them."""
+
+    def look(self, vision: Vision, task: Task, place: Path | None = None) -> Embeddings | None:
         """See pictures as the loaded model does, before it is asked or trained.
 
         The method may ask other questions afterwards (before, it asks the longest that it ever will), and it may return
         embeddings that its prompts refer to.
+
+        Args:
+            vision: The model's tower.
+            task: With the pictures.
+            place: Folder that `export` writes to at last, the same when an interrupted run continues; what is costly to
+                compute again may be kept there. None: nothing is trained, so nothing will be continued.
         """
 
     def train_prompts(self, task: Task, epoch: int = 0) -> list[Prompt]:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from alert import bank, candidates
+from alert import bank, bank_file, candidate_file, candidates
 from alert.method import Alert
 from common import task
 from common.config import validate
-from common.types import CATEGORY, Item, Prediction, UserError
+from common.data import manifest
+from common.types import CATEGORY, Item, Prediction, Split, Task, UserError
 from tests import data_tree
 from tests.faults import Kill
 
@@ -24,7 +26,7 @@ ITEMS = [Item(f"{label}-{i}", label, str(label)) for label in range(3) for i in 
 class Squares:
     """A vision tower of two patches whose projection is not linear: it squares."""
 
-    batch = 32
+    batch, architecture = 1, "squares"
 
     def hidden(self, keys):
         return torch.tensor([[[float(key[0]), float(key[2])], [1.0, 2.0]] for key in keys])
@@ -36,32 +38,150 @@ class Squares:
 def test_initialisations_by_hand():
     # category 2: images (2, 0) and (2, 1) in the first patch; their mean (2, 0.5), squared (4, 0.25); the mean of the
     # squares is (4, 0.5); the mean of both (4, 0.375). The second patch is (1, 2) always, so (1, 4).
-    found = {how: bank.initial(Squares(), ITEMS, 3, how, seed=1) for how in bank.INITIALISATIONS}
+    found = {how: bank.see(Squares(), ITEMS, 3, how, seed=1)[1] for how in bank.INITIALISATIONS}
     assert found["proposed"][2].tolist() == [[4.0, 0.25], [1.0, 4.0]]
     assert found["averaging"][2].tolist() == [[4.0, 0.375], [1.0, 4.0]]
     assert found["one_shot"][2].tolist() in ([[4.0, 0.0], [1.0, 4.0]], [[4.0, 1.0], [1.0, 4.0]])
     assert found["random"].shape == (3, 2, 2) and float(found["random"].abs().max()) < 0.1
-    assert torch.equal(found["random"], bank.initial(Squares(), ITEMS, 3, "random", seed=1))
+    assert torch.equal(found["random"], bank.see(Squares(), ITEMS, 3, "random", seed=1)[1])
+
+
+def test_one_look_gives_the_class_means_too():
+    for how in (*bank.INITIALISATIONS, None):
+        means, entries = bank.see(Squares(), ITEMS, 3, how, seed=1)
+        assert means.tolist() == [[0.5, 1.25], [1.0, 1.25], [1.5, 1.25]] and (entries is None) == (how is None)
+        assert bank.see(Squares(), ITEMS, 3, how, seed=1, patches=True)[0][2].tolist() == [2.0, 0.5, 1.0, 2.0]
+
+
+class Counting(Squares):
+    def __init__(self):
+        self.seen = []
+
+    def hidden(self, keys):
+        self.seen += keys
+        return super().hidden(keys)
+
+
+def looked(method, place=None, items=ITEMS):
+    """`look` at ITEMS, two of them as test images; how often the tower saw each image, and the embeddings."""
+    names = ("a", "b", "c")
+    train, test = (Split(tuple(part), names, "?", "?") for part in (items, [Item("2-5", 2, "c"), Item("0-7", 0, "a")]))
+    vision = Counting()
+    vision.vectors = lambda keys, patches: vision.hidden(keys).mean(1)
+    problem = Task(train, {"test": test}, None, "", {"x": "own"})
+    found = method.look(vision, problem, place)
+    return vision.seen, found.entries
+
+
+def test_the_tower_sees_every_image_once():
+    seen, _ = looked(Alert(seed=1, k=1))
+    # one of them shows the size of an embedding
+    assert sorted(seen[1:]) == sorted([item.image for item in ITEMS] + ["2-5", "0-7"])
+
+
+def test_a_continued_run_takes_its_first_bank_from_the_disk(tmp_path):
+    _, entries = looked(Alert(seed=1, k=1), tmp_path)
+    saved = bank_file.read_begun(tmp_path)
+    assert torch.equal(saved, entries)
+    bank_file.export_begun(tmp_path, saved + 1)
+    assert torch.equal(looked(Alert(seed=1, k=1), tmp_path)[1], saved + 1)
+    assert torch.equal(bank_file.read_begun(tmp_path), saved + 1), "written once"
+    (tmp_path / "begun.safetensors").write_bytes(b"cut")
+    with pytest.raises(UserError, match=r"begun\.safetensors is damaged"):
+        looked(Alert(seed=1, k=1), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "architecture", "message"),
+    [
+        (
+            (3, 2, 4),
+            "squares",
+            r"of shape \[3, 2, 4\], but this model and dataset need \[3, 2, 2\] .*2 tokens.*width 2",
+        ),
+        ((3, 1, 2), "squares", r"of shape \[3, 1, 2\], but"),
+        ((3, 2, 2), "gemma3", "was made for gemma3, not for squares"),
+    ],
+    ids=["width", "tokens", "architecture"],
+)
+def test_a_bank_of_another_model_is_refused(tmp_path, shape, architecture, message):
+    bank_file.export(tmp_path, torch.ones(shape), ("a", "b", "c"), architecture)
+    with pytest.raises(UserError, match=message):
+        looked(Alert(seed=1, k=1, bank=str(tmp_path)))
+    bank_file.export(tmp_path, torch.ones(3, 2, 2), ("a", "b", "c"), "squares")
+    assert torch.equal(looked(Alert(seed=1, k=1, bank=str(tmp_path)))[1], torch.ones(3, 2, 2))
 
 
 def test_a_category_without_images_is_named():
     with pytest.raises(UserError, match="category 3 has no training image"):
-        bank.initial(Squares(), ITEMS, 4, "proposed", seed=1)
+        bank.see(Squares(), ITEMS, 4, "proposed", seed=1)
+
+
+NAMES = ["a", "b", "c"]
 
 
 def test_a_bank_comes_back_as_it_was(tmp_path):
     entries, begun = torch.randn(3, 2, 4), torch.randn(3, 2, 4)
-    bank.export(tmp_path / "bank", entries, begun, ["a", "b", "c"])
-    found = bank.read(tmp_path / "bank", ("a", "b", "c"))
-    assert torch.equal(found[0], entries) and torch.equal(found[1], begun)
+    bank_file.export(tmp_path / "bank", entries, NAMES, "gemma3")
+    bank_file.export_begun(tmp_path / "bank", begun)
+    assert torch.equal(bank_file.read(tmp_path / "bank", tuple(NAMES)), entries)
+    assert torch.equal(bank_file.read_begun(tmp_path / "bank"), begun)
     with pytest.raises(UserError, match="bank of other categories: it has no 'd'"):
-        bank.read(tmp_path / "bank", ("a", "b", "d"))
-    bank.export(tmp_path / "other", begun, begun, ["a", "b", "c"])
-    (tmp_path / "other" / "bank.safetensors").rename(tmp_path / "bank" / "bank.safetensors")
-    with pytest.raises(UserError, match="is damaged"):
-        bank.read(tmp_path / "bank", ("a", "b", "c"))
+        bank_file.read(tmp_path / "bank", ("a", "b", "d"))
+    with pytest.raises(UserError, match="their number or order differs"):
+        bank_file.read(tmp_path / "bank", ("b", "a", "c"))
     with pytest.raises(UserError, match="is no bank"):
-        bank.read(tmp_path / "nowhere", ("a",))
+        bank_file.read(tmp_path / "nowhere", ("a",))
+
+
+def of_another_write(folder):
+    bank_file.export(folder.with_name("other"), torch.zeros(3, 2, 4), NAMES, "gemma3")
+    (folder.with_name("other") / "bank.safetensors").rename(folder / "bank.safetensors")
+
+
+def cut(name, length):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:length])
+
+
+def rewritten(**changes):
+    def write(folder):
+        facts = json.loads((folder / "bank.json").read_text()) | changes
+        kept = {key: value for key, value in facts.items() if value is not None}
+        (folder / "bank.json").write_text(json.dumps(kept))
+
+    return write
+
+
+DAMAGE = {
+    "cut": (cut("bank.safetensors", -4), r"bank\.safetensors is damaged"),
+    "empty": (cut("bank.safetensors", 0), r"bank\.safetensors is damaged"),
+    "gone": (lambda folder: (folder / "bank.safetensors").unlink(), r"bank\.safetensors is missing"),
+    "garbage": (lambda f: (f / "bank.safetensors").write_bytes(b"\xff" * 64), r"bank\.safetensors is damaged"),
+    "tensor of another name": (
+        lambda folder: save_file({"x": torch.zeros(3, 2, 4)}, folder / "bank.safetensors"),
+        r"bank\.safetensors is damaged",
+    ),
+    "no matrices": (
+        lambda folder: save_file({"entries": torch.zeros(3)}, folder / "bank.safetensors"),
+        r"'entries' has the shape \[3\]",
+    ),
+    "another write": (of_another_write, "does not match its hash"),
+    "json cut": (cut("bank.json", 20), "is no bank that a run has exported"),
+    "json list": (lambda folder: (folder / "bank.json").write_text("[]"), r"bank\.json is damaged: it must hold names"),
+    "json without names": (rewritten(names=None), r"bank\.json is damaged"),
+    "json without hash": (rewritten(sha256=None), r"bank\.json is damaged"),
+    "other shape": (rewritten(shape=[3, 4, 2]), "does not match its hash"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_damaged_bank_is_one_line(tmp_path, damage, message):
+    folder = tmp_path / "bank"
+    bank_file.export(folder, torch.ones(3, 2, 4), NAMES, "gemma3")
+    damage(folder)
+    with pytest.raises(UserError, match=message) as error:
+        bank_file.read(folder, NAMES)
+    assert "\n" not in str(error.value)
 
 
 def test_nearest_categories():
@@ -74,10 +194,51 @@ def questions(compose, *overrides):
     return task.build(validate(compose("method=alert", "data=digits", "method.instruction=short", *overrides)))
 
 
+def drafted(place, task, seed):
+    """A draft's file for the test images of digits."""
+    split, generator = task.evaluation["test"], np.random.default_rng(seed)
+    images = [item.image for item in split.items]
+    origin = candidates.Origin("class_means", "digits", 16, 1)
+    made = candidates.rank(images, generator.normal(size=(len(images), 10)), split.names, origin)
+    candidate_file.write(place / "test", made, split.names, [item.label for item in split.items])
+    return made
+
+
+def test_a_draft_is_read_before_the_model_is_loaded(compose, digits_task, tmp_path):
+    arguments = ["method.draft=file", f"method.draft_file={tmp_path}/SPLIT"]
+    with pytest.raises(UserError, match=r"method\.draft_file: .*test\.json cannot be read"):
+        questions(compose, *arguments)
+    made = drafted(tmp_path, digits_task, seed=1)
+    asked = questions(compose, *arguments).evaluation["test"]
+    assert [prompt.categories for prompt in asked] == [made.shown(prompt.image, 2) for prompt in asked]
+    (tmp_path / "test.npz").write_bytes(b"")
+    with pytest.raises(UserError, match=r"method\.draft_file: .*test\.npz is no \.npz file"):
+        questions(compose, *arguments)
+
+
+def test_a_run_does_not_continue_with_other_files(compose, digits_task, tmp_path):
+    names, place = digits_task.train.names, tmp_path / "bank"
+    bank_file.export(place, torch.zeros(10, 4, 8), names, "gemma3")
+    drafted(tmp_path, digits_task, seed=1)
+    changes = {
+        "method.bank": lambda: bank_file.export(place, torch.ones(10, 4, 8), names, "gemma3"),
+        "method.draft_file of 'test'": lambda: drafted(tmp_path, digits_task, seed=2),
+    }
+    for key, change in changes.items():
+        arguments = [f"method.bank={place}"]
+        if "draft" in key:
+            arguments = ["method.draft=file", f"method.draft_file={tmp_path}/SPLIT"]
+        frozen = questions(compose, *arguments).manifest
+        manifest.write(frozen, tmp_path / "manifest.json")
+        manifest.verify(tmp_path / "manifest.json", questions(compose, *arguments).manifest)
+        change()
+        with pytest.raises(UserError, match=f"{key}: the file is not the one that .*manifest.json froze"):
+            manifest.verify(tmp_path / "manifest.json", questions(compose, *arguments).manifest)
+    assert "sources" not in questions(compose).manifest
+
+
 def seen(method, digits_task):
     """As after `look`, with similarities that make neighbours alike."""
-    import numpy as np
-
     places = np.arange(10)
     method.similarities = 1 - abs(places[:, None] - places[None]) / 10
     return method
@@ -192,6 +353,7 @@ def test_what_the_reasoning_concludes_is_said_of_every_image(digits_task):
 
 
 FULL = ["model.lora.r=0", "model.freeze_vision=false"]
+LORA = ["model.lora.r=4", "model.lora.alpha=8"]  # as in the paper, only adapters and bank are trained
 
 
 @pytest.fixture(scope="module")
@@ -201,11 +363,25 @@ def undisturbed(job, runner, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def adapted(job, runner, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapted") / "run"
+    assert runner(folder, [*job, *LORA, f"cache_dir={folder.parent}"]) == 0
+    return folder
+
+
+def embeddings(run):
+    """After training, and before."""
+    folder = run / "model" / "embeddings"
+    return bank_file.read(folder, bank_file.facts(folder)["names"]), bank_file.read_begun(folder)
+
+
 @pytest.mark.slow
 def test_a_run_moves_the_bank_and_accounts_for_its_answers(undisturbed):
-    saved = load_file(undisturbed / "model" / "embeddings" / "bank.safetensors")
-    moved = bank.drift(saved["entries"], saved["begun"])
+    moved = bank.drift(*embeddings(undisturbed))
     assert moved.shape == (10,) and float(moved.min()) > 0, "all ten categories are referred to"
+    assert [path.parent.parent.name for path in undisturbed.rglob("begun.safetensors")] == ["model"], "written once"
+    assert len(list(undisturbed.glob("checkpoints/*/model/embeddings/bank.safetensors"))) > 0
     draft = json.loads((undisturbed / "metrics.json").read_text())["eval"]["test"]["draft"]
     assert draft["recall@1"] <= draft["recall@2"] == draft["presence"] < draft["recall@8"]
     reasoning = json.loads((undisturbed / "metrics.json").read_text())["eval"]["test"]["reasoning"]
@@ -253,30 +429,47 @@ def test_a_judge_that_is_not_there_stops_the_run_before_it_computes(judge, said,
 
 
 @pytest.mark.slow
-def test_frozen_bank_and_base_stay_as_they_are(job, runner, tmp_path, untrained_folders):
-    lora = ["model.lora.r=4", "model.lora.alpha=8", "method.trainable=false", f"cache_dir={tmp_path}"]
-    assert runner(tmp_path / "run", [*job, *lora]) == 0
-    saved = load_file(tmp_path / "run" / "model" / "embeddings" / "bank.safetensors")
-    assert torch.equal(saved["entries"], saved["begun"])
-    assert (tmp_path / "run" / "model" / "adapter_model.safetensors").is_file()
+def test_a_killed_run_with_adapters_ends_as_if_nothing_had_happened(adapted, job, runner, tmp_path):
+    arguments = [*job, *LORA, f"cache_dir={tmp_path}"]
+    assert runner(tmp_path / "run", arguments, Kill("common.grpo.trainer:GRPOTrainer._update", 4)) == -9
+    assert (tmp_path / "run" / "checkpoints" / "step-000002").is_dir()
+    assert runner(tmp_path / "run", arguments) == 0
+    files = ("adapter_model.safetensors", "embeddings/bank.safetensors", "embeddings/begun.safetensors")
+    for name in ("metrics.jsonl", *(f"model/{name}" for name in files)):
+        assert (tmp_path / "run" / name).read_bytes() == (adapted / name).read_bytes(), name
+    assert float(bank.drift(*embeddings(adapted)).min()) > 0, "the bank has moved"
+
+
+@pytest.mark.slow
+def test_frozen_bank_and_base_stay_as_they_are(job, runner, tmp_path):
+    assert runner(tmp_path / "run", [*job, *LORA, "method.trainable=false", f"cache_dir={tmp_path}"]) == 0
+    assert torch.equal(*embeddings(tmp_path / "run"))
+    adapters = load_file(tmp_path / "run" / "model" / "adapter_model.safetensors")
+    assert all(value.any() for name, value in adapters.items() if "lora_B" in name), (
+        "the rest is trained: B begins at 0"
+    )
     assert not (tmp_path / "run" / "model" / "model.safetensors").exists(), (
         "the base is not written: it has not changed"
     )
 
 
 @pytest.mark.slow
-def test_an_exported_bank_gives_the_same_answers(undisturbed, job, runner, tmp_path):
+@pytest.mark.parametrize("trained", ["undisturbed", "adapted"])
+def test_an_exported_bank_gives_the_same_answers(trained, request, job, runner, tmp_path):
+    folder = request.getfixturevalue(trained)
     replaced = [a for a in job if not a.startswith(("method=", "model.path", "trainer.", "+rewards", "checkpoint"))]
-    again = [f"model.path={undisturbed / 'model'}", f"method.bank={undisturbed / 'model' / 'embeddings'}"]
-    arguments = ["method=alert_zeroshot", *replaced, *again, *FULL, f"cache_dir={tmp_path}"]
+    again = [f"model.path={folder / 'model'}", f"method.bank={folder / 'model' / 'embeddings'}"]
+    arguments = ["method=alert_zeroshot", *replaced, *again, f"cache_dir={tmp_path}"]
     assert runner(tmp_path / "run", arguments) == 0
     columns = ["image", "completion"]
     read = {
         name: pyarrow.parquet.read_table(folder / "predictions.parquet").to_pandas()
-        for name, folder in (("before", undisturbed), ("after", tmp_path / "run"))
+        for name, folder in (("before", folder), ("after", tmp_path / "run"))
     }
     before = read["before"][read["before"].phase == "eval"][columns].reset_index(drop=True)
     assert before.equals(read["after"][columns].reset_index(drop=True))
+    begun = read["before"][read["before"].phase == "zero_shot"][columns].reset_index(drop=True)
+    assert not before.equals(begun), "the training changed some"
 
 
 @pytest.mark.slow
@@ -295,12 +488,15 @@ def test_a_bank_can_be_looked_at(tmp_path, capsys):
     begun = torch.tensor([[[1.0, 0.0]], [[0.6, 0.8]], [[0.0, 2.0]]])
     entries = begun.clone()
     entries[2, 0, 1] = 2.5
-    bank.export(tmp_path, entries, begun, ["a", "b", "c"])
+    bank_file.export(tmp_path, entries, NAMES, "gemma3")
+    with pytest.raises(UserError, match="does not say what the bank began from"):
+        inspect.rows(tmp_path)
+    bank_file.export_begun(tmp_path, begun)
     found = inspect.rows(tmp_path)
     assert found[0] == ("c", 2.5, 0.25, "b", pytest.approx(0.8)) and [row[2] for row in found[1:]] == [0, 0]
     inspect.main([str(tmp_path)])
     assert (tmp_path / "bank.png").stat().st_size > 1000 and "25.00" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="holds no bank"):
+    with pytest.raises(SystemExit, match="is no bank"):
         inspect.main([str(tmp_path / "nowhere")])
 
 

@@ -59,11 +59,13 @@ LIGHT = (
     "common.run_folder",
     "clsrl.method",
     "alert.accounting",
+    "alert.bank_file",
     "alert.candidate_file",
     "alert.reference",
     "alert.judge",
     "alert.judge_hf",
     "alert.judge_openai",
+    "alert.method",
     "alert.rewards",
 )
 

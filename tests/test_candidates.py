@@ -62,9 +62,9 @@ def test_select_of_masked_classes_and_of_no_image():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (([[1.0, 2.0]], 3), UserError, "candidates.k=3, but only 2 class names are different; use candidates.k=2"),
-        (([[1.0] * 6], 5, NAMES), UserError, "candidates.k=5, but only 4 class names"),
-        (([[1.0, 2.0]], 0), UserError, "candidates.k=0 must be 1 or more"),
+        (([[1.0, 2.0]], 3), UserError, "method.k=3, but only 2 class names are different; use method.k=2"),
+        (([[1.0] * 6], 5, NAMES), UserError, "method.k=5, but only 4 class names"),
+        (([[1.0, 2.0]], 0), UserError, "method.k=0 must be 1 or more"),
         (([[1.0, np.nan]], 1), ValueError, "without NaN"),
         (([1.0, 2.0], 1), ValueError, r"shape \(2,\); expected \[N, C\]"),
         (([[1.0, 2.0]], 1, NAMES), ValueError, "2 logits per image, but 6 names"),
@@ -109,9 +109,9 @@ def test_a_shuffle_belongs_to_the_image_alone():
 @pytest.mark.parametrize(
     ("k", "order", "message"),
     [
-        (5, "rank", "candidates.k=5, but only 4 are kept of each image"),
-        (0, "rank", "candidates.k=0 must be 1 or more"),
-        (2, "random", "candidates.order=random: choose one of rank, shuffle"),
+        (5, "rank", "method.k=5, but only 4 are kept of each image"),
+        (0, "rank", "method.k=0 must be 1 or more"),
+        (2, "random", "method.order=random: choose one of rank, shuffle"),
     ],
     ids=["too many", "none", "order"],
 )
@@ -254,7 +254,7 @@ def test_files_that_cannot_be_used_are_named_in_one_line(saved, damage, message)
     damage(path.with_name("test.v2.npz"), path.with_name("test.v2.json"))
     with pytest.raises(UserError, match=message) as error:
         read(path, ("d/a.png",), "wxyz", "digits")
-    assert str(error.value).startswith("candidates.file: ") and "\n" not in str(error.value)
+    assert str(error.value).startswith("method.draft_file: ") and "\n" not in str(error.value)
 
 
 def test_missing_images_are_counted_and_the_first_is_named(saved):

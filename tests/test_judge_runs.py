@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pyarrow.parquet
 import pytest
@@ -68,7 +69,8 @@ def test_the_own_judge_stays_the_model_before_training(weights, model, folder, c
     policy = vlm.load(folder, c.model, torch.device("cpu"))
     width = policy.model.get_input_embeddings().weight.shape[1]
     policy = replace(policy, slots=attach(policy.model, torch.randn(10, 4, width), True))
-    judge = bound_rewards(c, policy)["reasoning"].function.judge
+    parts = SimpleNamespace(policy=policy, checkpoint={"sha256": "0" * 64})
+    judge = bound_rewards(c, parts)["reasoning"].function.judge
     assert judge.ask(prompts) == expected
     with torch.no_grad():
         trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]

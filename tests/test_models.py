@@ -10,10 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from common import parts, task
+from common.config import plain, validate
 from common.data.loading import Loader
 from common.models import files, glyphs, pretrain, tiny, tiny_gemma3
 from common.models.families import Gemma3, Qwen2VL
 from common.models.vlm import Encoder
+from common.result import describe
 from common.schema import Lora
 from common.types import UserError
 
@@ -246,6 +249,25 @@ def test_checkpoint_hash_follows_the_content(untrained_folder, tmp_path):
     assert files.checkpoint_hash(folder) != files.checkpoint_hash(untrained_folder)
 
 
+def test_one_rank_hashes_the_weights_for_all(monkeypatch, tmp_path):
+    monkeypatch.setattr(parts, "rank", lambda: 1)
+    monkeypatch.setattr(parts, "gather", lambda own: ["by rank 0", own])
+    assert parts.shared_hash(tmp_path / "nothing to read here") == "by rank 0"
+
+
+def test_a_run_hashes_the_weights_once(monkeypatch, compose, untrained_folder, tmp_path, process_group):
+    hashed = []
+    monkeypatch.setattr(files, "checkpoint_hash", lambda folder: hashed.append(folder) or "1234")
+    values = [f"model.path={untrained_folder}", "model.recipe=null", f"cache_dir={tmp_path}", "label_scoring=false"]
+    values += ["model.freeze_vision=true", "model.feature_cache_gb=0.1", "rewards=alert"]
+    cfg = compose(*values)
+    config, questions = validate(cfg), task.build(validate(cfg))
+    made = parts.assemble(config, questions, untrained_folder, torch.device("cpu"))
+    parts.bound_rewards(config, made)
+    result = describe(config, plain(cfg), made.checkpoint, questions)
+    assert hashed == [untrained_folder] and result.checkpoint["sha256"] == "1234"
+
+
 def test_unknown_paths_and_unreachable_hub_ids_are_one_line():
     with pytest.raises(UserError, match="is not a folder"):
         files.find("/nonexistent/model", None)
@@ -254,8 +276,6 @@ def test_unknown_paths_and_unreachable_hub_ids_are_one_line():
 
 
 def test_lora_targets_that_match_nothing(load_vlm):
-    from common.schema import Lora
-
     with pytest.raises(UserError, match="model.lora.targets=nothing"):
         load_vlm(lora=Lora(r=4, targets="nothing"))
 

@@ -127,6 +127,50 @@ def test_two_ranks_train_as_one(runner, job, alone, tmp_path, stage, adapters):
     assert_same_run(alone(*adapters), tmp_path / "two")
 
 
+@pytest.fixture(scope="module")
+def alert(untrained_folders):
+    """What makes the job one of ALERT: adapters and a bank that learns ten times as fast."""
+    return (
+        "method=alert",
+        f"model.path={untrained_folders['gemma3']}",
+        "model.dtype=float32",
+        "model.image_size=32",
+        "model.load_in_8bit=false",
+        "model.lora.r=4",
+        "method.instruction=short",
+        "trainer.learning_rate=1e-3",
+        "trainer.embedding_learning_rate=1e-2",
+        "gpus=0",
+    )
+
+
+def assert_same_bank(one, two):
+    """The same first bank to the bit; the last one to 1 % of what five updates can move it."""
+    first, second = (folder / "model" / "embeddings" for folder in (one, two))
+    assert (first / "begun.safetensors").read_bytes() == (second / "begun.safetensors").read_bytes()
+    begun = load_file(first / "begun.safetensors")["begun"]
+    ended = [load_file(folder / "bank.safetensors")["entries"] for folder in (first, second)]
+    assert float((ended[0] - begun).abs().amax((1, 2)).min()) > 1e-3, "every category has moved"
+    assert float((ended[0] - ended[1]).abs().max()) <= 5e-4
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_ranks_train_alert_as_one(runner, job, alert, alone, tmp_path, stage):
+    assert runner.ranks(2, tmp_path / "two", [*job, *STAGES[stage], *alert]) == [0, 0]
+    assert_same_run(alone(*alert), tmp_path / "two")
+    assert_same_bank(alone(*alert), tmp_path / "two")
+
+
+def test_what_two_ranks_began_of_alert_one_can_finish(runner, job, alert, alone, tmp_path):
+    arguments = [*job, *STAGES[2], *alert]
+    codes = runner.ranks(2, tmp_path / "two", arguments, Kill("common.engine:Engine.step", 4))
+    assert codes[0] == -9 and codes[1] != 0
+    assert (tmp_path / "two" / "checkpoints" / "step-000002" / "state.json").is_file()
+    assert runner(tmp_path / "two", arguments) == 0
+    assert_same_run(alone(*alert), tmp_path / "two")
+    assert_same_bank(alone(*alert), tmp_path / "two")
+
+
 @pytest.mark.faults
 def test_ranks_that_miss_different_features_stay_in_step(runner, job, tmp_path):
     vision = ["model.freeze_vision=true", "model.feature_cache_gb=0.1", f"cache_dir={tmp_path / 'cache'}"]

@@ -231,13 +231,13 @@ def test_the_generator_alone_decides():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tau": 0.0}, "tau=0.0 must be a finite number above 0"),
-        ({"tau": float("nan")}, "tau=nan must be a finite number above 0"),
-        ({"tau": float("inf")}, "tau=inf must be a finite number above 0"),
-        ({"smallest": 0}, "smallest=0 must be 1 or more"),
-        ({"smallest": 5, "largest": 4}, "largest=4 is below smallest=5"),
-        ({"smallest": 7}, "smallest=7, but there are 6 different class names"),
-        ({"smallest": 5, "names": TWINS}, "smallest=5, but there are 4 different class names"),
+        ({"tau": 0.0}, "method.tau=0.0 must be a finite number above 0"),
+        ({"tau": float("nan")}, "method.tau=nan must be a finite number above 0"),
+        ({"tau": float("inf")}, "method.tau=inf must be a finite number above 0"),
+        ({"smallest": 0}, "method.smallest=0 must be 1 or more"),
+        ({"smallest": 5, "largest": 4}, "method.largest=4 is below method.smallest=5"),
+        ({"smallest": 7}, "method.smallest=7, but there are 6 different class names"),
+        ({"smallest": 5, "names": TWINS}, "method.smallest=5, but there are 4 different class names"),
     ],
     ids=["tau 0", "tau nan", "tau inf", "none", "crossed", "too many", "too many names"],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from common.schedule import batch, learning_rate, total_updates
+from common.schedule import Epochs, batch, learning_rate, total_updates
 from common.schema import Trainer
 
 
@@ -27,6 +27,18 @@ def test_batches_run_over_the_end_of_an_epoch():
 def test_epochs_are_counted():
     epochs = [epoch for update in range(5) for epoch, _ in batch(update, size=16, items=40, seed=1)]
     assert epochs == [0] * 40 + [1] * 40
+
+
+def test_prompts_of_an_epoch_are_asked_for_once():
+    asked = []
+
+    def ask(epoch):
+        asked.append(epoch)
+        return [f"{epoch}-{i}" for i in range(4)]
+
+    epochs = Epochs(ask, ask(0))
+    assert [epochs(epoch)[1] for epoch in (0, 0, 1, 0, 1, 2)] == ["0-1", "0-1", "1-1", "0-1", "1-1", "2-1"]
+    assert asked == [0, 1, 2] and len(epochs) == 4
 
 
 def test_order_depends_on_the_seed():

@@ -64,7 +64,7 @@ def verify(path: Path, manifest: dict[str, Any]) -> None:
     """Compare the run's manifest with the task that is about to be evaluated.
 
     Raises:
-        UserError: They differ; names the first differing split, or the file if it was edited.
+        UserError: They differ; names the first differing source or split, or the file if it was edited.
     """
     frozen = json.loads(path.read_text())
     body = {key: value for key, value in frozen.items() if key != "hash"}
@@ -72,6 +72,11 @@ def verify(path: Path, manifest: dict[str, Any]) -> None:
         raise UserError(f"{path} was changed after the run began: its content does not match its hash")
     if frozen["hash"] == manifest["hash"]:
         return
+    for key, digest_now in manifest.get("sources", {}).items():
+        if frozen.get("sources", {}).get(key) != digest_now:
+            raise UserError(
+                f"{key}: the file is not the one that {path} froze; put that one back or use another run folder"
+            )
     for name, split in manifest["splits"].items():
         before = frozen["splits"].get(name, {})
         for key in ("items_sha256", "prompts_sha256"):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,10 @@ class GRPOTrainer:
         self.rewards, self.decoding, self.config, self.seed = rewards, decoding, config, seed
         scorer = PolicyScorer(vlm.model, vlm.banned, decoding.temperature, config.head_chunk).to(vlm.device)
         self.adapters = hasattr(vlm.model, "disable_adapter")
-        # the frozen copy of full fine-tuning stays outside the engine; with adapters, the base is the reference
+        # the frozen copy of full fine-tuning stays outside the engine; with adapters, the base is the reference, but
+        # the embeddings that a method has put beside it are trained as they are
+        if self.adapters and config.beta > 0 and vlm.slots is not None:
+            vlm.slots.remember()
         self.frozen = None if self.adapters or config.beta == 0 else copy.deepcopy(scorer).eval().requires_grad_(False)
         scorer.in_step = zero_stage(deepspeed) == 3
         self.engine = Engine(scorer, config, deepspeed, updates, resume)
@@ -250,7 +253,8 @@ class GRPOTrainer:
     def _reference_logps(self, packed: Packed) -> torch.Tensor:
         if self.frozen is not None:
             return self.frozen(packed, False)[0]
-        with self.vlm.model.disable_adapter():
+        slots = self.vlm.slots
+        with self.vlm.model.disable_adapter(), nullcontext() if slots is None else slots.as_begun():
             return self.engine(packed, False)[0]
 
     @torch.no_grad()

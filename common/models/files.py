@@ -17,6 +17,7 @@ from common.types import CATEGORY, Prompt, UserError
 
 NEEDED = ("config.json", "tokenizer.json")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+ADAPTERS = ("adapter_config.json", "adapter_model.safetensors")  # as PEFT writes them
 
 
 def find(path: str, revision: str | None, weights: bool = True, key: str = "model.path") -> Path:
@@ -51,23 +52,52 @@ def find(path: str, revision: str | None, weights: bool = True, key: str = "mode
 
 
 def check_folder(folder: Path) -> None:
-    """Check that the files of a checkpoint are there and whole.
+    """Check that the files of a checkpoint, or of adapters, are there and whole.
 
     Raises:
         UserError: Names the file at fault.
     """
-    for name in NEEDED:
+    adapters = (folder / ADAPTERS[0]).is_file()
+    for name in ADAPTERS[:1] if adapters else NEEDED:
         if not (folder / name).is_file():
             raise UserError(f"checkpoint {folder} has no {name}; it must be a folder written by save_pretrained")
         try:
             json.loads((folder / name).read_text())
         except ValueError as error:
             raise UserError(f"checkpoint {folder}: {name} is damaged ({error}); copy or build it again") from error
-    shards = weight_files(folder)
+    shards = [folder / ADAPTERS[1]] if adapters else weight_files(folder)
     if not shards:
         raise UserError(f"checkpoint {folder} has none of {', '.join(WEIGHTS)}")
     for shard in shards:
         _check_safetensors(shard)
+
+
+def lineage(folder: Path, weights: bool = True) -> list[Path]:
+    """The whole checkpoint that a folder builds on, then the folders of adapters in the order of their training.
+
+    A run with adapters writes only these; where their base lies, stands in their adapter_config.json.
+
+    Args:
+        folder: From `find`. A whole checkpoint is its own lineage.
+        weights: False: a base on the hub is fetched without its weights.
+
+    Raises:
+        UserError: A base is missing or damaged.
+    """
+    path = folder / ADAPTERS[0]
+    if not path.is_file():
+        return [folder]
+    settings = json.loads(path.read_text())
+    base, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    if not isinstance(base, str):
+        raise UserError(f"{path} does not say on which checkpoint the adapters belong (base_model_name_or_path)")
+    try:
+        return [*lineage(find(base, revision, weights), weights), folder]
+    except UserError as error:
+        raise UserError(
+            f"checkpoint {folder} holds adapters for {base}, which cannot be used ({error}); put that checkpoint there"
+            f" or correct base_model_name_or_path in {path.name}"
+        ) from error
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -105,11 +135,15 @@ def _check_safetensors(path: Path) -> None:
 
 
 def checkpoint_hash(folder: Path) -> str:
-    """SHA-256 over the weights and the tokenizer; part of every result."""
+    """SHA-256 over the weights and the tokenizer, adapters and their base alike; part of every result."""
+    base, *adapters = lineage(folder)
     total = hashlib.sha256()
-    for path in [*weight_files(folder), folder / "tokenizer.json"]:
+    for path in [*weight_files(base), base / "tokenizer.json", *(each / ADAPTERS[1] for each in adapters)]:
         with path.open("rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
+    for each in adapters:  # the same matrices count differently with another scale; where the base lies does not matter
+        settings = json.loads((each / ADAPTERS[0]).read_text()) | {"base_model_name_or_path": None}
+        total.update(json.dumps(settings, sort_keys=True).encode())
     return total.hexdigest()
 
 
@@ -160,8 +194,10 @@ def _refuse(message: str) -> None:
 
 
 def meter_for_folder(folder: Path, family: str) -> PromptMeter:
-    """The prompt meter of a checkpoint folder."""
+    """The prompt meter of a checkpoint folder; of adapters, that of their base."""
     from tokenizers import Tokenizer
+
+    folder = lineage(folder, weights=False)[0]
 
     config = json.loads((folder / "config.json").read_text())
     if config.get("model_type") != family or "vision_config" not in config:

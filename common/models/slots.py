@@ -25,6 +25,8 @@ class Slots(torch.nn.Module):
     (Gemma: the square root of D) is not applied to them, as it is not to image features.
     """
 
+    begun: Any  # a tensor once something is remembered
+
     def __init__(self, embedding: Any, entries: torch.Tensor, trainable: bool) -> None:
         """
         Args:
@@ -36,6 +38,22 @@ class Slots(torch.nn.Module):
         self.embedding = embedding
         self.entries = torch.nn.Parameter(entries.clone(), requires_grad=trainable)
         self.first, self.width = int(embedding.num_embeddings), entries.shape[1]
+        self.register_buffer("begun", None, persistent=False)
+        self.back = False
+
+    def remember(self) -> None:
+        """Keep the rows as they are now for `as_begun`."""
+        self.begun = self.entries.detach().clone()
+
+    @contextmanager
+    def as_begun(self) -> Iterator[None]:
+        """Inside, the rows are those of `remember`, whatever a training has made of them."""
+        assert self.begun is not None, "nothing was remembered"
+        self.back = True
+        try:
+            yield
+        finally:
+            self.back = False
 
     @property
     def weight(self) -> torch.nn.Parameter:
@@ -46,7 +64,8 @@ class Slots(torch.nn.Module):
         """Input embeddings. Shape: [...] -> [..., D]."""
         beyond = ids >= self.first
         known = self.embedding(ids.where(~beyond, 0))
-        rows = self.entries.flatten(0, 1)[(ids - self.first).clamp(min=0)]
+        entries = self.begun if self.back else self.entries
+        rows = entries.flatten(0, 1)[(ids - self.first).clamp(min=0)]
         return torch.where(beyond[..., None], rows.to(known.dtype), known)
 
 

@@ -29,6 +29,11 @@ class Vision:
         """
         self.vlm, self.load_images, self.batch = vlm, load_images, batch
 
+    @property
+    def architecture(self) -> str:
+        """Of the model, as its config.json calls it."""
+        return str(self.vlm.model.config.model_type)
+
     @torch.no_grad()
     def hidden(self, keys: Sequence[str]) -> torch.Tensor:
         """Outputs of the tower. Shape: [n, P, V]; all at once, so ask for a batch."""

@@ -16,11 +16,12 @@ import torch
 from common.grpo import attention
 from common.grpo.logprobs import without_adapters
 from common.grpo.packing import Encoded
+from common.models import adapters
 from common.models.families import FAMILIES, Family
 from common.models.features import FeatureStore
-from common.models.files import messages, too_long
+from common.models.files import lineage, messages, too_long
 from common.models.slots import Slots, spread
-from common.schema import Lora, Model
+from common.schema import Model
 from common.types import CATEGORY, Prompt, UserError
 
 if TYPE_CHECKING:
@@ -54,8 +55,16 @@ class VLM:
         return next(self.model.parameters()).device
 
 
-def load(folder: Path, config: Model, device: torch.device) -> VLM:
-    """Load a checkpoint folder with its processor, adapters attached if `config.lora` asks for them.
+def load(folder: Path, config: Model, device: torch.device, train: bool = True) -> VLM:
+    """Load a checkpoint folder, whole or adapters on their base, with its processor.
+
+    Args:
+        folder: From `files.find`.
+        config: New adapters are attached if its `lora` asks for them.
+        device: Where the model goes.
+        train: The adapters that the folder holds become part of the weights, as if they had been so from the start; in
+            bf16 that rounds them. False: they stay as they were when they were written, so a model gives the answers
+            that it gave then to the bit; new ones, which would change nothing yet, are left out.
 
     Raises:
         UserError: The folder does not load as an image-text-to-text model, or an adapter target matches nothing.
@@ -63,24 +72,32 @@ def load(folder: Path, config: Model, device: torch.device) -> VLM:
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    base, *earlier = lineage(folder)
+    if earlier and config.load_in_8bit and (train or len(earlier) > 1):
+        raise UserError(
+            f"model.path={folder} holds adapters, which 8-bit weights cannot take in; set model.load_in_8bit=false, or"
+            " give a checkpoint with whole weights"
+        )
     options: dict[str, Any] = {"dtype": DTYPES[config.dtype], "output_loading_info": True}
     if config.load_in_8bit:
         from transformers import BitsAndBytesConfig
 
         options |= {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device}}
     try:
-        processor = AutoProcessor.from_pretrained(folder)
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(folder, **options)
+        processor = AutoProcessor.from_pretrained(base)
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(base, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"checkpoint {folder} does not load: {error}") from error
+        raise UserError(f"checkpoint {base} does not load: {error}") from error
     model, report = loaded
     if missing := sorted([*report["missing_keys"], *report["mismatched_keys"]]):
-        raise UserError(f"checkpoint {folder} lacks {len(missing)} weights of its architecture, first: {missing[0]}")
+        raise UserError(f"checkpoint {base} lacks {len(missing)} weights of its architecture, first: {missing[0]}")
+    for each in earlier:
+        model = adapters.restore(model, each, merge=train or each != folder)
     model.config.get_text_config()._attn_implementation = attention.NAME
     eos = model.generation_config.eos_token_id
     ends = tuple(eos) if isinstance(eos, list) else (eos,)
     if None in ends:
-        raise UserError(f"checkpoint {folder}: generation_config.json has no eos_token_id, so no completion could end")
+        raise UserError(f"checkpoint {base}: generation_config.json has no eos_token_id, so no completion could end")
     family = FAMILIES[config.family]
     placeholders = family.placeholder_tokens(model.config)
     pad = processor.tokenizer.pad_token_id
@@ -89,8 +106,8 @@ def load(folder: Path, config: Model, device: torch.device) -> VLM:
         freeze(model, family.vision)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if config.lora.r > 0:
-        model = add_adapters(model, config.lora)
+    if config.lora.r > 0 and train:
+        model = adapters.add(model, config.lora)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     inside = [name for name in trained if set(name.split(".")) & set(family.vision)]
     if config.freeze_vision and inside:
@@ -117,20 +134,6 @@ def freeze(model: Any, modules: tuple[str, ...]) -> None:
     for name, parameter in model.named_parameters():
         if set(name.split(".")) & set(modules):
             parameter.requires_grad_(False)
-
-
-def add_adapters(model: Any, lora: Lora) -> Any:
-    """Wrap the model with LoRA adapters (arXiv 2106.09685) without dropout, which shared prefixes do not allow."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.targets, lora_dropout=0.0, bias="none")
-    try:
-        wrapped = get_peft_model(model, config)
-    except ValueError as error:
-        raise UserError(f"model.lora.targets={lora.targets}: {error}") from error
-    if getattr(model, "is_gradient_checkpointing", False):
-        wrapped.enable_input_require_grads()
-    return wrapped
 
 
 class Encoder:

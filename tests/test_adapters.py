@@ -1,0 +1,177 @@
+"""A folder of adapters as a checkpoint: it answers as the run that wrote it, and can be trained further."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pyarrow.parquet
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from common.data.loading import Loader
+from common.grpo.logprobs import PolicyScorer
+from common.grpo.packing import pack_plain
+from common.models import files, vlm
+from common.models.vlm import Encoder
+from common.types import UserError
+from tests.test_shared_prefix import LORA, groups
+
+CPU = torch.device("cpu")
+
+
+def scores(policy, task, no_think):
+    """Log-probabilities of some completions to three prompts."""
+    encoder = Encoder(policy, Loader(task.images, 32), 512)
+    batch = groups(policy, no_think.train_prompts(task)[:3], encoder, [2, 2, 2], [3, 5], image=True)
+    scorer = PolicyScorer(policy.model, policy.banned, temperature=1.0, chunk=64)
+    with torch.no_grad():
+        return scorer(pack_plain(batch, policy.family, policy.pad, policy.device))[0]
+
+
+def trained(policy, seed):
+    """Adapters that have moved, as after a training."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return policy
+
+
+@pytest.fixture
+def written(load_vlm, tmp_path):
+    """A folder of adapters and the model that wrote it."""
+    policy = trained(load_vlm(lora=LORA), seed=1)
+    policy.model.save_pretrained(tmp_path / "first")
+    return tmp_path / "first", policy
+
+
+def test_adapters_answer_as_the_model_that_wrote_them(written, load_vlm, model_config, digits_task, no_think):
+    folder, policy = written
+    expected = scores(policy, digits_task, no_think)
+    kept = vlm.load(folder, model_config(lora=LORA), CPU, train=False)
+    assert torch.equal(scores(kept, digits_task, no_think), expected), "to the bit"
+    assert float((scores(load_vlm(), digits_task, no_think) - expected).abs().max()) > 0.1, "they matter"
+    merged = vlm.load(folder, model_config(), CPU)
+    assert float((scores(merged, digits_task, no_think) - expected).abs().max()) <= 1e-5
+    assert not hasattr(merged.model, "disable_adapter")
+    assert all(parameter.requires_grad for parameter in merged.model.parameters())
+
+
+def test_rounded_weights_answer_to_the_bit_too(load_vlm, model_config, digits_task, no_think, tmp_path):
+    policy = trained(load_vlm(lora=LORA, dtype="bfloat16"), seed=1)
+    policy.model.save_pretrained(tmp_path)
+    kept = vlm.load(tmp_path, model_config(dtype="bfloat16"), CPU, train=False)
+    assert torch.equal(scores(kept, digits_task, no_think), scores(policy, digits_task, no_think))
+
+
+def test_adapters_on_adapters(written, model_config, digits_task, no_think, untrained_folder):
+    first, _ = written
+    policy = vlm.load(first, model_config(lora=LORA), CPU)
+    with policy.model.disable_adapter():
+        start = scores(vlm.load(first, model_config(), CPU), digits_task, no_think)
+        assert torch.equal(scores(policy, digits_task, no_think), start), "the reference is the model it began from"
+    second = first.with_name("second")
+    trained(policy, seed=2).model.save_pretrained(second)
+    assert files.lineage(second) == [untrained_folder, first, second]
+    again = vlm.load(second, model_config(), CPU, train=False)
+    assert torch.equal(scores(again, digits_task, no_think), scores(policy, digits_task, no_think))
+
+
+def test_the_hash_covers_base_and_adapters(written, untrained_folder):
+    folder, _ = written
+    found = files.checkpoint_hash(folder)
+    assert found != files.checkpoint_hash(untrained_folder)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+
+    def changed(**values):
+        (folder / "adapter_config.json").write_text(json.dumps({**settings, **values}))
+        return files.checkpoint_hash(folder)
+
+    assert changed(lora_alpha=settings["lora_alpha"] * 2) != found
+    base = folder.with_name("base")
+    shutil.copytree(untrained_folder, base)
+    assert changed(base_model_name_or_path=str(base)) == found, "the same base in another place"
+    weights = load_file(base / "model.safetensors")
+    save_file({**weights, min(weights): weights[min(weights)] + 1}, base / "model.safetensors")
+    assert files.checkpoint_hash(folder) != found
+    shutil.copytree(untrained_folder, base, dirs_exist_ok=True)
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, folder / "adapter_model.safetensors")
+    assert files.checkpoint_hash(folder) != found
+
+
+def test_prompts_are_measured_by_the_base(written, untrained_folder, no_think, digits_task):
+    prompts = no_think.train_prompts(digits_task)[:3]
+    expected = files.meter_for_folder(untrained_folder, "qwen2_vl").tokens(prompts, 32)
+    assert files.meter_for_folder(files.find(str(written[0]), None), "qwen2_vl").tokens(prompts, 32) == expected
+
+
+def test_unusable_adapters_are_one_line(written, model_config):
+    folder, _ = written
+    settings, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    good, whole = json.loads(settings.read_text()), weights.read_bytes()
+    with pytest.raises(UserError, match="holds adapters, which 8-bit weights cannot take in"):
+        vlm.load(folder, model_config(load_in_8bit=True, lora=LORA), CPU)
+    for base, message in ((None, "does not say on which checkpoint"), ("/gone", "cannot be used .model.path=/gone")):
+        settings.write_text(json.dumps({**good, "base_model_name_or_path": base}))
+        with pytest.raises(UserError, match=message):
+            files.meter_for_folder(folder, "qwen2_vl")
+    settings.write_text(json.dumps({**good, "target_modules": "nothing"}))
+    with pytest.raises(UserError, match=r"the adapters in .* do not load: .*nothing"):
+        vlm.load(folder, model_config(), CPU)
+    settings.write_text(json.dumps(good))
+    tensors = load_file(weights)
+    name = min(tensors)
+    rest = {key: value for key, value in tensors.items() if key != name}
+    for content in (rest, {**tensors, "strange": tensors[name]}, {**tensors, name: tensors[name][:1]}):
+        save_file({key: value.clone() for key, value in content.items()}, weights)
+        with pytest.raises(UserError, match=f"the adapters in {folder} do not"):
+            vlm.load(folder, model_config(), CPU)
+    weights.write_bytes(whole)
+    weights.write_bytes(whole[:-10])
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors is damaged"):
+        files.find(str(folder), None)
+    weights.unlink()
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors is missing"):
+        files.find(str(folder), None)
+    settings.write_text("{")
+    with pytest.raises(UserError, match=r"adapter_config\.json is damaged"):
+        files.find(str(folder), None)
+
+
+@pytest.mark.slow
+def test_a_run_with_adapters_is_evaluated_from_its_folder(runner, untrained_folder, tmp_path):
+    shared = [
+        "method=nothinking",
+        "model.recipe=null",
+        "model.lora.r=4",
+        "rollout.max_completion_tokens=8",
+        "shots=170",
+        "tracking=none",
+        f"cache_dir={tmp_path}",
+    ]
+    training = [
+        "trainer.updates=3",
+        "trainer.learning_rate=1e-2",
+        "+rewards.short={weight:1.0,fn:tests.rewards.shorter}",
+    ]
+    assert runner(tmp_path / "run", [*shared, *training, f"model.path={untrained_folder}"]) == 0
+    assert runner(tmp_path / "again", [*shared, "trainer=none", f"model.path={tmp_path / 'run' / 'model'}"]) == 0
+    begun, before, after = (
+        predictions(tmp_path / "run", "zero_shot"),
+        *(predictions(tmp_path / name, phase) for name, phase in (("run", "eval"), ("again", "zero_shot"))),
+    )
+    assert before == after and begun != before
+    used = [
+        json.loads((tmp_path / name / "metrics.json").read_text())["checkpoint"]["sha256"] for name in ("run", "again")
+    ]
+    assert used[0] == files.checkpoint_hash(untrained_folder) != used[1]
+
+
+def predictions(folder, phase):
+    """Answers, and probabilities to the bit."""
+    rows = pyarrow.parquet.read_table(folder / "predictions.parquet").to_pylist()
+    return [{k: v for k, v in row.items() if k != "phase"} for row in rows if row["phase"] == phase]
