@@ -1,7 +1,7 @@
 """Checkpoints: everything that decides the next update, whole or not at all.
 
     checkpoints/step-000040/
-        state.json       updates done, tokens seen, best accuracy, ranks, seed, tracker id, length of metrics.jsonl
+        state.json       updates done, tokens seen, best accuracy, ranks, seed, tracker id, length of metrics.jsonl ...
         random-<rank>.pt generators of Python, NumPy and PyTorch
         deepspeed/       weights and optimizer state by rank
         model/           weights or adapter and processor, for from_pretrained
@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 class State:
     """What state.json holds. best: update and accuracy (a share of 1) of the best evaluation so far.
 
+    began_from: SHA-256 of the weights that the run loads, the frozen ones among them, which no checkpoint repeats.
     lines: bytes of metrics.jsonl and timings.jsonl at this update; what follows them is computed again. seconds: spent
     on the run so far, over all attempts.
     """
@@ -47,6 +48,7 @@ class State:
     ranks: int
     seed: int
     tracker: str | None
+    began_from: str
     lines: dict[str, int]
     seconds: float
 

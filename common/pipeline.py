@@ -71,6 +71,8 @@ def run(config: Config, values: dict[str, Any], folder: Path) -> Result:
     seconds = {"model": time.perf_counter() - began}
     embeddings = None if config.trainer.name == "none" else folder / "model" / EMBEDDINGS
     parts = assemble(config, questions, checkpoint, device, embeddings)
+    if state is not None and state.began_from != parts.checkpoint["sha256"]:
+        raise UserError(f"the weights of {checkpoint} have changed since this run began; use another run_name")
     evaluator = parts.evaluator
     spent = state.seconds if state else 0.0  # by earlier attempts
     tracker = make_tracker(config, values, folder, questions, state)
@@ -189,6 +191,7 @@ def train(
                 ranks=world(),
                 seed=config.seed,
                 tracker=recorder.tracker.id,
+                began_from=parts.checkpoint["sha256"],
                 lines=recorder.place.lengths(),
                 seconds=time.perf_counter() - began,
             )

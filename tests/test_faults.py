@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 
 import pyarrow.parquet
 import pytest
@@ -202,6 +203,18 @@ def test_a_full_disk_costs_nothing_that_was_finished(runner, job, whole, tmp_pat
     assert runner(folder, job) == 0
     assert (folder / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     assert weights(folder) == weights(whole)
+
+
+def test_a_run_is_not_continued_from_other_weights(runner, job, untrained_folders, tmp_path):
+    model = shutil.copytree(untrained_folders["qwen2_vl"], tmp_path / "model")
+    arguments = [*job, f"model.path={model}"]
+    assert runner(tmp_path / "run", arguments, MOMENTS["rollout of the fifth update"]) == -9
+    weights = model / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert runner(tmp_path / "run", arguments) == 1
+    assert f"the weights of {model} have changed since this run began" in (tmp_path / "run" / "run.log").read_text()
+    assert not (tmp_path / "run" / "metrics.json").exists()
 
 
 def test_training_stops_at_the_first_number_that_is_none(runner, job, tmp_path):
