@@ -19,6 +19,10 @@ RIGHT = "right"
 NOT_SHOWN = "not_among_candidates"
 CHOSEN_WRONG = "chosen_wrong"
 NONE_NAMED = "no_candidate_named"
+CLAUSE_END = re.compile(r"[.:;!?]|,(?! (?:which|who|whose|that)\b)|\bbut\b")  # a relative clause belongs to its noun
+DENIAL = re.compile(
+    r"\b(?:not|no|nor|neither|never|cannot|unlike|without|differ\w*|(?:rather|other) than|instead of)\b|n['’]t\b"
+)
 
 
 @dataclass(frozen=True)
@@ -154,10 +158,11 @@ def _by_position(shown: Sequence[Outcome], longest: int) -> list[dict[str, float
 
 
 def reasoning_agrees(think: str, answer: str, candidates: Sequence[str]) -> bool | None:
-    """Whether the answer is what the reasoning concludes: the last candidate that it names (our choice).
+    """Whether the answer is what the reasoning concludes: the last candidate that it names and does not deny.
 
-    Names count as whole words, and a name inside a longer candidate's name does not. Words only: after "…, so it is
-    not a fox" the conclusion is taken to be the fox, and "foxes" names nothing. It is a count to watch, not a reward.
+    The rule is our choice. Names count as whole words, and a name inside a longer candidate's name does not. A name is
+    denied by a word like "not" or "unlike" before it in the same clause: contrasts often end with what the image is
+    not. Words only: "foxes" names nothing, and "it can hardly be a fox" says fox. It is a count to watch, not a reward.
 
     Args:
         think: The reasoning.
@@ -165,9 +170,11 @@ def reasoning_agrees(think: str, answer: str, candidates: Sequence[str]) -> bool
         candidates: The names that the prompt offered.
 
     Returns:
-        None if the reasoning names no candidate.
+        None if the reasoning names no candidate, or denies all that it names.
 
     >>> reasoning_agrees("Not a fox: the tusks say elephant.", "elephant", ("fox", "elephant", "ant"))
+    True
+    >>> reasoning_agrees("White as an arctic fox, but it is not a fox.", "arctic fox", ("fox", "arctic fox"))
     True
     >>> reasoning_agrees("It is an arctic fox.", "fox", ("fox", "arctic fox"))
     False
@@ -179,15 +186,22 @@ def reasoning_agrees(think: str, answer: str, candidates: Sequence[str]) -> bool
 
 
 def _last_mentioned(text: str, names: set[str]) -> str | None:
-    """The name that ends last in the text. Longer names are looked for first, and what they cover is taken out."""
+    """The name that ends last in the text and is not denied. Longer names are looked for first, and what they cover is
+    taken out.
+    """
     end, last = -1, None
     for name in sorted(names, key=lambda name: (-len(name), name)):
         whole_word = re.compile(rf"(?<!\w){re.escape(name)}(?!\w)")
-        ends = [match.end() for match in whole_word.finditer(text)]
+        ends = [match.end() for match in whole_word.finditer(text) if not _is_denied(text[: match.start()])]
         if ends and ends[-1] > end:
             end, last = ends[-1], name
         text = whole_word.sub("\0" * len(name), text)  # of equal length, so that later ends can be compared
     return last
+
+
+def _is_denied(before: str) -> bool:
+    """Whether the clause that a text ends with denies what comes next."""
+    return DENIAL.search(CLAUSE_END.split(before)[-1]) is not None
 
 
 def agreement(verdicts: Sequence[bool | None], malformed: int) -> dict[str, int]:

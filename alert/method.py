@@ -158,6 +158,9 @@ class Alert:
     def well_formed(self, completion: str) -> bool:
         return parsing.is_strict_format(completion)
 
+    def answer(self, completion: str) -> str | None:
+        return parsing.tagged_answer(completion)
+
     def label_response(self, name: str) -> str:
         """The name in its tags."""
         return f"<answer>{name}</answer>"

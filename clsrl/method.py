@@ -78,6 +78,9 @@ class ClosedFormQuestion:
             return parsing.is_strict_format(completion)
         return not parsing.TAG.search(completion) and bool(completion.strip())
 
+    def answer(self, completion: str) -> str | None:
+        return parsing.strict_answer(completion)
+
     def label_response(self, name: str) -> str:
         """The bare name, or with `think` the name in its tags."""
         return f"<answer>{name}</answer>" if self.instruction == "think" else name

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ class Engine:
         if folder is not None:
             # frozen weights are not in the checkpoint: they are those of the model that was loaded
             loaded, _ = self.engine.load_checkpoint(
-                str(folder.parent), tag=folder.name, load_module_strict=not self.has_frozen
+                str(folder.parent), tag=folder.name, custom_load_fn=partial(_load, strict=not self.has_frozen)
             )
             if loaded is None:
                 raise RuntimeError(f"DeepSpeed cannot read the checkpoint {folder}")
@@ -170,6 +171,14 @@ class Engine:
     def close(self) -> None:
         """Free DeepSpeed's hooks and buffers; an engine left open can abort the interpreter at exit."""
         self.engine.destroy()
+
+
+def _load(src: dict[str, Any], dst: torch.nn.Module, strict: bool) -> None:
+    """Weights of a checkpoint, without what belongs to frozen 8-bit ones: bitsandbytes saves their scales and their
+    layout nevertheless, and refuses to load them once the model was used.
+    """
+    kept = {name: value for name, value in src.items() if name.rpartition(".")[2] not in ("SCB", "weight_format")}
+    dst.load_state_dict(kept, strict=strict)
 
 
 def zero_stage(deepspeed_config: dict[str, Any]) -> int:

@@ -177,18 +177,18 @@ def greedy(max_tokens: int) -> Decoding:
 
 def grade(method: Method, prompt: Prompt, completion: Completion) -> Prediction:
     """Compare one completion with its label."""
-    text = completion.text
-    strict = parsing.strict_answer(text)
+    text, label = completion.text, parsing.normalize(prompt.label)
+    answer = method.answer(text)
     # a label that was not offered cannot be chosen
-    offered = not prompt.choices or parsing.normalize(prompt.label) in map(parsing.normalize, prompt.choices)
+    offered = not prompt.choices or label in map(parsing.normalize, prompt.choices)
     return Prediction(
         image=prompt.image,
         label=prompt.label,
-        answer=strict or "",
+        answer=answer or "",
         completion=text,
-        correct=offered and parsing.matches_strictly(text, prompt.label),
+        correct=offered and answer == label,
         correct_official=offered and parsing.matches_officially(text, prompt.label),
-        correct_alias=offered and any(parsing.matches_strictly(text, name) for name in (prompt.label, *prompt.aliases)),
+        correct_alias=offered and answer in (label, *map(parsing.normalize, prompt.aliases)),
         formatted=method.well_formed(text),
         tokens=len(completion.ids),
         truncated=completion.truncated,

@@ -77,6 +77,25 @@ def strict_answer(completion: str) -> str | None:
     return None
 
 
+def tagged_answer(completion: str) -> str | None:
+    """The one answer in tags, whatever stands around it (ALERT section 3.5: "the label enclosed within"), or None.
+
+    There must be one `<answer>…</answer>` and no tag after it or in it; an answer given while thinking is none.
+
+    >>> tagged_answer("Sure! <think>a loop</think> So: <answer> Six</answer>."), tagged_answer("six")
+    ('six', None)
+    >>> tagged_answer("<answer>six</answer> or <answer>nine</answer>") is None
+    True
+    """
+    if len(completion) > LIMIT:
+        return None
+    tags = [tag.lower() for tag in TAG.findall(completion)]
+    if tags[-2:] != ["<answer>", "</answer>"] or tags.count("<answer>") != 1:
+        return None
+    match = ANSWER.search(completion)
+    return normalize(match[1]) if match else None
+
+
 def reasoning_before(completion: str) -> str:
     """What a strictly formatted completion says before its answer, tags included; nothing if it is not.
 

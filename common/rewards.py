@@ -37,20 +37,22 @@ def strict_format(samples: Sequence[Sample], *, match: str = "strict") -> list[f
     return [float(check(s.completion)) for s in samples]
 
 
-def accuracy(samples: Sequence[Sample], *, match: str = "strict", tags: bool = False) -> list[float]:
+def accuracy(samples: Sequence[Sample], *, match: str = "strict") -> list[float]:
     """1 when the answer is the label (CLS-RL section 3.2, second equation), else 0.
 
     Args:
         samples: The completions. Length: N.
         match: `strict` (normalised equality of the one answer) or `official` (the authors' reward: symbolic
             verification by `math_verify` first, which accepts some wrong names, then lower-cased equality of the first
-            `<answer>`).
-        tags: Only an answer inside `<answer>` counts (ALERT section 3.5); a bare name does not.
+            `<answer>`) or `tagged` (normalised equality of the one answer in tags, whatever stands around it: ALERT
+            section 3.5).
     """
-    check = {"strict": parsing.matches_strictly, "official": _official_reward_match}[match]
-    return [
-        float(check(s.completion, s.label) and (not tags or bool(parsing.ANSWER.search(s.completion)))) for s in samples
-    ]
+    checks = {
+        "strict": parsing.matches_strictly,
+        "official": _official_reward_match,
+        "tagged": lambda completion, label: parsing.tagged_answer(completion) == parsing.normalize(label),
+    }
+    return [float(checks[match](s.completion, s.label)) for s in samples]
 
 
 def equality(samples: Sequence[Sample]) -> list[float]:

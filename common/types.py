@@ -234,6 +234,9 @@ class Method(Protocol):
     def well_formed(self, completion: str) -> bool:
         """Whether the reply follows the requested format."""
 
+    def answer(self, completion: str) -> str | None:
+        """The one answer that a reply gives, normalised; None if it gives none or several."""
+
     def label_response(self, name: str) -> str:
         """The answer `name` without reasoning: a reply, or the end of one, whose probability is that of the name."""
 

@@ -129,6 +129,14 @@ REASONING = {
     "quoted": ("The class is 'fox'.", "fox", True),
     "answer is no candidate": ("So it is a fox.", "wolf", False),
     "no answer": ("So it is a fox.", "", False),
+    "denied at the end": ("Like a fox, but not an ant.", "fox", True),
+    "another clause": ("Not a fox, an ant.", "ant", True),
+    "different": ("It is a red fox. Different from an ant: it has fur.", "red fox", True),
+    "isn't": ("It is a fox and isn't an ant", "fox", True),
+    "all denied": ("It is not an ant; unlike an elephant.", "fox", None),
+    "not after it": ("A fox could not look so", "fox", True),
+    "a denied name answered": ("It is a fox rather than an ant.", "ant", False),
+    "a word that begins alike": ("Note the fox; notably red fox.", "red fox", True),
 }
 
 

@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from alert import bank, bank_file, candidate_file, candidates
 from alert.method import Alert
-from common import task
+from common import rewards, task
 from common.config import validate
 from common.data import manifest
-from common.types import CATEGORY, Item, Prediction, Split, Task, UserError
+from common.evaluate import grade
+from common.rollout.base import Completion
+from common.types import CATEGORY, Item, Prediction, Prompt, Sample, Split, Task, UserError
 from tests import data_tree
 from tests.faults import Kill
 
@@ -331,7 +333,7 @@ def answered(completion, answer):
 
 def test_what_the_reasoning_concludes_is_said_of_every_image(digits_task):
     replies = [
-        ("<think>Like zero, not one.</think><answer>one</answer>", "one", True),
+        ("<think>Like zero. It is not one, which has one straight stroke.</think><answer>zero</answer>", "zero", True),
         ("<think>Not one but zero.</think><answer>one</answer>", "one", False),
         ("<think>Round.</think><answer>zero</answer>", "zero", None),
         ("<think>Like zero.</think> zero", "", None),
@@ -507,14 +509,24 @@ def test_a_category_without_images_is_refused_before_the_model_loads(digits_task
         Alert(seed=1).train_prompts(task)
 
 
-def test_accuracy_of_alert_needs_the_tags():
-    from common.rewards import accuracy
-    from common.types import Prompt, Sample
+REPLIES = {
+    "six": (0, 0, 0),
+    "<answer>six</answer>": (0, 0, 1),
+    "<think>a</think><answer>six</answer>": (1, 1, 1),
+    "<think>a</think><answer>one</answer>": (1, 1, 0),
+    "Sure! <think>a</think> So: <answer>six</answer>.": (0, 1, 1),
+    "<answer>six</answer><answer>one</answer>": (0, 0, 0),
+}
 
-    samples = [
-        Sample(Prompt("0", "?", "six"), text) for text in ("six", "<answer>six</answer>", "<answer>one</answer>")
-    ]
-    assert accuracy(samples, tags=True) == [0.0, 1.0, 0.0] and accuracy(samples) == [1.0, 1.0, 0.0]
+
+@pytest.mark.parametrize(("completion", "earned"), REPLIES.items(), ids=REPLIES)
+def test_formats_and_accuracy_of_alert(compose, completion, earned):
+    c = validate(compose("method=alert", "rewards=alert_no_judge"))
+    prompt = Prompt("0", "?", "six", ("six", "one"))
+    parts = rewards.score([Sample(prompt, completion)], rewards.build_rewards(c.rewards)).parts
+    assert tuple(parts[name][0] for name in ("format", "soft_format", "accuracy")) == earned
+    reply = Completion(torch.tensor([1]), torch.tensor([0.0]), completion, truncated=False)
+    assert grade(Alert(seed=1), prompt, reply).correct is bool(earned[2]), "testing reads answers as training does"
 
 
 @pytest.mark.parametrize("missing", [True, False], ids=["may be missing", "must be there"])

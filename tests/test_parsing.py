@@ -23,6 +23,30 @@ def test_strict_answer(completion, answer):
 
 
 @pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        ("<think>a</think><answer>Six </answer>", "six"),
+        ("Sure! <think>a</think>\n\nSo:\n<answer>six</answer>\nI hope this helps.", "six"),
+        ("<answer>six</answer>", "six"),
+        ("<think>a <answer>six</answer>", "six"),
+        ("six", None),
+        ("<think>six</think> six", None),
+        ("<answer>six", None),
+        ("<think><answer>six</answer></think>", None),
+        ("<answer>six</answer><think>or nine</think>", None),
+        ("<answer>nine</answer><answer>six</answer>", None),
+        ("<ANSWER>nine</ANSWER><answer>six</answer>", None),
+        ("<answer>nine<answer>six</answer>", None),
+        ("<ANSWER>six</ANSWER>", None),
+        ("</answer>six<answer>", None),
+        ("<answer>six</answer>" + "x" * 20_000, None),
+    ],
+)
+def test_tagged_answer(completion, answer):
+    assert parsing.tagged_answer(completion) == answer
+
+
+@pytest.mark.parametrize(
     ("completion", "label", "strict", "official"),
     [
         ("six", "six", True, True),
