@@ -21,6 +21,7 @@ from common.rollout.base import Completion
 from common.types import CATEGORY, Item, Prediction, Prompt, Sample, Split, Task, UserError
 from tests import data_tree
 from tests.faults import Kill
+from tests.judge_server import JudgeServer
 
 ITEMS = [Item(f"{label}-{i}", label, str(label)) for label in range(3) for i in range(2)]
 
@@ -475,13 +476,48 @@ def test_an_exported_bank_gives_the_same_answers(trained, request, job, runner, 
 
 
 @pytest.mark.slow
-def test_every_path_of_imagenet(job, runner, tmp_path):
+def test_every_path_of_imagenet(job, runner, compose, tmp_path):
+    """The paper's run as it is composed, but for 8 bits and size, with a judge that answers; then its model and bank
+    tested over a learner's candidates."""
     root = data_tree.build(tmp_path / "data")
-    arguments = [*[a for a in job if not a.startswith(("data=", "shots="))], *FULL, f"cache_dir={tmp_path}"]
-    arguments += ["data=imagenet", f"data.root={root}", "shots=2", "setting=shift", "setting.test_on=[imagenet_v2]"]
-    assert runner(tmp_path / "run", arguments) == 0
+    model = [a for a in job if a.startswith(("model.", "gpus=", "tracking=", "rollout."))]
+    model = [a for a in model if "checkpointing" not in a and ".path" not in a]
+    where = ["data=imagenet", f"data.root={root}", "shots=2", "setting=shift", "setting.test_on=[imagenet_v2]"]
+    where += ["method.k=2", "model.max_prompt_tokens=4096", "validation=none", f"cache_dir={tmp_path}"]
+    path = next(a for a in job if a.startswith("model.path="))
+    paper = ["method=alert", *model, path, *where, "rollout.backend=tests.rollouts.Thinking"]
+    with JudgeServer(lambda prompt, number: str(1 + number % 10)) as server:
+        judge = [
+            f"rewards.reasoning.{a}"
+            for a in ("judge.backend=openai", "judge.model=m", f"runtime.base_url={server.url}")
+        ]
+        assert runner(tmp_path / "run", [*paper, *judge]) == 0
+        assert len(server.requests) > 1
+    used = validate(compose(*paper))
+    assert used.model.lora.r > 0 and used.model.freeze_vision and used.model.gradient_checkpointing
+    assert (used.method["instruction"], used.label_scoring, used.trainer.group_size) == ("paper", True, 6)
     found = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert {"test", "imagenet_v2"} == set(found["eval"]) and found["eval"]["imagenet_v2"]["draft"]["n"] > 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert max(line.get("rewards/reasoning/mean", 0) for line in lines) > 0
+
+    questions = task.build(used)
+    for split, asked in questions.task.evaluation.items():
+        images, truths = zip(*((item.image, item.label) for item in asked.items), strict=True)
+        origin = candidates.Origin("CaFo", split if split == "imagenet_v2" else "imagenet", 2, 1)
+        logits = np.random.default_rng(1).normal(size=(len(images), len(asked.names)))
+        candidate_file.write(
+            tmp_path / "cafo" / split, candidates.rank(images, logits, asked.names, origin), asked.names, truths
+        )
+    tested = [
+        f"model.path={tmp_path}/run/model",
+        f"method.bank={tmp_path}/run/model/embeddings",
+        "method.order=shuffle",
+    ]
+    tested += ["method.draft=file", f"method.draft_file={tmp_path}/cafo/SPLIT", "label_scoring=direct"]
+    assert runner(tmp_path / "tested", ["method=alert_zeroshot", *model, *where, *tested]) == 0
+    account = json.loads((tmp_path / "tested" / "metrics.json").read_text())["eval"]["test"]["draft"]
+    assert account["method"] == "CaFo" and account["presence"] == account["recall@2"] < 1
 
 
 def test_a_bank_can_be_looked_at(tmp_path, capsys):
