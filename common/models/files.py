@@ -52,6 +52,18 @@ def find(path: str, revision: str | None, weights: bool = True, key: str = "mode
         ) from error
 
 
+def on_hub(path: str | None, folder: Path) -> tuple[str, str] | None:
+    """Id and commit of a checkpoint on the hub; None of a local or built one.
+
+    Args:
+        path: As it was given to `find`; None: it was built.
+        folder: What `find` returned; of the hub, `snapshots/<commit>` in its cache.
+    """
+    if path is None or Path(path).expanduser().is_dir() or folder.parent.name != "snapshots":
+        return None
+    return path, folder.name
+
+
 def check_folder(folder: Path) -> None:
     """Check that the files of a checkpoint, or of adapters, are there and whole.
 
@@ -143,7 +155,7 @@ def checkpoint_hash(folder: Path) -> str:
         with path.open("rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
     for each in adapters:  # the same matrices count differently with another scale; where the base lies does not matter
-        settings = json.loads((each / ADAPTERS[0]).read_text()) | {"base_model_name_or_path": None}
+        settings = json.loads((each / ADAPTERS[0]).read_text()) | {"base_model_name_or_path": None, "revision": None}
         total.update(json.dumps(settings, sort_keys=True).encode())
     return total.hexdigest()
 
