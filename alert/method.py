@@ -101,7 +101,8 @@ class Alert:
     def sources(self, task: Task) -> dict[str, str]:
         found = {}
         if self.bank is not None:
-            found["method.bank"] = bank_file.facts(self.bank, task.train.names)["sha256"]
+            with bank_file.asked_by("method.bank"):
+                found["method.bank"] = bank_file.facts(self.bank, task.train.names)["sha256"]
         if self.draft == "file":
             for split in task.evaluation:
                 found[f"method.draft_file of '{split}'"] = candidate_file.identity(self._draft_path(split))
@@ -204,14 +205,17 @@ class Alert:
     def _known_entries(self, known: Path | None, names: Sequence[str], shape: Sequence[int]) -> torch.Tensor | None:
         """The bank of an earlier attempt of this run, or the one that it shall begin from, if there is one."""
         if known is not None:
-            folder, entries = known, bank_file.read_begun(known)
-        elif self.bank is None:
+            entries = bank_file.read_begun(known)
+            fix = "model or data have changed since this run began: use another run_name"
+            bank_file.check_fits(known / bank_file.BEGUN, entries, shape, fix)
+            return entries
+        if self.bank is None:
             return None
-        else:
-            folder, entries = self.bank, bank_file.read(self.bank, names)
-            if (of := bank_file.facts(folder)["architecture"]) != self.architecture:
-                raise UserError(f"method.bank={folder} was made for {of}, not for {self.architecture}; train another")
-        bank_file.check_fits(folder, entries, shape)
+        with bank_file.asked_by("method.bank"):
+            entries = bank_file.read(self.bank, names)
+            if (of := bank_file.facts(self.bank)["architecture"]) != self.architecture:
+                raise UserError(f"{self.bank} was made for {of}, not for {self.architecture}; train another")
+            bank_file.check_fits(self.bank, entries, shape, "give a bank of this model and dataset")
         return entries
 
     def _draft_path(self, split: str) -> Path:

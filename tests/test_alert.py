@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -87,8 +88,26 @@ def test_a_continued_run_takes_its_first_bank_from_the_disk(tmp_path):
     assert torch.equal(looked(Alert(seed=1, k=1), tmp_path)[1], saved + 1)
     assert torch.equal(bank_file.read_begun(tmp_path), saved + 1), "written once"
     (tmp_path / "begun.safetensors").write_bytes(b"cut")
-    with pytest.raises(UserError, match=r"begun\.safetensors is damaged"):
+    with pytest.raises(UserError, match=r"begun\.safetensors is damaged .*; of an unfinished run, delete it"):
         looked(Alert(seed=1, k=1), tmp_path)
+    (tmp_path / "begun.safetensors").unlink()
+    assert torch.equal(looked(Alert(seed=1, k=1), tmp_path)[1], entries), "computed again"
+    bank_file.export_begun(tmp_path, saved[:, :1])
+    with pytest.raises(UserError, match=r"begun\.safetensors holds .*\[3, 1, 2\] instead of .*another run_name"):
+        looked(Alert(seed=1, k=1), tmp_path)
+
+
+def test_the_first_bank_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synced, replace_file = [], os.replace
+
+    def checked(source, target):
+        assert os.stat(source).st_ino in synced
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    monkeypatch.setattr(os, "replace", checked)
+    bank_file.export_begun(tmp_path, torch.ones(3, 2, 2))
+    assert torch.equal(bank_file.read_begun(tmp_path), torch.ones(3, 2, 2))
 
 
 @pytest.mark.parametrize(
@@ -97,16 +116,16 @@ def test_a_continued_run_takes_its_first_bank_from_the_disk(tmp_path):
         (
             (3, 2, 4),
             "squares",
-            r"of shape \[3, 2, 4\], but this model and dataset need \[3, 2, 2\] .*2 tokens.*width 2",
+            r"of shape \[3, 2, 4\] instead of \[3, 2, 2\] .*2 tokens.*width 2\); give a bank of this model",
         ),
-        ((3, 1, 2), "squares", r"of shape \[3, 1, 2\], but"),
+        ((3, 1, 2), "squares", r"of shape \[3, 1, 2\] instead"),
         ((3, 2, 2), "gemma3", "was made for gemma3, not for squares"),
     ],
     ids=["width", "tokens", "architecture"],
 )
 def test_a_bank_of_another_model_is_refused(tmp_path, shape, architecture, message):
     bank_file.export(tmp_path, torch.ones(shape), ("a", "b", "c"), architecture)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=f"^method.bank: {tmp_path} .*{message}"):
         looked(Alert(seed=1, k=1, bank=str(tmp_path)))
     bank_file.export(tmp_path, torch.ones(3, 2, 2), ("a", "b", "c"), "squares")
     assert torch.equal(looked(Alert(seed=1, k=1, bank=str(tmp_path)))[1], torch.ones(3, 2, 2))
@@ -221,7 +240,7 @@ def test_a_damaged_bank_is_one_line(tmp_path, damage, message):
     folder = tmp_path / "bank"
     bank_file.export(folder, torch.ones(3, 2, 4), NAMES, "gemma3")
     damage(folder)
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises(UserError, match=f"{message}.*; (copy the bank again|give <run>/model/embeddings)") as error:
         bank_file.read(folder, NAMES)
     assert "\n" not in str(error.value)
 
@@ -256,6 +275,11 @@ def test_a_draft_is_read_before_the_model_is_loaded(compose, digits_task, tmp_pa
     (tmp_path / "test.npz").write_bytes(b"")
     with pytest.raises(UserError, match=r"method\.draft_file: .*test\.npz is no \.npz file"):
         questions(compose, *arguments)
+
+
+def test_a_bank_is_looked_at_before_the_model_is_loaded(compose, tmp_path):
+    with pytest.raises(UserError, match=f"^method.bank: {tmp_path} is no bank .* give <run>/model/embeddings"):
+        questions(compose, f"method.bank={tmp_path}")
 
 
 def test_a_run_does_not_continue_with_other_files(compose, digits_task, tmp_path):
