@@ -16,7 +16,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,17 @@ if TYPE_CHECKING:
     import torch
 
 FACTS, ENTRIES, BEGUN = "bank.json", "bank.safetensors", "begun.safetensors"
+AGAIN = "copy the bank again from the run that trained it"
+BEGIN_AGAIN = "of an unfinished run, delete it: continuing computes it again; of a finished run, copy it again"
+
+
+@contextmanager
+def asked_by(key: str) -> Iterator[None]:
+    """Errors inside name the key of the configuration that gave the folder."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
 
 
 def export(folder: Path, entries: torch.Tensor, names: Sequence[str], architecture: str) -> None:
@@ -52,6 +64,8 @@ def export_begun(folder: Path, begun: torch.Tensor) -> None:
     """Write the embeddings that a training starts from. Shape: [C, m, D]. Whole or not at all."""
     unfinished = folder / f"{BEGUN}.unfinished"
     _save(unfinished, "begun", begun.float().contiguous())
+    with unfinished.open("rb") as file:
+        os.fsync(file.fileno())  # a rename that survives a power cut must not name half a file
     os.replace(unfinished, folder / BEGUN)
 
 
@@ -69,10 +83,13 @@ def facts(folder: Path, names: Sequence[str] | None = None) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is no bank that a run has exported ({FACTS}: {error})") from error
+        raise UserError(
+            f"{folder} is no bank that a run has exported ({FACTS}: {error}); give <run>/model/embeddings of one"
+            " that has trained"
+        ) from error
     kinds = {"names": list, "shape": list, "architecture": str, "sha256": str}
     if not isinstance(found, dict) or not all(isinstance(found.get(key), kind) for key, kind in kinds.items()):
-        raise UserError(f"{path} is damaged: it must hold {', '.join(kinds)}; export the bank again")
+        raise UserError(f"{path} is damaged: it must hold {', '.join(kinds)}; {AGAIN}")
     if names is not None and found["names"] != list(names):
         known = set(found["names"])
         strange = next((name for name in names if name not in known), None)
@@ -88,9 +105,9 @@ def read(folder: Path, names: Sequence[str]) -> torch.Tensor:
         UserError: It is missing or damaged, or of other categories.
     """
     known = facts(folder, names)
-    entries = _load(folder / ENTRIES, "entries")
+    entries = _load(folder / ENTRIES, "entries", AGAIN)
     if list(entries.shape) != known["shape"] or known["sha256"] != _hash(entries, names):
-        raise UserError(f"{folder} is damaged: {ENTRIES} does not match its hash in {FACTS}; export the bank again")
+        raise UserError(f"{folder} is damaged: {ENTRIES} does not match its hash in {FACTS}; {AGAIN}")
     return entries
 
 
@@ -100,16 +117,17 @@ def read_begun(folder: Path) -> torch.Tensor:
     Raises:
         UserError: They are missing or damaged.
     """
-    return _load(folder / BEGUN, "begun")
+    return _load(folder / BEGUN, "begun", BEGIN_AGAIN)
 
 
-def check_fits(folder: Path, entries: torch.Tensor, shape: Sequence[int]) -> None:
-    """Check that embeddings are of the run's model.
+def check_fits(path: Path, entries: torch.Tensor, shape: Sequence[int], fix: str) -> None:
+    """Check that embeddings have the shape that they should have.
 
     Args:
-        folder: That they were read from.
+        path: That they were read from.
         entries: The embeddings.
-        shape: C, m and D of the run.
+        shape: C, m and D that are needed.
+        fix: For the error.
 
     Raises:
         UserError: Their shape is another one.
@@ -117,8 +135,8 @@ def check_fits(folder: Path, entries: torch.Tensor, shape: Sequence[int]) -> Non
     if list(entries.shape) != list(shape):
         categories, tokens, width = shape
         raise UserError(
-            f"{folder} holds embeddings of shape {list(entries.shape)}, but this model and dataset need {list(shape)}"
-            f" ({categories} categories, {tokens} tokens of an image, width {width}); give a bank of the same model"
+            f"{path} holds embeddings of shape {list(entries.shape)} instead of {list(shape)}"
+            f" ({categories} categories, {tokens} tokens of an image, width {width}); {fix}"
         )
 
 
@@ -129,18 +147,18 @@ def _save(path: Path, name: str, tensor: torch.Tensor) -> None:
     save_file({name: tensor}, path)
 
 
-def _load(path: Path, name: str) -> torch.Tensor:
+def _load(path: Path, name: str, fix: str) -> torch.Tensor:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
             found: torch.Tensor = file.get_tensor(name)
     except FileNotFoundError as error:
-        raise UserError(f"{path} is missing") from error
+        raise UserError(f"{path} is missing; {fix}") from error
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is damaged ({error}); export the bank again") from error
+        raise UserError(f"{path} is damaged ({error}); {fix}") from error
     if found.ndim != 3 or not found.is_floating_point():
-        raise UserError(f"{path} is damaged: '{name}' has the shape {list(found.shape)}; export the bank again")
+        raise UserError(f"{path} is damaged: '{name}' has the shape {list(found.shape)}; {fix}")
     return found.float()
 
 

@@ -80,7 +80,7 @@ def recall_at(candidates: Candidates, names: Sequence[str], truths: Sequence[int
     return recall(ranks, candidates.indices.shape[1], (*RECALL_AT, DEPTH))
 
 
-def read(path: Path, images: Sequence[str], names: Sequence[str], dataset: str) -> Candidates:
+def read(path: Path, images: Sequence[str], names: Sequence[str], dataset: str, split: str) -> Candidates:
     """The candidates of some images, from files that `write` made.
 
     Shots and seed are not compared, since a draft without training has none; they are in `origin`, to be reported.
@@ -90,6 +90,7 @@ def read(path: Path, images: Sequence[str], names: Sequence[str], dataset: str) 
         images: Keys. The files may hold more.
         names: Of the classes. Length: C.
         dataset: Name of the dataset that is tested on.
+        split: That the images are of, for errors.
 
     Returns:
         In the order of `images`.
@@ -98,6 +99,11 @@ def read(path: Path, images: Sequence[str], names: Sequence[str], dataset: str) 
         UserError: A file is missing or damaged, or belongs to another dataset, other classes or other images.
     """
     data, text = _paths(path)
+    if split == "val" and not text.is_file():
+        raise UserError(
+            f"method.draft_file: {text} is missing; write it for the images to watch too, or watch none with"
+            " validation=none"
+        )
     facts = _read_json(text)
     image_id, indices, logits = _read_arrays(data)
     try:
@@ -110,7 +116,7 @@ def read(path: Path, images: Sequence[str], names: Sequence[str], dataset: str) 
     _check_names(text, written, list(names))
     if _sha256(image_id, indices, logits) != expected:
         raise UserError(f"method.draft_file: {data} and {text.name} do not belong together; write both again")
-    rows = _rows(data, image_id.tolist(), images)
+    rows = _rows(data, image_id.tolist(), images, split)
     return Candidates(tuple(images), indices[rows].astype(np.int64), logits[rows].astype(np.float64), origin)
 
 
@@ -181,11 +187,13 @@ def _check_names(path: Path, written: list[str], names: list[str]) -> None:
             raise UserError(f"method.draft_file: {path} calls class {label} '{there}', the run '{here}'; redo it")
 
 
-def _rows(path: Path, known: list[str], images: Sequence[str]) -> list[int]:
+def _rows(path: Path, known: list[str], images: Sequence[str], split: str) -> list[int]:
     place = {image: row for row, image in enumerate(known)}
     if missing := [image for image in images if image not in place]:
+        instead = ", or watch no images with validation=none" if split == "val" else ""
         raise UserError(
             f"method.draft_file: {path} has no candidates for {missing[0]} ({len(missing):,} of {len(images):,} images"
-            " are missing); write it for the whole split"
+            f" of '{split}' are missing); write it for all of them, or give each split a file of its own: SPLIT in"
+            f" method.draft_file stands for its name{instead}"
         )
     return [place[image] for image in images]

@@ -158,6 +158,35 @@ def rank(images: Sequence[str], logits: ArrayLike, names: Sequence[str], origin:
     return Candidates(tuple(images), indices, _of(logits, indices), origin)
 
 
+def join(parts: Sequence[Candidates], images: Sequence[str]) -> Candidates:
+    """The candidates of some images each, of one draft, as those of all.
+
+    Args:
+        parts: At least one.
+        images: Keys, in the order that the result shall have. Length: N.
+    """
+    place = {image: row for row, image in enumerate(image for part in parts for image in part.images)}
+    rows = [place[image] for image in images]
+    indices, logits = (np.concatenate(each)[rows] for each in zip(*((p.indices, p.logits) for p in parts), strict=True))
+    return Candidates(tuple(images), indices, logits, parts[0].origin)
+
+
+def led_by(shown: Sequence[str], ranking: Sequence[str], order: str) -> tuple[str, ...]:
+    """A ranking that begins with the candidates that an image was asked with, whatever the draft prefers by now.
+
+    Args:
+        shown: Names, as the prompt listed them.
+        ranking: Names, best first.
+        order: Of the prompt. After `shuffle` it does not say which of them led, so they stand as in the ranking.
+
+    >>> led_by(("b", "a"), ("a", "b", "c"), "rank"), led_by(("b", "a"), ("a", "b", "c"), "shuffle")
+    (('b', 'a', 'c'), ('a', 'b', 'c'))
+    """
+    place = {name: place for place, name in enumerate(ranking)}
+    best = shown if order == "rank" else sorted(shown, key=lambda name: place.get(name, len(place)))
+    return tuple(dict.fromkeys((*best, *ranking)))
+
+
 def _of(logits: ArrayLike, indices: NDArray[np.int64]) -> NDArray[np.float64]:
     return np.take_along_axis(np.asarray(logits), indices, axis=1).astype(np.float64)
 

@@ -34,7 +34,7 @@ def rows(folder: Path) -> list[tuple[str, float, float, str, float]]:
     if not (folder / bank_file.BEGUN).is_file():
         raise UserError(f"{folder} does not say what the bank began from; only a run's model/embeddings does")
     entries, begun = bank_file.read(folder, names), bank_file.read_begun(folder)
-    bank_file.check_fits(folder, begun, entries.shape)
+    bank_file.check_fits(folder / bank_file.BEGUN, begun, entries.shape, "copy both files from one run")
     norms, moved = entries.flatten(1).norm(dim=1).tolist(), bank.drift(entries, begun).tolist()
     indices, cosines = bank.nearest(entries)
     nearest = [names[index] for index in indices.tolist()]

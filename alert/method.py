@@ -6,23 +6,25 @@ candidates when testing.
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alert import accounting, bank_file, candidate_file, candidates, reference
+from alert import accounting, bank_file, candidate_file, candidates, categories, reference
 from alert.prompt import INSTRUCTIONS, meta_task
 from common import parsing
 from common.checks import one_of
-from common.distributed import gather, interleave, rank, share_of
-from common.types import Embeddings, Item, Prediction, Prompt, Split, Task, UserError
+from common.distributed import gather, rank, share_of
+from common.types import Answers, Embeddings, Item, Prediction, Prompt, Split, Task, UserError
 
 if TYPE_CHECKING:
     import torch
 
     from common.models.vision import Vision
 
+log = logging.getLogger(__name__)
 DRAFTS = ("class_means", "oracle_recall", "file")
 INITIALISATIONS = ("proposed", "averaging", "random", "one_shot")
 
@@ -99,7 +101,8 @@ class Alert:
     def sources(self, task: Task) -> dict[str, str]:
         found = {}
         if self.bank is not None:
-            found["method.bank"] = bank_file.facts(self.bank, task.train.names)["sha256"]
+            with bank_file.asked_by("method.bank"):
+                found["method.bank"] = bank_file.facts(self.bank, task.train.names)["sha256"]
         if self.draft == "file":
             for split in task.evaluation:
                 found[f"method.draft_file of '{split}'"] = candidate_file.identity(self._draft_path(split))
@@ -132,14 +135,14 @@ class Alert:
     def train_prompts(self, task: Task, epoch: int = 0) -> list[Prompt]:
         """With other references in every epoch. Before `look`, the longest prompts that there could be."""
         split = task.train
-        _check_images(task)
+        categories.check_images(task)
         longest = self._longest(split, self.largest)
         return [self._prompt(item, split, self._references(item, split, longest, epoch)) for item in split.items]
 
     def evaluation_prompts(self, task: Task, split: str) -> list[Prompt]:
         asked = task.evaluation[split]
-        _check_images(task)
-        labels = _train_labels(task, split)
+        categories.check_images(task)
+        labels = categories.train_labels(task, split)
         if self.k > len(asked.choices):
             raise UserError(
                 f"method.k={self.k}, but '{split}' has {len(asked.choices)} class names; use fewer candidates"
@@ -148,7 +151,7 @@ class Alert:
             # before the model is loaded: a file that does not fit costs a second then
             images = [item.image for item in asked.items]
             path = self._draft_path(split)
-            self.drafted[split] = candidate_file.read(path, images, asked.names, _dataset(task, split))
+            self.drafted[split] = candidate_file.read(path, images, asked.names, _dataset(task, split), split)
         if split not in self.drafted:
             shown = [self._longest(asked, self.k)] * len(asked.items)
         else:
@@ -165,15 +168,29 @@ class Alert:
         """The name in its tags."""
         return f"<answer>{name}</answer>"
 
-    def facts(self, task: Task, split: str, predictions: Sequence[Prediction]) -> dict[str, Any]:
-        """The accounts of the two stages, and whether reasoning and answer agree (alert/accounting.py)."""
-        drafted, names = self.drafted[split], task.evaluation[split].names
-        cases, verdicts = [], []
-        for p, shown in zip(predictions, self._shown(task, split, predictions), strict=True):
-            ranking = tuple(names[label] for label in drafted.ranking(p.image))
+    def facts(self, task: Task, split: str, found: Answers) -> dict[str, Any]:
+        """The accounts of the two stages, and whether reasoning and answer agree (alert/accounting.py).
+
+        What an image was asked with stands in its columns: the answers may be those of an earlier attempt of the run,
+        whose draft may have differed by a rounding. What follows in the ranking is this attempt's.
+        """
+        drafted, names, predictions = self.drafted[split], task.evaluation[split].names, found.predictions
+        asked = [tuple(shown) for shown in found.columns["candidates"]]
+        differing = sum(a != b for a, b in zip(asked, self._shown(task, split, predictions), strict=True))
+        if differing and rank() == 0:
+            log.warning(
+                "%d of the %d images of '%s' were asked with other candidates than the draft gives now; they are"
+                " accounted for with those that they were asked with",
+                differing,
+                len(asked),
+                split,
+            )
+        cases = []
+        for p, shown in zip(predictions, asked, strict=True):
+            ranking = candidates.led_by(shown, [names[label] for label in drafted.ranking(p.image)], self.order)
             cases.append(accounting.Case(p.label, shown, ranking, p.answer))
-            if parsing.FORMAT.search(p.completion):
-                verdicts.append(_agrees(p, shown))
+        said = zip(predictions, found.columns["reasoning_agrees"], strict=True)
+        verdicts = [verdict for p, verdict in said if parsing.FORMAT.search(p.completion)]
         draft = {**vars(drafted.origin), "k": self.k, **accounting.account(cases)}
         return {"draft": draft, "reasoning": accounting.agreement(verdicts, len(predictions) - len(verdicts))}
 
@@ -191,14 +208,17 @@ class Alert:
     def _known_entries(self, known: Path | None, names: Sequence[str], shape: Sequence[int]) -> torch.Tensor | None:
         """The bank of an earlier attempt of this run, or the one that it shall begin from, if there is one."""
         if known is not None:
-            folder, entries = known, bank_file.read_begun(known)
-        elif self.bank is None:
+            entries = bank_file.read_begun(known)
+            fix = "model or data have changed since this run began: use another run_name"
+            bank_file.check_fits(known / bank_file.BEGUN, entries, shape, fix)
+            return entries
+        if self.bank is None:
             return None
-        else:
-            folder, entries = self.bank, bank_file.read(self.bank, names)
-            if (of := bank_file.facts(folder)["architecture"]) != self.architecture:
-                raise UserError(f"method.bank={folder} was made for {of}, not for {self.architecture}; train another")
-        bank_file.check_fits(folder, entries, shape)
+        with bank_file.asked_by("method.bank"):
+            entries = bank_file.read(self.bank, names)
+            if (of := bank_file.facts(self.bank)["architecture"]) != self.architecture:
+                raise UserError(f"{self.bank} was made for {of}, not for {self.architecture}; train another")
+            bank_file.check_fits(self.bank, entries, shape, "give a bank of this model and dataset")
         return entries
 
     def _draft_path(self, split: str) -> Path:
@@ -211,15 +231,22 @@ class Alert:
         return [tuple(names[label] for label in drafted.shown(p.image, self.k, self.order)) for p in predictions]
 
     def _candidates(self, vision: Vision, means: Any, task: Task, split: str, asked: Split) -> candidates.Candidates:
-        images = [item.image for item in asked.items]
+        """Ranks share the images and rank a batch at a time: ImageNet's test images have 900 GB of patches."""
         shots = len(task.train.items) // len(task.train.names)
         origin = candidates.Origin("class_means", _dataset(task, split), shots, self.seed)
-        own = [_train_labels(task, split)[label] for label in range(len(asked.names))]
-        logits = candidates.class_mean_logits(_vectors(vision, asked.items, self.patches), means[own])
-        if self.draft == "class_means":
-            return candidates.rank(images, logits, asked.names, origin)
-        truths = [item.label for item in asked.items]
-        return candidates.oracle_recall(images, logits, truths, self.k, asked.names, origin)
+        own = categories.train_labels(task, split)
+        mine, parts = share_of(list(asked.items)), []
+        for start in range(0, len(mine), vision.batch):
+            items = mine[start : start + vision.batch]
+            images = [item.image for item in items]
+            logits = candidates.class_mean_logits(vision.vectors(images, self.patches).numpy(), means)[:, own]
+            if self.draft == "class_means":
+                parts.append(candidates.rank(images, logits, asked.names, origin))
+            else:
+                truths = [item.label for item in items]
+                parts.append(candidates.oracle_recall(images, logits, truths, self.k, asked.names, origin))
+        found = [part for of_rank in gather(parts) for part in of_rank]
+        return candidates.join(found, [item.image for item in asked.items])
 
     def _references(self, item: Item, split: Split, longest: tuple[int, ...], epoch: int) -> tuple[int, ...]:
         if self.similarities is None:
@@ -262,41 +289,3 @@ def _agrees(prediction: Prediction, shown: tuple[str, ...]) -> bool | None:
 def _dataset(task: Task, split: str) -> str:
     """The dataset that a split tests on."""
     return next(iter(task.origins), split) if split in ("val", "test") else split
-
-
-def _check_images(task: Task) -> None:
-    """Every category needs an image: its embedding begins from them, and references are similar by them.
-
-    Raises:
-        UserError: Names the first without.
-    """
-    present = {item.label for item in task.train.items}
-    if missing := [name for label, name in enumerate(task.train.names) if label not in present]:
-        raise UserError(
-            f"ALERT begins every category from its training images, but {len(missing)} have none, first: '{missing[0]}'"
-            "; use more shots, or put the dataset's training images into its folder"
-        )
-
-
-def _train_labels(task: Task, split: str) -> list[int]:
-    """The trained category of every class of a split, by name.
-
-    Raises:
-        UserError: A class was not trained, so it has no embedding.
-    """
-    trained = {name: label for label, name in reversed(list(enumerate(task.train.names)))}
-    names = task.evaluation[split].names
-    if missing := [name for name in names if name not in trained]:
-        raise UserError(
-            f"ALERT knows only categories with training images, but {len(missing)} of '{split}' have none, first:"
-            f" '{missing[0]}'; use setting=few_shot or shift"
-        )
-    if names == task.train.names:
-        return list(range(len(names)))  # of two classes of one name each keeps its own embedding
-    return [trained[name] for name in names]
-
-
-def _vectors(vision: Vision, items: Sequence[Item], patches: bool) -> Any:
-    """One feature per image, see `Vision.vectors`. Ranks share the images. Shape: [N, V]."""
-    keys = [item.image for item in items]
-    return interleave([list(part) for part in gather(vision.vectors(share_of(keys), patches).numpy())])

@@ -41,7 +41,7 @@ def class_means(features: ArrayLike, labels: ArrayLike, classes: int) -> NDArray
     >>> class_means([[3, 0], [5, 0], [0, 2], [3, 4]], [0, 0, 1, 1], classes=2).round(4).tolist()
     [[1.0, 0.0], [0.4472, 0.8944]]
     """
-    rows, of = np.asarray(features, np.float64), np.asarray(labels)
+    rows, of = np.asarray(features), np.asarray(labels)
     if rows.ndim != 2 or of.shape != rows.shape[:1]:
         raise ValueError(f"features of shape {rows.shape} and labels of shape {of.shape}; expected [N, D] and [N]")
     if outside := sorted({int(label) for label in of if not 0 <= label < classes}):
@@ -49,13 +49,15 @@ def class_means(features: ArrayLike, labels: ArrayLike, classes: int) -> NDArray
     counts = np.bincount(of.astype(np.int64), minlength=classes)
     if not counts.all():
         raise ValueError(f"class {int(counts.argmin())} has no image to take a mean of")
-    sums = np.zeros((classes, rows.shape[1]))
-    np.add.at(sums, of.astype(np.int64), rows)
-    means = sums / counts[:, None]
-    lengths = np.linalg.norm(means, axis=1)
+    means = np.zeros((classes, rows.shape[1]))  # in fp64, and the only copy: a row of patches has millions of numbers
+    for row, label in zip(rows, of.astype(np.int64), strict=True):
+        means[label] += row
+    means /= counts[:, None]
+    lengths = np.array([np.linalg.norm(mean) for mean in means])
     if bad := np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0))).tolist():
         raise ValueError(f"the mean feature of class {bad[0]} has length {lengths[bad[0]]}; it has no direction")
-    return means / lengths[:, None]
+    means /= lengths[:, None]
+    return means
 
 
 def similarities(means: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from clsrl import prompts
 from common import parsing
-from common.types import Prediction, Prompt, Split, Task, UserError
+from common.types import Answers, Prediction, Prompt, Split, Task, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +85,7 @@ class ClosedFormQuestion:
         """The bare name, or with `think` the name in its tags."""
         return f"<answer>{name}</answer>" if self.instruction == "think" else name
 
-    def facts(self, task: Task, split: str, predictions: Sequence[Prediction]) -> dict[str, Any]:
+    def facts(self, task: Task, split: str, found: Answers) -> dict[str, Any]:
         return {}
 
     def columns(self, task: Task, split: str, predictions: Sequence[Prediction]) -> dict[str, list[Any]]:

@@ -56,7 +56,8 @@ def estimate_memory(vlm: VLM, groups: Sequence[Group], config: GRPO, ranks: int,
     size = next(p for p in parameters if p.is_floating_point()).element_size()
     weights, learning = sum(p.nbytes for p in parameters), [p for p in parameters if p.requires_grad]
     trained = sum(p.nbytes for p in learning)
-    adamw = sum(p.numel() * (12 if p.element_size() == 2 else 8) for p in learning)  # of 16 bits also an fp32 copy
+    # two moments, and an fp32 copy of the weights: of 16 bits always, under ZeRO 1 and 2 of fp32 too
+    adamw = sum(p.numel() * (12 if p.element_size() == 2 or stage in (1, 2) else 8) for p in learning)
     adapters = hasattr(vlm.model, "disable_adapter")
     text = vlm.model.config.get_text_config()
     tokens = max(len(g.prompt.ids) + sum(map(len, g.completions)) for g in groups) * config.prompts_per_forward

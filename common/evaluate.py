@@ -95,8 +95,6 @@ class Evaluator:
             found = recorder.kept(phase, split)
             if found is None:
                 found = self._answer(prompts, split, phase.replace("_", "-"), self.labels)
-                said = self.questions.method.columns(self.questions.task, split, found.predictions)
-                found = replace(found, columns=said)
                 recorder.keep(phase, split, found)
             predictions[split], summary[split] = found.predictions, self._summary(found, split)
         return Evaluation(predictions, summary)
@@ -116,7 +114,7 @@ class Evaluator:
         summary = metrics.summarize(found.predictions, asked.choices, found.seconds, found.scoring_seconds)
         if asked.aliases:
             summary["accuracy_aliases"] = sum(p.correct_alias for p in found.predictions) / len(found.predictions)
-        return summary | self.questions.method.facts(self.questions.task, split, found.predictions)
+        return summary | self.questions.method.facts(self.questions.task, split, found)
 
     def _answer(self, prompts: list[Prompt], split: str, occasion: str, labels: LabelScorer | None) -> Answers:
         """The predictions of all ranks; the seconds are this one's."""
@@ -132,7 +130,10 @@ class Evaluator:
                 graded = self._with_probabilities(labels, split, part, encoded, graded)
                 scoring += time.perf_counter() - start
             found += graded
-        return Answers(interleave(gather(found)), time.perf_counter() - began - scoring, scoring)
+        predictions = interleave(gather(found))
+        seconds = time.perf_counter() - began - scoring
+        columns = self.questions.method.columns(self.questions.task, split, predictions)
+        return Answers(predictions, seconds, scoring, columns)
 
     def _with_probabilities(
         self,

@@ -75,7 +75,9 @@ def find_checkpoint(config: Config) -> Path:
     if model.recipe is not None:
         return files.build(model.recipe, config.cache_dir)
     assert model.path is not None
-    return files.find(model.path, model.revision)
+    folder = files.find(model.path, model.revision)
+    files.lineage(folder)  # what adapters build on may be on the hub, too
+    return folder
 
 
 def make_encoder(config: Config, policy: vlm.VLM, sha256: str, questions: Questions) -> vlm.Encoder:

@@ -19,6 +19,7 @@ from common.data import manifest
 from common.distributed import barrier, rank, world
 from common.engine import init_process_group
 from common.evaluate import spread
+from common.models import adapters
 from common.models.slots import detached
 from common.parts import (
     Parts,
@@ -225,6 +226,8 @@ def save_weights(parts: Parts, folder: Path) -> None:
     policy, questions = parts.policy, parts.questions
     with detached(policy.model):
         policy.model.save_pretrained(folder)
+    if policy.hub is not None and hasattr(policy.model, "disable_adapter"):
+        adapters.name_base(folder, *policy.hub)
     policy.processor.save_pretrained(folder)
     if policy.slots is not None:
         questions.method.export(folder / EMBEDDINGS, policy.slots.entries.detach().cpu(), questions.task)

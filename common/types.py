@@ -240,8 +240,11 @@ class Method(Protocol):
     def label_response(self, name: str) -> str:
         """The answer `name` without reasoning: a reply, or the end of one, whose probability is that of the name."""
 
-    def facts(self, task: Task, split: str, predictions: Sequence[Prediction]) -> dict[str, Any]:
-        """What the method has to say about the predictions of a split, beside the accuracies; for metrics.json."""
+    def facts(self, task: Task, split: str, found: Answers) -> dict[str, Any]:
+        """What the method has to say about the predictions of a split, beside the accuracies; for metrics.json.
+
+        They may be those of an earlier attempt of the run; their columns say what was true of each then.
+        """
 
     def columns(self, task: Task, split: str, predictions: Sequence[Prediction]) -> dict[str, list[Any]]:
         """What the method has to say about each prediction: one value per prediction, by column; for

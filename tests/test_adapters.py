@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from common import parts, pipeline, preflight
 from common.data.loading import Loader
 from common.grpo.logprobs import PolicyScorer
 from common.grpo.packing import pack_plain
@@ -140,6 +142,58 @@ def test_unusable_adapters_are_one_line(written, model_config):
     settings.write_text("{")
     with pytest.raises(UserError, match=r"adapter_config\.json is damaged"):
         files.find(str(folder), None)
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub(monkeypatch, untrained_folder, tmp_path):
+    """`owner/name` on a hub whose main branch is at COMMIT; what was fetched, and with weights or not."""
+    snapshot, fetched = tmp_path / "models--owner--name" / "snapshots" / COMMIT, []
+
+    def fetch(path, revision, allow_patterns):
+        assert path == "owner/name" and revision in ("main", COMMIT)
+        fetched.append((revision, "*.safetensors" in allow_patterns))
+        shutil.copytree(untrained_folder, snapshot, dirs_exist_ok=True)
+        return str(snapshot)
+
+    def unasked(*arguments, **values):
+        raise AssertionError("PEFT asks the hub")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", unasked)
+    return fetched
+
+
+def saved(policy, folder):
+    """What a run writes of its model, and the settings of its adapters."""
+    pipeline.save_weights(SimpleNamespace(policy=policy, questions=None), folder)
+    return json.loads((folder / "adapter_config.json").read_text())
+
+
+def test_adapters_name_their_base_on_the_hub(hub, model_config, digits_task, no_think, tmp_path, untrained_folder):
+    config = model_config(path="owner/name", revision="main", lora=LORA)
+    policy = trained(vlm.load(files.find("owner/name", "main"), config, CPU), seed=1)
+    folder = tmp_path / "run" / "model"
+    settings = saved(policy, folder)
+    assert (settings["base_model_name_or_path"], settings["revision"]) == ("owner/name", COMMIT)
+    hub.clear()
+    asked = SimpleNamespace(model=model_config(path=str(folder)))
+    preflight.check_checkpoint(asked)
+    assert hub == [(COMMIT, False)], "not the weights, before the checks are done"
+    assert parts.find_checkpoint(asked) == folder and hub[1:] == [(COMMIT, True)]
+    kept = vlm.load(folder, model_config(path=str(folder), lora=LORA), CPU, train=False)
+    assert torch.equal(scores(kept, digits_task, no_think), scores(policy, digits_task, no_think))
+    found = files.checkpoint_hash(folder)
+    local = {**settings, "base_model_name_or_path": str(untrained_folder), "revision": None}
+    (folder / "adapter_config.json").write_text(json.dumps(local))
+    assert files.checkpoint_hash(folder) == found, "the same base in another place"
+
+
+def test_adapters_name_their_local_base_by_its_folder(load_vlm, untrained_folder, tmp_path):
+    settings = saved(load_vlm(lora=LORA), tmp_path / "model")
+    assert (settings["base_model_name_or_path"], settings["revision"]) == (str(untrained_folder), None)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -11,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from alert import bank, bank_file, candidate_file, candidates
+from alert import bank, bank_file, candidate_file, candidates, reference
 from alert.method import Alert
 from common import rewards, task
 from common.config import validate
 from common.data import manifest
 from common.evaluate import grade
 from common.rollout.base import Completion
-from common.types import CATEGORY, Item, Prediction, Prompt, Sample, Split, Task, UserError
+from common.types import CATEGORY, Answers, Item, Prediction, Prompt, Sample, Split, Task, UserError
 from tests import data_tree
 from tests.faults import Kill
 from tests.judge_server import JudgeServer
@@ -90,8 +91,26 @@ def test_a_continued_run_takes_its_first_bank_from_the_disk(tmp_path):
     assert torch.equal(looked(Alert(seed=1, k=1), tmp_path)[1], saved + 1)
     assert torch.equal(bank_file.read_begun(tmp_path), saved + 1), "written once"
     (tmp_path / "begun.safetensors").write_bytes(b"cut")
-    with pytest.raises(UserError, match=r"begun\.safetensors is damaged"):
+    with pytest.raises(UserError, match=r"begun\.safetensors is damaged .*; of an unfinished run, delete it"):
         looked(Alert(seed=1, k=1), tmp_path)
+    (tmp_path / "begun.safetensors").unlink()
+    assert torch.equal(looked(Alert(seed=1, k=1), tmp_path)[1], entries), "computed again"
+    bank_file.export_begun(tmp_path, saved[:, :1])
+    with pytest.raises(UserError, match=r"begun\.safetensors holds .*\[3, 1, 2\] instead of .*another run_name"):
+        looked(Alert(seed=1, k=1), tmp_path)
+
+
+def test_the_first_bank_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synced, replace_file = [], os.replace
+
+    def checked(source, target):
+        assert os.stat(source).st_ino in synced
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    monkeypatch.setattr(os, "replace", checked)
+    bank_file.export_begun(tmp_path, torch.ones(3, 2, 2))
+    assert torch.equal(bank_file.read_begun(tmp_path), torch.ones(3, 2, 2))
 
 
 @pytest.mark.parametrize(
@@ -100,19 +119,61 @@ def test_a_continued_run_takes_its_first_bank_from_the_disk(tmp_path):
         (
             (3, 2, 4),
             "squares",
-            r"of shape \[3, 2, 4\], but this model and dataset need \[3, 2, 2\] .*2 tokens.*width 2",
+            r"of shape \[3, 2, 4\] instead of \[3, 2, 2\] .*2 tokens.*width 2\); give a bank of this model",
         ),
-        ((3, 1, 2), "squares", r"of shape \[3, 1, 2\], but"),
+        ((3, 1, 2), "squares", r"of shape \[3, 1, 2\] instead"),
         ((3, 2, 2), "gemma3", "was made for gemma3, not for squares"),
     ],
     ids=["width", "tokens", "architecture"],
 )
 def test_a_bank_of_another_model_is_refused(tmp_path, shape, architecture, message):
     bank_file.export(tmp_path, torch.ones(shape), ("a", "b", "c"), architecture)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=f"^method.bank: {tmp_path} .*{message}"):
         looked(Alert(seed=1, k=1, bank=str(tmp_path)))
     bank_file.export(tmp_path, torch.ones(3, 2, 2), ("a", "b", "c"), "squares")
     assert torch.equal(looked(Alert(seed=1, k=1, bank=str(tmp_path)))[1], torch.ones(3, 2, 2))
+
+
+@pytest.mark.parametrize("draft", ["class_means", "oracle_recall"])
+@pytest.mark.parametrize("features", ["mean", "patches"])
+def test_images_are_ranked_by_the_batch_as_they_were_all_at_once(draft, features, monkeypatch):
+    generator, names = np.random.default_rng(1), tuple("abcdefgh")
+    seen = {f"{i}": generator.normal(size=(2, 3)).astype(np.float32) for i in range(31)}
+    train = Split(tuple(Item(f"{i}", i % 8, names[i % 8]) for i in range(16)), names, "?", "?")
+    shown = tuple(reversed(names))[1:]  # a target may have other classes in another order
+    test = Split(tuple(Item(f"{i}", i % 7, shown[i % 7]) for i in range(16, 31)), shown, "?", "?")
+    asked = []
+
+    class Vision(Squares):
+        batch = 4
+
+        def hidden(self, keys):
+            return torch.tensor(np.stack([seen[key] for key in keys]))
+
+        def vectors(self, keys, patches):
+            asked.append(len(keys))
+            return self.hidden(keys).flatten(1) if patches else self.hidden(keys).mean(1)
+
+    ranks, parts = iter(range(2)), []
+    monkeypatch.setattr("alert.method.share_of", lambda items: items[next(ranks) :: 2])
+    monkeypatch.setattr("alert.method.gather", lambda part: parts.append(part) or parts)
+    problem = Task(train, {"x": test}, None, "", {"d": "own"})
+    method = Alert(seed=1, features=features, draft=draft, k=3)
+    means = np.stack([np.mean([seen[f"{i}"], seen[f"{i + 8}"]], 0, np.float64) for i in range(8)])
+    flat = [v.reshape(len(v), -1) if features == "patches" else v.mean(1) for v in (np.stack([*seen.values()]), means)]
+    whole = candidates.class_mean_logits(flat[0][16:], reference.class_means(flat[1], range(8), 8)[6::-1])
+    images, truths = [item.image for item in test.items], [item.label for item in test.items]
+    origin = candidates.Origin("class_means", "x", 2, 1)
+    ranked = candidates.rank(images, whole, shown, origin)
+    if draft == "oracle_recall":
+        ranked = candidates.oracle_recall(images, whole, truths, 3, shown, origin)
+    with pytest.raises(KeyError):  # the other rank's images are missing yet
+        method.look(Vision(), problem)
+    method.look(Vision(), problem)
+    found = method.drafted["x"]
+    assert sorted(asked) == [3, 4, 4, 4] and found.images == ranked.images and found.origin == ranked.origin
+    assert found.indices.tolist() == ranked.indices.tolist()
+    assert np.allclose(found.logits, ranked.logits, rtol=0, atol=1e-6)
 
 
 def test_a_category_without_images_is_named():
@@ -182,7 +243,7 @@ def test_a_damaged_bank_is_one_line(tmp_path, damage, message):
     folder = tmp_path / "bank"
     bank_file.export(folder, torch.ones(3, 2, 4), NAMES, "gemma3")
     damage(folder)
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises(UserError, match=f"{message}.*; (copy the bank again|give <run>/model/embeddings)") as error:
         bank_file.read(folder, NAMES)
     assert "\n" not in str(error.value)
 
@@ -217,6 +278,11 @@ def test_a_draft_is_read_before_the_model_is_loaded(compose, digits_task, tmp_pa
     (tmp_path / "test.npz").write_bytes(b"")
     with pytest.raises(UserError, match=r"method\.draft_file: .*test\.npz is no \.npz file"):
         questions(compose, *arguments)
+
+
+def test_a_bank_is_looked_at_before_the_model_is_loaded(compose, tmp_path):
+    with pytest.raises(UserError, match=f"^method.bank: {tmp_path} is no bank .* give <run>/model/embeddings"):
+        questions(compose, f"method.bank={tmp_path}")
 
 
 def test_a_run_does_not_continue_with_other_files(compose, digits_task, tmp_path):
@@ -351,8 +417,27 @@ def test_what_the_reasoning_concludes_is_said_of_every_image(digits_task):
     method.drafted["test"] = candidates.rank([p.image for p in predictions], logits, names, origin)
     found = method.columns(digits_task, "test", predictions)
     assert found == {"candidates": [["zero", "one"]] * 5, "reasoning_agrees": [verdict for *_, verdict in replies]}
-    counts = method.facts(digits_task, "test", predictions)["reasoning"]
+    counts = method.facts(digits_task, "test", Answers(predictions, 0.0, 0.0, found))["reasoning"]
     assert counts == {"agree": 1, "differ": 1, "reasoning_names_none": 1, "malformed": 2}
+
+
+@pytest.mark.parametrize("order", ["rank", "shuffle"])
+def test_kept_answers_are_accounted_for_with_what_they_were_asked(order, digits_task, caplog):
+    asked = digits_task.evaluation["test"]
+    items = [item for item in asked.items if item.name == "zero"][:2]
+    predictions = [replace(answered("zero", "zero"), image=item.image, label="zero") for item in items]
+    method, origin = Alert(seed=1, k=2, order=order), candidates.Origin("class_means", "digits", 16, 1)
+    logits = np.arange(10.0, 0.0, -1.0)[None].repeat(2, 0)  # zero, one, two, ...
+    method.drafted["test"] = candidates.rank([item.image for item in items], logits, asked.names, origin)
+    columns = method.columns(digits_task, "test", predictions)
+    same = method.facts(digits_task, "test", Answers(predictions, 0.0, 0.0, columns))["draft"]
+    assert (same["presence"], same["recall@1"], same["accuracy"]) == (1.0, 1.0, 1.0) and not caplog.records
+    kept = {**columns, "candidates": [columns["candidates"][0], ["two", "one"]]}
+    found = method.facts(digits_task, "test", Answers(predictions, 0.0, 0.0, kept))["draft"]
+    assert (found["presence"], found["recall@1"], found["recall@2"], found["recall@3"]) == (0.5, 0.5, 0.5, 1.0)
+    assert found["accuracy"] == 0.5 and found["errors"]["not_among_candidates"] == 0.5
+    (record,) = caplog.records
+    assert record.getMessage().startswith("1 of the 2 images of 'test' were asked with other candidates")
 
 
 FULL = ["model.lora.r=0", "model.freeze_vision=false"]

@@ -12,7 +12,7 @@ import pytest
 
 from alert import candidates as module
 from alert.candidate_file import read, recall_at, write
-from alert.candidates import Candidates, Origin, class_mean_logits, oracle_recall, rank, select
+from alert.candidates import Candidates, Origin, class_mean_logits, join, oracle_recall, rank, select
 from alert.reference import class_means
 from common.types import UserError
 
@@ -141,6 +141,14 @@ def test_class_mean_draft_is_the_cosine():
         assert found[i, j] == pytest.approx(cosine, abs=1e-6)
 
 
+def test_parts_are_joined_in_the_order_of_the_images():
+    logits = np.random.default_rng(1).normal(size=(5, 4))
+    parts = [rank([f"{i}" for i in rows], logits[rows], "wxyz", DRAFT) for rows in ([0, 4], [1, 3], [2])]
+    found, whole = join(parts, ["3", "0", "1", "2", "4"]), rank(list("30124"), logits[[3, 0, 1, 2, 4]], "wxyz", DRAFT)
+    assert found.images == whole.images and found.origin == DRAFT
+    assert np.array_equal(found.indices, whole.indices) and np.array_equal(found.logits, whole.logits)
+
+
 @pytest.mark.parametrize("feature", [[0.0, 0.0], [np.nan, 1.0], [np.inf, 1.0]], ids=str)
 def test_class_mean_draft_refuses_features_without_a_direction(feature):
     with pytest.raises(ValueError, match="image number 1 has length"):
@@ -173,7 +181,7 @@ def saved(tmp_path):
 @pytest.mark.parametrize("suffix", ["", ".npz", ".json"], ids=["stem", "npz", "json"])
 def test_what_is_read_is_what_was_written(saved, suffix):
     path, *_ = saved
-    found = read(path.with_name(path.name + suffix), ("d/ü.png", "d/a.png"), "wxyz", "digits")
+    found = read(path.with_name(path.name + suffix), ("d/ü.png", "d/a.png"), "wxyz", "digits", "test")
     assert found.images == ("d/ü.png", "d/a.png") and found.origin == DRAFT
     assert found.ranking("d/ü.png") == (0, 1, 2, 3) and found.ranking("d/a.png") == (0, 3, 2, 1)
     assert found.logits.tolist() == [[5, 4.5, 4.25, 4], [9, 3, 2, 1]]
@@ -253,13 +261,21 @@ def test_files_that_cannot_be_used_are_named_in_one_line(saved, damage, message)
     path, *_ = saved
     damage(path.with_name("test.v2.npz"), path.with_name("test.v2.json"))
     with pytest.raises(UserError, match=message) as error:
-        read(path, ("d/a.png",), "wxyz", "digits")
+        read(path, ("d/a.png",), "wxyz", "digits", "test")
     assert str(error.value).startswith("method.draft_file: ") and "\n" not in str(error.value)
 
 
 def test_missing_images_are_counted_and_the_first_is_named(saved):
-    with pytest.raises(UserError, match=r"no candidates for d/c.png \(2 of 3 images are missing\)"):
-        read(saved[0], ("d/a.png", "d/c.png", "d/e.png"), "wxyz", "digits")
+    images = ("d/a.png", "d/c.png", "d/e.png")
+    with pytest.raises(UserError, match=r"for d/c.png \(2 of 3 images of 'test' are missing\).* SPLIT .* its name$"):
+        read(saved[0], images, "wxyz", "digits", "test")
+
+
+def test_images_to_watch_need_candidates_too(saved):
+    with pytest.raises(UserError, match=r"1 of 1 images of 'val' are missing\).* SPLIT .*validation=none"):
+        read(saved[0], ("d/c.png",), "wxyz", "digits", "val")
+    with pytest.raises(UserError, match=r"val\.json is missing; .* watch none with validation=none"):
+        read(saved[0].with_name("val"), ("d/c.png",), "wxyz", "digits", "val")
 
 
 def test_a_place_that_cannot_be_written(saved, tmp_path):

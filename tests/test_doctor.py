@@ -129,9 +129,11 @@ def test_a_completion_that_does_not_fit_is_found(examine):
 
 def test_memory_follows_the_zero_stages(examine, load_vlm):
     size = sum(p.numel() for p in load_vlm().model.parameters()) * 4 / 2**20  # MiB of fp32 weights
-    for stage, gradients, adamw in ((0, size, 2 * size), (1, size, size / 2), (3, size / 4, size / 2)):
+    # fp32 weights: ZeRO 1 and 2 hold a copy of them beside AdamW's two moments
+    for stage, gradients, adamw in ((0, 1, 2), (1, 1, 3 / 4), (2, 1 / 4, 3 / 4), (3, 1 / 4, 2 / 4)):
         seen = examine(deepspeed={"zero_optimization": {"stage": stage}}, ranks=4)[1][-1].seen
-        assert f"weights {size:.1f} MiB + gradients {gradients:.1f} MiB + AdamW {adamw:.1f} MiB + reference" in seen
+        parts = f"weights {size:.1f} MiB + gradients {gradients * size:.1f} MiB + AdamW {adamw * size:.1f} MiB"
+        assert f"{parts} + reference" in seen
     offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
     assert "AdamW" not in examine(deepspeed=offload, ranks=4)[1][-1].seen
 

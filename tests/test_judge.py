@@ -21,6 +21,7 @@ from alert.judge_hf import Checkpoint
 from alert.judge_openai import OpenAIServer
 from alert.judge_prompt import CLOSE, OPEN, PROMPT, judge_prompt, neutral, parse_score, reasoning
 from common import config
+from common.models.files import checkpoint_hash
 from common.parts import weights_name
 from common.rewards import build_rewards, score
 from common.types import Prompt, Sample, UserError
@@ -460,7 +461,8 @@ def test_all_that_decides_a_reply_names_it(untrained_folders):
 
 def test_weights_that_compute_otherwise_have_another_name(untrained_folders, compose):
     def name(*overrides, family="gemma3"):
-        return weights_name(config.validate(compose("gpus=1", *overrides)), untrained_folders[family])
+        sha256 = checkpoint_hash(untrained_folders[family])
+        return weights_name(config.validate(compose("gpus=1", *overrides)), sha256)
 
     names = [
         name("model.dtype=float32"),
@@ -622,7 +624,7 @@ def test_a_perfect_completion_earns_four(judge, compose):
         runtime = {"base_url": server.url, "cache_gb": 0}
         mix["reasoning"] |= {"judge": {"backend": "openai", "model": "rule"}, "runtime": runtime}
         scores = score([think("a"), sample("so: <think>a</think> <answer>six</answer>")], build_rewards(mix))
-    assert scores.total == [4.0, 1.5]
+    assert scores.total == [4.0, 3.5]  # the second without the strict format
 
 
 def test_how_the_judge_is_reached_is_not_part_of_the_signature(compose):

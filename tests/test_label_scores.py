@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from clsrl.method import ClosedFormQuestion
 from common import parsing
 from common.data import digits
 from common.data.loading import Loader
@@ -246,3 +247,26 @@ def test_label_scoring_changes_no_answer_and_can_be_left_out(evaluator):
     assert bare == plain.predictions["test"] and [bare[i * 12 // 7] for i in range(7)] == during.predictions["test"]
     for found in (plain, during):
         assert "probability" not in found.summary["test"] and not any("ece" in name for name in found.scalars)
+
+
+def test_a_kept_split_is_summed_up_with_the_columns_that_were_kept(evaluator):
+    class Saying(ClosedFormQuestion):
+        def columns(self, task, split, predictions):
+            return {"mark": ["now"] * len(predictions)}
+
+        def facts(self, task, split, found):
+            return {"marks": found.columns["mark"]}
+
+    class Keeper(Nowhere):
+        def kept(self, phase, split):
+            return replace(first, columns={"mark": ["then"] * 12}) if phase == "eval" else None
+
+        def keep(self, phase, split, found):
+            nonlocal first
+            first = found
+
+    first, asked = None, evaluator(False, Saying(instruction="no_think", seed=1))
+    keeper = Keeper()
+    marks = [asked.all_splits(phase, keeper).summary["test"]["marks"] for phase in ("zero_shot", "eval")]
+    assert marks == [["now"] * 12, ["then"] * 12]
+    assert asked.during_training(7).summary["test"]["marks"] == ["now"] * 7

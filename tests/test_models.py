@@ -268,6 +268,26 @@ def test_a_run_hashes_the_weights_once(monkeypatch, compose, untrained_folder, t
     assert hashed == [untrained_folder] and result.checkpoint["sha256"] == "1234"
 
 
+def test_a_shared_conversation_is_measured_once(untrained_folder, digits_task, think, monkeypatch):
+    class Counting:
+        def __init__(self, tokenizer):
+            self.tokenizer, self.batches = tokenizer, []
+
+        def encode_batch(self, texts, **options):
+            self.batches.append(len(texts))
+            return self.tokenizer.encode_batch(texts, **options)
+
+    monkeypatch.setattr(files, "CHUNK", 3)
+    first = think.train_prompts(digits_task)[0]
+    kinds = [{"text": "a b"}, {"text": "a b", "system": "c"}, {"text": "a b", "image_last": True}, {"text": "a"}]
+    prompts = [replace(first, **{**kinds[i % 4], "image": str(i), "label": str(i)}) for i in range(40)]
+    meter = files.meter_for_folder(untrained_folder, "qwen2_vl")
+    each = [meter.tokens([prompt], 32)[0] for prompt in prompts]
+    meter.tokenizer = Counting(meter.tokenizer)
+    assert meter.tokens(prompts, 32) == each and len(set(each)) > 1
+    assert meter.tokenizer.batches == [3, 1]
+
+
 def test_unknown_paths_and_unreachable_hub_ids_are_one_line():
     with pytest.raises(UserError, match="is not a folder"):
         files.find("/nonexistent/model", None)

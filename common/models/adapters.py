@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def restore(model: Any, folder: Path, merge: bool) -> Any:
         with safe_open(folder / ADAPTERS[1], "pt") as file:
             written = set(file.keys())
         wrapped: Any = PeftModel.from_pretrained(model, str(folder))
+        wrapped.peft_config["default"].base_model_name_or_path = None  # else PEFT looks for the base on the hub
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the adapters in {folder} do not load: {' '.join(str(error).split())}") from error
     # PEFT only warns, and leaves the others as if they had not been trained
@@ -56,3 +58,13 @@ def restore(model: Any, folder: Path, merge: bool) -> Any:
     merged = wrapped.merge_and_unload().requires_grad_(True)
     merged.name_or_path = str(folder)  # adapters trained on top belong on this folder, not on the first base alone
     return merged
+
+
+def name_base(folder: Path, path: str, commit: str) -> None:
+    """Let written adapters say which checkpoint of the hub they belong on, instead of where this machine keeps it.
+
+    Not before: PEFT would ask the hub for it whenever it writes.
+    """
+    settings = folder / ADAPTERS[0]
+    found = json.loads(settings.read_text()) | {"base_model_name_or_path": path, "revision": commit}
+    settings.write_text(json.dumps(found, indent=2, sort_keys=True))

@@ -17,6 +17,7 @@ from common.types import CATEGORY, Prompt, UserError
 
 NEEDED = ("config.json", "tokenizer.json")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+CHUNK = 1024  # conversations that are encoded together: a token takes some hundred bytes meanwhile
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors")  # as PEFT writes them
 
 
@@ -49,6 +50,18 @@ def find(path: str, revision: str | None, weights: bool = True, key: str = "mode
             f" it where there is a network (hf download {path}; if it is gated, hf auth login first) and pass"
             f" {key}=<folder>"
         ) from error
+
+
+def on_hub(path: str | None, folder: Path) -> tuple[str, str] | None:
+    """Id and commit of a checkpoint on the hub; None of a local or built one.
+
+    Args:
+        path: As it was given to `find`; None: it was built.
+        folder: What `find` returned; of the hub, `snapshots/<commit>` in its cache.
+    """
+    if path is None or Path(path).expanduser().is_dir() or folder.parent.name != "snapshots":
+        return None
+    return path, folder.name
 
 
 def check_folder(folder: Path) -> None:
@@ -142,7 +155,7 @@ def checkpoint_hash(folder: Path) -> str:
         with path.open("rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
     for each in adapters:  # the same matrices count differently with another scale; where the base lies does not matter
-        settings = json.loads((each / ADAPTERS[0]).read_text()) | {"base_model_name_or_path": None}
+        settings = json.loads((each / ADAPTERS[0]).read_text()) | {"base_model_name_or_path": None, "revision": None}
         total.update(json.dumps(settings, sort_keys=True).encode())
     return total.hexdigest()
 
@@ -179,14 +192,22 @@ class PromptMeter:
         self.template, self.pad = environment.from_string(template), pad
 
     def tokens(self, prompts: Iterable[Prompt], image_size: int) -> list[int]:
-        """Length of each prompt in tokens, its image and its category embeddings included."""
+        """Length of each prompt in tokens, its image and its category embeddings included.
+
+        A conversation that many images share, as most methods' do, is measured once.
+        """
         prompts = list(prompts)
-        rendered = (self.template.render(messages=messages(p), add_generation_prompt=True) for p in prompts)
-        texts = [self.family.image_text(text).replace(CATEGORY, self.pad) for text in rendered]
+        distinct = list({_conversation(prompt): prompt for prompt in prompts}.values())
+        lengths: dict[tuple[str | None, str, bool], int] = {}
+        for start in range(0, len(distinct), CHUNK):
+            part = distinct[start : start + CHUNK]
+            rendered = (self.template.render(messages=messages(p), add_generation_prompt=True) for p in part)
+            texts = [self.family.image_text(text).replace(CATEGORY, self.pad) for text in rendered]
+            found = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+            lengths |= {_conversation(p): len(each.ids) for p, each in zip(part, found, strict=True)}
         extra = self.family.image_tokens(self.config, image_size) - 1  # the template writes one placeholder
-        found = self.tokenizer.encode_batch(texts, add_special_tokens=False)
         # a category has as many embeddings as an image has tokens
-        return [len(e.ids) + extra * (1 + len(p.categories)) for e, p in zip(found, prompts, strict=True)]
+        return [lengths[_conversation(p)] + extra * (1 + len(p.categories)) for p in prompts]
 
 
 def _refuse(message: str) -> None:
@@ -232,6 +253,11 @@ def messages(prompt: Prompt) -> list[dict[str, Any]]:
     user = {"role": "user", "content": content[::-1] if prompt.image_last else content}
     system = [] if prompt.system is None else [{"role": "system", "content": prompt.system}]
     return [*system, user]
+
+
+def _conversation(prompt: Prompt) -> tuple[str | None, str, bool]:
+    """What `messages` reads of a prompt."""
+    return prompt.system, prompt.text, prompt.image_last
 
 
 def too_long(length: int, limit: int, prompt: Prompt) -> UserError:

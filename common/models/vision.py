@@ -52,8 +52,9 @@ class Vision:
         return self.vlm.family.project(without_adapters(self.vlm.model), hidden)
 
     def vectors(self, keys: Sequence[str], patches: bool = False) -> torch.Tensor:
-        """One vector per picture: the mean of its patches [n, V], or all of them in a row [n, P V]. fp32 on the CPU."""
-        starts = range(0, len(keys), self.batch)
-        hidden = (self.hidden(keys[start : start + self.batch]).float() for start in starts)
-        parts = [(each.flatten(1) if patches else each.mean(1)).cpu() for each in hidden]
-        return torch.cat(parts) if parts else torch.empty(0, 0)
+        """One vector per picture of a batch: the mean of its patches [n, V], or all of them in a row [n, P V].
+
+        fp32 on the CPU.
+        """
+        hidden = self.hidden(keys).float()
+        return (hidden.flatten(1) if patches else hidden.mean(1)).cpu()

@@ -19,7 +19,7 @@ from common.grpo.packing import Encoded
 from common.models import adapters
 from common.models.families import FAMILIES, Family
 from common.models.features import FeatureStore
-from common.models.files import lineage, messages, too_long
+from common.models.files import lineage, messages, on_hub, too_long
 from common.models.slots import Slots, spread
 from common.schema import Model
 from common.types import CATEGORY, Prompt, UserError
@@ -38,6 +38,7 @@ class VLM:
     are neither sampled nor scored (image placeholders, padding).
     causal_images: image tokens attend causally even where the family's own see each other both ways.
     slots: embeddings beyond the vocabulary, if a method has attached some.
+    hub: id and commit of a checkpoint that came from the hub.
     """
 
     model: Any
@@ -49,6 +50,7 @@ class VLM:
     pad: int
     causal_images: bool = False
     slots: Slots | None = None
+    hub: tuple[str, str] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -117,7 +119,8 @@ def load(folder: Path, config: Model, device: torch.device, train: bool = True) 
     if not config.load_in_8bit:
         model.to(device)
     turn = end_of_turn(processor, ends)
-    return VLM(model, processor, family, ends, turn, banned, pad, config.image_attention == "causal")
+    causal = config.image_attention == "causal"
+    return VLM(model, processor, family, ends, turn, banned, pad, causal, hub=on_hub(config.path, folder))
 
 
 def end_of_turn(processor: Any, ends: Sequence[int]) -> int:
