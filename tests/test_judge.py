@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import shutil
@@ -11,7 +12,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy
 import pytest
+from safetensors.numpy import save_file
 
 from alert import judge_openai, tiny_episodes
 from alert.judge import ContrastiveReasoning
@@ -21,6 +24,7 @@ from alert.judge_hf import Checkpoint
 from alert.judge_openai import OpenAIServer
 from alert.judge_prompt import CLOSE, OPEN, PROMPT, judge_prompt, neutral, parse_score, reasoning
 from common import config
+from common.models.files import checkpoint_hash
 from common.parts import weights_name
 from common.rewards import build_rewards, score
 from common.types import Prompt, Sample, UserError
@@ -460,7 +464,8 @@ def test_all_that_decides_a_reply_names_it(untrained_folders):
 
 def test_weights_that_compute_otherwise_have_another_name(untrained_folders, compose):
     def name(*overrides, family="gemma3"):
-        return weights_name(config.validate(compose("gpus=1", *overrides)), untrained_folders[family])
+        c = config.validate(compose("gpus=1", *overrides))
+        return weights_name(c, checkpoint_hash(untrained_folders[family]))
 
     names = [
         name("model.dtype=float32"),
@@ -555,7 +560,7 @@ def test_a_checkpoint_replies_greedily_whatever_it_is_asked_beside(untrained_fol
         assert reply == written.removesuffix(written.split()[-1]).rstrip()  # the last word may be half
 
 
-def test_a_hub_checkpoint_is_fetched_and_looked_at_before_anything_is_computed(untrained_folders, monkeypatch):
+def test_a_hub_checkpoint_is_fetched_and_loaded_before_anything_is_computed(untrained_folders, monkeypatch):
     asked = []
 
     def fetch(name, revision, allow_patterns):
@@ -567,7 +572,7 @@ def test_a_hub_checkpoint_is_fetched_and_looked_at_before_anything_is_computed(u
     reward = ContrastiveReasoning(judge=model, runtime={})
     assert not asked, "the configuration is checked without a network"
     reward.prepare()
-    assert asked == [("owner/name", "abc")] and "_model" not in vars(reward.judge), "weights wait for a question"
+    assert asked == [("owner/name", "abc")] and "_model" in vars(reward.judge)
     folder = Checkpoint(Model("hf", str(untrained_folders["gemma3"])), Runtime())
     assert reward.judge.identity() == folder.identity(), "a branch of the hub may move: its weights are its name"
 
@@ -584,6 +589,63 @@ def test_a_checkpoint_without_a_chat_template_is_refused_before_anything_is_comp
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match="has no chat template"):
         ContrastiveReasoning(judge={"backend": "hf", "model": str(folder)}, runtime={}).prepare()
+
+
+def damaged(folder, place, **settings):
+    """A copy of a checkpoint with other settings of its language model, or of the whole."""
+    folder = shutil.copytree(folder, place)
+    config = json.loads((folder / "config.json").read_text())
+    for name, value in settings.items():
+        (config if name == "model_type" else config["text_config"])[name] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+NO_MODEL = [
+    ({"model_type": "llava"}, "lacks [0-9]+ weights of its architecture, first: "),
+    ({"model_type": "nothing"}, "does not load: ValueError: .*model type `nothing`"),
+    (
+        {"hidden_size": 90},
+        r"has [0-9]+ weights of another shape than its config.json asks for, first: .*\(\[.*96.*\] instead of ",
+    ),
+    ({"hidden_size": 7}, "does not load: .*hidden size"),
+    ({"hidden_size": "wide"}, "does not load: .*hidden_size"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), NO_MODEL, ids=[str(settings) for settings, _ in NO_MODEL])
+def test_a_checkpoint_that_is_no_model_is_refused_before_anything_is_computed(
+    untrained_folders, tmp_path, settings, message
+):
+    folder = damaged(untrained_folders["gemma3"], tmp_path / "judge", **settings)
+    with pytest.raises(UserError, match=f"^judge.model={folder} {message}") as error:
+        ContrastiveReasoning(judge={"backend": "hf", "model": str(folder)}, runtime={}).prepare()
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+def test_adapters_are_no_judge(tmp_path, monkeypatch):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    save_file({"a": numpy.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    refused = "judge.model=.* holds adapters; give a checkpoint with whole weights"
+    with pytest.raises(UserError, match=refused):
+        ContrastiveReasoning(judge={"backend": "hf", "model": str(tmp_path)}, runtime={})
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.raises(UserError, match=refused):
+        ContrastiveReasoning(judge={"backend": "hf", "model": "owner/adapters"}, runtime={}).prepare()
+
+
+def test_a_tokenizer_without_padding_judges_alike(untrained_folders, tmp_path):
+    folder = shutil.copytree(untrained_folders["gemma3"], tmp_path / "judge")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["pad_token"]
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # Gemma's own has a default
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    judges = [
+        Checkpoint(Model("hf", str(each), dtype="float32"), Runtime()) for each in (untrained_folders["gemma3"], folder)
+    ]
+    assert judges[1]._tokenizer.pad_token == judges[1]._tokenizer.eos_token != judges[0]._tokenizer.pad_token
+    usual, without = (each.ask(["six", "a longer question about nine"]) for each in judges)
+    assert without == usual
 
 
 def test_a_server_is_asked_one_question_before_anything_is_computed(judge, caplog):
