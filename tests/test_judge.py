@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from alert import judge_openai, tiny_episodes
-from alert.judge import ContrastiveReasoning
+from alert.judge import SILENCES, ContrastiveReasoning
 from alert.judge_base import JudgeUnavailable, Model, OwnBase, Runtime
 from alert.judge_cache import Replies
 from alert.judge_hf import Checkpoint
@@ -342,6 +342,52 @@ def test_a_server_that_refuses_everything_stops_the_run_even_so(judge, status):
     assert len(server.requests) < 5
 
 
+WORDS = "The model's maximum context length is 4096 tokens.\n\x1b[31m Your request for secret-key has 5000. "
+
+
+@pytest.mark.parametrize("status", [400, 404])
+def test_a_servers_own_words_are_passed_on(judge, monkeypatch, status):
+    monkeypatch.setenv("JUDGE_KEY", "secret-key")
+    body = json.dumps({"error": {"message": WORDS + "x" * 1000, "type": "invalid"}}).encode()
+    with JudgeServer(lambda prompt, number: Reply(status=status, body=body)) as server:
+        with pytest.raises(UserError) as error:
+            judge(server, api_key_env="JUDGE_KEY")([think("a")])
+        with pytest.raises(UserError) as at_start:
+            judge(server, api_key_env="JUDGE_KEY").prepare()
+    for message in (str(error.value), str(at_start.value)):
+        words = message.partition(f"HTTP {status} (")[2].partition(")")[0]
+        assert words.startswith(
+            "The model's maximum context length is 4096 tokens. (31m Your request for *** has 5000. x"
+        )
+        assert len(words) <= 200 and "secret" not in message and message.isprintable()
+
+
+@pytest.mark.parametrize("body", [b"", b"null", b"[]", b'{"error": 5}', b'{"error": {"message": " "}}', b"<html>"])
+def test_a_server_without_words_of_its_own(judge, body):
+    stopped = pytest.raises(UserError, match="open: HTTP 400; give")
+    with JudgeServer(lambda prompt, number: Reply(status=400, body=body)) as server, stopped:
+        judge(server)([think("a")])
+
+
+def test_a_judge_that_has_fallen_silent_stops_the_run_even_so(judge):
+    hangs = {"timeout": 0.05, "retries": 0, "on_failure": "drop"}
+    with JudgeServer(lambda prompt, number: Reply("8", delay=30)) as server:
+        reward = judge(server, **hangs)
+        for number in range(SILENCES - 1):
+            assert math.isnan(reward([think(f"{number}")])[0])
+            assert reward([sample("six")]) == [0.0]  # asks nothing, so tells nothing
+        with pytest.raises(UserError, match=f"open: no answer within.*; {SILENCES} times in a row.*last checkpoint"):
+            reward([think("a"), think("b")])
+
+
+def test_one_answer_is_enough_to_go_on(judge):
+    with JudgeServer(lambda prompt, number: "8" if "hyena" in prompt else Reply(status=400)) as server:
+        reward = judge(server, on_failure="drop", cache_gb=0.0)
+        for number in range(3 * SILENCES):
+            texts = ["a", "hyena"] if number % (SILENCES - 1) == 0 else ["a"]
+            assert math.isnan(reward([think(text) for text in texts])[0])
+
+
 @pytest.mark.parametrize("reply", [Reply("8", delay=30), Reply("8", drip=True)], ids=["silent", "dripping"])
 def test_an_attempt_ends_on_time(judge, reply):
     # a dripping server sends a byte every 0.1 seconds: a limit from byte to byte would wait for half a minute
@@ -380,7 +426,7 @@ def test_never_more_questions_at_a_time_than_allowed(judge):
 @pytest.mark.parametrize(("wish", "seconds"), [("7", 7), ("86400", 60), ("Wed, 21 Oct", 0), ("", 0)])
 def test_a_wish_for_a_pause_is_heard_within_reason(wish, seconds):
     class Error:
-        status_code = 429
+        status_code, body = 429, None
         response = type("Response", (), {"headers": {"retry-after": wish}})
 
     client = OpenAIServer(Model("openai", "rule"), Runtime(base_url="http://127.0.0.1:1/v1"))
@@ -718,6 +764,7 @@ MISTAKES = [
     ([f"{HERE}judge.max_tokens=0"], f"{HERE}judge.max_tokens=0"),
     ([f"{HERE}judge.max_tokens=many"], "max_tokens='many' should be of type int"),
     ([f"{HERE}runtime.timeout=0"], f"{HERE}runtime.timeout=0"),
+    ([f"{HERE}runtime.total_timeout=1800"], f"{HERE}runtime.total_timeout=1800: give at most 1500 seconds"),
     ([f"{HERE}runtime.concurrency=0"], f"{HERE}runtime.concurrency=0"),
     ([f"{HERE}runtime.retries=-1"], f"{HERE}runtime.retries=-1"),
     ([f"{HERE}scale=percent"], f"{HERE}scale=percent"),

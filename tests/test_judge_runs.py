@@ -10,10 +10,11 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from alert.judge_base import Model, Runtime
+from alert.judge_base import LONGEST_CALL, Model, Runtime
 from alert.judge_hf import Checkpoint
 from alert.judge_prompt import judge_prompt, reasoning
 from common import config, doctor, parts, pipeline, task
+from common.distributed import LONGEST_WAIT
 from common.models import tiny_gemma3
 from common.models.slots import Slots
 from common.rollout.text import FrozenReplies
@@ -171,6 +172,11 @@ def test_doctor_and_training_share_one_judge(job, compose, tmp_path, monkeypatch
     ((calls, hits),) = counts(tmp_path)
     rows = pyarrow.parquet.read_table(tmp_path / "completions.parquet").to_pylist()
     assert 0 < calls + hits == sum(reasoning(row["completion"]) is not None for row in rows), "and not the doctor's"
+
+
+def test_ranks_wait_longer_than_a_judge_may_take(process_group):
+    group = torch.distributed.group.WORLD._get_backend(process_group)
+    assert group.options._timeout.total_seconds() >= LONGEST_WAIT > LONGEST_CALL
 
 
 BROKEN = {
