@@ -4,7 +4,8 @@ The reward is an instance with arguments from conf/rewards/alert.yaml, called wi
 
 A judge can fail. Its client tries again for as long as `runtime` allows; then `on_failure: stop` ends the run with
 one line, and the same command continues it from its last checkpoint, replies so far served from the cache. With
-`on_failure: drop`, the samples without a score get NaN, and the trainer leaves this reward out for their whole group.
+`on_failure: drop`, the samples without a score get NaN, and the trainer leaves this reward out for their whole group;
+a judge that says nothing at all SILENCES times in a row stops the run even so, since every update waits for it in vain.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from common.checks import one_of
 from common.types import Sample, UserError
 
 log = logging.getLogger(__name__)
+SILENCES = 5  # our choice
 COUNTS = ("calls", "cache_hits", "unparsed", "failed", "seconds")
 
 
@@ -59,6 +61,7 @@ class ContrastiveReasoning:
         self.judge, self.max_tokens = make_judge(model, self.runtime), model.max_tokens
         self.scale, self.unparsed, self.on_failure = scale, unparsed, on_failure
         self.counts = dict.fromkeys(COUNTS, 0.0)
+        self.silences = 0  # times in a row that questions were asked and none was answered
 
     @property
     def may_be_missing(self) -> bool:
@@ -94,7 +97,7 @@ class ContrastiveReasoning:
         """The reward of every sample: 0 without a well-formed reasoning, nothing being asked; NaN without an answer.
 
         Raises:
-            UserError: Questions stayed open, and `on_failure` is `stop`.
+            UserError: Questions stayed open, and `on_failure` is `stop` or the judge has fallen silent.
         """
         texts = [reasoning(sample.completion) for sample in samples]
         prompts = [None if text is None else judge_prompt(text) for text in texts]
@@ -129,10 +132,14 @@ class ContrastiveReasoning:
 
         answers, trouble = self._ask(missing, keep)
         found |= zip(missing, answers, strict=True)
-        if trouble and self.on_failure == "stop":
+        if missing:
+            self.silences = 0 if any(answer is not None for answer in answers) else self.silences + 1
+        silent = self.silences >= SILENCES
+        if trouble and (silent or self.on_failure == "stop"):
+            often = f"; {SILENCES} times in a row it answered nothing at all" if silent else ""
             raise UserError(
-                f"on_failure=stop: the judge {trouble}; give the same command again when it answers: the run continues"
-                " from its last checkpoint"
+                f"on_failure={self.on_failure}: the judge {trouble}{often}; give the same command again when it"
+                " answers: the run continues from its last checkpoint"
             )
         return found
 

@@ -13,10 +13,12 @@ from importlib.util import find_spec
 from typing import Any, Protocol, TypeVar
 
 from common.checks import one_of
+from common.distributed import LONGEST_WAIT
 from common.plugins import check_call
 from common.types import UserError
 
 BACKENDS = ("self", "hf", "openai")
+LONGEST_CALL = LONGEST_WAIT - 300.0  # seconds; meanwhile ranks whose questions are answered wait for the others
 Settings = TypeVar("Settings", "Model", "Runtime")
 Generate = Callable[[Sequence[str]], list[str]]
 Keep = Callable[[str, str], None]  # takes a prompt and its reply as soon as there is one
@@ -93,8 +95,9 @@ class Runtime:
 
     base_url: of the server. api_key_env: environment variable that holds its key, None for servers without one.
     timeout: seconds of one attempt, to the last byte. retries: attempts after the first. total_timeout: seconds of all
-    questions of one call. concurrency: questions at a time, per rank. batch_size: prompts per forward (`hf`). gpus: 0
-    puts the judge on the CPU (`hf`). cache_dir: folder for answers. cache_gb: bound on it, 0: none are kept.
+    questions of one call, at most LONGEST_CALL. concurrency: questions at a time, per rank. batch_size: prompts per
+    forward (`hf`). gpus: 0 puts the judge on the CPU (`hf`). cache_dir: folder for answers. cache_gb: bound on it, 0:
+    none are kept.
     """
 
     base_url: str | None = None
@@ -115,6 +118,9 @@ class Runtime:
         for name in ("timeout", "total_timeout"):
             if not getattr(self, name) > 0:
                 raise UserError(f"runtime.{name}={getattr(self, name)}: give seconds, above 0")
+        if not self.total_timeout <= LONGEST_CALL:
+            limit = f"give at most {LONGEST_CALL:g} seconds; other ranks may wait meanwhile"
+            raise UserError(f"runtime.total_timeout={self.total_timeout}: {limit}")
 
     def key(self) -> str:
         """The server's key; local servers take anything."""

@@ -1,6 +1,6 @@
 """`backend: hf`: another checkpoint, loaded beside the run's model and asked in text only, greedily.
 
-It is fetched before the run computes anything, and loaded when the first question comes, on the run's device.
+It is fetched and loaded before the run computes anything, on the run's device.
 """
 
 from __future__ import annotations
@@ -24,31 +24,37 @@ class Checkpoint:
     def __init__(self, model: Model, runtime: Runtime) -> None:
         """
         Raises:
-            UserError: The folder is missing or damaged.
+            UserError: The folder is missing or damaged, or holds no whole model.
         """
         assert model.model is not None
         self.name, self.model, self.runtime = model.model, model, runtime
         if Path(self.name).expanduser().is_dir():
-            from common.models.files import check_folder
-
-            check_folder(Path(self.name).expanduser())
+            self._check(Path(self.name).expanduser())
         elif self.name.startswith((".", "/", "~")) or self.name.count("/") != 1:
             raise UserError(f"judge.model={self.name} is not a folder; give a checkpoint folder or a hub id owner/name")
 
     def prepare(self) -> None:
-        """Fetch it, and see that it can be asked.
+        """Fetch and load it.
 
         Raises:
-            UserError: It cannot be had, is damaged, or has no chat template.
+            UserError: It cannot be had, is damaged, is no whole model, or has no chat template.
         """
-        log.info("the judge is %s", self._tokenizer.name_or_path)
+        tokenizer, model = self._tokenizer, self._model
+        log.info("the judge is %s (%s)", tokenizer.name_or_path, type(model).__name__)
+
+    def _check(self, folder: Path) -> None:
+        from common.models.files import ADAPTERS, check_folder
+
+        check_folder(folder)
+        if (folder / ADAPTERS[0]).is_file():
+            raise UserError(f"judge.model={self.name} holds adapters; give a checkpoint with whole weights")
 
     @cached_property
     def _folder(self) -> Path:
-        from common.models.files import check_folder, find
+        from common.models.files import find
 
         folder = find(self.name, self.model.revision, key="judge.model")
-        check_folder(folder)
+        self._check(folder)
         return folder
 
     @cached_property
@@ -64,9 +70,13 @@ class Checkpoint:
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        tokenizer = self._load(AutoTokenizer, padding_side="left")
+        from common.models.vlm import loaded
+
+        tokenizer = loaded(AutoTokenizer, self._folder, f"judge.model={self.name}", padding_side="left")
         if not tokenizer.chat_template:
             raise UserError(f"judge.model={self.name} has no chat template; give an instruction-tuned checkpoint")
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token  # nobody attends to it
         return tokenizer
 
     @cached_property
@@ -74,9 +84,12 @@ class Checkpoint:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
 
-        sees = hasattr(self._load(AutoConfig), "vision_config")
+        from common.models.vlm import DTYPES, loaded, whole
+
+        name = f"judge.model={self.name}"
+        sees = hasattr(loaded(AutoConfig, self._folder, name), "vision_config")
         kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-        model = self._load(kind, dtype=getattr(torch, self.model.dtype))
+        model = whole(kind, self._folder, name, dtype=DTYPES[self.model.dtype])
         # without the checkpoint's own wishes, such as a repetition penalty: the most probable reply
         model.generation_config = GenerationConfig(
             eos_token_id=model.generation_config.eos_token_id,
@@ -86,12 +99,6 @@ class Checkpoint:
         )
         device = torch.device("cuda", torch.cuda.current_device()) if self.runtime.gpus else torch.device("cpu")
         return model.to(device).eval().requires_grad_(False)
-
-    def _load(self, kind: Any, **arguments: Any) -> Any:
-        try:
-            return kind.from_pretrained(str(self._folder), **arguments)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise UserError(f"judge.model={self.name} does not load: {' '.join(str(error).split())}") from error
 
     def ask(self, prompts: Sequence[str], keep: Keep = forget) -> list[str]:
         """Shapes: B prompts of a forward, padded on the left to P tokens; up to max_tokens new ones."""

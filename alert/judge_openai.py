@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from alert.judge_base import JudgeUnavailable, Keep, Model, Runtime, check_server, forget
-from alert.judge_prompt import judge_prompt, uncut
+from alert.judge_prompt import judge_prompt, neutral, uncut
 from common.types import UserError
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds between attempts: 0.5, 1, 2, 4, 8, 8, ...
 LONGEST_WISH = 60.0  # seconds; a server that asks for a longer pause is asked again sooner
 WORTH_ANOTHER_TRY = (408, 409, 425, 429)  # and everything from 500
+LONGEST_QUOTE = 200  # characters of what a server says about an error
 REFUSED = (401, 403, 404, 405)  # no question will ever be answered
 
 
@@ -133,15 +134,24 @@ class OpenAIServer:
         Raises:
             UserError: The server will never answer: key, address or model name is wrong.
         """
-        status = error.status_code
+        status, said = error.status_code, self._said(error.body)
         if status in REFUSED:
             raise UserError(
-                f"the judge at {self.runtime.base_url} refuses {self.model} with HTTP {status}; check judge.model,"
-                " runtime.base_url and runtime.api_key_env"
+                f"the judge at {self.runtime.base_url} refuses {self.model} with HTTP {status}{said}; check"
+                " judge.model, runtime.base_url and runtime.api_key_env"
             ) from error
         wish = error.response.headers.get("retry-after", "")
         seconds = min(LONGEST_WISH, float(wish)) if wish.isdecimal() else 0.0
-        return Failure(f"HTTP {status}", status in WORTH_ANOTHER_TRY or status >= 500, seconds)
+        return Failure(f"HTTP {status}{said}", status in WORTH_ANOTHER_TRY or status >= 500, seconds)
+
+    def _said(self, body: object) -> str:
+        """The server's own words about an error, if it has any, on one line and without the key."""
+        message = body.get("message") if isinstance(body, Mapping) else None
+        if not isinstance(message, str) or not message.strip():
+            return ""
+        if self.runtime.api_key_env:
+            message = message.replace(self.runtime.key(), "***")
+        return f" ({' '.join(neutral(message).split())[:LONGEST_QUOTE]})"
 
 
 def _content(reply: Any) -> str | Failure:

@@ -61,7 +61,8 @@ def load(plan: Plan) -> tuple[Any, Any]:
     from common import parts, task
 
     config = compose(plan)
-    return config, parts.assemble(config, task.build(config), parts.find_checkpoint(config), torch.device("cpu"))
+    folder, rewards = parts.find_checkpoint(config), parts.prepare_rewards(config)
+    return config, parts.assemble(config, task.build(config), folder, torch.device("cpu"), rewards)
 
 
 def accuracy(parts: Any, images: int) -> float:
@@ -126,7 +127,7 @@ def trl(pipe: Connection, plan: Plan) -> None:
     with tempfile.TemporaryDirectory() as workdir, completion_rows_only():
         trainer = GRPOTrainer(
             model=model,
-            reward_funcs=reward_function(config, parts),
+            reward_funcs=reward_function(parts),
             args=GRPOConfig(
                 output_dir=workdir,
                 use_cpu=True,
@@ -188,12 +189,12 @@ def trl_dataset(config: Any, parts: Any, updates: int) -> Any:
     return Dataset.from_list(list(rows()))
 
 
-def reward_function(config: Any, parts: Any) -> Callable[..., list[float | None]]:
+def reward_function(parts: Any) -> Callable[..., list[float | None]]:
     """Our reward mix as a function that TRL calls."""
-    from common.rewards import build_rewards, score
+    from common.rewards import score
     from common.types import Sample
 
-    rewards, train = build_rewards(config.rewards), parts.questions.train
+    rewards, train = parts.rewards, parts.questions.train
 
     def reward(completions: list[Any], number: list[int], **_: Any) -> list[float | None]:
         samples = [Sample(train[i], reply[0]["content"]) for i, reply in zip(number, completions, strict=True)]

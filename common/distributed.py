@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 ALONE = "FEWSHOT_ALONE"  # set beside RANK when this process is its own launcher
+LONGEST_WAIT = 1800  # seconds that a rank waits for the others before it gives the run up
 
 
 def rank() -> int:

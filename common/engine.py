@@ -15,13 +15,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from common.distributed import barrier, form_group_alone, rank, started_by_launcher, world
+from common.distributed import LONGEST_WAIT, barrier, form_group_alone, rank, started_by_launcher, world
 from common.models.slots import Slots
 from common.schedule import learning_rate
 from common.schema import Trainer
@@ -48,7 +49,9 @@ def init_process_group(gpus: int) -> torch.device:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():
-        deepspeed.init_distributed(dist_backend="gloo" if gpus == 0 else "nccl", verbose=False)
+        # its own limit, 10 minutes unless DEEPSPEED_TIMEOUT says otherwise, is less than a judge may take
+        limit = max(timedelta(seconds=LONGEST_WAIT), deepspeed.constants.default_pg_timeout)
+        deepspeed.init_distributed(dist_backend="gloo" if gpus == 0 else "nccl", timeout=limit, verbose=False)
         atexit.register(torch.distributed.destroy_process_group)
     return device
 

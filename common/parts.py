@@ -35,7 +35,10 @@ from common.types import Trainer
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of before anything is trained. checkpoint: path and sha256 of the model's."""
+    """What a run is made of before anything is trained.
+
+    checkpoint: path and sha256 of the model's. rewards: the same for the doctor and for the training.
+    """
 
     checkpoint: dict[str, str]
     questions: Questions
@@ -43,25 +46,42 @@ class Parts:
     encoder: vlm.Encoder
     rollout: Rollout
     evaluator: Evaluator
+    rewards: dict[str, Reward]
 
 
 def assemble(
-    config: Config, questions: Questions, checkpoint: Path, device: torch.device, place: Path | None = None
+    config: Config,
+    questions: Questions,
+    checkpoint: Path,
+    device: torch.device,
+    rewards: dict[str, Reward],
+    place: Path | None = None,
 ) -> Parts:
-    """Load the model and put sampler and evaluation around it; `place`: see `Method.look`."""
+    """Load the model and put sampler and evaluation around it.
+
+    Args:
+        config: Of the run.
+        questions: What it asks.
+        checkpoint: Folder of the model.
+        device: Where it goes.
+        rewards: From `prepare_rewards`; those that judge with the run's own model get it. None for no training.
+        place: See `Method.look`.
+    """
     torch.manual_seed(config.seed)  # adapters start alike on all ranks
     policy = vlm.load(checkpoint, config.model, device, train=config.trainer.name != "none")
+    identity = {"path": str(checkpoint), "sha256": shared_hash(checkpoint)}
+    # before anything is attached or trained, and before a training is continued
+    bind_rewards(config, rewards, policy, identity["sha256"])
     seen = questions.method.look(Vision(policy, make_loader(config, questions)), questions.task, place)
     if seen is not None:
         policy = replace(policy, slots=attach(policy.model, seen.entries, seen.trainable))
         questions = task.ask_again(questions)
-    identity = {"path": str(checkpoint), "sha256": shared_hash(checkpoint)}
     encoder = make_encoder(config, policy, identity["sha256"], questions)
     rollout: Rollout = locate(config.rollout.backend, "rollout.backend")(policy)
     labels = LabelScorer(policy) if config.label_scoring else None
     reasoned = config.label_scoring != "direct"
     evaluator = Evaluator(rollout, encoder, questions, config.rollout, labels, reasoned)
-    return Parts(identity, questions, policy, encoder, rollout, evaluator)
+    return Parts(identity, questions, policy, encoder, rollout, evaluator, rewards)
 
 
 def shared_hash(checkpoint: Path) -> str:
@@ -111,38 +131,35 @@ def make_trainer(config: Config, parts: Parts, updates: int, resume: Path | None
         "resume": None if resume is None else resume / "deepspeed",
     }
     if isinstance(config.trainer, GRPO):
-        return GRPOTrainer(
-            **shared,
-            rollout=parts.rollout,
-            rewards=bound_rewards(config, parts),
-            decoding=sampling(config.rollout),
-        )
+        return GRPOTrainer(**shared, rollout=parts.rollout, rewards=parts.rewards, decoding=sampling(config.rollout))
     return SFTTrainer(**shared, loss=config.protocol.sft_loss, reply=parts.questions.method.label_response)
 
 
-def prepare_rewards(config: Config) -> None:
-    """Let the rewards try what they will need from outside; rank 0 first, so that nothing is fetched twice.
+def prepare_rewards(config: Config) -> dict[str, Reward]:
+    """The reward mix of a run, built once: what its rewards need from outside is fetched, loaded or asked here.
+
+    Rank 0 goes first, so that nothing is fetched twice.
 
     Raises:
         UserError: Something is missing.
     """
+    rewards = build_rewards(config.rewards)
     for turn in (rank() == 0, rank() != 0):
-        for reward in build_rewards(config.rewards).values():
+        for reward in rewards.values():
             prepare: Any = getattr(reward.function, "prepare", None)
             if turn and prepare is not None:
                 prepare()
         barrier()
+    return rewards
 
 
-def bound_rewards(config: Config, parts: Parts) -> dict[str, Reward]:
-    """The reward mix; a reward that judges with the run's own model gets it, as it is now."""
-    rewards = build_rewards(config.rewards)
+def bind_rewards(config: Config, rewards: dict[str, Reward], policy: vlm.VLM, sha256: str) -> None:
+    """Give the rewards that judge with the run's own model that model, as it is now; `sha256`: of its checkpoint."""
     for reward in rewards.values():
         judge: Any = reward.function
         if getattr(judge, "needs_base", False):
-            replies = FrozenReplies(parts.policy, judge.max_tokens, config.rollout.evaluation_batch)
-            judge.bind(replies, weights_name(config, parts.checkpoint["sha256"]))
-    return rewards
+            replies = FrozenReplies(policy, judge.max_tokens, config.rollout.evaluation_batch)
+            judge.bind(replies, weights_name(config, sha256))
 
 
 def sampling(config: RolloutConfig) -> Decoding:

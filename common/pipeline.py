@@ -24,7 +24,6 @@ from common.models.slots import detached
 from common.parts import (
     Parts,
     assemble,
-    bound_rewards,
     find_checkpoint,
     make_tracker,
     make_trainer,
@@ -66,12 +65,12 @@ def run(config: Config, values: dict[str, Any], folder: Path) -> Result:
     resume = checkpoints.latest()
     state = read_state(resume) if resume else None
     updates = total_updates(config.trainer, len(questions.train))
-    if isinstance(config.trainer, GRPO) and updates > (state.update if state else 0):
-        prepare_rewards(config)
+    learns = isinstance(config.trainer, GRPO) and updates > (state.update if state else 0)
+    rewards = prepare_rewards(config) if learns else {}
     checkpoint = find_checkpoint(config)
     seconds = {"model": time.perf_counter() - began}
     embeddings = None if config.trainer.name == "none" else folder / "model" / EMBEDDINGS
-    parts = assemble(config, questions, checkpoint, device, embeddings)
+    parts = assemble(config, questions, checkpoint, device, rewards, embeddings)
     if state is not None and state.began_from != parts.checkpoint["sha256"]:
         raise UserError(f"the weights of {checkpoint} have changed since this run began; use another run_name")
     evaluator = parts.evaluator
@@ -128,14 +127,14 @@ def examine(config: Config, parts: Parts | None = None) -> None:
     assert isinstance(config.trainer, GRPO)
     if parts is None:
         device = init_process_group(config.gpus)
-        prepare_rewards(config)
-        parts = assemble(config, readable(config)[0], find_checkpoint(config), device)
+        rewards = prepare_rewards(config)
+        parts = assemble(config, readable(config)[0], find_checkpoint(config), device, rewards)
     findings = doctor.examine(
         vlm=parts.policy,
         encoder=parts.encoder,
         rollout=parts.rollout,
         prompts=parts.questions.train,
-        rewards=bound_rewards(config, parts),
+        rewards=parts.rewards,
         decoding=sampling(config.rollout),
         config=config.trainer,
         image_size=config.model.image_size,

@@ -6,8 +6,8 @@ A reward is a function from samples to one float per sample, plus keyword argume
 One that keeps something between calls (a connection, counts) is a class: the arguments go to its constructor, and its
 instance is called with the samples. The constructor also runs when the configuration is checked, so it checks its
 arguments, begins its `UserError` with the argument at fault, and opens nothing. What has to be fetched or reached is
-tried in its method `prepare`, if it has one, before a run computes anything. The argument `runtime` says how the reward
-gets its values and not which: a result does not depend on it (common/config.py).
+tried in its method `prepare`, if it has one, before a run computes anything; a run builds it once. The argument
+`runtime` says how the reward gets its values and not which: a result does not depend on it (common/config.py).
 
 Shapes: N samples (all completions of one update).
 """

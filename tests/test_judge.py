@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import shutil
@@ -11,10 +12,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy
 import pytest
+from safetensors.numpy import save_file
 
 from alert import judge_openai, tiny_episodes
-from alert.judge import ContrastiveReasoning
+from alert.judge import SILENCES, ContrastiveReasoning
 from alert.judge_base import JudgeUnavailable, Model, OwnBase, Runtime
 from alert.judge_cache import Replies
 from alert.judge_hf import Checkpoint
@@ -339,6 +342,52 @@ def test_a_server_that_refuses_everything_stops_the_run_even_so(judge, status):
     assert len(server.requests) < 5
 
 
+WORDS = "The model's maximum context length is 4096 tokens.\n\x1b[31m Your request for secret-key has 5000. "
+
+
+@pytest.mark.parametrize("status", [400, 404])
+def test_a_servers_own_words_are_passed_on(judge, monkeypatch, status):
+    monkeypatch.setenv("JUDGE_KEY", "secret-key")
+    body = json.dumps({"error": {"message": WORDS + "x" * 1000, "type": "invalid"}}).encode()
+    with JudgeServer(lambda prompt, number: Reply(status=status, body=body)) as server:
+        with pytest.raises(UserError) as error:
+            judge(server, api_key_env="JUDGE_KEY")([think("a")])
+        with pytest.raises(UserError) as at_start:
+            judge(server, api_key_env="JUDGE_KEY").prepare()
+    for message in (str(error.value), str(at_start.value)):
+        words = message.partition(f"HTTP {status} (")[2].partition(")")[0]
+        assert words.startswith(
+            "The model's maximum context length is 4096 tokens. (31m Your request for *** has 5000. x"
+        )
+        assert len(words) <= 200 and "secret" not in message and message.isprintable()
+
+
+@pytest.mark.parametrize("body", [b"", b"null", b"[]", b'{"error": 5}', b'{"error": {"message": " "}}', b"<html>"])
+def test_a_server_without_words_of_its_own(judge, body):
+    stopped = pytest.raises(UserError, match="open: HTTP 400; give")
+    with JudgeServer(lambda prompt, number: Reply(status=400, body=body)) as server, stopped:
+        judge(server)([think("a")])
+
+
+def test_a_judge_that_has_fallen_silent_stops_the_run_even_so(judge):
+    hangs = {"timeout": 0.05, "retries": 0, "on_failure": "drop"}
+    with JudgeServer(lambda prompt, number: Reply("8", delay=30)) as server:
+        reward = judge(server, **hangs)
+        for number in range(SILENCES - 1):
+            assert math.isnan(reward([think(f"{number}")])[0])
+            assert reward([sample("six")]) == [0.0]  # asks nothing, so tells nothing
+        with pytest.raises(UserError, match=f"open: no answer within.*; {SILENCES} times in a row.*last checkpoint"):
+            reward([think("a"), think("b")])
+
+
+def test_one_answer_is_enough_to_go_on(judge):
+    with JudgeServer(lambda prompt, number: "8" if "hyena" in prompt else Reply(status=400)) as server:
+        reward = judge(server, on_failure="drop", cache_gb=0.0)
+        for number in range(3 * SILENCES):
+            texts = ["a", "hyena"] if number % (SILENCES - 1) == 0 else ["a"]
+            assert math.isnan(reward([think(text) for text in texts])[0])
+
+
 @pytest.mark.parametrize("reply", [Reply("8", delay=30), Reply("8", drip=True)], ids=["silent", "dripping"])
 def test_an_attempt_ends_on_time(judge, reply):
     # a dripping server sends a byte every 0.1 seconds: a limit from byte to byte would wait for half a minute
@@ -377,7 +426,7 @@ def test_never_more_questions_at_a_time_than_allowed(judge):
 @pytest.mark.parametrize(("wish", "seconds"), [("7", 7), ("86400", 60), ("Wed, 21 Oct", 0), ("", 0)])
 def test_a_wish_for_a_pause_is_heard_within_reason(wish, seconds):
     class Error:
-        status_code = 429
+        status_code, body = 429, None
         response = type("Response", (), {"headers": {"retry-after": wish}})
 
     client = OpenAIServer(Model("openai", "rule"), Runtime(base_url="http://127.0.0.1:1/v1"))
@@ -461,8 +510,8 @@ def test_all_that_decides_a_reply_names_it(untrained_folders):
 
 def test_weights_that_compute_otherwise_have_another_name(untrained_folders, compose):
     def name(*overrides, family="gemma3"):
-        sha256 = checkpoint_hash(untrained_folders[family])
-        return weights_name(config.validate(compose("gpus=1", *overrides)), sha256)
+        c = config.validate(compose("gpus=1", *overrides))
+        return weights_name(c, checkpoint_hash(untrained_folders[family]))
 
     names = [
         name("model.dtype=float32"),
@@ -557,7 +606,7 @@ def test_a_checkpoint_replies_greedily_whatever_it_is_asked_beside(untrained_fol
         assert reply == written.removesuffix(written.split()[-1]).rstrip()  # the last word may be half
 
 
-def test_a_hub_checkpoint_is_fetched_and_looked_at_before_anything_is_computed(untrained_folders, monkeypatch):
+def test_a_hub_checkpoint_is_fetched_and_loaded_before_anything_is_computed(untrained_folders, monkeypatch):
     asked = []
 
     def fetch(name, revision, allow_patterns):
@@ -569,7 +618,7 @@ def test_a_hub_checkpoint_is_fetched_and_looked_at_before_anything_is_computed(u
     reward = ContrastiveReasoning(judge=model, runtime={})
     assert not asked, "the configuration is checked without a network"
     reward.prepare()
-    assert asked == [("owner/name", "abc")] and "_model" not in vars(reward.judge), "weights wait for a question"
+    assert asked == [("owner/name", "abc")] and "_model" in vars(reward.judge)
     folder = Checkpoint(Model("hf", str(untrained_folders["gemma3"])), Runtime())
     assert reward.judge.identity() == folder.identity(), "a branch of the hub may move: its weights are its name"
 
@@ -586,6 +635,63 @@ def test_a_checkpoint_without_a_chat_template_is_refused_before_anything_is_comp
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match="has no chat template"):
         ContrastiveReasoning(judge={"backend": "hf", "model": str(folder)}, runtime={}).prepare()
+
+
+def damaged(folder, place, **settings):
+    """A copy of a checkpoint with other settings of its language model, or of the whole."""
+    folder = shutil.copytree(folder, place)
+    config = json.loads((folder / "config.json").read_text())
+    for name, value in settings.items():
+        (config if name == "model_type" else config["text_config"])[name] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+NO_MODEL = [
+    ({"model_type": "llava"}, "lacks [0-9]+ weights of its architecture, first: "),
+    ({"model_type": "nothing"}, "does not load: ValueError: .*model type `nothing`"),
+    (
+        {"hidden_size": 90},
+        r"has [0-9]+ weights of another shape than its config.json asks for, first: .*\(\[.*96.*\] instead of ",
+    ),
+    ({"hidden_size": 7}, "does not load: .*hidden size"),
+    ({"hidden_size": "wide"}, "does not load: .*hidden_size"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), NO_MODEL, ids=[str(settings) for settings, _ in NO_MODEL])
+def test_a_checkpoint_that_is_no_model_is_refused_before_anything_is_computed(
+    untrained_folders, tmp_path, settings, message
+):
+    folder = damaged(untrained_folders["gemma3"], tmp_path / "judge", **settings)
+    with pytest.raises(UserError, match=f"^judge.model={folder} {message}") as error:
+        ContrastiveReasoning(judge={"backend": "hf", "model": str(folder)}, runtime={}).prepare()
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+def test_adapters_are_no_judge(tmp_path, monkeypatch):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    save_file({"a": numpy.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    refused = "judge.model=.* holds adapters; give a checkpoint with whole weights"
+    with pytest.raises(UserError, match=refused):
+        ContrastiveReasoning(judge={"backend": "hf", "model": str(tmp_path)}, runtime={})
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.raises(UserError, match=refused):
+        ContrastiveReasoning(judge={"backend": "hf", "model": "owner/adapters"}, runtime={}).prepare()
+
+
+def test_a_tokenizer_without_padding_judges_alike(untrained_folders, tmp_path):
+    folder = shutil.copytree(untrained_folders["gemma3"], tmp_path / "judge")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["pad_token"]
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # Gemma's own has a default
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    judges = [
+        Checkpoint(Model("hf", str(each), dtype="float32"), Runtime()) for each in (untrained_folders["gemma3"], folder)
+    ]
+    assert judges[1]._tokenizer.pad_token == judges[1]._tokenizer.eos_token != judges[0]._tokenizer.pad_token
+    usual, without = (each.ask(["six", "a longer question about nine"]) for each in judges)
+    assert without == usual
 
 
 def test_a_server_is_asked_one_question_before_anything_is_computed(judge, caplog):
@@ -658,6 +764,7 @@ MISTAKES = [
     ([f"{HERE}judge.max_tokens=0"], f"{HERE}judge.max_tokens=0"),
     ([f"{HERE}judge.max_tokens=many"], "max_tokens='many' should be of type int"),
     ([f"{HERE}runtime.timeout=0"], f"{HERE}runtime.timeout=0"),
+    ([f"{HERE}runtime.total_timeout=1800"], f"{HERE}runtime.total_timeout=1800: give at most 1500 seconds"),
     ([f"{HERE}runtime.concurrency=0"], f"{HERE}runtime.concurrency=0"),
     ([f"{HERE}runtime.retries=-1"], f"{HERE}runtime.retries=-1"),
     ([f"{HERE}scale=percent"], f"{HERE}scale=percent"),

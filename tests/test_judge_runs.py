@@ -5,23 +5,23 @@ from __future__ import annotations
 import json
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import replace
-from types import SimpleNamespace
 
 import pyarrow.parquet
 import pytest
 import torch
 
-from alert.judge_base import Model, Runtime
+from alert.judge_base import LONGEST_CALL, Model, Runtime
 from alert.judge_hf import Checkpoint
 from alert.judge_prompt import judge_prompt, reasoning
-from common import config
-from common.models import tiny_gemma3, vlm
-from common.models.slots import attach
-from common.parts import bound_rewards
+from common import config, doctor, parts, pipeline, task
+from common.distributed import LONGEST_WAIT
+from common.models import tiny_gemma3
+from common.models.slots import Slots
 from common.rollout.text import FrozenReplies
+from common.types import UserError
 from tests.faults import Kill
 from tests.judge_server import INSIDE, JudgeServer
+from tests.test_judge import damaged
 
 TEXTS = ["six", "round, but not closed", "I see one straight stroke as in one, but not two loops as in eight."]
 
@@ -66,12 +66,12 @@ def test_the_own_judge_stays_the_model_before_training(weights, model, folder, c
     expected = Checkpoint(Model("hf", str(folder), dtype="float32"), Runtime()).ask(prompts)
     assert len(set(expected)) > 1
 
-    policy = vlm.load(folder, c.model, torch.device("cpu"))
-    width = policy.model.get_input_embeddings().weight.shape[1]
-    policy = replace(policy, slots=attach(policy.model, torch.randn(10, 4, width), True))
-    parts = SimpleNamespace(policy=policy, checkpoint={"sha256": "0" * 64})
-    judge = bound_rewards(c, parts)["reasoning"].function.judge
+    rewards = parts.prepare_rewards(c)
+    made = parts.assemble(c, task.build(c), folder, torch.device("cpu"), rewards)
+    policy, judge = made.policy, made.rewards["reasoning"].function.judge
     assert judge.ask(prompts) == expected
+    in_the_judge = [module for module in judge.generate.vlm.model.modules() if isinstance(module, Slots)]
+    assert policy.slots is not None and len(in_the_judge) == (weights is LORA), "no copy of the embeddings"
     with torch.no_grad():
         trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
         for parameter in trained:
@@ -143,6 +143,64 @@ def test_a_run_killed_between_two_questions_asks_none_of_them_twice(job, runner,
     found = counts(tmp_path / "run")
     assert found[:2] == calls[:2] and found[2] == (0, sum(calls[2])), "the third update, again, costs no question"
     assert found[3] == (calls[3][0] - answered, calls[3][1] + answered)
+
+
+@pytest.mark.slow
+def test_the_own_judge_of_a_continued_run_is_the_model_before_training(job, runner, tmp_path):
+    mine = [*job, *FULL, "rewards.reasoning.fn=tests.rewards.JudgedByLetters", "rewards.reasoning.runtime.cache_gb=0"]
+    mine += ["trainer.learning_rate=0.1", f"cache_dir={tmp_path}"]  # so much that its replies change
+    assert runner(tmp_path / "whole", mine) == 0
+    assert runner(tmp_path / "run", mine, Kill("common.engine:Engine.step", 3)) == -9
+    assert runner(tmp_path / "run", mine) == 0
+    assert min(spread_of_scores(tmp_path / "whole")) > 0
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+def test_doctor_and_training_share_one_judge(job, compose, tmp_path, monkeypatch, process_group):
+    built, copied = [], []
+    build, replies = parts.build_rewards, parts.FrozenReplies
+    monkeypatch.setattr(parts, "build_rewards", lambda mix: built.append(mix) or build(mix))
+    monkeypatch.setattr(parts, "FrozenReplies", lambda *args: copied.append(args) or replies(*args))
+    monkeypatch.setattr(doctor, "is_long", lambda updates, trainer: True)
+    examined = []
+    monkeypatch.setattr(doctor, "refuse", examined.append)  # it finds that an untrained model learns nothing
+    cfg = compose(*job, *FULL, "rewards.reasoning.runtime.cache_gb=0", "trainer.updates=1", f"cache_dir={tmp_path}")
+    c = config.validate(cfg)
+    pipeline.run(c, config.plain(cfg), tmp_path)
+    assert len(built) == len(copied) == len(examined) == 1
+    ((calls, hits),) = counts(tmp_path)
+    rows = pyarrow.parquet.read_table(tmp_path / "completions.parquet").to_pylist()
+    assert 0 < calls + hits == sum(reasoning(row["completion"]) is not None for row in rows), "and not the doctor's"
+
+
+def test_ranks_wait_longer_than_a_judge_may_take(process_group):
+    group = torch.distributed.group.WORLD._get_backend(process_group)
+    assert group.options._timeout.total_seconds() >= LONGEST_WAIT > LONGEST_CALL
+
+
+BROKEN = {
+    "type": ({"model_type": "llava"}, "lacks [0-9]+ weights"),
+    "size": ({"hidden_size": 90}, "has [0-9]+ weights of another shape"),
+    "adapters": ({}, "holds adapters"),
+}
+
+
+@pytest.mark.parametrize(("settings", "message"), BROKEN.values(), ids=BROKEN.keys())
+def test_a_judge_that_cannot_be_loaded_stops_the_run_first(
+    settings, message, job, folder, compose, tmp_path, monkeypatch, process_group
+):
+    place = damaged(folder, tmp_path / "judge", **settings)
+    judge = ["rewards.reasoning.judge.backend=hf", f"rewards.reasoning.judge.model={place}"]
+    cfg = compose(*job, *judge, f"cache_dir={tmp_path}")
+    c = config.validate(cfg)
+    if not settings:  # since the configuration was checked
+        (place / "adapter_config.json").write_text("{}")
+        (place / "model.safetensors").rename(place / "adapter_model.safetensors")
+    monkeypatch.setattr(pipeline, "find_checkpoint", lambda c: pytest.fail("the run has begun"))
+    with pytest.raises(UserError, match=f"judge.model={place} {message}") as error:
+        pipeline.run(c, config.plain(cfg), tmp_path)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.slow

@@ -239,6 +239,17 @@ def test_missing_weights_are_not_replaced_by_random_ones(untrained_folder, tmp_p
         vlm.load(folder, model_config(), torch.device("cpu"))
 
 
+def test_weights_that_do_not_fit_the_configuration_are_named(untrained_folder, tmp_path, model_config):
+    from common.models import vlm
+
+    folder = broken(untrained_folder, tmp_path)
+    settings = json.loads((folder / "config.json").read_text())
+    (settings.get("text_config") or settings)["vocab_size"] = 10
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"1 weights of another shape than its config.json.*embed_tokens.*of \[10, "):
+        vlm.load(folder, model_config(), torch.device("cpu"))
+
+
 def test_checkpoint_hash_follows_the_content(untrained_folder, tmp_path):
     folder = broken(untrained_folder, tmp_path)
     assert files.checkpoint_hash(folder) == files.checkpoint_hash(untrained_folder)
@@ -262,8 +273,8 @@ def test_a_run_hashes_the_weights_once(monkeypatch, compose, untrained_folder, t
     values += ["model.freeze_vision=true", "model.feature_cache_gb=0.1", "rewards=alert"]
     cfg = compose(*values)
     config, questions = validate(cfg), task.build(validate(cfg))
-    made = parts.assemble(config, questions, untrained_folder, torch.device("cpu"))
-    parts.bound_rewards(config, made)
+    rewards = parts.prepare_rewards(config)
+    made = parts.assemble(config, questions, untrained_folder, torch.device("cpu"), rewards)
     result = describe(config, plain(cfg), made.checkpoint, questions)
     assert hashed == [untrained_folder] and result.checkpoint["sha256"] == "1234"
 

@@ -66,6 +66,7 @@ class GRPOTrainer:
         self.frozen = None if self.adapters or config.beta == 0 else copy.deepcopy(scorer).eval().requires_grad_(False)
         scorer.in_step = zero_stage(deepspeed) == 3
         self.engine = Engine(scorer, config, deepspeed, updates, resume)
+        self._counts()  # what the doctor's questions cost is not the training's
         self.tokens = 0.0
         self.checked = not config.self_check or config.impl == "plain"
         self.current: RolloutBatch

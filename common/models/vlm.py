@@ -9,9 +9,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 
 from common.grpo import attention
 from common.grpo.logprobs import without_adapters
@@ -27,6 +30,18 @@ from common.types import CATEGORY, Prompt, UserError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+# what from_pretrained raises when configuration, tokenizer or weights make no sense
+DAMAGED = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+)
+LONGEST_REASON = 300  # characters; some of the library's errors list every architecture there is
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -71,7 +86,6 @@ def load(folder: Path, config: Model, device: torch.device, train: bool = True) 
     Raises:
         UserError: The folder does not load as an image-text-to-text model, or an adapter target matches nothing.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     base, *earlier = lineage(folder)
@@ -80,19 +94,13 @@ def load(folder: Path, config: Model, device: torch.device, train: bool = True) 
             f"model.path={folder} holds adapters, which 8-bit weights cannot take in; set model.load_in_8bit=false, or"
             " give a checkpoint with whole weights"
         )
-    options: dict[str, Any] = {"dtype": DTYPES[config.dtype], "output_loading_info": True}
+    options: dict[str, Any] = {"dtype": DTYPES[config.dtype]}
     if config.load_in_8bit:
         from transformers import BitsAndBytesConfig
 
         options |= {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device}}
-    try:
-        processor = AutoProcessor.from_pretrained(base)
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(base, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"checkpoint {base} does not load: {error}") from error
-    model, report = loaded
-    if missing := sorted([*report["missing_keys"], *report["mismatched_keys"]]):
-        raise UserError(f"checkpoint {base} lacks {len(missing)} weights of its architecture, first: {missing[0]}")
+    processor = loaded(AutoProcessor, base, f"checkpoint {base}")
+    model = whole(AutoModelForImageTextToText, base, f"checkpoint {base}", **options)
     for each in earlier:
         model = adapters.restore(model, each, merge=train or each != folder)
     model.config.get_text_config()._attn_implementation = attention.NAME
@@ -121,6 +129,39 @@ def load(folder: Path, config: Model, device: torch.device, train: bool = True) 
     turn = end_of_turn(processor, ends)
     causal = config.image_attention == "causal"
     return VLM(model, processor, family, ends, turn, banned, pad, causal, hub=on_hub(config.path, folder))
+
+
+def loaded(kind: Any, folder: Path, name: str, **options: Any) -> Any:
+    """What `from_pretrained` finds in a folder; `name`: of the checkpoint, for errors.
+
+    Raises:
+        UserError: It does not load.
+    """
+    try:
+        return kind.from_pretrained(folder, **options)
+    except DAMAGED as error:
+        reason = shorten(f"{type(error).__name__}: {error}", LONGEST_REASON)
+        raise UserError(f"{name} does not load: {reason}") from error
+
+
+def whole(kind: Any, folder: Path, name: str, **options: Any) -> Any:
+    """A model all of whose weights come from its checkpoint; the library would fill in random ones.
+
+    Raises:
+        UserError: It does not load, or weights are missing or of another shape; names the first.
+    """
+    # shapes that differ are in the report then, and not only in a table on the terminal
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, report = loaded(kind, folder, name, **options)
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(f"{name} lacks {len(missing)} weights of its architecture, first: {missing[0]}")
+    if differing := sorted(report["mismatched_keys"]):
+        weight, found, expected = differing[0]
+        raise UserError(
+            f"{name} has {len(differing)} weights of another shape than its config.json asks for, first: {weight}"
+            f" ({list(found)} instead of {list(expected)})"
+        )
+    return model
 
 
 def end_of_turn(processor: Any, ends: Sequence[int]) -> int:

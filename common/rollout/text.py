@@ -25,7 +25,7 @@ CUT = re.compile(r"\s*\S+\s*\Z")
 class FrozenReplies:
     """The untrained model as a function from texts to replies; build it before the first update.
 
-    With adapters that is the base model, without them a copy.
+    With adapters that is the base model, without them a copy: so before anything is attached that it has no use for.
     """
 
     def __init__(self, vlm: VLM, max_tokens: int, batch: int) -> None:
