@@ -25,7 +25,9 @@ data-check: setup  ## which datasets are there and complete? DATA=/folder (docs/
 	$(BIN)/python -m common.data.check
 
 test: setup  ## run the tests, on two cores
-	$(BIN)/python -c "from pathlib import Path; from common.models import tiny; tiny.build(Path('$${FEWSHOT_CACHE:-cache}').resolve())"
+	for recipe in common.models.tiny alert.tiny_gemma3; do \
+		OMP_WAIT_POLICY=PASSIVE $(BIN)/python -c "from common.models.files import build; build('$$recipe', '$${FEWSHOT_CACHE:-cache}')" & \
+	done; wait
 	$(BIN)/python -m pytest -m "not faults" -n 2 --dist loadfile
 
 test-fast: setup  ## run the tests that train nothing and start no process

@@ -50,6 +50,7 @@ def test_sizes(configured, name):
     assert report.found and report.sizes == SIZES[name] and report.problems == ()
 
 
+@pytest.mark.slow
 def test_every_dataset_is_found_and_complete(monkeypatch, tree):
     monkeypatch.setenv("DATA", str(tree))
     reports = [check.examine(replace(data, published={})) for data in check.configured([], [])]

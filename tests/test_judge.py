@@ -388,6 +388,7 @@ def test_one_answer_is_enough_to_go_on(judge):
             assert math.isnan(reward([think(text) for text in texts])[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reply", [Reply("8", delay=30), Reply("8", drip=True)], ids=["silent", "dripping"])
 def test_an_attempt_ends_on_time(judge, reply):
     # a dripping server sends a byte every 0.1 seconds: a limit from byte to byte would wait for half a minute
@@ -404,6 +405,7 @@ def test_a_slow_attempt_is_followed_by_a_good_one(judge):
         assert judge(server, timeout=0.5)([think("a")]) == [pytest.approx(2 / 3)]
 
 
+@pytest.mark.slow
 def test_all_questions_together_end_on_time_and_what_came_is_kept(judge):
     samples = [think(str(i)) for i in range(40)]
     with JudgeServer(lambda prompt, number: Reply("4", delay=0.1)) as server:

@@ -32,7 +32,7 @@ def setup(request, load_vlm, digits_task, think, no_think):
     return vlm, Encoder(vlm, Loader(digits_task.images, 32), 512)(prompts)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("temperature", [1.0, pytest.param(0.7, marks=pytest.mark.slow)])
 def test_sampled_logps_equal_a_fresh_scoring_pass(setup, temperature):
     vlm, prompts = setup
     decoding = Decoding(temperature, top_k=0, top_p=1.0, max_tokens=24)

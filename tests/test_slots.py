@@ -39,7 +39,9 @@ def with_slots(load_vlm, dtype, trainable=True, **changes):
     return replace(vlm, slots=slots.attach(vlm.model, entries.to(dtype) * 0.3, trainable))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)], ids=["fp32", "fp64"]
+)
 @pytest.mark.parametrize("lora", [Lora(), LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shared_equals_plain_with_categories(load_vlm, digits_task, family, lora, dtype):
