@@ -15,7 +15,6 @@ from common.distributed import gather, share_of
 from common.models.vision import Vision
 from common.types import Item, UserError
 
-INITIALISATIONS = ("proposed", "averaging", "random", "one_shot")
 STANDARD_DEVIATION = 0.02  # of `random`, our choice: the paper says "random values"
 
 

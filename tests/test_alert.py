@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from alert import bank, bank_file, candidate_file, candidates, reference
-from alert.method import Alert
+from alert.method import INITIALISATIONS, Alert
 from common import rewards, task
 from common.config import validate
 from common.data import manifest
@@ -42,7 +42,7 @@ class Squares:
 def test_initialisations_by_hand():
     # category 2: images (2, 0) and (2, 1) in the first patch; their mean (2, 0.5), squared (4, 0.25); the mean of the
     # squares is (4, 0.5); the mean of both (4, 0.375). The second patch is (1, 2) always, so (1, 4).
-    found = {how: bank.see(Squares(), ITEMS, 3, how, seed=1)[1] for how in bank.INITIALISATIONS}
+    found = {how: bank.see(Squares(), ITEMS, 3, how, seed=1)[1] for how in INITIALISATIONS}
     assert found["proposed"][2].tolist() == [[4.0, 0.25], [1.0, 4.0]]
     assert found["averaging"][2].tolist() == [[4.0, 0.375], [1.0, 4.0]]
     assert found["one_shot"][2].tolist() in ([[4.0, 0.0], [1.0, 4.0]], [[4.0, 1.0], [1.0, 4.0]])
@@ -51,7 +51,7 @@ def test_initialisations_by_hand():
 
 
 def test_one_look_gives_the_class_means_too():
-    for how in (*bank.INITIALISATIONS, None):
+    for how in (*INITIALISATIONS, None):
         means, entries = bank.see(Squares(), ITEMS, 3, how, seed=1)
         assert means.tolist() == [[0.5, 1.25], [1.0, 1.25], [1.5, 1.25]] and (entries is None) == (how is None)
         assert bank.see(Squares(), ITEMS, 3, how, seed=1, patches=True)[0][2].tolist() == [2.0, 0.5, 1.0, 2.0]
