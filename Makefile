@@ -3,6 +3,8 @@ PYTHON ?= python3
 UV_VERSION := 0.13.8
 BIN := .venv/bin
 .DEFAULT_GOAL := help
+# compiled modules are kept, whatever the environment says: without them every process starts several seconds later
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help setup demo data-check test test-fast test-faults bench lint format clean
 
@@ -25,16 +27,13 @@ data-check: setup  ## which datasets are there and complete? DATA=/folder (docs/
 	$(BIN)/python -m common.data.check
 
 test: setup  ## run the tests, on two cores
-	for recipe in common.models.tiny alert.tiny_gemma3; do \
-		OMP_WAIT_POLICY=PASSIVE $(BIN)/python -c "from common.models.files import build; build('$$recipe', '$${FEWSHOT_CACHE:-cache}')" & \
-	done; wait
-	$(BIN)/python -m pytest -m "not faults" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not faults" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: setup  ## run the tests that train nothing and start no process
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
-test-faults: setup  ## kill runs at every moment there is and resume them; all tests of ranks
-	$(BIN)/python -m pytest tests/test_faults.py tests/test_ranks.py tests/test_judge_runs.py
+test-faults: setup  ## what takes long: runs killed at every moment there is, all tests of ranks, every method learns
+	$(BIN)/python -m pytest -m faults -n 2 --dist loadfile
 
 bench: setup  ## measure against TRL and transformers, one thread (docs/performance.md; half an hour)
 	for name in grpo_step rollout train_loop cost_model loading; do \

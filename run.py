@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -17,11 +19,21 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from common import config as configuration
-from common.distributed import adopt_slurm, rank
+from common.config import composition as configuration
+from common.config import suggest
+from common.config.command_line import literal
+from common.runtime import utf8
+from common.runtime.distributed import adopt_slurm, rank, world
+from common.runtime.interrupt import Interrupted
+from common.runtime.progress import is_shown, say
 from common.types import UserError
 
+if TYPE_CHECKING:
+    from common.config.schema import Config
+    from common.run.run_folder import RunFolder
+
 configuration.register()
+INTERRUPTED = 130  # exit code of a program that Ctrl-C has ended
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -35,6 +47,10 @@ def main(cfg: DictConfig) -> None:
             print(f"{folder.name}: {one_line(error)}", file=sys.stderr)  # Hydra itself only reports the first
             raise
         sys.exit(one_line(error))
+    except KeyboardInterrupt as stop:
+        message = str(stop) if isinstance(stop, Interrupted) else "stopped; the same command goes on"
+        print(f"{folder.name}: {message}", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     finally:
         with suppress(OSError):
             folder.rmdir()  # made by Hydra; goes only if it is empty
@@ -43,38 +59,58 @@ def main(cfg: DictConfig) -> None:
 def job(cfg: DictConfig, folder: Path) -> None:
     """Check, run, show. A folder that already holds this configuration's result only shows it.
 
-    With `manifest=true` or `doctor=true` nothing is trained: the first prints, the second examines.
+    With `manifest=true` or `doctor=true` nothing is trained: the first shows the questions, the second examines.
     """
-    from common import launch, preflight, task
-    from common.data import manifest
+    from common import launch
     from common.report import tables
-    from common.run_folder import RunFolder
+    from common.run import preflight
+    from common.run.run_folder import RunFolder
 
     config = configuration.validate(cfg)
     values = configuration.plain(cfg)
     if config.manifest:
-        print(manifest.text(task.build(config).manifest), end="")
+        preview(config, RunFolder(folder))
         return
     if config.doctor is True:
         preflight.check(config)
         launch.launch(config, values, folder)
         return
-    place = RunFolder(folder)
-    result = place.finished_result(values)
+    run_folder = RunFolder(folder)
+    result = run_folder.finished_result(values)
     if result is None:
-        preflight.check(config)
+        if is_shown():
+            say(f"{folder.name}: reading {config.data.name}, then {config.model.name} is loaded")
+        questions = preflight.check(config)
         if rank() == 0:
-            place.claim(values)
-        launch.launch(config, values, folder)
-        result = place.finished_result(values)
+            run_folder.claim(values)
+        launch.launch(config, values, folder, questions)
+        result = run_folder.finished_result(values)
     else:
         print(f"already finished: {folder}")
     if result is not None and rank() == 0:
         tables.show(result, folder)
 
 
+def preview(config: Config, folder: RunFolder) -> None:
+    """`manifest=true`: show what the run would ask, and write the whole manifest where the run will.
+
+    Raises:
+        UserError: There are several processes, or the folder holds a run that asks something else.
+    """
+    from common.data import pictures, task
+    from common.report import questions
+
+    if world() > 1:
+        raise UserError(f"manifest=true needs no ranks, but {world()} were started; call run.py by itself")
+    asked = task.build(config)
+    if found := pictures.find_duplicates(config, asked):
+        asked = replace(asked, manifest={**asked.manifest, "duplicates": found})
+    questions.show(asked, folder.preview(asked.manifest))
+
+
 def one_line(error: BaseException) -> str:
     """What a user sees of a mistake in the request: the message, and the first line of what caused it."""
+    error = configuration.user_error(error) or error
     text = " ".join(str(error).split("Config search path")[0].split())
     if isinstance(error, HydraException) and error.__cause__ is not None:
         text += f" ({str(error.__cause__).splitlines()[0]})"
@@ -83,14 +119,21 @@ def one_line(error: BaseException) -> str:
 
 def run() -> None:
     """Entry point: mistakes in the request become one line and exit code 1, anything else a traceback."""
+    utf8.ensure()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that errors reach this function and not Hydra's own printer
     # CPU threads that spin while they wait slow two runs on one machine down thirty times (docs/log.md)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     adopt_slurm()
     try:
+        sys.argv[1:] = literal(sys.argv[1:])
         main()
-    except (UserError, HydraException, OmegaConfBaseException) as error:
+    except (UserError, OmegaConfBaseException) as error:
         sys.exit(one_line(error))
+    except (HydraException, ValueError) as error:
+        explanation = suggest.explain(error, sys.argv[1:])
+        if explanation is None and not isinstance(error, HydraException):
+            raise
+        sys.exit(f"error: {explanation}" if explanation else one_line(error))
     except OSError as error:
         if HydraConfig.initialized() and Path(HydraConfig.get().runtime.output_dir).is_dir():
             raise

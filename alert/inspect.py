@@ -17,8 +17,12 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from alert import bank, bank_file
+from alert.bank import embeddings as bank
+from alert.bank import file as bank_file
+from common.report.figures import literal_text
+from common.runtime import utf8
 from common.types import UserError
 
 SHOWN = 40  # categories in the table: those that moved most
@@ -38,26 +42,27 @@ def rows(folder: Path) -> list[tuple[str, float, float, str, float]]:
     norms, moved = entries.flatten(1).norm(dim=1).tolist(), bank.drift(entries, begun).tolist()
     indices, cosines = bank.nearest(entries)
     nearest = [names[index] for index in indices.tolist()]
-    found = zip(names, norms, moved, nearest, cosines.tolist(), strict=True)
-    return sorted(found, key=lambda row: -row[2])
+    categories = zip(names, norms, moved, nearest, cosines.tolist(), strict=True)
+    return sorted(categories, key=lambda row: -row[2])
 
 
-def table(found: Sequence[tuple[str, float, float, str, float]]) -> Table:
+def table(categories: Sequence[tuple[str, float, float, str, float]]) -> Table:
     """The categories that moved most."""
-    shown = Table(title=f"{min(SHOWN, len(found))} of {len(found)} categories, the most moved first")
+    shown = Table(title=f"{min(SHOWN, len(categories))} of {len(categories)} categories, the most moved first")
     shown.add_column("category")
     for name in ("norm", "moved %", "nearest", "cosine"):
         shown.add_column(name, justify="right")
-    for name, norm, moved, nearest, cosine in found[:SHOWN]:
-        shown.add_row(name, f"{norm:.2f}", f"{100 * moved:.2f}", nearest, f"{cosine:.3f}")
+    for name, norm, moved, nearest, cosine in categories[:SHOWN]:
+        shown.add_row(Text(name), f"{norm:.2f}", f"{100 * moved:.2f}", Text(nearest), f"{cosine:.3f}")
     return shown
 
 
-def figure(found: Sequence[tuple[str, float, float, str, float]], path: Path) -> None:
+@literal_text
+def figure(categories: Sequence[tuple[str, float, float, str, float]], path: Path) -> None:
     """Every category by how alike its nearest one is and how far it has moved."""
     picture, axis = plt.subplots(figsize=(6.5, 4.5), layout="constrained")
-    axis.scatter([row[4] for row in found], [100 * row[2] for row in found], s=18, color="#2f6db3", alpha=0.7)
-    for name, _, moved, _, cosine in found[:10]:
+    axis.scatter([row[4] for row in categories], [100 * row[2] for row in categories], s=18, color="#2f6db3", alpha=0.7)
+    for name, _, moved, _, cosine in categories[:10]:
         axis.annotate(name, (cosine, 100 * moved), fontsize=7, xytext=(4, 2), textcoords="offset points")
     axis.set(xlabel="cosine to the nearest other category", ylabel="moved since the beginning (% of the norm)")
     axis.spines[["top", "right"]].set_visible(False)
@@ -72,13 +77,14 @@ def main(arguments: Sequence[str]) -> None:
         sys.exit("error: give one folder: python -m alert.inspect <run>/model/embeddings")
     folder = Path(arguments[0]).expanduser()
     try:
-        found = rows(folder)
+        categories = rows(folder)
     except UserError as error:
         sys.exit(f"error: {error}")
-    Console().print(table(found))
-    figure(found, folder / "bank.png")
+    Console().print(table(categories))
+    figure(categories, folder / "bank.png")
     print(f"wrote {folder / 'bank.png'}")
 
 
 if __name__ == "__main__":
+    utf8.ensure()
     main(sys.argv[1:])

@@ -12,17 +12,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alert import accounting, bank_file, candidate_file, candidates, categories, reference
+from alert.bank import file as bank_file
+from alert.draft import accounting, candidate_file, candidates, categories
+from alert.draft import references as reference
 from alert.prompt import INSTRUCTIONS, meta_task
+from alert.rewards import tagged_answer
 from common import parsing
-from common.checks import one_of
-from common.distributed import gather, rank, share_of
-from common.types import Answers, Embeddings, Item, Prediction, Prompt, Split, Task, UserError
+from common.config.checks import one_of
+from common.method import Embeddings
+from common.runtime.distributed import gather, rank, share_of
+from common.types import Answers, Item, Prediction, Prompt, Split, Task, UserError
 
 if TYPE_CHECKING:
     import torch
 
-    from common.models.vision import Vision
+    from common.method import Vision
 
 log = logging.getLogger(__name__)
 DRAFTS = ("class_means", "oracle_recall", "file")
@@ -53,7 +57,7 @@ class Alert:
         Args:
             seed: Of references and initialisation; the order of candidates depends on the image alone.
             instruction: `paper` (appendix A) or `short` (for tiny models).
-            initialisation: Of the embeddings, see `alert.bank.see`.
+            initialisation: Of the embeddings, see `alert.bank.embeddings.see`.
             trainable: False: the bank stays as it begins (Table 3).
             bank: Folder of an exported bank to begin from, instead of an initialisation.
             tau: Temperature of the reference weights (section 4.1.2).
@@ -64,7 +68,7 @@ class Alert:
                 memory).
             draft: Who chooses the candidates of a test image: `class_means`, `oracle_recall` (an upper bound: it knows
                 the truth) or `file`.
-            draft_file: For `file`: what `alert.candidate_file.write` wrote; `SPLIT` stands for the split.
+            draft_file: For `file`: what `alert.draft.candidate_file.write` wrote; `SPLIT` stands for the split.
             k: Candidates of a test image.
             order: Of the candidates in the prompt, `rank` or `shuffle` (our choice: the paper does not say).
 
@@ -99,32 +103,32 @@ class Alert:
         self.architecture = ""
 
     def sources(self, task: Task) -> dict[str, str]:
-        found = {}
+        sources = {}
         if self.bank is not None:
             with bank_file.asked_by("method.bank"):
-                found["method.bank"] = bank_file.facts(self.bank, task.train.names)["sha256"]
+                sources["method.bank"] = bank_file.facts(self.bank, task.train.names)["sha256"]
         if self.draft == "file":
             for split in task.evaluation:
-                found[f"method.draft_file of '{split}'"] = candidate_file.identity(self._draft_path(split))
-        return found
+                sources[f"method.draft_file of '{split}'"] = candidate_file.identity(self._draft_path(split))
+        return sources
 
-    def look(self, vision: Vision, task: Task, place: Path | None = None) -> Embeddings:
+    def look(self, vision: Vision, task: Task, folder: Path | None = None) -> Embeddings:
         """Similarities of the categories, candidates of the test images, and the bank that training starts from.
 
-        That bank lies in `place` afterwards; a continued run takes it from there.
+        That bank lies in the folder afterwards; a continued run takes it from there.
         """
-        from alert import bank
+        from alert.bank import embeddings as bank
 
         train, count = task.train, len(task.train.names)
-        known = place if place is not None and all(gather((place / bank_file.BEGUN).is_file())) else None
+        known = folder if folder is not None and all(gather((folder / bank_file.BEGUN).is_file())) else None
         self.architecture, shape = vision.architecture, (count, *bank.shape_of(vision, train.items[0].image))
         entries = self._known_entries(known, train.names, shape)
         how = self.initialisation if entries is None else None
         seen, fresh = bank.see(vision, train.items, count, how, self.seed, self.patches)
         entries = fresh if entries is None else entries
         assert entries is not None
-        if place is not None and known is None and rank() == 0:
-            bank_file.export_begun(place, entries)
+        if folder is not None and known is None and rank() == 0:
+            bank_file.export_begun(folder, entries)
         means = reference.class_means(seen.numpy(), range(count), count)
         self.similarities = reference.similarities(means)
         for split, asked in task.evaluation.items():
@@ -162,20 +166,20 @@ class Alert:
         return parsing.is_strict_format(completion)
 
     def answer(self, completion: str) -> str | None:
-        return parsing.tagged_answer(completion)
+        return tagged_answer(completion)
 
     def label_response(self, name: str) -> str:
         """The name in its tags."""
         return f"<answer>{name}</answer>"
 
-    def facts(self, task: Task, split: str, found: Answers) -> dict[str, Any]:
-        """The accounts of the two stages, and whether reasoning and answer agree (alert/accounting.py).
+    def facts(self, task: Task, split: str, answers: Answers) -> dict[str, Any]:
+        """The accounts of the two stages, and whether reasoning and answer agree (alert/draft/accounting.py).
 
         What an image was asked with stands in its columns: the answers may be those of an earlier attempt of the run,
         whose draft may have differed by a rounding. What follows in the ranking is this attempt's.
         """
-        drafted, names, predictions = self.drafted[split], task.evaluation[split].names, found.predictions
-        asked = [tuple(shown) for shown in found.columns["candidates"]]
+        drafted, names, predictions = self.drafted[split], task.evaluation[split].names, answers.predictions
+        asked = [tuple(shown) for shown in answers.columns["candidates"]]
         differing = sum(a != b for a, b in zip(asked, self._shown(task, split, predictions), strict=True))
         if differing and rank() == 0:
             log.warning(
@@ -189,8 +193,8 @@ class Alert:
         for p, shown in zip(predictions, asked, strict=True):
             ranking = candidates.led_by(shown, [names[label] for label in drafted.ranking(p.image)], self.order)
             cases.append(accounting.Case(p.label, shown, ranking, p.answer))
-        said = zip(predictions, found.columns["reasoning_agrees"], strict=True)
-        verdicts = [verdict for p, verdict in said if parsing.FORMAT.search(p.completion)]
+        said = zip(predictions, answers.columns["reasoning_agrees"], strict=True)
+        verdicts = [verdict for p, verdict in said if parsing.FORMAT.search(_text(p))]
         draft = {**vars(drafted.origin), "k": self.k, **accounting.account(cases)}
         return {"draft": draft, "reasoning": accounting.agreement(verdicts, len(predictions) - len(verdicts))}
 
@@ -245,8 +249,8 @@ class Alert:
             else:
                 truths = [item.label for item in items]
                 parts.append(candidates.oracle_recall(images, logits, truths, self.k, asked.names, origin))
-        found = [part for of_rank in gather(parts) for part in of_rank]
-        return candidates.join(found, [item.image for item in asked.items])
+        batches = [part for of_rank in gather(parts) for part in of_rank]
+        return candidates.join(batches, [item.image for item in asked.items])
 
     def _references(self, item: Item, split: Split, longest: tuple[int, ...], epoch: int) -> tuple[int, ...]:
         if self.similarities is None:
@@ -282,8 +286,13 @@ class Alert:
 
 def _agrees(prediction: Prediction, shown: tuple[str, ...]) -> bool | None:
     """See `accounting.reasoning_agrees`; None also without a reasoning."""
-    thought = parsing.FORMAT.search(prediction.completion)
+    thought = parsing.FORMAT.search(_text(prediction))
     return accounting.reasoning_agrees(thought["think"], prediction.answer, shown) if thought else None
+
+
+def _text(prediction: Prediction) -> str:
+    assert prediction.reply is not None, "a vision-language model replies"
+    return prediction.reply.text
 
 
 def _dataset(task: Task, split: str) -> str:

@@ -1,13 +1,13 @@
 """ALERT's rewards that need no judge (section 3.5; weights in section 4.1.2).
 
-Strict format and accuracy are those of common/rewards.py in their strict form; the judge's is in alert/judge.py.
+The strict format is that of common/rewards.py; the judge's reward is in alert/judge/.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from common.parsing import LIMIT
+from common.parsing import ANSWER, LIMIT, TAG, normalize
 from common.types import Sample
 
 
@@ -39,3 +39,33 @@ def is_soft_format(completion: str) -> bool:
     _, answers, rest = rest.partition("<answer>")
     answer, answered, _ = rest.partition("</answer>")
     return all((thinks, thought, answers, answered, answer.strip()))
+
+
+def tagged_accuracy(samples: Sequence[Sample]) -> list[float]:
+    """1 when the one answer in tags is the label, up to case, blanks and underscores (section 3.5), else 0.
+
+    >>> from common.types import Prompt
+    >>> texts = ("<think>a</think> So: <answer>Six</answer>.", "six")
+    >>> tagged_accuracy([Sample(Prompt("0", "?", "six"), text) for text in texts])
+    [1.0, 0.0]
+    """
+    return [float(tagged_answer(sample.completion) == normalize(sample.label)) for sample in samples]
+
+
+def tagged_answer(completion: str) -> str | None:
+    """The one answer in tags, whatever stands around it (section 3.5: "the label enclosed within"), or None.
+
+    There must be one `<answer>…</answer>` and no tag after it or in it; an answer given while thinking is none.
+
+    >>> tagged_answer("Sure! <think>a loop</think> So: <answer> Six</answer>."), tagged_answer("six")
+    ('six', None)
+    >>> tagged_answer("<answer>six</answer> or <answer>nine</answer>") is None
+    True
+    """
+    if len(completion) > LIMIT:
+        return None
+    tags = [tag.lower() for tag in TAG.findall(completion)]
+    if tags[-2:] != ["<answer>", "</answer>"] or tags.count("<answer>") != 1:
+        return None
+    match = ANSWER.search(completion)
+    return normalize(match[1]) if match else None

@@ -59,12 +59,12 @@ def fit(tokens: list[int], seconds: list[float]) -> Fit:
 def measure(folder: Path, repetitions: int) -> dict[Case, dict[str, float]]:
     """Median CPU seconds of both paths for every case of the grid."""
     models = OurModels(folder)
-    found = {}
+    medians = {}
     for case in dict.fromkeys(case for cases in GRID.values() for case in cases):
         paths = {"shared": partial(OurStep, shared=True), "plain": partial(OurStep, shared=False)}
         seconds = alternate({name: path(models, case) for name, path in paths.items()}, repetitions)
-        found[case] = {name: values.median for name, values in seconds.items()}
-    return found
+        medians[case] = {name: values.median for name, values in seconds.items()}
+    return medians
 
 
 def tokens_of(case: Case, path: str) -> int:
@@ -72,7 +72,7 @@ def tokens_of(case: Case, path: str) -> int:
     return case.shared_tokens if path == "shared" else case.plain_tokens
 
 
-def draw(found: dict[Case, dict[str, float]], fits: dict[str, Fit], target: Path) -> None:
+def draw(medians: dict[Case, dict[str, float]], fits: dict[str, Fit], target: Path) -> None:
     """Left the shared path on its own scale, right both paths."""
     import matplotlib
 
@@ -87,10 +87,10 @@ def draw(found: dict[Case, dict[str, float]], fits: dict[str, Fit], target: Path
     for axis, paths in ((left, ("shared",)), (right, ("shared", "plain"))):
         for path in paths:
             line = fits[path]
-            ends = np.array([0.0, 1.05 * max(tokens_of(case, path) for case in found)])
+            ends = np.array([0.0, 1.05 * max(tokens_of(case, path) for case in medians)])
             axis.plot(ends, line(ends), color=COLOURS[path], linewidth=1.5, label=f"{path}: {line}")
             for factor, cases in GRID.items():
-                points = [(tokens_of(case, path), found[case][path]) for case in cases]
+                points = [(tokens_of(case, path), medians[case][path]) for case in cases]
                 axis.plot(*zip(*points, strict=True), MARKERS[factor], color=COLOURS[path], markersize=6, alpha=0.85)
         axis.set(ylabel="CPU seconds, one thread", xlim=(0, None), ylim=(0, None))
         axis.grid(alpha=0.25)
@@ -113,12 +113,12 @@ def main() -> None:
     options = parser.parse_args()
     prepare()
     with tempfile.TemporaryDirectory() as workdir:
-        found = measure(save_model(Path(workdir) / "model"), options.repetitions)
+        medians = measure(save_model(Path(workdir) / "model"), options.repetitions)
     fits = {
-        path: fit([tokens_of(case, path) for case in found], [seconds[path] for seconds in found.values()])
+        path: fit([tokens_of(case, path) for case in medians], [seconds[path] for seconds in medians.values()])
         for path in COLOURS
     }
-    draw(found, fits, options.figure)
+    draw(medians, fits, options.figure)
     rows = [
         (
             case.name,
@@ -129,13 +129,13 @@ def main() -> None:
             f"{case.plain_tokens / case.shared_tokens:.2f}",
             f"{seconds['plain'] / seconds['shared']:.2f}",
         )
-        for case, seconds in found.items()
+        for case, seconds in medians.items()
     ]
     columns = ("case", "shared tokens", "CPU s", "plain tokens", "CPU s", "token ratio", "CPU ratio")
     result: dict[str, Any] = {
         "fit": {path: vars(line) for path, line in fits.items()},
         "r2": fits["shared"].r2,
-        "points": {case.name: seconds for case, seconds in found.items()},
+        "points": {case.name: seconds for case, seconds in medians.items()},
     }
     for path, line in fits.items():
         print(f"{path}: {line}")

@@ -138,7 +138,7 @@ def build(name: str, device: torch.device) -> Any:
         Qwen2VLForConditionalGeneration,
     )
 
-    from common.grpo import attention
+    from common.forward import attention
 
     family, values = MODELS[name]
     classes: dict[str, tuple[Any, Any]] = {
@@ -159,10 +159,10 @@ def build(name: str, device: torch.device) -> Any:
 
 def prompt_of(name: str, model: Any, number: int) -> Any:
     """A prompt of PROMPT tokens with one image, random ids."""
-    from common.grpo.packing import Encoded
-    from common.models.families import FAMILIES
+    from common.models import families
+    from common.models.encoder import Encoded
 
-    family, config = FAMILIES[MODELS[name][0]], model.config
+    family, config = families.family(MODELS[name][0]), model.config
     generator = torch.Generator().manual_seed(number)
     if family.blocks(torch.tensor([0]), config) is None:
         grid: torch.Tensor | None = torch.tensor([[1, 28, 28]])  # 392 x 392 after rounding to whole cells
@@ -180,17 +180,17 @@ def prompt_of(name: str, model: Any, number: int) -> Any:
 
 def measure(name: str, device: torch.device) -> dict[str, dict[str, float]]:
     """Both answer lengths of one model."""
-    from common.grpo.trainer import GRPOTrainer
-    from common.models.families import FAMILIES
+    from common.config.schema import GRPOConfig
+    from common.models import families
     from common.models.vlm import VLM
     from common.rewards import Reward
     from common.rollout.base import Decoding
     from common.rollout.hf import HFRollout
-    from common.schedule import Epochs
-    from common.schema import GRPO
+    from common.training.grpo.trainer import GRPOTrainer
+    from common.training.schedule import Epochs
     from common.types import Prompt
 
-    model, family = build(name, device), FAMILIES[MODELS[name][0]]
+    model, family = build(name, device), families.family(MODELS[name][0])
     tokenizer = SimpleNamespace(decode=lambda ids, **_: " ".join(map(str, ids.tolist())))
     placeholders = family.placeholder_tokens(model.config)
     # no id ends a completion, so all have the length that is asked for
@@ -210,7 +210,7 @@ def measure(name: str, device: torch.device) -> dict[str, dict[str, float]]:
         prompts=Epochs(lambda epoch: [Prompt(str(number), "", "") for number in range(64)]),
         rewards=rewards,
         decoding=Decoding(1.0, 50, 1.0, 1),
-        config=GRPO(
+        config=GRPOConfig(
             "grpo",
             learning_rate=1e-6,
             epochs=1.0,
@@ -225,7 +225,7 @@ def measure(name: str, device: torch.device) -> dict[str, dict[str, float]]:
         seed=1,
     )
     peak = next((value for key, value in PEAK.items() if key in _device_name(device)), float("nan"))
-    found, update = {}, 0
+    numbers, update = {}, 0
     for kind, length in COMPLETIONS.items():
         trainer.decoding = Decoding(1.0, 50, 1.0, length)
         steps = []
@@ -234,7 +234,7 @@ def measure(name: str, device: torch.device) -> dict[str, dict[str, float]]:
             update += 1
         phases = {p: statistics.median(s.seconds[p] for s in steps[WARM_UP:]) for p in ("rollout", "reward", "update")}
         seconds = sum(phases.values())
-        found[kind] = {
+        numbers[kind] = {
             "seconds_per_update": seconds,
             "rollout_seconds": phases["rollout"],
             "update_seconds": phases["update"],
@@ -246,9 +246,9 @@ def measure(name: str, device: torch.device) -> dict[str, dict[str, float]]:
             "sampler_gap": steps[0].metrics["sampling/sampling_logp_difference/mean"],
         }
         if device.type == "cuda":
-            found[kind]["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+            numbers[kind]["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
     trainer.close()
-    return found
+    return numbers
 
 
 def _device_name(device: torch.device) -> str:
@@ -263,7 +263,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.exit(1, "error: no GPU found; --model tiny --device cpu shows that the script works\n")
-    from common.engine import init_process_group
+    from common.runtime.group import init_process_group
 
     device = init_process_group(gpus=0) if arguments.device == "cpu" else _one_gpu()
     cases: dict[str, dict[str, float]] = {}
@@ -281,7 +281,7 @@ def _one_gpu() -> torch.device:
     """A process group of one on the first GPU."""
     import os
 
-    from common.engine import init_process_group
+    from common.runtime.group import init_process_group
 
     os.environ.setdefault("LOCAL_RANK", "0")
     return init_process_group(gpus=1)

@@ -159,9 +159,9 @@ def assert_same_work(case: Case, steps: dict[str, OurStep | TrlStep]) -> tuple[f
         if name == "ours":
             continue
         worst_loss = max(worst_loss, abs(step() - loss) / abs(loss))
-        found = gradients(step)
-        assert found.keys() == expected.keys(), f"{case.name}: {name} has gradients for other parameters"
-        distance = torch.cat([(found[key] - expected[key]).flatten() for key in expected]).norm()
+        actual = gradients(step)
+        assert actual.keys() == expected.keys(), f"{case.name}: {name} has gradients for other parameters"
+        distance = torch.cat([(actual[key] - expected[key]).flatten() for key in expected]).norm()
         worst_gradient = max(worst_gradient, float(distance / norm))
     assert worst_loss < 1e-4, f"{case.name}: the losses differ by {worst_loss:.1e}"
     assert worst_gradient < 1e-3, f"{case.name}: the gradients differ by {worst_gradient:.1e}"
@@ -171,17 +171,17 @@ def assert_same_work(case: Case, steps: dict[str, OurStep | TrlStep]) -> tuple[f
 def peak_memory(step: Callable[[], Any]) -> float:
     """MiB by which the first call raises the resident memory of this process at its highest."""
     # a plain ru_maxrss would keep the peak of importing and loading
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     before = _status("VmRSS")
     step()
     return _status("VmHWM") - before
 
 
 def _status(key: str) -> float:
-    text = Path("/proc/self/status").read_text()
-    found = re.search(rf"{key}:\s+(\d+) kB", text)
-    assert found is not None
-    return int(found[1]) / 1024
+    text = Path("/proc/self/status").read_text(encoding="utf-8")
+    match = re.search(rf"{key}:\s+(\d+) kB", text)
+    assert match is not None
+    return int(match[1]) / 1024
 
 
 def peak_memory_in_fresh_process(variant: str, folder: Path, case: Case) -> float:
@@ -216,7 +216,7 @@ def measure(case: Case, folder: Path, workdir: Path, repetitions: int) -> dict[s
         "token_ratio": case.plain_tokens / case.shared_tokens,
         "loss_difference": loss_difference,
         "gradient_difference": gradient_difference,
-        "seconds": {name: list(found.values) for name, found in seconds.items()},
+        "seconds": {name: list(times.values) for name, times in seconds.items()},
         "memory_mib": memory,
     }
 
@@ -236,10 +236,10 @@ def main() -> None:
             print(peak_memory(build(options.memory, options.model, Case(*options.case), place)))
             return
         folder = save_model(place / "model")
-        found = {case.name: measure(case, folder, place, options.repetitions) for case in CASES}
+        cases = {case.name: measure(case, folder, place, options.repetitions) for case in CASES}
     rows = []
     for case in CASES:
-        numbers = found[case.name]
+        numbers = cases[case.name]
         for name in VARIANTS:
             from_ours = name == "ours"
             suffix = "_as_is" if name == "trl as is" else ""
@@ -255,7 +255,7 @@ def main() -> None:
                 )
             )
     columns = ("case", "variant", "CPU s: median [min, max]", "x ours", "peak MiB", "ours / it")
-    show("One GRPO step without sampling, 17 M Qwen2-VL, one thread", columns, rows, {"cases": found})
+    show("One GRPO step without sampling, 17 M Qwen2-VL, one thread", columns, rows, {"cases": cases})
 
 
 if __name__ == "__main__":

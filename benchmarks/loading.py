@@ -65,14 +65,14 @@ class Found:
 def generate(folder: Path, images: int) -> None:
     """Write `images` JPEGs in one folder per class, unless that has been done before."""
     done = folder / DONE
-    if done.exists() and json.loads(done.read_text()) == {"images": images, "classes": CLASSES}:
+    if done.exists() and json.loads(done.read_text(encoding="utf-8")) == {"images": images, "classes": CLASSES}:
         return
     if folder.exists() and any(folder.iterdir()):
         raise SystemExit(f"--folder {folder} holds something else than {images} generated images; choose an empty one")
     counts = [images // CLASSES + (label < images % CLASSES) for label in range(CLASSES)]
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         pool.starmap(generate_class, [(folder / "images", label, count) for label, count in enumerate(counts)], 1)
-    done.write_text(json.dumps({"images": images, "classes": CLASSES}))
+    done.write_text(json.dumps({"images": images, "classes": CLASSES}), encoding="utf-8")
 
 
 def generate_class(folder: Path, label: int, count: int) -> None:
@@ -106,7 +106,7 @@ def ours(plan: Plan) -> Found:
     """`Loader`, batch by batch."""
     from common.data.images import FileImages
     from common.data.loading import SUFFIX, Loader
-    from common.disk_cache import DiskCache
+    from common.runtime.disk_cache import DiskCache
 
     start = time.perf_counter()
     folder = Path(plan.folder) / "images"
@@ -187,7 +187,7 @@ def peak(process: int | str | None = "self") -> float:
     (getrusage would begin with that of the process it was started from.)
     """
     try:
-        status = Path(f"/proc/{process}/status").read_text()
+        status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
     except (FileNotFoundError, ProcessLookupError):
         return 0.0
     return next((int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM")), 0.0)
@@ -207,11 +207,11 @@ def measure(plan: Plan) -> Found:
 def run(folder: Path, images: int, cache_bytes: int, workdir: Path) -> dict[str, tuple[int, Found]]:
     """All measurements once: number of pictures and what was found, by name."""
     stored = min(images, int(FULL * cache_bytes / ENTRY))
-    found: dict[str, tuple[int, Found]] = {}
+    results: dict[str, tuple[int, Found]] = {}
 
     def add(name: str, side: str, workers: int, count: int, cache: Path | None = None) -> None:
         place = None if cache is None else str(cache)
-        found[f"{name}_{workers}"] = count, measure(Plan(side, workers, str(folder), count, place, cache_bytes))
+        results[f"{name}_{workers}"] = count, measure(Plan(side, workers, str(folder), count, place, cache_bytes))
 
     for workers in (1, 2):
         add("ours_decode", "ours", workers, images)
@@ -221,7 +221,7 @@ def run(folder: Path, images: int, cache_bytes: int, workdir: Path) -> dict[str,
         add("ours_cached", "ours", workers, stored, cache)
         shutil.rmtree(cache)
         shutil.rmtree(workdir / f"index_{workers}")
-    return found
+    return results
 
 
 def warm(folder: Path) -> float:
@@ -245,7 +245,7 @@ def report(rounds: list[dict[str, tuple[int, Found]]], facts: dict[str, Any]) ->
 
     rows, cases = [], {}
     for name, (count, _) in rounds[0].items():
-        each = [found[name][1] for found in rounds]
+        each = [results[name][1] for results in rounds]
         speeds = [count / one.seconds for one in each]
         prepare = statistics.median(one.prepare for one in each)
         memory, workers = max(one.memory for one in each), max(one.workers_memory for one in each)
@@ -269,9 +269,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.plan is not None:
         plan = Plan(**json.loads(options.plan))
-        found = SIDES[plan.side](plan)
-        found.memory = peak()
-        print(json.dumps(asdict(found)))
+        result = SIDES[plan.side](plan)
+        result.memory = peak()
+        print(json.dumps(asdict(result)))
         return
     with tempfile.TemporaryDirectory(dir=options.folder and options.folder.parent) as workdir:
         refuse(options, Path(workdir))

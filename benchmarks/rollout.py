@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.setup import Case, Seconds, alternate, load_ours, load_stock, make_group, prepare, save_model, show
-from common.rollout.base import Decoding
+from common.rollout.base import Decoding, Request
 from common.rollout.hf import HFRollout
 
 CASE = Case(1000, 16, 8)
@@ -34,12 +34,13 @@ class OurRollout:
         # an end-of-sequence id can never be sampled: every completion has its full length
         self.policy = replace(loaded, banned=tuple(sorted({*loaded.banned, *loaded.eos})))
         self.prompt, self.case = make_group(self.policy, case).prompt, case
+        self.request = Request(self.prompt, "0", lambda: self.prompt.ids, list)
         self.rollout = HFRollout(self.policy)
 
     def __call__(self, sample: bool = True) -> torch.Tensor:
         """Shape: [G, R]."""
         decoding = Decoding(1.0 if sample else 0.0, 0, 1.0, self.case.completion)
-        return torch.stack([c.ids for c in self.rollout.generate([self.prompt], self.case.group, decoding, ["0"])[0]])
+        return torch.stack([c.ids for c in self.rollout.generate([self.request], self.case.group, decoding)[0]])
 
 
 class StockRollout:
@@ -78,7 +79,7 @@ def measure(case: Case, folder: Path, repetitions: int) -> tuple[dict[str, Secon
     assert ours().shape == stock().shape == (case.group, case.completion)
     seconds = alternate({"ours": ours, "generate": stock}, repetitions)
     ratio = seconds["generate"].median / seconds["ours"].median
-    return seconds, {"ratio": ratio, "seconds": {name: list(found.values) for name, found in seconds.items()}}
+    return seconds, {"ratio": ratio, "seconds": {name: list(times.values) for name, times in seconds.items()}}
 
 
 def main() -> None:
@@ -90,8 +91,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as workdir:
         seconds, numbers = measure(CASE, save_model(Path(workdir) / "model"), options.repetitions)
     rows = [
-        (CASE.name, name, str(found), "" if name == "ours" else f"{numbers['ratio']:.2f}")
-        for name, found in seconds.items()
+        (CASE.name, name, str(times), "" if name == "ours" else f"{numbers['ratio']:.2f}")
+        for name, times in seconds.items()
     ]
     columns = ("case", "variant", "CPU s: median [min, max]", "x ours")
     show("Sampling one group, 17 M Qwen2-VL, one thread", columns, rows, {"cases": {CASE.name: numbers}})

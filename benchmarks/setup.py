@@ -20,14 +20,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from common.grpo.advantages import scaled
-from common.grpo.logprobs import PolicyScorer
-from common.grpo.loss import LossInputs, policy_loss, token_weights
-from common.grpo.packing import Encoded, Group, pack_plain, pack_shared
-from common.models import tiny, vlm
+from common.config.schema import GRPOConfig, ModelConfig
+from common.forward.logprobs import PolicyScorer
+from common.forward.packing import Group, pack_plain, pack_shared
+from common.models import vlm
+from common.models.encoder import Encoded
 from common.models.families import Qwen2VL
+from common.models.tiny import qwen2_vl as tiny
 from common.models.vlm import VLM
-from common.schema import GRPO, Model
+from common.training.grpo.advantages import scaled
+from common.training.grpo.loss import LossInputs, policy_loss, token_weights
 
 VOCABULARY = 8192
 GRID = (1, 24, 24)  # 576 patches, 144 image tokens: an image of 336x336 pixels
@@ -106,7 +108,7 @@ def save_model(folder: Path) -> Path:
 
 def load_ours(folder: Path) -> VLM:
     """The checkpoint as the framework loads it."""
-    config = Model(
+    config = ModelConfig(
         name="benchmark", family="qwen2_vl", path=str(folder), dtype="float32", image_size=336, max_prompt_tokens=8192
     )
     return vlm.load(folder, config, torch.device("cpu"))
@@ -154,8 +156,8 @@ class OurModels:
         self.policy = load_ours(folder)
         perturb(self.policy.model)
         # no id is banned, because TRL bans none: both sides normalise over the whole vocabulary
-        self.scorer = PolicyScorer(self.policy.model, (), 1.0, GRPO.head_chunk).train()
-        reference = PolicyScorer(load_ours(folder).model, (), 1.0, GRPO.head_chunk)
+        self.scorer = PolicyScorer(self.policy.model, (), 1.0, GRPOConfig.head_chunk).train()
+        reference = PolicyScorer(load_ours(folder).model, (), 1.0, GRPOConfig.head_chunk)
         self.reference = reference.eval().requires_grad_(False)
 
 
@@ -219,22 +221,22 @@ class Seconds:
 
 def alternate(variants: Mapping[str, Callable[[], Any]], repetitions: int) -> dict[str, Seconds]:
     """Run the variants in turn, so that a slow phase of the machine meets all of them; one round first to warm up."""
-    found: dict[str, list[float]] = {name: [] for name in variants}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(repetitions + 1):
         for name, run in variants.items():
             start = time.process_time()
             run()
-            found[name].append(time.process_time() - start)
-    return {name: Seconds(tuple(values[1:])) for name, values in found.items()}
+            seconds[name].append(time.process_time() - start)
+    return {name: Seconds(tuple(values[1:])) for name, values in seconds.items()}
 
 
-def show(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], found: dict[str, Any]) -> None:
+def show(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], numbers: dict[str, Any]) -> None:
     """The table for people, then one line of JSON for programs."""
     table = Table(*columns, title=title)
     for row in rows:
         table.add_row(*row)
     Console(width=120).print(table)
-    print(json.dumps(found))
+    print(json.dumps(numbers))
 
 
 def prepare() -> None:

@@ -24,11 +24,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from benchmarks.setup import completion_rows_only, prepare, show
+
+if TYPE_CHECKING:
+    from common.vlm.learner import VLMLearner
 
 METHODS = {"direct": "nothinking", "think": "clsrl"}
 SIDES = ("ours", "trl")
@@ -48,7 +51,7 @@ def compose(plan: Plan) -> Any:
     """The demo's configuration, as the command line composes it."""
     import hydra
 
-    from common import config
+    from common.config import composition as config
 
     config.register()
     overrides = [f"method={plan.method}", f"trainer.updates={plan.updates}", "tracking=none"]
@@ -56,36 +59,38 @@ def compose(plan: Plan) -> Any:
         return config.validate(hydra.compose("config", overrides))
 
 
-def load(plan: Plan) -> tuple[Any, Any]:
-    """Configuration, and task, model, sampler and evaluation as common/pipeline.py puts them together."""
-    from common import parts, task
+def load(config: Any, folder: str) -> VLMLearner:
+    """Task, model, sampler and rewards as common/pipeline.py gets them; `folder` is the run's and may be empty."""
+    from common.data import task
+    from common.run.checkpoint import Checkpoints
+    from common.vlm.build import build
 
-    config = compose(plan)
-    folder, rewards = parts.find_checkpoint(config), parts.prepare_rewards(config)
-    return config, parts.assemble(config, task.build(config), folder, torch.device("cpu"), rewards)
+    run = Path(folder)
+    return build(config, task.build(config), torch.device("cpu"), run, Checkpoints(run / "checkpoints", 1))
 
 
-def accuracy(parts: Any, images: int) -> float:
-    """Greedy, on the first test images."""
-    return float(parts.evaluator.during_training(images).summary["test"]["accuracy"])
+def accuracy(learner: VLMLearner, images: int) -> float:
+    """Greedy, on test images spread over the classes."""
+    return statistics.fmean(each.correct for each in learner.predict("test", images).predictions)
 
 
 def ours(pipe: Connection, plan: Plan) -> None:
     """Our side: one update per message, then the accuracy."""
-    from common.engine import init_process_group
-    from common.parts import make_trainer
+    from common.runtime.group import init_process_group
 
     prepare()
     init_process_group(gpus=0)
-    config, parts = load(plan)
-    trainer = make_trainer(config, parts, plan.updates, resume=None)
-    for update in range(plan.updates):
-        pipe.recv()
-        start = time.process_time()
-        step = trainer.step(update)
-        pipe.send((time.process_time() - start, step.metrics["completions/mean_length"]))
-    trainer.close()
-    pipe.send(accuracy(parts, plan.images))
+    with tempfile.TemporaryDirectory() as folder:
+        learner = load(compose(plan), folder)
+        learner.trainer = trainer = learner.make_trainer()
+        for update in range(plan.updates):
+            pipe.recv()
+            start = time.process_time()
+            step = trainer.step(update)
+            pipe.send((time.process_time() - start, step.metrics["completions/mean_length"]))
+        score = accuracy(learner, plan.images)
+        learner.close()
+    pipe.send(score)
 
 
 def trl(pipe: Connection, plan: Plan) -> None:
@@ -94,14 +99,17 @@ def trl(pipe: Connection, plan: Plan) -> None:
     from trl.trainer.grpo_config import GRPOConfig
     from trl.trainer.grpo_trainer import GRPOTrainer
 
-    from common.parts import find_checkpoint
-    from common.schedule import learning_rate
+    from common.runtime.group import init_process_group
+    from common.training.schedule import learning_rate
 
     prepare()
-    config, parts = load(plan)
+    init_process_group(gpus=0)
+    config = compose(plan)
     settings, sampling = config.trainer, config.rollout
-    folder = find_checkpoint(config)
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    with tempfile.TemporaryDirectory() as folder:
+        learner = load(config, folder)
+    source = learner.weights["path"]
+    model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32, attn_implementation="sdpa")
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, betas=tuple(settings.betas), weight_decay=settings.weight_decay
     )
@@ -127,7 +135,7 @@ def trl(pipe: Connection, plan: Plan) -> None:
     with tempfile.TemporaryDirectory() as workdir, completion_rows_only():
         trainer = GRPOTrainer(
             model=model,
-            reward_funcs=reward_function(parts),
+            reward_funcs=reward_function(learner),
             args=GRPOConfig(
                 output_dir=workdir,
                 use_cpu=True,
@@ -146,31 +154,31 @@ def trl(pipe: Connection, plan: Plan) -> None:
                 temperature=sampling.temperature,
                 top_k=sampling.top_k,
                 top_p=sampling.top_p,
-                generation_kwargs={"suppress_tokens": list(parts.policy.banned)},
+                generation_kwargs={"suppress_tokens": list(learner.policy.banned)},
                 max_grad_norm=settings.grad_clip,
                 loss_type="grpo",
                 beta=settings.beta,
                 epsilon=settings.epsilon,
             ),
-            train_dataset=trl_dataset(config, parts, plan.updates),
-            processing_class=parts.policy.processor,
+            train_dataset=trl_dataset(config, learner, plan.updates),
+            processing_class=learner.policy.processor,
             optimizers=(optimizer, schedule),
             callbacks=[TakeTurns()],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    parts.policy.model.load_state_dict(trainer.accelerator.unwrap_model(trainer.model).state_dict())
-    pipe.send(accuracy(parts, plan.images))
+    learner.policy.model.load_state_dict(trainer.accelerator.unwrap_model(trainer.model).state_dict())
+    pipe.send(accuracy(learner, plan.images))
 
 
-def trl_dataset(config: Any, parts: Any, updates: int) -> Any:
+def trl_dataset(config: Any, learner: VLMLearner, updates: int) -> Any:
     """Every prompt of every update in our order, images enlarged as our encoder does."""
     from datasets import Dataset
     from PIL.Image import Resampling
 
-    from common.schedule import batch
+    from common.training.schedule import batch
 
-    train, settings = parts.questions.train, config.trainer
+    train, settings = learner.questions.train, config.trainer
     size = (config.model.image_size,) * 2
     order = [
         number
@@ -178,7 +186,7 @@ def trl_dataset(config: Any, parts: Any, updates: int) -> Any:
         for _, number in batch(update, settings.prompts_per_update, len(train), config.seed)
     ]
     pictures = [
-        parts.questions.task.images.open(p.image).convert("RGB").resize(size, Resampling.LANCZOS) for p in train
+        learner.questions.task.images.open(p.image).convert("RGB").resize(size, Resampling.LANCZOS) for p in train
     ]
 
     def rows() -> Iterator[dict[str, Any]]:
@@ -189,12 +197,12 @@ def trl_dataset(config: Any, parts: Any, updates: int) -> Any:
     return Dataset.from_list(list(rows()))
 
 
-def reward_function(parts: Any) -> Callable[..., list[float | None]]:
+def reward_function(learner: VLMLearner) -> Callable[..., list[float | None]]:
     """Our reward mix as a function that TRL calls."""
     from common.rewards import score
     from common.types import Sample
 
-    rewards, train = parts.rewards, parts.questions.train
+    rewards, train = learner.rewards, learner.questions.train
 
     def reward(completions: list[Any], number: list[int], **_: Any) -> list[float | None]:
         samples = [Sample(train[i], reply[0]["content"]) for i, reply in zip(number, completions, strict=True)]
@@ -245,11 +253,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.updates <= WARM_UP:
         parser.error(f"--updates must be above {WARM_UP}, which are not counted")
-    found = {}
+    cases = {}
     for case in options.case or METHODS:
-        found[case] = measure(Plan(METHODS[case], options.updates, options.images))
+        cases[case] = measure(Plan(METHODS[case], options.updates, options.images))
     rows = []
-    for case, numbers in found.items():
+    for case, numbers in cases.items():
         for side in SIDES:
             low, high = numbers["range"][side]
             rows.append(
@@ -263,7 +271,7 @@ def main() -> None:
                 )
             )
     columns = ("case", "side", "CPU s per update: median [min, max]", "x ours", "mean tokens", "accuracy %")
-    show(f"Whole updates on the tiny model, {options.updates} updates, one thread", columns, rows, {"cases": found})
+    show(f"Whole updates on the tiny model, {options.updates} updates, one thread", columns, rows, {"cases": cases})
 
 
 if __name__ == "__main__":

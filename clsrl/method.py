@@ -6,18 +6,12 @@ trainer and which rewards they use stands in conf/method/.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
 
-from clsrl import prompts
+from clsrl import matching, prompts
 from common import parsing
-from common.types import Answers, Prediction, Prompt, Split, Task, UserError
-
-if TYPE_CHECKING:
-    import torch
-
-    from common.models.vision import Vision
+from common.config.checks import one_of
+from common.types import Prompt, Split, Task
 
 
 class ClosedFormQuestion:
@@ -33,6 +27,9 @@ class ClosedFormQuestion:
         list_at_most: int = 100,
         evaluation_prompt: str = "train",
         train_system_prompt: str = "default",
+        train_question: str = "instructed",
+        train_image: str = "first",
+        train_target: str = "label",
     ) -> None:
         """
         Args:
@@ -41,8 +38,11 @@ class ClosedFormQuestion:
             list_share: Share of the class names to list; 0: an open question without a list (open-set setting).
             list_all_below: List all names when the share gives fewer than this.
             list_at_most: Cap on the number of listed names.
-            evaluation_prompt: `train` (the training instruction) or `official` (the authors' other wording).
-            train_system_prompt: `default` (the chat template's own) or `think` (the authors' SFT quirk).
+            evaluation_prompt: `train` (the training instruction) or `official` (the authors' other wordings).
+            train_system_prompt: `default` (the chat template's own) or `think` (asks to think, as the authors' SFT).
+            train_question: `instructed` or `bare` (without an instruction, as the authors' SFT).
+            train_image: `first` (before the question) or `last` (behind it, as the authors' SFT).
+            train_target: Of supervised training: `label` (with `think` in its tags) or `tagged` (always).
 
         Raises:
             UserError: An argument has an unknown value.
@@ -51,27 +51,29 @@ class ClosedFormQuestion:
             ("instruction", instruction, ("think", "no_think")),
             ("evaluation_prompt", evaluation_prompt, ("train", "official")),
             ("train_system_prompt", train_system_prompt, ("default", "think")),
+            ("train_question", train_question, ("instructed", "bare")),
+            ("train_image", train_image, ("first", "last")),
+            ("train_target", train_target, ("label", "tagged")),
         ):
-            if value not in allowed:
-                raise UserError(f"method.{name}={value}: choose one of {', '.join(allowed)}")
+            one_of(f"method.{name}", value, allowed)
         self.instruction, self.seed = instruction, seed
         self.list_share, self.list_all_below, self.list_at_most = list_share, list_all_below, list_at_most
         self.evaluation_prompt = evaluation_prompt
-        self.system = prompts.THINK_SYSTEM if train_system_prompt == "think" else None
-
-    def sources(self, task: Task) -> dict[str, str]:
-        return {}
-
-    def look(self, vision: Vision, task: Task, place: Path | None = None) -> None:
-        return None
+        self.train_system = prompts.SFT_SYSTEM if train_system_prompt == "think" else None
+        self.train_ending = "" if train_question == "bare" else prompts.TRAINING[instruction]
+        self.train_image_last = train_image == "last"
+        self.tagged = instruction == "think" or train_target == "tagged"
 
     def train_prompts(self, task: Task, epoch: int = 0) -> list[Prompt]:
-        return self._prompts(task.train, "train", self.system)
+        asked = self._prompts(task.train, self.train_ending)
+        return [replace(prompt, system=self.train_system, image_last=self.train_image_last) for prompt in asked]
 
     def evaluation_prompts(self, task: Task, split: str) -> list[Prompt]:
-        # the authors' scripts ask base classes as in training, so also those that are watched for them
-        as_trained = split == "base" or (split == "val" and "base" in task.evaluation)
-        return self._prompts(task.evaluation[split], "train" if as_trained else self.evaluation_prompt, None)
+        ending = prompts.TRAINING
+        if self.evaluation_prompt == "official":
+            base = split == "base" or (split == "val" and "base" in task.evaluation)  # val is watched for base
+            ending = prompts.OFFICIAL_BASE_OR_OPEN if base or self.list_share == 0 else prompts.OFFICIAL_FEW_SHOT
+        return self._prompts(task.evaluation[split], ending[self.instruction])
 
     def well_formed(self, completion: str) -> bool:
         if self.instruction == "think":
@@ -81,26 +83,19 @@ class ClosedFormQuestion:
     def answer(self, completion: str) -> str | None:
         return parsing.strict_answer(completion)
 
+    def matches_officially(self, completion: str, label: str) -> bool:
+        return matching.matches_officially(completion, label)
+
     def label_response(self, name: str) -> str:
-        """The bare name, or with `think` the name in its tags."""
-        return f"<answer>{name}</answer>" if self.instruction == "think" else name
+        """The bare name, or the name in its tags where the reply is asked or trained to have them."""
+        return f"<answer>{name}</answer>" if self.tagged else name
 
-    def facts(self, task: Task, split: str, found: Answers) -> dict[str, Any]:
-        return {}
-
-    def columns(self, task: Task, split: str, predictions: Sequence[Prediction]) -> dict[str, list[Any]]:
-        return {}
-
-    def export(self, folder: Path, embeddings: torch.Tensor, task: Task) -> None:
-        raise ValueError("this method has no embeddings")
-
-    def _prompts(self, split: Split, wording: str, system: str | None) -> list[Prompt]:
-        instruction = prompts.INSTRUCTIONS[self.instruction, wording]
+    def _prompts(self, split: Split, instruction: str) -> list[Prompt]:
         names = split.choices
         size = prompts.class_list_size(len(names), self.list_share, self.list_all_below, self.list_at_most)
         built = []
         for item in split.items:
             choices = prompts.class_list(names, item.name, size, self.seed, item.image)
             text = prompts.question(split.question if choices else split.open_question, choices, instruction)
-            built.append(Prompt(item.image, text, item.name, choices, system, split.aliases.get(item.name, ())))
+            built.append(Prompt(item.image, text, item.name, choices, aliases=split.aliases.get(item.name, ())))
         return built

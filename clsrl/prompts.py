@@ -1,6 +1,6 @@
 """The questions of CLS-RL: a class list, and an instruction to think or to answer directly.
 
-Wording from the authors' code where the paper differs (it prints "What kind of object in this phote?"). Sources are
+Wording of the authors' code where the paper differs (it prints "What kind of object in this phote?"). Their files are
 named beside each constant.
 """
 
@@ -9,32 +9,14 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-# Instructions: newline, space, then the text, as the authors' data files join them.
-THINK = (
-    "Please output the thinking process in <think> </think> and final answer in <answer> </answer> tags."  # sec. 3.2
-)
-NO_THINK = "Please directly output the answer."  # sec. 3.3
-# What the authors' evaluation scripts ask instead, outside base classes. The sentence after "First output the thinking"
-# is our reading: the wording that the R1-V family of scripts shares.
-THINK_OFFICIAL_EVALUATION = (
-    "First output the thinking process in <think> </think> and final answer in <answer> </answer> tags."
-)
-NO_THINK_OFFICIAL_EVALUATION = "Please directly output the answer name."
-# The system message of the authors' SFT script asks to think although its targets are bare labels; the wording is the
-# one that the R1 family of projects shares.
-THINK_SYSTEM = (
-    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant"
-    " first thinks about the reasoning process in the mind and then provides the user with the answer. The reasoning"
-    " process and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, i.e.,"
-    " <think> reasoning process here </think><answer> answer here </answer>"
-)
-
-INSTRUCTIONS = {
-    ("think", "train"): THINK,
-    ("no_think", "train"): NO_THINK,
-    ("think", "official"): THINK_OFFICIAL_EVALUATION,
-    ("no_think", "official"): NO_THINK_OFFICIAL_EVALUATION,
-}
+THINK = "output the thinking process in <think> </think> and final answer in <answer> </answer> tags."
+# What follows the question in training: grpo.py, grpo_direct.py (sections 3.2 and 3.3).
+TRAINING = {"think": f"\n Please {THINK}", "no_think": "\n Please directly output the answer."}
+# In their evaluation: test_qwen2vl_fewshot.py, .._b2n_new.py; and .._b2n_base.py, .._open_fewshot.py.
+OFFICIAL_FEW_SHOT = {"think": f" First {THINK}", "no_think": " Please directly output the answer name."}
+OFFICIAL_BASE_OR_OPEN = {"think": f" Please {THINK}", "no_think": " Please directly output the answer name."}
+# The system message of sft.py, whose targets do not think.
+SFT_SYSTEM = "Output the thinking process in <think> </think> and final answer in <answer> </answer> tags."
 
 
 def class_list_size(classes: int, share: float, smallest: int, largest: int) -> int:
@@ -76,12 +58,12 @@ def class_list(names: Sequence[str], truth: str, size: int, seed: int, image: st
 
 
 def question(prefix: str, choices: Sequence[str], instruction: str) -> str:
-    """The user message.
+    """The user message: the dataset's question, the names to choose from, and an instruction as it stands, if any.
 
-    >>> print(question("What type of digit is in the photo?", ["one", "two"], NO_THINK))
+    >>> print(question("What type of digit is in the photo?", ["one", "two"], TRAINING["no_think"]))
     What type of digit is in the photo?
-    Please choose one from list [ one, two].
+     Please choose one from list [ one, two].
      Please directly output the answer.
     """
-    listed = f"\nPlease choose one from list [ {', '.join(choices)}]." if choices else ""
-    return f"{prefix}{listed}\n {instruction}"
+    listed = f"\n Please choose one from list [ {', '.join(choices)}]." if choices else ""
+    return f"{prefix}{listed}{instruction}"

@@ -11,18 +11,27 @@ import errno
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from common.distributed import forget_group_alone, rank, started_by_launcher
-from common.schema import Config
+from common.config.schema import Config
+from common.data.task import Questions
+from common.runtime.distributed import forget_group_alone, rank, started_by_launcher
+from common.runtime.interrupt import Interrupted, left_to_ranks
 from common.types import UserError
 
+log = logging.getLogger(__name__)
 
-def launch(config: Config, values: dict[str, Any], folder: Path) -> None:
-    """Execute the run on `config.gpus` ranks and wait for it."""
+
+def launch(config: Config, values: dict[str, Any], folder: Path, questions: Questions | None = None) -> None:
+    """Execute the run on `config.gpus` ranks and wait for it.
+
+    `questions`: what the run asks, as this process has read it; ranks of their own read the data themselves.
+    """
     if config.gpus == 0 or started_by_launcher():
-        worker(config, values, folder)
+        worker(config, values, folder, questions)
     else:
         start_ranks(config.gpus, config, values, folder)
 
@@ -32,9 +41,9 @@ def start_ranks(count: int, config: Config, values: dict[str, Any], folder: Path
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    from common.parts import find_checkpoint
+    from common.models.files import weights_folder
 
-    find_checkpoint(config)  # fetched or built once, before the ranks ask for it
+    weights_folder(config)  # fetched or built once, before the ranks ask for it
     forget_group_alone()  # left by a job of the same sweep that ran on the CPU
     elastic = LaunchConfig(
         min_nodes=1,
@@ -45,55 +54,90 @@ def start_ranks(count: int, config: Config, values: dict[str, Any], folder: Path
         rdzv_endpoint="127.0.0.1:0",
         max_restarts=0,
         start_method="spawn",
+        signals_to_handle="SIGTERM,SIGHUP,SIGQUIT",  # Ctrl-C is the ranks' own: they write a checkpoint first
     )
     try:
-        elastic_launch(elastic, worker)(config, values, folder)
+        with left_to_ranks():
+            elastic_launch(elastic, worker)(config, values, folder)
     except ChildFailedError as error:
-        found = error.get_first_failure()[1].message  # a dict where the rank could write its error file
-        cause = str(found["message"] if isinstance(found, dict) else found)
-        if cause.startswith("UserError: "):
-            raise UserError(cause.removeprefix("UserError: ")) from None
+        failure = error.get_first_failure()[1].message  # a dict where the rank could write its error file
+        cause = str(failure["message"] if isinstance(failure, dict) else failure)
+        for kind in (UserError, Interrupted):
+            if cause.startswith(f"{kind.__name__}: "):
+                raise kind(cause.removeprefix(f"{kind.__name__}: ")) from None
         raise
 
 
-def worker(config: Config, values: dict[str, Any], folder: Path) -> None:
-    """One rank."""
+def worker(config: Config, values: dict[str, Any], folder: Path, questions: Questions | None = None) -> None:
+    """One rank.
+
+    Raises:
+        UserError: Also of a full disk.
+        Interrupted: Its user asked it to stop.
+    """
     quiet_libraries()
     logging.getLogger("common").setLevel(logging.INFO)
-    for printer in logging.getLogger().handlers:
-        printer.setLevel(logging.WARNING)
-    handler = None
-    if rank() == 0 and config.doctor is not True:
-        handler = logging.FileHandler(folder / "run.log")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        logging.getLogger().addHandler(handler)
-    from safetensors import SafetensorError
+    with logged(None if rank() > 0 or config.doctor is True else folder / "run.log"):
+        from safetensors import SafetensorError
 
-    from common.pipeline import examine, run
+        from common.pipeline import examine, run
 
+        try:
+            if config.doctor is True:
+                examine(config, folder)
+            else:
+                run(config, values, folder, questions)
+        except (UserError, Interrupted) as error:
+            log.error("%s", error)
+            raise
+        except KeyboardInterrupt:
+            log.error("interrupted")
+            raise Interrupted("stopped; the same command goes on from the last checkpoint") from None
+        except OSError as error:
+            log.exception("the run failed")
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(
+                    f"the disk is full ({error}); free some space and give the same command again"
+                ) from error
+            raise
+        except SafetensorError as error:
+            log.exception("the run failed")
+            raise UserError(f"weights cannot be written or read ({error}); is the disk full?") from error
+        except Exception:
+            log.exception("the run failed")
+            raise
+
+
+@contextmanager
+def logged(path: Path | None) -> Iterator[None]:
+    """Inside, messages go to the file, and warnings also to the terminal; what is raised, its catcher prints.
+
+    Args:
+        path: None: this rank keeps no log, and is silent but for what it raises.
+    """
+    if path is None:
+        kept: list[logging.Handler] = [logging.NullHandler()]
+    else:
+        file, terminal = logging.FileHandler(path, encoding="utf-8"), logging.StreamHandler()
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        terminal.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        terminal.addFilter(lambda record: record.levelno == logging.WARNING)
+        kept = [file, terminal]
+    root = logging.getLogger()
+    # Hydra's own writes to the terminal: everything would stand there twice
+    others = [handler for handler in root.handlers if type(handler) is logging.StreamHandler]
+    for other in others:
+        root.removeHandler(other)
+    for handler in kept:
+        root.addHandler(handler)
     try:
-        if config.doctor is True:
-            examine(config)
-        else:
-            run(config, values, folder)
-    except UserError as error:
-        logging.getLogger(__name__).error("%s", error)
-        raise
-    except OSError as error:
-        logging.getLogger(__name__).exception("the run failed")
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"the disk is full ({error}); free some space and give the same command again") from error
-        raise
-    except SafetensorError as error:
-        logging.getLogger(__name__).exception("the run failed")
-        raise UserError(f"weights cannot be written or read ({error}); is the disk full?") from error
-    except Exception:
-        logging.getLogger(__name__).exception("the run failed")
-        raise
+        yield
     finally:
-        if handler is not None:
-            logging.getLogger().removeHandler(handler)
+        for handler in kept:
+            root.removeHandler(handler)
             handler.close()
+        for other in others:
+            root.addHandler(other)
 
 
 def quiet_libraries() -> None:

@@ -1,31 +1,76 @@
-"""Reading an answer out of a completion, strictly and as the CLS-RL authors' code does.
-
-Strict (`protocol=clean`): the completion must be exactly one answer. Tags must not repeat or nest, and nothing may
-stand beside them. Official: the first `<answer>` wins, whatever else was said, and a substring of it is enough.
+"""Reading an answer out of a completion, strictly: the completion must be exactly one answer. Tags must not repeat or
+nest, and nothing may stand beside them.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Iterable
 
 LIMIT = 20_000  # characters; a longer completion is never a class name, and regular expressions should not chew on it
 FORMAT = re.compile(r"<think>(?P<think>.*?)</think>\s*<answer>(?P<answer>.*?)</answer>", re.DOTALL)
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 TAG = re.compile(r"</?(?:think|answer)>", re.IGNORECASE)
+ARTICLE = re.compile(r"(?:an?|the) ")
+# What may stand around an answer, typographic apostrophes being plain already: Markdown's emphasis and quotes.
+PAIRS = (("**", "**"), ("*", "*"), ('"', '"'), ("'", "'"), ("“", "”"), ("‘", "'"), ("„", "“"), ("«", "»"))
 
 
 def normalize(name: str) -> str:
-    """Case, white space and underscores do not distinguish class names; look-alike characters do.
+    """What class names and answers are compared by. Look-alike characters distinguish them, the following does not:
 
-    >>> normalize("  Sea_or  Lake ")
-    'sea or lake'
+    case, white space and underscores (so `__six__` is six), a typographic apostrophe, and around the whole at most one
+    full stop at the end and one pair of quotes or asterisks. What is left out is never a letter, so it hides no second
+    answer. Names are read as answers are: one that ends in a full stop equals itself, and itself without the stop.
+
+    >>> normalize("  Sea_or  Lake "), normalize("**Sea or lake.**"), normalize("‘cat’s eye’")
+    ('sea or lake', 'sea or lake', "cat's eye")
+    >>> normalize("six.."), normalize('"six'), normalize("St. Bernard")
+    ('six..', '"six', 'st. bernard')
     """
-    return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").lower().split())
+    text = unicodedata.normalize("NFC", name).replace("_", " ").replace("’", "'")
+    return _bare(" ".join(text.lower().split()))
+
+
+def _bare(text: str) -> str:
+    """Without the marks around it; unchanged if there are more than `normalize` allows, or nothing else."""
+    core, stops, pairs = text, 0, 0
+    while stops < 2 and pairs < 2:
+        if core.endswith("."):
+            core, stops = core[:-1].rstrip(), stops + 1
+        elif inner := _inside(core):
+            core, pairs = inner, pairs + 1
+        else:
+            return core or text
+    return text
+
+
+def _inside(text: str) -> str:
+    """What stands between a pair of marks; nothing if there is no pair around the text."""
+    for opening, closing in PAIRS:
+        if text.startswith(opening) and text.endswith(closing):
+            return text[len(opening) : -len(closing)].strip()
+    return ""
+
+
+def without_article(answer: str, names: Iterable[str]) -> str:
+    """A normalised answer without its leading article, if that makes it one of the names; else as it is.
+
+    >>> without_article("a six", ["six"]), without_article("the who", ["The Who", "who"])
+    ('six', 'the who')
+    >>> without_article("a six or a nine", ["six", "nine"])
+    'a six or a nine'
+    """
+    article = ARTICLE.match(answer)
+    if article is None:
+        return answer
+    known, rest = set(map(normalize, names)), answer[article.end() :]
+    return rest if rest in known and answer not in known else answer
 
 
 def is_strict_format(completion: str) -> bool:
-    """`<think>…</think><answer>…</answer>` and nothing else, each tag once (CLS-RL section 3.2).
+    """`<think>…</think><answer>…</answer>` and nothing else, each tag once, at most LIMIT characters (CLS-RL, 3.2).
 
     >>> is_strict_format("<think>round</think> <answer>zero</answer>")
     True
@@ -41,17 +86,8 @@ def _strict_match(completion: str) -> re.Match[str] | None:
     return FORMAT.fullmatch(completion.strip())
 
 
-def is_official_format(completion: str) -> bool:
-    """The authors' full match; `.*?` lets tags repeat inside.
-
-    >>> is_official_format("<think>a</think><answer>zero</answer><answer>one</answer>")
-    True
-    """
-    return FORMAT.fullmatch(completion) is not None
-
-
 def strict_answer(completion: str) -> str | None:
-    """The one answer that a completion gives, or None when it gives none or several.
+    """The one answer that a completion gives, normalised, or None when it gives none or several or exceeds LIMIT.
 
     With tags, the completion must contain exactly one `<answer>…</answer>` and end with it; without any tag it is the
     answer itself.
@@ -77,25 +113,6 @@ def strict_answer(completion: str) -> str | None:
     return None
 
 
-def tagged_answer(completion: str) -> str | None:
-    """The one answer in tags, whatever stands around it (ALERT section 3.5: "the label enclosed within"), or None.
-
-    There must be one `<answer>…</answer>` and no tag after it or in it; an answer given while thinking is none.
-
-    >>> tagged_answer("Sure! <think>a loop</think> So: <answer> Six</answer>."), tagged_answer("six")
-    ('six', None)
-    >>> tagged_answer("<answer>six</answer> or <answer>nine</answer>") is None
-    True
-    """
-    if len(completion) > LIMIT:
-        return None
-    tags = [tag.lower() for tag in TAG.findall(completion)]
-    if tags[-2:] != ["<answer>", "</answer>"] or tags.count("<answer>") != 1:
-        return None
-    match = ANSWER.search(completion)
-    return normalize(match[1]) if match else None
-
-
 def reasoning_before(completion: str) -> str:
     """What a strictly formatted completion says before its answer, tags included; nothing if it is not.
 
@@ -105,16 +122,6 @@ def reasoning_before(completion: str) -> str:
     return completion[: completion.index("<answer>")] if is_strict_format(completion) else ""
 
 
-def first_answer(completion: str) -> str:
-    """The authors' extraction: the first `<answer>` pair, else the whole completion.
-
-    >>> first_answer("well <answer>six</answer> or <answer>nine</answer>")
-    'six'
-    """
-    match = ANSWER.search(completion)
-    return match[1].strip() if match else completion.strip()
-
-
 def matches_strictly(completion: str, label: str) -> bool:
     """Normalised equality of the one answer with the label.
 
@@ -122,13 +129,3 @@ def matches_strictly(completion: str, label: str) -> bool:
     False
     """
     return strict_answer(completion) == normalize(label)
-
-
-def matches_officially(completion: str, label: str) -> bool:
-    """The authors' evaluation: label equal to or contained in the answer, lower-cased; a second try with `_` as space.
-
-    >>> matches_officially("arctic fox", "ox")
-    True
-    """
-    answer, label = first_answer(completion).lower(), label.lower()
-    return label in answer or label.replace("_", " ") in answer.replace("_", " ")

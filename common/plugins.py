@@ -6,8 +6,9 @@ import inspect
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
+from common.renamed import MOVED, successor
 from common.types import UserError
 
 
@@ -15,23 +16,24 @@ def locate(path: str, key: str) -> Callable[..., Any]:
     """Import `package.module.name`.
 
     Raises:
-        UserError: Nothing callable is there; the message names the config `key`.
+        UserError: Nothing callable is there; the message names the config `key`, and where a moved function is now.
     """
+    check_moved(path, key)
     module, _, attribute = str(path).rpartition(".")
     try:
-        found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+        function = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{key}={path} cannot be imported ({error}); give the dotted path of a function") from error
-    if not callable(found):
+    if not callable(function):
         raise UserError(f"{key}={path} is not a function")
-    return found
+    return function
 
 
 def check_call(path: str, key: str, arguments: dict[str, Any], given: int = 0) -> None:
     """Bind `arguments` (after `given` positional ones) to the function's signature, as a call would.
 
     Raises:
-        UserError: An argument is unknown, missing, or not of the annotated plain type.
+        UserError: An argument is unknown, missing, or not of the annotated plain type or literal values.
     """
     signature = _signature(locate(path, key), f"{key}={path}")
     try:
@@ -41,19 +43,36 @@ def check_call(path: str, key: str, arguments: dict[str, Any], given: int = 0) -
     parameters = bound.signature.parameters
     for name, value in arguments.items():
         expected = parameters[name].annotation if name in parameters else None
+        if get_origin(expected) is Literal and value not in get_args(expected):
+            raise UserError(f"{key}={path}: {name}={value}: choose one of {', '.join(map(str, get_args(expected)))}")
         if expected in (bool, int, float, str) and not _is_a(value, expected):
             raise UserError(f"{key}={path}: {name}={value!r} should be of type {expected.__name__}")
 
 
 def check_module(path: str, key: str) -> None:
     """Check that the module of `path` exists without importing it, for code that needs torch."""
+    check_moved(path, key)
     module = str(path).rpartition(".")[0]
     try:
-        found = find_spec(module) if module else None
-    except ImportError:
-        found = None
-    if found is None:
+        spec = find_spec(module) if module else None
+    except (ImportError, TypeError, ValueError):
+        spec = None
+    if spec is None:
         raise UserError(f"{key}={path}: there is no module '{module}'; give the dotted path of a class")
+
+
+def unknown_arguments(path: str, key: str, arguments: dict[str, Any]) -> list[str]:
+    """The names among `arguments` that the function does not take."""
+    parameters = _signature(locate(path, key), f"{key}={path}").parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return []
+    return [name for name in arguments if name not in {parameter.name for parameter in parameters}]
+
+
+def check_moved(path: str, key: str) -> None:
+    """Refuse the old dotted path of something that is elsewhere now."""
+    if new := successor(str(path), MOVED):
+        raise UserError(f"{key}={path} has moved; it is now {new}")
 
 
 def _signature(function: Callable[..., Any], key: str) -> inspect.Signature:

@@ -5,9 +5,9 @@ A reward is a function from samples to one float per sample, plus keyword argume
 
 One that keeps something between calls (a connection, counts) is a class: the arguments go to its constructor, and its
 instance is called with the samples. The constructor also runs when the configuration is checked, so it checks its
-arguments, begins its `UserError` with the argument at fault, and opens nothing. What has to be fetched or reached is
-tried in its method `prepare`, if it has one, before a run computes anything; a run builds it once. The argument
-`runtime` says how the reward gets its values and not which: a result does not depend on it (common/config.py).
+arguments, begins its `UserError` with the argument at fault, and opens nothing. One that has to fetch or reach
+something, or judges with the run's own model, has all members of `StatefulReward`; a run builds it once. The argument
+`runtime` says how the reward gets its values and not which: no result depends on it.
 
 Shapes: N samples (all completions of one update).
 """
@@ -17,42 +17,67 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from common import parsing
 from common.plugins import locate
 from common.types import Sample, UserError
 
 RewardFunction = Callable[[Sequence[Sample]], list[float]]
+# Values of `match` that these two once had, and the rewards that have them now.
+MATCHES = {
+    "common.rewards.strict_format": {"official": "clsrl.rewards.format_reward"},
+    "common.rewards.accuracy": {
+        "official": "clsrl.rewards.accuracy_reward",
+        "tagged": "alert.rewards.tagged_accuracy",
+    },
+}
 
 
-def strict_format(samples: Sequence[Sample], *, match: str = "strict") -> list[float]:
-    """1 when the reply is `<think>…</think><answer>…</answer>` (CLS-RL section 3.2, first equation), else 0.
+@runtime_checkable
+class StatefulReward(Protocol):
+    """A reward that reaches outside a run, or judges with the run's own model: a class with all of these members.
 
-    Args:
-        samples: The completions. Length: N.
-        match: `strict` (each tag once) or `official` (the authors' full match, which lets tags repeat).
+    may_be_missing: its value may be NaN where it could not be had; the sample's group then goes without it.
+    needs_base: `bind` gives it the model as it was before training.
     """
-    check = {"strict": parsing.is_strict_format, "official": parsing.is_official_format}[match]
-    return [float(check(s.completion)) for s in samples]
+
+    @property
+    def may_be_missing(self) -> bool: ...
+
+    @property
+    def needs_base(self) -> bool: ...
+
+    def __call__(self, samples: Sequence[Sample], /) -> list[float]:
+        """One value per sample."""
+
+    def prepare(self) -> None:
+        """Fetch, load or reach what it needs; once, before a run computes anything.
+
+        Raises:
+            UserError: It is not to be had.
+        """
+
+    def bind(self, generate: Callable[[Sequence[str], int], list[str]], identity: str) -> None:
+        """Take the run's own model: a function from texts and a limit on tokens to replies, and a name of its weights,
+        for caches.
+        """
+
+    def metrics(self) -> dict[str, float]:
+        """What it did since the last call, by name with a `/`."""
 
 
-def accuracy(samples: Sequence[Sample], *, match: str = "strict") -> list[float]:
-    """1 when the answer is the label (CLS-RL section 3.2, second equation), else 0.
+STATEFUL = ("may_be_missing", "needs_base", "prepare", "bind", "metrics")
 
-    Args:
-        samples: The completions. Length: N.
-        match: `strict` (normalised equality of the one answer) or `official` (the authors' reward: symbolic
-            verification by `math_verify` first, which accepts some wrong names, then lower-cased equality of the first
-            `<answer>`) or `tagged` (normalised equality of the one answer in tags, whatever stands around it: ALERT
-            section 3.5).
-    """
-    checks = {
-        "strict": parsing.matches_strictly,
-        "official": _official_reward_match,
-        "tagged": lambda completion, label: parsing.tagged_answer(completion) == parsing.normalize(label),
-    }
-    return [float(checks[match](s.completion, s.label)) for s in samples]
+
+def strict_format(samples: Sequence[Sample]) -> list[float]:
+    """1 when the reply is `<think>…</think><answer>…</answer>` and nothing else, each tag once; else 0. Length: N."""
+    return [float(parsing.is_strict_format(s.completion)) for s in samples]
+
+
+def accuracy(samples: Sequence[Sample]) -> list[float]:
+    """1 when the one answer is the label, up to case, blanks and underscores; else 0. Length: N."""
+    return [float(parsing.matches_strictly(s.completion, s.label)) for s in samples]
 
 
 def equality(samples: Sequence[Sample]) -> list[float]:
@@ -63,14 +88,6 @@ def equality(samples: Sequence[Sample]) -> list[float]:
     [1.0, 0.0, 0.0, 0.0]
     """
     return [float(s.completion == s.label) for s in samples]
-
-
-def _official_reward_match(completion: str, label: str) -> bool:
-    from math_verify import parse, verify
-
-    if verify(parse(completion), parse(label)):
-        return True
-    return parsing.first_answer(completion).lower() == label.strip().lower()
 
 
 @dataclass(frozen=True)
@@ -87,11 +104,11 @@ class Scores:
     @property
     def known(self) -> dict[str, list[float | None]]:
         """Each reward by name, None where it is missing."""
-        found = {}
+        rewards = {}
         for name, values in self.parts.items():
             gaps = self.missing.get(name, [False] * len(values))
-            found[name] = [None if gap else value for value, gap in zip(values, gaps, strict=True)]
-        return found
+            rewards[name] = [None if gap else value for value, gap in zip(values, gaps, strict=True)]
+        return rewards
 
 
 @dataclass(frozen=True)
@@ -125,6 +142,22 @@ def weighted(parts: dict[str, list[float]], weights: dict[str, float]) -> list[f
     return [sum(row) for row in zip(*columns, strict=True)]
 
 
+def check_match(name: str, entry: dict[str, Any]) -> None:
+    """Refuse the argument `match` where it is no more.
+
+    Raises:
+        UserError: Names the reward that has that match.
+    """
+    moved = MATCHES.get(str(entry["fn"]))
+    if moved is None or "match" not in entry:
+        return
+    match, fix = str(entry["match"]), "leave match out"
+    if match in moved:
+        arguments = ", match: official" if match == "official" else ", without match"
+        fix = f"write fn: {moved[match]}{arguments}"
+    raise UserError(f"rewards.{name}.match={match}: {entry['fn']} matches strictly and has no match to choose; {fix}")
+
+
 def build_rewards(mix: dict[str, dict[str, Any]]) -> dict[str, Reward]:
     """Turn the config's `rewards` into functions with their arguments bound, and into instances of classes.
 
@@ -134,17 +167,23 @@ def build_rewards(mix: dict[str, dict[str, Any]]) -> dict[str, Reward]:
     built = {}
     for name, entry in mix.items():
         arguments = {key: value for key, value in entry.items() if key not in ("weight", "fn")}
-        found = locate(entry["fn"], f"rewards.{name}.fn")
-        function = _instance(found, name, arguments) if isinstance(found, type) else partial(found, **arguments)
+        target = locate(entry["fn"], f"rewards.{name}.fn")
+        function = _instance(target, name, arguments) if isinstance(target, type) else partial(target, **arguments)
         built[name] = Reward(float(entry["weight"]), function)
     return built
 
 
 def _instance(kind: type, name: str, arguments: dict[str, Any]) -> RewardFunction:
     try:
-        found = kind(**arguments)
+        instance = kind(**arguments)
     except UserError as error:
         raise UserError(f"rewards.{name}.{error}") from error
-    if not callable(found):
+    if not callable(instance):
         raise UserError(f"rewards.{name}.fn: {kind.__name__} objects cannot be called; give a class with __call__")
-    return found
+    own = [member for member in STATEFUL if hasattr(instance, member)]
+    if own and (missing := [member for member in STATEFUL if member not in own]):
+        raise UserError(
+            f"rewards.{name}.fn: {kind.__name__} has {own[0]}, but lacks {', '.join(missing)}; a reward with one of"
+            " these has them all (StatefulReward in common/rewards.py)"
+        )
+    return instance

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as run.py does, before torch is imported
@@ -13,6 +16,19 @@ import pytest
 
 REPOSITORY = Path(__file__).parent.parent
 CACHE = Path(os.environ.get("FEWSHOT_CACHE", REPOSITORY / "cache"))
+
+
+# the first needs the pre-trained model, which a fresh clone builds; the second does not wait for it
+LONG = ("test_end_to_end", "test_ranks", "test_faults", "test_alert", "test_datasets", "test_judge_runs")
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items):
+    """What is long is slow, too. Files that train at length go first, so that the two processes end together."""
+    for item in items:
+        if item.get_closest_marker("faults"):
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 @pytest.fixture(autouse=True)
@@ -27,19 +43,43 @@ def isolated(monkeypatch, tmp_path):
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
 
 
-@pytest.fixture
-def compose():
-    """`compose("method=clsrl", ...)` as the command line would."""
+@contextmanager
+def initialized():
+    """Hydra as the command line starts it."""
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
-    from common import config
+    from common.config import composition as config
 
     config.register()
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
-        yield lambda *overrides: hydra.compose("config", list(overrides))
+        yield lambda *overrides: copy.deepcopy(composed(overrides))
     GlobalHydra.instance().clear()
+
+
+@cache
+def composed(overrides):
+    """What a command line gives; a composition costs a third of a second, and many tests want the same."""
+    import hydra
+
+    return hydra.compose("config", list(overrides))
+
+
+@pytest.fixture
+def compose_named():
+    """`compose_named("method=clsrl", ...)` as the command line would."""
+    with initialized() as compose:
+        yield compose
+
+
+@pytest.fixture
+def compose(compose_named, monkeypatch):
+    """The same without the end of a run's name, which costs a second composition."""
+    from common.config import run_name
+
+    monkeypatch.setattr(run_name, "run_suffix", lambda root, decides_result: "")
+    return compose_named
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +87,8 @@ def untrained_folders(tmp_path_factory):
     """The tiny models without pre-training, by family; random weights scaled up so that logits are not flat."""
     import torch
 
-    from common.models import tiny, tiny_gemma3
+    from common.models.tiny import gemma3 as tiny_gemma3
+    from common.models.tiny import qwen2_vl as tiny
 
     folders = {}
     for family, recipe in (("qwen2_vl", tiny), ("gemma3", tiny_gemma3)):
@@ -70,8 +111,8 @@ def untrained_folder(untrained_folders):
 
 @pytest.fixture
 def model_config(untrained_folders):
-    """`Model` config of an untrained folder; keywords override."""
-    from common.schema import Model
+    """`ModelConfig` of an untrained folder; keywords override."""
+    from common.config.schema import ModelConfig
 
     def make(**changes):
         values = {
@@ -82,7 +123,7 @@ def model_config(untrained_folders):
             "max_prompt_tokens": 512,
             **changes,
         }
-        return Model(**{"path": str(untrained_folders[values["family"]]), **values})
+        return ModelConfig(**{"path": str(untrained_folders[values["family"]]), **values})
 
     return make
 
@@ -101,13 +142,14 @@ def load_vlm(untrained_folders, model_config):
     return load
 
 
-@pytest.fixture
-def digits_task(compose):
+@pytest.fixture(scope="session")
+def digits_task():
     """16 shots of the real digits, seed 1."""
-    from common import task
-    from common.config import validate
+    from common.config.composition import validate
+    from common.data import task
 
-    return task.build(validate(compose("method=sft"))).task
+    with initialized() as compose:
+        return task.build(validate(compose("method=sft"))).task
 
 
 @pytest.fixture
@@ -135,6 +177,14 @@ def runner():
 @pytest.fixture(scope="session")
 def process_group():
     """This process as a group of one."""
-    from common.engine import init_process_group
+    from common.runtime.group import init_process_group
 
     return init_process_group(gpus=0)
+
+
+@pytest.fixture
+def ranks(monkeypatch):
+    """Functions called as several ranks would, without processes (tests/ranks.py)."""
+    from tests.ranks import Ranks
+
+    return Ranks(monkeypatch)

@@ -18,7 +18,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from common.data.assemble import Parts
-from common.data.place import Place
+from common.data.location import Location
 from common.data.split_file import save_split
 from common.types import Item
 
@@ -92,7 +92,7 @@ def build(root: Path, shots_per_class: int = 2, missing_split: bool = False) -> 
             for path, label, _ in rows:
                 picture(root / folder / images / path, label)
         if not missing_split:
-            _save(Place(name, root, root / folder), images, split, classes, shots_per_class)
+            _save(Location(name, root, root / folder), images, split, classes, shots_per_class)
     _aircraft(root / "fgvc_aircraft", shots_per_class)
     _imagenet(root, shots_per_class)
     _photos(root / "photos", shots_per_class)
@@ -115,17 +115,17 @@ def _encoded(name: str, label: int) -> bytes:
     return content.getvalue()
 
 
-def _save(place: Place, images: str, split: str, classes: list[list[Row]], shots: int) -> None:
+def _save(location: Location, images: str, split: str, classes: list[list[Row]], shots: int) -> None:
     rows = {"train": [], "val": [], "test": []}
     for group in classes:
         rows["train"] += group[:shots]
         rows["val"] += group[shots : shots + 1]
         rows["test"] += group[shots + 1 :]
-    if place.name == "stanford_cars":  # in the order of the files, over all classes
+    if location.name == "stanford_cars":  # in the order of the files, over all classes
         rows["test"].sort()
     start = "" if images == "." else f"{images}/"
-    items = {part: [Item(place.key(start + path), label, name) for path, label, name in rows[part]] for part in rows}
-    save_split(place.folder / split, place, Parts(**items), images)
+    items = {part: [Item(location.key(start + path), label, name) for path, label, name in rows[part]] for part in rows}
+    save_split(location.folder / split, location, Parts(**items), images)
 
 
 def _with_split_files(root: Path, shots: int):

@@ -71,10 +71,10 @@ def job(folder: Path, overrides: list[str], kill: Kill | None, environment: dict
     import hydra
     import torch
 
-    from common import config as configuration
-    from common.distributed import adopt_slurm
+    from common.config import composition as configuration
     from common.launch import launch
-    from common.run_folder import RunFolder
+    from common.run.run_folder import RunFolder
+    from common.runtime.distributed import adopt_slurm
 
     adopt_slurm()
     torch.set_num_threads(1)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from common.models.wordings import CUES
+from common.models.tiny.wordings import CUES
 
 
 @dataclass(frozen=True)

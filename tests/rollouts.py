@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from common.rollout.base import Request
 from common.rollout.hf import HFRollout
+
+
+def requests(prompts, seeds):
+    """Encoded prompts as a sampler inside the trainer takes them."""
+    return [
+        Request(encoded, seed, lambda ids=encoded.ids: ids, list) for encoded, seed in zip(prompts, seeds, strict=True)
+    ]
 
 
 class Thinking(HFRollout):

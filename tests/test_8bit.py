@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 from common.data.loading import Loader
-from common.engine import Engine
-from common.grpo.logprobs import PolicyScorer
-from common.grpo.packing import pack_shared
+from common.forward.logprobs import PolicyScorer
+from common.forward.packing import pack_shared
 from common.models import slots
-from common.models.vision import Vision
-from common.models.vlm import Encoder
+from common.models.encoder import Encoder
+from common.models.vision import VisionTower
+from common.training.engine import Engine
 from tests.test_shared_prefix import LORA, groups
 from tests.test_slots import prompts
 from tests.test_training import ZERO, options
 
-pytest.importorskip("bitsandbytes")
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("process_group")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("process_group"),
+    pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"),
+]
 
 
 @pytest.mark.parametrize("stage", [0, 2])
@@ -30,7 +34,9 @@ def test_a_run_in_8_bits_is_continued(load_vlm, digits_task, tmp_path, stage):
     def begin(resume=None):
         torch.manual_seed(0)
         vlm = load_vlm(family="gemma3", load_in_8bit=True, lora=LORA, freeze_vision=True)
-        seen = Vision(vlm, Loader(digits_task.images, 32)).vectors([prompt.image for prompt in asked], patches=False)
+        seen = VisionTower(vlm, Loader(digits_task.images, 32)).vectors(
+            [prompt.image for prompt in asked], patches=False
+        )
         entries = torch.randn(5, 4, vlm.model.config.get_text_config().hidden_size) * 0.3
         vlm = replace(vlm, slots=slots.attach(vlm.model, entries, True))
         engine = Engine(PolicyScorer(vlm.model, vlm.banned, 1.0, 64), options(), ZERO[stage], 4, resume)

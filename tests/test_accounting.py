@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from alert.accounting import Case, account, outcome, reasoning_agrees, recall
+from alert.draft.accounting import Case, account, outcome, reasoning_agrees, recall
 
 RANKING = ("ox", "fox", "cow", "cat")
 

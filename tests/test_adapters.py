@@ -11,13 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common import parts, pipeline, preflight
 from common.data.loading import Loader
-from common.grpo.logprobs import PolicyScorer
-from common.grpo.packing import pack_plain
-from common.models import files, vlm
-from common.models.vlm import Encoder
+from common.forward.logprobs import PolicyScorer
+from common.forward.packing import pack_plain
+from common.models import checks, files, meter, vlm
+from common.models.encoder import Encoder
+from common.run.result import Result
 from common.types import UserError
+from common.vlm.learner import VLMLearner
 from tests.test_shared_prefix import LORA, groups
 
 CPU = torch.device("cpu")
@@ -84,13 +85,13 @@ def test_adapters_on_adapters(written, model_config, digits_task, no_think, untr
 
 def test_the_hash_covers_base_and_adapters(written, untrained_folder):
     folder, _ = written
-    found = files.checkpoint_hash(folder)
-    assert found != files.checkpoint_hash(untrained_folder)
+    found = files.weights_hash(folder)
+    assert found != files.weights_hash(untrained_folder)
     settings = json.loads((folder / "adapter_config.json").read_text())
 
     def changed(**values):
         (folder / "adapter_config.json").write_text(json.dumps({**settings, **values}))
-        return files.checkpoint_hash(folder)
+        return files.weights_hash(folder)
 
     assert changed(lora_alpha=settings["lora_alpha"] * 2) != found
     base = folder.with_name("base")
@@ -98,17 +99,17 @@ def test_the_hash_covers_base_and_adapters(written, untrained_folder):
     assert changed(base_model_name_or_path=str(base)) == found, "the same base in another place"
     weights = load_file(base / "model.safetensors")
     save_file({**weights, min(weights): weights[min(weights)] + 1}, base / "model.safetensors")
-    assert files.checkpoint_hash(folder) != found
+    assert files.weights_hash(folder) != found
     shutil.copytree(untrained_folder, base, dirs_exist_ok=True)
     weights = load_file(folder / "adapter_model.safetensors")
     save_file({name: value + 1 for name, value in weights.items()}, folder / "adapter_model.safetensors")
-    assert files.checkpoint_hash(folder) != found
+    assert files.weights_hash(folder) != found
 
 
 def test_prompts_are_measured_by_the_base(written, untrained_folder, no_think, digits_task):
     prompts = no_think.train_prompts(digits_task)[:3]
-    expected = files.meter_for_folder(untrained_folder, "qwen2_vl").tokens(prompts, 32)
-    assert files.meter_for_folder(files.find(str(written[0]), None), "qwen2_vl").tokens(prompts, 32) == expected
+    expected = meter.of_folder(untrained_folder, "qwen2_vl").tokens(prompts, 32)
+    assert meter.of_folder(files.find(str(written[0]), None), "qwen2_vl").tokens(prompts, 32) == expected
 
 
 def test_unusable_adapters_are_one_line(written, model_config):
@@ -117,10 +118,10 @@ def test_unusable_adapters_are_one_line(written, model_config):
     good, whole = json.loads(settings.read_text()), weights.read_bytes()
     with pytest.raises(UserError, match="holds adapters, which 8-bit weights cannot take in"):
         vlm.load(folder, model_config(load_in_8bit=True, lora=LORA), CPU)
-    for base, message in ((None, "does not say on which checkpoint"), ("/gone", "cannot be used .model.path=/gone")):
+    for base, message in ((None, "does not say on which model"), ("/gone", "cannot be used .model.path=/gone")):
         settings.write_text(json.dumps({**good, "base_model_name_or_path": base}))
         with pytest.raises(UserError, match=message):
-            files.meter_for_folder(folder, "qwen2_vl")
+            meter.of_folder(folder, "qwen2_vl")
     settings.write_text(json.dumps({**good, "target_modules": "nothing"}))
     with pytest.raises(UserError, match=r"the adapters in .* do not load: .*nothing"):
         vlm.load(folder, model_config(), CPU)
@@ -168,7 +169,7 @@ def hub(monkeypatch, untrained_folder, tmp_path):
 
 def saved(policy, folder):
     """What a run writes of its model, and the settings of its adapters."""
-    pipeline.save_weights(SimpleNamespace(policy=policy, questions=None), folder)
+    VLMLearner._save_weights(SimpleNamespace(policy=policy, questions=None), folder)
     return json.loads((folder / "adapter_config.json").read_text())
 
 
@@ -180,15 +181,15 @@ def test_adapters_name_their_base_on_the_hub(hub, model_config, digits_task, no_
     assert (settings["base_model_name_or_path"], settings["revision"]) == ("owner/name", COMMIT)
     hub.clear()
     asked = SimpleNamespace(model=model_config(path=str(folder)))
-    preflight.check_checkpoint(asked)
+    checks.check_weights(asked)
     assert hub == [(COMMIT, False)], "not the weights, before the checks are done"
-    assert parts.find_checkpoint(asked) == folder and hub[1:] == [(COMMIT, True)]
+    assert files.weights_folder(asked) == folder and hub[1:] == [(COMMIT, True)]
     kept = vlm.load(folder, model_config(path=str(folder), lora=LORA), CPU, train=False)
     assert torch.equal(scores(kept, digits_task, no_think), scores(policy, digits_task, no_think))
-    found = files.checkpoint_hash(folder)
+    found = files.weights_hash(folder)
     local = {**settings, "base_model_name_or_path": str(untrained_folder), "revision": None}
     (folder / "adapter_config.json").write_text(json.dumps(local))
-    assert files.checkpoint_hash(folder) == found, "the same base in another place"
+    assert files.weights_hash(folder) == found, "the same base in another place"
 
 
 def test_adapters_name_their_local_base_by_its_folder(load_vlm, untrained_folder, tmp_path):
@@ -215,14 +216,12 @@ def test_a_run_with_adapters_is_evaluated_from_its_folder(runner, untrained_fold
     assert runner(tmp_path / "run", [*shared, *training, f"model.path={untrained_folder}"]) == 0
     assert runner(tmp_path / "again", [*shared, "trainer=none", f"model.path={tmp_path / 'run' / 'model'}"]) == 0
     begun, before, after = (
-        predictions(tmp_path / "run", "zero_shot"),
-        *(predictions(tmp_path / name, phase) for name, phase in (("run", "eval"), ("again", "zero_shot"))),
+        predictions(tmp_path / "run", "before"),
+        *(predictions(tmp_path / name, phase) for name, phase in (("run", "after"), ("again", "before"))),
     )
     assert before == after and begun != before
-    used = [
-        json.loads((tmp_path / name / "metrics.json").read_text())["checkpoint"]["sha256"] for name in ("run", "again")
-    ]
-    assert used[0] == files.checkpoint_hash(untrained_folder) != used[1]
+    used = [Result.load(tmp_path / name).weights["sha256"] for name in ("run", "again")]
+    assert used[0] == files.weights_hash(untrained_folder) != used[1]
 
 
 def predictions(folder, phase):

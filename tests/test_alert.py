@@ -12,14 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from alert import bank, bank_file, candidate_file, candidates, reference
+from alert.bank import embeddings as bank
+from alert.bank import file as bank_file
+from alert.draft import candidate_file, candidates
+from alert.draft import references as reference
 from alert.method import INITIALISATIONS, Alert
-from common import rewards, task
-from common.config import validate
-from common.data import manifest
-from common.evaluate import grade
+from common import rewards
+from common.config.composition import validate
+from common.data import manifest, task
+from common.evaluation.replies import grade
 from common.rollout.base import Completion
-from common.types import CATEGORY, Answers, Item, Prediction, Prompt, Sample, Split, Task, UserError
+from common.types import CATEGORY, Answers, Item, Prediction, Prompt, Reply, Sample, Split, Task, UserError
 from tests import data_tree
 from tests.faults import Kill
 from tests.judge_server import JudgeServer
@@ -395,7 +398,7 @@ def job(untrained_folders):
 
 
 def answered(completion, answer):
-    return Prediction("0-0", "0", answer, completion, False, False, False, True, 1, False)
+    return Prediction("0-0", "0", 0, answer, False, False, Reply(completion, 1, False, True))
 
 
 def test_what_the_reasoning_concludes_is_said_of_every_image(digits_task):
@@ -417,7 +420,7 @@ def test_what_the_reasoning_concludes_is_said_of_every_image(digits_task):
     method.drafted["test"] = candidates.rank([p.image for p in predictions], logits, names, origin)
     found = method.columns(digits_task, "test", predictions)
     assert found == {"candidates": [["zero", "one"]] * 5, "reasoning_agrees": [verdict for *_, verdict in replies]}
-    counts = method.facts(digits_task, "test", Answers(predictions, 0.0, 0.0, found))["reasoning"]
+    counts = method.facts(digits_task, "test", Answers(predictions, 0.0, columns=found))["reasoning"]
     assert counts == {"agree": 1, "differ": 1, "reasoning_names_none": 1, "malformed": 2}
 
 
@@ -430,10 +433,10 @@ def test_kept_answers_are_accounted_for_with_what_they_were_asked(order, digits_
     logits = np.arange(10.0, 0.0, -1.0)[None].repeat(2, 0)  # zero, one, two, ...
     method.drafted["test"] = candidates.rank([item.image for item in items], logits, asked.names, origin)
     columns = method.columns(digits_task, "test", predictions)
-    same = method.facts(digits_task, "test", Answers(predictions, 0.0, 0.0, columns))["draft"]
+    same = method.facts(digits_task, "test", Answers(predictions, 0.0, columns=columns))["draft"]
     assert (same["presence"], same["recall@1"], same["accuracy"]) == (1.0, 1.0, 1.0) and not caplog.records
     kept = {**columns, "candidates": [columns["candidates"][0], ["two", "one"]]}
-    found = method.facts(digits_task, "test", Answers(predictions, 0.0, 0.0, kept))["draft"]
+    found = method.facts(digits_task, "test", Answers(predictions, 0.0, columns=kept))["draft"]
     assert (found["presence"], found["recall@1"], found["recall@2"], found["recall@3"]) == (0.5, 0.5, 0.5, 1.0)
     assert found["accuracy"] == 0.5 and found["errors"]["not_among_candidates"] == 0.5
     (record,) = caplog.records
@@ -470,9 +473,9 @@ def test_a_run_moves_the_bank_and_accounts_for_its_answers(undisturbed):
     assert moved.shape == (10,) and float(moved.min()) > 0, "all ten categories are referred to"
     assert [path.parent.parent.name for path in undisturbed.rglob("begun.safetensors")] == ["model"], "written once"
     assert len(list(undisturbed.glob("checkpoints/*/model/embeddings/bank.safetensors"))) > 0
-    draft = json.loads((undisturbed / "metrics.json").read_text())["eval"]["test"]["draft"]
+    draft = json.loads((undisturbed / "metrics.json").read_text())["after"]["test"]["draft"]
     assert draft["recall@1"] <= draft["recall@2"] == draft["presence"] < draft["recall@8"]
-    reasoning = json.loads((undisturbed / "metrics.json").read_text())["eval"]["test"]["reasoning"]
+    reasoning = json.loads((undisturbed / "metrics.json").read_text())["after"]["test"]["reasoning"]
     assert sum(reasoning.values()) == draft["n"] and reasoning["malformed"] > 0
     table = pyarrow.parquet.read_table(undisturbed / "predictions.parquet")
     assert {len(row["candidates"]) for row in table.select(["candidates"]).to_pylist()} == {2}
@@ -485,9 +488,9 @@ def test_a_run_moves_the_bank_and_accounts_for_its_answers(undisturbed):
 @pytest.mark.parametrize(
     "kill",
     [
-        Kill("common.grpo.trainer:GRPOTrainer._update", 4),
-        Kill("alert.judge:ContrastiveReasoning._ask", 3),
-        Kill("common.engine:Engine.save", 2, after=True),
+        pytest.param(Kill("common.training.grpo.trainer:GRPOTrainer._update", 4), marks=pytest.mark.faults),
+        Kill("alert.judge.reward:ContrastiveReasoning._ask", 3),
+        pytest.param(Kill("common.training.engine:Engine.save", 2, after=True), marks=pytest.mark.faults),
     ],
     ids=["update", "judging", "checkpoint"],
 )
@@ -516,10 +519,10 @@ def test_a_judge_that_is_not_there_stops_the_run_before_it_computes(judge, said,
     assert not (tmp_path / "run" / "predictions").exists() and not list(tmp_path.glob("features"))
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_killed_run_with_adapters_ends_as_if_nothing_had_happened(adapted, job, runner, tmp_path):
     arguments = [*job, *LORA, f"cache_dir={tmp_path}"]
-    assert runner(tmp_path / "run", arguments, Kill("common.grpo.trainer:GRPOTrainer._update", 4)) == -9
+    assert runner(tmp_path / "run", arguments, Kill("common.training.grpo.trainer:GRPOTrainer._update", 4)) == -9
     assert (tmp_path / "run" / "checkpoints" / "step-000002").is_dir()
     assert runner(tmp_path / "run", arguments) == 0
     files = ("adapter_model.safetensors", "embeddings/bank.safetensors", "embeddings/begun.safetensors")
@@ -554,9 +557,9 @@ def test_an_exported_bank_gives_the_same_answers(trained, request, job, runner, 
         name: pyarrow.parquet.read_table(folder / "predictions.parquet").to_pandas()
         for name, folder in (("before", folder), ("after", tmp_path / "run"))
     }
-    before = read["before"][read["before"].phase == "eval"][columns].reset_index(drop=True)
+    before = read["before"][read["before"].phase == "after"][columns].reset_index(drop=True)
     assert before.equals(read["after"][columns].reset_index(drop=True))
-    begun = read["before"][read["before"].phase == "zero_shot"][columns].reset_index(drop=True)
+    begun = read["before"][read["before"].phase == "before"][columns].reset_index(drop=True)
     assert not before.equals(begun), "the training changed some"
 
 
@@ -582,7 +585,7 @@ def test_every_path_of_imagenet(job, runner, compose, tmp_path):
     assert used.model.lora.r > 0 and used.model.freeze_vision and used.model.gradient_checkpointing
     assert (used.method["instruction"], used.label_scoring, used.trainer.group_size) == ("paper", True, 6)
     found = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert {"test", "imagenet_v2"} == set(found["eval"]) and found["eval"]["imagenet_v2"]["draft"]["n"] > 0
+    assert {"test", "imagenet_v2"} == set(found["after"]) and found["after"]["imagenet_v2"]["draft"]["n"] > 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert max(line.get("rewards/reasoning/mean", 0) for line in lines) > 0
 
@@ -601,7 +604,7 @@ def test_every_path_of_imagenet(job, runner, compose, tmp_path):
     ]
     tested += ["method.draft=file", f"method.draft_file={tmp_path}/cafo/SPLIT", "label_scoring=direct"]
     assert runner(tmp_path / "tested", ["method=alert_zeroshot", *model, *where, *tested]) == 0
-    account = json.loads((tmp_path / "tested" / "metrics.json").read_text())["eval"]["test"]["draft"]
+    account = json.loads((tmp_path / "tested" / "metrics.json").read_text())["before"]["test"]["draft"]
     assert account["method"] == "CaFo" and account["presence"] == account["recall@2"] < 1
 
 
@@ -647,23 +650,32 @@ def test_formats_and_accuracy_of_alert(compose, completion, earned):
     parts = rewards.score([Sample(prompt, completion)], rewards.build_rewards(c.rewards)).parts
     assert tuple(parts[name][0] for name in ("format", "soft_format", "accuracy")) == earned
     reply = Completion(torch.tensor([1]), torch.tensor([0.0]), completion, truncated=False)
-    assert grade(Alert(seed=1), prompt, reply).correct is bool(earned[2]), "testing reads answers as training does"
+    graded = grade(Alert(seed=1), prompt, 6, reply)
+    assert graded.correct is bool(earned[2]), "testing reads answers as training does"
+    assert graded.reply.correct_official is None, "there is no code of the authors to differ from"
 
 
 @pytest.mark.parametrize("missing", [True, False], ids=["may be missing", "must be there"])
 def test_only_a_reward_that_may_be_missing_is_left_out(missing):
     import math
 
-    from common.grpo.batch import score_groups
     from common.rewards import Reward
     from common.rollout.base import Completion
+    from common.training.grpo.batch import score_groups
     from common.types import Prompt
 
     class Judge:
-        may_be_missing = missing
+        may_be_missing, needs_base = missing, False
 
         def __call__(self, samples):
             return [math.nan, 1.0, 0.5, 0.25]
+
+        def prepare(self): ...
+
+        def bind(self, generate, identity): ...
+
+        def metrics(self):
+            return {}
 
     rewards = {"judge": Reward(2.0, Judge()), "length": Reward(1.0, lambda samples: [1.0, 0.0, 1.0, 0.0])}
     reply = Completion(torch.tensor([1]), torch.tensor([0.0]), "six", truncated=False)
@@ -679,9 +691,9 @@ def reported(judged, shuffle=None):
     """Metrics and table rows of two groups of two samples whose judge gave these scores."""
     from types import SimpleNamespace
 
-    from common.grpo.batch import RolloutBatch, compare, describe, rows
     from common.rewards import Scores
     from common.rollout.base import Completion
+    from common.training.grpo.batch import RolloutBatch, compare, describe, rows
     from common.types import Prompt
 
     gone = [score is None for score in judged]
@@ -711,7 +723,7 @@ def test_a_missing_reward_is_not_shown_as_zero(shuffle):
 
 
 def test_a_reward_that_is_missing_everywhere_does_not_stop_the_run():
-    from common.pipeline import check_finite
+    from common.vlm.loop import check_finite
 
     metrics, rows = reported([None] * 4)
     check_finite(metrics, 1)

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from common.config.schema import LoraConfig
 from common.data.loading import Loader
-from common.engine import Engine
-from common.grpo.packing import pack_shared
+from common.forward.packing import pack_shared
 from common.models import slots
-from common.models.vlm import Encoder
-from common.schema import Lora
+from common.models.encoder import Encoder
+from common.training.engine import Engine
 from tests.test_shared_prefix import LORA, groups
 from tests.test_slots import prompts
 from tests.test_training import ZERO, distance, grpo, options, run, weights
@@ -30,7 +30,7 @@ def with_slots(load_vlm, trainable=True, **changes):
     return replace(vlm, slots=slots.attach(vlm.model, entries, trainable))
 
 
-@pytest.mark.parametrize(("lora", "stage"), [(Lora(), 2), (LORA, 0), (LORA, 2), (LORA, 3)])
+@pytest.mark.parametrize(("lora", "stage"), [(LoraConfig(), 2), (LORA, 0), (LORA, 2), (LORA, 3)])
 def test_the_reference_keeps_the_embeddings_of_the_start(load_vlm, digits_task, lora, stage):
     vlm = with_slots(load_vlm, lora=lora)
     asked = prompts(digits_task)
@@ -40,7 +40,7 @@ def test_the_reference_keeps_the_embeddings_of_the_start(load_vlm, digits_task, 
     packed = pack_shared(groups(vlm, asked, encoder, [2, 2, 2], [3, 5], image=True), vlm.family, vlm.device)
 
     def seen():
-        with torch.no_grad(), trainer.whole_weights():
+        with torch.no_grad(), trainer.sampling():
             rows = vlm.slots.entries.detach().clone()
         with torch.no_grad():
             return rows, trainer._reference_logps(packed), trainer.engine(packed)[0]

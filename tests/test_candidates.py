@@ -10,10 +10,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from alert import candidates as module
-from alert.candidate_file import read, recall_at, write
-from alert.candidates import Candidates, Origin, class_mean_logits, join, oracle_recall, rank, select
-from alert.reference import class_means
+from alert.draft import candidates as module
+from alert.draft.candidate_file import read, recall_at, write
+from alert.draft.candidates import Candidates, Origin, class_mean_logits, join, oracle_recall, rank, select
+from alert.draft.references import class_means
 from common.types import UserError
 
 NAMES = ("crane", "missile", "ox", "Missile", "fox", "crane ")  # 0 and 5, 1 and 3 share a name

@@ -2,38 +2,57 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
 
 import pytest
+from hydra.core.global_hydra import GlobalHydra
 
+import run as command
 from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.slow
 
 
-def run(*arguments: str, folder=None) -> subprocess.CompletedProcess[str]:
+@dataclass(frozen=True)
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(*arguments: str, folder=None) -> Done:
+    """The command in this process: a new one would spend four seconds on imports."""
     where = [] if folder is None else [f"hydra.run.dir={folder}"]
-    return subprocess.run(
-        [sys.executable, "run.py", *arguments, *where],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        env=dict(os.environ),
-    )
+    out, err, code = StringIO(), StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(REPOSITORY)
+        patch.setattr(sys, "argv", ["run.py", "--config-path", str(REPOSITORY / "conf"), *arguments, *where])
+        GlobalHydra.instance().clear()
+        try:
+            command.run()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1 if stop.code else 0
+            if isinstance(stop.code, str):
+                print(stop.code, file=err)  # as the interpreter does
+        finally:
+            GlobalHydra.instance().clear()
+    return Done(code, out.getvalue(), err.getvalue())
 
 
 BAD = {
+    "doctor without rewards": (["doctor=true", "trainer=none"], "doctor=true examines GRPO trainings"),
     "unknown key": (["shot=4"], "shot"),
-    "appended key": (["+foo=1"], "unknown config key: foo"),
+    "appended key": (["+foo=1"], "unknown config key foo"),
     "wrong type": (["shots=four"], "shots=four"),
     "unknown method": (["method=foo"], "Available options in 'method': alert alert_sft alert_zeroshot clsrl"),
     "unknown data": (["data=foo"], "Available options in 'data': caltech101 digits"),
     "group of one": (["trainer.group_size=1"], "trainer.group_size=1"),
     "too many shots": (["shots=200"], "class 'eight' has only 174 images"),
-    "missing checkpoint": (["model.recipe=null", "model.path=/nonexistent"], "model.path=/nonexistent is not a folder"),
+    "missing checkpoint": (["model.path=/nonexistent"], "model.path=/nonexistent is not a folder"),
     "over-long prompt": (["model.max_prompt_tokens=20"], "model.max_prompt_tokens=20"),
     "more GPUs than there are": (["gpus=16"], "gpus=16"),
     "8 bits without a GPU": (["model.load_in_8bit=true", "model.lora.r=4"], "model.load_in_8bit=true needs a GPU"),
@@ -58,7 +77,7 @@ def test_corrupt_checkpoint_is_one_line(tmp_path, untrained_folder):
     broken = tmp_path / "checkpoint"
     shutil.copytree(untrained_folder, broken)
     (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:5000])
-    done = run("model.recipe=null", f"model.path={broken}", folder=tmp_path / "run")
+    done = run(f"model.path={broken}", folder=tmp_path / "run")
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert f"{broken}/model.safetensors is damaged" in done.stderr
 
@@ -72,8 +91,8 @@ def test_unwritable_folder_is_one_line(tmp_path):
 
 
 def test_used_folder_with_another_value_is_refused(tmp_path, compose):
-    from common import config
-    from common.run_folder import RunFolder
+    from common.config import composition as config
+    from common.run.run_folder import RunFolder
 
     RunFolder(tmp_path).claim(config.plain(compose("shots=4")))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -84,7 +103,9 @@ def test_used_folder_with_another_value_is_refused(tmp_path, compose):
 
 def test_cfg_job_prints_the_configuration():
     done = run("method=clsrl", "--cfg", "job")
-    assert done.returncode == 0 and "strict_format" in done.stdout and "learning_rate: 0.0005" in done.stdout
+    assert (
+        done.returncode == 0 and "clsrl.rewards.format_reward" in done.stdout and "learning_rate: 0.0005" in done.stdout
+    )
 
 
 def test_help_lists_the_groups():
@@ -116,3 +137,9 @@ def test_ranks_that_do_not_fit_are_one_line(tmp_path, monkeypatch, gpus, message
     monkeypatch.delenv("FEWSHOT_ALONE", raising=False)
     done = run(f"gpus={gpus}", folder=tmp_path / "run")
     assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_doctor_says_one_line_and_leaves_nothing(tmp_path, untrained_folder):
+    done = run("doctor=true", "rollout.top_k=1", f"model.path={untrained_folder}", folder=tmp_path / "run")
+    assert done.returncode == 1 and "error: doctor: sampling: " in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()

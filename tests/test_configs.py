@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from common import config
+from common import rewards
+from common.config import composition as config
 from common.types import UserError
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -21,7 +22,15 @@ def options(group: str) -> list[str]:
 FILES = sorted(str(path.relative_to(CONF)) for path in CONF.rglob("*.yaml") if path.name != "config.yaml")
 
 
-@pytest.mark.parametrize("file", FILES)
+# methods, models and datasets are composed below
+AS_THEY_ARE = [
+    pytest.param(file, marks=pytest.mark.slow if file.startswith(("tune/", "experiment/")) else ())
+    for file in FILES
+    if not file.startswith(("data/", "method/", "model/"))
+]
+
+
+@pytest.mark.parametrize("file", AS_THEY_ARE)
 def test_every_file_composes_and_validates(compose, file):
     group, name = str(Path(file).parent), Path(file).stem
     if group.startswith("tune/"):
@@ -43,11 +52,11 @@ def test_every_file_composes_and_validates(compose, file):
 
 
 COMBINATIONS = [
-    *itertools.product(options("method"), ["digits"], options("model")),
     *(
-        pytest.param(*c, marks=pytest.mark.slow)
-        for c in itertools.product(["clsrl"], options("data"), options("model"))
+        pytest.param(method, "digits", model, marks=() if model.startswith("tiny") else pytest.mark.slow)
+        for method, model in itertools.product(options("method"), options("model"))
     ),
+    *(pytest.param(*c, marks=pytest.mark.slow) for c in itertools.product(["clsrl"], options("data"), ["qwen2_vl_2b"])),
 ]
 
 
@@ -102,7 +111,9 @@ def test_protocol_switches_reach_rewards_and_method(compose):
     c = config.validate(compose("method=clsrl", "protocol=official"))
     assert c.rewards["accuracy"]["match"] == c.rewards["format"]["match"] == "official"
     assert c.method["evaluation_prompt"] == "official"
-    assert config.validate(compose("method=sft", "protocol=official")).method["train_system_prompt"] == "think"
+    sft = config.validate(compose("method=sft", "protocol=official")).method
+    train = {key: value for key, value in sft.items() if key.startswith("train_")}
+    assert list(train.values()) == ["think", "bare", "last", "tagged"] and sft["instruction"] == "no_think"
     one_switch = config.validate(compose("method=clsrl", "protocol.accuracy_match=official"))
     assert one_switch.rewards["format"]["match"] == "strict"
 
@@ -115,6 +126,11 @@ def test_protocol_switches_reach_rewards_and_method(compose):
         (["+method.lrr=1"], "lrr"),
         (["+rewards.equality.tag=x"], "tag"),
         (["rewards.equality.fn=common.rewards.nope"], "nope"),
+        (
+            ["method=clsrl", "rewards.accuracy.match=loose"],
+            "rewards.accuracy.fn=clsrl.rewards.accuracy_reward: match=loose: choose one of strict, official",
+        ),
+        (["method=clsrl", "rewards.format.match=no"], "match=no: choose one of strict, official"),
         (["rewards.equality.weight=heavy"], "rewards.equality.weight"),
         (["~rewards.equality"], "rewards is empty"),
         (["trainer.group_size=1"], "trainer.group_size=1"),
@@ -130,6 +146,10 @@ def test_protocol_switches_reach_rewards_and_method(compose):
         (["trainer.evaluate_limit=0"], "trainer.evaluate_limit"),
         (["+deepspeed.foo=1"], "deepspeed.foo"),
         (["deepspeed.zero_optimization.stage=4"], "stage=4"),
+        (["protocol.sft_question=short"], "protocol.sft_question=short: choose one of instructed, bare"),
+        (["protocol.sft_image=middle"], "protocol.sft_image=middle: choose one of first, last"),
+        (["protocol.sft_target=think"], "protocol.sft_target=think: choose one of label, tagged"),
+        (["protocol.sft_loss=prompt"], "protocol.sft_loss=prompt: choose one of answer, everything"),
         (["doctor=maybe"], "doctor=maybe: choose one of auto, true, false"),
         (["trainer.warmup_ratio=3"], "trainer.warmup_ratio=3"),
         (["trainer.evaluate_every=-1"], "trainer.evaluate_every=-1"),
@@ -148,7 +168,7 @@ def test_protocol_switches_reach_rewards_and_method(compose):
         (["+rewards.mine={weight:1,fn:tests.test_rewards.Silent}"], "rewards.mine.fn"),
         (["model.dtype=float16"], "model.dtype"),
         (["model.family=llava"], "model.family"),
-        (["model.path=x"], "model.recipe"),
+        (["model.recipe=null"], "set model.path="),
         (["data.question=${data.nme}"], "data.nme"),
         (["data.question=???"], "data.question"),
         (["method.seed=one"], "seed"),
@@ -160,6 +180,31 @@ def test_bad_values_are_named(compose, overrides, message):
         config.validate(compose(*overrides))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("entry", "named"),
+    [
+        ("fn:common.rewards.accuracy,match:official", "fn: clsrl.rewards.accuracy_reward, match: official"),
+        ("fn:common.rewards.accuracy,match:tagged", "fn: alert.rewards.tagged_accuracy, without match"),
+        ("fn:common.rewards.strict_format,match:official", "fn: clsrl.rewards.format_reward, match: official"),
+        ("fn:common.rewards.accuracy,match:strict", "leave match out"),
+        ("fn:common.rewards.strict_format,match:strict", "leave match out"),
+        ("fn:common.rewards.accuracy,match:[a]", "leave match out"),
+    ],
+)
+def test_a_match_that_has_moved_names_its_new_place(compose, entry, named):
+    with pytest.raises(UserError) as error:
+        config.validate(compose(f"+rewards.mine={{weight:1,{entry}}}"))
+    message = str(error.value)
+    assert message.startswith("rewards.mine.match=") and message.endswith(named) and "\n" not in message
+
+
+def test_the_rewards_that_a_moved_match_names_exist(compose):
+    for moved in rewards.MATCHES.values():
+        for match, path in moved.items():
+            argument = ",match:official" if match == "official" else ""
+            config.validate(compose(f"+rewards.mine={{weight:1,fn:{path}{argument}}}"))
 
 
 def test_rewards_may_import_their_types_for_checkers_only(compose, tmp_path, monkeypatch):

@@ -104,6 +104,7 @@ def test_a_missing_split_file_is_a_problem(configured, tree, tmp_path):
     assert line.startswith("dtd: ") and line.count("docs/datasets.md#dtd") == 1 and line.count("dtd: ") == 1
 
 
+@pytest.mark.slow
 def test_the_command(tree, tmp_path, capsys, monkeypatch):
     (tmp_path / "photos").mkdir()
     monkeypatch.setenv("DATA", str(tmp_path))

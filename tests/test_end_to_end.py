@@ -58,14 +58,14 @@ def test_demo_learns(demo):
         16,
         1,
     )
-    before, after = r["zero_shot"]["test"], r["eval"]["test"]
+    before, after = r["before"]["test"], r["after"]["test"]
     assert before["n"] == after["n"] == 1637
     assert 0.40 <= before["accuracy"] <= 0.70
     assert after["accuracy"] >= 0.83
     assert after["ci95"][0] > before["ci95"][1]
     assert r["train"]["updates"] == 100 and r["train"]["paired"]["test"]["p_value"] < 1e-20
     assert {"rollout", "reward", "update"} <= r["train"]["seconds"].keys()
-    assert len(r["checkpoint"]["sha256"]) == 64 and r["versions"]["torch"]
+    assert len(r["weights"]["sha256"]) == 64 and r["versions"]["torch"]
 
 
 def test_demo_ends_with_a_table(demo):
@@ -86,10 +86,10 @@ def test_run_folder_is_complete_and_consistent(demo):
     folder, _ = demo
     r = result(folder)
     predictions = pyarrow.parquet.read_table(folder / "predictions.parquet").to_pandas()
-    trained = predictions[predictions.phase == "eval"]
-    assert len(trained) == 1637 and trained.correct.mean() == pytest.approx(r["eval"]["test"]["accuracy"])
+    trained = predictions[predictions.phase == "after"]
+    assert len(trained) == 1637 and trained.correct.mean() == pytest.approx(r["after"]["test"]["accuracy"])
     best = trained.apply(lambda row: row.choices[row.probabilities.argmax()] == row.label, axis=1)
-    assert best.mean() == pytest.approx(r["eval"]["test"]["probability"]["top1"], abs=2e-3)  # stored in fp32: ties
+    assert best.mean() == pytest.approx(r["after"]["test"]["probability"]["top1"], abs=2e-3)  # stored in fp32: ties
     assert best.mean() >= 0.83
     completions = pyarrow.parquet.read_table(folder / "completions.parquet").to_pandas()
     assert len(completions) == 100 * 16 * 8
@@ -106,7 +106,7 @@ def test_run_folder_is_complete_and_consistent(demo):
         assert (folder / picture).stat().st_size > 10_000
     (log,) = folder.rglob("*.wandb")
     found = summary_of(log)
-    assert found["exit"] == 0 and found["group"] == "digits-few_shot-s16" and "nothinking" in found["tags"]
+    assert found["exit"] == 0 and found["group"] == "nothinking-digits-few_shot-s16" and "nothinking" in found["tags"]
     assert sum("train/reward" in row for row in found["history"]) == 100
 
 
@@ -114,13 +114,13 @@ def test_trained_weights_load_and_give_the_same_answers(demo, digits_task, no_th
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from common.models.files import messages
+    from common.models.meter import messages
 
     folder, _ = demo
     processor = AutoProcessor.from_pretrained(folder / "model")
     model = AutoModelForImageTextToText.from_pretrained(folder / "model")
     predictions = pyarrow.parquet.read_table(folder / "predictions.parquet").to_pandas()
-    trained = predictions[predictions.phase == "eval"].set_index("image").completion
+    trained = predictions[predictions.phase == "after"].set_index("image").completion
     prompts = no_think.evaluation_prompts(digits_task, "test")[:40]
     for prompt in prompts:
         text = processor.apply_chat_template(messages(prompt), tokenize=False, add_generation_prompt=True)
@@ -142,11 +142,12 @@ def test_second_run_shows_the_result_and_touches_nothing(demo):
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.faults
 def test_thinking_learns_accuracy_and_format(runner, tmp_path):
-    assert runner(tmp_path, ["method=clsrl", *QUIET]) == 0
+    assert runner(tmp_path, ["method=clsrl", "shots=100", *QUIET]) == 0  # leaves 797 images to test
     r = result(tmp_path)
-    assert 0.40 <= r["zero_shot"]["test"]["accuracy"] <= 0.70
-    assert r["eval"]["test"]["accuracy"] >= 0.79 and r["eval"]["test"]["well_formed"] >= 0.95
+    assert 0.40 <= r["before"]["test"]["accuracy"] <= 0.70
+    assert r["after"]["test"]["accuracy"] >= 0.79 and r["after"]["test"]["well_formed"] >= 0.95
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     updates = [line for line in lines if "loss" in line]
     assert sum(line["rewards/format/mean"] for line in updates[-10:]) / 10 >= 0.95
@@ -155,25 +156,36 @@ def test_thinking_learns_accuracy_and_format(runner, tmp_path):
     assert sum(line["completions/clipped_ratio"] for line in updates[-10:]) / 10 <= 0.02
 
 
+@pytest.mark.faults
 def test_supervised_baseline_learns(runner, tmp_path):
     assert runner(tmp_path, ["method=sft", *QUIET]) == 0
-    assert result(tmp_path)["eval"]["test"]["accuracy"] >= 0.83
+    assert result(tmp_path)["after"]["test"]["accuracy"] >= 0.83
 
 
-def test_meaningless_rewards_teach_nothing(runner, tmp_path):
-    assert runner(tmp_path, ["experiment=shuffled_rewards", *QUIET]) == 0
-    r = result(tmp_path)
-    assert r["eval"]["test"]["accuracy"] <= r["zero_shot"]["test"]["accuracy"] + 0.05
+def test_meaningless_rewards_teach_nothing_where_true_ones_teach(runner, tmp_path):
+    """Small and few steps: at the demo's own, noise destroys the model, and a wreck would pass any upper bound."""
+    gentle = ["trainer.learning_rate=1e-4", "trainer.updates=40", *QUIET]
+    gained, formed, unformed = {}, {}, {}
+    for name, preset in (("shuffled", "shuffled_rewards"), ("true", "none")):
+        assert runner(tmp_path / name, [f"experiment={preset}", *gentle]) == 0
+        before, after = (result(tmp_path / name)[phase]["test"] for phase in ("before", "after"))
+        gained[name] = after["accuracy"] - before["accuracy"]
+        formed[name] = after["well_formed"] - before["well_formed"]
+        unformed[name] = 1 - before["well_formed"]
+    assert -0.05 <= gained["shuffled"] <= 0.05 and abs(formed["shuffled"]) <= 0.10, "as it was (docs/log.md)"
+    # how many are well formed from the start differs with the CPU that pre-trained the model: half of the rest, at least
+    assert gained["true"] >= 0.07 and formed["true"] >= min(0.05, unformed["true"] / 2)
 
 
-def test_official_protocol_runs_end_to_end(runner, tmp_path):
+@pytest.mark.parametrize("method", ["clsrl", "sft"])
+def test_official_protocol_runs_end_to_end(runner, tmp_path, method):
     assert (
         runner(
             tmp_path,
             [
-                "method=clsrl",
+                f"method={method}",
                 "protocol=official",
-                "shots=1",
+                "shots=170",
                 "trainer.updates=2",
                 "tracking=none",
                 "label_scoring=false",
@@ -183,6 +195,7 @@ def test_official_protocol_runs_end_to_end(runner, tmp_path):
     )
     r = result(tmp_path)
     assert r["protocol"] == "official" and r["train"]["updates"] == 2
+    assert {"accuracy", "accuracy_official"} <= r["after"]["test"].keys()
 
 
 def test_adapter_run_saves_an_adapter_that_loads(runner, tmp_path):
@@ -191,27 +204,10 @@ def test_adapter_run_saves_an_adapter_that_loads(runner, tmp_path):
     assert (
         runner(
             tmp_path,
-            ["model.lora.r=4", "trainer.updates=2", "trainer.beta=0.04", "tracking=none", "label_scoring=false"],
+            ["model.lora.r=4", "trainer.updates=2", "trainer.beta=0.04", "shots=170", *QUIET],
         )
         == 0
     )
     assert (tmp_path / "model" / "adapter_config.json").is_file()
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
     assert any("lora" in name for name, _ in model.named_parameters())
-
-
-def test_adding_a_reward_takes_one_function_and_one_line(tmp_path, monkeypatch):
-    (tmp_path / "my_rewards.py").write_text(
-        "def shorter(samples, *, limit: int = 10):\n    return [float(len(s.completion) < limit) for s in samples]\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    run(
-        tmp_path / "run",
-        "+rewards.shorter={weight:0.5,fn:my_rewards.shorter,limit:8}",
-        "trainer.updates=2",
-        "tracking=none",
-        "label_scoring=false",
-    )
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    update = next(json.loads(line) for line in lines if "loss" in line)
-    assert update["reward"] == pytest.approx(update["rewards/equality/mean"] + 0.5 * update["rewards/shorter/mean"])

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from common.data.loading import Loader
-from common.grpo import trainer as module
-from common.grpo.logprobs import PolicyScorer
-from common.grpo.packing import pack_plain
-from common.models.vlm import Encoder
+from common.forward.logprobs import PolicyScorer
+from common.forward.packing import pack_plain
+from common.models.encoder import Encoder
 from common.rewards import Reward, accuracy, equality
+from common.training.grpo import trainer as module
 from tests.test_training import LORA, distance, grpo, weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("process_group")]
@@ -101,7 +101,9 @@ def test_resampling_draws_flat_groups_again_up_to_the_cap(load_vlm, digits_task,
     )
     asked = []
     generate = trainer.rollout.generate
-    monkeypatch.setattr(trainer.rollout, "generate", lambda p, g, d, s: asked.append(list(s)) or generate(p, g, d, s))
+    monkeypatch.setattr(
+        trainer.rollout, "generate", lambda r, g, d: asked.append([one.seed for one in r]) or generate(r, g, d)
+    )
     metrics = steps(trainer, 1)[0].metrics
     assert len(asked[0]) == 4 and 1 <= len(asked) - 1 <= 2
     for attempt, seeds in enumerate(asked[1:]):
@@ -110,7 +112,7 @@ def test_resampling_draws_flat_groups_again_up_to_the_cap(load_vlm, digits_task,
 
 
 def test_truncated_completions_are_left_out(load_vlm, digits_task, think):
-    masked = grpo(load_vlm(), digits_task, think, mask_truncated_completions=True)
+    masked = grpo(load_vlm(), digits_task, think, mask_truncated_completions=True, max_tokens=60)
     step = masked.step(0)
     cut = [c.truncated for group in masked.current.completions for c in group]
     assert any(cut) and not all(cut)

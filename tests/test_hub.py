@@ -13,7 +13,7 @@ from PIL import Image
 
 from common.data import hub
 from common.data.hub_classes import WORDINGS, match
-from common.data.place import Place
+from common.data.location import Location
 from common.types import BadImage, UserError
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -34,10 +34,10 @@ def local_cache(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def place(tmp_path):
+def location(tmp_path):
     folder = tmp_path / "data" / "dtd"
     folder.mkdir(parents=True)
-    return Place("dtd", tmp_path / "data", folder)
+    return Location("dtd", tmp_path / "data", folder)
 
 
 def png(colour=RED):
@@ -68,19 +68,19 @@ def pictures_as_rows(pictures):
     return [{"bytes": one, "path": None} if isinstance(one, bytes) else one for one in pictures]
 
 
-def split_file(place, names, file="split_zhou_DescribableTextures.json"):
+def split_file(location, names, file="split_zhou_DescribableTextures.json"):
     rows = [[f"{name}/1.jpg", label, name] for label, name in enumerate(names)]
-    (place.folder / file).write_text(json.dumps({"train": rows, "val": rows, "test": rows[::-1]}))
+    (location.folder / file).write_text(json.dumps({"train": rows, "val": rows, "test": rows[::-1]}))
 
 
 def rows(items):
     return [(item.image, item.label, item.name) for item in items]
 
 
-def test_the_dataset_s_own_names_and_order_win(place, tmp_path):
-    split_file(place, ["yin_yang", "ant", "Sea or Lake"])
+def test_the_dataset_s_own_names_and_order_win(location, tmp_path):
+    split_file(location, ["yin_yang", "ant", "Sea or Lake"])
     id = write(tmp_path / "repo", ["sea_or_lake", "Yin Yang", "ant"], {"train": [0, 1, 2, 1], "test": [2]})
-    source = hub.read(place, id=id)
+    source = hub.read(location, id=id)
     assert source.names == ("yin_yang", "ant", "Sea or Lake")
     assert rows(source.train) == [
         ("dtd/hub/train/0", 2, "Sea or Lake"),
@@ -92,32 +92,32 @@ def test_the_dataset_s_own_names_and_order_win(place, tmp_path):
     assert source.val == () and source.origin == "hub split"
 
 
-def test_variants_name_the_classes(place, tmp_path):
-    (place.folder / "variants.txt").write_text("F-16A/B\nAn-12\n")
+def test_variants_name_the_classes(location, tmp_path):
+    (location.folder / "variants.txt").write_text("F-16A/B\nAn-12\n")
     id = write(tmp_path / "repo", ["An-12", "F-16A/B"], {"train": [0, 1], "validation": [1], "test": [0]})
-    source = hub.read(place, id=id, parts={"train": "train", "val": "validation", "test": "test"})
+    source = hub.read(location, id=id, parts={"train": "train", "val": "validation", "test": "test"})
     assert source.names == ("F-16A/B", "An-12")
     assert rows(source.val) == [("dtd/hub/val/0", 0, "F-16A/B")]
 
 
-def test_without_own_files_the_names_are_sorted(place, tmp_path):
+def test_without_own_files_the_names_are_sorted(location, tmp_path):
     id = write(tmp_path / "repo", ["b_two", "Alpha", "C"], {"train": [0, 1, 2], "test": [2]})
-    source = hub.read(place, id=id)
+    source = hub.read(location, id=id)
     assert source.names == ("Alpha", "b_two", "C")
     assert [item.label for item in source.train] == [1, 0, 2]
 
 
-def test_labels_may_be_text(place, tmp_path):
+def test_labels_may_be_text(location, tmp_path):
     id = write(tmp_path / "repo", None, {"train": ["b", "a"], "test": ["c", "a"]})
-    source = hub.read(place, id=id)
+    source = hub.read(location, id=id)
     assert source.names == ("a", "b", "c")
     assert [item.label for item in source.train + source.test] == [1, 0, 2, 0]
 
 
-def test_dropped_classes_keep_the_row_numbers(place, tmp_path):
+def test_dropped_classes_keep_the_row_numbers(location, tmp_path):
     names = ["background_google", "Faces", "Faces_easy", "ant"]
     id = write(tmp_path / "repo", names, {"train": [0, 1, 2, 3], "test": [3, 1]})
-    source = hub.read(place, id=id, drop=["BACKGROUND_Google", "Faces_easy"], renames={"faces": "face"})
+    source = hub.read(location, id=id, drop=["BACKGROUND_Google", "Faces_easy"], renames={"faces": "face"})
     assert source.names == ("ant", "face")
     assert rows(source.train) == [("dtd/hub/train/1", 1, "face"), ("dtd/hub/train/3", 0, "ant")]
 
@@ -131,9 +131,9 @@ def test_dropped_classes_keep_the_row_numbers(place, tmp_path):
     ],
     ids=["cars", "scenes", "as is"],
 )  # fmt: skip
-def test_wordings(place, tmp_path, wording, names, expected):
+def test_wordings(location, tmp_path, wording, names, expected):
     id = write(tmp_path / "repo", names, {"train": list(range(len(names)))})
-    assert list(hub.read(place, id=id, parts={"train": "train"}, wording=wording).names) == expected
+    assert list(hub.read(location, id=id, parts={"train": "train"}, wording=wording).names) == expected
 
 
 CLASSNAMES = (
@@ -141,34 +141,34 @@ CLASSNAMES = (
 )
 
 
-def test_wordnet_ids_get_the_names_of_imagenet(place, tmp_path):
-    (place.root / "imagenet").mkdir()
-    (place.root / "imagenet" / "classnames.txt").write_text(CLASSNAMES)
+def test_wordnet_ids_get_the_names_of_imagenet(location, tmp_path):
+    (location.root / "imagenet").mkdir()
+    (location.root / "imagenet" / "classnames.txt").write_text(CLASSNAMES)
     id = write(tmp_path / "repo", None, {"test": ["n04008634", "n01440764", "n03773504"]})
-    source = hub.read(place, id=id, parts={"test": "test"}, wording="wnid")
+    source = hub.read(location, id=id, parts={"test": "test"}, wording="wnid")
     assert source.names == ("tench", "missile", "missile")
     assert [item.label for item in source.test] == [2, 0, 1]
 
 
-def test_synonyms_tell_the_two_cranes_apart(place, tmp_path):
-    (place.folder / "classnames.txt").write_text(CLASSNAMES)
+def test_synonyms_tell_the_two_cranes_apart(location, tmp_path):
+    (location.folder / "classnames.txt").write_text(CLASSNAMES)
     names = ["missile", "crane2", "projectile, missile", "crane", "tench, Tinca tinca"]
     id = write(tmp_path / "repo", names, {"train": [0, 1, 2, 3, 4]})
     cranes = {"crane": "n02012849", "crane2": "n03126707"}
-    source = hub.read(place, id=id, parts={"train": "train"}, wording="synonyms", renames=cranes)
+    source = hub.read(location, id=id, parts={"train": "train"}, wording="synonyms", renames=cranes)
     assert source.names == ("tench", "crane bird", "construction crane", "missile", "missile")
     assert [item.label for item in source.train] == [3, 2, 4, 1, 0]
     with pytest.raises(UserError, match="the hub's 'crane', 'crane2' is no class"):
-        hub.read(place, id=id, parts={"train": "train"}, wording="synonyms")
+        hub.read(location, id=id, parts={"train": "train"}, wording="synonyms")
 
 
-def test_pictures(place, tmp_path):
+def test_pictures(location, tmp_path):
     file = tmp_path / "file.png"
     file.write_bytes(png(BLUE))
     damaged = png(GREEN)[:40]
     images = [png(RED), damaged, b"", None, {"bytes": None, "path": str(file)}, png(GREEN)]
     id = write(tmp_path / "repo", ["a"], {"train": [0] * 6}, {"train": images})
-    source = hub.read(place, id=id, parts={"train": "train"})
+    source = hub.read(location, id=id, parts={"train": "train"})
     keys = [item.image for item in source.train]
     for row, colour in ((0, RED), (4, BLUE), (5, GREEN)):
         picture = np.asarray(source.images.open(keys[row]))
@@ -178,27 +178,32 @@ def test_pictures(place, tmp_path):
     for row in (2, 3):
         with pytest.raises(BadImage, match="no picture in this row"):
             source.images.stamp(keys[row])
+        with pytest.raises(BadImage, match="no picture in this row"):
+            source.images.size(keys[row])
+    for row, stored in ((0, png(RED)), (1, damaged), (4, png(BLUE))):
+        assert (source.images.size(keys[row]), source.images.content(keys[row])) == (len(stored), stored)
+        assert source.images.content(keys[row], 3, 5) == stored[3:8]
     stamps = [source.images.stamp(keys[row]) for row in (0, 1, 4, 5)]
     assert len(set(stamps)) == 4
     file.write_bytes(png(GREEN) + b" ")
     assert source.images.stamp(keys[4]) != stamps[2]
 
 
-def test_other_data_has_other_stamps(place, tmp_path):
+def test_other_data_has_other_stamps(location, tmp_path):
     found = []
     for name, colour in (("one", RED), ("two", BLUE), ("one", GREEN)):
         id = write(tmp_path / name, ["a"], {"train": [0]}, {"train": [png(colour)]})
-        source = hub.read(place, id=id, parts={"train": "train"})
+        source = hub.read(location, id=id, parts={"train": "train"})
         assert (np.asarray(source.images.open("dtd/hub/train/0")) == colour).all()
         found.append(source.images.stamp("dtd/hub/train/0"))
-        assert source.images == hub.read(place, id=id, parts={"train": "train"}).images
+        assert source.images == hub.read(location, id=id, parts={"train": "train"}).images
     assert len(set(found)) == 3
 
 
-def test_fingerprint_is_of_names_labels_and_pictures(place, tmp_path):
+def test_fingerprint_is_of_names_labels_and_pictures(location, tmp_path):
     def fingerprint(folder, names, labels, picture=RED, **arguments):
         id = write(tmp_path / folder, names, {"train": labels}, {"train": [png(picture) for _ in labels]})
-        return hub.read(place, id=id, parts={"train": "train"}, **arguments).fingerprint
+        return hub.read(location, id=id, parts={"train": "train"}, **arguments).fingerprint
 
     first = fingerprint("one", ["a", "b"], [0, 1, 1])
     assert len(first) == 64 and int(first, 16)
@@ -247,12 +252,12 @@ def test_fingerprint_is_of_names_labels_and_pictures(place, tmp_path):
         *("no image column", "no label column", "no pictures", "no labels", "unknown split", "unknown part"),
     ],
 )
-def test_what_does_not_fit_is_named(place, tmp_path, own, names, arguments, message):
+def test_what_does_not_fit_is_named(location, tmp_path, own, names, arguments, message):
     if own:
-        split_file(place, own)
+        split_file(location, own)
     id = write(tmp_path / "repo", names, {"train": list(range(len(names)))})
     with pytest.raises(UserError, match=message) as error:
-        hub.read(place, **{"id": id, "parts": {"train": "train"}, **arguments})
+        hub.read(location, **{"id": id, "parts": {"train": "train"}, **arguments})
     assert "\n" not in str(error.value)
 
 
@@ -264,46 +269,46 @@ def test_what_does_not_fit_is_named(place, tmp_path, own, names, arguments, mess
     ],
     ids=["no JSON", "gap in the labels"],
 )  # fmt: skip
-def test_damaged_own_files_are_named(place, tmp_path, file, content, message):
-    (place.folder / file).write_text(content)
+def test_damaged_own_files_are_named(location, tmp_path, file, content, message):
+    (location.folder / file).write_text(content)
     id = write(tmp_path / "repo", ["ant"], {"train": [0]})
     with pytest.raises(UserError, match=message):
-        hub.read(place, id=id, parts={"train": "train"})
+        hub.read(location, id=id, parts={"train": "train"})
 
 
-def test_two_split_files_are_refused(place, tmp_path):
-    split_file(place, ["ant"])
-    split_file(place, ["ant"], "split_zhou_Other.json")
+def test_two_split_files_are_refused(location, tmp_path):
+    split_file(location, ["ant"])
+    split_file(location, ["ant"], "split_zhou_Other.json")
     id = write(tmp_path / "repo", ["ant"], {"train": [0]})
     with pytest.raises(UserError, match="several split files.*'split_zhou_Desc.*'split_zhou_Other.json'"):
-        hub.read(place, id=id, parts={"train": "train"})
+        hub.read(location, id=id, parts={"train": "train"})
 
 
-def test_rows_without_a_label_are_refused(place, tmp_path):
+def test_rows_without_a_label_are_refused(location, tmp_path):
     id = write(tmp_path / "repo", ["ant"], {"train": [0], "test": [0, -1]})
     with pytest.raises(UserError, match="row 1 of the hub's split 'test' has no label"):
-        hub.read(place, id=id)
+        hub.read(location, id=id)
 
 
-def test_an_id_that_is_out_of_reach_is_one_line(place):
+def test_an_id_that_is_out_of_reach_is_one_line(location):
     with pytest.raises(
         UserError, match="tanganke/dtd cannot be reached.*hf download tanganke/dtd.*data.source=local"
     ) as error:
-        hub.read(place, id="tanganke/dtd")
+        hub.read(location, id="tanganke/dtd")
     assert "\n" not in str(error.value) and "docs/datasets.md#dtd" in str(error.value)
 
 
-def test_a_loading_script_is_not_run(place, tmp_path):
+def test_a_loading_script_is_not_run(location, tmp_path):
     folder = tmp_path / "script"
     folder.mkdir()
     (folder / "script.py").write_text("raise SystemExit(1)")
     with pytest.raises(UserError, match="script is a loading script"):
-        hub.read(place, id=str(folder))
+        hub.read(location, id=str(folder))
 
 
-def test_a_folder_that_is_not_there(place, tmp_path):
+def test_a_folder_that_is_not_there(location, tmp_path):
     with pytest.raises(UserError, match="nowhere is no folder with a dataset"):
-        hub.read(place, id=str(tmp_path / "nowhere"))
+        hub.read(location, id=str(tmp_path / "nowhere"))
 
 
 @pytest.mark.parametrize(
@@ -314,7 +319,7 @@ def test_a_folder_that_is_not_there(place, tmp_path):
     ],
     ids=["gated", "unknown"],
 )  # fmt: skip
-def test_what_the_hub_refuses(place, monkeypatch, text, advice):
+def test_what_the_hub_refuses(location, monkeypatch, text, advice):
     import datasets
 
     def refuse(*arguments, **keywords):
@@ -322,30 +327,30 @@ def test_what_the_hub_refuses(place, monkeypatch, text, advice):
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(UserError, match=advice):
-        hub.read(place, id="a/b")
+        hub.read(location, id="a/b")
 
 
 CONFIGURED = sorted((Path(__file__).parent.parent / "conf" / "data").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGURED, ids=lambda path: path.stem)
-def test_configured_blocks_are_calls_of_the_reader(path, place):
+def test_configured_blocks_are_calls_of_the_reader(path, location):
     from omegaconf import OmegaConf
 
     block = OmegaConf.to_container(OmegaConf.load(path), resolve=True).get("hub")
     if not block:
         return
     assert block.pop("_target_") == "common.data.hub.read"
-    bound = inspect.signature(hub.read).bind(place, **block)
+    bound = inspect.signature(hub.read).bind(location, **block)
     assert bound.arguments.get("wording", "as_is") in WORDINGS
     assert set(bound.arguments["parts"]) <= {"train", "val", "test"} and "test" in bound.arguments["parts"]
 
 
-def test_a_task_from_the_hub(place, tmp_path, compose):
-    from common import task
-    from common.config import validate
+def test_a_task_from_the_hub(location, tmp_path, compose):
+    from common.config.composition import validate
+    from common.data import task
 
-    split_file(place, ["polka-dotted", "banded_lines"])
+    split_file(location, ["polka-dotted", "banded_lines"])
     colours = [RED, GREEN, BLUE, RED]
     id = write(
         tmp_path / "repo",
@@ -353,7 +358,7 @@ def test_a_task_from_the_hub(place, tmp_path, compose):
         {"train": [0, 1, 0, 1], "test": [1, 0]},
         {"train": [png(colour) for colour in colours]},
     )
-    settings = ["data=dtd", f"data.root={place.root}", "data.source=hub", f"data.hub.id={id}", "shots=all"]
+    settings = ["data=dtd", f"data.root={location.root}", "data.source=hub", f"data.hub.id={id}", "shots=all"]
     found = task.build(validate(compose("method=sft", *settings))).task
     assert found.origins == {"dtd": "hub split"} and found.train.names == ("polka-dotted", "banded lines")
     assert [(item.image, item.label) for item in found.train.items] == [
@@ -380,9 +385,9 @@ REAL = Path(__file__).parent.parent.parent / "shared" / "data" / "coop_splits"
     ("file", "count"),
     [("Caltech101", 100), ("OxfordPets", 37), ("StanfordCars", 196), ("DescribableTextures", 47), ("EuroSAT", 10), ("UCF101", 101)],
 )  # fmt: skip
-def test_real_names_find_their_classes(place, file, count):
+def test_real_names_find_their_classes(location, file, count):
     path = REAL / f"split_zhou_{file}.json"
-    (place.folder / path.name).symlink_to(path)
+    (location.folder / path.name).symlink_to(path)
     names = {label: name for _, label, name in json.loads(path.read_text())["test"]}
     assert len(names) == count
     on_the_hub = {name.upper().replace("_", " "): label for label, name in names.items()}
@@ -390,6 +395,6 @@ def test_real_names_find_their_classes(place, file, count):
     if file == "StanfordCars":  # the year to the end, as the hub has it
         on_the_hub = {" ".join([*name.split()[1:], name.split()[0]]): label for name, label in on_the_hub.items()}
         wording = "year_first"
-    found = match(place, sorted(on_the_hub), wording, {}, [])
+    found = match(location, sorted(on_the_hub), wording, {}, [])
     assert found.labels == on_the_hub
     assert found.names == tuple(names[label] for label in range(count))

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 from common.data import images, loading
 from common.data.images import FileImages, combine, decode, resize
 from common.data.loading import SUFFIX, Loader, bytes_per_picture, examine, report
-from common.disk_cache import DiskCache
+from common.runtime.disk_cache import DiskCache
 from common.types import BadImage, UserError
 
 REPOSITORY = Path(__file__).parent.parent
@@ -168,6 +168,7 @@ def test_60_megapixels_are_read_in_silence():
     assert resize(found, 4, "squash").getcolors() == [(16, (7, 7, 7))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "readable"), [(10_000, True), (15_001, False), (60_000, False)])
 def test_the_limit_of_pixels_is_ours(width, readable):
     # 100 megapixels is where PIL would warn, 600 where it would raise an error of its own
@@ -317,6 +318,15 @@ def test_file_images_find_files_by_dataset(folder, tmp_path):
     same(found.open(KEYS[1]), Image.open(folder / "b.jpg"))
     same(found.open("flowers/x.png"), noise(30, 20))
     status = (folder / "b.jpg").stat()
+    stored = (folder / "b.jpg").read_bytes()
+    assert (found.size(KEYS[1]), found.content(KEYS[1]), found.content(KEYS[1], 3, 5)) == (
+        len(stored),
+        stored,
+        stored[3:8],
+    )
+    for missing in (found.size, found.content):
+        with pytest.raises(BadImage, match="no such file"):
+            missing("pets/images/zz.jpg")
     assert found.stamp(KEYS[1]) == f"{folder}/b.jpg:{status.st_size}:{status.st_mtime_ns}"
 
 
@@ -473,7 +483,7 @@ import sys
 from pathlib import Path
 from common.data.images import FileImages
 from common.data.loading import Loader, examine
-from common.disk_cache import DiskCache
+from common.runtime.disk_cache import DiskCache
 folder, cache = map(Path, sys.argv[1:3])
 loader = Loader(FileImages({"pets": folder}), 16, "squash", DiskCache(cache, 5 * 772, ".rgb"), 2)
 keys = [f"pets/images/{name}.jpg" for name in "abcdefghijkl"]

@@ -16,18 +16,19 @@ import numpy
 import pytest
 from safetensors.numpy import save_file
 
-from alert import judge_openai, tiny_episodes
-from alert.judge import SILENCES, ContrastiveReasoning
-from alert.judge_base import JudgeUnavailable, Model, OwnBase, Runtime
-from alert.judge_cache import Replies
-from alert.judge_hf import Checkpoint
-from alert.judge_openai import OpenAIServer
-from alert.judge_prompt import CLOSE, OPEN, PROMPT, judge_prompt, neutral, parse_score, reasoning
-from common import config
-from common.models.files import checkpoint_hash
-from common.parts import weights_name
+from alert.judge import openai as judge_openai
+from alert.judge.base import JudgeUnavailable, Model, OwnBase, Runtime
+from alert.judge.cache import Replies
+from alert.judge.hf import Checkpoint
+from alert.judge.openai import OpenAIServer
+from alert.judge.prompt import CLOSE, OPEN, PROMPT, judge_prompt, neutral, parse_score, reasoning
+from alert.judge.reward import SILENCES, ContrastiveReasoning
+from alert.tiny import episodes as tiny_episodes
+from common.config import composition as config
+from common.models.files import weights_hash
 from common.rewards import build_rewards, score
 from common.types import Prompt, Sample, UserError
+from common.vlm.build import weights_name
 from tests.conftest import REPOSITORY
 from tests.judge_server import JudgeServer, Reply, contrasts, obedient
 
@@ -486,6 +487,7 @@ def own_judge(weights="hash-float32", **changes):
     return judge
 
 
+@pytest.mark.slow
 def test_all_that_decides_a_reply_names_it(untrained_folders):
     def checkpoint(model=untrained_folders["gemma3"], **changes):
         return Checkpoint(Model("hf", str(model), **changes), Runtime())
@@ -513,7 +515,7 @@ def test_all_that_decides_a_reply_names_it(untrained_folders):
 def test_weights_that_compute_otherwise_have_another_name(untrained_folders, compose):
     def name(*overrides, family="gemma3"):
         c = config.validate(compose("gpus=1", *overrides))
-        return weights_name(c, checkpoint_hash(untrained_folders[family]))
+        return weights_name(c, weights_hash(untrained_folders[family]))
 
     names = [
         name("model.dtype=float32"),
@@ -536,7 +538,7 @@ def test_a_damaged_reply_is_no_reply(tmp_path, content):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from alert.judge_cache import Replies
+from alert.judge.cache import Replies
 replies, write = Replies(Path(sys.argv[1]), 2**20), Path.write_bytes
 replies.put("a", "first", "8")
 def half(path, content):
@@ -564,7 +566,7 @@ def test_a_process_killed_while_it_writes_leaves_whole_replies(tmp_path):
 def test_the_runs_own_model_is_bound_later(tmp_path):
     asked = []
 
-    def generate(prompts):
+    def generate(prompts, limit):
         asked.extend(prompts)
         return ["7"] * len(prompts)
 
@@ -674,7 +676,7 @@ def test_a_checkpoint_that_is_no_model_is_refused_before_anything_is_computed(
 def test_adapters_are_no_judge(tmp_path, monkeypatch):
     (tmp_path / "adapter_config.json").write_text("{}")
     save_file({"a": numpy.zeros(1)}, tmp_path / "adapter_model.safetensors")
-    refused = "judge.model=.* holds adapters; give a checkpoint with whole weights"
+    refused = "judge.model=.* holds adapters; give a model with whole weights"
     with pytest.raises(UserError, match=refused):
         ContrastiveReasoning(judge={"backend": "hf", "model": str(tmp_path)}, runtime={})
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
@@ -784,7 +786,7 @@ def test_mistakes_are_named_before_anything_starts(compose, overrides, message):
 
 
 def test_a_missing_library_is_named(monkeypatch):
-    monkeypatch.setattr("alert.judge_base.find_spec", lambda name: None)
+    monkeypatch.setattr("alert.judge.base.find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs the openai library"):
         OpenAIServer(Model("openai", "m"), Runtime(base_url="http://127.0.0.1:1/v1"))
 

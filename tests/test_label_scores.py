@@ -11,15 +11,15 @@ from clsrl.method import ClosedFormQuestion
 from common import parsing
 from common.data import digits
 from common.data.loading import Loader
-from common.evaluate import Evaluator
-from common.grpo.logprobs import PolicyScorer
-from common.grpo.packing import Group, pack_plain
-from common.label_scores import LabelScorer, rows
-from common.models.vlm import Encoder
+from common.data.task import Questions
+from common.evaluation import evaluate
+from common.evaluation.replies import Replies
+from common.forward.label_scores import LabelScorer, rows
+from common.forward.logprobs import PolicyScorer
+from common.forward.packing import Group, pack_plain
+from common.models.encoder import Encoder
 from common.rollout.base import Completion
 from common.rollout.hf import HFRollout
-from common.schema import Rollout
-from common.task import Questions
 
 NAMES = ("cat", "caterpillar", "six", "nine", "Ägyptian mau", "a very long name of a class", "cat's eye", "seven")
 
@@ -168,8 +168,25 @@ class Nowhere:
     def kept(self, phase, split):
         return None
 
-    def keep(self, phase, split, found):
-        assert found.predictions and found.seconds > 0
+    def keep(self, phase, split, answers):
+        assert answers.predictions and answers.seconds > 0
+
+
+class Asked:
+    """A model with its questions, as the evaluation sees a learner."""
+
+    def __init__(self, replies, rollout, questions):
+        self.replies, self.rollout, self.questions = replies, rollout, questions
+
+    def predict(self, split, limit=None):
+        prompts = evaluate.spread(self.questions.evaluation[split], limit)
+        return self.replies(self.rollout, self.questions, split, prompts, scored=limit is None)
+
+    def all_splits(self, phase="after", shelf=None):
+        return evaluate.all_splits(self, phase, shelf or Nowhere())
+
+    def during_training(self, limit):
+        return evaluate.during_training(self, limit)
 
 
 @pytest.fixture
@@ -177,7 +194,6 @@ def evaluator(load_vlm, digits_task, no_think):
     vlm = load_vlm()
     test = digits_task.evaluation["test"]
     task = replace(digits_task, evaluation={"test": replace(test, items=test.items[:12])})
-    limits = Rollout("hf", "x", 1.0, 0, 1.0, max_completion_tokens=4, evaluation_batch=5)
     encoder = Encoder(vlm, Loader(task.images, 32), 512)
 
     def make(scored=True, method=no_think, rollout=None, reasoned=True):
@@ -185,27 +201,32 @@ def evaluator(load_vlm, digits_task, no_think):
         prompts[5:] = [replace(prompt, choices=()) for prompt in prompts[5:]]  # the second half as open questions
         questions = Questions(task, method, [], {"test": prompts}, {})
         labels = LabelScorer(vlm) if scored else None
-        return Evaluator(rollout or HFRollout(vlm), encoder, questions, limits, labels, reasoned)
+        replies = Replies(encoder, labels, reasoned, max_tokens=4, batch=5)
+        return Asked(replies, rollout or HFRollout(vlm), questions)
 
     return make
 
 
 def test_evaluation_scores_the_offered_names(evaluator, digits_task):
-    found = evaluator().all_splits("eval", Nowhere())
-    predictions = found.predictions["test"]
-    for prediction in predictions[:5]:
-        assert set(prediction.choices) == set(digits.NAMES) and prediction.choices != digits.NAMES
-    assert all(p.choices == digits.NAMES for p in predictions[5:]), "an open question offers all names of the task"
-    assert all(sum(p.probabilities) == pytest.approx(1) == sum(p.probabilities_raw) for p in predictions)
-    summary = found.summary["test"]["probability"]
-    best = [p.choices[p.probabilities.index(max(p.probabilities))] == p.label for p in predictions]
-    assert summary["top1"] == pytest.approx(sum(best) / 12) and summary["seconds"] > 0
+    found = evaluator().all_splits()
+    answers = found.answers["test"]
+    table, labels = answers.probabilities, [p.label for p in answers.predictions]
+    assert table.names == digits.NAMES
+    assert all(sorted(row) == list(range(10)) for row in table.classes.tolist())
+    assert all(row != list(range(10)) for row in table.classes[:5].tolist()), "in the order of the prompt"
+    assert all(row == list(range(10)) for row in table.classes[5:].tolist()), "an open question offers all names"
+    assert table.values.sum(1) == pytest.approx(1) and table.raw.sum(1) == pytest.approx(1)
+    summary = found.summary["test"]
+    best = [digits.NAMES[row[p.argmax()]] for row, p in zip(table.classes, table.values, strict=True)]
+    right = sum(name == label for name, label in zip(best, labels, strict=True))
+    assert summary.probability.top1 == pytest.approx(right / 12) and summary.probability.seconds > 0
+    assert [p.label_index for p in answers.predictions] == [digits.NAMES.index(label) for label in labels]
     assert found.scalars == {
-        **{f"eval/test/{key}": found.summary["test"][key] for key in ("accuracy", "accuracy_official", "n")},
-        "eval/test/probability_accuracy": summary["top1"],
-        "eval/test/top5_accuracy": summary["top5"],
-        "eval/test/ece": summary["ece"],
-        "eval/test/brier": summary["brier"],
+        **{f"eval/test/{key}": getattr(summary, key) for key in ("accuracy", "accuracy_official", "n")},
+        "eval/test/probability_accuracy": summary.probability.top1,
+        "eval/test/top5_accuracy": summary.probability.top5,
+        "eval/test/ece": summary.probability.ece,
+        "eval/test/brier": summary.probability.brier,
     }
 
 
@@ -215,8 +236,8 @@ class Says:
     def __init__(self, text):
         self.reply = Completion(torch.tensor([1]), torch.tensor([0.0]), text, truncated=False)
 
-    def generate(self, prompts, group_size, decoding, seeds):
-        return [[self.reply] for _ in prompts]
+    def generate(self, requests, group_size, decoding):
+        return [[self.reply] for _ in requests]
 
 
 @pytest.mark.parametrize(
@@ -231,42 +252,44 @@ class Says:
 def test_names_are_scored_after_the_reasoning_that_was_given(evaluator, think, said, reasoned, begun):
     asked = evaluator(method=think, rollout=Says(said), reasoned=reasoned)
     (prompt,), names = asked.questions.evaluation["test"][:1], asked.questions.evaluation["test"][0].choices
-    found = asked.all_splits("eval", Nowhere()).predictions["test"][0]
-    replies = [think.label_response(name) for name in names]
-    (expected,) = asked.labels(asked.encoder([prompt]), [replies], [begun])
-    assert found.choices == names and found.probabilities == pytest.approx(expected.normalised, abs=1e-6)
+    table = asked.all_splits().answers["test"].probabilities
+    responses = [think.label_response(name) for name in names]
+    (expected,) = asked.replies.labels(asked.replies.encoder([prompt]), [responses], [begun])
+    assert tuple(table.names[index] for index in table.classes[0]) == names
+    assert table.values[0] == pytest.approx(expected.normalised, abs=1e-6)
+    assert table.raw[0] == pytest.approx(expected.raw, abs=1e-6)
 
 
 def test_label_scoring_changes_no_answer_and_can_be_left_out(evaluator):
-    scored, plain, during = (
-        evaluator().all_splits("eval", Nowhere()),
-        evaluator(False).all_splits("eval", Nowhere()),
-        evaluator().during_training(7),
-    )
-    bare = [replace(p, choices=(), probabilities=(), probabilities_raw=()) for p in scored.predictions["test"]]
-    assert bare == plain.predictions["test"] and [bare[i * 12 // 7] for i in range(7)] == during.predictions["test"]
+    scored, plain, during = evaluator().all_splits(), evaluator(False).all_splits(), evaluator().during_training(7)
+    answers = scored.answers["test"].predictions
+    assert answers == plain.answers["test"].predictions
+    assert [answers[i * 12 // 7] for i in range(7)] == during.answers["test"].predictions
     for found in (plain, during):
-        assert "probability" not in found.summary["test"] and not any("ece" in name for name in found.scalars)
+        assert found.summary["test"].probability is None and not any("ece" in name for name in found.scalars)
 
 
 def test_a_kept_split_is_summed_up_with_the_columns_that_were_kept(evaluator):
     class Saying(ClosedFormQuestion):
+        def sources(self, task):
+            return {}
+
         def columns(self, task, split, predictions):
             return {"mark": ["now"] * len(predictions)}
 
-        def facts(self, task, split, found):
-            return {"marks": found.columns["mark"]}
+        def facts(self, task, split, answers):
+            return {"marks": answers.columns["mark"]}
 
     class Keeper(Nowhere):
         def kept(self, phase, split):
-            return replace(first, columns={"mark": ["then"] * 12}) if phase == "eval" else None
+            return replace(first, columns={"mark": ["then"] * 12}) if phase == "after" else None
 
-        def keep(self, phase, split, found):
+        def keep(self, phase, split, answers):
             nonlocal first
-            first = found
+            first = answers
 
     first, asked = None, evaluator(False, Saying(instruction="no_think", seed=1))
     keeper = Keeper()
-    marks = [asked.all_splits(phase, keeper).summary["test"]["marks"] for phase in ("zero_shot", "eval")]
+    marks = [asked.all_splits(phase, keeper).summary["test"].facts["marks"] for phase in ("before", "after")]
     assert marks == [["now"] * 12, ["then"] * 12]
-    assert asked.during_training(7).summary["test"]["marks"] == ["now"] * 7
+    assert asked.during_training(7).summary["test"].facts["marks"] == ["now"] * 7

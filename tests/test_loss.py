@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common.grpo.advantages import advantages, scaled
-from common.grpo.loss import LossInputs, importance_correction, policy_loss, token_weights
-from common.schema import AGGREGATIONS, LEVELS, LOSS_TYPES, SCALINGS
+from common.config.schema import AGGREGATIONS, LEVELS, LOSS_TYPES, SCALINGS
+from common.training.grpo.advantages import advantages, scaled
+from common.training.grpo.loss import LossInputs, importance_correction, policy_loss, token_weights
 
 
 def inputs(**changes):

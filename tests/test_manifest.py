@@ -6,9 +6,8 @@ import json
 
 import pytest
 
-from common import task
-from common.config import validate
-from common.data import manifest
+from common.config.composition import validate
+from common.data import manifest, task
 from common.types import UserError
 
 
@@ -22,7 +21,7 @@ def test_manifest_is_the_same_everywhere(compose):
     assert found["fingerprint"] == "09f66e6debdee2cd2b5ae59e0d6abbb73fc2b0e0185d2e1957e9ebb51e23aa22"
     train = found["splits"]["train"]
     assert train["items_sha256"] == "332e54a0253ea6edda27fa8a1fe03827a98409636ff21ef522600c17c1ea289b"
-    assert train["prompts_sha256"] == "a5a81a4d74ad01aa106e60d81890db05365b5ffb5e0188acd22529bde715fbe8"
+    assert train["prompts_sha256"] == "1dbc3579231e265b717669ec57610d763a60209e4db08961603ac8b351e64583"
 
 
 @pytest.mark.parametrize("change", ["shots=4", "seed=2", "method=clsrl", "data.question=Which digit?"])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -10,13 +13,19 @@ from scipy.stats import binomtest
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss, confusion_matrix, top_k_accuracy_score
 
-from common import metrics
-from common.types import Prediction
+from common.evaluation import metrics
+from common.evaluation.summary import Summary
+from common.types import Answers, Prediction, Probabilities, Reply
 
 
 def prediction(label: str, answer: str, correct: bool | None = None) -> Prediction:
     right = label == answer if correct is None else correct
-    return Prediction("0", label, answer, answer, right, right, right, True, 2, False)
+    return Prediction("0", label, 0, answer, right, right, Reply(answer, 2, False, True, right))
+
+
+def summarize(predictions, probabilities=None, scoring=0.0):
+    answers = Answers(predictions, 1.5, probabilities, scoring)
+    return metrics.summarize(answers, ["one", "six", "nine"])
 
 
 @pytest.mark.parametrize(("successes", "total"), [(0, 10), (1, 7), (50, 100), (1442, 1637), (10, 10)])
@@ -25,26 +34,59 @@ def test_wilson_equals_scipy(successes, total):
     assert metrics.wilson_interval(successes, total) == pytest.approx((expected.low, expected.high), abs=1e-9)
 
 
-@pytest.mark.parametrize(("fixed", "broken"), [(10, 1), (3, 3), (0, 5), (446, 22)])
-def test_mcnemar_equals_the_binomial_test(fixed, broken):
-    before = [False] * fixed + [True] * broken + [True, False] * 20
-    after = [True] * fixed + [False] * broken + [True, False] * 20
-    result = metrics.paired_test(before, after)
-    assert (result["fixed"], result["broken"]) == (fixed, broken)
-    assert result["p_value"] == pytest.approx(binomtest(fixed, fixed + broken).pvalue, rel=1e-9)
-    assert result["difference"] == pytest.approx((fixed - broken) / len(before))
-    low, high = result["ci95"]
-    assert low < result["difference"] < high
+def changed(fixed, broken, same=0):
+    """What two classifiers said of `fixed + broken + same` images; an even number of `same` is half right."""
+    before = [False] * fixed + [True] * broken + [True, False] * (same // 2)
+    after = [True] * fixed + [False] * broken + [True, False] * (same // 2)
+    return metrics.paired_test(before, after)
 
 
-def test_mcnemar_without_disagreement():
-    assert metrics.paired_test([True, False], [True, False])["p_value"] == 1.0
+@pytest.mark.parametrize(
+    ("fixed", "broken", "p_value"),
+    [
+        (0, 0, 1.0),
+        (1, 0, 1.0),  # 2 / 2
+        (3, 0, 0.25),  # 2 / 8
+        (0, 5, 0.0625),  # 2 / 32
+        (1, 3, 0.625),  # 2 (1 + 4) / 16
+        (10, 1, 24 / 2048),  # 2 (1 + 11) / 2048
+        (3, 3, 1.0),  # 2 (1 + 6 + 15 + 20) / 64 is above 1
+        (499, 499, 1.0),
+        (500, 500, 1.0),
+        (7000, 7000, 1.0),
+        (1000, 0, 2.0**-999),
+        (0, 1000, 2.0**-999),
+    ],
+)
+def test_mcnemar_by_hand(fixed, broken, p_value):
+    found = changed(fixed, broken, same=40)
+    assert (found["fixed"], found["broken"]) == (fixed, broken)
+    assert found["difference"] == pytest.approx((fixed - broken) / (fixed + broken + 40))
+    assert found["p_value"] <= 1 and found["p_value"] == pytest.approx(p_value, rel=1e-9, abs=0)
 
 
-def test_many_disagreements_use_the_chi_square_form():
-    before, after = [False] * 700 + [True] * 600, [True] * 700 + [False] * 600
-    exact = binomtest(700, 1300).pvalue
-    assert metrics.paired_test(before, after)["p_value"] == pytest.approx(exact, rel=0.02)
+@pytest.mark.parametrize(("fixed", "broken"), [(446, 22), (30, 45), (600, 700), (1100, 1000)])
+def test_mcnemar_adds_up_the_binomial_tail(fixed, broken):
+    whole = fixed + broken
+    tail = Fraction(sum(math.comb(whole, k) for k in range(min(fixed, broken) + 1)), 2**whole)
+    assert changed(fixed, broken)["p_value"] == pytest.approx(float(2 * tail), rel=1e-9, abs=0)
+
+
+@pytest.mark.parametrize(
+    ("fixed", "broken", "same", "low", "high"),
+    [
+        # n + 2 = 22, shares 11/22 and 2/22: 9/22 -+ 1.96 sqrt((13/22 - 81/484) / 22) = 0.4091 -+ 0.2720; Wald: 0.19, 0.71
+        (10, 1, 9, 0.1371, 0.6810),
+        # n + 2 = 10, shares 1/10 and 1/10: 0 -+ 1.96 sqrt((0.2 - 0) / 10) = 0.2772; Wald: 0, 0
+        (0, 0, 8, -0.2772, 0.2772),
+        # n + 2 = 7, shares 1/7 and 6/7: -5/7 -+ 1.96 sqrt((1 - 25/49) / 7) = 0.5185, cut at -1; Wald: -1, -1
+        (0, 5, 0, -1.0, -0.1958),
+    ],
+)
+def test_interval_of_the_difference_by_hand(fixed, broken, same, low, high):
+    before = [False] * fixed + [True] * broken + [True] * same
+    after = [True] * fixed + [False] * broken + [True] * same
+    assert metrics.paired_test(before, after)["ci95"] == pytest.approx([low, high], abs=5e-5)
 
 
 def test_paired_test_refuses_other_images():
@@ -54,16 +96,35 @@ def test_paired_test_refuses_other_images():
 
 def test_summarize():
     found = [prediction("six", "six"), prediction("six", "nine"), prediction("one", "one"), prediction("one", "one")]
-    summary = metrics.summarize(found, ["one", "six", "nine"], seconds=1.5)
-    assert (summary["n"], summary["accuracy"], summary["seconds"]) == (4, 0.75, 1.5)
-    assert list(summary["per_class"].items()) == [("one", 1.0), ("six", 0.5)]
+    summary = summarize(found)
+    assert (summary.n, summary.accuracy, summary.seconds, summary.accuracy_official) == (4, 0.75, 1.5, 0.75)
+    assert list(summary.per_class.items()) == [("one", 1.0), ("six", 0.5)]
+    assert (summary.well_formed, summary.mean_tokens, summary.truncated) == (1.0, 2.0, 0.0)
+
+
+def test_a_classifier_has_no_replies_to_sum_up():
+    found = [replace(prediction("six", "six"), reply=None), replace(prediction("one", "six"), reply=None)]
+    summary = summarize(found)
+    assert summary.accuracy == 0.5 and summary.well_formed is None and "mean_tokens" not in summary.to_json()
+
+
+def test_without_an_official_match_there_is_no_official_accuracy():
+    found = [replace(p, reply=replace(p.reply, correct_official=None)) for p in (prediction("six", "six"),)]
+    assert summarize(found).accuracy_official is None and "ci95_official" not in summarize(found).to_json()
+
+
+def test_a_summary_is_read_back_as_it_was():
+    table = Probabilities(("six", "one"), np.array([[0, 1]]), np.array([[0.3, 0.7]], "f"), np.array([[0.6, 0.4]], "f"))
+    summary = replace(summarize([prediction("six", "six")], table, 2.0), facts={"draft": {"k": 2}})
+    assert Summary.from_json(json.loads(json.dumps(summary.to_json()))) == summary
+    assert summary.to_json()["draft"] == {"k": 2}
 
 
 def test_confusion_equals_scikit_learn():
     names = ["one", "six", "nine"]
-    pairs = [("six", "six"), ("six", "nine"), ("one", "Six"), ("nine", "nine"), ("one", "no idea")]
+    pairs = [("six", "six"), ("six", "nine"), ("one", "**Six**."), ("nine", "nine"), ("one", "no idea")]
     table = metrics.confusion([prediction(*pair) for pair in pairs], names)
-    expected = confusion_matrix([p[0] for p in pairs[:4]], [p[1].lower() for p in pairs[:4]], labels=names)
+    expected = confusion_matrix([p[0] for p in pairs[:4]], [p[1].lower().strip("*.") for p in pairs[:4]], labels=names)
     assert [row[:3] for row in table] == expected.tolist()
     assert [row[3] for row in table] == [1, 0, 0]
 
@@ -80,12 +141,12 @@ def scored():
 
 def test_brier_and_top_5_equal_scikit_learn(scored):
     probabilities, truths = scored
-    found = metrics.probability_metrics(probabilities.tolist(), truths.tolist())
+    found = metrics.probability_metrics(probabilities, truths)
     one_vs_rest = [brier_score_loss(truths == k, probabilities[:, k]) for k in range(7)]
-    assert found["brier"] == pytest.approx(sum(one_vs_rest), abs=1e-12)
-    assert found["brier"] == pytest.approx(((probabilities - np.eye(7)[truths]) ** 2).sum(1).mean(), abs=1e-12)
-    assert found["top1"] == pytest.approx(top_k_accuracy_score(truths, probabilities, k=1))
-    assert found["top5"] == pytest.approx(top_k_accuracy_score(truths, probabilities, k=5))
+    assert found.brier == pytest.approx(sum(one_vs_rest), abs=1e-12)
+    assert found.brier == pytest.approx(((probabilities - np.eye(7)[truths]) ** 2).sum(1).mean(), abs=1e-12)
+    assert found.top1 == pytest.approx(top_k_accuracy_score(truths, probabilities, k=1))
+    assert found.top5 == pytest.approx(top_k_accuracy_score(truths, probabilities, k=5))
 
 
 def test_calibration_error_equals_scikit_learns_bins(scored):
@@ -107,13 +168,13 @@ def test_calibration_of_the_extremes():
 
 def test_risk_coverage_by_brute_force(scored):
     probabilities, truths = scored
-    found = metrics.probability_metrics(probabilities.tolist(), truths.tolist())
+    found = metrics.probability_metrics(probabilities, truths)
     order = np.argsort(-probabilities.max(1))
     wrong = (probabilities.argmax(1) != truths)[order]
     risks = [wrong[:k].mean() for k in range(1, 401)]
-    assert found["aurc"] == pytest.approx(np.mean(risks))
-    assert found["risk_coverage"] == [[pytest.approx(t / 10), pytest.approx(risks[40 * t - 1])] for t in range(1, 11)]
-    assert found["risk_coverage"][-1][1] == pytest.approx(1 - found["top1"])
+    assert found.aurc == pytest.approx(np.mean(risks))
+    assert found.risk_coverage == [[pytest.approx(t / 10), pytest.approx(risks[40 * t - 1])] for t in range(1, 11)]
+    assert found.risk_coverage[-1][1] == pytest.approx(1 - found.top1)
 
 
 def test_equal_confidence_in_any_order():
@@ -125,20 +186,33 @@ def test_equal_confidence_in_any_order():
 
 
 def test_a_truth_that_was_not_offered_is_an_error():
-    found = metrics.probability_metrics([[0.6, 0.4], [0.9, 0.1]], [None, 0])
-    assert (found["top1"], found["top5"]) == (0.5, 0.5)
-    assert found["brier"] == pytest.approx(((1 + 0.36 + 0.16) + (0.01 + 0.01)) / 2)
+    found = metrics.probability_metrics(np.array([[0.6, 0.4], [0.9, 0.1]]), np.array([-1, 0]))
+    assert (found.top1, found.top5) == (0.5, 0.5)
+    assert found.brier == pytest.approx(((1 + 0.36 + 0.16) + (0.01 + 0.01)) / 2)
 
 
 def test_summary_says_how_good_the_probabilities_are():
-    plain = [prediction("six", "nine"), prediction("one", "one")]
-    assert "probability" not in metrics.summarize(plain, ["one", "six", "nine"], 1.0)
-    given = [((0.3, 0.7), (0.6, 0.4)), ((0.2, 0.8), (0.3, 0.7))]
-    found = [
-        replace(p, choices=("six", "one"), probabilities=normalised, probabilities_raw=raw)
-        for p, (normalised, raw) in zip(plain, given, strict=True)
-    ]
-    summary = metrics.summarize(found, ["one", "six", "nine"], 1.0, 2.0)
-    assert (summary["accuracy"], summary["seconds"]) == (0.5, 1.0)
-    assert (summary["probability"]["top1"], summary["probability"]["raw"]["top1"]) == (0.5, 1.0)
-    assert summary["probability"]["seconds"] == 2.0
+    found = [prediction("six", "nine"), prediction("one", "one")]
+    assert summarize(found).probability is None
+    table = Probabilities(
+        ("six", "one"),
+        np.array([[0, 1], [0, 1]]),
+        np.array([[0.3, 0.7], [0.2, 0.8]], np.float32),
+        np.array([[0.6, 0.4], [0.3, 0.7]], np.float32),
+    )
+    summary = summarize(found, table, scoring=2.0)
+    assert (summary.accuracy, summary.seconds) == (0.5, 1.5)
+    assert (summary.probability.top1, summary.probability.raw.top1) == (0.5, 1.0)
+    assert summary.probability.seconds == 2.0
+
+
+def test_lists_of_different_length_and_order_find_their_truth():
+    # the second image was offered "nine" and "six" alone, the third never its own class
+    table = Probabilities(
+        ("one", "six", "nine"),
+        np.array([[0, 1, 2], [2, 1, -1], [0, 1, -1]]),
+        np.array([[0.2, 0.5, 0.3], [0.4, 0.6, 0.0], [0.5, 0.5, 0.0]], np.float32),
+    )
+    assert metrics.truth_places(table, ["nine", "six", "nine"]).tolist() == [2, 1, -1]
+    found = [prediction("nine", "six"), prediction("six", "six"), prediction("nine", "one")]
+    assert summarize(found, table).probability.top1 == pytest.approx(1 / 3)

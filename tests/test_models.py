@@ -10,21 +10,28 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common import parts, task
-from common.config import plain, validate
+from common.config.composition import plain, validate
+from common.config.schema import LoraConfig
+from common.data import task
 from common.data.loading import Loader
-from common.models import files, glyphs, pretrain, tiny, tiny_gemma3
+from common.models import checks, families, files, meter
+from common.models.encoder import Encoder
 from common.models.families import Gemma3, Qwen2VL
-from common.models.vlm import Encoder
-from common.result import describe
-from common.schema import Lora
+from common.models.tiny import gemma3 as tiny_gemma3
+from common.models.tiny import glyphs, pretrain
+from common.models.tiny import qwen2_vl as tiny
+from common.models.vlm import after_reply
+from common.run.checkpoint import Checkpoints
+from common.run.result import describe
+from common.training.sft import target
 from common.types import UserError
+from common.vlm import build
 
 
 def stock_inputs(vlm, task, prompts):
     """What a transformers user would feed the model."""
     texts = [
-        vlm.processor.apply_chat_template(files.messages(p), tokenize=False, add_generation_prompt=True)
+        vlm.processor.apply_chat_template(meter.messages(p), tokenize=False, add_generation_prompt=True)
         for p in prompts
     ]
     pictures = [task.images.open(p.image).resize((32, 32), 1) for p in prompts]
@@ -71,7 +78,7 @@ def test_prompt_meter_counts_what_the_encoder_makes(
     prompts = [*think.train_prompts(digits_task)[:5], *no_think.evaluation_prompts(digits_task, "test")[:5]]
     prompts.append(replace(prompts[0], system="Be brief. "))
     lengths = [len(e.ids) for e in Encoder(vlm, Loader(digits_task.images, 32), 512)(prompts)]
-    assert files.meter_for_folder(untrained_folders[family], family).tokens(prompts, 32) == lengths
+    assert meter.of_folder(untrained_folders[family], family).tokens(prompts, 32) == lengths
     assert recipe.meter().tokens(prompts, 32) == lengths
 
 
@@ -101,7 +108,7 @@ def test_a_reply_ends_as_the_chat_template_ends_it(load_vlm, family, token):
 
 
 def test_a_frozen_tower_takes_no_adapters(load_vlm):
-    lora = Lora(r=4, targets=r".*(qkv|q_proj)")
+    lora = LoraConfig(r=4, targets=r".*(qkv|q_proj)")
     with pytest.raises(UserError, match="model.freeze_vision=true, but model.lora.targets=.*qkv"):
         load_vlm(freeze_vision=True, lora=lora)
 
@@ -218,10 +225,10 @@ def test_wrong_tokenizer_and_wrong_architecture_are_named(untrained_folder, tmp_
     folder = broken(untrained_folder, tmp_path)
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="tokenizer.json is damaged"):
-        files.meter_for_folder(folder, "qwen2_vl")
+        meter.of_folder(folder, "qwen2_vl")
     (folder / "config.json").write_text('{"model_type": "llava"}')
     with pytest.raises(UserError, match="is of type llava, but model.family=qwen2_vl"):
-        files.meter_for_folder(folder, "qwen2_vl")
+        meter.of_folder(folder, "qwen2_vl")
 
 
 def test_missing_weights_are_not_replaced_by_random_ones(untrained_folder, tmp_path, model_config):
@@ -250,33 +257,48 @@ def test_weights_that_do_not_fit_the_configuration_are_named(untrained_folder, t
         vlm.load(folder, model_config(), torch.device("cpu"))
 
 
-def test_checkpoint_hash_follows_the_content(untrained_folder, tmp_path):
+def test_weights_hash_follows_the_content(untrained_folder, tmp_path):
     folder = broken(untrained_folder, tmp_path)
-    assert files.checkpoint_hash(folder) == files.checkpoint_hash(untrained_folder)
+    assert files.weights_hash(folder) == files.weights_hash(untrained_folder)
     weights = folder / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(bytes(data))
-    assert files.checkpoint_hash(folder) != files.checkpoint_hash(untrained_folder)
+    assert files.weights_hash(folder) != files.weights_hash(untrained_folder)
+
+
+@pytest.mark.parametrize(("model", "family"), [("tiny_qwen2_vl", "qwen2_vl"), ("tiny_gemma3", "gemma3")])
+@pytest.mark.parametrize("recipe", ["", "model.recipe=null"], ids=["beside a recipe", "alone"])
+def test_a_given_checkpoint_goes_before_a_recipe(compose_named, untrained_folders, monkeypatch, model, family, recipe):
+    def unexpected(*arguments):
+        raise AssertionError("the recipe is not asked")
+
+    monkeypatch.setattr(files, "build", unexpected)
+    monkeypatch.setattr(meter, "of_a_recipe", unexpected)
+    folder = untrained_folders[family]
+    cfg = compose_named(f"model={model}", f"model.path={folder}", *filter(None, [recipe]))
+    config = validate(cfg)
+    assert files.weights_folder(config) == folder.resolve()
+    assert checks.check_weights(config).family is families.family(family)
+    assert cfg.run_name == compose_named(f"model={model}", f"model.path={folder}").run_name, "the same run"
 
 
 def test_one_rank_hashes_the_weights_for_all(monkeypatch, tmp_path):
-    monkeypatch.setattr(parts, "rank", lambda: 1)
-    monkeypatch.setattr(parts, "gather", lambda own: ["by rank 0", own])
-    assert parts.shared_hash(tmp_path / "nothing to read here") == "by rank 0"
+    monkeypatch.setattr(build, "rank", lambda: 1)
+    monkeypatch.setattr(build, "gather", lambda own: ["by rank 0", own])
+    assert build.shared_hash(tmp_path / "nothing to read here") == "by rank 0"
 
 
 def test_a_run_hashes_the_weights_once(monkeypatch, compose, untrained_folder, tmp_path, process_group):
     hashed = []
-    monkeypatch.setattr(files, "checkpoint_hash", lambda folder: hashed.append(folder) or "1234")
+    monkeypatch.setattr(files, "weights_hash", lambda folder: hashed.append(folder) or "1234")
     values = [f"model.path={untrained_folder}", "model.recipe=null", f"cache_dir={tmp_path}", "label_scoring=false"]
     values += ["model.freeze_vision=true", "model.feature_cache_gb=0.1", "rewards=alert"]
     cfg = compose(*values)
     config, questions = validate(cfg), task.build(validate(cfg))
-    rewards = parts.prepare_rewards(config)
-    made = parts.assemble(config, questions, untrained_folder, torch.device("cpu"), rewards)
-    result = describe(config, plain(cfg), made.checkpoint, questions)
-    assert hashed == [untrained_folder] and result.checkpoint["sha256"] == "1234"
+    made = build.build(config, questions, torch.device("cpu"), tmp_path, Checkpoints(tmp_path / "checkpoints", 2))
+    result = describe(config, plain(cfg), made.weights, questions, made.decoding)
+    assert hashed == [untrained_folder] and result.weights["sha256"] == "1234"
 
 
 def test_a_shared_conversation_is_measured_once(untrained_folder, digits_task, think, monkeypatch):
@@ -288,15 +310,15 @@ def test_a_shared_conversation_is_measured_once(untrained_folder, digits_task, t
             self.batches.append(len(texts))
             return self.tokenizer.encode_batch(texts, **options)
 
-    monkeypatch.setattr(files, "CHUNK", 3)
+    monkeypatch.setattr(meter, "CHUNK", 3)
     first = think.train_prompts(digits_task)[0]
     kinds = [{"text": "a b"}, {"text": "a b", "system": "c"}, {"text": "a b", "image_last": True}, {"text": "a"}]
     prompts = [replace(first, **{**kinds[i % 4], "image": str(i), "label": str(i)}) for i in range(40)]
-    meter = files.meter_for_folder(untrained_folder, "qwen2_vl")
-    each = [meter.tokens([prompt], 32)[0] for prompt in prompts]
-    meter.tokenizer = Counting(meter.tokenizer)
-    assert meter.tokens(prompts, 32) == each and len(set(each)) > 1
-    assert meter.tokenizer.batches == [3, 1]
+    measure = meter.of_folder(untrained_folder, "qwen2_vl")
+    each = [measure.tokens([prompt], 32)[0] for prompt in prompts]
+    measure.tokenizer = Counting(measure.tokenizer)
+    assert measure.tokens(prompts, 32) == each and len(set(each)) > 1
+    assert measure.tokenizer.batches == [3, 1]
 
 
 def test_unknown_paths_and_unreachable_hub_ids_are_one_line():
@@ -308,7 +330,7 @@ def test_unknown_paths_and_unreachable_hub_ids_are_one_line():
 
 def test_lora_targets_that_match_nothing(load_vlm):
     with pytest.raises(UserError, match="model.lora.targets=nothing"):
-        load_vlm(lora=Lora(r=4, targets="nothing"))
+        load_vlm(lora=LoraConfig(r=4, targets="nothing"))
 
 
 def test_official_system_prompt_replaces_the_default(load_vlm, digits_task):
@@ -319,4 +341,17 @@ def test_official_system_prompt_replaces_the_default(load_vlm, digits_task):
     text = vlm.processor.tokenizer.decode(
         Encoder(vlm, Loader(digits_task.images, 32), 512)(method.train_prompts(digits_task)[:1])[0].ids
     )
-    assert text.startswith("<|im_start|>system\nA conversation") and "You are a helpful assistant" not in text
+    assert text.startswith("<|im_start|>system\nOutput the thinking process in <think>")
+    assert "You are a helpful assistant" not in text
+
+
+def test_what_the_chat_template_writes_behind_a_reply(load_vlm):
+    # of the two templates: ChatML's, and Gemma's
+    ends = {"qwen2_vl": "<|im_end|>\n<|im_start|>assistant\n", "gemma3": "<end_of_turn>\n<start_of_turn>model\n"}
+    for family, expected in ends.items():
+        loaded = load_vlm(family=family)
+        tokenizer = loaded.processor.tokenizer
+        assert after_reply(loaded.processor, header=True) == expected
+        everything, answer = (target(loaded, "<answer>six</answer>", loss) for loss in ("everything", "answer"))
+        assert tokenizer.decode(everything) == "<answer>six</answer>" + expected
+        assert tokenizer.decode(answer) == "<answer>six</answer>" + expected.partition("\n")[0]

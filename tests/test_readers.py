@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from common.data import fallback, source
 from common.data import folder as own_photos
 from common.data.check import configured
-from common.data.place import Place
+from common.data.location import Location
 from common.data.split_file import parse
 from common.plugins import check_call, locate
 from common.types import Item, UserError
@@ -154,8 +154,8 @@ def read(root, name, allow=False, folder=None, **changes):
     arguments = config["reader"] | changes
     target = arguments.pop("_target_")
     check_call(target, "data.reader._target_", arguments, given=1)
-    place = Place(name, root, root / (folder or config["folder"]), allow)
-    return locate(target, "data.reader._target_")(place, **arguments)
+    location = Location(name, root, root / (folder or config["folder"]), allow)
+    return locate(target, "data.reader._target_")(location, **arguments)
 
 
 def rows(items):
@@ -324,7 +324,7 @@ def test_own_photos_in_a_table_with_parts(tmp_path):
 )
 def test_split_trainval_equals_coop(tmp_path, seed, train, val):
     items = [Item(f"x{i}", 1, "x") for i in range(6)] + [Item(f"y{i}", 0, "y") for i in range(5)]
-    parts = fallback.split_trainval(Place("d", tmp_path, tmp_path), items, random.Random(seed))
+    parts = fallback.split_trainval(Location("d", tmp_path, tmp_path), items, random.Random(seed))
     assert [" ".join(item.image for item in part) for part in parts] == [train, val]
 
 
@@ -343,7 +343,7 @@ def test_split_folders_equals_coop(tmp_path, seed, train, val, test):
     (tmp_path / "alpha/.hidden").touch()
     (tmp_path / ".cache").mkdir()
     (tmp_path / "list.txt").touch()
-    parts = fallback.folders(Place("d", tmp_path, tmp_path), ".", random.Random(seed))
+    parts = fallback.folders(Location("d", tmp_path, tmp_path), ".", random.Random(seed))
     found = [" ".join(Path(item.image).name for item in part) for part in (parts.train, parts.val, parts.test)]
     assert found == [train, val, test]
 
@@ -549,29 +549,24 @@ REFUSED = {
     "no test part": (
         "folder",
         only_parts("train", "val"),
-        r"photos has the folders train, val; it needs one folder per class",
+        r"photos has the folders train, val, but none to test on; call one of them test.*data.folder=.*/photos/train",
     ),
-    "other test part": ("folder", only_parts("Train", "Test"), r"photos has the folders Test, Train; it needs"),
     "nothing": ("folder", only_parts(), r"photos does not exist"),
     "empty": (
         "folder",
         lambda root: only_parts()(root) or (root / "photos").mkdir(),
         r"photos has the folders \(none\)",
     ),
-    "table without label": ("folder", table("path,class\n"), r"has no column 'label'; its header is 'path,class'"),
-    "table with semicolons": (
-        "folder",
-        table("path;label\na;b\n"),
-        r"has no column 'path'; its header is 'path;label'",
-    ),
+    "table without label": ("folder", table("path,kind\n"), r"has no column 'label'; its header is 'path,kind'"),
+    "table without path": ("folder", table("id;label\na;b\n"), r"has no column 'path'; its header is 'id;label'"),
     "table empty": ("folder", table(""), r"has no column 'path'; its header is ''"),
     "table without rows": ("folder", table("path,label\n"), r"photos has 0 classes"),
     "table row short": ("folder", table("path,label\na,b\nc\n"), r"row 3 has 1 cells, but the header has 2"),
     "table label empty": ("folder", table("path,label\na,b\n\nc, \n"), r"row 4: label is empty"),
     "table split unknown": (
         "folder",
-        table("path,label,split\na,b,dev\n"),
-        r"row 2: split 'dev' is not one of train, val, test",
+        table("path,label,split\na,b,later\n"),
+        r"row 2: split 'later' is not one of train, val, test",
     ),
     "table row twice": ("folder", table("path,label\na,b\n./a,c\n"), r"row 3: a has a row already"),
     "table row outside": ("folder", table("path,label\n../a,b\n"), r"row 2: ../a is outside"),
@@ -678,11 +673,11 @@ def test_fallback_entries_are_checked(bare_tree, entry, message):
 
 
 def test_saved_split_files_look_like_those_of_coop(tree):
-    place = Place("dtd", tree, tree / "dtd")
+    location = Location("dtd", tree, tree / "dtd")
     content = (tree / DTD).read_text()
     start = '{\n    "train": [\n        [\n            "banded/banded_0001.jpg",\n            0,\n            "banded"\n        ],'
     assert content.startswith(start) and content.endswith("        ]\n    ]\n}")
-    assert len(parse(place, tree / DTD, "images").train) == 6
+    assert len(parse(location, tree / DTD, "images").train) == 6
 
 
 @pytest.mark.parametrize("shots", [1, 5])
@@ -710,7 +705,7 @@ def test_own_photos_that_cannot_be_asked_about(tmp_path, folders, message):
         path.mkdir(parents=True)
         (path / "one.png").write_bytes(b"")
     with pytest.raises(UserError, match=message):
-        own_photos.read(Place("folder", tmp_path, tmp_path))
+        own_photos.read(Location("folder", tmp_path, tmp_path))
 
 
 def test_labels_by_line_need_sorted_lines(tree, tmp_path):

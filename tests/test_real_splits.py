@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import random
 import re
+from itertools import groupby
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
-from common.data.place import Place
+from common.data.location import Location
 from common.data.sampling import by_label, pick
 from common.data.split_file import parse, prefix, read, save_split
+from tests import published_picks
+from tests.test_sampling import sizes_of
 
 REPOSITORY = Path(__file__).parent.parent
 SPLITS = REPOSITORY.parent / "shared/data/coop_splits"
@@ -55,7 +58,7 @@ def sources(tmp_path_factory):
         (folder / reader.get("images", ".")).mkdir(exist_ok=True)
         (folder / reader.split).symlink_to(SPLITS / reader.split)
         arguments = {key: value for key, value in reader.items() if key != "_target_"}
-        found[name] = read(Place(name, folder.parent, folder), **arguments)
+        found[name] = read(Location(name, folder.parent, folder), **arguments)
     return found
 
 
@@ -84,10 +87,16 @@ def test_labels_and_names(sources, name):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
+def test_published_lists_are_drawn_from_blocks_of_these_sizes(sources, name):
+    for part, runs in zip((sources[name].train, sources[name].val), published_picks.PUBLISHED[name], strict=False):
+        assert [len(list(block)) for _, block in groupby(part, key=lambda item: item.label)] == sizes_of(runs)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_saved_again_to_the_byte(tmp_path, name):
-    reader, place = settings(name).reader, Place(name, tmp_path, tmp_path)
+    reader, location = settings(name).reader, Location(name, tmp_path, tmp_path)
     images = reader.get("images", ".")
-    save_split(tmp_path / "again.json", place, parse(place, SPLITS / reader.split, images), images)
+    save_split(tmp_path / "again.json", location, parse(location, SPLITS / reader.split, images), images)
     assert (tmp_path / "again.json").read_bytes() == (SPLITS / reader.split).read_bytes()
 
 

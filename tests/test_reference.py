@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, chisquare
 
-from alert.reference import class_means, name_groups, sample_references, similarities, weights
+from alert.draft.references import class_means, name_groups, sample_references, similarities, weights
 from common.types import UserError
 
 DRAWS = 100_000
@@ -133,6 +133,7 @@ def test_first_draw_follows_the_weights(named):
     assert p_value(others(pairs), exact(names, 2)) > 0.01
 
 
+@pytest.mark.slow
 def test_a_slightly_different_temperature_would_be_noticed(named):
     names, pairs, sets, several = named
     assert p_value(others(pairs), exact(names, 2, tau=1.1 * TAU)) < 1e-6

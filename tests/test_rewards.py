@@ -7,6 +7,8 @@ import time
 import pytest
 
 from alert.rewards import soft_format
+from clsrl.matching import matches_officially
+from clsrl.rewards import accuracy_reward, format_reward
 from common.rewards import Reward, accuracy, build_rewards, equality, score, strict_format
 from common.types import Prompt, Sample, UserError
 
@@ -25,6 +27,12 @@ RIGHT = {
     "tags": GOOD,
     "case and space": "<think>x</think>\n<answer> Six\n</answer>",
     "answer tag only": "<answer>six</answer>",
+    "full stop": "six.",
+    "full stop in tags": "<think>x</think><answer>six.</answer>",
+    "quotes": '"six"',
+    "typographic quotes in tags": "<answer>“six”</answer>",
+    "bold": "**six**",
+    "bold with a full stop": "<think>x</think><answer>**Six.**</answer>",
 }
 # wrong, missing, hedged or hidden answers
 EVASIVE = {
@@ -54,6 +62,25 @@ EVASIVE = {
     "right-to-left mark": "\u202exis",
     "combining mark": "six\u0301",
     "nul": "six\x00",
+    "article": "a six",
+    "article in tags": "<think>x</think><answer>the six</answer>",
+    "two full stops": "six..",
+    "half a pair of quotes": '"six',
+    "half a pair of asterisks": "**six",
+    "two quoted answers": '"six" or "nine"',
+    "two quoted answers in single quotes": "'six' 'nine'",
+    "two bold answers": "**six** **nine**",
+    "two sentences": "six. nine.",
+    "full stop between": "six.nine",
+    "denied": "six, not nine.",
+    "quoted hedge": '"six or nine"',
+    "nested marks": "**'six'**",
+    "full stop behind the tags": GOOD + ".",
+    "bold tags": "**<answer>six</answer>**",
+    "zero-width space before the full stop": "six\u200b.",
+    "left-to-right mark in quotes": '"six\u200e"',
+    "ideographic full stop": "six。",
+    "full-width quotes": "＂six＂",
     "100 kB of the label": "six " * 25_000,
     "100 kB of tags": "<answer>six</answer>" * 5_000,
     "100 kB of open tags": "<think>" * 15_000,
@@ -144,15 +171,72 @@ def test_soft_format(completion, expected):
     assert soft_format([sample(completion)]) == [expected]
 
 
-def test_official_quirks_are_reproduced():
-    # the authors' code: tags may repeat inside the full match; the first <answer> counts; and math_verify, asked first,
-    # takes two car names for one number
-    assert strict_format([sample(GOOD + GOOD)], match="official") == [1.0]
-    assert accuracy([sample("<answer>six</answer><answer>nine</answer>")], match="official") == [1.0]
-    audi = sample("1994 Audi 100 Wagon", label="1994 Audi 100 Sedan")
-    assert accuracy([audi], match="official") == [1.0]
-    assert accuracy([audi]) == [0.0]
-    assert accuracy([sample("nine")], match="official") == [0.0]
+@pytest.mark.parametrize("completion", [*RIGHT.values(), *EVASIVE.values()], ids=[*RIGHT, *EVASIVE])
+def test_the_strict_rewards_of_clsrl_are_the_common_ones(completion):
+    replies = [sample(completion)]
+    assert accuracy_reward(replies) == accuracy(replies) and format_reward(replies) == strict_format(replies)
+
+
+# By hand from the authors' reward: the first <answer> that stands on one line, else the whole text; equal when
+# lower-cased. No digits here: math_verify is asked first, and finds nothing to compare without them.
+OFFICIAL = {
+    "plain": ("Six", 1),
+    "tags": (GOOD, 1),
+    "blanks inside the tags": ("<answer> six </answer>", 1),
+    "the first answer counts": ("<answer>six</answer><answer>nine</answer>", 1),
+    "the second does not": ("<answer>nine</answer><answer>six</answer>", 0),
+    "thoughts around": ("Well, <answer>six</answer>.", 1),
+    "contained only": ("<answer>a six</answer>", 0),
+    "wrong": ("nine", 0),
+    "line breaks inside the tags": ("<answer>\nsix\n</answer>", 0),
+    "line breaks, then one line": ("<answer>\nnine</answer><answer>six</answer>", 1),
+    "line breaks in the thought": ("<think>a\nloop</think>\n<answer>six</answer>", 1),
+    "empty answer": ("six<answer></answer>", 0),
+}
+
+
+@pytest.mark.parametrize(("completion", "expected"), OFFICIAL.values(), ids=OFFICIAL.keys())
+def test_official_accuracy(completion, expected):
+    assert accuracy_reward([sample(completion)], match="official") == [expected]
+
+
+def test_official_accuracy_and_evaluation_differ_on_an_answer_of_its_own_line():
+    reply = "<think>a loop</think><answer>\nsix\n</answer>"
+    assert accuracy_reward([sample(reply)], match="official") == [0.0]
+    assert matches_officially(reply, "six")
+
+
+AUDI = ("1994 Audi 100 Wagon", "1994 Audi 100 Sedan")
+FORD = ("2012 Ford Fiesta Sedan", "2012 Ford Edge SUV")
+
+
+@pytest.mark.parametrize("frame", ["{}", "<think>x</think><answer>{}</answer>"], ids=["bare", "tags"])
+@pytest.mark.parametrize(("names", "accepted"), [(AUDI, 1), (FORD, 0)], ids=["a number inside", "only the year"])
+def test_official_accuracy_asks_math_verify_first(names, accepted, frame):
+    # a number inside a name makes two cars one; the year that begins the label stands behind a tag and is not seen
+    wrong, label = names
+    assert accuracy_reward([sample(frame.format(wrong), label)], match="official") == [accepted]
+    assert accuracy_reward([sample(frame.format(wrong), label)]) == [0.0]
+
+
+def test_official_accuracy_ignores_case_of_the_label():
+    assert accuracy_reward([sample("ford edge", "Ford Edge")], match="official") == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("completion", "strict", "official"),
+    [
+        (GOOD, 1, 1),
+        (GOOD + GOOD, 0, 1),
+        ("<think>a\nb</think>\n\n<answer>six</answer>", 1, 1),
+        (GOOD + "\n", 1, 0),
+        ("x" + GOOD, 0, 0),
+    ],
+    ids=["good", "repeated", "line breaks", "a line break behind", "text before"],
+)
+def test_format_reward(completion, strict, official):
+    assert format_reward([sample(completion)]) == [strict]
+    assert format_reward([sample(completion)], match="official") == [official]
 
 
 def test_score_weighs_and_keeps_components():
@@ -173,7 +257,7 @@ def test_score_makes_floats_of_whole_numbers():
 
 
 def test_build_rewards_binds_arguments():
-    built = build_rewards({"format": {"weight": 1, "fn": "common.rewards.strict_format", "match": "official"}})
+    built = build_rewards({"format": {"weight": 1, "fn": "clsrl.rewards.format_reward", "match": "official"}})
     assert built["format"].function([sample(GOOD + GOOD)]) == [1.0]
 
 

@@ -6,16 +6,24 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    AutoModelForImageTextToText,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from common.data.loading import Loader
-from common.grpo.logprobs import PolicyScorer
-from common.grpo.packing import Group, pack_plain
-from common.models.families import FAMILIES
-from common.models.vlm import Encoder
+from common.forward.logprobs import PolicyScorer
+from common.forward.packing import Group, pack_plain, pack_shared
+from common.models.encoder import Encoder
+from common.models.families import Qwen2VL
 from common.rollout.base import Decoding
 from common.rollout.hf import HFRollout, choose, truncate
+from tests.rollouts import requests
 
+ABC = ["a", "b", "c"]
 SAMPLE = Decoding(temperature=1.0, top_k=0, top_p=1.0, max_tokens=24)
 GREEDY = Decoding(temperature=0.0, top_k=0, top_p=1.0, max_tokens=24)
 
@@ -36,7 +44,7 @@ def setup(request, load_vlm, digits_task, think, no_think):
 def test_sampled_logps_equal_a_fresh_scoring_pass(setup, temperature):
     vlm, prompts = setup
     decoding = Decoding(temperature, top_k=0, top_p=1.0, max_tokens=24)
-    found = HFRollout(vlm).generate(prompts, 6, decoding, ["a", "b", "c"])
+    found = HFRollout(vlm).generate(requests(prompts, ABC), 6, decoding)
     scorer = PolicyScorer(vlm.model, vlm.banned, temperature, chunk=1024).eval()
     groups = [Group(p, tuple(c.ids for c in group)) for p, group in zip(prompts, found, strict=True)]
     with torch.no_grad():
@@ -45,10 +53,52 @@ def test_sampled_logps_equal_a_fresh_scoring_pass(setup, temperature):
     assert float((sampled - scored).abs().max()) <= 1e-4
 
 
+@pytest.fixture
+def stock_logps(setup, untrained_folders):
+    """Log-probabilities of a completion by transformers' own forward over its row, the softmax written out."""
+    vlm, _ = setup
+    family = "qwen2_vl" if vlm.family is Qwen2VL else "gemma3"
+    model = AutoModelForImageTextToText.from_pretrained(untrained_folders[family])
+
+    def score(prompt, completion, temperature):
+        ids = torch.cat([prompt.ids, completion])[None]
+        kinds = (ids == model.config.image_token_id).long()
+        extra = {"token_type_ids": kinds * (prompt.blocks is not None)}
+        if prompt.grid is not None:
+            extra = {"image_grid_thw": prompt.grid, "mm_token_type_ids": kinds}
+        with torch.no_grad():
+            logits = model(input_ids=ids, pixel_values=prompt.pixel_values, **extra).logits[0, len(prompt.ids) - 1 : -1]
+        kept = [i for i in range(logits.shape[1]) if i not in vlm.banned]
+        exponentials = (logits.double() / temperature).exp()
+        return torch.stack([row[i] / row[kept].sum() for row, i in zip(exponentials, completion, strict=True)]).log()
+
+    return score
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.7])
+def test_numbers_are_those_of_the_distribution_at_the_sampling_temperature(setup, stock_logps, temperature):
+    vlm, prompts = setup
+    decoding = Decoding(temperature, top_k=8, top_p=0.9, max_tokens=6)  # restrict what is drawn, not its numbers
+    found = HFRollout(vlm).generate(requests(prompts, ABC), 2, decoding)
+    groups = [Group(p, tuple(c.ids for c in group)) for p, group in zip(prompts, found, strict=True)]
+    expected, cold = (
+        torch.cat([stock_logps(group.prompt, ids, t) for group in groups for ids in group.completions])
+        for t in (temperature, 1.0)
+    )
+    assert float((expected - cold).abs().max()) > 0.3, "the temperature matters"
+    sampled = torch.cat([c.logps for group in found for c in group])
+    assert float((sampled - expected).abs().max()) <= 1e-4
+    scorer = PolicyScorer(vlm.model, vlm.banned, temperature, chunk=4).eval()
+    with torch.no_grad():
+        plain = scorer(pack_plain(groups, vlm.family, vlm.pad, vlm.device))[0]
+        shared = scorer(pack_shared(groups, vlm.family, vlm.device))[0]
+    assert float((plain - expected).abs().max()) <= 1e-4 and float((shared - expected).abs().max()) <= 1e-4
+
+
 def test_completions_differ_although_the_checkpoint_says_top_k_1(setup):
     vlm, prompts = setup
     assert vlm.model.generation_config.top_k in (1, 64), "what the published checkpoints say"
-    for group in HFRollout(vlm).generate(prompts, 8, SAMPLE, ["a", "b", "c"]):
+    for group in HFRollout(vlm).generate(requests(prompts, ABC), 8, SAMPLE):
         assert len({c.text for c in group}) > 1
 
 
@@ -57,13 +107,13 @@ def test_banned_ids_are_never_sampled(setup):
     assert vlm.model.config.image_token_id in vlm.banned and vlm.pad in vlm.banned
     with torch.no_grad():  # make the image token by far the most probable one
         vlm.model.lm_head.weight[vlm.model.config.image_token_id] *= 50
-    for group in HFRollout(vlm).generate(prompts, 8, SAMPLE, ["a", "b", "c"]):
+    for group in HFRollout(vlm).generate(requests(prompts, ABC), 8, SAMPLE):
         assert not any(int(token) in vlm.banned for c in group for token in c.ids)
 
 
 def test_greedy_equals_transformers_generate(setup):
     vlm, prompts = setup
-    found = HFRollout(vlm).generate(prompts, 1, GREEDY, [""] * 3)
+    found = HFRollout(vlm).generate(requests(prompts, [""] * 3), 1, GREEDY)
     for prompt, (completion,) in zip(prompts, found, strict=True):
         kinds = (prompt.ids == vlm.model.config.image_token_id).long()[None]
         extra = {"token_type_ids": kinds * (prompt.blocks is not None)}
@@ -84,17 +134,17 @@ def test_greedy_equals_transformers_generate(setup):
 def test_a_completion_depends_on_its_seed_alone(setup):
     vlm, prompts = setup
     rollout = HFRollout(vlm)
-    together = rollout.generate(prompts, 4, SAMPLE, ["a", "b", "c"])
-    alone = rollout.generate(prompts[1:2], 4, SAMPLE, ["b"])
+    together = rollout.generate(requests(prompts, ABC), 4, SAMPLE)
+    alone = rollout.generate(requests(prompts[1:2], ["b"]), 4, SAMPLE)
     assert [c.ids.tolist() for c in together[1]] == [c.ids.tolist() for c in alone[0]]
-    other = rollout.generate(prompts[1:2], 4, SAMPLE, ["d"])
+    other = rollout.generate(requests(prompts[1:2], ["d"]), 4, SAMPLE)
     assert [c.ids.tolist() for c in other[0]] != [c.ids.tolist() for c in alone[0]]
 
 
 def test_completions_end_once_or_are_marked_truncated(setup):
     vlm, prompts = setup
     for decoding in (SAMPLE, Decoding(1.0, 0, 1.0, 3)):
-        for group in HFRollout(vlm).generate(prompts, 8, decoding, ["a", "b", "c"]):
+        for group in HFRollout(vlm).generate(requests(prompts, ABC), 8, decoding):
             for c in group:
                 ends = [int(token) in vlm.eos for token in c.ids]
                 assert not any(ends[:-1]) and ends[-1] is not c.truncated
@@ -108,7 +158,7 @@ def test_sampling_stops_when_the_last_completion_has_ended(setup, monkeypatch):
     rollout = HFRollout(replace(vlm, eos=tuple(range(100, 160))))
     steps, forward = [], rollout._forward
     monkeypatch.setattr(rollout, "_forward", lambda *arguments: steps.append(1) or forward(*arguments))
-    found = rollout.generate(prompts, 8, Decoding(1.0, 0, 1.0, 200), ["a", "b", "c"])
+    found = rollout.generate(requests(prompts, ABC), 8, Decoding(1.0, 0, 1.0, 200))
     longest = max(len(c.ids) for group in found for c in group)
     assert len({len(c.ids) for group in found for c in group}) > 3 and longest < 200
     assert len(steps) == longest, "one forward per token of the longest completion"
@@ -123,8 +173,8 @@ def test_image_is_encoded_once_per_prompt(setup, monkeypatch):
         "get_image_features",
         lambda self, pixels, *a, **k: calls.append(len(pixels)) or original(self, pixels, *a, **k),
     )
-    HFRollout(vlm).generate(prompts, 8, SAMPLE, ["a", "b", "c"])
-    patches = 16 if vlm.family is FAMILIES["qwen2_vl"] else 1  # Gemma's come as whole pictures
+    HFRollout(vlm).generate(requests(prompts, ABC), 8, SAMPLE)
+    patches = 16 if vlm.family is Qwen2VL else 1  # Gemma's come as whole pictures
     assert calls == [3 * patches], "one encoder call for three images"
 
 

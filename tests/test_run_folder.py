@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 from dataclasses import MISSING, fields, replace
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import yaml
 
-from common.run_folder import RunFolder
-from common.types import Answers, Prediction, Result, UserError
+from common.run.result import Result
+from common.run.run_folder import RunFolder
+from common.types import Answers, Prediction, Probabilities, Reply, UserError
 
+NEEDED = [field.name for field in fields(Result) if field.default is MISSING and field.default_factory is MISSING]
+RESULT = Result(**dict.fromkeys(NEEDED, "x"))
 VALUES = {"shots": 4, "seed": 1, "method": {"name": "clsrl"}, "run_name": "a", "tracking": {"mode": "offline"}}
 
 
@@ -22,8 +26,8 @@ def test_free_folder_then_claimed_then_finished(tmp_path):
     place.claim(VALUES)
     assert place.finished_result(VALUES) is None, "claimed is not finished"
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["shots"] == 4
-    (tmp_path / "run" / "metrics.json").write_text('{"x": 1}')
-    assert place.finished_result(VALUES) == {"x": 1}
+    place.write_result(RESULT)
+    assert place.finished_result(VALUES) == RESULT
 
 
 def test_another_value_is_refused_and_named(tmp_path):
@@ -99,52 +103,71 @@ def test_completions_survive_a_crash_and_are_merged(tmp_path):
     assert (tmp_path / "completions").exists(), "needed until the result is there"
 
 
-PREDICTION = Prediction(
-    "7", "six", "six", "six", True, True, True, True, 2, False, ("six", "one"), (0.75, 0.25), (0.5, 0.5)
+PREDICTION = Prediction("7", "six", 6, "six", True, True, Reply("six", 2, False, True, True))
+OFFERED = Probabilities(
+    ("one", "six", "nine"),
+    np.array([[1, 0, -1], [2, 1, 0]], np.int32),
+    np.array([[0.75, 0.25, 0.0], [0.5, 0.25, 0.25]], np.float32),
+    np.array([[0.5, 0.5, 0.0], [0.125, 0.75, 0.125]], np.float32),
 )
 
 
 def test_a_finished_split_is_read_back_as_it_was(tmp_path):
     said = {"candidates": [["six", "nine"], []], "agrees": [True, None]}
-    place, found = RunFolder(tmp_path), Answers([PREDICTION, replace(PREDICTION, choices=())], 1.5, 0.25, said)
-    assert place.read_predictions("eval", "test") is None
-    place.write_predictions("eval", "test", found)
-    assert place.read_predictions("eval", "test") == found
+    silent = replace(PREDICTION, reply=None, answer="", correct=False)
+    files, given = RunFolder(tmp_path), Answers([PREDICTION, silent], 1.5, OFFERED, 0.25, said)
+    assert files.read_predictions("after", "test") is None
+    files.write_predictions("after", "test", given)
+    read = files.read_predictions("after", "test")
+    assert read.predictions == given.predictions and read.columns == said
+    assert (read.seconds, read.scoring_seconds, read.probabilities.names) == (1.5, 0.25, OFFERED.names)
+    for name in ("classes", "values", "raw"):
+        assert np.array_equal(getattr(read.probabilities, name), getattr(OFFERED, name))
+
+
+@pytest.mark.parametrize("probabilities", [None, replace(OFFERED, raw=None)], ids=["none", "no raw ones"])
+def test_what_is_not_there_is_read_back_as_not_there(probabilities, tmp_path):
+    files = RunFolder(tmp_path)
+    files.write_predictions("after", "test", Answers([PREDICTION] * 2, 1.0, probabilities))
+    read = files.read_predictions("after", "test").probabilities
+    assert (
+        (read is None) if probabilities is None else (read.raw is None and np.array_equal(read.values, OFFERED.values))
+    )
 
 
 def test_predictions_hold_both_phases(tmp_path):
-    place = RunFolder(tmp_path)
-    for phase in ("zero_shot", "eval"):
-        place.write_predictions(phase, "test", Answers([PREDICTION], 1.0, 0.0))
-    place.merge_predictions()
+    files = RunFolder(tmp_path)
+    for phase in ("before", "after"):
+        files.write_predictions(phase, "test", Answers([PREDICTION], 1.0))
+    files.merge_predictions()
     rows = pyarrow.parquet.read_table(tmp_path / "predictions.parquet").to_pylist()
-    assert {row["phase"] for row in rows} == {"zero_shot", "eval"} and rows[0]["answer"] == "six"
+    assert {row["phase"] for row in rows} == {"before", "after"} and rows[0]["answer"] == "six"
 
 
 def test_predictions_hold_probabilities_in_single_precision(tmp_path):
-    for phase, prediction in (("with", PREDICTION), ("without", Prediction(*list(vars(PREDICTION).values())[:10]))):
-        place = RunFolder(tmp_path / phase)
-        place.path.mkdir()
-        place.write_predictions("eval", "test", Answers([prediction], 1.0, 0.0))
-        place.merge_predictions()
+    for phase, probabilities in (("with", OFFERED), ("without", None)):
+        files = RunFolder(tmp_path / phase)
+        files.path.mkdir()
+        files.write_predictions("after", "test", Answers([PREDICTION] * 2, 1.0, probabilities))
+        files.merge_predictions()
     table, bare = (pyarrow.parquet.read_table(tmp_path / name / "predictions.parquet") for name in ("with", "without"))
     assert table.schema == bare.schema, "the same columns with and without label scoring"
     assert table.schema.field("probabilities").type == table.schema.field("probabilities_raw").type
     assert table.schema.field("probabilities").type.value_type == pyarrow.float32()
-    (row,) = table.to_pylist()
-    assert row["choices"] == ["six", "one"] and row["probabilities"] == [0.75, 0.25]
-    assert bare.to_pylist()[0]["probabilities"] == []
+    first, second = table.to_pylist()
+    assert first["choices"] == ["six", "one"] and first["probabilities"] == [0.75, 0.25], "as long as the prompt's list"
+    assert second["choices"] == ["nine", "six", "one"]
+    assert bare.to_pylist()[0]["probabilities"] is None
 
 
 def test_the_parts_go_when_the_result_is_there(tmp_path):
     place = RunFolder(tmp_path)
     place.write_completions([{"step": 1}], 1)
-    place.write_predictions("eval", "test", Answers([PREDICTION], 1.0, 0.0))
+    place.write_predictions("after", "test", Answers([PREDICTION], 1.0))
     for _ in range(2):  # as if the program had died in between
         place.merge_completions()
         place.merge_predictions()
-    names = [field.name for field in fields(Result) if field.default is MISSING and field.default_factory is MISSING]
-    place.write_result(Result(**dict.fromkeys(names, "")))
+    place.write_result(RESULT)
     assert {path.name for path in tmp_path.iterdir()} == {"completions.parquet", "predictions.parquet", "metrics.json"}
     assert pyarrow.parquet.read_table(tmp_path / "completions.parquet").num_rows == 1
 

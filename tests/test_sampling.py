@@ -13,6 +13,7 @@ import pytest
 from common.data import digits, sampling
 from common.data.sampling import Sampling
 from common.types import Item, Source, UserError
+from tests import published_picks
 
 # A list in mixed order with classes a (6), b (5), c (2); picks computed with the original Dassl/CoOp code.
 TRAIN = [
@@ -104,6 +105,24 @@ def test_picks_equal_the_published_lists(sizes, val_sizes, seed, shots, train, v
         assert digest(val_places) == digests.split()[1]
 
 
+def sizes_of(runs):
+    """`80x7 77`: seven classes of 80, one of 77."""
+    pairs = [run.partition("x") for run in runs.split()]
+    return [int(size) for size, _, times in pairs for _ in range(int(times or 1))]
+
+
+@pytest.mark.parametrize("name", published_picks.PUBLISHED)
+def test_all_published_lists_of_ten_datasets(name):
+    train, val, expected = published_picks.PUBLISHED[name]
+    whole = source(blocks(sizes_of(train)), blocks(sizes_of(val)))
+    lists = []
+    for seed in (1, 2, 3):
+        for shots in (1, 2, 4, 8, 16):
+            picks = sampling.draw(whole, Sampling(shots, seed))
+            lists.append([[int(key) for key in keys(part)] for part in (picks.train, picks.val)])
+    assert digest(lists) == expected
+
+
 def test_classes_with_too_few_images_are_taken_whole_and_named():
     picks = sampling.draw(source(), Sampling(4, 1))
     assert picks.short == {"c": 2}, "c has two images"
@@ -179,3 +198,98 @@ def test_too_many_shots_name_the_class(shots):
 def test_base_is_the_larger_half(classes, base):
     first, rest = sampling.halves([""] * classes)
     assert first == list(range(base)) and rest == list(range(base, classes))
+
+
+POOL = tuple(Item(f"{name}{i}", label, name) for label, name in enumerate("ab") for i in range(6))
+
+
+def pool(items=POOL):
+    return Source(("a", "b"), tuple(items), (), (), digits.Digits(), "", "own images")
+
+
+@pytest.mark.parametrize("sampler", ["coop", "clsrl"])
+def test_without_training_all_of_a_pool_are_tested(sampler):
+    picks = sampling.draw(pool(), Sampling(16, 1, sampler, trains=False))
+    assert (picks.train, picks.val, picks.test, picks.short) == ((), (), POOL, {})
+
+
+@pytest.mark.parametrize("sampler", ["coop", "clsrl"])
+def test_without_training_the_other_parts_stay(sampler):
+    trained, alone = (sampling.draw(source(), Sampling(2, 1, sampler, trains=trains)) for trains in (True, False))
+    assert trained.train and (alone.train, alone.val, alone.test) == ((), trained.val, trained.test)
+
+
+def test_what_a_model_was_trained_on_is_not_tested():
+    trained = sampling.draw(pool(), Sampling(2, 1))
+    again = sampling.draw(pool(), Sampling(2, 1, trains=False, held_out=frozenset(keys(trained.train))))
+    assert (again.train, again.test) == ((), trained.test)
+
+
+@pytest.mark.parametrize("sampler", ["coop", "clsrl"])
+def test_unusable_images_are_left_out_after_the_draw(sampler):
+    whole = sampling.draw(source(), Sampling(2, 1, sampler))
+    gone = frozenset((whole.train[0].image, whole.val[0].image))
+    picks = sampling.draw(source(), Sampling(2, 1, sampler, unusable=gone))
+    assert (picks.train, picks.val, picks.test) == (whole.train[1:], whole.val[1:], whole.test)
+    assert picks.short == {whole.train[0].name: 1} and picks.refilled == {}, "the field's picks are not replaced"
+
+
+def test_a_class_without_a_usable_pick_is_short():
+    (gone,) = [item for item in sampling.draw(source(), Sampling(1, 1)).train if item.name == "c"]
+    assert sampling.draw(source(), Sampling(1, 1, unusable=frozenset((gone.image,)))).short == {"c": 0}
+
+
+def test_unusable_images_of_a_pool_are_not_tested_either():
+    whole = sampling.draw(pool(), Sampling(2, 1))
+    gone = frozenset((whole.train[0].image, whole.test[0].image))
+    picks = sampling.draw(pool(), Sampling(2, 1, unusable=gone))
+    assert (picks.train, picks.test) == (whole.train[1:], whole.test[1:])
+
+
+@pytest.mark.parametrize("shots", [1, 2, 3])
+@pytest.mark.parametrize("sampler", ["coop", "clsrl"])
+@pytest.mark.parametrize("test", [TEST, ()], ids=["own test part", "pool"])
+def test_own_photos_are_replaced_in_their_class(sampler, shots, test):
+    data = replace(pool(), test=test)
+    whole = sampling.draw(data, Sampling(shots, 1, sampler))
+    bad = whole.train[-1]
+    picks = sampling.draw(data, Sampling(shots, 1, sampler, unusable=frozenset((bad.image,)), refill=True))
+    fresh = picks.train[-1]
+    assert picks.train[:-1] == whole.train[:-1] and fresh.label == bad.label and fresh not in whole.train
+    assert (picks.short, picks.refilled) == ({}, {bad.name: 1})
+    assert picks.test == (test or tuple(item for item in whole.test if item != fresh))
+    # one more that cannot be used changes nothing else; if it is the new one, the next takes its place
+    more = {bad.image, fresh.image}
+    third = sampling.draw(data, Sampling(shots, 1, sampler, unusable=frozenset(more), refill=True))
+    assert third.train[:-1] == whole.train[:-1] and third.train[-1] not in (*whole.train, fresh)
+    unpicked = next(item for item in POOL if item not in (*whole.train, fresh) and item.label == bad.label)
+    others = sampling.draw(
+        data, Sampling(shots, 1, sampler, unusable=frozenset((bad.image, unpicked.image)), refill=True)
+    )
+    assert others.train == picks.train
+
+
+def test_no_class_of_a_pool_loses_its_last_test_image():
+    whole = sampling.draw(pool(), Sampling(4, 1))
+    bad = frozenset(item.image for item in whole.train if item.name == "a")
+    picks = sampling.draw(pool(), Sampling(4, 1, unusable=bad, refill=True))
+    assert Counter(item.name for item in picks.train) == {"a": 1, "b": 4}, "of two others one stays"
+    assert Counter(item.name for item in picks.test) == {"a": 1, "b": 2}
+    assert (picks.short, picks.refilled) == ({"a": 1}, {"a": 1})
+
+
+@pytest.mark.parametrize("part", ["train", "val", "test"])
+def test_a_part_that_cannot_be_used_at_all_is_refused(part):
+    data = replace(source(), test=tuple(replace(item, image=f"t{item.image}") for item in TRAIN))
+    whole = sampling.draw(data, Sampling(1, 1))
+    gone = frozenset(item.image for item in getattr(whole, part))
+    with pytest.raises(UserError, match=f"leave out all {len(gone)} images of a part, first: .*; repair"):
+        sampling.draw(data, Sampling(1, 1, unusable=gone))
+
+
+def test_a_class_of_one_image_gets_advice_that_can_be_followed():
+    with pytest.raises(
+        UserError, match="'a' has only 1 images.*; add images of this class, or.*method=zeroshot"
+    ) as error:
+        sampling.draw(pool(POOL[5:]), Sampling(1, 1))
+    assert "shots=0" not in str(error.value)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from common.schedule import Epochs, batch, learning_rate, total_updates
-from common.schema import Trainer
+from common.config.schema import TrainerConfig
+from common.training.schedule import Epochs, batch, learning_rate, total_updates
 
 
 def trainer(**values):
-    return Trainer(**{"name": "sft", "learning_rate": 1.0, "epochs": 1.0, **values})
+    return TrainerConfig(**{"name": "sft", "learning_rate": 1.0, "epochs": 1.0, **values})
 
 
 def test_every_epoch_visits_every_item_once():

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 
 from clsrl.method import ClosedFormQuestion
-from common import metrics
+from common.config.schema_task import DataConfig
 from common.data import digits, settings, source
 from common.data.sampling import Sampling
 from common.data.source import Dataset
-from common.schema_task import Data
+from common.evaluation import metrics
 from common.types import Item, Source, Task, UserError
 from tests.test_sampling import GOLDEN, TRAIN, VAL, keys
 
@@ -22,7 +22,7 @@ TEST = tuple(Item(f"t{name}{i}", label, name) for label, name in enumerate(NAMES
 def dataset(name="letters", prefix="", names=NAMES, train=TRAIN, val=VAL, test=TEST, aliases=None):
     moved = [tuple(replace(item, image=prefix + item.image) for item in part) for part in (train, val, test)]
     found = Source(names, *moved, digits.Digits(), "", "CoOp split")
-    return Dataset(Data(name=name, question=f"Which {name}?", open_question="What?"), found, aliases or {})
+    return Dataset(DataConfig(name=name, question=f"Which {name}?", open_question="What?"), found, aliases or {})
 
 
 def test_few_shot():
@@ -87,12 +87,6 @@ def test_new_classes_are_listed_among_themselves():
     assert {frozenset(prompt.choices) for prompt in prompts["base"]} == {frozenset("ab")}
 
 
-def test_official_base_prompts_are_those_of_training():
-    prompts = ask(0.8, build=settings.base_to_new, evaluation_prompt="official")
-    assert prompts["base"][0].text.endswith("output the answer.")
-    assert prompts["new"][0].text.endswith("output the answer name.")
-
-
 def test_one_number_for_several_splits():
     assert metrics.overall({"base": 0.8, "new": 0.4, "val": 1.0}) == {
         "harmonic_mean": pytest.approx(2 / (1 / 0.8 + 1 / 0.4))
@@ -126,12 +120,12 @@ def test_no_training_images_is_no_contradiction():
 
 
 def test_unset_data_root_names_the_folder_and_the_page():
-    data = Data(name="dtd", folder="dtd", question="?", root=None)
+    data = DataConfig(name="dtd", folder="dtd", question="?", root=None)
     with pytest.raises(UserError, match=r"data=dtd is read from \$DATA/dtd, but DATA is not set.*docs/datasets.md#dtd"):
         source.find(data)
 
 
 def test_folders_inside_the_root_or_absolute(tmp_path):
-    inside = source.find(Data(name="dtd", folder="dtd", question="?", root=str(tmp_path)))
+    inside = source.find(DataConfig(name="dtd", folder="dtd", question="?", root=str(tmp_path)))
     assert (inside.folder, inside.root) == (tmp_path / "dtd", tmp_path)
-    assert source.find(Data(name="dtd", folder="/x/dtd", question="?", root=None)).folder.as_posix() == "/x/dtd"
+    assert source.find(DataConfig(name="dtd", folder="/x/dtd", question="?", root=None)).folder.as_posix() == "/x/dtd"

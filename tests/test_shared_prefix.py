@@ -8,14 +8,14 @@ from types import MethodType
 import pytest
 import torch
 
+from common.config.schema import LoraConfig
 from common.data.loading import Loader
-from common.grpo.logprobs import PolicyScorer
-from common.grpo.packing import Encoded, Group, pack_plain, pack_shared
+from common.forward.logprobs import PolicyScorer
+from common.forward.packing import Group, pack_plain, pack_shared
+from common.models.encoder import Encoded, Encoder
 from common.models.families import Qwen2VL
-from common.models.vlm import Encoder
-from common.schema import Lora
 
-LORA = Lora(r=4, alpha=8, targets=r".*language_model.*\.(q_proj|v_proj|down_proj)")
+LORA = LoraConfig(r=4, alpha=8, targets=r".*language_model.*\.(q_proj|v_proj|down_proj)")
 
 
 def rms_norm_in_input_dtype(self, hidden_states, one):
@@ -101,14 +101,18 @@ def model_for_parity(load_vlm, dtype, window=None, **changes):
     return vlm
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)], ids=["fp32", "fp64"]
-)
-@pytest.mark.parametrize("image", [True, False], ids=["image", "text"])
-@pytest.mark.parametrize(
-    "checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "checkpointing"]
-)
-@pytest.mark.parametrize("lora", [Lora(), LORA], ids=["full", "lora"])
+SLOW = pytest.mark.slow
+NUMBERS = [
+    pytest.param(torch.float32, True, False, id="fp32-image"),
+    pytest.param(torch.float32, False, False, id="fp32-text", marks=SLOW),
+    pytest.param(torch.float64, True, False, id="fp64-image", marks=SLOW),
+    pytest.param(torch.float64, False, False, id="fp64-text", marks=SLOW),
+    pytest.param(torch.float32, True, True, id="fp32-image-checkpointing", marks=SLOW),
+]
+
+
+@pytest.mark.parametrize(("dtype", "image", "checkpointing"), NUMBERS)
+@pytest.mark.parametrize("lora", [LoraConfig(), LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
 def test_shared_equals_plain(
     load_vlm, digits_task, think, no_think, record_property, dtype, image, lora, checkpointing, model

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from alert.prompt import meta_task
+from common.config.schema import LoraConfig
 from common.data.loading import Loader
-from common.grpo.logprobs import PolicyScorer
-from common.grpo.packing import pack_plain, pack_shared
-from common.models import files, slots
-from common.models.vlm import Encoder
-from common.schema import Lora
+from common.forward.logprobs import PolicyScorer
+from common.forward.packing import pack_plain, pack_shared
+from common.models import meter, slots
+from common.models.encoder import Encoder
 from common.types import Prompt
 from tests.test_shared_prefix import LORA, groups, model_for_parity, relative_l2, scores_and_gradient
 
@@ -42,7 +42,7 @@ def with_slots(load_vlm, dtype, trainable=True, **changes):
 @pytest.mark.parametrize(
     "dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)], ids=["fp32", "fp64"]
 )
-@pytest.mark.parametrize("lora", [Lora(), LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [LoraConfig(), LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shared_equals_plain_with_categories(load_vlm, digits_task, family, lora, dtype):
     vlm = with_slots(load_vlm, dtype, family=family, lora=lora, **({"window": 9} if family == "gemma3" else {}))
@@ -117,8 +117,8 @@ def test_the_meter_counts_what_the_encoder_makes(load_vlm, untrained_folders, di
     vlm = with_slots(load_vlm, torch.float32, family=family)
     asked = prompts(digits_task)
     encoded = Encoder(vlm, Loader(digits_task.images, 32), 512)(asked)
-    meter = files.meter_for_folder(untrained_folders[family], family)
-    assert meter.tokens(asked, 32) == [len(found.ids) for found in encoded]
+    measure = meter.of_folder(untrained_folders[family], family)
+    assert measure.tokens(asked, 32) == [len(found.ids) for found in encoded]
 
 
 def test_a_model_is_saved_as_it_was_without_slots(load_vlm, untrained_folders, tmp_path):
@@ -136,7 +136,7 @@ def test_a_model_is_saved_as_it_was_without_slots(load_vlm, untrained_folders, t
 
 
 def test_no_id_beyond_the_vocabulary_is_a_target(load_vlm, digits_task):
-    from common.grpo.packing import score_prompts
+    from common.forward.packing import score_prompts
 
     vlm = with_slots(load_vlm, torch.float32, family="gemma3")
     batch = groups(

@@ -2,54 +2,82 @@
 
 from __future__ import annotations
 
+from dataclasses import MISSING, fields
+
+from common.evaluation.summary import ProbabilitySummary, Summary
 from common.report import figures, tables
+from common.run.result import Result
 
 
-def summary(**probability):
-    return {"probability": probability} if probability else {}
+def summary(**values):
+    return Summary(**{"n": 10, "accuracy": 0.5, "ci95": [0.2, 0.8], "per_class": {}, "seconds": 1.0, **values})
+
+
+def scored(top1, top5, ece):
+    return summary(probability=ProbabilitySummary(top1, top5, ece, brier=0.5, aurc=0.5, risk_coverage=[]))
+
+
+def result(before, after, **values):
+    """A result with one split each way; the other fields do not matter here."""
+    given = {
+        "before": before,
+        "after": after,
+        "train": {"updates": 3},
+        "overall": {"before": {}, "after": {}},
+        **values,
+    }
+    given = {"origins": {"digits": "own split"}, "left_out": 0, "short_classes": {}, **given}
+    names = [field.name for field in fields(Result) if field.default is MISSING and field.default_factory is MISSING]
+    return Result(**{**dict.fromkeys(names, "x"), **given})
 
 
 def test_probabilities_are_one_line_per_split():
-    before = summary(top1=0.6628, top5=0.9536, ece=0.1528)
-    after = summary(top1=1.0, top5=1.0, ece=0.059)
-    result = {"train": {"updates": 3}, "zero_shot": {"test": before}, "eval": {"test": after}}
-    (line,) = tables.probability_lines(result)
+    before, after = scored(0.6628, 0.9536, 0.1528), scored(1.0, 1.0, 0.059)
+    (line,) = tables.probability_lines(result({"test": before}, {"test": after}))
     assert line == (
         "test, most probable name: zero-shot 66.28 % (top-5 95.36, ECE 15.28), trained 100.00 % (top-5 100.00, ECE 5.90)"
     )
     assert len(line) <= 120
-    (line,) = tables.probability_lines(
-        {"train": {"updates": 0}, "zero_shot": {"test": before}, "eval": {"test": before}}
-    )
+    (line,) = tables.probability_lines(result({"test": before}, {}))
     assert "trained" not in line
 
 
 def test_a_result_without_label_scoring_has_no_line():
-    result = {"train": {"updates": 3}, "zero_shot": {"test": summary()}, "eval": {"test": summary()}}
-    assert tables.probability_lines(result) == []
+    assert tables.probability_lines(result({"test": summary()}, {"test": summary()})) == []
 
 
 def test_several_splits_have_one_number():
-    numbers = {"zero_shot": {"harmonic_mean": 0.5}, "eval": {"harmonic_mean": 0.625}}
-    aliases = {"zero_shot": {"new": {"accuracy_aliases": 0.5}}, "eval": {"new": {"accuracy_aliases": 0.75}}}
-    best = {"update": 2, "accuracy": 1.0, "split": "base"}
-    result = {
-        "train": {"updates": 3, "best": best},
-        "overall": numbers,
-        "left_out": 2,
-        "short_classes": {"a": 1},
-        **aliases,
-    }
-    assert tables.overall_lines(result) == [
+    several = result(
+        {"new": summary(accuracy_aliases=0.5)},
+        {"new": summary(accuracy_aliases=0.75)},
+        overall={"before": {"harmonic_mean": 0.5}, "after": {"harmonic_mean": 0.625}},
+        train={"updates": 3, "best": {"update": 2, "accuracy": 1.0, "split": "base"}},
+        left_out=2,
+        short_classes={"a": 1},
+    )
+    assert tables.overall_lines(several) == [
         "harmonic mean: zero-shot 50.00 %, trained 62.50 %",
         "new, other words accepted: zero-shot 50.00 %, trained 75.00 %",
-        "best update 2 was chosen on base itself: no validation images",
+        "trained: update 3 of 3; the best evaluation was after update 2 (100.00 % on base itself: no validation images)",
         "1 classes have fewer training images than shots, first: 'a' has 1",
         "2 pictures that cannot be decoded were left out (manifest.json names them)",
     ]
-    untrained = {"train": {"updates": 0}, "overall": {"zero_shot": {}, "eval": {}}, "left_out": 0}
-    untrained |= {"eval": {"test": {}}, "zero_shot": {"test": {}}, "short_classes": {}}
-    assert tables.overall_lines(untrained) == []
+    assert tables.overall_lines(result({"test": summary()}, {}, train={"updates": 0})) == []
+
+
+def columns(shown):
+    return [column.header for column in tables.result_table(shown).columns]
+
+
+def test_the_table_has_columns_for_what_there_is_to_say():
+    said = {"well_formed": 1.0, "mean_tokens": 2.0}
+    assert columns(result({"test": summary(accuracy_official=0.5, **said)}, {}))[4:7] == [
+        "official match %",
+        "well-formed %",
+        "tokens",
+    ]
+    assert columns(result({"test": summary(**said)}, {}))[4:] == ["well-formed %", "tokens", "seconds"]
+    assert columns(result({"test": summary()}, {})) == ["split", "images", "accuracy %", "95 % interval", "seconds"]
 
 
 def test_many_classes_show_their_confusions(tmp_path, monkeypatch):

@@ -9,16 +9,21 @@ from itertools import islice
 import pytest
 import torch
 
-from alert import tiny_episodes, tiny_gemma3, tiny_guidance, tiny_layout, tiny_pretrain
 from alert.prompt import meta_task
-from alert.tiny_episodes import Reference
+from alert.tiny import episodes as tiny_episodes
+from alert.tiny import guidance as tiny_guidance
+from alert.tiny import layout as tiny_layout
+from alert.tiny import pretrain as tiny_pretrain
+from alert.tiny import recipe as tiny_gemma3
+from alert.tiny.episodes import Reference
 from common import parsing
 from common.data.loading import Loader
-from common.grpo.logprobs import PolicyScorer
-from common.grpo.packing import Group, pack_plain
-from common.models import cached, files, slots, vlm
-from common.models import tiny_gemma3 as untrained
-from common.models.vlm import Encoder
+from common.forward.logprobs import PolicyScorer
+from common.forward.packing import Group, pack_plain
+from common.models import files, meter, slots, vlm
+from common.models.encoder import Encoder
+from common.models.tiny import cached
+from common.models.tiny import gemma3 as untrained
 from common.types import Prompt
 
 
@@ -123,7 +128,7 @@ def test_visible_by_hand(laid_out):
 
 def test_guidance_by_hand(laid_out):
     seen = tiny_layout.visible(laid_out, window=7)["sliding_attention"]
-    names, alike, image = tiny_guidance.places(laid_out, seen, first=50, width=2)
+    names, alike, image = tiny_guidance.positions(laid_out, seen, first=50, width=2)
     assert places_of(names[0])[:8] == [[], [], [0], [0], [], [], [4], [4]]
     # entry 1 is near enough for the first image; of entry 0 the second image's first token (position 8) sees
     # positions 2 and 3, its second one (position 9) only 3
@@ -164,7 +169,7 @@ def test_built_once_and_an_ordinary_folder(tmp_path, monkeypatch, model_config, 
 
     monkeypatch.setattr(tiny_pretrain, "CAPTION_STEPS", 1)
     monkeypatch.setattr(tiny_pretrain, "EPISODE_STEPS", 1)
-    folder = files.build("alert.tiny_gemma3", str(tmp_path))
+    folder = files.build("alert.tiny.recipe", str(tmp_path))
     assert type(AutoModelForImageTextToText.from_pretrained(folder)).__name__ == "Gemma3ForConditionalGeneration"
     assert type(AutoProcessor.from_pretrained(folder)).__name__ == "Gemma3Processor"
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
@@ -176,7 +181,7 @@ def test_built_once_and_an_ordinary_folder(tmp_path, monkeypatch, model_config, 
     policy = replace(policy, slots=slots.attach(policy.model, torch.zeros(10, 4, 96), trainable=False))
     prompts = asked(digits_task.train.items[:2], (1, 7, 4))
     lengths = [len(e.ids) for e in Encoder(policy, Loader(digits_task.images, 32), 512)(prompts)]
-    assert tiny_gemma3.meter().tokens(prompts, 32) == files.meter_for_folder(folder, "gemma3").tokens(prompts, 32)
+    assert tiny_gemma3.meter().tokens(prompts, 32) == meter.of_folder(folder, "gemma3").tokens(prompts, 32)
     assert tiny_gemma3.meter().tokens(prompts, 32) == lengths
 
 

@@ -6,23 +6,28 @@ import json
 
 import pytest
 
-from common import tracking
+from common.config.schema import TrackingConfig
 from common.data.digits import Digits
-from common.schema import Tracking
+from common.evaluation.evaluate import Evaluation
+from common.run import tracking
+from common.types import Answers, Prediction, Reply
+from tests.test_tables import result as result_with
+from tests.test_tables import summary as summary_with
 from tests.wandb_log import summary_of
 
 
+@pytest.mark.slow
 def test_offline_file_holds_the_run(tmp_path):
     folder = tmp_path / "clsrl-digits"
     folder.mkdir()
-    config = Tracking(name="wandb", project="p", group="digits-few_shot-s16", tags=["extra"], completions_rows=2)
+    config = TrackingConfig(name="wandb", project="p", group="digits-few_shot-s16", tags=["extra"], completions_rows=2)
     values = {"method": {"name": "clsrl"}, "shots": 16}
     tracker = tracking.WandbTracker(config, folder, "train", ["clsrl", "digits"], values, ["test"], Digits().open)
     rows = [{"step": 1, "image": str(i), "label": "six", "completion": "six", "reward": 1.0} for i in range(3)]
     for step in (1, 2):
         tracker.log({"reward": 0.5 * step, "eval/test/accuracy": 0.6, "time/rollout_s": 0.1}, step)
         tracker.completions(rows, step)
-    tracker.close({"eval/test/accuracy": 0.9}, failed=False)
+    tracker.close(failed=False)
     (file,) = folder.rglob("*.wandb")
     found = summary_of(file)
     assert (found["project"], found["group"], found["job_type"], found["name"]) == (
@@ -48,15 +53,41 @@ def test_offline_file_holds_the_run(tmp_path):
 
 
 def test_a_resumed_run_continues_the_same_one(tmp_path):
-    config = Tracking(name="wandb", project="p")
+    config = TrackingConfig(name="wandb", project="p")
     ids = []
     for folder in (tmp_path / "a", tmp_path / "a", tmp_path / "b"):
         folder.mkdir(exist_ok=True)
         tracker = tracking.WandbTracker(config, folder, "train", [], {}, ["test"], Digits().open)
         ids.append(tracker.id)
         assert tracker.run.id == tracker.id
-        tracker.close({}, failed=False)
+        tracker.close(failed=False)
     assert ids[0] == ids[1] != ids[2]
+
+
+def test_the_result_is_summed_up_with_its_predictions_and_confusions(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    tracker = tracking.WandbTracker(
+        TrackingConfig(name="wandb", project="p", predictions_rows=2), folder, "train", [], {}, ["test"], Digits().open
+    )
+    answers = [("six", "six"), ("six", "Zero"), ("zero", "a heart"), ("other", "other")]  # a class may be called so
+    predictions = [
+        Prediction(str(i), label, 0, answer, label == answer, label == answer, Reply(answer, 1, False, True))
+        for i, (label, answer) in enumerate(answers)
+    ]
+    summary = summary_with(accuracy=1 / 3)
+    result = result_with({"test": summary_with(accuracy=0.25)}, {"test": summary})
+    tracker.result(result, Evaluation({"test": Answers(predictions, 1.0)}, {"test": summary}))
+    tracker.close(failed=False)
+    (file,) = folder.rglob("*.wandb")
+    found = summary_of(file)
+    assert found["summary"]["before/test"] == 25 and found["summary"]["gain/test"] == pytest.approx(100 / 3 - 25)
+    tables = [json.loads(path.read_text()) for path in folder.rglob("*.table.json")]
+    (shown,) = [table["data"] for table in tables if "reply" in table["columns"]]
+    assert [(row[1], row[2]) for row in shown] == [("six", "Zero"), ("zero", "a heart")], "the wrong ones first"
+    (counts,) = [table["data"] for table in tables if "nPredictions" in table["columns"]]
+    expected = {("six", "six"): 1, ("six", "zero"): 1, ("zero", "(no class name)"): 1, ("other", "other"): 1}
+    assert {(row[0], row[1]): row[2] for row in counts if row[2]} == expected
 
 
 @pytest.mark.parametrize(

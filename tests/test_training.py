@@ -8,18 +8,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from clsrl.method import ClosedFormQuestion
+from common.config.schema import GRPOConfig, LoraConfig, TrainerConfig
 from common.data.loading import Loader
-from common.engine import Engine
-from common.grpo.logprobs import PolicyScorer
-from common.grpo.packing import Group, pack_plain, pack_shared, score_prompts
-from common.grpo.trainer import GRPOTrainer
-from common.models.vlm import Encoder
+from common.forward.logprobs import PolicyScorer
+from common.forward.packing import Group, pack_plain, pack_shared, score_prompts
+from common.models.encoder import Encoder
+from common.models.meter import messages
 from common.rewards import Reward, accuracy, strict_format
 from common.rollout.base import Decoding
 from common.rollout.hf import HFRollout
-from common.schedule import Epochs
-from common.schema import GRPO, Lora, Trainer
-from common.sft import SFTTrainer
+from common.training.engine import Engine
+from common.training.grpo.trainer import GRPOTrainer
+from common.training.schedule import Epochs
+from common.training.sft import SFTTrainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("process_group")]
 ZERO = {stage: {"zero_optimization": {"stage": stage}} for stage in (0, 1, 2)}
@@ -30,7 +32,7 @@ REWARDS = {"short": Reward(1.0, lambda samples: [1.0 / (1 + len(s.completion)) f
 
 
 def options(**changes):
-    return Trainer(
+    return TrainerConfig(
         **{
             "name": "sft",
             "learning_rate": 1e-3,
@@ -45,7 +47,7 @@ def options(**changes):
 
 
 def grpo_options(**changes):
-    return GRPO(
+    return GRPOConfig(
         **{
             "name": "grpo",
             "learning_rate": 1e-3,
@@ -97,36 +99,50 @@ def test_engine_equals_plain_adamw(stage):
     engine.close()
 
 
-@pytest.mark.parametrize("loss", ["answer", "everything"])
-def test_sft_loss_equals_transformers(load_vlm, digits_task, no_think, loss):
+SFT = {
+    "clean": ("answer", {}),
+    "official": (
+        "everything",
+        {"train_system_prompt": "think", "train_question": "bare", "train_image": "last", "train_target": "tagged"},
+    ),
+}
+
+
+@pytest.mark.parametrize(("loss", "options_of_method"), SFT.values(), ids=SFT.keys())
+def test_sft_loss_equals_transformers(load_vlm, digits_task, loss, options_of_method):
     vlm = load_vlm()
-    encoder = Encoder(vlm, Loader(digits_task.images, 32), 512)
-    prompts = no_think.train_prompts(digits_task)[::20][:4]
+    method = ClosedFormQuestion(instruction="no_think", seed=1, **options_of_method)
+    load = Loader(digits_task.images, 32)
+    prompts = method.train_prompts(digits_task)[::20][:4]
     trainer = SFTTrainer(
         vlm=vlm,
-        encoder=encoder,
+        rollout=HFRollout(vlm),
+        encoder=Encoder(vlm, load, 512),
         prompts=Epochs(lambda epoch: prompts),
         loss=loss,
         config=options(),
         deepspeed=ZERO[2],
         updates=1,
         seed=1,
+        reply=method.label_response,
     )
-    rows = [torch.cat([e.ids, trainer._target(p.label)]) for e, p in zip(encoder(prompts), prompts, strict=True)]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    labels = torch.full_like(ids, -100)
-    for row, (e, tokens) in enumerate(zip(encoder(prompts), rows, strict=True)):
-        start = len(e.ids) if loss == "answer" else 0
-        labels[row, start : len(tokens)] = tokens[start:]
-    labels[torch.isin(labels, torch.tensor(vlm.banned))] = -100
+    # the whole conversation through the processor at once, as in the authors' collate function
+    replies = [f"<answer>{p.label}</answer>" if loss == "everything" else p.label for p in prompts]
+    said = [[*messages(p), {"role": "assistant", "content": r}] for p, r in zip(prompts, replies, strict=True)]
+    texts = [
+        vlm.processor.apply_chat_template(c, tokenize=False, add_generation_prompt=loss == "everything") for c in said
+    ]
+    pictures = [[picture] for picture in load([p.image for p in prompts])]
+    batch = vlm.processor(text=texts, images=pictures, padding=True, padding_side="right", return_tensors="pt")
+    labels = batch["input_ids"].clone()
+    labels[torch.isin(labels, torch.tensor([vlm.pad, *vlm.banned]))] = -100
+    if loss == "answer":
+        for row, reply in zip(labels, replies, strict=True):
+            length = len(vlm.processor.tokenizer(reply)["input_ids"])
+            start = int((row != -100).nonzero()[-1]) - 1 - length  # behind the reply: its end and a line break
+            row[:start], row[start + length + 1 :] = -100, -100
     with torch.no_grad():
-        stock = vlm.model(
-            input_ids=ids,
-            attention_mask=(torch.arange(ids.shape[1]) < torch.tensor([[len(r)] for r in rows])).long(),
-            pixel_values=torch.cat([e.pixel_values for e in encoder(prompts)]),
-            image_grid_thw=torch.cat([e.grid for e in encoder(prompts)]),
-            mm_token_type_ids=(ids == vlm.model.config.image_token_id).int(),
-        ).logits[:, :-1]
+        stock = vlm.model(**batch).logits[:, :-1]
         stock[..., torch.tensor(vlm.banned)] = -torch.inf
         expected = F.cross_entropy(stock.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
     assert trainer.step(0).metrics["loss"] == pytest.approx(float(expected), rel=1e-5)
@@ -137,6 +153,7 @@ def test_sft_learns_the_labels(load_vlm, digits_task, no_think):
     vlm = load_vlm()
     trainer = SFTTrainer(
         vlm=vlm,
+        rollout=HFRollout(vlm),
         encoder=Encoder(vlm, Loader(digits_task.images, 32), 512),
         prompts=Epochs(lambda epoch: no_think.train_prompts(digits_task)[::20][:4]),
         loss="answer",
@@ -165,6 +182,7 @@ def test_score_prompts_skips_images_and_first_tokens(load_vlm, digits_task, no_t
 
 def grpo(vlm, task, method, **changes):
     rewards, deepspeed = changes.pop("rewards", REWARDS), changes.pop("deepspeed", ZERO[2])
+    max_tokens = changes.pop("max_tokens", 12)
     config = grpo_options(**changes)
     return GRPOTrainer(
         vlm=vlm,
@@ -172,7 +190,7 @@ def grpo(vlm, task, method, **changes):
         rollout=HFRollout(vlm),
         prompts=Epochs(lambda epoch: method.train_prompts(task)),
         rewards=rewards,
-        decoding=Decoding(1.0, 0, 1.0, 12),
+        decoding=Decoding(1.0, 0, 1.0, max_tokens),
         config=config,
         deepspeed=deepspeed,
         updates=4,
@@ -187,11 +205,18 @@ def run(vlm, task, method, updates=3, **changes):
     return steps
 
 
-LORA = Lora(r=4, alpha=8, targets=r".*language_model.*\.(q_proj|v_proj)")
+LORA = LoraConfig(r=4, alpha=8, targets=r".*language_model.*\.(q_proj|v_proj)")
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "gemma3"])
-@pytest.mark.parametrize("lora", [Lora(), LORA], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("lora", "family"),
+    [
+        pytest.param(LoraConfig(), "qwen2_vl", id="qwen2_vl-full"),
+        pytest.param(LORA, "gemma3", id="gemma3-lora"),
+        pytest.param(LORA, "qwen2_vl", id="qwen2_vl-lora", marks=pytest.mark.faults),
+        pytest.param(LoraConfig(), "gemma3", id="gemma3-full", marks=pytest.mark.faults),
+    ],
+)
 def test_zero_stages_sample_and_end_the_same(load_vlm, digits_task, think, lora, family):
     ended, steps = {}, {}
     for stage in ZERO:
@@ -199,7 +224,7 @@ def test_zero_stages_sample_and_end_the_same(load_vlm, digits_task, think, lora,
         vlm = load_vlm(lora=lora, family=family)
         trainer = grpo(vlm, digits_task, think, deepspeed=ZERO[stage], beta=0.04)
         steps[stage] = [trainer.step(update) for update in range(3)]
-        with trainer.whole_weights():
+        with trainer.sampling():
             ended[stage] = weights(vlm.model)
         trainer.close()
     for stage in (1, 2, 3):
@@ -258,7 +283,9 @@ def test_training_repeats_itself_to_the_bit(load_vlm, digits_task, think):
 
 
 @pytest.mark.parametrize(
-    "lora", [Lora(), Lora(r=4, alpha=8, targets=r".*language_model.*\.(q_proj|v_proj)")], ids=["full", "lora"]
+    "lora",
+    [LoraConfig(), LoraConfig(r=4, alpha=8, targets=r".*language_model.*\.(q_proj|v_proj)")],
+    ids=["full", "lora"],
 )
 def test_reference_stays_and_kl_grows(load_vlm, digits_task, think, lora):
     torch.manual_seed(0)
@@ -270,7 +297,7 @@ def test_reference_stays_and_kl_grows(load_vlm, digits_task, think, lora):
 
 def test_lora_trains_only_the_adapter(load_vlm, digits_task, think):
     torch.manual_seed(0)
-    vlm = load_vlm(lora=Lora(r=4, alpha=8, targets=r".*language_model.*\.(q_proj|v_proj)"))
+    vlm = load_vlm(lora=LoraConfig(r=4, alpha=8, targets=r".*language_model.*\.(q_proj|v_proj)"))
     before = weights(vlm.model)
     run(vlm, digits_task, think, updates=2)
     moved = {name for name, value in weights(vlm.model).items() if not torch.equal(value, before[name])}
@@ -332,7 +359,7 @@ def test_step_reports_trl_names_and_rows(load_vlm, digits_task, think):
 
 
 def test_self_check_refuses_a_wrong_forward(load_vlm, digits_task, think, monkeypatch):
-    import common.grpo.trainer as module
+    import common.training.grpo.trainer as module
 
     def wrong(groups, family, device):
         packed = pack_shared(groups, family, device)

@@ -51,7 +51,7 @@ def summary_of(path: Path, patience: float = 20.0) -> dict[str, Any]:
 
 
 def _summary(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {"history": [], "metrics": [], "config": {}, "exit": None}
+    found: dict[str, Any] = {"history": [], "metrics": [], "config": {}, "summary": {}, "exit": None}
     for record in records(path):
         kind = record.WhichOneof("record_type")
         if kind == "run" and record.run.project:
@@ -66,6 +66,9 @@ def _summary(path: Path) -> dict[str, Any]:
         elif kind == "history":
             row = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
             found["history"].append(row)
+        elif kind == "summary":
+            for item in record.summary.update:
+                found["summary"][item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
         elif kind == "metric":
             found["metrics"].append((record.metric.name or record.metric.glob_name, record.metric.step_metric))
         elif kind == "exit":

@@ -9,30 +9,30 @@ from pathlib import Path
 
 from common.data.assemble import Parts, assemble
 from common.data.listing import fields, lines
-from common.data.place import Place
+from common.data.location import Location
 from common.types import Item, Source
 
 
-def read(place: Place) -> Source:
+def read(location: Location) -> Source:
     """The dataset with its own parts; a label is a class's line in `variants.txt`, counted from 0.
 
     Raises:
         UserError: A file is missing, or a line names an unknown class.
     """
-    place.need("images")
-    names = [name for _, name in lines(place, place.need("variants.txt"))]
+    location.need("images")
+    names = [name for _, name in lines(location, location.need("variants.txt"))]
     labels = {name: label for label, name in enumerate(names)}
     train, val, test = (
-        _items(place, place.need(f"images_variant_{part}.txt"), labels) for part in ("train", "val", "test")
+        _items(location, location.need(f"images_variant_{part}.txt"), labels) for part in ("train", "val", "test")
     )
-    return assemble(place, names, Parts(train, val, test), "official lists")
+    return assemble(location, names, Parts(train, val, test), "official lists")
 
 
-def _items(place: Place, path: Path, labels: dict[str, int]) -> list[Item]:
+def _items(location: Location, path: Path, labels: dict[str, int]) -> list[Item]:
     items = []
-    for line in lines(place, path):
-        image, name = fields(place, line, "image variant")
+    for line in lines(location, path):
+        image, name = fields(location, line, "image variant")
         if name not in labels:
-            raise place.error(f"{line[0]}: '{name}' is not in variants.txt")
-        items.append(Item(place.key(f"images/{image}.jpg"), labels[name], name))
+            raise location.error(f"{line[0]}: '{name}' is not in variants.txt")
+        items.append(Item(location.key(f"images/{image}.jpg"), labels[name], name))
     return items

@@ -1,6 +1,6 @@
 """Splits of our own (see fallback.py) for datasets whose labels stand in annotation files.
 
-Each takes the dataset's place, its image folder and the generator. Where the authors publish a test part, it stays the
+Each takes the location, its image folder and the generator. Where the authors publish a test part, it stays the
 test part, and only their training part is cut into train and val.
 """
 
@@ -16,108 +16,108 @@ from typing import Any
 from common.data.assemble import Parts
 from common.data.fallback import split_classes, split_trainval
 from common.data.listing import fields, lines, number, text
-from common.data.place import Place
+from common.data.location import Location
 from common.data.split_file import prefix
 from common.types import Item
 
 
-def pets(place: Place, images: str, rng: random.Random) -> Parts:
+def pets(location: Location, images: str, rng: random.Random) -> Parts:
     """Oxford-IIIT Pets: lines `Abyssinian_100 1 1 1` (image, class, species, breed; from 1) in `annotations/`.
 
     The class name is the image's without its number, in lower case.
     """
-    start = place.key(prefix(images))
+    start = location.key(prefix(images))
 
     def item(line: tuple[str, str]) -> Item:
-        image, label, *_ = fields(place, line, "image class species breed")
+        image, label, *_ = fields(location, line, "image class species breed")
         name = image.rpartition("_")[0].lower()
-        return Item(f"{start}{image}.jpg", number(place, line[0], label) - 1, name)
+        return Item(f"{start}{image}.jpg", number(location, line[0], label) - 1, name)
 
-    return _official_test(place, rng, "annotations/trainval.txt", "annotations/test.txt", item)
+    return _official_test(location, rng, "annotations/trainval.txt", "annotations/test.txt", item)
 
 
-def sun397(place: Place, images: str, rng: random.Random) -> Parts:
+def sun397(location: Location, images: str, rng: random.Random) -> Parts:
     """SUN397: lines `/a/abbey/sun_x.jpg` of partition 01; a label is a folder's line in `ClassName.txt`.
 
     The class name is the folder's path backwards, without its first letter: `outdoor apartment_building`.
     """
-    folders = [line.strip("/") for _, line in lines(place, place.need("ClassName.txt"))]
+    folders = [line.strip("/") for _, line in lines(location, location.need("ClassName.txt"))]
     labels = {folder: label for label, folder in enumerate(folders)}
-    start = place.key(prefix(images))
+    start = location.key(prefix(images))
 
     def item(line: tuple[str, str]) -> Item:
         path = line[1].strip("/")
         folder = path.rpartition("/")[0]
-        label = _label(place, line, labels, folder)
+        label = _label(location, line, labels, folder)
         return Item(start + path, label, " ".join(reversed(folder.split("/")[1:])))
 
-    return _official_test(place, rng, "Training_01.txt", "Testing_01.txt", item)
+    return _official_test(location, rng, "Training_01.txt", "Testing_01.txt", item)
 
 
-def ucf101(place: Place, images: str, rng: random.Random) -> Parts:
+def ucf101(location: Location, images: str, rng: random.Random) -> Parts:
     """UCF101's middle frames: lines `HammerThrow/v_x.avi` of list 01; labels in `classInd.txt` (from 1).
 
     The class name is the folder's with `_` between the words: `Hammer_Throw`.
     """
     labels = {}
-    for line in lines(place, place.need("ucfTrainTestlist/classInd.txt")):
-        label, action = fields(place, line, "label class")
-        labels[action] = number(place, line[0], label) - 1
-    start = place.key(prefix(images))
+    for line in lines(location, location.need("ucfTrainTestlist/classInd.txt")):
+        label, action = fields(location, line, "label class")
+        labels[action] = number(location, line[0], label) - 1
+    start = location.key(prefix(images))
 
     def item(line: tuple[str, str]) -> Item:
         action, _, video = line[1].split()[0].partition("/")
         name = "_".join(re.findall("[A-Z][^A-Z]*", action))
         frame = video.removesuffix(".avi") + ".jpg"
-        return Item(f"{start}{name}/{frame}", _label(place, line, labels, action), name)
+        return Item(f"{start}{name}/{frame}", _label(location, line, labels, action), name)
 
-    return _official_test(place, rng, "ucfTrainTestlist/trainlist01.txt", "ucfTrainTestlist/testlist01.txt", item)
+    return _official_test(location, rng, "ucfTrainTestlist/trainlist01.txt", "ucfTrainTestlist/testlist01.txt", item)
 
 
-def cars(place: Place, images: str, rng: random.Random) -> Parts:
+def cars(location: Location, images: str, rng: random.Random) -> Parts:
     """Stanford Cars: the devkit's .mat files; class names with the year first: `2012 Ram C/V Cargo Van Minivan`."""
-    names = [str(name[0]) for name in _matlab(place, "devkit/cars_meta.mat", "class_names")]
-    start = place.key(prefix(images))
+    names = [str(name[0]) for name in _matlab(location, "devkit/cars_meta.mat", "class_names")]
+    start = location.key(prefix(images))
 
     def items(file: str, folder: str) -> list[Item]:
-        found = []
-        for row in _matlab(place, file, "annotations"):
+        examples = []
+        for row in _matlab(location, file, "annotations"):
             image, label = str(row["fname"][0]), int(row["class"][0, 0]) - 1
             if not 0 <= label < len(names):
-                raise place.error(f"{place.folder / file}: {image} has class {label + 1} of {len(names)}")
-            found.append(Item(f"{start}{folder}/{image}", label, year_first(names[label])))
-        return found
+                raise location.error(f"{location.folder / file}: {image} has class {label + 1} of {len(names)}")
+            examples.append(Item(f"{start}{folder}/{image}", label, year_first(names[label])))
+        return examples
 
-    train, val = split_trainval(place, items("devkit/cars_train_annos.mat", "cars_train"), rng)
+    train, val = split_trainval(location, items("devkit/cars_train_annos.mat", "cars_train"), rng)
     return Parts(train, val, items("cars_test_annos_withlabels.mat", "cars_test"))
 
 
-def flowers(place: Place, images: str, rng: random.Random) -> Parts:
+def flowers(location: Location, images: str, rng: random.Random) -> Parts:
     """Oxford Flowers: `imagelabels.mat` has the class of every image (from 1), `cat_to_name.json` its name.
 
     The official parts (`setid.mat`) are not used, as in CoOp.
     """
-    path = place.need("cat_to_name.json")
-    names = _names(place, path)
-    start = place.key(prefix(images))
+    path = location.need("cat_to_name.json")
+    names = _names(location, path)
+    start = location.key(prefix(images))
     items = []
-    for position, category in enumerate(map(int, _matlab(place, "imagelabels.mat", "labels")), start=1):
+    for position, category in enumerate(map(int, _matlab(location, "imagelabels.mat", "labels")), start=1):
         if str(category) not in names:
-            raise place.error(f"{path} has no name for class {category} of image {position}")
+            raise location.error(f"{path} has no name for class {category} of image {position}")
         items.append(Item(f"{start}image_{position:05d}.jpg", category - 1, names[str(category)]))
-    return split_classes(place, items, rng)
+    return split_classes(location, items, rng)
 
 
 def _official_test(
-    place: Place, rng: random.Random, trainval: str, test: str, item: Callable[[tuple[str, str]], Item]
+    location: Location, rng: random.Random, trainval: str, test: str, item: Callable[[tuple[str, str]], Item]
 ) -> Parts:
-    train, val = split_trainval(place, map(item, lines(place, place.need(trainval))), rng)
-    return Parts(train, val, [item(line) for line in lines(place, place.need(test))])
+    train, val = split_trainval(location, map(item, lines(location, location.need(trainval))), rng)
+    return Parts(train, val, [item(line) for line in lines(location, location.need(test))])
 
 
-def _label(place: Place, line: tuple[str, str], labels: Mapping[str, int], name: str) -> int:
+def _label(location: Location, line: tuple[str, str], labels: Mapping[str, int], name: str) -> int:
     if name not in labels:
-        raise place.error(f"{line[0]}: '{name}' is not in the list of classes")
+        raise location.error(f"{line[0]}: '{name}' is not in the list of classes")
     return labels[name]
 
 
@@ -131,17 +131,17 @@ def year_first(name: str) -> str:
     return f"{year} {model}".strip()
 
 
-def _names(place: Place, path: Path) -> dict[str, str]:
+def _names(location: Location, path: Path) -> dict[str, str]:
     try:
-        found = json.loads(text(place, path))
+        names = json.loads(text(location, path))
     except json.JSONDecodeError as error:
-        raise place.error(f"{path} is not JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise place.error(f'{path} must be an object of class and name, like {{"1": "pink primrose"}}')
-    return found
+        raise location.error(f"{path} is not JSON ({error})") from error
+    if not isinstance(names, dict):
+        raise location.error(f'{path} must be an object of class and name, like {{"1": "pink primrose"}}')
+    return names
 
 
-def _matlab(place: Place, file: str, variable: str) -> Any:
+def _matlab(location: Location, file: str, variable: str) -> Any:
     """The first row of a variable in a .mat file.
 
     Raises:
@@ -149,11 +149,11 @@ def _matlab(place: Place, file: str, variable: str) -> Any:
     """
     from scipy.io import loadmat
 
-    path = place.need(file)
+    path = location.need(file)
     try:
         content = loadmat(str(path))
     except (ValueError, OSError, NotImplementedError) as error:
-        raise place.error(f"{path} is not a .mat file that can be read ({error})") from error
+        raise location.error(f"{path} is not a .mat file that can be read ({error})") from error
     if variable not in content:
-        raise place.error(f"{path} has no variable '{variable}'")
+        raise location.error(f"{path} has no variable '{variable}'")
     return content[variable][0]

@@ -10,7 +10,8 @@ from itertools import chain
 from pathlib import Path
 
 from common.data.images import FileImages
-from common.data.place import Place
+from common.data.litter import summary
+from common.data.location import Location
 from common.types import Item, Source
 
 PARTS = ("train", "val", "test")
@@ -26,12 +27,12 @@ class Parts:
 
 
 def assemble(
-    place: Place, names: Sequence[str], parts: Parts, origin: str, folders: Mapping[str, Path] | None = None
+    location: Location, names: Sequence[str], parts: Parts, origin: str, folders: Mapping[str, Path] | None = None
 ) -> Source:
     """A source whose images are files.
 
     Args:
-        place: Of the dataset.
+        location: Of the dataset.
         names: Of the classes, by label.
         parts: Its images.
         origin: Whose split it is.
@@ -42,9 +43,11 @@ def assemble(
         train=tuple(parts.train),
         val=tuple(parts.val),
         test=tuple(parts.test),
-        images=FileImages(dict(folders or {place.name: place.folder})),
+        images=FileImages(dict(folders or {location.name: location.folder})),
         fingerprint=fingerprint(names, parts),
         origin=origin,
+        passed_over=summary(location.passed_over.values()),
+        notes=tuple(location.notes),
     )
 
 
@@ -57,27 +60,27 @@ def fingerprint(names: Sequence[str], parts: Parts) -> str:
     return digest.hexdigest()
 
 
-def names_by_label(place: Place, parts: Parts, where: str) -> tuple[str, ...]:
+def names_by_label(location: Location, parts: Parts, where: str) -> tuple[str, ...]:
     """The class names that items carry.
 
     Args:
-        place: For error messages.
+        location: For error messages.
         parts: All items.
         where: The file that they come from.
 
     Raises:
         UserError: The labels are not 0, 1, 2, ... without a gap.
     """
-    found: dict[int, str] = {}
+    names: dict[int, str] = {}
     for item in chain(parts.train, parts.val, parts.test):
-        found.setdefault(item.label, item.name)
-    if not found:
-        raise place.error(f"{where} lists no image")
-    for label in range(len(found)):
-        if label not in found:
-            strange = next(key for key in found if not 0 <= key < len(found))
-            raise place.error(
-                f"{where} has {len(found)} labels, which must be 0 to {len(found) - 1}, but {label} does not occur and"
-                f" {strange} ('{found[strange]}') does"
+        names.setdefault(item.label, item.name)
+    if not names:
+        raise location.error(f"{where} lists no image")
+    for label in range(len(names)):
+        if label not in names:
+            strange = next(key for key in names if not 0 <= key < len(names))
+            raise location.error(
+                f"{where} has {len(names)} labels, which must be 0 to {len(names) - 1}, but {label} does not occur and"
+                f" {strange} ('{names[strange]}') does"
             )
-    return tuple(found[label] for label in range(len(found)))
+    return tuple(names[label] for label in range(len(names)))

@@ -18,10 +18,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from common import config
+from common.config import composition as config
+from common.config.command_line import literal
+from common.config.schema_task import DataConfig
 from common.data.source import find, load
-from common.schema_task import Data
+from common.runtime import utf8
 from common.types import BadImage, Source, UserError
 
 CONF = Path(__file__).parent.parent.parent / "conf"
@@ -32,14 +35,14 @@ SIZES = ("classes", "train", "val", "test")
 class Report:
     """What was found of one dataset. `problems` are half sentences, the gravest first."""
 
-    data: Data
+    data: DataConfig
     found: bool
     origin: str = ""
     sizes: dict[str, int] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
 
 
-def examine(data: Data) -> Report:
+def examine(data: DataConfig) -> Report:
     """Read a dataset, compare its sizes, look for all its images."""
     if data.folder and not find(data).folder.exists():
         return Report(data, found=False)
@@ -75,7 +78,7 @@ def _differences(published: dict[str, int], sizes: dict[str, int]) -> Iterator[s
         )
 
 
-def configured(names: Sequence[str], overrides: Sequence[str]) -> list[Data]:
+def configured(names: Sequence[str], overrides: Sequence[str]) -> list[DataConfig]:
     """The configurations of the datasets called `names`, of all without names.
 
     Raises:
@@ -86,22 +89,23 @@ def configured(names: Sequence[str], overrides: Sequence[str]) -> list[Data]:
         raise UserError(f"there is no data={unknown[0]}; there are {', '.join(known)}")
     config.register()
     GlobalHydra.instance().clear()
-    found = []
+    datasets = []
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             for name in names or known:
-                composed = hydra.compose("config", [f"data={name}", *overrides])
+                composed = hydra.compose("config", [f"data={name}", *literal(overrides)])
                 data = OmegaConf.to_object(composed.data)
-                assert isinstance(data, Data)
-                found.append(data)
+                assert isinstance(data, DataConfig)
+                datasets.append(data)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(" ".join(str(error).split())) from error
-    return found
+    return datasets
 
 
 def table(reports: Sequence[Report]) -> Table:
     """A line for every dataset."""
-    shown = Table(title=f"datasets in {reports[0].data.root}", title_justify="left")
+    title = Text(f"datasets in {reports[0].data.root}", style="table.title")
+    shown = Table(title=title, title_justify="left")
     for name in ("dataset", "there", "split"):
         shown.add_column(name)
     for name in (*SIZES, "published", "problems"):
@@ -109,8 +113,9 @@ def table(reports: Sequence[Report]) -> Table:
     for report in reports:
         sizes = [f"{report.sizes[key]:,}" if report.sizes.get(key) else "–" for key in SIZES]
         state = "found" if report.found else "missing"
-        problems = f"[red]{len(report.problems)}[/]" if report.problems else "–"
-        shown.add_row(report.data.name, state, report.origin or "–", *sizes, _published(report), problems)
+        problems = Text(str(len(report.problems)), style="red") if report.problems else Text("–")
+        dataset, origin = Text(report.data.name), Text(report.origin or "–")
+        shown.add_row(dataset, state, origin, *sizes, _published(report), problems)
     return shown
 
 
@@ -139,15 +144,16 @@ def main(arguments: Sequence[str]) -> int:
     console = Console(width=None if Console().is_terminal else 140)
     reports = []
     for data in configured(names, overrides):
-        with console.status(f"looking at {data.name}"):
+        with console.status(Text(f"looking at {data.name}")):
             reports.append(examine(data))
     console.print(table(reports))
     for line in lines(reports):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(Text(line), soft_wrap=True)
     return 1 if any(report.problems for report in reports) else 0
 
 
 if __name__ == "__main__":
+    utf8.ensure()
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.data.place import Place
+from common.data.location import Location
 from common.types import Item, Source, UserError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def _file() -> Path:
 
 @cache
 def _rows() -> tuple[tuple[int, ...], ...]:
-    with gzip.open(_file(), "rt") as file:
+    with gzip.open(_file(), "rt", encoding="ascii") as file:
         return tuple(tuple(int(float(value)) for value in row) for row in csv.reader(file))
 
 
@@ -45,15 +45,23 @@ class Digits:
     def open(self, image: str) -> Image:
         from PIL import Image
 
-        pixels = bytes(round(value * 255 / LEVELS) for value in _rows()[int(image)][: SIDE * SIDE])
+        pixels = bytes(round(value * 255 / LEVELS) for value in self.content(image))
         return Image.frombytes("L", (SIDE, SIDE), pixels).convert("RGB")
 
     def stamp(self, image: str) -> str:
         return f"digits {image}"
 
+    def size(self, image: str) -> int:
+        return SIDE * SIDE
 
-def read(place: Place) -> Source:
-    """All digits, in file order. `place` is not used: nothing has to be downloaded."""
+    def content(self, image: str, start: int = 0, length: int | None = None) -> bytes:
+        """A byte for every pixel, from 0 to LEVELS."""
+        pixels = bytes(_rows()[int(image)][: SIDE * SIDE])
+        return pixels[start : None if length is None else start + length]
+
+
+def read(location: Location) -> Source:
+    """All digits, in file order. `location` is not used: nothing has to be downloaded."""
     fingerprint = hashlib.sha256(_file().read_bytes()).hexdigest()
     items = tuple(Item(str(i), row[-1], NAMES[row[-1]]) for i, row in enumerate(_rows()))
     return Source(NAMES, items, (), (), Digits(), fingerprint, "own split")

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from common.data.assemble import Parts
 from common.data.listing import collect, subfolders
-from common.data.place import Place
+from common.data.location import Location
 from common.data.sampling import by_label
 from common.types import Item
 
@@ -20,7 +20,7 @@ TRAIN_SHARE, VAL_SHARE = 0.5, 0.2  # of a class; the rest is for testing (CoOp)
 
 
 def folders(
-    place: Place,
+    location: Location,
     images: str,
     rng: random.Random,
     *,
@@ -30,7 +30,7 @@ def folders(
     """Split the images of class folders.
 
     Args:
-        place: Of the dataset.
+        location: Of the dataset.
         images: The folder of the class folders, in the dataset's folder.
         rng: Shuffles the classes one after the other.
         ignored: Folders that are no class.
@@ -39,14 +39,14 @@ def folders(
     Raises:
         UserError: A class has fewer images than a split needs.
     """
-    folder = place.need(images)
+    folder = location.need(images)
     renames = renames or {}
-    categories = [name for name in subfolders(place, folder) if name not in ignored]
+    categories = [name for name in subfolders(location, folder) if name not in ignored]
     classes = [(name, label, renames.get(name, name)) for label, name in enumerate(categories)]
-    return split_classes(place, collect(place, folder, place.key(images), classes), rng)
+    return split_classes(location, collect(location, folder, location.key(images), classes), rng)
 
 
-def split_classes(place: Place, items: Iterable[Item], rng: random.Random) -> Parts:
+def split_classes(location: Location, items: Iterable[Item], rng: random.Random) -> Parts:
     """Half of every class for training, a fifth for validation, the rest for testing, rounded half to even.
 
     Raises:
@@ -57,7 +57,7 @@ def split_classes(place: Place, items: Iterable[Item], rng: random.Random) -> Pa
     test: list[Item] = []
     for group in by_label(list(items)).values():
         trained, validated = round(len(group) * TRAIN_SHARE), round(len(group) * VAL_SHARE)
-        _check(place, group, min(trained, validated, len(group) - trained - validated), "train, val and test")
+        _check(location, group, min(trained, validated, len(group) - trained - validated), "train, val and test")
         rng.shuffle(group)
         train += group[:trained]
         val += group[trained : trained + validated]
@@ -66,7 +66,7 @@ def split_classes(place: Place, items: Iterable[Item], rng: random.Random) -> Pa
 
 
 def split_trainval(
-    place: Place, items: Iterable[Item], rng: random.Random, share: float = VAL_SHARE
+    location: Location, items: Iterable[Item], rng: random.Random, share: float = VAL_SHARE
 ) -> tuple[list[Item], list[Item]]:
     """Training and validation images: `share` of every class for validation, rounded half to even.
 
@@ -77,15 +77,15 @@ def split_trainval(
     val: list[Item] = []
     for group in by_label(list(items)).values():
         validated = round(len(group) * share)
-        _check(place, group, min(validated, len(group) - validated), "train and val")
+        _check(location, group, min(validated, len(group) - validated), "train and val")
         rng.shuffle(group)
         val += group[:validated]
         train += group[validated:]
     return train, val
 
 
-def _check(place: Place, group: Sequence[Item], smallest: int, parts: str) -> None:
+def _check(location: Location, group: Sequence[Item], smallest: int, parts: str) -> None:
     if smallest == 0:
-        raise place.error(
+        raise location.error(
             f"class '{group[0].name}' has {len(group)} images, too few to make {parts} of them; use the split file"
         )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from common.data import hub_classes
 from common.data.assemble import PARTS, Parts, fingerprint
 from common.data.images import decode
-from common.data.place import Place
+from common.data.location import Location
 from common.types import BadImage, Item, Source, UserError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ PAGE = "https://huggingface.co/datasets"
 
 
 def read(
-    place: Place,
+    location: Location,
     *,
     id: str,
     revision: str | None = None,
@@ -41,7 +41,7 @@ def read(
     """The hub's splits and images under the dataset's class names.
 
     Args:
-        place: Where the dataset's own files may lie, which then name the classes and their order.
+        location: Where the dataset's own files may lie, which then name the classes and their order.
         id: Of the hub dataset, or a folder.
         revision: Branch, tag or commit on the hub.
         config: Of a hub dataset that has several.
@@ -58,13 +58,13 @@ def read(
     parts = {"train": "train", "test": "test"} if parts is None else parts
     if unknown := [part for part in parts if part not in PARTS]:
         raise UserError(f"data.hub.parts.{unknown[0]}: the parts are {', '.join(PARTS)}")
-    tables = {part: _load(place, id, config, parts[part], revision) for part in PARTS if part in parts}
+    tables = {part: _load(location, id, config, parts[part], revision) for part in PARTS if part in parts}
     for table in tables.values():
-        _check_columns(place, table, id, image, label)
-    rows = {part: _names(place, table, label, parts[part]) for part, table in tables.items()}
-    found = sorted({name for table in tables.values() for name in _declared(table, label)}.union(*rows.values()))
-    classes = hub_classes.match(place, found, wording, renames or {}, drop or ())
-    items = Parts(*(_items(place, part, rows.get(part, ()), classes) for part in PARTS))
+        _check_columns(location, table, id, image, label)
+    rows = {part: _names(location, table, label, parts[part]) for part, table in tables.items()}
+    hub_names = sorted({name for table in tables.values() for name in _declared(table, label)}.union(*rows.values()))
+    classes = hub_classes.match(location, hub_names, wording, renames or {}, drop or ())
+    items = Parts(*(_items(location, part, rows.get(part, ()), classes) for part in PARTS))
     columns = {part: _column(table, image) for part, table in tables.items()}
     return Source(
         names=classes.names,
@@ -109,6 +109,15 @@ class HubImages:
         status = path.stat()
         return f"{path}:{status.st_size}:{status.st_mtime_ns}"
 
+    def size(self, image: str) -> int:
+        column, row, path = self._find(image)
+        return column.sizes[row].as_py() if path is None else path.stat().st_size
+
+    def content(self, image: str, start: int = 0, length: int | None = None) -> bytes:
+        column, row, path = self._find(image)
+        stored = column.pictures[row]["bytes"].as_py() if path is None else path.read_bytes()
+        return stored[start : None if length is None else start + length]
+
     def _find(self, image: str) -> tuple[Column, int, Path | None]:
         """Where a picture is stored; with its path if that is outside the column.
 
@@ -126,7 +135,7 @@ class HubImages:
         raise BadImage("the hub dataset has no picture in this row")
 
 
-def _load(place: Place, id: str, config: str | None, split: str, revision: str | None) -> Any:
+def _load(location: Location, id: str, config: str | None, split: str, revision: str | None) -> Any:
     import httpx
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
@@ -135,7 +144,7 @@ def _load(place: Place, id: str, config: str | None, split: str, revision: str |
         return load_dataset(id, name=config, split=split, revision=revision)
     # all that it raises for a missing network, right, repository, file, configuration or split
     except (OSError, RuntimeError, ValueError, DatasetsError, httpx.HTTPError) as error:
-        raise UserError(f"data={place.name}: {_advice(id, error)}; see {place.section}") from error
+        raise UserError(f"data={location.name}: {_advice(id, error)}; see {location.section}") from error
 
 
 def _advice(id: str, error: Exception) -> str:
@@ -158,18 +167,18 @@ def _advice(id: str, error: Exception) -> str:
     return f"data.hub.id={id} cannot be loaded ({text}): check it at {PAGE}/{id}, or use data.source=local"
 
 
-def _check_columns(place: Place, table: Any, id: str, image: str, label: str) -> None:
+def _check_columns(location: Location, table: Any, id: str, image: str, label: str) -> None:
     from datasets import ClassLabel, Image, Value
 
     for key, column in (("image", image), ("label", label)):
         if column not in table.features:
             there = ", ".join(table.features)
-            raise UserError(f"data={place.name}: data.hub.{key}={column}: {id} has the columns {there}")
+            raise UserError(f"data={location.name}: data.hub.{key}={column}: {id} has the columns {there}")
     if not isinstance(table.features[image], Image):
-        raise UserError(f"data={place.name}: data.hub.image={image}: the column holds no pictures")
+        raise UserError(f"data={location.name}: data.hub.image={image}: the column holds no pictures")
     kind = table.features[label]
     if not isinstance(kind, ClassLabel) and kind not in (Value("string"), Value("large_string")):
-        raise UserError(f"data={place.name}: data.hub.label={label}: the column has no class names")
+        raise UserError(f"data={location.name}: data.hub.label={label}: the column has no class names")
 
 
 def _declared(table: Any, label: str) -> list[str]:
@@ -177,18 +186,20 @@ def _declared(table: Any, label: str) -> list[str]:
     return list(getattr(table.features[label], "names", None) or [])
 
 
-def _names(place: Place, table: Any, label: str, split: str) -> list[str]:
+def _names(location: Location, table: Any, label: str, split: str) -> list[str]:
     """The class name of every row, from the Arrow column: no picture is touched."""
     values = table.data.column(label).to_pylist()
     declared = _declared(table, label)
     for row, value in enumerate(values):
         if value is None or value == -1:
-            raise place.error(f"row {row} of the hub's split '{split}' has no label; choose another in data.hub.parts")
+            raise location.error(
+                f"row {row} of the hub's split '{split}' has no label; choose another in data.hub.parts"
+            )
     return [declared[value] for value in values] if declared else values
 
 
-def _items(place: Place, part: str, names: Sequence[str], classes: hub_classes.Classes) -> tuple[Item, ...]:
-    prefix, labels = place.key(f"hub/{part}"), classes.labels
+def _items(location: Location, part: str, names: Sequence[str], classes: hub_classes.Classes) -> tuple[Item, ...]:
+    prefix, labels = location.key(f"hub/{part}"), classes.labels
     return tuple(
         Item(f"{prefix}/{row}", labels[name], classes.names[labels[name]])
         for row, name in enumerate(names)

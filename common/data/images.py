@@ -11,6 +11,7 @@ from pathlib import Path
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from common.data.spelling import on_disk
 from common.types import BadImage, Images, UserError
 
 MAX_PIXELS = 150_000_000  # 430 MiB as RGB
@@ -140,10 +141,10 @@ class FileImages:
         return decode(self._path(image))
 
     def stamp(self, image: str) -> str:
-        path = self._path(image)
         try:
+            path = self._path(image)
             status = path.stat()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a value error: the path has a NUL or half a letter
             raise BadImage(_reason(error)) from error
         if not stat.S_ISREG(status.st_mode):
             raise BadImage("not a file")
@@ -151,9 +152,23 @@ class FileImages:
             raise BadImage("an empty file")
         return f"{path}:{status.st_size}:{status.st_mtime_ns}"
 
+    def size(self, image: str) -> int:
+        try:
+            return self._path(image).stat().st_size
+        except (OSError, ValueError) as error:
+            raise BadImage(_reason(error)) from error
+
+    def content(self, image: str, start: int = 0, length: int | None = None) -> bytes:
+        try:
+            with self._path(image).open("rb") as file:
+                file.seek(start)
+                return file.read(-1 if length is None else length)
+        except (OSError, ValueError) as error:
+            raise BadImage(_reason(error)) from error
+
     def _path(self, image: str) -> Path:
         dataset, _, relative = image.partition("/")
-        return self.folders[dataset].absolute() / relative
+        return on_disk(self.folders[dataset].absolute() / relative)
 
 
 @dataclass(frozen=True)
@@ -167,6 +182,12 @@ class CombinedImages:
 
     def stamp(self, image: str) -> str:
         return self._part(image).stamp(image)
+
+    def size(self, image: str) -> int:
+        return self._part(image).size(image)
+
+    def content(self, image: str, start: int = 0, length: int | None = None) -> bytes:
+        return self._part(image).content(image, start, length)
 
     def _part(self, image: str) -> Images:
         return self.parts[image.partition("/")[0]]

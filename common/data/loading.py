@@ -13,8 +13,8 @@ import PIL
 from PIL import Image
 
 from common.data.images import resize
-from common.disk_cache import DiskCache
-from common.progress import progress
+from common.runtime.disk_cache import DiskCache
+from common.runtime.progress import progress
 from common.types import BadImage, Images, UserError
 
 T = TypeVar("T")
@@ -60,10 +60,10 @@ class Loader:
         Raises:
             UserError: Some cannot be loaded; names them.
         """
-        found = self.attempt(self.load, keys)
-        if bad := {key: str(each) for key, each in zip(keys, found, strict=True) if isinstance(each, BadImage)}:
+        pictures = self.attempt(self.load, keys)
+        if bad := {key: str(each) for key, each in zip(keys, pictures, strict=True) if isinstance(each, BadImage)}:
             raise report(bad, len(keys))
-        return [picture for picture in found if not isinstance(picture, BadImage)]
+        return [picture for picture in pictures if not isinstance(picture, BadImage)]
 
     def load(self, image: str) -> Image.Image:
         """One picture.
@@ -138,11 +138,11 @@ def examine(loader: Loader, keys: Sequence[str]) -> dict[str, str]:
     """
     digests: dict[str, str] = {}
     bad: dict[str, str] = {}
-    for key, found in zip(keys, loader.attempt(loader.digest, keys), strict=True):
-        if isinstance(found, BadImage):
-            bad[key] = str(found)
+    for key, result in zip(keys, loader.attempt(loader.digest, keys), strict=True):
+        if isinstance(result, BadImage):
+            bad[key] = str(result)
         else:
-            digests[key] = found
+            digests[key] = result
     notes = None if loader.cache is None else loader.cache.folder / CHECKED
     good = _noted(notes, set(digests.values()))
     waiting = {key: digest for key, digest in digests.items() if digest not in good}
@@ -168,7 +168,7 @@ def _noted(notes: Path | None, wanted: set[str]) -> set[str]:
     """Those of the digests that are written down."""
     if notes is None or not notes.exists():
         return set()
-    with notes.open(errors="replace") as lines:
+    with notes.open(encoding="utf-8", errors="replace") as lines:
         return {digest for line in lines if (digest := line.rstrip()) in wanted}
 
 

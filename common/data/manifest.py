@@ -8,17 +8,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from common.types import Prompt, Task, UserError
 
+# How the data was read, on this machine and day. It may change without changing the task, so no hash covers it.
+OBSERVED = ("passed_over", "notes", "duplicates")
+
 
 def build(
-    task: Task, train: Sequence[Prompt], evaluation: dict[str, list[Prompt]], header: dict[str, Any]
+    task: Task,
+    train: Sequence[Prompt],
+    evaluation: dict[str, list[Prompt]],
+    header: dict[str, Any],
+    observed: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Everything that defines the task, as JSON-ready values; `hash` covers all the rest."""
+    """Everything that defines the task, as JSON-ready values; `hash` covers all the rest but what was OBSERVED."""
     splits = {"train": (task.train, train)} | {name: (task.evaluation[name], evaluation[name]) for name in evaluation}
     content: dict[str, Any] = {**header, "splits": {}}
     for name, (split, prompts) in splits.items():
@@ -32,7 +39,12 @@ def build(
         }
         if split.aliases:
             content["splits"][name]["aliases_sha256"] = digest(split.aliases)
-    return {"hash": digest(content), **content}
+    return {"hash": digest(content), **(observed or {}), **content}
+
+
+def defining(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What the hash of a manifest covers."""
+    return {key: value for key, value in manifest.items() if key not in ("hash", *OBSERVED)}
 
 
 def digest(content: object) -> str:
@@ -56,8 +68,17 @@ def text(manifest: dict[str, Any]) -> str:
 def write(manifest: dict[str, Any], path: Path) -> None:
     """Write the file, whole or not at all."""
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(text(manifest))
+    unfinished.write_text(text(manifest), encoding="utf-8")
     os.replace(unfinished, path)
+
+
+def is_one(path: Path) -> bool:
+    """Whether a file is a manifest."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and {"hash", "splits", "fingerprint"} <= found.keys()
 
 
 def verify(path: Path, manifest: dict[str, Any]) -> None:
@@ -66,9 +87,8 @@ def verify(path: Path, manifest: dict[str, Any]) -> None:
     Raises:
         UserError: They differ; names the first differing source or split, or the file if it was edited.
     """
-    frozen = json.loads(path.read_text())
-    body = {key: value for key, value in frozen.items() if key != "hash"}
-    if frozen["hash"] != digest(body):
+    frozen = json.loads(path.read_text(encoding="utf-8"))
+    if frozen["hash"] != digest(defining(frozen)):
         raise UserError(f"{path} was changed after the run began: its content does not match its hash")
     if frozen["hash"] == manifest["hash"]:
         return
@@ -83,3 +103,21 @@ def verify(path: Path, manifest: dict[str, Any]) -> None:
             if before.get(key) != split[key]:
                 raise UserError(f"{path} froze another task: {key} of split '{name}' differs; use another run folder")
     raise UserError(f"{path} froze another task; use another run folder")
+
+
+def trained_images(model: Path, data: str, fingerprint: str) -> frozenset[str]:
+    """The images that the weights in a folder were trained on, by the manifest of the run that wrote them.
+
+    Args:
+        model: `<run>/model`, or that of a checkpoint of it. Weights from elsewhere have no manifest: none are known.
+        data: The dataset that is asked about; images of other ones do not count.
+        fingerprint: Of its content. A run on several datasets has one of all together, which is not compared.
+    """
+    for folder in model.absolute().parents[:3] if model.is_dir() else ():
+        path = folder / "manifest.json"
+        if not path.is_file() or not (folder / "config.yaml").is_file():
+            continue
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["data"] == data and (manifest["fingerprint"] == fingerprint or len(manifest["origins"]) > 1):
+            return frozenset(image for image, _ in manifest["splits"]["train"]["rows"])
+    return frozenset()

@@ -16,17 +16,19 @@ from pathlib import Path
 from runpy import run_path
 
 from common.data import wordnet
+from common.data.spelling import composed
 from common.parsing import normalize
+from common.runtime import utf8
 from common.types import UserError
 
 
 def display(raw: str) -> str:
-    """A name as the files have it, as it is shown: underscores are blanks, and runs of blanks one.
+    """A name as the files have it, as it is shown: underscores are blanks, runs of blanks one, accents composed (NFC).
 
     >>> display(" car_side ")
     'car side'
     """
-    return " ".join(raw.replace("_", " ").split())
+    return " ".join(composed(raw).replace("_", " ").split())
 
 
 def read_aliases(path: Path, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -52,7 +54,7 @@ def read_aliases(path: Path, names: Sequence[str]) -> dict[str, tuple[str, ...]]
 
 def _read_object(path: Path) -> dict[str, list[str]]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"data.aliases={path} cannot be read: {error.strerror}") from error
     except ValueError as error:
@@ -86,13 +88,13 @@ def wordnet_aliases(names: Mapping[str, str]) -> dict[str, list[str]]:
         for word in wordnet.synonyms()[wnid].split(", "):
             words[display(name)].setdefault(normalize(word), display(word))
     meanings = _count([normalize(name) for name in words], *words.values())
-    found = {}
+    aliases = {}
     for name, synonyms in words.items():
         # its own name is counted as a name and, if WordNet has it, as a word: it is no alias of itself
         kept = [word for key, word in synonyms.items() if meanings[key] == 1]
         if kept:
-            found[name] = kept
-    return found
+            aliases[name] = kept
+    return aliases
 
 
 def _count(*groups: Iterable[str]) -> dict[str, int]:
@@ -144,4 +146,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    utf8.ensure()
     main()

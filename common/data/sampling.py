@@ -7,13 +7,9 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from common.types import Item, Source, UserError
-
-SAMPLERS = ("coop", "clsrl")
-VALIDATIONS = ("few", "full", "none")
-TEST_ROWS = ("test", "val_and_test")
 
 
 @dataclass(frozen=True)
@@ -26,6 +22,10 @@ class Sampling:
         sampler: `coop` or `clsrl`.
         validation: `few` (CoOp: as many as shots, at most 4), `full` or `none`.
         test_rows: `test`, or `val_and_test` (the CLS-RL authors' test set).
+        trains: Whether training images are used at all. Without, none is taken, so all of a pool are tested.
+        held_out: Images of a pool that are not tested, since the model has seen them.
+        unusable: Images that are left out after the draw, so that the other picks stay as they are.
+        refill: Replace those of them that were picked for training by others of their class.
     """
 
     shots: int | None
@@ -33,16 +33,23 @@ class Sampling:
     sampler: str = "coop"
     validation: str = "few"
     test_rows: str = "test"
+    trains: bool = True
+    held_out: frozenset[str] = frozenset()
+    unusable: frozenset[str] = frozenset()
+    refill: bool = False
 
 
 @dataclass(frozen=True)
 class Picks:
-    """The images of a few-shot problem. `short`: classes with fewer training images than shots, with their number."""
+    """The images of a few-shot problem. `short`: classes with fewer training images than shots, with their number.
+    `refilled`: classes in which others replace images that cannot be used, with the number of these.
+    """
 
     train: tuple[Item, ...]
     val: tuple[Item, ...]
     test: tuple[Item, ...]
     short: dict[str, int]
+    refilled: dict[str, int] = field(default_factory=dict)
 
 
 def by_label(items: Sequence[Item]) -> dict[int, list[Item]]:
@@ -88,25 +95,61 @@ def pick_globally(items: Sequence[Item], shots: int | None, rng: random.Random) 
 def draw(source: Source, how: Sampling) -> Picks:
     """Pick training and validation images: train first, then val, from one stream of `random.Random(seed)`.
 
-    A source without a test split is tested on all its images that were not picked.
+    A source without a test split is a pool: it is tested on all its images that were not picked.
 
     Raises:
-        UserError: Nothing would be left to test a class on, or parts of the source overlap.
+        UserError: Nothing would be left to test a class on, or no usable image of a part.
     """
-    if not source.test:
-        if not source.train:
-            raise UserError("the dataset has neither training nor test images")
+    pool = not source.test
+    if pool and how.trains:
         _check_rest(source, how.shots)
     rng = random.Random(how.seed)
     take = pick if how.sampler == "coop" else pick_globally
-    train = take(source.train, how.shots, rng)
+    picked = take(source.train, how.shots, rng)  # even if none is used: val follows in the same stream
     val = _validation(source.val, how, rng)
-    picked = {item.image for item in train}
-    test = source.test or tuple(item for item in source.train if item.image not in picked)
+    picked = picked if how.trains else []
+    train = _replaced(source.train, picked, how, keep=int(pool))
+    seen = how.held_out.union(item.image for item in (*picked, *train))
+    test = [item for item in source.train if item.image not in seen] if pool else source.test
     if how.test_rows == "val_and_test":
-        test, val = (*source.val, *test), []
-    short = {} if how.shots is None else _short(source, train, how)
-    return Picks(tuple(train), tuple(val), test, short)
+        test, val = [*source.val, *test], []
+    train, val, test = (_usable(part, how) for part in (train, val, test))
+    short = _short(source, train, how) if how.trains and how.shots is not None else {}
+    refilled = Counter(item.name for item in set(train).difference(picked))
+    return Picks(tuple(train), tuple(val), tuple(test), short, dict(sorted(refilled.items())))
+
+
+def _usable(items: Sequence[Item], how: Sampling) -> list[Item]:
+    if items and how.unusable.issuperset(item.image for item in items):
+        raise UserError(
+            f"data.skip_bad=true would leave out all {len(items)} images of a part, first: {items[0].image}; repair or"
+            " restore them"
+        )
+    return [item for item in items if item.image not in how.unusable]
+
+
+def _replaced(items: Sequence[Item], picked: Sequence[Item], how: Sampling, keep: int) -> list[Item]:
+    """The picks, each unusable one replaced in its place by another image of its class, as long as there are any.
+
+    The others of a class are taken in a random order of their own, which does not depend on what else is unusable.
+
+    Args:
+        items: All that could have been picked.
+        picked: Of these.
+        how: The draw.
+        keep: Images of a class that stay unpicked, to test on.
+    """
+    if not how.refill or how.unusable.isdisjoint(item.image for item in picked):
+        return list(picked)
+    taken = {item.image for item in picked}
+    spare: dict[int, list[Item]] = {}
+    for label, group in by_label([item for item in items if item.image not in taken]).items():
+        random.Random(f"refill-{how.seed}-{label}").shuffle(group)
+        usable = [item for item in group if item.image not in how.unusable]
+        spare[label] = usable[: max(0, len(usable) - keep)]
+    return [
+        spare[item.label].pop(0) if item.image in how.unusable and spare.get(item.label) else item for item in picked
+    ]
 
 
 def _validation(items: Sequence[Item], how: Sampling, rng: random.Random) -> list[Item]:
@@ -117,21 +160,23 @@ def _validation(items: Sequence[Item], how: Sampling, rng: random.Random) -> lis
 
 def _short(source: Source, train: Sequence[Item], how: Sampling) -> dict[str, int]:
     """Names with fewer images than `shots` for each of their classes; `coop` picks class by class, `clsrl` by name."""
-    picked, found = Counter(item.label for item in train), dict[str, int]()
+    picked, shots, short_classes = Counter(item.label for item in train), how.shots or 0, dict[str, int]()
+    there = {item.label for item in source.train}
     for name in dict.fromkeys(source.names):
-        counts = [picked[label] for label, other in enumerate(source.names) if other == name and picked[label]]
-        wanted = (how.shots or 0) * len(counts)
-        if sum(counts) < wanted if how.sampler == "clsrl" else any(count < (how.shots or 0) for count in counts):
-            found[name] = sum(counts)
-    return found
+        counts = [picked[label] for label, other in enumerate(source.names) if other == name and label in there]
+        if sum(counts) < shots * len(counts) if how.sampler == "clsrl" else any(count < shots for count in counts):
+            short_classes[name] = sum(counts)
+    return short_classes
 
 
 def _check_rest(source: Source, shots: int | None) -> None:
     smallest = min(by_label(source.train).values(), key=len)
     if shots is None or len(smallest) <= shots:
+        fewer = f"use shots={len(smallest) - 1} or fewer" if len(smallest) > 1 else "add images of this class"
         raise UserError(
             f"shots={shots or 'all'}, but class '{smallest[0].name}' has only {len(smallest)} images and at least one"
-            f" must be left to test on, since the dataset has no test split; use shots={len(smallest) - 1} or fewer"
+            f" must be left to test on, since the dataset has no test split; {fewer}, or train nothing and test all of"
+            " them with method=zeroshot"
         )
 
 

@@ -7,7 +7,7 @@ training; every other split is a test of its own.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from common.data.sampling import Picks, Sampling, draw, halves
 from common.data.source import Dataset
@@ -16,19 +16,19 @@ from common.types import Split, UserError
 
 @dataclass(frozen=True)
 class Splits:
-    """The splits of a task, and what the sampler could not give (see `Picks.short`)."""
+    """The splits of a task, and in which classes the sampler could not give what it should (see `Picks`)."""
 
     train: Split
     evaluation: dict[str, Split]
     short: dict[str, int]
+    refilled: dict[str, int] = field(default_factory=dict)
 
 
 def few_shot(data: Dataset, targets: Mapping[str, Dataset], how: Sampling) -> Splits:
     """Train on some images of every class, test on all classes."""
     picks = draw(data.source, how)
-    return Splits(
-        data.split(picks.train), _nonempty(val=data.split(picks.val), test=data.split(picks.test)), picks.short
-    )
+    evaluation = _nonempty(val=data.split(picks.val), test=data.split(picks.test))
+    return Splits(data.split(picks.train), evaluation, picks.short, picks.refilled)
 
 
 def base_to_new(data: Dataset, targets: Mapping[str, Dataset], how: Sampling) -> Splits:
@@ -44,16 +44,17 @@ def base_to_new(data: Dataset, targets: Mapping[str, Dataset], how: Sampling) ->
         val=data.split(picks.val, base), base=data.split(picks.test, base), new=data.split(picks.test, new)
     )
     names = {data.source.names[label] for label in base}
-    return Splits(data.split(picks.train, base), evaluation, {k: v for k, v in picks.short.items() if k in names})
+    short, refilled = ({k: v for k, v in each.items() if k in names} for each in (picks.short, picks.refilled))
+    return Splits(data.split(picks.train, base), evaluation, short, refilled)
 
 
 def cross_dataset(data: Dataset, targets: Mapping[str, Dataset], how: Sampling) -> Splits:
     """Train on one dataset, test on it and on others, each with its own classes and question."""
-    found = few_shot(data, {}, how)
+    splits = few_shot(data, {}, how)
     others = {
         name: target.split(_tested(target, how).test) for name, target in targets.items() if name != data.config.name
     }
-    return Splits(found.train, found.evaluation | others, found.short)
+    return Splits(splits.train, splits.evaluation | others, splits.short, splits.refilled)
 
 
 def shift(data: Dataset, targets: Mapping[str, Dataset], how: Sampling) -> Splits:

@@ -1,15 +1,17 @@
-"""From a dataset's configuration to its images and labels: find the place, read, name, check."""
+"""From a dataset's configuration to its images and labels: find the location, read, name, check."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from common.config.schema_task import DataConfig
+from common.data.location import Location
 from common.data.names import display, read_aliases
-from common.data.place import Place
+from common.data.spelling import on_disk
 from common.plugins import locate
-from common.schema_task import Data
 from common.types import Item, Source, Split, UserError
 
 
@@ -17,7 +19,7 @@ from common.types import Item, Source, Split, UserError
 class Dataset:
     """A dataset that was read, with what its configuration says about the questions."""
 
-    config: Data
+    config: DataConfig
     source: Source
     aliases: dict[str, tuple[str, ...]]
 
@@ -30,15 +32,15 @@ class Dataset:
         """
         names = self.source.names
         if labels is not None:
-            place = {label: number for number, label in enumerate(labels)}
-            items = [replace(item, label=place[item.label]) for item in items if item.label in place]
+            renumbered = {label: number for number, label in enumerate(labels)}
+            items = [replace(item, label=renumbered[item.label]) for item in items if item.label in renumbered]
             names = tuple(names[label] for label in labels)
         known = {name: self.aliases[name] for name in names if name in self.aliases}
         return Split(tuple(items), names, self.config.question, self.config.open_question, known)
 
 
-def load(data: Data, only_test: bool = False) -> Source:
-    """Read a dataset; names as they are shown to a model. `only_test`: see `Place`.
+def load(data: DataConfig, only_test: bool = False) -> Source:
+    """Read a dataset; names as they are shown to a model. `only_test`: see `Location`.
 
     Raises:
         UserError: A folder or file is missing, or the files contradict each other.
@@ -58,27 +60,32 @@ def load(data: Data, only_test: bool = False) -> Source:
     return source
 
 
-def load_dataset(data: Data, only_test: bool = False) -> Dataset:
+def load_dataset(data: DataConfig, only_test: bool = False) -> Dataset:
     """Read a dataset and the other words for its classes."""
     source = load(data, only_test)
     aliases = {} if data.aliases is None else read_aliases(Path(data.aliases).expanduser(), source.names)
     return Dataset(data, source, aliases)
 
 
-def find(data: Data, only_test: bool = False) -> Place:
-    """Where the dataset lies.
+def find(data: DataConfig, only_test: bool = False) -> Location:
+    """Where the dataset lies: inside the root, own photos also inside the working directory, which goes first.
 
     Raises:
         UserError: `data.folder` is inside a root, and no root is given.
     """
     folder = Path(data.folder).expanduser()
+    if data.own_photos and data.source == "local":
+        roots = [Path.cwd(), *([] if data.root is None else [Path(data.root).expanduser().absolute()])]
+        tried = tuple(dict.fromkeys(root / folder for root in roots))  # an absolute folder is one folder
+        there = next((path for path in tried if os.path.exists(on_disk(path))), tried[-1])
+        return Location(data.name, roots[-1], there, data.allow_fallback_split, only_test, tried)
     if data.root is None and not folder.is_absolute() and data.folder and data.source == "local":
         raise UserError(
             f"data={data.name} is read from $DATA/{data.folder}, but DATA is not set: export DATA=<folder of all"
             f" datasets>, or data.root=<folder>; docs/datasets.md#{data.name} says what belongs there"
         )
     root = Path(data.root or ".").expanduser().absolute()
-    return Place(data.name, root, root / folder, data.allow_fallback_split, only_test)
+    return Location(data.name, root, root / folder, data.allow_fallback_split, only_test)
 
 
 def problems(source: Source) -> Iterator[str]:

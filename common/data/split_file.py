@@ -14,7 +14,7 @@ from typing import Any
 
 from common.data.assemble import PARTS, Parts, assemble, names_by_label
 from common.data.listing import text
-from common.data.place import Place
+from common.data.location import Location
 from common.plugins import check_call, locate
 from common.types import Item, Source, UserError
 
@@ -22,12 +22,17 @@ FALLBACK = "data.reader.fallback._target_"
 
 
 def read(
-    place: Place, *, split: str, images: str = ".", fallback: Mapping[str, Any] | None = None, fallback_seed: int = 1
+    location: Location,
+    *,
+    split: str,
+    images: str = ".",
+    fallback: Mapping[str, Any] | None = None,
+    fallback_seed: int = 1,
 ) -> Source:
-    """A dataset with a split file, or with a split of our own where `place` allows one.
+    """A dataset with a split file, or with a split of our own where `location` allows one.
 
     Args:
-        place: Of the dataset.
+        location: Of the dataset.
         split: The split file, in the dataset's folder.
         images: The folder that its paths are relative to, in the dataset's folder.
         fallback: `_target_` and keyword arguments of the function that splits without it (common/data/fallback.py).
@@ -36,45 +41,47 @@ def read(
     Raises:
         UserError: A file or folder is missing, or the split file is damaged.
     """
-    place.need(images)
-    path = place.folder / split
+    location.need(images)
+    path = location.folder / split
     if path.is_file():
-        parts = parse(place, path, images)
-        return assemble(place, names_by_label(place, parts, str(path)), parts, "CoOp split")
+        parts = parse(location, path, images)
+        return assemble(location, names_by_label(location, parts, str(path)), parts, "CoOp split")
     if fallback is None:
-        raise UserError(f"data={place.name}: {path} does not exist; {place.section} says where to get it")
-    if not place.allow_fallback_split:
+        raise UserError(f"data={location.name}: {path} does not exist; {location.section} says where to get it")
+    if not location.allow_fallback_split:
         raise UserError(
-            f"data={place.name}: {path} does not exist; {place.section} says where to get it, and"
+            f"data={location.name}: {path} does not exist; {location.section} says where to get it, and"
             " data.allow_fallback_split=true makes a split of our own, with other images than published results have"
         )
-    parts = _fall_back(place, images, fallback, random.Random(fallback_seed))
-    return assemble(place, names_by_label(place, parts, f"{place.folder} without {split}"), parts, "fallback split")
+    parts = _fall_back(location, images, fallback, random.Random(fallback_seed))
+    return assemble(
+        location, names_by_label(location, parts, f"{location.folder} without {split}"), parts, "fallback split"
+    )
 
 
-def parse(place: Place, path: Path, images: str = ".") -> Parts:
+def parse(location: Location, path: Path, images: str = ".") -> Parts:
     """The content of a split file; class names as they stand there.
 
     Raises:
         UserError: It is not such a file; names the first entry at fault.
     """
     try:
-        content = json.loads(text(place, path))
+        content = json.loads(text(location, path))
     except json.JSONDecodeError as error:
-        raise place.error(f"{path} is not JSON ({error}); download it again") from error
+        raise location.error(f"{path} is not JSON ({error}); download it again") from error
     if not isinstance(content, dict) or any(not isinstance(content.get(part), list) for part in PARTS):
-        raise place.error(f"{path} is not a split file: it needs the lists train, val and test")
+        raise location.error(f"{path} is not a split file: it needs the lists train, val and test")
     start = prefix(images)
     train, val, test = (
-        [_item(place, f"{path}: {part}[{number}]", start, row) for number, row in enumerate(content[part])]
+        [_item(location, f"{path}: {part}[{number}]", start, row) for number, row in enumerate(content[part])]
         for part in PARTS
     )
     return Parts(train, val, test)
 
 
-def save_split(path: Path, place: Place, parts: Parts, images: str = ".") -> None:
+def save_split(path: Path, location: Location, parts: Parts, images: str = ".") -> None:
     """Write a split file that `parse` reads back, to the byte as CoOp writes it."""
-    start = place.key(prefix(images))
+    start = location.key(prefix(images))
     content = {part: [_row(item, start) for item in getattr(parts, part)] for part in PARTS}
     path.write_text(json.dumps(content, indent=4), encoding="utf-8")
 
@@ -88,22 +95,22 @@ def prefix(images: str) -> str:
     return "" if images == "." else f"{images}/"
 
 
-def _item(place: Place, where: str, start: str, row: object) -> Item:
+def _item(location: Location, where: str, start: str, row: object) -> Item:
     match row:
         case [str(path), int(label), str(name)] if not isinstance(label, bool):
             if path.startswith("/") or ".." in path.split("/"):
-                raise place.error(f"{where}: '{path}' is not relative to the image folder")
-            return Item(place.key(start + path), label, name)
-    raise place.error(f"{where} is {json.dumps(row)}, not of the form [path, label, class name]")
+                raise location.error(f"{where}: '{path}' is not relative to the image folder")
+            return Item(location.key(start + path), label, name)
+    raise location.error(f"{where} is {json.dumps(row)}, not of the form [path, label, class name]")
 
 
 def _row(item: Item, start: str) -> Sequence[object]:
     return [item.image.removeprefix(start), item.label, item.name]
 
 
-def _fall_back(place: Place, images: str, fallback: Mapping[str, Any], rng: random.Random) -> Parts:
+def _fall_back(location: Location, images: str, fallback: Mapping[str, Any], rng: random.Random) -> Parts:
     if "_target_" not in fallback:
         raise UserError(f"{FALLBACK} is missing; give the dotted path of a function")
     arguments = {key: value for key, value in fallback.items() if key != "_target_"}
     check_call(fallback["_target_"], FALLBACK, arguments, given=3)
-    return locate(fallback["_target_"], FALLBACK)(place, images, rng, **arguments)
+    return locate(fallback["_target_"], FALLBACK)(location, images, rng, **arguments)

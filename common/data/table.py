@@ -1,19 +1,36 @@
-"""Photos in a CSV file: columns `path` (relative to the file), `label` (the class name) and, if you like, `split`."""
+"""Photos in a CSV file: a column of paths (relative to the file), one of class names and, if you like, `split`.
+
+Spreadsheets, pandas and other tools write such files in many ways; what differs in form alone is read: separators,
+names of columns and splits, blank lines and trailing separators.
+"""
 
 from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
 from common.data.assemble import PARTS
+from common.data.layout import parts_by_name
 from common.data.listing import text
-from common.data.place import Place
+from common.data.location import Location
+from common.data.spelling import composed, on_disk, readable
 
-COLUMNS = ("path", "label")
+SEPARATORS = (",", ";", "\t")
+# What a column is called, in lower case and without blanks, hyphens and underscores.
+COLUMNS = {
+    "path": (
+        *("path", "paths", "file", "files", "image", "images"),
+        *("filename", "filenames", "filepath", "filepaths", "imagepath", "imagepaths"),
+    ),
+    "label": ("label", "labels", "class", "classes", "classname", "category", "categories"),
+    "split": ("split",),
+}
+NEEDED = ("path", "label")
 
 
 @dataclass(frozen=True)
@@ -25,57 +42,114 @@ class Photo:
     part: str
 
 
-def photos_in_table(place: Place, path: Path, base: Path) -> list[Photo]:
+def photos_in_table(location: Location, path: Path, base: Path) -> list[Photo]:
     """The photos in the order of the rows; all are `train` without a column `split`.
 
     Args:
-        place: For error messages.
+        location: For error messages.
         path: The CSV file, in UTF-8, with a header.
         base: The dataset's folder.
 
     Raises:
-        UserError: A column is missing, or a row is empty, repeated, outside the folder, or of an unknown split.
+        UserError: A column is missing or twice there, or a row is empty, repeated, outside the folder, or of an unknown
+            split.
     """
+    rows = list(_rows(location, path))
+    parts = parts_by_name(dict.fromkeys(row["split"] for _, row in rows if "split" in row))
     photos: dict[str, Photo] = {}
-    for where, row in _rows(place, path):
-        photo = _photo(place, where, row, path.parent, base)
+    for where, row in rows:
+        photo = _photo(location, where, row, parts, path.parent, base)
         if photo.path in photos:
-            raise place.error(f"{where}: {photo.path} has a row already")
+            raise location.error(f"{where}: {photo.path} has a row already")
         photos[photo.path] = photo
     return list(photos.values())
 
 
-def _rows(place: Place, path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Rows as `file, row 2` (counted as a spreadsheet does, the header is 1) and cells by column."""
-    table = csv.reader(StringIO(text(place, path), newline=""))
+def _rows(location: Location, path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Rows as `file, row 2` (counted as a spreadsheet does), and cells by the keys of COLUMNS."""
+    content = text(location, path)
+    separator = _separator(content)
+    table = csv.reader(StringIO(content, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
     try:
-        header = [cell.strip() for cell in next(table, [])]
-        if missing := [column for column in COLUMNS if column not in header]:
-            raise place.error(
-                f"{path} has no column '{missing[0]}'; its header is '{','.join(header)}', but path,label or"
+        rows = ((f"{path}, row {number}", cells) for number, cells in enumerate(table, start=1) if _trimmed(cells))
+        header = next(rows, ("", []))[1]
+        columns = _columns(location, path, header, separator)
+        for where, cells in rows:
+            if len(cells) < len(_trimmed(header)) or len(_trimmed(cells)) > len(header):
+                raise location.error(f"{where} has {len(cells)} cells, but the header has {len(header)}")
+            yield where, {key: cells[column].strip() for key, column in columns.items()}
+    except csv.Error as error:
+        raise location.error(f"{path} is not a CSV file ({error}, line {table.line_num})") from error
+
+
+def _separator(content: str) -> str:
+    """The separator with which the header has the needed columns; else the one that cuts it into most cells."""
+    first = next((line for line in content.splitlines() if line.strip()), "")
+    headers = {one: [cell.strip(' "') for cell in first.split(one)] for one in SEPARATORS}
+    return max(SEPARATORS, key=lambda one: (_has_needed(headers[one]), len(headers[one])))
+
+
+def _has_needed(header: Sequence[str]) -> bool:
+    words = {_word(cell) for cell in header}
+    return all(words.intersection(COLUMNS[key]) for key in NEEDED)
+
+
+def _columns(location: Location, path: Path, header: Sequence[str], separator: str) -> dict[str, int]:
+    """Where the columns are, by the keys of COLUMNS.
+
+    Raises:
+        UserError: A needed one is missing, or two could be meant.
+    """
+    columns: dict[str, int] = {}
+    for key, words in COLUMNS.items():
+        hits = [index for index, cell in enumerate(header) if _word(cell) in words]
+        if len(hits) > 1:
+            both = " and ".join(f"'{header[index].strip()}'" for index in hits[:2])
+            raise location.error(f"{path} has the columns {both}, and each could be the {key}; rename or remove one")
+        if not hits and key in NEEDED:
+            raise location.error(
+                f"{path} has no column '{key}'; its header is '{separator.join(header)}', but path,label or"
                 " path,label,split is needed"
             )
-        for number, cells in enumerate(table, start=2):
-            if not any(cell.strip() for cell in cells):
-                continue
-            if len(cells) != len(header):
-                raise place.error(f"{path}, row {number} has {len(cells)} cells, but the header has {len(header)}")
-            yield f"{path}, row {number}", dict(zip(header, map(str.strip, cells), strict=True))
-    except csv.Error as error:
-        raise place.error(f"{path} is not a CSV file ({error})") from error
+        if hits:
+            columns[key] = hits[0]
+    names = {key: header[column].strip() for key, column in columns.items()}
+    if any(key != name for key, name in names.items()):
+        location.notes.append(
+            f"{path.name}: " + ", ".join(f"column '{name}' is the {key}" for key, name in names.items())
+        )
+    return columns
 
 
-def _photo(place: Place, where: str, row: dict[str, str], folder: Path, base: Path) -> Photo:
-    for column in COLUMNS:
-        if not row[column]:
-            raise place.error(f"{where}: {column} is empty")
-    part = row.get("split", "train")
-    if part not in PARTS:
-        raise place.error(f"{where}: split '{part}' is not one of {', '.join(PARTS)}")
-    relative = Path(os.path.relpath(folder / row["path"], base)).as_posix()
-    if relative.startswith(".."):
-        raise place.error(
+def _word(cell: str) -> str:
+    return re.sub(r"[\s_-]", "", cell.lower())
+
+
+def _trimmed(cells: Sequence[str]) -> list[str]:
+    """Without the empty cells at the end: some programs end every row with a separator."""
+    full = [index for index, cell in enumerate(cells) if cell.strip()]
+    return list(cells[: full[-1] + 1]) if full else []
+
+
+def _photo(
+    location: Location, where: str, row: dict[str, str], parts: Mapping[str, str], folder: Path, base: Path
+) -> Photo:
+    for key in NEEDED:
+        if not row[key]:
+            raise location.error(f"{where}: {key} is empty")
+        if "\0" in row[key]:
+            raise location.error(f"{where}: {key} has the character NUL; write the file anew")
+    if "split" in row and row["split"] not in parts:
+        raise location.error(f"{where}: split '{row['split']}' is not one of {', '.join(PARTS)}")
+    relative = os.path.relpath(readable(folder / _slashes(folder, row["path"])), readable(base))
+    if relative.split(os.sep)[0] == os.pardir:
+        raise location.error(
             f"{where}: {row['path']} is outside {base}; put the CSV file above the photos,"
             " and give data.folder=<its path>"
         )
-    return Photo(relative, row["label"], part)
+    return Photo(relative, composed(row["label"]), parts.get(row.get("split", ""), "train"))
+
+
+def _slashes(folder: Path, path: str) -> str:
+    """A path as written on Windows has backslashes, which elsewhere may be part of a name."""
+    return path.replace("\\", "/") if "\\" in path and not os.path.exists(on_disk(folder / path)) else path

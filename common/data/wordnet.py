@@ -24,7 +24,7 @@ def _lines(name: str) -> list[str]:
     package = find_spec("timm")
     if package is None or package.origin is None:
         raise UserError("ImageNet's classes come from the package timm, which is not installed: pip install timm")
-    return (Path(package.origin).parent / "data" / "_info" / name).read_text().splitlines()
+    return (Path(package.origin).parent / "data" / "_info" / name).read_text(encoding="utf-8").splitlines()
 
 
 @cache

@@ -1,1 +1,1 @@
-"""Vision-language models: checkpoints, architectures, and the embedded tiny one."""
+"""Vision-language models: files, architectures, and the embedded tiny one."""

@@ -1,25 +1,59 @@
-"""LoRA adapters (arXiv 2106.09685): new ones, and those that a run has written."""
+"""What is trained beside a model's own weights: LoRA adapters (arXiv 2106.09685) and a copy of its projector.
+
+New ones, and those that a run has written.
+"""
 
 from __future__ import annotations
 
 import json
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from common.config.schema import LoraConfig
+from common.models.families import Family
 from common.models.files import ADAPTERS
-from common.schema import Lora
 from common.types import UserError
 
 
-def add(model: Any, lora: Lora) -> Any:
+def without_adapters(model: Any) -> Any:
+    """The `*ForConditionalGeneration` itself; its layers still carry the adapters of the PEFT model around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def add(model: Any, lora: LoraConfig, family: type[Family]) -> Any:
     """Wrap the model with adapters that change nothing yet, without dropout, which shared prefixes do not allow.
 
     Raises:
-        UserError: The targets match no module.
+        UserError: The targets match no module, or the projector cannot be trained.
     """
     from peft import LoraConfig, get_peft_model
+    from peft.utils.constants import DUMMY_TARGET_MODULES
 
-    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.targets, lora_dropout=0.0, bias="none")
+    targets: list[str] = []
+    parameters: list[str] = []
+    whole = None
+    if lora.r > 0 and lora.targets is not None:
+        targets = [lora.targets]
+        # beside a projector that matches, PEFT only warns
+        if lora.projector != "none" and not any(_fits(lora.targets, name) for name, _ in model.named_modules()):
+            raise UserError(f"model.lora.targets={lora.targets} matches no module of the model")
+    if lora.projector == "lora":
+        linear, parameters = _matrices(model, family.projector)
+        targets = [f"({one})" for one in [*targets, *linear]]
+    elif lora.projector == "full":
+        whole = [family.projector]
+        _in_full_precision(model, family.projector)
+    config = LoraConfig(
+        r=max(lora.r, 1),  # PEFT wants a rank even where nothing has one
+        lora_alpha=lora.alpha,
+        target_modules="|".join(targets) or ([] if parameters else DUMMY_TARGET_MODULES),
+        target_parameters=parameters or None,
+        modules_to_save=whole,
+        lora_dropout=0.0,
+        bias="none",
+    )
     try:
         wrapped = get_peft_model(model, config)
     except ValueError as error:
@@ -27,6 +61,52 @@ def add(model: Any, lora: Lora) -> Any:
     if getattr(model, "is_gradient_checkpointing", False):
         wrapped.enable_input_require_grads()
     return wrapped
+
+
+def _fits(pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise UserError(f"model.lora.targets={pattern} is no regular expression: {error}") from error
+
+
+def _matrices(model: Any, name: str) -> tuple[list[str], list[str]]:
+    """What LoRA can adapt in a module: its linear layers, as a pattern, or else its bare matrices, by name.
+
+    Gemma 3's projector multiplies with a parameter of its own. The norms before it have no matrix and stay as they are.
+    """
+    from torch.nn import Linear
+
+    module = model.get_submodule(name)
+    linear = [re.escape(f"{name}.{part}") for part, layer in module.named_modules() if isinstance(layer, Linear)]
+    return linear, [] if linear else [f"{name}.{part}" for part, value in module.named_parameters() if value.ndim == 2]
+
+
+def _in_full_precision(model: Any, name: str) -> None:
+    """Let a module of a bf16 model compute in fp32, as adapters are kept: bf16 would round small updates away.
+
+    Raises:
+        UserError: Its weights are in 8 bits.
+    """
+    module = model.get_submodule(name)
+    if any(not parameter.is_floating_point() for parameter in module.parameters()):
+        raise UserError(
+            f"model.lora.projector=full, but model.load_in_8bit=true keeps weights of {name} in 8 bits, which cannot be"
+            " trained; set model.lora.projector=lora"
+        )
+    outside = next(module.parameters()).dtype
+    module.float()
+    module.register_forward_pre_hook(_inwards)
+    module.register_forward_hook(partial(_outwards, outside))
+
+
+def _inwards(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Asks for the format of the weights, because merging brings back the model's own."""
+    return (inputs[0].to(next(module.parameters()).dtype), *inputs[1:])
+
+
+def _outwards(outside: Any, module: Any, inputs: tuple[Any, ...], output: Any) -> Any:
+    return output.to(outside)
 
 
 def restore(model: Any, folder: Path, merge: bool) -> Any:
@@ -40,15 +120,18 @@ def restore(model: Any, folder: Path, merge: bool) -> Any:
     Raises:
         UserError: They do not fit the model.
     """
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(folder / ADAPTERS[1], "pt") as file:
             written = set(file.keys())
+        whole = PeftConfig.from_pretrained(str(folder)).modules_to_save or []
+        for name in whole:
+            _in_full_precision(model, name)
         wrapped: Any = PeftModel.from_pretrained(model, str(folder))
         wrapped.peft_config["default"].base_model_name_or_path = None  # else PEFT looks for the base on the hub
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the adapters in {folder} do not load: {' '.join(str(error).split())}") from error
     # PEFT only warns, and leaves the others as if they had not been trained
     if strange := sorted(written ^ get_peft_model_state_dict(wrapped).keys()):
@@ -56,15 +139,17 @@ def restore(model: Any, folder: Path, merge: bool) -> Any:
     if not merge:
         return wrapped
     merged = wrapped.merge_and_unload().requires_grad_(True)
+    for name in whole:
+        merged.get_submodule(name).to(merged.dtype)
     merged.name_or_path = str(folder)  # adapters trained on top belong on this folder, not on the first base alone
     return merged
 
 
 def name_base(folder: Path, path: str, commit: str) -> None:
-    """Let written adapters say which checkpoint of the hub they belong on, instead of where this machine keeps it.
+    """Let written adapters say which model of the hub they belong on, instead of where this machine keeps it.
 
     Not before: PEFT would ask the hub for it whenever it writes.
     """
     settings = folder / ADAPTERS[0]
-    found = json.loads(settings.read_text()) | {"base_model_name_or_path": path, "revision": commit}
-    settings.write_text(json.dumps(found, indent=2, sort_keys=True))
+    config = json.loads(settings.read_text(encoding="utf-8")) | {"base_model_name_or_path": path, "revision": commit}
+    settings.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")

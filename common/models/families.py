@@ -9,7 +9,11 @@ Shapes: B rows, P prompt tokens, L tokens of a row, A position axes, n images in
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
+
+from common.config.schema import FAMILIES
+from common.plugins import locate
 
 if TYPE_CHECKING:
     import torch
@@ -18,8 +22,12 @@ if TYPE_CHECKING:
 class Family(Protocol):
     """What the rest of the framework asks about an architecture."""
 
+    # What config.json calls the architecture.
+    model_type: ClassVar[str]
     # The modules that turn pixels into token embeddings, by their names in the model.
     vision: ClassVar[tuple[str, ...]]
+    # The last of these, from the tower's width to that of the language model, by its full name.
+    projector: ClassVar[str]
 
     @staticmethod
     def positions(ids: torch.Tensor, grid: torch.Tensor | None, config: Any) -> torch.Tensor:
@@ -45,6 +53,10 @@ class Family(Protocol):
         """Pixels and grid of each image of a processed batch, in order."""
 
     @staticmethod
+    def pixel_inputs(pixels: Sequence[torch.Tensor], grids: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What the model takes for some images, as `images` gave them; `grids` is empty where the family has none."""
+
+    @staticmethod
     def placeholder_tokens(config: Any) -> tuple[int, ...]:
         """Ids that stand for pixels, the image token first; a policy that emitted one would break the next forward."""
 
@@ -64,7 +76,9 @@ class Family(Protocol):
 class Qwen2VL:
     """Qwen2-VL (arXiv 2409.12191): 3-D rotary positions (time, height, width), one token per 2x2 patches."""
 
+    model_type: ClassVar[str] = "qwen2_vl"
     vision: ClassVar[tuple[str, ...]] = ("visual",)
+    projector: ClassVar[str] = "model.visual.merger"
 
     @staticmethod
     def positions(ids: torch.Tensor, grid: torch.Tensor | None, config: Any) -> torch.Tensor:
@@ -113,6 +127,12 @@ class Qwen2VL:
         return list(zip(batch["pixel_values"].split(grids.prod(1).tolist()), grids.split(1), strict=True))
 
     @staticmethod
+    def pixel_inputs(pixels: Sequence[torch.Tensor], grids: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        import torch
+
+        return {"pixel_values": torch.cat(list(pixels)), "image_grid_thw": torch.cat(list(grids))}
+
+    @staticmethod
     def placeholder_tokens(config: Any) -> tuple[int, ...]:
         return (config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id)
 
@@ -138,7 +158,9 @@ class Gemma3:
     each other both ways.
     """
 
+    model_type: ClassVar[str] = "gemma3"
     vision: ClassVar[tuple[str, ...]] = ("vision_tower", "multi_modal_projector")
+    projector: ClassVar[str] = "model.multi_modal_projector"
 
     @staticmethod
     def positions(ids: torch.Tensor, grid: torch.Tensor | None, config: Any) -> torch.Tensor:
@@ -169,6 +191,12 @@ class Gemma3:
         return [(pixels, None) for pixels in batch["pixel_values"].split(1)]
 
     @staticmethod
+    def pixel_inputs(pixels: Sequence[torch.Tensor], grids: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        import torch
+
+        return {"pixel_values": torch.cat(list(pixels))}
+
+    @staticmethod
     def placeholder_tokens(config: Any) -> tuple[int, ...]:
         return (config.image_token_id, config.boi_token_index, config.eoi_token_index)
 
@@ -185,4 +213,6 @@ class Gemma3:
         return model.model.multi_modal_projector(hidden)
 
 
-FAMILIES: dict[str, type[Family]] = {"qwen2_vl": Qwen2VL, "gemma3": Gemma3}
+def family(name: str) -> type[Family]:
+    """The adapter that `model.family` names: one of ours by its short name, any other by its dotted path."""
+    return cast("type[Family]", locate(FAMILIES.get(name, name), "model.family"))

@@ -1,6 +1,6 @@
 """Image features of a frozen vision tower, kept on disk: computed once, not once per epoch, run and sweep.
 
-Keyed by the processed image (so by picture and processor) inside a folder per checkpoint and number format.
+Keyed by the processed image (so by picture and processor) inside a folder per model and number format.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from common.disk_cache import DiskCache
+from common.runtime.disk_cache import DiskCache
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from common.grpo.logprobs import without_adapters
+from common.models.adapters import without_adapters
 
 
 class Slots(torch.nn.Module):
@@ -97,11 +97,11 @@ def detached(model: Any) -> Iterator[None]:
 
 
 def spread(ids: torch.Tensor, mark: int, entries: Sequence[int], first: int, width: int) -> torch.Tensor:
-    """Put the ids of entries in the places of the marks.
+    """Put the ids of entries where the marks stand.
 
     Args:
         ids: Shape: [P].
-        mark: The id that marks a place.
+        mark: The id that marks where an entry stands.
         entries: One for each mark, in order.
         first: Id of the first row of the first entry.
         width: Rows of an entry.
@@ -112,9 +112,9 @@ def spread(ids: torch.Tensor, mark: int, entries: Sequence[int], first: int, wid
     >>> spread(torch.tensor([5, 0, 6, 0]), mark=0, entries=[1, 0], first=10, width=2).tolist()
     [5, 12, 13, 6, 10, 11]
     """
-    places = (ids == mark).nonzero()[:, 0].tolist()
+    marked = (ids == mark).nonzero()[:, 0].tolist()
     pieces, done = [], 0
-    for place, entry in zip(places, entries, strict=True):
-        pieces += [ids[done:place], torch.arange(width, device=ids.device) + first + entry * width]
-        done = place + 1
+    for index, entry in zip(marked, entries, strict=True):
+        pieces += [ids[done:index], torch.arange(width, device=ids.device) + first + entry * width]
+        done = index + 1
     return torch.cat([*pieces, ids[done:]])

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from common.grpo.logprobs import without_adapters
+from common.models.adapters import without_adapters
 from common.models.vlm import VLM
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-class Vision:
+class VisionTower:
     """Tower and projector of a loaded model, without gradients."""
 
     def __init__(self, vlm: VLM, load_images: Callable[[Sequence[str]], list[Image]], batch: int = 32) -> None:
@@ -40,11 +40,11 @@ class Vision:
         family, model = self.vlm.family, without_adapters(self.vlm.model)
         pictures = [[picture] for picture in self.load_images(keys)]
         parts = family.images(self.vlm.processor.image_processor(pictures, return_tensors="pt"))
-        pixels = torch.cat([pixels for pixels, _ in parts]).to(self.vlm.device, model.dtype)
-        grids = [grid for _, grid in parts if grid is not None]
-        inputs = {"image_grid_thw": torch.cat(grids).to(self.vlm.device)} if grids else {}
-        found = model.get_image_features(pixel_values=pixels, **inputs).last_hidden_state
-        return found.reshape(len(keys), -1, found.shape[-1])  # type: ignore[no-any-return]
+        pixels = [pixels.to(model.dtype) for pixels, _ in parts]
+        inputs = family.pixel_inputs(pixels, [grid for _, grid in parts if grid is not None])
+        on_device = {name: tensor.to(self.vlm.device) for name, tensor in inputs.items()}
+        states = model.get_image_features(**on_device).last_hidden_state
+        return states.reshape(len(keys), -1, states.shape[-1])  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def project(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+
+from common.evaluation.evaluate import Evaluation
+from common.evaluation.metrics import confusion as confusion_counts
+from common.evaluation.summary import Summary
+from common.run.result import Result
+from common.run.run_folder import RunFolder
+from common.run.safe import result_is_safe
+from common.types import Task
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -16,10 +25,63 @@ from matplotlib.ticker import MaxNLocator
 
 COLOURS = ("#2f6db3", "#d9822b", "#5a9e5a", "#9467bd")
 GREY = "#8a8a8a"
+# Decorates what draws names that users gave: one with a $ in it is no formula.
+literal_text = matplotlib.rc_context({"text.parse_math": False, "text.usetex": False})
 LEGIBLE = 40  # classes that a matrix can show with names and counts
 PAIRS = 25  # confusions shown of more classes
 
 
+def of_run(folder: Path, result: Result, evaluation: Evaluation, task: Task) -> None:
+    """Draw curves.png and a confusion matrix of every test. A picture that fails costs a warning, never the result.
+
+    Args:
+        folder: Run folder.
+        result: Of the run.
+        evaluation: Its last one.
+        task: With the names of the classes.
+    """
+    title = f"{result.method}, {result.data}, {result.setting}, {result.shots} shots, seed {result.seed}"
+    title += f"\n{result.model}, {result.protocol}, {', '.join(dict.fromkeys(result.origins.values()))}"
+    rows = RunFolder(folder).read_log("metrics.jsonl")
+    drawings: dict[str, Callable[[Path], None]] = {
+        "curves.png": partial(curves, rows, title) if result.after else partial(accuracies, result.before, title)
+    }
+    for split in (split for split in evaluation.summary if split != "val"):
+        summary, names = evaluation.summary[split], task.evaluation[split].choices
+        note = f"{title}\n{split} accuracy {100 * summary.accuracy:.1f} % of {summary.n}"
+        table = confusion_counts(evaluation.answers[split].predictions, names)
+        drawings[f"confusion-{split}.png"] = partial(confusion, table, names, note)
+    for name, draw in drawings.items():
+        with result_is_safe(name):
+            draw(folder / name)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """As PNG, and beside it as SVG for papers and pages."""
+    figure.savefig(path, dpi=130)
+    figure.savefig(path.with_suffix(".svg"))
+    plt.close(figure)
+
+
+@literal_text
+def accuracies(summaries: Mapping[str, Summary], title: str, path: Path) -> None:
+    """What a run without training has instead of curves: the accuracy of every split with its 95 % interval."""
+    figure, axis = plt.subplots(figsize=(7, 1.6 + 0.4 * len(summaries)), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    rows = list(summaries.values())
+    shares = [100 * summary.accuracy for summary in rows]
+    below = [share - 100 * summary.ci95[0] for summary, share in zip(rows, shares, strict=True)]
+    above = [100 * summary.ci95[1] - share for summary, share in zip(rows, shares, strict=True)]
+    bars = axis.barh(list(summaries), shares, color=COLOURS[0], height=0.6)
+    axis.errorbar(shares, range(len(rows)), xerr=(below, above), fmt="none", ecolor=GREY, capsize=3)
+    axis.bar_label(bars, [f"{share:.1f} %" for share in shares], label_type="center", color="white")
+    axis.set(xlabel="accuracy (%) with its 95 % interval", xlim=(0, 100))
+    axis.invert_yaxis()
+    axis.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
+
+
+@literal_text
 def curves(metrics: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     """Reward (or loss) and completion length over updates, and every accuracy that was measured.
 
@@ -57,8 +119,7 @@ def curves(metrics: Sequence[dict[str, Any]], title: str, path: Path) -> None:
         axis.spines[["top"]].set_visible(False)
         if axis.get_legend_handles_labels()[0]:  # an evaluation alone has no curve on the left
             axis.legend(frameon=False, loc="lower right")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save(figure, path)
 
 
 def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
@@ -74,6 +135,7 @@ def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
     return out
 
 
+@literal_text
 def confusion(table: Sequence[Sequence[int]], names: Sequence[str], title: str, path: Path) -> None:
     """Which classes are taken for which: all counts of few classes, the most frequent confusions of many.
 
@@ -85,8 +147,7 @@ def confusion(table: Sequence[Sequence[int]], names: Sequence[str], title: str, 
     """
     figure = _matrix(table, names) if len(names) <= LEGIBLE else _pairs(table, names)
     figure.suptitle(title, fontsize=9)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save(figure, path)
 
 
 def _matrix(table: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
@@ -109,15 +170,15 @@ def _matrix(table: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
 def _pairs(table: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
     columns = [*names, "no class name"]
     wrong = ((count, y, x) for y, row in enumerate(table) for x, count in enumerate(row) if count and x != y)
-    found = sorted(wrong, key=lambda each: (-each[0], each[1:]))[:PAIRS]
-    figure, axis = plt.subplots(figsize=(9, 1.6 + 0.24 * max(1, len(found))), layout="constrained")
-    places = range(len(found))
-    axis.barh(places, [count for count, *_ in found], color=COLOURS[0])
-    axis.set_yticks(places, [f"{names[y]} → {columns[x]}" for _, y, x in found], fontsize=8)
-    for place, (count, y, _) in enumerate(found):
-        axis.text(count, place, f" {count} of {sum(table[y])}", va="center", fontsize=7)
+    pairs = sorted(wrong, key=lambda each: (-each[0], each[1:]))[:PAIRS]
+    figure, axis = plt.subplots(figsize=(9, 1.6 + 0.24 * max(1, len(pairs))), layout="constrained")
+    rows = range(len(pairs))
+    axis.barh(rows, [count for count, *_ in pairs], color=COLOURS[0])
+    axis.set_yticks(rows, [f"{names[y]} → {columns[x]}" for _, y, x in pairs], fontsize=8)
+    for row, (count, y, _) in enumerate(pairs):
+        axis.text(count, row, f" {count} of {sum(table[y])}", va="center", fontsize=7)
     axis.invert_yaxis()
-    axis.set(xlabel=f"images; the {len(found)} most frequent confusions, true → answered")
+    axis.set(xlabel=f"images; the {len(pairs)} most frequent confusions, true → answered")
     axis.spines[["top", "right"]].set_visible(False)
     axis.margins(x=0.12)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -2,95 +2,123 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from common.data.notes import data_lines
+from common.evaluation.summary import Summary
+from common.run.result import Result
+from common.training.silent import fix
 
 
-def percent(share: float) -> str:
-    """A share of 1 as percent with two decimals."""
-    return f"{100 * share:.2f}"
+def percent(share: float | None) -> str:
+    """A share of 1 as percent with two decimals; a dash where there is none."""
+    return "–" if share is None else f"{100 * share:.2f}"
 
 
-def interval(summary: dict[str, Any]) -> str:
+def interval(summary: Summary) -> str:
     """The 95 % interval in percent."""
-    low, high = summary["ci95"]
+    low, high = summary.ci95
     return f"{percent(low)} – {percent(high)}"
 
 
-def result_table(result: dict[str, Any]) -> Table:
-    """Zero-shot and after training, per split."""
-    title = (
-        f"{result['method']} · {result['data']} · {result['model']} · {result['shots']} shots · seed {result['seed']}"
-    )
-    where = "" if result["setting"] == "few_shot" else f" · {result['setting']}"
-    splits = " / ".join(dict.fromkeys(result["origins"].values()))
-    table = Table(title=f"{title}{where} · {result['protocol']} · {splits}", title_justify="left")
+def phases(result: Result, split: str) -> list[tuple[str, Summary]]:
+    """The summaries of a split by what they are called: before training, and after it if there was any."""
+    summaries = [("zero-shot", result.before[split])]
+    return [*summaries, ("trained", result.after[split])] if result.after else summaries
+
+
+def result_table(result: Result) -> Table:
+    """Before and after training, per split."""
+    title = f"{result.method} · {result.data} · {result.model} · {result.shots} shots · seed {result.seed}"
+    where = "" if result.setting == "few_shot" else f" · {result.setting}"
+    splits = " / ".join(dict.fromkeys(result.origins.values()))
+    title = f"{title}{where} · {result.protocol} · {splits}"
+    table = Table(title=Text(title, style="table.title"), title_justify="left")
+    columns: dict[str, Callable[[Summary], str]] = {
+        "images": lambda s: str(s.n),
+        "accuracy %": lambda s: percent(s.accuracy),
+        "95 % interval": interval,
+        "official match %": lambda s: percent(s.accuracy_official),
+        "well-formed %": lambda s: percent(s.well_formed),
+        "tokens": lambda s: "–" if s.mean_tokens is None else f"{s.mean_tokens:.1f}",
+        "seconds": lambda s: f"{s.seconds:.1f}",
+    }
+    summaries = [summary for split in result.before for _, summary in phases(result, split)]
+    about = {"official match %": "accuracy_official", "well-formed %": "well_formed", "tokens": "mean_tokens"}
+    shown = {
+        name: text
+        for name, text in columns.items()
+        if name not in about or any(getattr(summary, about[name]) is not None for summary in summaries)
+    }
     table.add_column("split")
-    for name in ("images", "accuracy %", "95 % interval", "official match %", "well-formed %", "tokens", "seconds"):
+    for name in shown:
         table.add_column(name, justify="right")
-    trained = result["train"]["updates"] > 0
-    for split, after in result["eval"].items():
-        rows = [("zero-shot", result["zero_shot"][split])] + ([("trained", after)] if trained else [])
-        for phase, summary in rows:
-            table.add_row(
-                f"{split}, {phase}",
-                str(summary["n"]),
-                percent(summary["accuracy"]),
-                interval(summary),
-                percent(summary["accuracy_official"]),
-                percent(summary["well_formed"]),
-                f"{summary['mean_tokens']:.1f}",
-                f"{summary['seconds']:.1f}",
-            )
+    for split in result.before:
+        for phase, summary in phases(result, split):
+            table.add_row(Text(f"{split}, {phase}"), *(text(summary) for text in shown.values()))
     return table
 
 
-def probability_lines(result: dict[str, Any]) -> list[str]:
+def probability_lines(result: Result) -> list[str]:
     """How often the most probable name is right, one line per split; none without label scoring."""
-    trained = result["train"]["updates"] > 0
     lines = []
-    for split, after in result["eval"].items():
-        phases = [("zero-shot", result["zero_shot"][split])] + ([("trained", after)] if trained else [])
-        found = [
-            f"{phase} {percent(p['top1'])} % (top-5 {percent(p['top5'])}, ECE {percent(p['ece'])})"
-            for phase, summary in phases
-            if (p := summary.get("probability"))
+    for split in result.before:
+        texts = [
+            f"{phase} {percent(p.top1)} % (top-5 {percent(p.top5)}, ECE {percent(p.ece)})"
+            for phase, summary in phases(result, split)
+            if (p := summary.probability) is not None
         ]
-        if found:
-            lines.append(f"{split}, most probable name: {', '.join(found)}")
+        if texts:
+            lines.append(f"{split}, most probable name: {', '.join(texts)}")
     return lines
 
 
-def overall_lines(result: dict[str, Any]) -> list[str]:
+def overall_lines(result: Result) -> list[str]:
     """One number for several splits, and what was left out."""
-    trained = result["train"]["updates"] > 0
     lines = []
-    for name, before in result["overall"]["zero_shot"].items():
-        after = f", trained {percent(result['overall']['eval'][name])} %" if trained else ""
+    for name, before in result.overall["before"].items():
+        after = f", trained {percent(result.overall['after'][name])} %" if result.after else ""
         lines.append(f"{name.replace('_', ' ')}: zero-shot {percent(before)} %{after}")
-    for split, after in result["eval"].items():
-        if "accuracy_aliases" in after:
-            before = result["zero_shot"][split]["accuracy_aliases"]
-            trained_too = f", trained {percent(after['accuracy_aliases'])} %" if trained else ""
-            lines.append(f"{split}, other words accepted: zero-shot {percent(before)} %{trained_too}")
-    best = result["train"].get("best")
-    if best and best["split"] != "val":
-        lines.append(f"best update {best['update']} was chosen on {best['split']} itself: no validation images")
-    if short := result["short_classes"]:
+    for split in result.before:
+        accuracies = [
+            (phase, s.accuracy_aliases) for phase, s in phases(result, split) if s.accuracy_aliases is not None
+        ]
+        if accuracies:
+            shown = ", ".join(f"{phase} {percent(accuracy)} %" for phase, accuracy in accuracies)
+            lines.append(f"{split}, other words accepted: {shown}")
+    lines += training_lines(result)
+    if short := result.short_classes:
         name, count = next(iter(short.items()))
         lines.append(f"{len(short)} classes have fewer training images than shots, first: '{name}' has {count}")
-    if result["left_out"]:
-        lines.append(f"{result['left_out']} pictures that cannot be decoded were left out (manifest.json names them)")
+    if result.left_out:
+        lines.append(f"{result.left_out} pictures that cannot be decoded were left out (manifest.json names them)")
     return lines
 
 
-def paired_lines(result: dict[str, Any]) -> list[str]:
+def training_lines(result: Result) -> list[str]:
+    """Which update "trained" is, and which rewards taught nothing."""
+    best, lines = result.train.get("best"), []
+    if best:
+        where = "val" if best["split"] == "val" else f"{best['split']} itself: no validation images"
+        tested = result.train.get("tested", result.train["updates"])
+        lines.append(
+            f"trained: update {tested} of {result.train['updates']}; the best evaluation was after update"
+            f" {best['update']} ({percent(best['accuracy'])} % on {where})"
+        )
+    for name, whom in result.train.get("silent_rewards", {}).items():
+        lines.append(f"reward '{name}' paid {whom} in all updates: {fix(name, whom)}")
+    return lines
+
+
+def paired_lines(result: Result) -> list[str]:
     """The paired comparison on the same images, one line per split."""
     lines = []
-    for split, test in result["train"].get("paired", {}).items():
+    for split, test in result.train.get("paired", {}).items():
         low, high = (100 * bound for bound in test["ci95"])
         lines.append(
             f"{split}: {100 * test['difference']:+.2f} points [{low:+.2f}, {high:+.2f}] on the same images; fixed"
@@ -99,16 +127,18 @@ def paired_lines(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def time_line(result: dict[str, Any]) -> str:
+def time_line(result: Result) -> str:
     """Seconds per phase."""
-    seconds = result["train"]["seconds"]
-    return "seconds: " + ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items())
+    return "seconds: " + ", ".join(f"{phase} {value:.1f}" for phase, value in result.train["seconds"].items())
 
 
-def show(result: dict[str, Any], folder: Path, console: Console | None = None) -> None:
+def show(result: Result, folder: Path, console: Console | None = None) -> None:
     """Print the result of a run to standard output."""
     console = console or Console(width=None if Console().is_terminal else 120)
     console.print(result_table(result))
-    for line in [*overall_lines(result), *probability_lines(result), *paired_lines(result), time_line(result)]:
-        console.print(line, highlight=False)
-    console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
+    lines = [*overall_lines(result), *data_lines(vars(result)), *probability_lines(result), *paired_lines(result)]
+    for line in [*lines, time_line(result)]:
+        console.print(Text(line))  # names are no markup
+    console.print(Text(f"run folder: {folder}"), soft_wrap=True)
+    if offline := sorted((folder / "wandb").glob("**/offline-run-*")):
+        console.print(Text(f"W&B was offline; upload it with: wandb sync {offline[-1]}"), soft_wrap=True)

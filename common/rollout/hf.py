@@ -16,30 +16,49 @@ from collections.abc import Sequence
 import torch
 from transformers.cache_utils import DynamicCache
 
-from common.grpo.logprobs import spliced, token_logps, without_adapters
-from common.grpo.packing import Encoded, images, pad_blocks
+from common.forward import attention
+from common.forward.logprobs import spliced, token_logps
+from common.forward.packing import images, pad_blocks
+from common.models.adapters import without_adapters
+from common.models.encoder import Encoded
 from common.models.vlm import VLM
-from common.rollout.base import Completion, Decoding
+from common.rollout.base import Completion, Decoding, Request
 
 
 class HFRollout:
-    """The `Rollout` backend that needs nothing beside transformers."""
+    """The `Rollout` backend that needs nothing beside transformers: it samples with the training model itself."""
+
+    reproducible = True
+    full_logps = True
 
     def __init__(self, vlm: VLM) -> None:
-        self.vlm = vlm
+        attention.install(vlm.model)
+        self.vlm, self.version = vlm, 0
 
     @torch.no_grad()
-    def generate(
-        self, prompts: Sequence[Encoded], group_size: int, decoding: Decoding, seeds: Sequence[str]
-    ) -> list[list[Completion]]:
+    def generate(self, requests: Sequence[Request], group_size: int, decoding: Decoding) -> list[list[Completion]]:
         """See `Rollout.generate`."""
         model = self.vlm.model
         was_training = model.training
         model.eval()
+        seeds = [request.seed for request in requests]
         noise = uniform_table(seeds, group_size, decoding.max_tokens) if decoding.temperature > 0 else None
-        rows = self._decode(prompts, group_size, decoding, noise)
+        rows = self._decode([request.encoded for request in requests], group_size, decoding, noise)
         model.train(was_training)
         return [rows[start : start + group_size] for start in range(0, len(rows), group_size)]
+
+    def refresh(self, version: int) -> None:
+        """The weights are the trainer's own, so only their version is noted."""
+        self.version = version
+
+    def rest(self) -> None:
+        return
+
+    def wake(self) -> None:
+        return
+
+    def close(self) -> None:
+        return
 
     def _decode(
         self, prompts: Sequence[Encoded], group_size: int, decoding: Decoding, noise: torch.Tensor | None
@@ -48,7 +67,7 @@ class HFRollout:
         banned = torch.tensor(self.vlm.banned, device=device)
         ends = torch.tensor(self.vlm.eos, device=device)
         ids, mask, positions = (x.to(device) for x in left_pad(prompts, self.vlm.pad))
-        extra = images(prompts, device)
+        extra = images(prompts, self.vlm.family, device)
         blocks = pad_blocks(prompts, left=True)
         if blocks is not None:
             extra |= self.vlm.family.block_inputs(blocks.to(device))
@@ -76,8 +95,8 @@ class HFRollout:
                 cache.batch_select_indices(kept)
                 rows, mask, position, chosen, alive = (x[kept] for x in (rows, mask, position, chosen, alive))
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-            places = (position + step)[None, :, None].expand(len(positions), -1, -1)  # [A, live, 1]
-            logits = self._forward(chosen[:, None], mask, places, cache, {})
+            positions_now = (position + step)[None, :, None].expand(len(positions), -1, -1)  # [A, live, 1]
+            logits = self._forward(chosen[:, None], mask, positions_now, cache, {})
         return self._completions(tokens.cpu(), logps.cpu())
 
     def _forward(
@@ -106,12 +125,12 @@ class HFRollout:
         ends = torch.isin(tokens, torch.tensor(self.vlm.eos, dtype=tokens.dtype))
         ended = ends.any(1)
         lengths = torch.where(ended, ends.int().argmax(1) + 1, (tokens >= 0).sum(1)).tolist()
-        found = []
+        completions = []
         for row, length in enumerate(lengths):
             ids, finished = tokens[row, :length].clone(), bool(ended[row])
             text = self.vlm.processor.tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=False)
-            found.append(Completion(ids, logps[row, :length].clone(), text, truncated=not finished))
-        return found
+            completions.append(Completion(ids, logps[row, :length].clone(), text, not finished, self.version))
+        return completions
 
 
 def left_pad(prompts: Sequence[Encoded], pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,0 +1,109 @@
+"""The category embeddings bank (section 3.2): where it begins, how far it has moved, which categories are alike.
+
+Shapes: C categories, m tokens of an image, D width of the language model, P patches, V width of the vision tower.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+
+from common.data.sampling import by_label
+from common.method import Vision
+from common.runtime.distributed import gather, share_of
+from common.types import Item, UserError
+
+STANDARD_DEVIATION = 0.02  # of `random`, our choice: the paper says "random values"
+
+
+def see(
+    vision: Vision, items: Sequence[Item], categories: int, how: str | None, seed: int, patches: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Look at every few-shot image once: what a category looks like on average, and where its embedding begins.
+
+    Ranks share the categories.
+
+    Args:
+        vision: Tower and projector of the model.
+        items: The few-shot images.
+        categories: C.
+        how: `proposed` (section 3.2: the mean of the tower's outputs, projected), `averaging` (appendix D.2, "combines
+            embeddings after the image encoder layer and the multimodal projector layer"; our reading: the mean of the
+            projected mean and the mean of the projections), `random` (normal) or `one_shot` (section 4.1.3: the
+            features of one image drawn at random). None: the embeddings are known, only the means are asked for.
+        seed: Of `random` and `one_shot`.
+        patches: The mean feature has all patches in a row; False: their mean.
+
+    Returns:
+        Mean features of the categories, [C, V] or [C, P V], and the embeddings, [C, m, D]. fp32 on the CPU.
+
+    Raises:
+        UserError: A category has no image.
+    """
+    groups = by_label(items)
+    if missing := sorted(set(range(categories)) - groups.keys()):
+        raise UserError(f"category {missing[0]} has no training image to begin its embedding from; use more shots")
+    own = {}
+    for label in share_of(sorted(groups)):
+        mean, embedding = _category(vision, [item.image for item in groups[label]], how, seed)
+        own[label] = (mean.flatten() if patches else mean.mean(0)).cpu(), embedding
+    pairs = {label: each for part in gather(own) for label, each in part.items()}
+    means = torch.stack([pairs[label][0] for label in range(categories)])
+    if how == "random":
+        generator = torch.Generator().manual_seed(seed)
+        shape = (categories, *shape_of(vision, items[0].image))
+        return means, torch.randn(shape, generator=generator) * STANDARD_DEVIATION
+    begun = [embedding for label in range(categories) if (embedding := pairs[label][1]) is not None]
+    return means, torch.stack(begun) if begun else None
+
+
+def shape_of(vision: Vision, image: str) -> tuple[int, int]:
+    """M and D of a model, read off one image."""
+    tokens, width = vision.project(vision.hidden([image])).shape[1:]
+    return tokens, width
+
+
+def _category(
+    vision: Vision, images: list[str], how: str | None, seed: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The mean of the tower's outputs, [P, V] on its device, and the embedding, [m, D] on the CPU."""
+    outputs, projections = torch.tensor(0.0), torch.tensor(0.0)
+    for start in range(0, len(images), vision.batch):
+        hidden = vision.hidden(images[start : start + vision.batch])
+        outputs = outputs.to(hidden.device) + hidden.float().sum(0)
+        if how == "averaging":
+            projections = projections.to(hidden.device) + vision.project(hidden).float().sum(0)
+    mean = outputs / len(images)
+    if how is None or how == "random":
+        return mean, None
+    if how == "one_shot":
+        chosen = vision.hidden([random.Random(f"one-shot-{seed}-{images[0]}").choice(images)])
+        return mean, vision.project(chosen).float()[0].cpu()
+    embedding = vision.project(mean[None].to(hidden.dtype)).float()[0]
+    if how == "averaging":
+        embedding = (embedding + projections / len(images)) / 2
+    return mean, embedding.cpu()
+
+
+def drift(now: torch.Tensor, begun: torch.Tensor) -> torch.Tensor:
+    """How far each category has moved, as a share of its norm at the beginning. Shape: [C].
+
+    >>> drift(torch.tensor([[[3.0, 5.0]]]), torch.tensor([[[3.0, 4.0]]])).tolist()
+    [0.20000000298023224]
+    """
+    return (now - begun).flatten(1).norm(dim=1) / begun.flatten(1).norm(dim=1).clamp(min=1e-12)
+
+
+def nearest(entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The most similar other category of each, by the cosine of the flattened embeddings.
+
+    Returns:
+        Indices [C] and cosines [C].
+    """
+    flat = torch.nn.functional.normalize(entries.flatten(1).float(), dim=1)
+    cosines = flat @ flat.T
+    cosines.fill_diagonal_(-torch.inf)
+    best = cosines.max(1)
+    return best.indices, best.values

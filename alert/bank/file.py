@@ -1,0 +1,168 @@
+"""A category embeddings bank as a folder. No torch until embeddings are read or written.
+
+    bank.json           names of the categories, shape, architecture, a hash of names and embeddings
+    bank.safetensors    `entries`: the embeddings
+    begun.safetensors   `begun`: those that the training started from; written once, beside the final weights alone
+
+The architecture and the shape are all that tie a bank to a model. A hash of the weights would refuse the most common
+pair, a bank and the fine-tuned weights that were trained with it; so a bank of other weights of the same
+architecture and size does load, and it is up to the user that this makes sense.
+
+Shapes: C categories, m tokens of an image, D width of the language model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.types import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+FACTS, ENTRIES, BEGUN = "bank.json", "bank.safetensors", "begun.safetensors"
+AGAIN = "copy the bank again from the run that trained it"
+BEGIN_AGAIN = "of an unfinished run, delete it: continuing computes it again; of a finished run, copy it again"
+
+
+@contextmanager
+def asked_by(key: str) -> Iterator[None]:
+    """Errors inside name the key of the configuration that gave the folder."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
+
+
+def export(folder: Path, entries: torch.Tensor, names: Sequence[str], architecture: str) -> None:
+    """Write a bank.
+
+    Args:
+        folder: Is made.
+        entries: Shape: [C, m, D].
+        names: Of the categories. Length: C.
+        architecture: Of the model, as its config.json calls it.
+    """
+    entries = entries.float().contiguous()
+    _save(folder / ENTRIES, "entries", entries)
+    facts = {
+        "names": list(names),
+        "shape": list(entries.shape),
+        "architecture": architecture,
+        "sha256": _hash(entries, names),
+    }
+    (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def export_begun(folder: Path, begun: torch.Tensor) -> None:
+    """Write the embeddings that a training starts from. Shape: [C, m, D]. Whole or not at all."""
+    unfinished = folder / f"{BEGUN}.unfinished"
+    _save(unfinished, "begun", begun.float().contiguous())
+    with unfinished.open("rb") as file:
+        os.fsync(file.fileno())  # a rename that survives a power cut must not name half a file
+    os.replace(unfinished, folder / BEGUN)
+
+
+def facts(folder: Path, names: Sequence[str] | None = None) -> dict[str, Any]:
+    """What bank.json holds.
+
+    Args:
+        folder: Of the bank.
+        names: Of the run's categories; None: any.
+
+    Raises:
+        UserError: It is missing or damaged, or of other categories.
+    """
+    path = folder / FACTS
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder} is no bank that a run has exported ({FACTS}: {error}); give <run>/model/embeddings of one"
+            " that has trained"
+        ) from error
+    kinds = {"names": list, "shape": list, "architecture": str, "sha256": str}
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), kind) for key, kind in kinds.items()):
+        raise UserError(f"{path} is damaged: it must hold {', '.join(kinds)}; {AGAIN}")
+    if names is not None and content["names"] != list(names):
+        known = set(content["names"])
+        strange = next((name for name in names if name not in known), None)
+        what = f"it has no '{strange}'" if strange else "their number or order differs"
+        raise UserError(f"{folder} is a bank of other categories: {what}; train one for this dataset")
+    return content
+
+
+def read(folder: Path, names: Sequence[str]) -> torch.Tensor:
+    """The embeddings of a bank. Shape: [C, m, D], fp32.
+
+    Raises:
+        UserError: It is missing or damaged, or of other categories.
+    """
+    known = facts(folder, names)
+    entries = _load(folder / ENTRIES, "entries", AGAIN)
+    if list(entries.shape) != known["shape"] or known["sha256"] != _hash(entries, names):
+        raise UserError(f"{folder} is damaged: {ENTRIES} does not match its hash in {FACTS}; {AGAIN}")
+    return entries
+
+
+def read_begun(folder: Path) -> torch.Tensor:
+    """The embeddings that the training started from. Shape: [C, m, D], fp32.
+
+    Raises:
+        UserError: They are missing or damaged.
+    """
+    return _load(folder / BEGUN, "begun", BEGIN_AGAIN)
+
+
+def check_fits(path: Path, entries: torch.Tensor, shape: Sequence[int], fix: str) -> None:
+    """Check that embeddings have the shape that they should have.
+
+    Args:
+        path: That they were read from.
+        entries: The embeddings.
+        shape: C, m and D that are needed.
+        fix: For the error.
+
+    Raises:
+        UserError: Their shape is another one.
+    """
+    if list(entries.shape) != list(shape):
+        categories, tokens, width = shape
+        raise UserError(
+            f"{path} holds embeddings of shape {list(entries.shape)} instead of {list(shape)}"
+            f" ({categories} categories, {tokens} tokens of an image, width {width}); {fix}"
+        )
+
+
+def _save(path: Path, name: str, tensor: torch.Tensor) -> None:
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor}, path)
+
+
+def _load(path: Path, name: str, fix: str) -> torch.Tensor:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing; {fix}") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is damaged ({error}); {fix}") from error
+    if tensor.ndim != 3 or not tensor.is_floating_point():
+        raise UserError(f"{path} is damaged: '{name}' has the shape {list(tensor.shape)}; {fix}")
+    return tensor.float()
+
+
+def _hash(entries: torch.Tensor, names: Sequence[str]) -> str:
+    digest = hashlib.sha256(json.dumps(list(names)).encode())
+    digest.update(entries.flatten().numpy().data)
+    return digest.hexdigest()

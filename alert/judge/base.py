@@ -1,0 +1,199 @@
+"""What every judge of the reasoning can do, and what the configuration says about it.
+
+A judge is asked in plain text and answers in plain text; what is asked and how the answer is read stands in
+alert/judge/prompt.py.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Protocol, TypeVar
+
+from common.config.checks import one_of
+from common.plugins import check_call
+from common.runtime.distributed import LONGEST_WAIT
+from common.types import UserError
+
+BACKENDS = ("self", "hf", "openai")
+LONGEST_CALL = LONGEST_WAIT - 300.0  # seconds; meanwhile ranks whose questions are answered wait for the others
+Settings = TypeVar("Settings", "Model", "Runtime")
+Generate = Callable[[Sequence[str], int], list[str]]  # prompts and a limit on tokens to replies
+Keep = Callable[[str, str], None]  # takes a prompt and its reply as soon as there is one
+
+
+class JudgeUnavailable(Exception):
+    """Some questions got no answer, all retries made. `answers` holds what came, None for what did not."""
+
+    def __init__(self, reason: str, answers: Sequence[str | None]) -> None:
+        super().__init__(reason)
+        self.answers = list(answers)
+
+
+def forget(prompt: str, reply: str) -> None:
+    """Keeps nothing."""
+
+
+class Judge(Protocol):
+    """A language model that is asked to score."""
+
+    def identity(self) -> str | None:
+        """For the cache: names all that a reply depends on beside the prompt. None: not known, so nothing is kept."""
+
+    def prepare(self) -> None:
+        """Before the run computes anything: have what it takes to answer.
+
+        Raises:
+            JudgeUnavailable: It does not answer now.
+            UserError: It never will.
+        """
+
+    def ask(self, prompts: Sequence[str], keep: Keep = forget) -> list[str]:
+        """One reply per prompt, in their order; the most probable one (temperature 0).
+
+        Args:
+            prompts: The questions.
+            keep: Called with every question and its reply when that comes, so that a process that dies loses few.
+
+        Raises:
+            JudgeUnavailable: After the retries some questions are without an answer.
+        """
+
+
+@dataclass(frozen=True)
+class Model:
+    """Who judges: the part of the configuration that decides the scores (`judge` in conf/rewards/alert.yaml).
+
+    backend: `self` (the run's own frozen base model, the paper's judge), `hf` (another model, loaded beside the
+    run's), `openai` (a server that speaks OpenAI's protocol). model: hub id or folder (`hf`), the server's name of the
+    model (`openai`). revision, dtype: of the model (`hf`). max_tokens: of a reply.
+    """
+
+    backend: str = "self"
+    model: str | None = None
+    revision: str | None = None
+    dtype: str = "bfloat16"
+    max_tokens: int = 16
+
+    def __post_init__(self) -> None:
+        _texts("judge", {"model": self.model, "revision": self.revision})
+        one_of("judge.backend", self.backend, BACKENDS)
+        one_of("judge.dtype", self.dtype, ("bfloat16", "float32"))
+        _at_least("judge.max_tokens", self.max_tokens, 1)
+        if self.backend != "self" and not self.model:
+            kind = "a hub id or a model folder" if self.backend == "hf" else "the name the server has for it"
+            raise UserError(f"judge.model is missing; judge.backend={self.backend} needs {kind}")
+        if self.backend == "self" and self.model:
+            raise UserError(f"judge.model={self.model}: backend=self is the run's own model; choose hf or openai")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How the judge is reached: no score depends on it (`runtime` in conf/rewards/alert.yaml).
+
+    base_url: of the server. api_key_env: environment variable that holds its key, None for servers without one.
+    timeout: seconds of one attempt, to the last byte. retries: attempts after the first. total_timeout: seconds of all
+    questions of one call, at most LONGEST_CALL. concurrency: questions at a time, per rank. batch_size: prompts per
+    forward (`hf`). gpus: 0 puts the judge on the CPU (`hf`). cache_dir: folder for answers. cache_gb: bound on it, 0:
+    none are kept.
+    """
+
+    base_url: str | None = None
+    api_key_env: str | None = None
+    timeout: float = 60.0
+    retries: int = 4
+    total_timeout: float = 600.0
+    concurrency: int = 8
+    batch_size: int = 16
+    gpus: int = 0
+    cache_dir: str = "cache/judge"
+    cache_gb: float = 1.0
+
+    def __post_init__(self) -> None:
+        _texts("runtime", {"base_url": self.base_url, "api_key_env": self.api_key_env})
+        for name, least in (("retries", 0), ("concurrency", 1), ("batch_size", 1), ("gpus", 0), ("cache_gb", 0)):
+            _at_least(f"runtime.{name}", getattr(self, name), least)
+        for name in ("timeout", "total_timeout"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"runtime.{name}={getattr(self, name)}: give seconds, above 0")
+        if not self.total_timeout <= LONGEST_CALL:
+            limit = f"give at most {LONGEST_CALL:g} seconds; other ranks may wait meanwhile"
+            raise UserError(f"runtime.total_timeout={self.total_timeout}: {limit}")
+
+    def key(self) -> str:
+        """The server's key; local servers take anything."""
+        return os.environ[self.api_key_env] if self.api_key_env else "none"
+
+
+def _at_least(key: str, value: float, least: int) -> None:
+    if not value >= least:
+        raise UserError(f"{key}={value} must be at least {least}")
+
+
+def _texts(block: str, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        if value is not None and not isinstance(value, str):
+            raise UserError(f"{block}.{name}={value!r} must be a text; put it into quotes")
+
+
+def settings(kind: type[Settings], key: str, values: Mapping[str, Any]) -> Settings:
+    """A block of the configuration, checked.
+
+    Raises:
+        UserError: Names the key at fault and the fix.
+    """
+    if not isinstance(values, Mapping):
+        raise UserError(f"{key}={values} must hold names and values; see conf/rewards/alert.yaml")
+    check_call(f"{kind.__module__}.{kind.__name__}", key, dict(values))
+    return kind(**values)
+
+
+def check_server(runtime: Runtime) -> None:
+    """Whether a server can be asked at all: address, key and library are there.
+
+    Raises:
+        UserError: Names what is missing.
+    """
+    if not runtime.base_url or not runtime.base_url.startswith(("http://", "https://")):
+        raise UserError(
+            f"runtime.base_url={runtime.base_url}: judge.backend=openai needs the server's address, e.g."
+            " http://127.0.0.1:8000/v1 (vLLM), http://127.0.0.1:11434/v1 (Ollama), https://api.openai.com/v1"
+        )
+    if runtime.api_key_env and not os.environ.get(runtime.api_key_env):
+        raise UserError(f"runtime.api_key_env={runtime.api_key_env}: there is no such environment variable; export it")
+    if find_spec("openai") is None:
+        raise UserError("judge.backend=openai needs the openai library; install it with pip install openai")
+
+
+class OwnBase:
+    """`backend: self`: the run's own base model, frozen, without its adapters; bound once it is loaded."""
+
+    def __init__(self, model: Model) -> None:
+        self.max_tokens = model.max_tokens
+        self.generate: Generate | None = None
+        self.name: str | None = None
+
+    def bind(self, generate: Generate, identity: str | None) -> None:
+        """Take the model.
+
+        Args:
+            generate: One greedy reply per prompt; a reply that ran into its limit goes through `judge_prompt.uncut`.
+            identity: Names the base model's weights and their number format; None: answers are not kept.
+        """
+        self.generate, self.name = generate, identity
+
+    def identity(self) -> str | None:
+        return None if self.name is None else f"self:{self.name}:{self.max_tokens}"
+
+    def prepare(self) -> None:
+        """Nothing: the run loads its model itself."""
+
+    def ask(self, prompts: Sequence[str], keep: Keep = forget) -> list[str]:
+        if self.generate is None:
+            raise RuntimeError("the judge is the run's own model, but bind() has not been called")
+        replies = self.generate(prompts, self.max_tokens)
+        for prompt, reply in zip(prompts, replies, strict=True):
+            keep(prompt, reply)
+        return replies

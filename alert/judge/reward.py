@@ -1,0 +1,189 @@
+"""ALERT's contrastive-reasoning reward: a language model scores the text between the think tags (section 3.5, 4).
+
+The reward is an instance with arguments from conf/rewards/alert.yaml, called with samples like every reward.
+
+A judge can fail. Its client tries again for as long as `runtime` allows; then `on_failure: stop` ends the run with
+one line, and the same command continues it from its last checkpoint, replies so far served from the cache. With
+`on_failure: drop`, the samples without a score get NaN, and the trainer leaves this reward out for their whole group;
+a judge that says nothing at all SILENCES times in a row stops the run even so, since every update waits for it in vain.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from alert.judge.base import Generate, Judge, JudgeUnavailable, Keep, Model, OwnBase, Runtime, settings
+from alert.judge.cache import Replies
+from alert.judge.prompt import SCALES, judge_prompt, normalised, parse_score, reasoning
+from common.config.checks import one_of
+from common.types import Sample, UserError
+
+log = logging.getLogger(__name__)
+SILENCES = 5  # our choice
+COUNTS = ("calls", "cache_hits", "unparsed", "failed", "seconds")
+
+
+class ContrastiveReasoning:
+    """0 to 1 for the reasoning of every sample; N of them, completions of one update."""
+
+    def __init__(
+        self,
+        *,
+        judge: Mapping[str, Any],
+        runtime: Mapping[str, Any],
+        scale: str = "range",
+        unparsed: float = 0.0,
+        on_failure: str = "stop",
+    ) -> None:
+        """
+        Args:
+            judge: Who judges, see `judge_base.Model`.
+            runtime: How it is reached, see `judge_base.Runtime`.
+            scale: From a score of 1 to 10 to 0 to 1, see `judge_prompt.normalised`.
+            unparsed: Value of a sample whose reply states no score, 0 to 1.
+            on_failure: `stop` or `drop`, see the module.
+
+        Raises:
+            UserError: Begins with the argument at fault.
+        """
+        one_of("scale", scale, SCALES)
+        one_of("on_failure", on_failure, ("stop", "drop"))
+        if not 0 <= unparsed <= 1:
+            raise UserError(f"unparsed={unparsed} must be from 0 to 1, as the scores are")
+        self.runtime = settings(Runtime, "runtime", runtime)
+        model = settings(Model, "judge", judge)
+        self.judge = make_judge(model, self.runtime)
+        self.scale, self.unparsed, self.on_failure = scale, unparsed, on_failure
+        self.counts = dict.fromkeys(COUNTS, 0.0)
+        self.silences = 0  # times in a row that questions were asked and none was answered
+
+    @property
+    def may_be_missing(self) -> bool:
+        """Whether NaN means that there was no answer, and the group goes without this reward."""
+        return self.on_failure == "drop"
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether the run's own base model has to be bound before the first call."""
+        return isinstance(self.judge, OwnBase)
+
+    def bind(self, generate: Generate, identity: str | None = None) -> None:
+        """Give `backend: self` the run's own base model; see `OwnBase.bind`. Other judges have no use for it."""
+        if isinstance(self.judge, OwnBase):
+            self.judge.bind(generate, identity)
+
+    def prepare(self) -> None:
+        """Before the run computes anything: a model is fetched, a server asked one question.
+
+        Raises:
+            UserError: The judge cannot be had, or does not answer and `on_failure` is `stop`.
+        """
+        try:
+            self.judge.prepare()
+        except JudgeUnavailable as error:
+            if self.on_failure == "stop":
+                raise UserError(
+                    f"on_failure=stop: the judge {error}; start it and give the same command again"
+                ) from error
+            log.warning("the judge %s", error)
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float]:
+        """The reward of every sample: 0 without a well-formed reasoning, nothing being asked; NaN without an answer.
+
+        Raises:
+            UserError: Questions stayed open, and `on_failure` is `stop` or the judge has fallen silent.
+        """
+        texts = [reasoning(sample.completion) for sample in samples]
+        prompts = [None if text is None else judge_prompt(text) for text in texts]
+        replies = self._replies([prompt for prompt in prompts if prompt is not None])
+        return [0.0 if prompt is None else self._value(replies[prompt]) for prompt in prompts]
+
+    def _value(self, reply: str | None) -> float:
+        if reply is None:
+            self.counts["failed"] += 1
+            return math.nan
+        score = parse_score(reply)
+        if score is None:
+            self.counts["unparsed"] += 1
+            return self.unparsed
+        return normalised(score, self.scale)
+
+    def _replies(self, prompts: Sequence[str]) -> dict[str, str | None]:
+        """Of every prompt, from the cache or the judge; None where the judge had none."""
+        judge = self.judge.identity()
+        cache = self._cache if judge is not None and self.runtime.cache_gb > 0 else None
+        replies: dict[str, str | None] = {}
+        if cache is not None and judge is not None:
+            replies = {prompt: reply for prompt in set(prompts) if (reply := cache.get(judge, prompt)) is not None}
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in replies]
+        self.counts["calls"] += len(missing)
+        self.counts["cache_hits"] += len(prompts) - len(missing)
+
+        def keep(prompt: str, reply: str) -> None:
+            # what cannot be read is asked again another time: a server may have been repaired since
+            if cache is not None and judge is not None and parse_score(reply) is not None:
+                cache.put(judge, prompt, reply)
+
+        answers, trouble = self._ask(missing, keep)
+        replies |= zip(missing, answers, strict=True)
+        if missing:
+            self.silences = 0 if any(answer is not None for answer in answers) else self.silences + 1
+        silent = self.silences >= SILENCES
+        if trouble and (silent or self.on_failure == "stop"):
+            often = f"; {SILENCES} times in a row it answered nothing at all" if silent else ""
+            raise UserError(
+                f"on_failure={self.on_failure}: the judge {trouble}{often}; give the same command again when it"
+                " answers: the run continues from its last checkpoint"
+            )
+        return replies
+
+    def _ask(self, prompts: Sequence[str], keep: Keep) -> tuple[Sequence[str | None], str]:
+        """The judge's answers, and what went wrong."""
+        if not prompts:
+            return [], ""
+        began = time.perf_counter()
+        try:
+            return self.judge.ask(prompts, keep), ""
+        except JudgeUnavailable as error:
+            log.warning("the judge %s", error)
+            return error.answers, str(error)
+        finally:
+            self.counts["seconds"] += time.perf_counter() - began
+
+    @cached_property
+    def _cache(self) -> Replies:
+        return Replies(Path(self.runtime.cache_dir).resolve(), int(self.runtime.cache_gb * 2**30))
+
+    def metrics(self) -> dict[str, float]:
+        """What this rank's judge did since the last call; add up over ranks.
+
+        calls: questions put to the judge (attempts after the first not counted). cache_hits: samples that cost none,
+        repetitions within an update included. unparsed, failed: samples without a readable score, without an answer.
+        seconds: spent waiting. A resumed run repeats unparsed and failed, but not calls, cache_hits and seconds.
+        """
+        metrics = {f"judge/{name}": value for name, value in self.counts.items()}
+        self.counts = dict.fromkeys(COUNTS, 0.0)
+        return metrics
+
+
+def make_judge(model: Model, runtime: Runtime) -> Judge:
+    """The judge that `judge.backend` asks for; nothing is loaded or opened yet.
+
+    Raises:
+        UserError: Names the key at fault.
+    """
+    if model.backend == "openai":
+        from alert.judge.openai import OpenAIServer
+
+        return OpenAIServer(model, runtime)
+    if model.backend == "hf":
+        from alert.judge.hf import Checkpoint
+
+        return Checkpoint(model, runtime)
+    return OwnBase(model)

@@ -1,0 +1,88 @@
+"""Texts of the tiny model's pre-training: replies of varying quality to the meta-task prompt.
+
+A reply compares: what the image shares with the chosen category, and how another one differs. Part of the replies
+compares nothing, and part ignores the requested tags: there the contrastive and the format rewards of GRPO have
+something to teach.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from alert.prompt import meta_task
+from common.models.tiny.wordings import CUES, DIGITS, OTHER_NAMES
+from common.types import CATEGORY
+
+CONTRASTS = (
+    "Similar to {name}: {cue}. Different from {other}: it has {difference}.",
+    "The input image has {cue}, like {name}. It is not {other}, which has {difference}.",
+    "I see {cue} as in {name}, but not {difference} as in {other}.",
+)
+ASSERTIONS = ("The input image is {name}.", "It looks like {name}.")
+CONTRAST_SHARE = 0.7  # the other replies assert without comparing
+SLOPPY = ("{reason}", "<think>{reason}</think> {name}", "<answer>{name}</answer>", "{name}")
+NAMES = (*DIGITS, *OTHER_NAMES)  # what a category may be called
+BEGINNINGS = ("user", "model", "Class", "Dataset", "User", "Similar", "The", "It", "I")  # of lines, without a space
+PUNCTUATION = re.compile(r"([.,:])")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A category as a prompt lists it: the digit that its images show, and what it is called there."""
+
+    digit: int
+    name: str
+
+    @property
+    def cue(self) -> str:
+        """What one sees in its images."""
+        return CUES[DIGITS[self.digit]]
+
+
+def draw(count: int, true_names: bool, rng: random.Random) -> list[Reference]:
+    """Reference categories: different digits, under their own names or under any.
+
+    >>> draw(2, True, random.Random(1))
+    [Reference(digit=2, name='two'), Reference(digit=1, name='one')]
+    """
+    digits = rng.sample(range(len(DIGITS)), count)
+    names = [DIGITS[digit] for digit in digits] if true_names else rng.sample(NAMES, count)
+    return [Reference(digit, name) for digit, name in zip(digits, names, strict=True)]
+
+
+def reply(shown: Reference, others: Sequence[Reference], sloppy: float, rng: random.Random) -> str:
+    """A right answer; with probability `sloppy` in a form that the instruction did not ask for.
+
+    Args:
+        shown: The category of the image.
+        others: The other reference categories, at least one.
+        sloppy: Share of replies without the requested tags.
+        rng: Of the choices.
+
+    >>> reply(Reference(6, "six"), [Reference(9, "red")], 0.0, random.Random(4))
+    '<think>I see a loop at the bottom as in six, but not a loop at the top as in red.</think><answer>six</answer>'
+    """
+    other = rng.choice(others)
+    templates = CONTRASTS if rng.random() < CONTRAST_SHARE else ASSERTIONS
+    reason = rng.choice(templates).format(name=shown.name, cue=shown.cue, other=other.name, difference=other.cue)
+    form = rng.choice(SLOPPY) if rng.random() < sloppy else "<think>{reason}</think><answer>{name}</answer>"
+    return form.format(reason=reason, name=shown.name)
+
+
+def corpus(lines: int = 2000) -> list[str]:
+    """Text for training the tokenizer: prompts, replies, and every name with and without a leading space.
+
+    Punctuation stands apart, so that a word is the same token whatever follows it.
+    """
+    rng = random.Random(0)
+    text = [meta_task(DIGITS[:2]).replace(CATEGORY, " ")] * (lines // 50)
+    for _ in range(lines):
+        listed = draw(3, True, rng)
+        prompt = meta_task([reference.name for reference in listed], "short")
+        text += [prompt.replace(CATEGORY, " "), reply(listed[0], listed[1:], 0.3, rng)]
+        text += [*(reference.name for reference in draw(3, False, rng)), *BEGINNINGS]
+        text += [f" {reference.name}" for reference in draw(3, False, rng)]
+    return [PUNCTUATION.sub(r" \1 ", line) for line in text]

@@ -1,0 +1,46 @@
+"""The tiny Gemma 3 that runs ALERT on a laptop: a recipe as common/models/tiny/recipe.py.
+
+The model of common/models/tiny/gemma3.py with a tokenizer of its own, pre-trained by alert/tiny/pretrain.py and cached
+under a hash of that code.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alert.tiny.episodes import corpus
+from common.models.meter import PromptMeter
+from common.models.tiny import gemma3 as tiny_gemma3
+from common.models.tiny.cached import build_once, syntax_hash
+from common.models.tiny.wordings import DIGITS
+
+HERE, MODELS = Path(__file__).parent, Path(tiny_gemma3.__file__).parent
+SOURCES = (
+    *sorted(HERE.glob("*.py")),
+    HERE.parent / "prompt.py",
+    *(MODELS / f"{name}.py" for name in ("qwen2_vl", "gemma3", "glyphs", "wordings")),
+)
+knows = frozenset(DIGITS)  # classes whose pictures it was pre-trained on
+
+
+def meter() -> PromptMeter:
+    """Measures prompts for this model without building it."""
+    return tiny_gemma3.meter(corpus)
+
+
+def cached_folder(cache_dir: Path) -> Path:
+    """Where this recipe's model lies once it is built."""
+    return Path(cache_dir) / f"tiny_gemma3-{syntax_hash(SOURCES)}"
+
+
+def build(cache_dir: Path) -> Path:
+    """Return the model folder, pre-training the model first if this recipe was not built yet."""
+    return build_once(cached_folder(cache_dir), _save)
+
+
+def _save(folder: Path) -> None:
+    from alert.tiny.pretrain import pretrain
+
+    processor = tiny_gemma3.build_processor(corpus)
+    pretrain(tiny_gemma3.build_model(processor.tokenizer, seed=0), processor).save_pretrained(folder)
+    processor.save_pretrained(folder)

@@ -1,0 +1,1 @@
+"""The configuration: its types, and what Hydra does not check."""

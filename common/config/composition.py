@@ -1,0 +1,255 @@
+"""The configuration of a run: registered, checked, signed. The types are in common/config/schema.py.
+
+The types are registered under `schema/`, apart from the groups a user chooses from. `validate` does what Hydra leaves
+out: keys appended with `+`, unresolved values, rules across values, and calls to configured
+functions.
+
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from common.config import run_name
+from common.config.checks import one_of
+from common.config.schema import (
+    DEEPSPEED_KEYS,
+    FAMILIES,
+    Config,
+    GRPOConfig,
+    LearnerConfig,
+    ModelConfig,
+    RolloutConfig,
+    TrackingConfig,
+    TrainerConfig,
+)
+from common.config.schema_task import SAMPLERS, VALIDATIONS, DataConfig, ProtocolConfig, SettingConfig
+from common.config.suggest import unknown_key
+from common.plugins import check_call, check_module, locate, unknown_arguments
+from common.rewards import build_rewards, check_match
+from common.types import UserError
+
+SCHEMAS = {
+    "config": Config,
+    "data": DataConfig,
+    "setting": SettingConfig,
+    "protocol": ProtocolConfig,
+    "learner": LearnerConfig,
+    "model": ModelConfig,
+    "trainer": TrainerConfig,
+    "grpo": GRPOConfig,
+    "rollout": RolloutConfig,
+    "tracking": TrackingConfig,
+}
+# Keys that do not change a result: where it goes, how it is watched, how many processes compute it.
+NOT_IN_SIGNATURE = ("tracking", "label", "run_name", "gpus", "cache_dir", "checkpoint", "doctor", "manifest")
+# The manifest says which pictures were left out, so a run that met bad ones, or doubles, may continue.
+NOT_IN_SIGNATURE_OF_DATA = ("root", "cache_gb", "skip_bad", "duplicates", "near_duplicates", "own_photos")
+NOT_IN_SIGNATURE_OF_REWARDS = ("runtime",)  # of a reward that is computed elsewhere: address, patience, cache
+
+
+def register() -> None:
+    """Make the schemas known to Hydra."""
+    store = ConfigStore.instance()
+    for name, schema in SCHEMAS.items():
+        store.store(group="schema", name=name, node=schema)
+
+
+def validate(cfg: DictConfig) -> Config:
+    """Check a composed configuration and return it as plain dataclasses.
+
+    Raises:
+        UserError: With the key at fault.
+    """
+    if unknown := list(_unknown_keys(cfg)):
+        raise UserError("; ".join(unknown_key(key, cfg) for key in unknown))
+    try:
+        OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        config = OmegaConf.to_object(cfg)
+    except OmegaConfBaseException as error:
+        raise user_error(error) or UserError(" ".join(str(error).split())) from error
+    assert isinstance(config, Config)
+    if config.shots != "all" and (
+        isinstance(config.shots, bool) or not isinstance(config.shots, int) or config.shots < 1
+    ):
+        raise UserError(f"shots={config.shots}: give the number of training images per class, 1 or more, or all")
+    one_of("sampler", config.sampler, SAMPLERS)
+    one_of("validation", config.validation, VALIDATIONS)
+    if config.gpus < 0:
+        raise UserError(f"gpus={config.gpus}: give the number of GPUs, 0 to compute on the CPU")
+    ranks = max(1, config.gpus)
+    if config.trainer.name != "none" and config.trainer.prompts_per_update % ranks:
+        raise UserError(
+            f"trainer.prompts_per_update={config.trainer.prompts_per_update} must be divisible by gpus={ranks}"
+        )
+    if config.trainer.name != "none" and config.model.load_in_8bit and not config.model.lora.wraps:
+        raise UserError("model.load_in_8bit=true needs adapters: 8-bit weights cannot be trained; set model.lora.r")
+    if config.trainer.name == "grpo" and not config.rewards:
+        raise UserError("rewards is empty, but trainer=grpo learns from rewards; choose e.g. rewards=nothinking")
+    one_of("label_scoring", config.label_scoring, (True, "direct", False))
+    one_of("doctor", config.doctor, ("auto", True, False))
+    one_of("evaluate", config.evaluate, ("last", "best"))
+    if config.evaluate == "best" and config.trainer.name != "none" and not config.trainer.evaluate_every:
+        raise UserError("evaluate=best chooses among the evaluations during training: set trainer.evaluate_every")
+    if config.doctor is True and not isinstance(config.trainer, GRPOConfig):
+        raise UserError(f"doctor=true examines GRPO trainings, but trainer={config.trainer.name}")
+    _check_iterations(config)
+    _check_deepspeed(config.deepspeed)
+    _check_calls(config, cfg)
+    return config
+
+
+def user_error(error: BaseException) -> UserError | None:
+    """The mistake behind an error of OmegaConf or Hydra, if a resolver of ours refused it; they wrap what it raises."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, UserError):
+        cause = cause.__cause__ or cause.__context__
+    return cause
+
+
+def _check_iterations(config: Config) -> None:
+    """A checkpoint falls between two rollout batches: a batch that is half used is not saved."""
+    if not isinstance(config.trainer, GRPOConfig):
+        return
+    several = config.trainer.num_iterations
+    for key, value in (
+        ("checkpoint.every", config.checkpoint.every),
+        ("trainer.evaluate_every", config.trainer.evaluate_every),
+    ):
+        if value % several:
+            raise UserError(f"{key}={value} must be divisible by trainer.num_iterations={several}")
+
+
+def _check_deepspeed(values: dict[str, Any]) -> None:
+    if unknown := sorted(values.keys() - DEEPSPEED_KEYS):
+        raise UserError(f"unknown config key deepspeed.{unknown[0]}; known are {', '.join(sorted(DEEPSPEED_KEYS))}")
+    stage = values.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"deepspeed.zero_optimization.stage={stage}: choose 0, 1, 2 or 3")
+
+
+def _check_calls(config: Config, cfg: DictConfig) -> None:
+    for key in ("_target_", "name"):
+        if key not in config.method:
+            raise UserError(f"method.{key} is missing; see conf/method/ for examples")
+    _check_entry(cfg, config.method["_target_"], "method._target_", method_arguments(config))
+    if config.model.family not in FAMILIES and "." not in config.model.family:
+        raise UserError(
+            f"model.family={config.model.family}: choose one of {', '.join(FAMILIES)}, or give the path of a class"
+        )
+    locate(FAMILIES.get(config.model.family, config.model.family), "model.family")
+    _check_data("data", config.data, cfg)
+    for name, target in config.setting.targets.items():
+        _check_data(f"setting.targets.{name}", target, cfg)
+    check_call(config.setting.build, "setting.build", {}, given=3)
+    for key, path in (("rollout.backend", config.rollout.backend), ("learner.build", config.learner.build)):
+        check_module(path, key)
+    locate(config.learner.check, "learner.check")
+    for name, entry in config.rewards.items():
+        if not isinstance(entry, dict) or not {"weight", "fn"} <= entry.keys():
+            raise UserError(f"rewards.{name} must be {{weight: number, fn: dotted.path, ...}}, got {entry}")
+        if isinstance(entry["weight"], bool) or not isinstance(entry["weight"], int | float):
+            raise UserError(f"rewards.{name}.weight={entry['weight']!r} must be a number")
+        check_match(name, entry)
+        arguments = {key: value for key, value in entry.items() if key not in ("weight", "fn")}
+        key = f"rewards.{name}.fn"
+        is_class = isinstance(locate(entry["fn"], key), type)
+        _check_entry(cfg, entry["fn"], key, arguments, given=0 if is_class else 1)
+    build_rewards(config.rewards)  # classes check their own arguments
+
+
+def _check_entry(cfg: DictConfig, path: str, key: str, arguments: dict[str, Any], given: int = 0) -> None:
+    """As `check_call`, for an entry of `cfg` whose keys are the arguments: a misspelt one is an unknown key."""
+    if unknown := unknown_arguments(path, key, arguments):
+        raise UserError(unknown_key(f"{key.rpartition('.')[0]}.{unknown[0]}", cfg))
+    check_call(path, key, arguments, given)
+
+
+def _check_data(key: str, data: DataConfig, cfg: DictConfig) -> None:
+    for part, entry in (("reader", data.reader), ("hub", data.hub)):
+        if part == "hub" and not entry:
+            continue
+        if "_target_" not in entry:
+            raise UserError(f"{key}.{part}._target_ is missing; see conf/data/ for examples")
+        arguments = {name: value for name, value in entry.items() if name != "_target_"}
+        _check_entry(cfg, entry["_target_"], f"{key}.{part}._target_", arguments, given=1)
+
+
+def method_arguments(config: Config) -> dict[str, Any]:
+    """Keyword arguments of the method: its config entry without the entry's own bookkeeping."""
+    return {key: value for key, value in config.method.items() if key not in ("_target_", "name")}
+
+
+def _unknown_keys(node: DictConfig, path: str = "") -> Iterator[str]:
+    """Dotted names of keys that were appended with `+` and that no schema knows."""
+    schema = OmegaConf.get_type(node)
+    known = {f.name for f in fields(schema)} if is_dataclass(schema) else None
+    for name in node:
+        key = str(name)
+        here = f"{path}.{key}".lstrip(".")
+        if known is not None and key not in known:
+            yield here
+        elif OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
+            continue
+        elif isinstance(node[key], DictConfig):
+            yield from _unknown_keys(node[key], here)
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The resolved configuration as nested dicts; this is what ranks, W&B and the run folder get."""
+    container = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def decides_result(values: dict[str, Any]) -> dict[str, Any]:
+    """The part of a plain configuration that a result depends on."""
+    kept = {key: value for key, value in values.items() if key not in NOT_IN_SIGNATURE}
+    if "data" in kept:
+        kept["data"] = _without(kept["data"], NOT_IN_SIGNATURE_OF_DATA)
+    if targets := kept.get("setting", {}).get("targets"):
+        targets = {name: _without(one, NOT_IN_SIGNATURE_OF_DATA) for name, one in targets.items()}
+        kept["setting"] = kept["setting"] | {"targets": targets}
+    if (model := kept.get("model", {})).get("path") is not None:
+        kept["model"] = model | {"recipe": None}  # not used then
+    if rewards := kept.get("rewards"):
+        kept["rewards"] = {name: _without(one, NOT_IN_SIGNATURE_OF_REWARDS) for name, one in rewards.items()}
+    return kept
+
+
+def _without(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in names}
+
+
+def signature(values: dict[str, Any]) -> str:
+    """Twelve hex digits that name a configuration; equal for equal results."""
+    text = json.dumps(decides_result(values), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> list[str]:
+    """Every value that differs between two nested dicts.
+
+    >>> differences({"shots": 4, "data": {"name": "dtd"}}, {"shots": 8, "data": {"name": "dtd"}})
+    ['shots: 4 -> 8']
+    """
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += differences(before, after, f"{path}{key}.")
+        elif before != after:
+            lines.append(f"{path}{key}: {before} -> {after}")
+    return lines
+
+
+run_name.register(decides_result)  # here, since a launcher's worker imports this module but does not call `register`

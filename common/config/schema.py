@@ -1,0 +1,300 @@
+"""Types of the configuration: one dataclass per group of conf/.
+
+YAML files hold the values, these classes the types, so a misspelt key or a wrong type is refused while Hydra composes.
+Rules about single groups stand in `__post_init__`; rules across groups in common/config/composition.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from common.config.checks import one_of, positive
+from common.config.schema_task import DataConfig, ProtocolConfig, SettingConfig
+from common.types import UserError
+
+# Adapters of architectures; `model.family` may also be the dotted path of one's own (see common/models/families.py).
+FAMILIES = {"qwen2_vl": "common.models.families.Qwen2VL", "gemma3": "common.models.families.Gemma3"}
+# What common/training/grpo/ can compute; sources in its docstrings.
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
+LEVELS = ("token", "sequence")
+SCALINGS = ("group", "batch", "none")
+AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
+CORRECTIONS = ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+# Handed to DeepSpeed as they are; batch sizes, clipping and precision follow from other values.
+DEEPSPEED_KEYS = {
+    *(
+        "zero_optimization",
+        "zero_force_ds_cpu_optimizer",
+        "communication_data_type",
+        "prescale_gradients",
+        "gradient_predivide_factor",
+    ),
+    *("wall_clock_breakdown", "memory_breakdown", "flops_profiler", "comms_logger", "dump_state", "steps_per_print"),
+}
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters of rank `r` (0: fine-tune all weights) on modules whose full name matches `targets`.
+
+    targets: null for none of them. projector: what is trained beside them of the projector between vision tower and
+    language model: `none`, `lora` (its matrices) or `full` (all its weights; with r=0 nothing else).
+    """
+
+    r: int = 0
+    alpha: int = 32
+    targets: str | None = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+    projector: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.r < 0:
+            raise UserError(f"model.lora.r={self.r} must be 0 (fine-tune all weights) or a rank above 0")
+        one_of("model.lora.projector", self.projector, ("none", "lora", "full"))
+        if self.projector == "lora" and self.r == 0:
+            raise UserError("model.lora.projector=lora needs a rank: set model.lora.r, or model.lora.projector=full")
+        if self.targets is None and self.r > 0 and self.projector != "lora":
+            raise UserError(f"model.lora.targets=null leaves nothing for model.lora.r={self.r}: set model.lora.r=0")
+
+    @property
+    def wraps(self) -> bool:
+        """Whether the model's own weights stay as they are and something beside them is trained."""
+        return self.r > 0 or self.projector == "full"
+
+
+@dataclass
+class ModelConfig:
+    """A model: a folder (whole or adapters) or hub id (`path`); without one, what a module with `build` and
+    `meter` makes (`recipe`).
+
+    resize: how an image becomes image_size x image_size: `squash`, `crop` (shorter side, then the centre) or `pad`.
+    image_attention: `family` (the architecture's own) or `causal`. freeze_vision: tower and projector, but for what
+    `lora.projector` trains. feature_cache_gb: disk space for the image features
+    of a frozen vision tower, 0: no cache. load_in_8bit: bitsandbytes' LLM.int8(), for the base of adapters or without
+    training.
+    """
+
+    name: str = MISSING
+    family: str = MISSING
+    path: str | None = None
+    revision: str | None = None
+    recipe: str | None = None
+    dtype: str = "bfloat16"
+    image_size: int = MISSING
+    resize: str = "squash"
+    max_prompt_tokens: int = MISSING
+    gradient_checkpointing: bool = False
+    image_attention: str = "family"
+    freeze_vision: bool = False
+    feature_cache_gb: float = 0.0
+    load_in_8bit: bool = False
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    gpus: int = 1
+
+    def __post_init__(self) -> None:
+        one_of("model.resize", self.resize, ("squash", "crop", "pad"))
+        one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
+        one_of("model.image_attention", self.image_attention, ("family", "causal"))
+        if self.feature_cache_gb > 0 and not self.freeze_vision:
+            raise UserError("model.feature_cache_gb needs model.freeze_vision=true: features of a trained tower change")
+        if self.feature_cache_gb > 0 and self.lora.projector != "none":
+            raise UserError("model.feature_cache_gb must be 0: it keeps what model.lora.projector changes")
+        if self.path is None and self.recipe is None:
+            raise UserError("model.path and model.recipe are null: set model.path=<folder or hub id>")
+
+
+@dataclass
+class TrainerConfig:
+    """Optimisation shared by GRPO and SFT; an update is one optimiser step over `prompts_per_update` prompts.
+
+    embedding_learning_rate: of embeddings that a method puts behind the vocabulary; null: as the rest.
+    """
+
+    name: str = MISSING
+    learning_rate: float = 0.0
+    embedding_learning_rate: float | None = None
+    schedule: str = "linear"
+    final_ratio: float = 0.0
+    warmup_ratio: float = 0.0
+    weight_decay: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    grad_clip: float = 1.0
+    epochs: float = 0.0
+    updates: int | None = None
+    prompts_per_update: int = 16
+    prompts_per_forward: int = 1
+    evaluate_every: int = 0
+    evaluate_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        one_of("trainer.schedule", self.schedule, ("linear", "cosine", "constant"))
+        if self.name == "none":
+            return
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"trainer.betas={self.betas}: AdamW takes two from 0 to below 1")
+        for key in ("warmup_ratio", "final_ratio"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise UserError(f"trainer.{key}={getattr(self, key)} must be between 0 and 1")
+        for key in ("evaluate_every", "weight_decay", "grad_clip"):
+            if getattr(self, key) < 0:
+                raise UserError(f"trainer.{key}={getattr(self, key)} must not be negative (0: off)")
+        if self.evaluate_limit is not None:
+            positive("trainer.evaluate_limit", self.evaluate_limit)
+        if self.embedding_learning_rate is not None:
+            positive("trainer.embedding_learning_rate", self.embedding_learning_rate)
+        for key in ("learning_rate", "prompts_per_update", "prompts_per_forward"):
+            positive(f"trainer.{key}", getattr(self, key))
+        if self.updates is None:
+            positive("trainer.epochs", self.epochs)
+        else:
+            positive("trainer.updates", self.updates)
+
+
+@dataclass
+class GRPOConfig(TrainerConfig):
+    """Group Relative Policy Optimization (arXiv 2402.03300)."""
+
+    group_size: int = MISSING
+    beta: float = MISSING
+    epsilon: float = MISSING
+    epsilon_high: float | None = None
+    loss_type: str = "grpo"
+    importance_sampling_level: str = "token"
+    scale_rewards: str = "group"
+    multi_objective_aggregation: str = "sum_then_normalize"
+    mask_truncated_completions: bool = False
+    use_bias_correction_kl: bool = False
+    num_iterations: int = 1
+    importance_correction: str = "none"
+    importance_cap: float = 3.0
+    zero_variance: str = "keep"
+    resample_rounds: int = 3
+    impl: str = "auto"
+    self_check: bool = True
+    tokens_per_forward: int | None = None
+    head_chunk: int = 128
+    shuffle_rewards: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("trainer.impl", self.impl, ("auto", "shared", "plain"))
+        one_of("trainer.loss_type", self.loss_type, LOSS_TYPES)
+        one_of("trainer.importance_sampling_level", self.importance_sampling_level, LEVELS)
+        one_of("trainer.scale_rewards", self.scale_rewards, SCALINGS)
+        one_of("trainer.multi_objective_aggregation", self.multi_objective_aggregation, AGGREGATIONS)
+        one_of("trainer.zero_variance", self.zero_variance, ("keep", "skip", "resample"))
+        one_of("trainer.importance_correction", self.importance_correction, CORRECTIONS)
+        for key in ("head_chunk", "num_iterations", "importance_cap", "resample_rounds"):
+            positive(f"trainer.{key}", getattr(self, key))
+        if self.tokens_per_forward is not None:
+            positive("trainer.tokens_per_forward", self.tokens_per_forward)
+        if self.epsilon_high is not None:
+            positive("trainer.epsilon_high", self.epsilon_high)
+        if self.group_size < 2:
+            raise UserError(
+                f"trainer.group_size={self.group_size}: GRPO compares completions of one prompt, use at least 2"
+            )
+        if self.beta < 0 or self.epsilon <= 0:
+            raise UserError(f"trainer.beta={self.beta} must be >= 0 and trainer.epsilon={self.epsilon} > 0")
+
+
+@dataclass
+class LearnerConfig:
+    """What is trained and tested (common/learner.py). needs_shots: without a `trainer`, too."""
+
+    name: str = MISSING
+    build: str = MISSING
+    check: str = MISSING
+    needs_shots: bool = True
+
+
+@dataclass
+class RolloutConfig:
+    """How completions are sampled for training, and how many tokens evaluation may use.
+
+    options: keyword arguments of the backend.
+    """
+
+    name: str = MISSING
+    backend: str = MISSING
+    options: dict[str, Any] = field(default_factory=dict)
+    temperature: float = MISSING
+    top_k: int = MISSING
+    top_p: float = MISSING
+    max_completion_tokens: int = MISSING
+    evaluation_batch: int = MISSING
+
+    def __post_init__(self) -> None:
+        positive("rollout.temperature", self.temperature)
+        positive("rollout.max_completion_tokens", self.max_completion_tokens)
+        positive("rollout.evaluation_batch", self.evaluation_batch)
+        if self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise UserError(f"rollout.top_k={self.top_k} must be >= 0 (0: off), rollout.top_p={self.top_p} in (0, 1]")
+
+
+@dataclass
+class TrackingConfig:
+    """Weights & Biases. `mode: auto` is online with an API key and offline without one.
+
+    completions_every: updates between two tables of sampled completions. completions_rows, predictions_rows: rows of
+    such a table, and of one of predictions at the end.
+    """
+
+    name: str = MISSING
+    project: str = MISSING
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+    mode: str = "auto"
+    completions_every: int = 10
+    completions_rows: int = 8
+    predictions_rows: int = 32
+
+    def __post_init__(self) -> None:
+        one_of("tracking.mode", self.mode, ("auto", "online", "offline", "disabled"))
+
+
+@dataclass
+class CheckpointConfig:
+    """When to write one (every so many updates, and whenever an evaluation is the best; 0: only then and at the end),
+    and how many to keep.
+    """
+
+    every: int = 50
+    max_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        positive("checkpoint.max_checkpoints", self.max_checkpoints)
+        if self.every < 0:
+            raise UserError(f"checkpoint.every={self.every} must be 0 (off) or a number of updates")
+
+
+@dataclass
+class Config:
+    """One run."""
+
+    method: dict[str, Any] = field(default_factory=dict)
+    data: DataConfig = MISSING
+    setting: SettingConfig = MISSING
+    protocol: ProtocolConfig = MISSING
+    learner: LearnerConfig = MISSING
+    model: ModelConfig = MISSING
+    rewards: dict[str, Any] = field(default_factory=dict)
+    trainer: TrainerConfig = MISSING
+    rollout: RolloutConfig = MISSING
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    tracking: TrackingConfig = MISSING
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    label_scoring: Any = True
+    doctor: Any = "auto"
+    evaluate: str = "last"
+    manifest: bool = False
+    shots: Any = 16
+    seed: int = 1
+    sampler: str = MISSING
+    validation: str = "few"
+    gpus: int = MISSING
+    cache_dir: str = MISSING
+    label: str | None = None
+    run_name: str = MISSING

@@ -1,0 +1,209 @@
+"""From configuration to the task of a run: images, questions, manifest. No torch.
+
+Read once per process: the checks before a run hand their questions on to it. Ranks of their own read for themselves,
+and the manifest's hash says that all agree.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from common.config.composition import method_arguments
+from common.config.schema import Config
+from common.config.schema_task import DataConfig
+from common.data import manifest
+from common.data.images import combine
+from common.data.litter import summary
+from common.data.sampling import Sampling
+from common.data.settings import Splits
+from common.data.source import Dataset, load_dataset
+from common.method import Accounts, Looks, Method
+from common.plugins import locate
+from common.types import Images, Prompt, Task, UserError
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The task with every question of the run. `manifest` is what manifest.json holds."""
+
+    task: Task
+    method: Method
+    train: list[Prompt]
+    evaluation: dict[str, list[Prompt]]
+    manifest: dict[str, Any]
+
+    @property
+    def images(self) -> list[str]:
+        """Every image of the task, each once."""
+        prompts = [self.train, *self.evaluation.values()]
+        return list(dict.fromkeys(prompt.image for part in prompts for prompt in part))
+
+
+def build(config: Config, without: Collection[str] = ()) -> Questions:
+    """Read the data, pick the shots, ask the questions.
+
+    Args:
+        config: Of the run.
+        without: Images to leave out after the draw, since they cannot be decoded.
+
+    Raises:
+        UserError: The data is missing or contradicts itself, or there is nothing to train or test on.
+    """
+    datasets = read_datasets(config)
+    targets = {name: dataset for name, dataset in datasets.items() if name != config.data.name}
+    assemble = locate(config.setting.build, "setting.build")
+    seen = _seen(config, datasets[config.data.name])
+    splits: Splits = assemble(datasets[config.data.name], targets, sampling(config, seen, frozenset(without)))
+    task = _task(config, datasets, splits)
+    _check_enough(config, task)
+    method: Method = locate(config.method["_target_"], "method._target_")(**method_arguments(config))
+    train = method.train_prompts(task)
+    evaluation = {split: method.evaluation_prompts(task, split) for split in task.evaluation}
+    header = {
+        "data": config.data.name,
+        "setting": config.setting.name,
+        "origins": task.origins,
+        "fingerprint": task.fingerprint,
+        "sampler": config.sampler,
+        "validation": config.validation,
+        "test_rows": config.protocol.test_rows,
+        "shots": config.shots,
+        "seed": config.seed,
+        "short_classes": splits.short,
+        "left_out": sorted(without),
+    }
+    if splits.refilled:
+        header["refilled"] = splits.refilled
+    if isinstance(method, Accounts) and (sources := method.sources(task)):
+        header["sources"] = sources
+    observed = _observed(datasets, len(seen))
+    return Questions(task, method, train, evaluation, manifest.build(task, train, evaluation, header, observed))
+
+
+def _observed(datasets: dict[str, Dataset], seen: int) -> dict[str, Any]:
+    """What the readers passed over, and what they have to say."""
+    reasons = [reason for one in datasets.values() for reason in Counter(one.source.passed_over).elements()]
+    notes = [f"data={name}: {note}" for name, one in datasets.items() for note in one.source.notes]
+    if seen:
+        notes.append(f"{seen} images that the model was trained on are not tested")
+    return {"passed_over": summary(reasons)} | ({"notes": notes} if notes else {})
+
+
+def _seen(config: Config, data: Dataset) -> frozenset[str]:
+    """Images of a pool that the model of another run was trained on."""
+    if config.model.path is None or data.source.test:
+        return frozenset()
+    folder = Path(config.model.path).expanduser()
+    return manifest.trained_images(folder, config.data.name, data.source.fingerprint)
+
+
+def ask_again(questions: Questions) -> Questions:
+    """The questions of a method that has seen the pictures meanwhile. What the manifest froze stays as it is."""
+    method, task = questions.method, questions.task
+    evaluation = {split: method.evaluation_prompts(task, split) for split in task.evaluation}
+    return replace(questions, train=method.train_prompts(task), evaluation=evaluation)
+
+
+def read_datasets(config: Config) -> dict[str, Dataset]:
+    """The run's dataset, then the others that the setting tests on; these lie under the same root."""
+    chosen = config.setting.targets if config.setting.test_on is None else config.setting.test_on
+    if unknown := [name for name in chosen if name not in config.setting.targets]:
+        raise _no_target(config, unknown[0])
+    datasets = {config.data.name: load_dataset(config.data)}
+    for name in chosen:
+        if name != config.data.name:
+            try:
+                datasets[name] = load_dataset(_like(config.setting.targets[name], config.data), only_test=True)
+            except UserError as error:
+                raise UserError(
+                    f"{error} (setting={config.setting.name} tests on it; choose with setting.test_on)"
+                ) from error
+    return datasets
+
+
+def _no_target(config: Config, name: str) -> UserError:
+    if not config.setting.targets:
+        return _tests_alone(config, name)
+    return UserError(
+        f"setting.test_on names {name}, but setting={config.setting.name} can test on"
+        f" {', '.join(config.setting.targets)}; add one: +data@setting.targets.<name>=<name>"
+    )
+
+
+def _tests_alone(config: Config, name: str) -> UserError:
+    return UserError(
+        f"setting.test_on: setting={config.setting.name} tests on data={config.data.name} alone, not on {name}; use"
+        " setting=cross_dataset"
+    )
+
+
+def sampling(config: Config, seen: frozenset[str] = frozenset(), unusable: frozenset[str] = frozenset()) -> Sampling:
+    """What to draw.
+
+    Args:
+        config: Of the run.
+        seen: Images that the model was trained on before.
+        unusable: Images that cannot be decoded.
+    """
+    looks = issubclass(cast(type, locate(config.method["_target_"], "method._target_")), Looks)
+    return Sampling(
+        shots=None if config.shots == "all" else config.shots,
+        seed=config.seed,
+        sampler=config.sampler,
+        validation=config.validation,
+        test_rows=config.protocol.test_rows,
+        # who looks at the shots needs them without a trainer, too
+        trains=looks or config.learner.needs_shots or config.trainer.name != "none",
+        held_out=seen,
+        unusable=unusable,
+        refill=config.data.own_photos,
+    )
+
+
+def _like(target: DataConfig, data: DataConfig) -> DataConfig:
+    """A target is found where and as the run's own dataset is, unless its configuration says otherwise."""
+    usual = {"root": os.environ.get("DATA"), "source": "local", "allow_fallback_split": False}
+    shared = {key: getattr(data, key) for key, value in usual.items() if getattr(target, key) in (None, value)}
+    return replace(target, **shared)
+
+
+def _task(config: Config, datasets: dict[str, Dataset], splits: Splits) -> Task:
+    if untested := [name for name in list(datasets)[1:] if name not in splits.evaluation]:
+        raise _tests_alone(config, untested[0])
+    sources = {name: dataset.source for name, dataset in datasets.items()}
+    first, origins = next(iter(sources.values())), {name: source.origin for name, source in sources.items()}
+    if len(sources) == 1:
+        return Task(splits.train, splits.evaluation, first.images, first.fingerprint, origins)
+    own = [splits.train, *(split for name, split in splits.evaluation.items() if name not in sources)]
+    parts: list[tuple[list[str], Images]] = [([item.image for split in own for item in split.items], first.images)]
+    for name, source in list(sources.items())[1:]:
+        parts.append(([item.image for item in splits.evaluation[name].items], source.images))
+    fingerprint = manifest.digest({name: source.fingerprint for name, source in sources.items()})
+    return Task(splits.train, splits.evaluation, combine(parts), fingerprint, origins)
+
+
+def _check_enough(config: Config, task: Task) -> None:
+    """Something to train on, if it is to be trained, something to test on, and nothing that is both."""
+    if config.trainer.name != "none" and not task.train.items:
+        raise UserError(
+            f"data={config.data.name} has no training images; docs/datasets.md#{config.data.name} says where they"
+            " come from, or only evaluate with method=zeroshot"
+        )
+    empty = [name for name, split in task.evaluation.items() if not split.items]
+    if empty or not set(task.evaluation) - {"val"}:
+        raise UserError(
+            f"data={config.data.name} has no images to test on{f' in {empty[0]}' if empty else ''};"
+            f" docs/datasets.md#{config.data.name} says where they come from"
+        )
+    trained = {item.image for item in task.train.items}
+    for name, split in task.evaluation.items():
+        if shared := trained.intersection(item.image for item in split.items):
+            raise UserError(
+                f"data={config.data.name}: {len(shared)} training images are also in {name}, first: {min(shared)}; let"
+                " each image belong to one part"
+            )

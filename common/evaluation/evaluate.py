@@ -1,0 +1,111 @@
+"""Evaluation: what a learner answers on the splits of its task, and the numbers that say how good that is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from common.data.task import Questions
+from common.evaluation import metrics
+from common.evaluation.summary import Summary
+from common.method import Accounts
+from common.types import Answers
+
+T = TypeVar("T")
+# Name in metrics.jsonl to its name in a summary's `probability`.
+PROBABILITY = {"probability_accuracy": "top1", "top5_accuracy": "top5", "ece": "ece", "brier": "brier"}
+
+
+class Predictor(Protocol):
+    """What can be evaluated. Ranks share the work of `predict`, and every rank gets all answers."""
+
+    @property
+    def questions(self) -> Questions:
+        """What it is asked."""
+
+    def predict(self, split: str, limit: int | None = None) -> Answers:
+        """Answers to a split of the task, with the probabilities of the classes if they are to be had.
+
+        `limit`: only so many images (see `spread`), and answers alone.
+        """
+
+
+class Shelf(Protocol):
+    """Where finished splits are kept (see common/run/recorder.py)."""
+
+    def kept(self, phase: str, split: str) -> Answers | None:
+        """A finished split."""
+
+    def keep(self, phase: str, split: str, answers: Answers) -> None:
+        """Keep a finished split."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Answers by split, in the order of the task, and their summaries."""
+
+    answers: dict[str, Answers]
+    summary: dict[str, Summary]
+
+    @property
+    def overall(self) -> dict[str, float]:
+        """See `metrics.overall`."""
+        return metrics.overall({split: summary.accuracy for split, summary in self.summary.items()})
+
+    @property
+    def scalars(self) -> dict[str, float]:
+        """Metric name to value, as metrics.jsonl and the tracker take them."""
+        scalars: dict[str, float] = {}
+        for split, summary in self.summary.items():
+            named = {"accuracy": summary.accuracy, "accuracy_official": summary.accuracy_official, "n": summary.n}
+            if summary.probability is not None:
+                named |= {name: getattr(summary.probability, key) for name, key in PROBABILITY.items()}
+            scalars |= {f"eval/{split}/{name}": value for name, value in named.items() if value is not None}
+        return scalars | {f"eval/{name}": value for name, value in self.overall.items()}
+
+
+def all_splits(predictor: Predictor, phase: str, shelf: Shelf) -> Evaluation:
+    """Every image of every split, `before` or `after` training.
+
+    Splits that an earlier attempt of the run finished are not asked again.
+    """
+    answers = {}
+    for split in predictor.questions.evaluation:
+        known = shelf.kept(phase, split)
+        answers[split] = predictor.predict(split) if known is None else known
+        if known is None:
+            shelf.keep(phase, split, answers[split])
+    return _summarized(predictor.questions, answers)
+
+
+def during_training(predictor: Predictor, limit: int | None) -> Evaluation:
+    """`limit` images of the watched split; answers only."""
+    split = watched(predictor.questions)
+    images = len(predictor.questions.evaluation[split])
+    return _summarized(predictor.questions, {split: predictor.predict(split, images if limit is None else limit)})
+
+
+def watched(questions: Questions) -> str:
+    """The split that is evaluated during training: val where there is one, else the first test."""
+    return "val" if "val" in questions.evaluation else next(iter(questions.evaluation))
+
+
+def _summarized(questions: Questions, answers: dict[str, Answers]) -> Evaluation:
+    summary = {}
+    for split, split_answers in answers.items():
+        asked, method = questions.task.evaluation[split], questions.method
+        facts = method.facts(questions.task, split, split_answers) if isinstance(method, Accounts) else {}
+        summary[split] = metrics.summarize(split_answers, asked.choices, aliases=bool(asked.aliases), facts=facts)
+    return Evaluation(answers, summary)
+
+
+def spread(items: Sequence[T], limit: int | None) -> list[T]:
+    """At most `limit` of them, evenly spaced: splits are often in the order of the classes.
+
+    >>> spread([0, 1, 2, 3, 4, 5, 6], 3), spread([0, 1], 3), spread([0, 1], None)
+    ([0, 2, 4], [0, 1], [0, 1])
+    """
+    if limit is None or limit >= len(items):
+        return list(items)
+    return [items[number * len(items) // limit] for number in range(limit)]

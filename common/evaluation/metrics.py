@@ -1,0 +1,248 @@
+"""Numbers about predictions: accuracy with intervals, per class, paired tests, and how good the probabilities of the
+class names are. No torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.evaluation.summary import ProbabilitySummary, Summary
+from common.parsing import normalize
+from common.types import Answers, Prediction, Probabilities, Reply
+
+
+def wilson_interval(successes: int, total: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """Wilson's score interval of a proportion, 95 % by default (Wilson 1927).
+
+    >>> [round(bound, 4) for bound in wilson_interval(8, 10)]
+    [0.4902, 0.9433]
+    """
+    if total == 0:
+        return 0.0, 1.0
+    share, square = successes / total, z * z
+    centre = (share + square / (2 * total)) / (1 + square / total)
+    half = z / (1 + square / total) * math.sqrt(share * (1 - share) / total + square / (4 * total * total))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def overall(accuracies: Mapping[str, float]) -> dict[str, float]:
+    """One number for several splits: harmonic mean of base and new (Xian et al. 2017), mean over other datasets.
+
+    >>> overall({"val": 0.9, "base": 0.5, "new": 0.25})
+    {'harmonic_mean': 0.3333333333333333}
+    >>> overall({"test": 0.9, "dtd": 0.5, "eurosat": 0.25}), overall({"test": 0.9})
+    ({'mean_of_targets': 0.375}, {})
+    """
+    means = {}
+    if {"base", "new"} <= accuracies.keys():
+        base, new = accuracies["base"], accuracies["new"]
+        means["harmonic_mean"] = 2 * base * new / (base + new) if base + new else 0.0
+    if targets := [value for name, value in accuracies.items() if name not in ("val", "test", "base", "new")]:
+        means["mean_of_targets"] = fmean(targets)
+    return means
+
+
+def paired_test(before: Sequence[bool], after: Sequence[bool]) -> dict[str, Any]:
+    """Two classifiers on the same images: McNemar's exact test, and the 95 % interval of the accuracy difference.
+
+    The p-value is two-sided, from the binomial distribution of the images on which the two disagree. The interval is
+    Bonett and Price's adjusted Wald interval (2012), which adds one disagreement of either kind.
+
+    >>> result = paired_test([True] * 5 + [False] * 15, [True] * 4 + [False] + [True] * 10 + [False] * 5)
+    >>> result["fixed"], result["broken"], round(result["p_value"], 4), result["difference"]
+    (10, 1, 0.0117, 0.45)
+    """
+    fixed = sum(not b and a for b, a in zip(before, after, strict=True))
+    broken = sum(b and not a for b, a in zip(before, after, strict=True))
+    n = len(before)
+    up, down = (fixed + 1) / (n + 2), (broken + 1) / (n + 2)
+    half = 1.959963984540054 * math.sqrt((up + down - (up - down) ** 2) / (n + 2))
+    return {
+        "difference": (fixed - broken) / n if n else 0.0,
+        "ci95": [max(-1.0, up - down - half), min(1.0, up - down + half)],
+        "fixed": fixed,
+        "broken": broken,
+        "p_value": exact_p(fixed, broken),
+    }
+
+
+def exact_p(fixed: int, broken: int) -> float:
+    """McNemar's exact two-sided p-value: a fair coin for every image on which two classifiers disagree.
+
+    >>> exact_p(3, 0), exact_p(500, 500)
+    (0.25, 1.0)
+    """
+    from scipy.stats import binomtest  # a second to import, needed once a run
+
+    return float(binomtest(fixed, fixed + broken).pvalue) if fixed + broken else 1.0
+
+
+def summarize(
+    answers: Answers, names: Sequence[str], aliases: bool = False, facts: Mapping[str, Any] | None = None
+) -> Summary:
+    """What metrics.json says about one split.
+
+    Args:
+        answers: To all its images.
+        names: Class names, in the order of `per_class`.
+        aliases: There are other words for the names, so how often those are right is worth saying.
+        facts: What the method adds.
+    """
+    predictions = answers.predictions
+    n = len(predictions)
+    correct = sum(p.correct for p in predictions)
+    count = Counter(p.label for p in predictions)
+    right = Counter(p.label for p in predictions if p.correct)
+    return Summary(
+        n=n,
+        accuracy=correct / n,
+        ci95=list(wilson_interval(correct, n)),
+        per_class={name: right[name] / count[name] for name in names if count[name]},
+        seconds=answers.seconds,
+        accuracy_aliases=sum(p.correct_alias for p in predictions) / n if aliases else None,
+        probability=_probability_summary(answers),
+        facts=dict(facts or {}),
+        **_about_replies([p.reply for p in predictions if p.reply is not None]),
+    )
+
+
+def _about_replies(replies: Sequence[Reply]) -> dict[str, Any]:
+    """What a summary says about replies; nothing of a classifier, which gives none."""
+    if not replies:
+        return {}
+    n = len(replies)
+    official = [reply.correct_official for reply in replies if reply.correct_official is not None]
+    matched = {"accuracy_official": sum(official) / n, "ci95_official": list(wilson_interval(sum(official), n))}
+    return {
+        **(matched if official else {}),
+        "well_formed": sum(reply.well_formed for reply in replies) / n,
+        "mean_tokens": sum(reply.tokens for reply in replies) / n,
+        "truncated": sum(reply.truncated for reply in replies) / n,
+    }
+
+
+def _probability_summary(answers: Answers) -> ProbabilitySummary | None:
+    table = answers.probabilities
+    if table is None:
+        return None
+    truths = truth_places(table, [p.label for p in answers.predictions])
+    raw = None if table.raw is None else probability_metrics(table.raw, truths)
+    return replace(probability_metrics(table.values, truths), raw=raw, seconds=answers.scoring_seconds)
+
+
+def truth_places(table: Probabilities, labels: Sequence[str]) -> NDArray[np.int64]:
+    """Position of each image's true class among those that it was offered, -1 if it was not offered. Shape: [N]."""
+    index = {name: number for number, name in enumerate(table.names)}
+    truths = np.array([index.get(label, -2) for label in labels])[:, None]  # no class is number -2
+    offered = table.classes == truths  # [N, K]
+    return np.where(offered.any(1), offered.argmax(1), -1)
+
+
+def probability_metrics(probabilities: NDArray[np.float32], truths: NDArray[np.int64]) -> ProbabilitySummary:
+    """How good the probabilities of the offered classes are, whatever was generated.
+
+    Args:
+        probabilities: Of the classes that were offered for each image; they add up to 1. Shape: [N, K]
+        truths: Index of the true class among them; -1 if it was not offered, which counts as an error everywhere. [N]
+
+    Returns:
+        `top1` and `top5` accuracy (any list of up to five names has a `top5` of 1), `ece`, `brier`, `aurc`, and
+        `risk_coverage`: [coverage, risk] at 10 % to 100 % of the images.
+    """
+    ranks = truth_ranks(probabilities, truths)
+    confidences = probabilities.max(1).astype(float).tolist()
+    right = (ranks == 0).tolist()
+    risks = selective_risks(confidences, right)
+    return ProbabilitySummary(
+        top1=fmean(right),
+        top5=float((ranks < 5).mean()),
+        ece=calibration_error(confidences, right),
+        brier=fmean(brier(probabilities, truths).tolist()),
+        aurc=fmean(risks),
+        risk_coverage=[[tenth / 10, risks[math.ceil(len(risks) * tenth / 10) - 1]] for tenth in range(1, 11)],
+    )
+
+
+def truth_ranks(probabilities: NDArray[Any], truths: NDArray[np.int64]) -> NDArray[np.float64]:
+    """How many classes come before the true one, the most probable first; of equal ones the first in the list leads.
+
+    Infinite where the truth was not offered. Shape: [N, K], [N] -> [N].
+
+    >>> rows = np.array([[0.2, 0.5, 0.3], [0.4, 0.4, 0.2], [0.5, 0.3, 0.2]])
+    >>> truth_ranks(rows, np.array([2, 1, -1])).tolist()
+    [1.0, 1.0, inf]
+    """
+    mine = np.take_along_axis(probabilities, truths.clip(0)[:, None], 1)  # [N, 1]
+    before = np.arange(probabilities.shape[1]) < truths[:, None]
+    ahead = (probabilities > mine) | ((probabilities == mine) & before)
+    return np.where(truths < 0, np.inf, ahead.sum(1))
+
+
+def brier(probabilities: NDArray[Any], truths: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Squared distance of the probabilities from the truth's 1 and the others' 0, between 0 and 2 (Brier 1950).
+
+    A truth that was not offered had probability 0. Shape: [N, K], [N] -> [N].
+
+    >>> brier(np.array([[0.7, 0.2, 0.1], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]), np.array([0, 0, -1])).round(4).tolist()
+    [0.14, 2.0, 2.0]
+    """
+    certain = np.arange(probabilities.shape[1]) == truths[:, None]
+    distance = ((probabilities.astype(np.float64) - certain) ** 2).sum(1)
+    return np.where(truths < 0, distance + 1, distance)
+
+
+def calibration_error(confidences: Sequence[float], right: Sequence[bool], bins: int = 15) -> float:
+    """Expected calibration error: |accuracy - mean confidence| in bins of equal width, weighted by their images.
+
+    Guo et al. 2017 (arXiv 1706.04599), equation 3. Bins are closed above: (0, 1/15], (1/15, 2/15], ...
+
+    Two images at 0.95, both right, and two at 0.65, one right: 1/2 |1 - 0.95| + 1/2 |0.5 - 0.65| = 0.1.
+
+    >>> round(calibration_error([0.95, 0.65, 0.95, 0.65], [True, True, True, False]), 6)
+    0.1
+    """
+    placed = sorted((math.ceil(c * bins), c, r) for c, r in zip(confidences, right, strict=True))
+    gaps = 0.0
+    for _, members in groupby(placed, key=lambda image: image[0]):
+        gaps += abs(sum(r - c for _, c, r in members))
+    return gaps / len(placed)
+
+
+def selective_risks(confidences: Sequence[float], right: Sequence[bool]) -> list[float]:
+    """The risk-coverage curve: the share of errors among the k most confident images, for k = 1 to all.
+
+    Geifman and El-Yaniv 2017 (arXiv 1705.08500); the mean over the curve is AURC (Geifman et al. 2019, arXiv
+    1805.08206). Images of equal confidence count with their expected errors, so that their order does not matter.
+
+    >>> [round(risk, 3) for risk in selective_risks([0.9, 0.6, 0.8, 0.7], [True, True, False, True])]
+    [0.0, 0.5, 0.333, 0.25]
+    >>> selective_risks([0.9, 0.9], [True, False])
+    [0.5, 0.5]
+    """
+    ordered = sorted(zip(confidences, right, strict=True), reverse=True)
+    risks: list[float] = []
+    errors = 0.0
+    for _, equal in groupby(ordered, key=lambda image: image[0]):
+        wrong = [not r for _, r in equal]
+        for share in [fmean(wrong)] * len(wrong):
+            errors += share
+            risks.append(errors / (len(risks) + 1))
+    return risks
+
+
+def confusion(predictions: Sequence[Prediction], names: Sequence[str]) -> list[list[int]]:
+    """Counts of [true class][answered class]; the last column holds answers that are no class name."""
+    column = {normalize(name): i for i, name in enumerate(names)}
+    table = [[0] * (len(names) + 1) for _ in names]
+    for p in predictions:
+        table[column[normalize(p.label)]][column.get(normalize(p.answer), len(names))] += 1
+    return table

@@ -1,0 +1,1 @@
+"""One forward pass over prompts and their completions, every prompt computed once: to train, sample and score."""

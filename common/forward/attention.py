@@ -1,0 +1,78 @@
+"""Shared-prefix attention: two dense attention calls and no L x L mask.
+
+The prompts attend among themselves, causally except inside an image where the family says so; every completion attends
+to its own prompt and, causally, to itself. Layers with a sliding window see only that much.
+Registered with transformers' AttentionInterface under `shared_prefix`, so no modelling code is patched; without a
+layout it is ordinary scaled-dot-product attention with transformers' own masks.
+
+Exact for models without dropout: the same sums as the plain computation, in another order.
+
+Shapes: H query heads, K key heads, D head size; N, S, P, R, L as in common/forward/layout.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from common.forward.layout import SharedPrefix
+
+NAME = "shared_prefix"
+
+
+def shared_prefix_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    shared_prefix: SharedPrefix | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """Transformers' attention signature. Shape: query [1, H, L, D], key and value [1, K, L, D] -> [1, L, H, D]."""
+    if shared_prefix is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
+    layout, repeat = shared_prefix, query.shape[1] // key.shape[1]
+    prefix_q, prefix_k, prefix_v = (_take(x, layout.prefix_index) for x in (query, key, value))  # [N, heads, P, D]
+    mask = layout.prefix_mask(sliding_window)
+    if mask is None:
+        prefix = F.scaled_dot_product_attention(
+            prefix_q, prefix_k, prefix_v, is_causal=True, scale=scaling, enable_gqa=repeat > 1
+        )
+    else:
+        # with a mask, grouped heads would take the slow kernel on GPUs: repeat the keys and values instead
+        keys, values = (x.repeat_interleave(repeat, 1) for x in (prefix_k, prefix_v))
+        prefix = F.scaled_dot_product_attention(prefix_q, keys, values, attn_mask=mask, scale=scaling)
+    suffix_q, suffix_k, suffix_v = (_take(x, layout.suffix_index) for x in (query, key, value))  # [S, heads, R, D]
+    visible, mask = layout.suffix_keys(sliding_window)
+    if visible is not layout.prefix_index:  # inside a window only the end of the prompt counts
+        prefix_k, prefix_v = _take(key, visible), _take(value, visible)
+    keys, values = (
+        torch.cat([before[layout.suffix_owner], own], 2).repeat_interleave(repeat, 1)
+        for before, own in ((prefix_k, suffix_k), (prefix_v, suffix_v))
+    )
+    suffix = F.scaled_dot_product_attention(suffix_q, keys, values, attn_mask=mask, scale=scaling)
+    flat = torch.cat([x.transpose(1, 2).flatten(0, 1) for x in (prefix, suffix)])  # [N P + S R, H, D]
+    return flat[layout.restore][None], None
+
+
+def _take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows of a packed tensor as a padded batch. Shape: [1, heads, L, D], [B, W] -> [B, heads, W, D]."""
+    heads, _, size = x.shape[1:]
+    return x[0].index_select(1, index.flatten()).view(heads, *index.shape, size).transpose(0, 1)
+
+
+def install(model: Any) -> None:
+    """Let the language model attend by this function: a `*ForConditionalGeneration`, or the PEFT model around one."""
+    model.config.get_text_config()._attn_implementation = NAME
+
+
+AttentionInterface.register(NAME, shared_prefix_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,109 @@
+"""Log-probabilities of given tokens under the policy: one forward, vocabulary projection only where it is needed.
+
+The projection runs over the predictor rows alone and in chunks that are recomputed in the backward pass, so the T x V
+logits never exist at once. The same ids are banned and the same temperature is applied as in sampling, so the numbers
+are those of the distribution that was sampled from.
+
+Shapes: T tokens to score, V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from common.forward import attention
+from common.forward.packing import Packed
+from common.models.adapters import without_adapters
+from common.runtime.distributed import gather
+
+
+class PolicyScorer(torch.nn.Module):
+    """The model as a function from packed tokens to log-probabilities. DeepSpeed wraps this module.
+
+    Attributes:
+        model: A `*ForConditionalGeneration`, possibly a PEFT model around one.
+    """
+
+    banned: torch.Tensor
+
+    def __init__(
+        self, model: Any, banned: Sequence[int], temperature: float, chunk: int, in_step: bool = False
+    ) -> None:
+        """
+        Args:
+            model: The policy.
+            banned: Ids with probability zero.
+            temperature: Divides the logits.
+            chunk: Most rows per vocabulary projection.
+            in_step: All ranks call it together and project equally often, whatever their numbers of tokens: ZeRO-3
+                gathers the projection's weights at every call.
+        """
+        super().__init__()
+        attention.install(model)
+        self.model = model
+        self.register_buffer("banned", torch.tensor(sorted(banned), dtype=torch.long), persistent=False)
+        self.temperature, self.chunk, self.in_step = temperature, chunk, in_step
+
+    def forward(self, packed: Packed, entropy: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        """Score the target tokens.
+
+        Args:
+            packed: Prompts and completions.
+            entropy: False leaves the entropies at 0; nobody reads those of a reference.
+
+        Returns:
+            Log-probabilities [T] with gradient, and the entropies [T] of their distributions without. Both in nats.
+        """
+        base = without_adapters(self.model)
+        hidden = base.model(**spliced(base, packed.inputs), use_cache=False).last_hidden_state.flatten(
+            0, 1
+        )  # [rows, D]
+        hidden = hidden[packed.predictors]  # [T, D]
+        parts = math.ceil(len(hidden) / self.chunk)
+        parts = max(gather(parts)) if self.in_step else parts
+        pieces = [
+            checkpoint(self._score, base.lm_head, rows, targets, entropy, use_reentrant=False)
+            for rows, targets in zip(hidden.tensor_split(parts), packed.targets.tensor_split(parts), strict=True)
+        ]
+        return torch.cat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces])
+
+    def _score(
+        self, head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor, entropy: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logps = token_logps(head(hidden), self.banned, self.temperature)  # [chunk, V]
+        chosen = logps.gather(-1, targets[:, None])[:, 0]
+        with torch.no_grad():
+            return chosen, torch.special.entr(logps.exp()).sum(-1) if entropy else torch.zeros_like(chosen)
+
+
+def spliced(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Model inputs in which ready image features take the place of their image tokens.
+
+    Args:
+        model: A `*ForConditionalGeneration`.
+        inputs: Keyword arguments of its forward; `image_features` [image tokens, D] in the order of the tokens.
+
+    Returns:
+        The same without `image_features` and `input_ids`, with `inputs_embeds`; unchanged without features.
+    """
+    if "image_features" not in inputs:
+        return inputs
+    others = {key: value for key, value in inputs.items() if key not in ("image_features", "input_ids")}
+    ids = inputs["input_ids"]
+    embedded = model.get_input_embeddings()(ids)  # [B, L, D]
+    image = (ids == model.config.image_token_id)[..., None]
+    return {**others, "inputs_embeds": embedded.masked_scatter(image, inputs["image_features"].to(embedded))}
+
+
+def token_logps(logits: torch.Tensor, banned: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Log-probabilities of all tokens at a temperature, without the banned ids. Shape: [..., V] -> [..., V].
+
+    At least fp32; in fp64 where the logits are.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return (logits.index_fill(-1, banned, -torch.inf) / temperature).log_softmax(-1)

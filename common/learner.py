@@ -1,0 +1,71 @@
+"""What a run trains and tests. `pipeline.run` drives one, whatever it is: `learner.build` in conf/learner/ names the
+function that makes it, `learner.check` one that checks its configuration before anything expensive.
+
+A new kind of learner (a classifier on frozen features, say) is a class with these members, two functions and a YAML; it
+gets the run folder, resuming, evaluation, metrics, tables and figures from the pipeline.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from common.config.schema import Config
+from common.data.task import Questions
+from common.evaluation.evaluate import Predictor
+from common.run.checkpoint import Checkpoints
+from common.run.recorder import Recorder
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Learner(Predictor, Protocol):
+    """All ranks call the methods together, in this order: predict, train, save, predict, close."""
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """Path and sha256 of what it begins from; a run is not continued from other weights."""
+
+    @property
+    def decoding(self) -> str:
+        """How its answers are chosen, for the result."""
+
+    def train(self, recorder: Recorder) -> int:
+        """Train to the end and return the number of updates that were made over all attempts; 0: nothing to train.
+
+        Tells the recorder about every update, writes checkpoints, and goes on from the last one of an earlier attempt.
+        """
+
+    def save(self, folder: Path) -> None:
+        """Write what was trained into a folder that a later run can begin from."""
+
+    def close(self) -> None:
+        """Release memory and engines."""
+
+
+class Build(Protocol):
+    """The function that `learner.build` names."""
+
+    def __call__(
+        self, config: Config, questions: Questions, device: torch.device, folder: Path, checkpoints: Checkpoints
+    ) -> Learner:
+        """Load what the run begins from. With `doctor=true`, or before a long training, examine it.
+
+        Args:
+            config: Validated configuration.
+            questions: Images, labels and prompts of the run.
+            device: This rank's.
+            folder: Run folder.
+            checkpoints: Of the run, with the one to continue from.
+        """
+
+
+class Check(Protocol):
+    """The function that `learner.check` names. It loads no weights, and nothing heavy."""
+
+    def __call__(self, config: Config, questions: Questions) -> None:
+        """
+        Raises:
+            UserError: The learner could not be built or could not answer these questions.
+        """

@@ -1,0 +1,146 @@
+"""Prompts as tensors: text to ids, picture to pixels, and where each token sits.
+
+Shapes: P prompt tokens, A position axes, D width.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from common.models.adapters import without_adapters
+from common.models.features import FeatureStore
+from common.models.meter import messages, too_long
+from common.models.slots import spread
+from common.models.vlm import VLM
+from common.types import CATEGORY, Prompt
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A prompt as tensors: expanded ids [P], position ids [A, P], and its image.
+
+    The image is given as `pixel_values` (with `grid` where the family has one), or as ready `features` [image tokens,
+    D] of a frozen vision tower, or not at all. blocks: [P], see `Family.blocks`.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    pixel_values: torch.Tensor | None = None
+    grid: torch.Tensor | None = None
+    blocks: torch.Tensor | None = None
+    features: torch.Tensor | None = None
+
+
+class Encoder:
+    """Prompts to tensors, with a bounded memory (first in, first out), so that small runs decode each image once."""
+
+    def __init__(
+        self,
+        vlm: VLM,
+        load_images: Callable[[Sequence[str]], list[Image]],
+        max_tokens: int,
+        store: FeatureStore | None = None,
+        cache_bytes: int = 512 * 2**20,
+    ) -> None:
+        """
+        Args:
+            vlm: Its processor is used, and its vision tower if there is a store.
+            load_images: From keys to RGB pictures of the model's size (see `common.data.loading.Loader`).
+            max_tokens: Limit on a prompt's length, image tokens included.
+            store: Images become features of the frozen vision tower at once, kept here; None: pixels.
+            cache_bytes: Bound on the remembered tensors.
+        """
+        self.vlm, self.load_images, self.max_tokens = vlm, load_images, max_tokens
+        self.store, self.cache_bytes, self.used = store, cache_bytes, 0
+        self.memory: OrderedDict[Prompt, Encoded] = OrderedDict()
+
+    def __call__(self, prompts: Sequence[Prompt]) -> list[Encoded]:
+        """Encode prompts on the CPU.
+
+        Raises:
+            UserError: A prompt is longer than the limit.
+        """
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.memory]
+        fresh = dict(zip(missing, self._encode(missing), strict=True)) if missing else {}
+        encodings = [fresh[prompt] if prompt in fresh else self.memory[prompt] for prompt in prompts]
+        for prompt, encoded in fresh.items():
+            self.memory[prompt] = encoded
+            self.used += _bytes(encoded)
+        while self.used > self.cache_bytes and self.memory:
+            self.used -= _bytes(self.memory.popitem(last=False)[1])
+        return encodings
+
+    def _encode(self, prompts: Sequence[Prompt]) -> list[Encoded]:
+        processor, family, config = self.vlm.processor, self.vlm.family, self.vlm.model.config
+        pictures = [[picture] for picture in self.load_images([p.image for p in prompts])]
+        texts = [self._render(prompt) for prompt in prompts]
+        # the template has already written what begins a conversation
+        batch = processor(text=texts, images=pictures, padding=True, return_tensors="pt", add_special_tokens=False)
+        keep = batch["attention_mask"].bool()
+        encoded = []
+        for row, (prompt, (pixels, grid)) in enumerate(zip(prompts, family.images(batch), strict=True)):
+            ids = self._with_categories(prompt, batch["input_ids"][row][keep[row]])
+            if len(ids) > self.max_tokens:
+                raise too_long(len(ids), self.max_tokens, prompt)
+            positions = family.positions(ids, grid, config)
+            blocks = None if self.vlm.causal_images else family.blocks(ids, config)
+            pixels = pixels.to(self.vlm.model.dtype)
+            if self.store is None:
+                encoded.append(Encoded(ids, positions, pixels, grid, blocks))
+            else:
+                encoded.append(Encoded(ids, positions, None, None, blocks, self._features(pixels, grid)))
+        return encoded
+
+    def unexpanded(self, prompt: Prompt) -> torch.Tensor:
+        """The ids of a prompt with one placeholder for its image, as engines take them that render images. Shape: [U].
+
+        The processor's own ids differ in that the placeholder stands for as many tokens as the image has.
+        """
+        ids = self.vlm.processor.tokenizer(self._render(prompt), add_special_tokens=False)["input_ids"]
+        return self._with_categories(prompt, torch.tensor(ids))
+
+    def pictures(self, prompt: Prompt) -> list[Image]:
+        """The picture of a prompt at the model's size."""
+        return self.load_images([prompt.image])
+
+    def _render(self, prompt: Prompt) -> str:
+        """The conversation as the chat template writes it; padding marks where category embeddings go."""
+        processor = self.vlm.processor
+        text = processor.apply_chat_template(messages(prompt), tokenize=False, add_generation_prompt=True)
+        return str(text).replace(CATEGORY, processor.tokenizer.pad_token)
+
+    def _with_categories(self, prompt: Prompt, ids: torch.Tensor) -> torch.Tensor:
+        if not prompt.categories:
+            return ids
+        slots = self.vlm.slots
+        assert slots is not None, "a method with category embeddings attaches them to the model"
+        return spread(ids, self.vlm.pad, prompt.categories, slots.first, slots.width)
+
+    @torch.no_grad()
+    def _features(self, pixels: torch.Tensor, grid: torch.Tensor | None) -> torch.Tensor:
+        """Token embeddings of one image. Shape: [image tokens, D]."""
+        assert self.store is not None
+        key = self.store.key(pixels, grid)
+        features = self.store.get(key)
+        if features is None:
+            device = self.vlm.device
+            inputs = self.vlm.family.pixel_inputs([pixels], [] if grid is None else [grid])
+            base = without_adapters(self.vlm.model)
+            output = base.get_image_features(**{name: x.to(device) for name, x in inputs.items()}).pooler_output
+            parts = list(output) if isinstance(output, tuple | list) else [output.flatten(0, -2)]
+            features = torch.cat(parts).cpu()
+            self.store.put(key, features)
+        return features
+
+
+def _bytes(encoded: Encoded) -> int:
+    tensors = (encoded.ids, encoded.positions, encoded.pixel_values, encoded.blocks, encoded.features)
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)

@@ -1,0 +1,133 @@
+"""The length of prompts in tokens, from the files of a model alone: no torch, no weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from common.models.families import Family
+from common.models.families import family as family_of
+from common.models.files import lineage, of_recipe
+from common.types import CATEGORY, Prompt, UserError
+
+CHUNK = 1024  # conversations that are encoded together: a token takes some hundred bytes meanwhile
+
+
+class PromptMeter:
+    """Counts the tokens of prompts as the processor will make them, from the files alone."""
+
+    def __init__(
+        self,
+        family: str,
+        config: dict[str, Any],
+        tokenizer: Any,
+        template: str,
+        begin: str | None = None,
+        pad: str = "",
+    ) -> None:
+        """
+        Args:
+            family: See `families.family`.
+            config: The model's config.json.
+            tokenizer: A `tokenizers.Tokenizer`.
+            template: Chat template.
+            begin: The token that templates write as `bos_token`, if the model has one.
+            pad: The padding token; it marks where category embeddings go.
+        """
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        self.family: type[Family] = family_of(family)
+        self.config, self.tokenizer = config, tokenizer
+        # the settings of transformers' apply_chat_template
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.globals |= {"raise_exception": _refuse, "bos_token": begin or ""}
+        self.template, self.pad = environment.from_string(template), pad
+
+    def tokens(self, prompts: Iterable[Prompt], image_size: int) -> list[int]:
+        """Length of each prompt in tokens, its image and its category embeddings included.
+
+        A conversation that many images share, as most methods' do, is measured once.
+        """
+        prompts = list(prompts)
+        distinct = list({_conversation(prompt): prompt for prompt in prompts}.values())
+        lengths: dict[tuple[str | None, str, bool], int] = {}
+        for start in range(0, len(distinct), CHUNK):
+            part = distinct[start : start + CHUNK]
+            rendered = (self.template.render(messages=messages(p), add_generation_prompt=True) for p in part)
+            texts = [self.family.image_text(text).replace(CATEGORY, self.pad) for text in rendered]
+            encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+            lengths |= {_conversation(p): len(each.ids) for p, each in zip(part, encodings, strict=True)}
+        extra = self.family.image_tokens(self.config, image_size) - 1  # the template writes one placeholder
+        # a category has as many embeddings as an image has tokens
+        return [lengths[_conversation(p)] + extra * (1 + len(p.categories)) for p in prompts]
+
+
+def _refuse(message: str) -> None:
+    raise UserError(f"the model's chat template refuses this prompt: {message}")
+
+
+def of_folder(folder: Path, family: str) -> PromptMeter:
+    """The prompt meter of a model folder; of adapters, that of their base."""
+    from tokenizers import Tokenizer
+
+    folder = lineage(folder, weights=False)[0]
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config.get("model_type") != family_of(family).model_type or "vision_config" not in config:
+        raise UserError(f"model {folder} is of type {config.get('model_type')}, but model.family={family}")
+    template = folder / "chat_template.jinja"
+    text = template.read_text(encoding="utf-8") if template.is_file() else _template_from_json(folder)
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # the library raises nothing more specific
+        raise UserError(f"model {folder}: tokenizer.json is damaged ({error}); copy or build it again") from error
+    begin, pad = (_special_token(folder, name) for name in ("bos_token", "pad_token"))
+    return PromptMeter(family, config, tokenizer, text, begin, pad or "")
+
+
+def of_a_recipe(recipe: str) -> PromptMeter:
+    """The prompt meter of a model that may not be built yet: its recipe's `meter` function."""
+    meter = of_recipe(recipe, "meter")()
+    assert isinstance(meter, PromptMeter)
+    return meter
+
+
+def _special_token(folder: Path, name: str) -> str | None:
+    path = folder / "tokenizer_config.json"
+    token = json.loads(path.read_text(encoding="utf-8")).get(name) if path.is_file() else None
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _template_from_json(folder: Path) -> str:
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        path = folder / name
+        if path.is_file() and isinstance(
+            text := json.loads(path.read_text(encoding="utf-8")).get("chat_template"), str
+        ):
+            return text
+    raise UserError(f"model {folder} has no chat template (chat_template.jinja)")
+
+
+def messages(prompt: Prompt) -> list[dict[str, Any]]:
+    """The conversation of one prompt: an optional system message, then image and question."""
+    content = [{"type": "image"}, {"type": "text", "text": prompt.text}]
+    user = {"role": "user", "content": content[::-1] if prompt.image_last else content}
+    system = [] if prompt.system is None else [{"role": "system", "content": prompt.system}]
+    return [*system, user]
+
+
+def _conversation(prompt: Prompt) -> tuple[str | None, str, bool]:
+    """What `messages` reads of a prompt."""
+    return prompt.system, prompt.text, prompt.image_last
+
+
+def too_long(length: int, limit: int, prompt: Prompt) -> UserError:
+    """The error for a prompt over the limit."""
+    return UserError(
+        f"the prompt of image {prompt.image} has {length} tokens, but model.max_prompt_tokens={limit}; prompts are"
+        f" never cut: raise the limit or list fewer names"
+    )

@@ -1,0 +1,1 @@
+"""The embedded models: built from code and rendered pictures, small enough for a laptop."""

@@ -1,0 +1,39 @@
+"""Models that a recipe builds: made once, kept under a name that says which code made them."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+
+def syntax_hash(sources: Iterable[Path]) -> str:
+    """12 hexadecimal digits that change with the code of the modules, comments and layout aside."""
+    code = [ast.dump(ast.parse(path.read_text(encoding="utf-8"))) for path in sources]
+    return hashlib.sha256("".join(code).encode()).hexdigest()[:12]
+
+
+def build_once(folder: Path, save: Callable[[Path], None]) -> Path:
+    """A folder that `save` fills, unless it is there already; whole or not at all, also with several processes at it.
+
+    Args:
+        folder: Where it shall lie.
+        save: Writes the content into an empty folder.
+    """
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix="building-", dir=folder.parent))
+    try:
+        save(unfinished)
+        os.rename(unfinished, folder)
+    except OSError:
+        if not folder.is_dir():  # else another process finished the same recipe first
+            raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)  # renamed, if all went well
+    return folder

@@ -1,0 +1,263 @@
+"""The doctor: a few minutes on a handful of prompts that show whether hours of training could teach anything.
+
+Each check answers one way in which GRPO runs have silently learned nothing or broken late: a sampler that repeats
+itself, rewards without differences, a sampler and a trainer that disagree, a wrong attention mask, prompts without
+their image or too long for the model. It ends with an estimate of time and memory, formula included.
+
+Shapes: n sampled prompts, G completions each.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from common.config.schema import GRPOConfig, TrainerConfig
+from common.forward.logprobs import PolicyScorer
+from common.forward.packing import Group, pack_plain, pack_shared, shared_tokens, within_budget
+from common.models.encoder import Encoded, Encoder
+from common.models.vlm import VLM
+from common.rewards import Reward
+from common.rollout.base import Completion, Decoding, Rollout, comparable, requests
+from common.run.estimate import Finding, estimate_memory, estimate_time
+from common.training.grpo.batch import score_groups, without_differences
+from common.training.grpo.trainer import TOLERANCE
+from common.training.silent import fix, silent_rewards
+from common.types import Prompt, UserError
+
+PROMPTS = 8  # sampled prompts
+MORE_PROMPTS = 64  # sampled at most, while no group has differences
+LONG = 20_000  # completions from which on a training is examined without being asked
+FEW_LEARN = 0.8  # share of groups without differences from which on a warning is given
+# Mean difference of a sampled token's log-probability that rounding explains: two forwards of different shape.
+SAMPLER_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2}
+NOT_COMPARED = Finding(
+    "sampler against trainer",
+    "warning",
+    "not compared: the sampler's log-probabilities are of what top_k and top_p left (full_logps=False)",
+    "compare with rollout.top_k=0 rollout.top_p=1.0",
+)
+
+
+def is_long(updates: int, config: TrainerConfig) -> bool:
+    """Whether a training is worth examining before it begins."""
+    if not isinstance(config, GRPOConfig):
+        return False
+    return updates // config.num_iterations * config.prompts_per_update * config.group_size >= LONG
+
+
+def examine(
+    *,
+    vlm: VLM,
+    encoder: Encoder,
+    rollout: Rollout,
+    prompts: Sequence[Prompt],
+    rewards: dict[str, Reward],
+    decoding: Decoding,
+    config: GRPOConfig,
+    image_size: int,
+    updates: int,
+    ranks: int,
+    deepspeed: dict[str, Any],
+    seed: int,
+) -> list[Finding]:
+    """Sample a few groups and check them. Call it before the optimizer takes over the weights.
+
+    Args:
+        vlm: The policy.
+        encoder: Prompts to tensors.
+        rollout: Sampling backend.
+        prompts: The training prompts; evenly spaced ones are used.
+        rewards: The reward mix.
+        decoding: How completions are drawn.
+        config: Group size and batch sizes.
+        image_size: Side of the images in pixels.
+        updates: Planned updates.
+        ranks: Number of processes.
+        deepspeed: Its ZeRO stage and offload are used.
+        seed: Of the run.
+
+    Returns:
+        All findings, the failed ones included.
+    """
+    chosen = list(prompts)[:: max(1, len(prompts) // PROMPTS)][:PROMPTS]
+    asked = requests(encoder, chosen, [f"doctor-{seed}-{number}" for number in range(len(chosen))])
+    encoded = [request.encoded for request in asked]
+    rollout.generate(asked[:1], config.group_size, decoding)  # the first call is slow
+    began = time.perf_counter()
+    completions = rollout.generate(asked, config.group_size, decoding)
+    sampling = time.perf_counter() - began
+    groups = [Group(e, tuple(c.ids for c in group)) for e, group in zip(encoded, completions, strict=True)]
+    scorer = PolicyScorer(vlm.model, vlm.banned, decoding.temperature, config.head_chunk).to(vlm.device)
+    gaps, scoring = score(scorer, vlm, groups, completions, config)
+    scores = score_groups(chosen, completions, rewards)
+    total, parts = scores.total, scores.parts
+    for start in range(PROMPTS, MORE_PROMPTS, PROMPTS):  # few groups could all be flat by chance
+        if len(without_differences(total, config.group_size)) < len(total) // config.group_size:
+            break
+        others = list(prompts)[:: max(1, len(prompts) // MORE_PROMPTS)][start : start + PROMPTS]
+        if not others:  # there are no more
+            break
+        seeds = [f"doctor-{seed}-{start + number}" for number in range(len(others))]
+        fresh = rollout.generate(requests(encoder, others, seeds), config.group_size, decoding)
+        scores = score_groups(others, fresh, rewards)
+        total = total + scores.total
+        parts = {name: [*values, *scores.parts[name]] for name, values in parts.items()}
+    findings = [
+        check_lengths(vlm, encoded, chosen, decoding, image_size),
+        check_distinct(completions),
+        check_rewards(total, parts, config.group_size),
+        check_sampler(gaps, vlm.model.dtype, corrected=config.importance_correction != "none")
+        if comparable(rollout, decoding)
+        else NOT_COMPARED,
+        estimate_time(sampling / len(chosen), scoring / len(chosen), config, updates, ranks),
+        estimate_memory(vlm, groups, config, ranks, deepspeed),
+    ]
+    if config.impl != "plain":
+        findings.insert(3, check_forward(scorer, vlm, groups[0]))
+    return findings
+
+
+def check_lengths(
+    vlm: VLM, encoded: Sequence[Encoded], prompts: Sequence[Prompt], decoding: Decoding, image_size: int
+) -> Finding:
+    """The image is in the prompt with all its tokens, and prompt and completion fit the model."""
+    config = vlm.model.config
+    expected = vlm.family.image_tokens(config.to_dict(), image_size)
+    counts = [int((e.ids == vlm.family.placeholder_tokens(config)[0]).sum()) for e in encoded]
+    longest, limit = max(len(e.ids) for e in encoded), config.get_text_config().max_position_embeddings
+    most = longest + decoding.max_tokens
+    seen = f"up to {longest} tokens, {counts[0]} of them image; with the completion at most {most} of {limit}"
+    if set(counts) != {expected}:
+        wrong = next(i for i, count in enumerate(counts) if count != expected)
+        return Finding(
+            "prompts",
+            "failed",
+            f"image {prompts[wrong].image} has {counts[wrong]} image tokens instead of {expected}",
+            "check model.family and the model's processor",
+        )
+    if most > limit:
+        return Finding("prompts", "failed", seen, "lower rollout.max_completion_tokens or list fewer names")
+    return Finding("prompts", "ok", seen)
+
+
+def check_distinct(completions: Sequence[Sequence[Completion]]) -> Finding:
+    """A group of equal completions teaches nothing."""
+    different = [len({tuple(c.ids.tolist()) for c in group}) for group in completions]
+    seen = f"{statistics.fmean(different):.1f} different completions of {len(completions[0])} on average"
+    if max(different) == 1:
+        fix = "raise rollout.temperature and set rollout.top_k=0 (top_k=1 is greedy); the model may be too sure"
+        return Finding("sampling", "failed", seen, fix)
+    return Finding("sampling", "ok", seen)
+
+
+def check_rewards(total: Sequence[float], parts: Mapping[str, Sequence[float]], group_size: int) -> Finding:
+    """Groups without reward differences have no gradient, and a reward that pays nobody or everybody teaches nothing.
+
+    Args:
+        total: The weighted sum of every sample, group after group.
+        parts: Every reward of every sample, by name.
+        group_size: G.
+    """
+    groups = len(total) // group_size
+    flat = len(without_differences(total, group_size))
+    seen = f"{flat} of {groups} groups without differences; mean reward {statistics.fmean(total):.3f}"
+    help = "raise trainer.group_size or rollout.temperature, or add a reward in which completions differ"
+    spread = {name: (statistics.fmean(values), statistics.pstdev(values)) for name, values in parts.items()}
+    silent = silent_rewards([{f"rewards/{n}/mean": mean, f"rewards/{n}/std": std} for n, (mean, std) in spread.items()])
+    if silent:
+        seen += "; " + ", ".join(f"'{name}' paid {whom}" for name, whom in silent.items())
+        help = "; ".join(f"'{name}': {fix(name, whom)}" for name, whom in silent.items())
+    if flat == groups:
+        return Finding("rewards", "failed", seen, help)
+    return Finding("rewards", "warning" if silent or flat >= FEW_LEARN * groups else "ok", seen, help)
+
+
+def check_sampler(gap: torch.Tensor, dtype: torch.dtype, corrected: bool) -> Finding:
+    """Sampler and trainer give the sampled tokens the same probability.
+
+    Args:
+        gap: Absolute differences of the log-probabilities in nats. Shape: [T].
+        dtype: Of the weights.
+        corrected: The loss corrects for such differences: a warning is enough.
+    """
+    allowed = SAMPLER_TOLERANCE[dtype]
+    seen = f"log-probabilities differ by {gap.mean():.1e} on average (allowed: {allowed:.0e}), {gap.max():.1e} at most"
+    if float(gap.mean()) <= allowed:
+        return Finding("sampler against trainer", "ok", seen)
+    return Finding(
+        "sampler against trainer",
+        "warning" if corrected else "failed",
+        seen,
+        "use rollout=hf, or correct with trainer.importance_correction=sequence_mask, or model.dtype=float32",
+    )
+
+
+@torch.no_grad()
+def check_forward(scorer: PolicyScorer, vlm: VLM, group: Group) -> Finding:
+    """The shared-prefix forward equals the plain one."""
+    shared, _ = scorer(pack_shared([group], vlm.family, vlm.device))
+    plain, _ = scorer(pack_plain([group], vlm.family, vlm.pad, vlm.device))
+    difference, allowed = float((shared - plain).abs().mean()), TOLERANCE[vlm.model.dtype]
+    seen = f"log-probabilities differ by {difference:.1e} on average (allowed: {allowed:.0e})"
+    if difference <= allowed:
+        return Finding("shared against plain forward", "ok", seen)
+    return Finding(
+        "shared against plain forward", "failed", seen, "train with trainer.impl=plain and report this model"
+    )
+
+
+def score(
+    scorer: PolicyScorer,
+    vlm: VLM,
+    groups: Sequence[Group],
+    completions: Sequence[Sequence[Completion]],
+    config: GRPOConfig,
+) -> tuple[torch.Tensor, float]:
+    """Forward and backward of all groups, in the forwards of an update.
+
+    Returns:
+        |log-probability minus the sampler's| of every token [T], and seconds, the first forward repeated for them.
+    """
+    sizes = [shared_tokens(group) for group in groups]
+    parts = within_budget(range(len(groups)), sizes.__getitem__, config.tokens_per_forward, config.prompts_per_forward)
+    gaps, began = [], 0.0
+    vlm.model.train()  # with gradient checkpointing, as in an update
+    for number, part in enumerate([parts[0], *parts]):  # the first call is slow
+        if number == 1:
+            began = time.perf_counter()
+        logps, _ = scorer(pack_shared([groups[i] for i in part], vlm.family, vlm.device))
+        logps.sum().backward()
+        scorer.zero_grad(set_to_none=True)
+        if number > 0:
+            gaps.append((logps.detach().cpu() - torch.cat([c.logps for i in part for c in completions[i]])).abs())
+    vlm.model.eval()
+    return torch.cat(gaps), time.perf_counter() - began
+
+
+def report(findings: Sequence[Finding]) -> Any:
+    """The findings as a table for the terminal."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="doctor", title_justify="left")
+    for column in ("check", "verdict", "seen"):
+        table.add_column(column)
+    for finding in findings:
+        fix = f"\nfix: {finding.fix}" if finding.verdict != "ok" else ""
+        table.add_row(finding.check, finding.verdict, Text(finding.seen + fix))
+    return table
+
+
+def refuse(findings: Sequence[Finding]) -> None:
+    """
+    Raises:
+        UserError: A check failed; names it, what was seen and the fix.
+    """
+    for finding in findings:
+        if finding.verdict == "failed":
+            raise UserError(f"doctor: {finding.check}: {finding.seen}. {finding.fix[0].upper()}{finding.fix[1:]}")

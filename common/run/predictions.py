@@ -1,0 +1,106 @@
+"""Evaluated images as tables: one row per image, one file per split and phase, whole or not at all.
+
+Columns: phase (`before` or `after` training), split, the fields of `Prediction`, of a reply `completion`, `tokens`,
+`truncated`, `formatted` and `correct_official`, of probabilities `choices` (the offered names), `probabilities` and
+`probabilities_raw`, and then the method's own (see `Accounts.columns`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy
+
+from common.types import Answers, Prediction, Probabilities, Reply
+
+if TYPE_CHECKING:
+    import pyarrow
+
+REPLY = {"completion": "text", "tokens": "tokens", "truncated": "truncated", "formatted": "well_formed"}
+OFFERED = ("choices", "probabilities", "probabilities_raw")
+NOTES = ("seconds", "scoring_seconds", "names")  # in the file's metadata
+
+
+def to_table(phase: str, split: str, answers: Answers) -> pyarrow.Table:
+    """The rows of a split, the method's own columns last."""
+    import pyarrow as pa
+
+    predictions = answers.predictions
+    replies = [prediction.reply for prediction in predictions]
+    strings, flags, counts = pa.string(), pa.bool_(), pa.int64()
+    columns = {
+        "phase": pa.array([phase] * len(predictions), strings),
+        "split": pa.array([split] * len(predictions), strings),
+        "image": pa.array([p.image for p in predictions], strings),
+        "label": pa.array([p.label for p in predictions], strings),
+        "label_index": pa.array([p.label_index for p in predictions], counts),
+        "answer": pa.array([p.answer for p in predictions], strings),
+        "completion": pa.array([r and r.text for r in replies], strings),
+        "correct": pa.array([p.correct for p in predictions], flags),
+        "correct_official": pa.array([r and r.correct_official for r in replies], flags),
+        "correct_alias": pa.array([p.correct_alias for p in predictions], flags),
+        "formatted": pa.array([r and r.well_formed for r in replies], flags),
+        "tokens": pa.array([r and r.tokens for r in replies], counts),
+        "truncated": pa.array([r and r.truncated for r in replies], flags),
+        **_offered(answers.probabilities, len(predictions)),
+        **{name: pa.array(values) for name, values in answers.columns.items()},
+    }
+    names = [] if answers.probabilities is None else list(answers.probabilities.names)
+    notes = (str(answers.seconds), str(answers.scoring_seconds), json.dumps(names))
+    return pa.table(columns).replace_schema_metadata(dict(zip(NOTES, notes, strict=True)))
+
+
+def _offered(table: Probabilities | None, rows: int) -> dict[str, pyarrow.Array]:
+    """Lists of the offered names and their probabilities, as long as each prompt's own list."""
+    import pyarrow as pa
+
+    kinds = (pa.list_(pa.string()), pa.list_(pa.float32()), pa.list_(pa.float32()))
+    if table is None:
+        return {name: pa.nulls(rows, kind) for name, kind in zip(OFFERED, kinds, strict=True)}
+    shown = table.classes >= 0  # [N, K]
+    offsets = pa.array(numpy.concatenate([[0], shown.sum(1).cumsum()]), pa.int32())
+    lists = [
+        pa.array(table.names, pa.string()).take(pa.array(table.classes[shown])),
+        pa.array(table.values[shown]),
+        pa.nulls(int(shown.sum()), pa.float32()) if table.raw is None else pa.array(table.raw[shown]),
+    ]
+    return {name: pa.ListArray.from_arrays(offsets, values) for name, values in zip(OFFERED, lists, strict=True)}
+
+
+def from_table(table: pyarrow.Table) -> Answers:
+    """The inverse of `to_table`."""
+    own = {"phase", "split", *Prediction.__dataclass_fields__, *REPLY, "correct_official", *OFFERED}
+    columns = {name: table.column(name).to_pylist() for name in table.column_names if name not in own}
+    seconds, scoring, names = (table.schema.metadata[note.encode()].decode() for note in NOTES)
+    fields = [name for name in Prediction.__dataclass_fields__ if name != "reply"]
+    rows = table.select([*fields, *REPLY, "correct_official"]).to_pylist()
+    predictions = [Prediction(**{name: row[name] for name in fields}, reply=_reply(row)) for row in rows]
+    return Answers(predictions, float(seconds), _probabilities(table, json.loads(names)), float(scoring), columns)
+
+
+def _reply(row: dict[str, Any]) -> Reply | None:
+    if row["completion"] is None:
+        return None
+    return Reply(**{field: row[name] for name, field in REPLY.items()}, correct_official=row["correct_official"])
+
+
+def _probabilities(table: pyarrow.Table, names: Sequence[str]) -> Probabilities | None:
+    if not names:
+        return None
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    choices, values, raw = (table.column(name).combine_chunks() for name in OFFERED)
+    lengths = numpy.diff(choices.offsets.to_numpy())
+    shown = numpy.arange(int(lengths.max(initial=0))) < lengths[:, None]  # [N, K]
+    classes = numpy.full(shown.shape, -1, numpy.int32)
+    classes[shown] = pc.index_in(choices.flatten(), pa.array(names)).to_numpy()
+    filled = []
+    for part in (values, raw):
+        numbers = numpy.zeros(shown.shape, numpy.float32)
+        numbers[shown] = part.flatten().to_numpy(zero_copy_only=False)
+        filled.append(numbers)
+    has_raw = raw.flatten().null_count == 0
+    return Probabilities(tuple(names), classes, filled[0], filled[1] if has_raw else None)

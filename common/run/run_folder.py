@@ -1,0 +1,215 @@
+"""The run folder: the one place a run writes to, and the source of truth for every table and figure.
+
+    config.yaml           the resolved configuration, with its signature
+    manifest.json         images, labels and questions of the task, hashed
+    metrics.jsonl         one line per update, written at once (TRL's metric names); the same to the byte after a resume
+    timings.jsonl         seconds of each update by phase
+    checkpoints/          see common/run/checkpoint.py
+    completions.parquet   every sampled completion with its rewards (completions/: parts, while the run goes)
+    predictions.parquet   every evaluated image, before and after training, with the probabilities of the class names
+                          and what the method says about it (predictions/: parts, while the run goes)
+    metrics.json          the result; written last, so its presence means the run is finished
+    curves.png, confusion-<split>.png, run.log, model/ (weights), wandb/
+
+The signature covers what a result depends on. The same command in a finished folder shows the result, in an unfinished
+one it continues; a different configuration in a used folder is refused.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from common.config.composition import decides_result, differences, signature
+from common.data import manifest
+from common.run import predictions
+from common.run.result import Result
+from common.runtime.distributed import rank
+from common.types import Answers, UserError
+
+LOCK = ".lock"
+MANIFEST = "manifest.json"
+LOGS = ("metrics.jsonl", "timings.jsonl")
+
+
+class RunFolder:
+    """Reads and writes one run folder. Only rank 0 writes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self._logs: dict[str, IO[str]] = {}
+        self._lock: IO[str] | None = None
+
+    def finished_result(self, values: dict[str, Any]) -> Result | None:
+        """The result that is already here, or None if the folder is free or its run was interrupted.
+
+        Raises:
+            UserError: The folder holds a run with another configuration, or something that is no run.
+        """
+        config = self.path / "config.yaml"
+        if not config.is_file():
+            self._check_free()
+            return None
+        old = yaml.safe_load(config.read_text(encoding="utf-8"))
+        if not isinstance(old, dict) or "signature" not in old:
+            raise UserError(f"{config} was not written by a run; choose another folder")
+        if old.pop("signature") != signature(values):
+            changed = differences(decides_result(old), decides_result(values)) or ["the file was edited"]
+            raise UserError(
+                f"{self.path} already holds a run with other values ({'; '.join(changed)});"
+                " choose another folder with run_name=<name> or hydra.run.dir=<folder>"
+            )
+        return Result.load(self.path) if (self.path / "metrics.json").is_file() else None
+
+    def _check_free(self) -> None:
+        if rank() != 0 or not self.path.is_dir():
+            return  # other ranks may look while rank 0 is claiming the folder
+        ours = {LOCK, MANIFEST} if manifest.is_one(self.path / MANIFEST) else {LOCK}
+        names = {entry.name for entry in self.path.iterdir()} - ours
+        strange = sorted(name for name in names if not name.endswith(".unfinished"))
+        if strange:
+            raise UserError(f"{self.path} is not empty and holds no run (it has {strange[0]}); choose another folder")
+
+    def preview(self, asked: dict[str, Any]) -> Path:
+        """Write what a run would ask, and return where; in the folder of a run, its own manifest stays as it is.
+
+        Raises:
+            UserError: The folder holds a run that asks something else, or something that is no run.
+        """
+        path = self.path / MANIFEST
+        if not (self.path / "config.yaml").is_file():
+            self._check_free()
+            self.path.mkdir(parents=True, exist_ok=True)
+            manifest.write(asked, path)
+        elif path.is_file():
+            manifest.verify(path, asked)
+        else:
+            raise UserError(f"{self.path} holds a run that has only begun; choose another folder with run_name=<name>")
+        return path
+
+    def claim(self, values: dict[str, Any]) -> None:
+        """Mark the folder as this configuration's, for as long as this object lives; what lies there is kept.
+
+        Raises:
+            UserError: Another process is at work here, or the folder cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / LOCK).open("w", encoding="utf-8")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not (self.path / "config.yaml").is_file():
+                (self.path / MANIFEST).unlink(missing_ok=True)  # it is `preview`'s, perhaps of old data
+            text = yaml.safe_dump({"signature": signature(values), **values}, sort_keys=False)
+            self._write_whole("config.yaml", text)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another process is running in {self.path}; wait for it or choose another folder"
+            ) from error
+        except OSError as error:
+            raise UserError(f"cannot write to the run folder {self.path}: {error.strerror}") from error
+
+    def log(self, name: str, values: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl or timings.jsonl; it is in the file when this returns."""
+        if name not in self._logs:
+            self._logs[name] = (self.path / name).open("a", buffering=1, encoding="utf-8")
+        self._logs[name].write(json.dumps(values) + "\n")
+
+    def lengths(self) -> dict[str, int]:
+        """Bytes of the logs as they are now, and from now on whatever happens to the machine."""
+        for file in self._logs.values():
+            os.fsync(file.fileno())
+        return {name: (self.path / name).stat().st_size for name in LOGS if (self.path / name).is_file()}
+
+    def rewind(self, update: int, lengths: dict[str, int]) -> None:
+        """Forget what was written after an update: it is about to be computed again.
+
+        Args:
+            update: Updates that are kept.
+            lengths: Of the logs after that update, see `lengths`.
+        """
+        for name in LOGS:
+            path = self.path / name
+            if path.is_file():
+                os.truncate(path, min(lengths.get(name, 0), path.stat().st_size))
+        for part in (self.path / "completions").glob("*.parquet"):
+            if int(part.stem) > update:
+                part.unlink()
+
+    def write_completions(self, rows: list[dict[str, Any]], update: int) -> None:
+        """Add rows to the completions of the run, as a file of their own: a crash loses none of the earlier parts."""
+        import pyarrow
+
+        self._write_table(pyarrow.Table.from_pylist(rows), self.path / "completions" / f"{update:06d}.parquet")
+
+    def merge_completions(self) -> None:
+        """Join the parts to completions.parquet."""
+        self._merge("completions")
+
+    def write_predictions(self, phase: str, split: str, answers: Answers) -> None:
+        """Keep a finished split (see common/run/predictions.py); `phase` is `before` or `after` training."""
+        self._write_table(predictions.to_table(phase, split, answers), self._predictions(phase, split))
+
+    def read_predictions(self, phase: str, split: str) -> Answers | None:
+        """What `write_predictions` kept; None if that split is not finished."""
+        import pyarrow.parquet
+
+        path = self._predictions(phase, split)
+        return predictions.from_table(pyarrow.parquet.read_table(path)) if path.is_file() else None
+
+    def _predictions(self, phase: str, split: str) -> Path:
+        return self.path / "predictions" / f"{phase}-{split}.parquet"
+
+    def merge_predictions(self) -> None:
+        """Join the parts to predictions.parquet."""
+        self._merge("predictions")
+
+    def _write_table(self, table: Any, path: Path) -> None:
+        import pyarrow.parquet
+
+        path.parent.mkdir(exist_ok=True)
+        unfinished = path.with_suffix(".unfinished")
+        pyarrow.parquet.write_table(table, unfinished)
+        os.replace(unfinished, path)
+
+    def _merge(self, name: str) -> None:
+        """One file of many parts. The parts stay until the result is written: a resumed run goes on from them."""
+        import pyarrow
+        import pyarrow.parquet
+
+        folder, whole = self.path / name, self.path / f"{name}.parquet"
+        parts = sorted(folder.glob("*.parquet"))
+        if parts:
+            unfinished = whole.with_suffix(".unfinished")
+            schemas = [pyarrow.parquet.read_schema(part).remove_metadata() for part in parts]
+            schema = pyarrow.unify_schemas(schemas)  # a column without any value in one part has its type from another
+            with pyarrow.parquet.ParquetWriter(unfinished, schema) as writer:
+                for part in parts:
+                    writer.write_table(pyarrow.parquet.read_table(part).replace_schema_metadata().cast(schema))
+            os.replace(unfinished, whole)
+
+    def write_result(self, result: Result) -> None:
+        """Write metrics.json, whole or not at all; what only an unfinished run needs goes."""
+        self._write_whole("metrics.json", json.dumps(result.to_json(), indent=2) + "\n")
+        for name in ("completions", "predictions"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+
+    def _write_whole(self, name: str, text: str) -> None:
+        unfinished = self.path / f"{name}.unfinished"
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, self.path / name)
+
+    def read_log(self, name: str) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl or timings.jsonl."""
+        path = self.path / name
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+    def close(self) -> None:
+        for file in self._logs.values():
+            file.close()
+        self._logs = {}

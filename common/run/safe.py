@@ -1,0 +1,18 @@
+"""What may fail without harm once a result is written."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def result_is_safe(who: str) -> Iterator[None]:
+    """Inside, a failure costs a warning: what it would take with it is worth more."""
+    try:
+        yield
+    except Exception as error:  # of whatever kind: a mirror's or a drawing's library decides
+        log.warning("%s failed (%s: %s); the run folder is whole", who, type(error).__name__, error)

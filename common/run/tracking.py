@@ -1,0 +1,202 @@
+"""Weights & Biases, mirrored from the run folder by rank 0. Offline unless an API key is present.
+
+After a resume the updates since the last checkpoint are logged once more under the same run and step; metrics.jsonl
+holds each once. The run and the images of its tables lie inside the run folder, so that `wandb sync` works from another
+machine.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from common.config.schema import Config, TrackingConfig
+from common.data.task import Questions
+from common.evaluation.evaluate import Evaluation
+from common.parsing import normalize
+from common.run.result import Result
+from common.runtime.distributed import rank
+from common.types import Prediction
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+CONFUSED = 100  # classes that a confusion matrix can show
+
+
+class Tracker(Protocol):
+    """Where metrics are mirrored to. id: name of the run there, by which a resumed run continues it."""
+
+    id: str | None
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Scalars of one update."""
+
+    def completions(self, rows: list[dict[str, Any]], step: int) -> None:
+        """A few sampled completions with their images."""
+
+    def result(self, result: Result, evaluation: Evaluation) -> None:
+        """The result in numbers, and the last evaluation: predictions with their images, and who is taken for whom."""
+
+    def close(self, failed: bool) -> None:
+        """End the run."""
+
+
+class NullTracker:
+    """Tracks nothing: other ranks, and tracking=none."""
+
+    id: str | None = None
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        return
+
+    def completions(self, rows: list[dict[str, Any]], step: int) -> None:
+        return
+
+    def result(self, result: Result, evaluation: Evaluation) -> None:
+        return
+
+    def close(self, failed: bool) -> None:
+        return
+
+
+class WandbTracker:
+    """One W&B run. The step is our own `step` metric: W&B's counter drops rows after a resume."""
+
+    def __init__(
+        self,
+        config: TrackingConfig,
+        folder: Path,
+        job_type: str,
+        tags: list[str],
+        values: dict[str, Any],
+        splits: Iterable[str],
+        open_image: Callable[[str], Image],
+        known: str | None = None,
+    ) -> None:
+        """
+        Args:
+            config: Project, group, tags and mode.
+            folder: Run folder; the id of a run without a checkpoint yet is kept there.
+            job_type: `train` or `eval`.
+            tags: Beside those of `config`.
+            values: The run's configuration.
+            splits: Evaluated splits.
+            open_image: From an image's key to a picture.
+            known: Id of the run that is resumed, from its checkpoint.
+        """
+        os.environ["WANDB_DATA_DIR"] = str(folder / "wandb" / "data")  # images of tables are staged there
+        (folder / "wandb" / "data").mkdir(parents=True, exist_ok=True)
+        import wandb
+
+        self.wandb, self.config, self.open_image = wandb, config, open_image
+        noted = folder / "wandb" / "run_id"
+        self.id: str | None = known or (noted.read_text(encoding="utf-8") if noted.is_file() else uuid.uuid4().hex[:8])
+        noted.write_text(self.id, encoding="utf-8")
+        self.run = wandb.init(
+            project=config.project,
+            id=self.id,
+            resume="allow",
+            group=config.group,
+            job_type=job_type,
+            tags=[*tags, *config.tags],
+            name=folder.name,
+            config=values,
+            dir=str(folder.resolve()),
+            mode=cast(Any, resolve_mode(config.mode)),
+            reinit="finish_previous",
+            settings=wandb.Settings(console="off", disable_git=True, silent=True),
+        )
+        self.run.define_metric("step")
+        self.run.define_metric("*", step_metric="step")
+        for split in splits:
+            self.run.define_metric(f"eval/{split}/accuracy", step_metric="step", summary="max")
+        self.table: Any = None
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self.run.log({prefixed(key): value for key, value in metrics.items()} | {"step": step})
+
+    def completions(self, rows: list[dict[str, Any]], step: int) -> None:
+        rows = rows[: self.config.completions_rows]
+        if not rows:
+            return
+        columns = list(rows[0])
+        if self.table is None:
+            self.table = self.wandb.Table(columns=list[str | int](columns), log_mode="INCREMENTAL")
+        for row in rows:
+            picture = self.wandb.Image(self.open_image(row["image"]), caption=row["label"])
+            self.table.add_data(*[picture if key == "image" else row[key] for key in columns])
+        self.run.log({"completions": self.table, "step": step})
+
+    def result(self, result: Result, evaluation: Evaluation) -> None:
+        self.run.summary.update(numbers(result))
+        for split, answers in evaluation.answers.items():
+            self.run.log({f"predictions/{split}": self._predictions(answers.predictions)})
+            labels = sorted({p.label for p in answers.predictions})
+            if len(labels) <= CONFUSED:
+                column = {normalize(name): number for number, name in enumerate(labels)}
+                chart = self.wandb.plot.confusion_matrix(
+                    y_true=[column[normalize(p.label)] for p in answers.predictions],
+                    preds=[column.get(normalize(p.answer), len(labels)) for p in answers.predictions],
+                    class_names=[*labels, "(no class name)"],  # "other" may be a class
+                )
+                self.run.log({f"confusion/{split}": chart})
+
+    def _predictions(self, predictions: Sequence[Prediction]) -> Any:
+        """Some of them as a table, the wrong ones first: those are worth a look."""
+        table = self.wandb.Table(columns=["image", "label", "answer", "correct", "reply"])
+        for p in sorted(predictions, key=lambda p: p.correct)[: self.config.predictions_rows]:
+            picture = self.wandb.Image(self.open_image(p.image), caption=p.label)
+            table.add_data(picture, p.label, p.answer, p.correct, p.reply.text if p.reply else None)
+        return table
+
+    def close(self, failed: bool) -> None:
+        self.run.finish(exit_code=1 if failed else 0)
+
+
+def numbers(result: Result) -> dict[str, float]:
+    """What a table of runs compares, by split: accuracy before and after training in percent, the gain in points."""
+    metrics: dict[str, float] = {}
+    for split, summary in result.before.items():
+        metrics[f"before/{split}"] = 100 * summary.accuracy
+        if split in result.after:
+            metrics[f"after/{split}"] = 100 * result.after[split].accuracy
+            metrics[f"gain/{split}"] = 100 * (result.after[split].accuracy - summary.accuracy)
+    for phase, values in result.overall.items():
+        metrics |= {f"{phase}/{name}": 100 * value for name, value in values.items()}
+    return metrics
+
+
+def make_tracker(
+    config: Config, values: dict[str, Any], folder: Path, questions: Questions, known: str | None
+) -> Tracker:
+    """W&B on rank 0, nothing elsewhere. `known`: id of the tracker's run that is continued."""
+    if rank() != 0 or config.tracking.mode == "disabled":
+        return NullTracker()
+    whose = dict.fromkeys(questions.task.origins.values())
+    tags = [config.method["name"], config.data.name, config.setting.name, f"s{config.shots}", *whose]
+    job_type = "eval" if config.trainer.name == "none" else "train"
+    return WandbTracker(
+        config.tracking, folder, job_type, tags, values, questions.evaluation, questions.task.images.open, known
+    )
+
+
+def resolve_mode(mode: str) -> str:
+    """`auto` becomes `online` with an API key (environment or ~/.netrc) and `offline` without; WANDB_MODE wins."""
+    if mode != "auto":
+        return mode
+    if "WANDB_MODE" in os.environ:
+        return os.environ["WANDB_MODE"]
+    netrc = Path("~/.netrc").expanduser()
+    has_key = bool(os.environ.get("WANDB_API_KEY")) or (
+        netrc.is_file() and "api.wandb.ai" in netrc.read_text(encoding="utf-8")
+    )
+    return "online" if has_key else "offline"
+
+
+def prefixed(name: str) -> str:
+    """TRL logs training metrics under `train/`; evaluation and timing keep their own prefix."""
+    return name if name.startswith(("eval/", "time/")) else f"train/{name}"

@@ -1,0 +1,1 @@
+"""Optimisation: the DeepSpeed engine, the schedule, and the trainers on top of them."""

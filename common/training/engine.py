@@ -1,0 +1,210 @@
+"""The DeepSpeed engine, the same path for one CPU process and for many GPUs.
+
+DeepSpeed on its own would fix the number of micro-batches, which here varies from update to update.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.config.schema import TrainerConfig
+from common.models.slots import Slots
+from common.rollout.base import Rollout, awake
+from common.runtime.distributed import barrier, rank, world
+from common.training.schedule import learning_rate
+
+
+class Engine:
+    """Optimiser steps over any number of micro-batches.
+
+    The module must be complete before it comes here: a weight edited afterwards is silently reverted by the next step,
+    because the optimiser keeps its own fp32 copy.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        config: TrainerConfig,
+        deepspeed_config: dict[str, Any],
+        updates: int,
+        resume: Path | None = None,
+    ) -> None:
+        """
+        Args:
+            module: What is trained; parameters that do not require gradients stay frozen.
+            config: Learning rate, schedule, AdamW and clipping values.
+            deepspeed_config: Keys handed to DeepSpeed as they are (ZeRO stage and the like).
+            updates: Length of the learning-rate schedule.
+            resume: Folder that `save` wrote, on any number of ranks; its weights and optimizer state are taken over.
+        """
+        import deepspeed
+
+        self.config, self.updates = config, updates
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        slots = {id(submodule.entries) for submodule in module.modules() if isinstance(submodule, Slots)}
+        own_peak = config.embedding_learning_rate
+        peaks = (config.learning_rate, config.learning_rate if own_peak is None else own_peak)
+        members = ([p for p in parameters if id(p) not in slots], [p for p in parameters if id(p) in slots])
+        kept = [(own, peak) for own, peak in zip(members, peaks, strict=True) if own]
+        groups, self.peaks = [{"params": own, "lr": peak} for own, peak in kept], [peak for _, peak in kept]
+        self.has_frozen = len(parameters) < len(list(module.parameters()))
+        self.stage = zero_stage(deepspeed_config)
+        optimizer = torch.optim.AdamW(
+            groups,
+            lr=config.learning_rate,
+            betas=(config.betas[0], config.betas[1]),
+            weight_decay=config.weight_decay,
+        )
+        folder, universal = (None, False) if resume is None else _for_this_world(resume, self.stage)
+        settings = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": config.grad_clip,
+            "zero_allow_untested_optimizer": True,
+            "bf16": {"enabled": parameters[0].dtype == torch.bfloat16},
+            "checkpoint": {"load_universal": universal},
+            **deepspeed_config,
+        }
+        module.train()  # loading leaves evaluation mode, in which gradient checkpointing is off
+        self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+        if folder is not None:
+            self.restore(folder)
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Forward; call `backward` on a loss made of the result before the next one."""
+        return self.engine(*inputs)
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Add the gradient of one micro-batch. Losses are summed; `last` marks the one before `step`."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, update: int) -> dict[str, float]:
+        """Clip, step, zero the gradients. Returns the gradient norm before clipping and the learning rate."""
+        rate = learning_rate(self.config, update, self.updates)
+        for group, peak in zip(self.engine.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = rate * peak / self.config.learning_rate
+        # without ZeRO DeepSpeed clips but does not tell the norm
+        gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients) if gradients else None
+        self.engine.step()
+        reported = self.engine.get_global_grad_norm()
+        grad_norm = reported if reported is not None else norm
+        return {"grad_norm": float(grad_norm) if grad_norm is not None else 0.0, "learning_rate": rate}
+
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Inside, every rank holds all weights and may call the module itself: to sample, evaluate or save.
+
+        Only ZeRO stage 3 has something to do. Its hooks would hand the weights back after every layer, so they rest.
+        """
+        if self.stage < 3:
+            yield
+            return
+        import deepspeed
+
+        offload = self.engine.optimizer.parameter_offload
+        with deepspeed.zero.GatheredParameters(list(self.engine.module.parameters())):
+            for parameter in self.engine.module.parameters():
+                parameter.ds_active_sub_modules.clear()
+            for hook in [*offload.forward_hooks, *offload.backward_hooks]:
+                hook.remove()
+            offload.forward_hooks, offload.backward_hooks = [], []
+            try:
+                yield
+            finally:
+                coordinator = offload.get_param_coordinator()
+                if not coordinator.is_invalid_trace():
+                    coordinator._invalidate_trace()
+                offload._register_deepspeed_module(offload.module)
+
+    def restore(self, folder: Path) -> None:
+        """Take over weights and optimizer state that `save` wrote on as many ranks. All ranks call it together."""
+        # frozen weights are not in the checkpoint: they are those of the model that was loaded
+        loaded, _ = self.engine.load_checkpoint(
+            str(folder.parent), tag=folder.name, custom_load_fn=partial(_load, strict=not self.has_frozen)
+        )
+        if loaded is None:
+            raise RuntimeError(f"DeepSpeed cannot read the checkpoint {folder}")
+
+    def save(self, folder: Path) -> None:
+        """Weights and optimizer state of all ranks, in DeepSpeed's format. All ranks call it together."""
+        self.engine.save_checkpoint(
+            str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=self.has_frozen
+        )
+
+    def close(self) -> None:
+        """Free DeepSpeed's hooks and buffers; an engine left open can abort the interpreter at exit."""
+        self.engine.destroy()
+
+
+class EngineTrainer:
+    """What every `Trainer` on an engine does alike; `version` counts the updates that its weights have seen."""
+
+    engine: Engine
+    rollout: Rollout
+    version: int
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        with self.engine.whole_weights(), awake(self.rollout, self.version):
+            yield
+
+    def save(self, folder: Path) -> None:
+        self.engine.save(folder)
+
+    def restore(self, folder: Path) -> None:
+        self.engine.restore(folder)
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+def _load(src: dict[str, Any], dst: torch.nn.Module, strict: bool) -> None:
+    """State of a checkpoint, without what belongs to frozen 8-bit ones: bitsandbytes saves their scales and their
+    layout nevertheless, and refuses to load them once the model was used.
+    """
+    kept = {name: value for name, value in src.items() if name.rpartition(".")[2] not in ("SCB", "weight_format")}
+    dst.load_state_dict(kept, strict=strict)
+
+
+def zero_stage(deepspeed_config: dict[str, Any]) -> int:
+    """ZeRO stage that a DeepSpeed configuration asks for."""
+    return int(deepspeed_config.get("zero_optimization", {}).get("stage", 0))
+
+
+def _for_this_world(folder: Path, stage: int) -> tuple[Path, bool]:
+    """The checkpoint in a form that this number of ranks can load, and whether that is DeepSpeed's universal one.
+
+    The state of ZeRO 1 to 3 is split by rank; another number of ranks needs the universal format, made here once.
+    """
+    written = len(list(folder.glob("*_optim_states.pt")))
+    if stage == 0 or written == world():
+        return folder, False
+    universal = folder.with_name("universal")
+    if rank() == 0 and not universal.is_dir():
+        unfinished = folder.with_name("universal.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        convert_to_universal(folder, unfinished)
+        os.replace(unfinished, universal)
+    barrier()
+    return universal, True
+
+
+def convert_to_universal(source: Path, target: Path) -> None:
+    """DeepSpeed's own conversion, in a process of its own: it starts workers and prints."""
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(source), "--output_folder", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"converting the checkpoint {source} for {world()} ranks failed: {done.stderr[-2000:]}")

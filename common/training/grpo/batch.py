@@ -1,0 +1,204 @@
+"""One rollout batch: completions with their rewards and advantages, and what it reports about itself.
+
+Shapes: n prompts of this rank, N of all ranks, G completions each, K rewards.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from common.forward.packing import Group
+from common.rewards import Reward, Scores, StatefulReward, score, weighted
+from common.rollout.base import Completion
+from common.runtime.distributed import gather, interleave, share_of
+from common.training.grpo.advantages import advantages
+from common.types import Prompt, Sample
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """This rank's completions of one rollout.
+
+    rewards: by component, and the weighted sum under "total", each with G values per prompt in a row. advantages: [n,
+    G]. old_logps, reference_logps: filled by the first update over the batch for those that follow, by group.
+    """
+
+    prompts: list[Prompt]
+    groups: list[Group]
+    completions: list[list[Completion]]
+    scores: Scores
+    advantages: torch.Tensor
+    resampled: int = 0
+    old_logps: dict[int, torch.Tensor] = field(default_factory=dict)
+    reference_logps: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def lengths(self, without_truncated: bool) -> torch.Tensor:
+        """Tokens of each completion that count; 0 for a truncated one if those are left out. Shape: [n G]."""
+        completions = [c for group in self.completions for c in group]
+        return torch.tensor([0 if c.truncated and without_truncated else len(c.ids) for c in completions])
+
+    def flat(self, aggregation: str) -> set[int]:
+        """Groups whose completions all have the same advantage, so no gradient but that of the KL."""
+        size = self.advantages.shape[1]
+        if aggregation == "sum_then_normalize":
+            return set(without_differences(self.scores.total, size))
+        return set.intersection(*(set(without_differences(part, size)) for part in self.scores.parts.values()))
+
+    def sampled_logps(self, groups: Sequence[int]) -> torch.Tensor:
+        """The sampler's log-probabilities of the tokens of some groups. Shape: [T]."""
+        return torch.cat([c.logps for i in groups for c in self.completions[i]])
+
+
+def score_groups(
+    prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], rewards: dict[str, Reward]
+) -> Scores:
+    """Every reward of every completion, group after group.
+
+    A reward that says it may be missing (`may_be_missing`) gives NaN where it is, and is then left out for the whole
+    group, as 0: the others are still compared fairly. NaN from any other reward stops the run, as it should.
+    """
+    samples = [Sample(p, c.text) for p, group in zip(prompts, completions, strict=True) for c in group]
+    scores = score(samples, rewards)
+    parts, missing = dict(scores.parts), {}
+    for name, reward in rewards.items():
+        if isinstance(reward.function, StatefulReward) and reward.function.may_be_missing:
+            missing[name] = gaps(parts[name], len(completions[0]))
+            parts[name] = [0.0 if gap else value for value, gap in zip(parts[name], missing[name], strict=True)]
+    weights = {name: reward.weight for name, reward in rewards.items()}
+    return Scores(parts, weighted(parts, weights) if parts else scores.total, missing)
+
+
+def gaps(values: Sequence[float], group_size: int) -> list[bool]:
+    """Of every value, whether its group has a NaN.
+
+    >>> gaps([1.0, float("nan"), 0.5, 0.0], 2)
+    [True, True, False, False]
+    """
+    groups = [values[start : start + group_size] for start in range(0, len(values), group_size)]
+    return [any(map(math.isnan, group)) for group in groups for _ in group]
+
+
+def without_differences(total: Sequence[float], group_size: int) -> list[int]:
+    """The groups in which all completions got the same reward: nothing to learn from.
+
+    >>> without_differences([1.0, 1.0, 0.0, 1.0], 2)
+    [0]
+    """
+    groups = range(len(total) // group_size)
+    return [i for i in groups if len(set(total[i * group_size : (i + 1) * group_size])) == 1]
+
+
+def compare(
+    scores: Scores,
+    weights: dict[str, float],
+    group_size: int,
+    scaling: str,
+    aggregation: str,
+    shuffle_seed: int | None,
+) -> tuple[Scores, torch.Tensor]:
+    """Advantages of this rank's completions, from the rewards of all ranks.
+
+    Args:
+        scores: This rank's rewards.
+        weights: Weight of each reward.
+        group_size: G.
+        scaling: See `advantages.scaled`.
+        aggregation: See `advantages.advantages`.
+        shuffle_seed: The control experiment: permute the rewards over all completions of the update.
+
+    Returns:
+        The rewards as they were used (permuted or not), and advantages [n, G].
+    """
+    columns = [*scores.parts.values(), scores.total, *scores.missing.values()]
+    mine = torch.tensor(columns, dtype=torch.float64).view(len(columns), -1, group_size)  # [columns, n, G]
+    everyone = torch.stack(interleave([list(part.unbind(1)) for part in gather(mine)]), 1)  # [columns, N, G]
+    if shuffle_seed is not None:
+        order = torch.randperm(everyone[0].numel(), generator=torch.Generator().manual_seed(shuffle_seed))
+        everyone = everyone.flatten(1)[:, order].view_as(everyone)
+    kinds, weight = len(scores.parts), torch.tensor([weights[name] for name in scores.parts], dtype=torch.float64)
+    estimates = advantages(everyone[:kinds], weight, scaling, aggregation)  # [N, G]
+    used = torch.stack(share_of(list(everyone.unbind(1))), 1).flatten(1).tolist()
+    parts = dict(zip(scores.parts, used[:kinds], strict=True))
+    missing = {name: [gap > 0 for gap in row] for name, row in zip(scores.missing, used[kinds + 1 :], strict=True)}
+    return Scores(parts, used[kinds], missing), torch.stack(share_of(list(estimates.unbind(0)))).float()
+
+
+def describe(batch: RolloutBatch) -> dict[str, float]:
+    """Rewards and lengths of the rollout over all ranks, under TRL's names.
+
+    Of a reward that may be missing: its mean and deviation where it is there, left out if it is nowhere, and the share
+    of samples without it (`rewards/<name>/missing`).
+    """
+    size = batch.advantages.shape[1]
+    mine: dict[str, list[Any]] = {
+        "total": batch.scores.total,
+        "lengths": [len(c.ids) for group in batch.completions for c in group],
+        "truncated": [c.truncated for group in batch.completions for c in group],
+        "prompt_tokens": [len(group.prompt.ids) * size for group in batch.groups],
+        "resampled": [batch.resampled],
+        **{f"rewards/{name}": values for name, values in batch.scores.known.items()},
+    }
+    ranks = gather(mine)
+    joined = {key: [value for part in ranks for value in part[key]] for key in mine}
+    flat = without_differences(joined["total"], size)
+    lengths = joined["lengths"]
+    ended = [n for n, cut in zip(lengths, joined["truncated"], strict=True) if not cut] or [0]
+    metrics = {
+        "reward": statistics.fmean(joined["total"]),
+        "reward_std": _std(joined["total"]),
+        "frac_reward_zero_std": len(flat) * size / len(joined["total"]),
+        "frac_resampled": sum(joined["resampled"]) * size / len(joined["total"]),
+        "completions/mean_length": statistics.fmean(lengths),
+        "completions/min_length": float(min(lengths)),
+        "completions/max_length": float(max(lengths)),
+        "completions/clipped_ratio": statistics.fmean(joined["truncated"]),
+        "completions/mean_terminated_length": statistics.fmean(ended),
+        "completions/min_terminated_length": float(min(ended)),
+        "completions/max_terminated_length": float(max(ended)),
+        "tokens": float(sum(lengths) + sum(joined["prompt_tokens"])),
+    }
+    for name in batch.scores.parts:
+        values = [value for value in joined[f"rewards/{name}"] if value is not None]
+        if values:
+            metrics[f"rewards/{name}/mean"] = statistics.fmean(values)
+            metrics[f"rewards/{name}/std"] = _std(values)
+        if name in batch.scores.missing:
+            metrics[f"rewards/{name}/missing"] = 1 - len(values) / len(joined["total"])
+    return metrics
+
+
+def _std(values: list[float]) -> float:
+    """Unbiased; NaN where a value is one (the statistics module raises), so that the guard can name it."""
+    return float(torch.tensor(values, dtype=torch.float64).std())
+
+
+def rows(number: int, batch: RolloutBatch) -> list[dict[str, Any]]:
+    """The completions of all ranks as table rows, in the order of the prompts."""
+    size, rewards = batch.advantages.shape[1], batch.scores.known
+    mine = []
+    for i, prompt in enumerate(batch.prompts):
+        records = []
+        for j, completion in enumerate(batch.completions[i]):
+            row = i * size + j
+            records.append(
+                {
+                    "step": number,
+                    "image": prompt.image,
+                    "prompt": prompt.text,
+                    "label": prompt.label,
+                    "completion": completion.text,
+                    "tokens": len(completion.ids),
+                    "truncated": completion.truncated,
+                    "reward": batch.scores.total[row],
+                    **{f"rewards/{name}": values[row] for name, values in rewards.items()},
+                    "advantage": float(batch.advantages[i, j]),
+                }
+            )
+        mine.append(records)
+    return [row for group in interleave(gather(mine)) for row in group]

@@ -1,0 +1,282 @@
+"""GRPO: roll out, score, compare within the group, and step (arXiv 2402.03300; CLS-RL section 3.1).
+
+With `num_iterations: 1` (both papers) every rollout batch is used for one update: the sampling policy is the current
+one, the ratio is 1 up to rounding, and clipping has no effect. With more, the log-probabilities of the first update are
+the old policy's in those that follow; no extra forward is spent on them.
+
+Shapes: n prompts of this rank, G completions each, T tokens, S = n G completions.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.config.schema import GRPOConfig
+from common.forward.logprobs import PolicyScorer
+from common.forward.packing import Group, Packed, pack_plain, pack_shared, plain_tokens, shared_tokens, within_budget
+from common.models.encoder import Encoder
+from common.models.vlm import VLM
+from common.rewards import Reward, StatefulReward
+from common.rollout.base import Completion, Decoding, Rollout, check_fresh, requests
+from common.runtime.distributed import gather, share_of, world
+from common.training.base import Step
+from common.training.engine import Engine, EngineTrainer, zero_stage
+from common.training.grpo.batch import RolloutBatch, compare, describe, rows, score_groups, without_differences
+from common.training.grpo.loss import LossInputs, LossOutputs, importance_correction, policy_loss, token_weights
+from common.training.grpo.measured import Measured
+from common.training.schedule import Epochs, batch
+from common.types import Prompt
+
+# Mean difference of a log-probability between the shared and the plain forward that rounding explains, by dtype.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 5e-2}
+WORTHWHILE = 1.1  # impl=auto takes the shared layout where it saves at least this factor in tokens
+
+
+class GRPOTrainer(EngineTrainer):
+    """One `step` per update. Construct it before the weights are touched again: DeepSpeed takes over the parameters."""
+
+    def __init__(
+        self,
+        *,
+        vlm: VLM,
+        encoder: Encoder,
+        rollout: Rollout,
+        prompts: Epochs,
+        rewards: dict[str, Reward],
+        decoding: Decoding,
+        config: GRPOConfig,
+        deepspeed: dict[str, Any],
+        updates: int,
+        seed: int,
+        resume: Path | None = None,
+        done: int = 0,
+    ) -> None:
+        """`resume`: folder of an engine's state, written after `done` updates."""
+        self.vlm, self.encoder, self.rollout, self.prompts = vlm, encoder, rollout, prompts
+        self.version = done
+        self.rewards, self.decoding, self.config, self.seed = rewards, decoding, config, seed
+        scorer = PolicyScorer(vlm.model, vlm.banned, decoding.temperature, config.head_chunk).to(vlm.device)
+        self.adapters = hasattr(vlm.model, "disable_adapter")
+        # the frozen copy of full fine-tuning stays outside the engine; with adapters, the base is the reference, but
+        # the embeddings that a method has put beside it are trained as they are
+        if self.adapters and config.beta > 0 and vlm.slots is not None:
+            vlm.slots.remember()
+        self.frozen = None if self.adapters or config.beta == 0 else copy.deepcopy(scorer).eval().requires_grad_(False)
+        scorer.in_step = zero_stage(deepspeed) == 3
+        self.engine = Engine(scorer, config, deepspeed, updates, resume)
+        self._counts()  # what the doctor's questions cost is not the training's
+        self.tokens = 0.0
+        self.checked = not config.self_check or config.impl == "plain"
+        self.current: RolloutBatch
+
+    def step(self, update: int) -> Step:
+        """One update: metrics under TRL's names, seconds per phase, and the completions as rows."""
+        seconds, clock = {}, time.perf_counter()
+
+        def lap(phase: str) -> None:
+            nonlocal clock
+            now = time.perf_counter()
+            seconds[phase], clock = now - clock, now
+
+        number, iteration = divmod(update, self.config.num_iterations)
+        metrics: dict[str, float] = {}
+        counts: dict[str, float] = {}
+        if iteration == 0:
+            with self.sampling():  # for the rewards too: a judge may be the model itself
+                prompts, encoded, completions, resampled = self._sample(number)
+                lap("rollout")
+                self.current = self._score(number, prompts, encoded, completions, resampled)
+            metrics |= describe(self.current)
+            self.tokens += metrics.pop("tokens")
+            counts = self._counts()
+            lap("reward")
+            if not self.checked:
+                self._self_check(self.current.groups[0])
+        metrics |= self._update(update, first=iteration == 0)
+        self.version = update + 1
+        lap("update")
+        metrics["num_tokens"] = self.tokens
+        metrics["epoch"] = (number + 1) * self.config.prompts_per_update / len(self.prompts)
+        return Step(metrics, seconds, rows(update + 1, self.current) if iteration == 0 else [], counts)
+
+    def _sample(self, number: int) -> tuple[list[Prompt], list[Any], list[list[Completion]], int]:
+        """Completions of this rank's prompts, drawn inside `sampling`.
+
+        Groups without differences are drawn again if the config says so.
+        """
+        chosen = batch(number, self.config.prompts_per_update, len(self.prompts), self.seed)
+        prompts = share_of([self.prompts(epoch)[i] for epoch, i in chosen])
+        seeds = [f"rollout-{self.seed}-{number}-{each}" for each in share_of(list(range(len(chosen))))]
+        size, again = self.config.group_size, 0
+        asked = requests(self.encoder, prompts, seeds)
+        completions = self.rollout.generate(asked, size, self.decoding)
+        for attempt in range(self.config.resample_rounds if self.config.zero_variance == "resample" else 0):
+            flat = without_differences(score_groups(prompts, completions, self.rewards).total, size)
+            if not flat:
+                break
+            once_more = [replace(asked[i], seed=f"{seeds[i]}-again-{attempt}") for i in flat]
+            fresh = self.rollout.generate(once_more, size, self.decoding)
+            again += len(flat)
+            for i, group in zip(flat, fresh, strict=True):
+                completions[i] = group
+        check_fresh(completions, self.version)
+        return prompts, [request.encoded for request in asked], completions, again
+
+    def _score(
+        self,
+        number: int,
+        prompts: list[Prompt],
+        encoded: list[Any],
+        completions: list[list[Completion]],
+        resampled: int,
+    ) -> RolloutBatch:
+        scores, advantages = compare(
+            score_groups(prompts, completions, self.rewards),
+            {name: reward.weight for name, reward in self.rewards.items()},
+            self.config.group_size,
+            self.config.scale_rewards,
+            self.config.multi_objective_aggregation,
+            self.seed * 1_000_003 + number if self.config.shuffle_rewards else None,
+        )
+        groups = [Group(e, tuple(c.ids for c in group)) for e, group in zip(encoded, completions, strict=True)]
+        return RolloutBatch(prompts, groups, completions, scores, advantages, resampled)
+
+    def _counts(self) -> dict[str, float]:
+        """What rewards that keep accounts did for this update, over all ranks."""
+        own: dict[str, float] = {}
+        for reward in self.rewards.values():
+            if isinstance(reward.function, StatefulReward):
+                own |= reward.function.metrics()
+        ranks = gather(own)
+        return {name: sum(counts[name] for counts in ranks) for name in own}
+
+    def _update(self, update: int, first: bool) -> dict[str, float]:
+        """Gradients of all groups, then the optimiser step."""
+        rollouts, weights, parts = self.current, self._weights(), self._parts()
+        # gradients are reduced across ranks in every backward, so all ranks must make the same number of them
+        forwards = max(1, max(gather(len(parts))))
+        measured = Measured()
+        for number in range(forwards):
+            part = parts[number] if number < len(parts) else []
+            shown = part or [0]  # without a part left, a forward in which nothing counts
+            groups = [rollouts.groups[i] for i in shown]
+            packed = self._pack(groups)
+            logps, entropy = self.engine(packed)
+            inputs = self._loss_inputs(shown, weights[shown] * bool(part), packed, logps, first)
+            outputs = self._loss(inputs)
+            # DeepSpeed averages gradients over ranks, the loss is a sum over them
+            self.engine.backward(outputs.loss * world(), last=number + 1 == forwards)
+            if part:
+                gap = inputs.old_logps - rollouts.sampled_logps(shown).to(logps)
+                measured.add(inputs, outputs, entropy, gap, first)
+                measured.tokens(sum(len(g.prompt.ids) + len(c) for g in groups for c in g.completions), packed.tokens)
+        return {**measured.over_ranks(), **self.engine.step(update)}
+
+    def _weights(self) -> torch.Tensor:
+        """What a token of each completion counts. Shape: [n, G]."""
+        config = self.config
+        lengths = self.current.lengths(config.mask_truncated_completions)
+        return token_weights(
+            config.loss_type,
+            lengths,
+            config.group_size,
+            completions=config.prompts_per_update * config.group_size,
+            tokens=sum(gather(int(lengths.sum()))),
+            max_tokens=self.decoding.max_tokens,
+        ).view(-1, config.group_size)
+
+    def _parts(self) -> list[list[int]]:
+        """The groups of each forward."""
+        config, rollouts = self.config, self.current
+        flat = rollouts.flat(config.multi_objective_aggregation) if config.zero_variance == "skip" else set()
+        live = [i for i in range(len(rollouts.groups)) if i not in flat]
+        sizes = [shared_tokens(group) for group in rollouts.groups]
+        return within_budget(live, sizes.__getitem__, config.tokens_per_forward, config.prompts_per_forward)
+
+    def _loss_inputs(
+        self, shown: list[int], weights: torch.Tensor, packed: Packed, logps: torch.Tensor, first: bool
+    ) -> LossInputs:
+        old, reference = self._earlier_logps(shown, packed, logps, first)
+        correction, mode = None, self.config.importance_correction
+        if mode != "none":
+            sampled = self.current.sampled_logps(shown).to(logps)
+            cap = self.config.importance_cap
+            correction = importance_correction(old, sampled, packed.owner, packed.completions, mode, cap)
+        return LossInputs(
+            logps=logps,
+            old_logps=old,
+            ref_logps=reference,
+            advantages=self.current.advantages[shown].flatten().to(logps),
+            weights=weights.flatten().to(logps.device),
+            owner=packed.owner,
+            correction=correction,
+        )
+
+    def _loss(self, inputs: LossInputs) -> LossOutputs:
+        config = self.config
+        return policy_loss(
+            inputs,
+            config.epsilon,
+            config.epsilon if config.epsilon_high is None else config.epsilon_high,
+            config.beta,
+            config.importance_sampling_level,
+            config.use_bias_correction_kl,
+        )
+
+    def _pack(self, groups: Sequence[Group]) -> Packed:
+        impl = self.config.impl
+        if impl == "auto":
+            saved = plain_tokens(groups) / sum(shared_tokens(group) for group in groups)
+            impl = "shared" if saved >= WORTHWHILE else "plain"
+        if impl == "plain":
+            return pack_plain(groups, self.vlm.family, self.vlm.pad, self.vlm.device)
+        return pack_shared(groups, self.vlm.family, self.vlm.device)
+
+    def _earlier_logps(
+        self, shown: list[int], packed: Packed, logps: torch.Tensor, first: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Of the policy that sampled and of the reference: computed by the first update over a batch, then recalled."""
+        rollouts, penalised = self.current, self.config.beta > 0
+        if not first and all(i in rollouts.old_logps for i in shown):
+            old = torch.cat([rollouts.old_logps[i] for i in shown])
+            return old, torch.cat([rollouts.reference_logps[i] for i in shown]) if penalised else None
+        old, reference = logps.detach(), None
+        if penalised:
+            # a later update only comes here with a forward in which nothing counts
+            reference = self._reference_logps(packed) if first else old
+        if self.config.num_iterations > 1 and first:
+            counts = [sum(len(c) for c in rollouts.groups[i].completions) for i in shown]
+            rollouts.old_logps.update(zip(shown, old.split(counts), strict=True))
+            if reference is not None:
+                rollouts.reference_logps.update(zip(shown, reference.split(counts), strict=True))
+        return old, reference
+
+    @torch.no_grad()
+    def _reference_logps(self, packed: Packed) -> torch.Tensor:
+        if self.frozen is not None:
+            return self.frozen(packed, False)[0]
+        slots = self.vlm.slots
+        with self.vlm.model.disable_adapter(), nullcontext() if slots is None else slots.as_begun():
+            return self.engine(packed, False)[0]
+
+    @torch.no_grad()
+    def _self_check(self, group: Group) -> None:
+        """Refuse to train if the shared forward and the plain one disagree on real data."""
+        shared, _ = self.engine(pack_shared([group], self.vlm.family, self.vlm.device))
+        plain, _ = self.engine(pack_plain([group], self.vlm.family, self.vlm.pad, self.vlm.device))
+        difference = float((shared - plain).abs().mean())
+        allowed = TOLERANCE[self.vlm.model.dtype]
+        if not difference <= allowed:
+            raise RuntimeError(
+                f"the shared-prefix forward differs from the plain one by {difference:.2g} nats (allowed:"
+                f" {allowed:.0e}); train with trainer.impl=plain and report this model"
+            )
+        self.checked = True

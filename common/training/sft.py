@@ -1,0 +1,107 @@
+"""Supervised fine-tuning on the labels: the baseline of CLS-RL, on the same engine and the same forward as GRPO.
+
+Loss: mean cross-entropy per token over the update. `answer` counts the label's tokens and the end of sequence;
+`everything` is what the CLS-RL authors' code does: it also counts the prompt, image tokens excepted, and behind the
+label the header of one more, empty reply.
+
+Shapes: T scored tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.config.schema import TrainerConfig
+from common.forward.logprobs import PolicyScorer
+from common.forward.packing import Group, micro_batches, pack_shared, score_prompts
+from common.models.encoder import Encoder
+from common.models.vlm import VLM, after_reply
+from common.rollout.base import Rollout
+from common.runtime.distributed import gather, share_of, world
+from common.training.base import Step
+from common.training.engine import Engine, EngineTrainer, zero_stage
+from common.training.schedule import Epochs, batch
+
+
+class SFTTrainer(EngineTrainer):
+    """One `step` per update over `prompts_per_update` labelled images."""
+
+    def __init__(
+        self,
+        *,
+        vlm: VLM,
+        encoder: Encoder,
+        rollout: Rollout,
+        prompts: Epochs,
+        loss: str,
+        config: TrainerConfig,
+        deepspeed: dict[str, Any],
+        updates: int,
+        seed: int,
+        resume: Path | None = None,
+        done: int = 0,
+        reply: Callable[[str], str] = str,
+    ) -> None:
+        """`reply`: from a label to the text that answers it. `rollout`: for evaluations. The rest as for GRPO."""
+        self.rollout, self.version = rollout, done
+        self.reply, self.vocabulary = reply, vlm.model.get_output_embeddings().weight.shape[0]
+        self.vlm, self.encoder, self.prompts = vlm, encoder, prompts
+        self.loss, self.config, self.seed = loss, config, seed
+        self.tokens = 0.0
+        in_step = zero_stage(deepspeed) == 3
+        scorer = PolicyScorer(vlm.model, vlm.banned, temperature=1.0, chunk=1024, in_step=in_step).to(vlm.device)
+        self.engine = Engine(scorer, config, deepspeed, updates, resume)
+
+    def step(self, update: int) -> Step:
+        """One update."""
+        start = time.perf_counter()
+        chosen = batch(update, self.config.prompts_per_update, len(self.prompts), self.seed)
+        prompts = share_of([self.prompts(epoch)[i] for epoch, i in chosen])
+        with self.engine.whole_weights():  # image features may have to be computed
+            encoded = self.encoder(prompts)
+        targets = [target(self.vlm, self.reply(prompt.label), self.loss) for prompt in prompts]
+        groups = [Group(e, (ids,)) for e, ids in zip(encoded, targets, strict=True)]
+        packs = [
+            pack_shared(part, self.vlm.family, self.vlm.device)
+            for part in micro_batches(groups, self.config.prompts_per_forward)
+        ]
+        if self.loss == "everything":
+            packs = [score_prompts(packed, self.vlm.banned, self.vocabulary) for packed in packs]
+        tokens = sum(gather(sum(len(packed.targets) for packed in packs)))
+        self.tokens += float(sum(gather(sum(packed.tokens for packed in packs))))
+        total, entropy, right = 0.0, 0.0, 0.0
+        for number, packed in enumerate(packs):
+            logps, entropies = self.engine(packed)
+            loss = -logps.sum() / tokens
+            self.engine.backward(loss * world(), last=number + 1 == len(packs))
+            total, entropy = total + float(loss.detach()), entropy + float(entropies.sum()) / tokens
+            right += float((logps.detach().exp()).sum()) / tokens
+        sums = gather((total, entropy, right))
+        metrics = {
+            "loss": sum(s[0] for s in sums),
+            "entropy": sum(s[1] for s in sums),
+            "mean_token_probability": sum(s[2] for s in sums),
+            "num_tokens": self.tokens,
+            "epoch": (update + 1) * self.config.prompts_per_update / len(self.prompts),
+            **self.engine.step(update),
+        }
+        self.version = update + 1
+        return Step(metrics, {"update": time.perf_counter() - start}, [])
+
+
+def target(vlm: VLM, reply: str, loss: str) -> torch.Tensor:
+    """Token ids of a reply and of what ends it. Shape: [T].
+
+    With `everything` the header of another reply follows: the CLS-RL authors' code applies the chat template with
+    `add_generation_prompt=True` to the finished conversation.
+    """
+    tokenizer = vlm.processor.tokenizer
+    if loss == "everything":
+        reply += after_reply(vlm.processor, header=True)
+        return torch.tensor(tokenizer(reply, add_special_tokens=False)["input_ids"])
+    return torch.tensor([*tokenizer(reply, add_special_tokens=False)["input_ids"], vlm.end_of_turn])

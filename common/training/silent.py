@@ -1,0 +1,39 @@
+"""Rewards that say nothing: what pays everybody or nobody cannot teach. Pure functions of what updates report.
+
+A reward's metrics are its mean and deviation over the samples of an update (`rewards/<name>/mean`, `.../std`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+FIX = {
+    "nobody": "the model never does what it asks for, so raising its weight changes nothing: begin with SFT on replies"
+    " that earn it (model.path=<that run>/model), use an easier reward first or another method, or leave it out with"
+    " ~rewards.{name}",
+    "everybody": "there is nothing left to learn from it; leave it out with ~rewards.{name}, or ask for more",
+}
+
+
+def silent_rewards(updates: Sequence[Mapping[str, float]]) -> dict[str, str]:
+    """Rewards that paid all samples of all these updates the same: `nobody` if that was 0, else `everybody`.
+
+    >>> first = {"rewards/format/mean": 0.0, "rewards/format/std": 0.0, "rewards/a/mean": 0.5, "rewards/a/std": 0.5}
+    >>> silent_rewards([first, {**first, "rewards/a/mean": 1.0, "rewards/a/std": 0.0}])
+    {'format': 'nobody'}
+    >>> silent_rewards([{"rewards/b/mean": 1.0, "rewards/b/std": 0.0}]), silent_rewards([{"loss": 0.0}])
+    ({'b': 'everybody'}, {})
+    """
+    means = {key for row in updates for key in row if key.startswith("rewards/") and key.endswith("/mean")}
+    silent = {}
+    for name in sorted(key.split("/")[1] for key in means):
+        mean, std = (f"rewards/{name}/{which}" for which in ("mean", "std"))
+        rows = [(row[mean], row[std]) for row in updates if mean in row]
+        if all(deviation == 0 for _, deviation in rows) and len({mean for mean, _ in rows}) == 1:
+            silent[name] = "everybody" if rows[0][0] else "nobody"
+    return silent
+
+
+def fix(name: str, whom: str) -> str:
+    """What would help against a reward that paid `nobody` or `everybody`."""
+    return FIX[whom].format(name=name)

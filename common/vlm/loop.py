@@ -1,0 +1,153 @@
+"""The loop over the updates of a training: step, record, evaluate now and then, write checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from common.config.schema import Config, GRPOConfig
+from common.evaluation.evaluate import Evaluation, Predictor, during_training, watched
+from common.run.checkpoint import Checkpoints, State, seed_generators
+from common.run.recorder import Recorder
+from common.runtime.distributed import gather, rank, world
+from common.runtime.interrupt import Interrupted, requested
+from common.runtime.progress import bar
+from common.training.base import Step, Trainer
+from common.training.silent import fix, silent_rewards
+from common.types import UserError
+
+log = logging.getLogger(__name__)
+WARN_AFTER = 10  # updates
+
+
+def train(
+    predictor: Predictor,
+    trainer: Trainer,
+    updates: int,
+    config: Config,
+    checkpoints: Checkpoints,
+    recorder: Recorder,
+    save: Callable[[Path], None],
+) -> None:
+    """Make the updates that are still to be made. All ranks call it together.
+
+    Args:
+        predictor: Is evaluated meanwhile, with the trainer's weights.
+        trainer: Begins where `checkpoints` goes on.
+        updates: Of the whole training.
+        config: Of the run.
+        checkpoints: Of the run.
+        recorder: Is told about every update and evaluation.
+        save: Writes weights and optimizer state of this rank into a folder.
+    """
+    state, best, done = checkpoints.state, None, 0
+    seed_generators(config.seed)
+    if state is not None:
+        checkpoints.restore_generators(config.seed)
+        done, best, trainer.tokens = state.update, state.best, state.tokens
+    iterations = config.trainer.num_iterations if isinstance(config.trainer, GRPOConfig) else 1
+    watch = Watch(recorder.files.read_log("metrics.jsonl"))
+    with bar(f"training ({config.method['name']})", updates, done) as shown, requested() as interruption:
+        for number in range(done + 1, updates + 1):
+            step = trainer.step(number - 1)
+            check_finite(step.metrics, number)
+            last, evaluation = number == updates, None
+            if is_due(config, number, last):
+                evaluation = _evaluate(predictor, step, config.trainer.evaluate_limit)
+            recorder.update(number, step, last)
+            watch.see(step.metrics)
+            better = False
+            if evaluation is not None:
+                recorder.evaluation(number, evaluation)
+                accuracy = evaluation.summary[watched(predictor.questions)].accuracy
+                better = best is None or accuracy > best[1]
+                best = (number, accuracy) if better else best
+            shown.advance(note(step.metrics, best, watch.silent))
+            # a batch that is half used is not saved, so a request waits for its end
+            stopping = any(gather(interruption.made)) and number % iterations == 0
+            if better or last or stopping or (config.checkpoint.every and number % config.checkpoint.every == 0):
+                recorder.flush(number)
+                here = State(
+                    update=number,
+                    tokens=trainer.tokens,
+                    best=best,
+                    ranks=world(),
+                    seed=config.seed,
+                    tracker=recorder.tracker.id,
+                    began_from=checkpoints.began_from,
+                    lines=recorder.files.lengths(),
+                    seconds=recorder.clock.elapsed(),
+                )
+                checkpoints.write(here, save)
+            if stopping and not last:
+                raise Interrupted(f"stopped after update {number} of {updates}; the same command continues it")
+
+
+def is_due(config: Config, number: int, last: bool) -> bool:
+    """Whether the watched split is evaluated after this update.
+
+    After the last one all splits are evaluated anyway, and before that only to choose the best.
+    """
+    every = config.trainer.evaluate_every
+    return bool(every) and (config.evaluate == "best" if last else number % every == 0)
+
+
+def note(metrics: dict[str, float], best: tuple[int, float] | None, silent: Mapping[str, str] | None = None) -> str:
+    """What the bar says: the mean reward or the loss of an update, the best accuracy so far, and silent rewards.
+
+    >>> note({"reward": 0.5312, "loss": 0.1}, (20, 0.8123), {"format": "nobody"}), note({"loss": 1.25}, None)
+    ('reward 0.531 · best accuracy 81.2 % · format paid nobody', 'loss 1.250')
+    """
+    name = "reward" if "reward" in metrics else "loss"
+    said = [f"{name} {metrics[name]:.3f}"] if name in metrics else []
+    said += [f"best accuracy {100 * best[1]:.1f} %"] if best else []
+    return " · ".join(said + [f"{name} paid {whom}" for name, whom in (silent or {}).items()])
+
+
+class Watch:
+    """Warns once, after WARN_AFTER batches of completions, of rewards that paid nobody or everybody so far.
+
+    silent: those that still do; empty before.
+    """
+
+    def __init__(self, earlier: Sequence[dict[str, float]]) -> None:
+        """`earlier`: what the updates of earlier attempts reported."""
+        self.seen = [row for row in earlier if "reward" in row]
+        self.silent = silent_rewards(self.seen) if len(self.seen) >= WARN_AFTER else {}
+
+    def see(self, metrics: dict[str, float]) -> None:
+        """One update."""
+        if "reward" not in metrics:  # it repeats a batch
+            return
+        self.seen.append(metrics)
+        if len(self.seen) > WARN_AFTER:  # one that has once paid some is silent no more
+            still = silent_rewards([self.seen[0], metrics])
+            self.silent = {name: whom for name, whom in self.silent.items() if name in still}
+        elif len(self.seen) == WARN_AFTER:
+            self.silent = silent_rewards(self.seen)
+            for name, whom in self.silent.items() if rank() == 0 else ():
+                log.warning("reward '%s' paid %s in %d updates: %s", name, whom, WARN_AFTER, fix(name, whom))
+
+
+def _evaluate(predictor: Predictor, step: Step, limit: int | None) -> Evaluation:
+    """Evaluate the watched split; the time is noted in the step."""
+    clock = time.perf_counter()
+    evaluation = during_training(predictor, limit)
+    step.seconds["evaluation during training"] = time.perf_counter() - clock
+    return evaluation
+
+
+def check_finite(metrics: dict[str, float], number: int) -> None:
+    """Stop at the first NaN or infinity; nothing of that update is recorded, and the last checkpoint stays as it is.
+
+    Raises:
+        UserError: Names the update and the metrics.
+    """
+    if bad := sorted(name for name, value in metrics.items() if not math.isfinite(value)):
+        raise UserError(
+            f"update {number}: {', '.join(bad)} not finite; training stopped, checkpoints before it are good. Lower"
+            " trainer.learning_rate or trainer.grad_clip, or use model.dtype=float32, under another run_name"
+        )

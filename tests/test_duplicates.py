@@ -1,0 +1,231 @@
+"""Pictures that a task has twice: which are found, what is read for it, and what a run makes of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.spatial.distance import cdist
+
+from common.config.composition import plain, signature, validate
+from common.data import duplicates, manifest, pictures, task
+from common.data.digits import Digits
+from common.types import Item, Split, Task, UserError
+
+
+def on_all(work, keys):
+    return {key: work(key) for key in keys}
+
+
+class Stored:
+    """Pictures as bytes, which remember what was read of them."""
+
+    def __init__(self, **contents):
+        self.contents, self.parts, self.wholes = contents, set(), set()
+
+    def size(self, image):
+        return len(self.contents[image])
+
+    def content(self, image, start=0, length=None):
+        (self.wholes if length is None else self.parts).add(image)
+        return self.contents[image][start:][:length]
+
+
+def test_only_what_could_be_the_same_is_read():
+    big = bytes(duplicates.SAMPLE)
+    images = Stored(
+        alone=b"x" * 7,
+        same=b"head" + big + b"tail" + big,
+        copy=b"head" + big + b"tail" + big,
+        other_end=b"head" + big + b"tail" + big[:-1] + b"!",
+        other_middle=b"head" + big + b"tale" + big,
+    )
+    assert duplicates.identical(images, list(images.contents), on_all) == [("same", "copy")]
+    assert images.parts == {"same", "copy", "other_end", "other_middle"}, "a size of its own is enough"
+    assert images.wholes == {"same", "copy", "other_end"}, "the middle tells most of the others apart"
+
+
+def test_groups_may_have_more_than_two_and_keep_the_order():
+    images = Stored(a=b"1", b=b"2", c=b"1", d=b"2", e=b"1", f=b"3")
+    assert duplicates.identical(images, list("fedcba"), on_all) == [("e", "c", "a"), ("d", "b")]
+
+
+def test_digits_are_compared_by_their_pixels():
+    keys = [str(number) for number in range(1797)]
+    assert Digits().size("0") == 64 and len(Digits().content("0")) == 64 == 2 * len(Digits().content("0", 32))
+    assert duplicates.identical(Digits(), keys, on_all) == []
+
+
+def fields(*rows):
+    """A picture of the size that is compared, of these grey levels."""
+    return Image.fromarray(np.array(rows, np.uint8))
+
+
+def test_the_bits_of_a_difference_hash():
+    up = list(range(0, 90, 10))  # nine fields, each brighter than the one before: eight ones
+    zigzag = [0, 100, 0, 100, 0, 100, 0, 100, 0]
+    found = duplicates.difference_hash(fields(up, up[::-1], zigzag, *[[50] * 9] * 5))
+    assert found == bytes([0b11111111, 0b00000000, 0b10101010, 0, 0, 0, 0, 0])
+
+
+@pytest.mark.parametrize(("levels", "hashed"), [(8, True), (7, False), (0, False)])
+def test_a_picture_of_one_colour_has_no_hash(levels, hashed):
+    grey = np.full((8, 9), 100)
+    grey[:, 4:] += levels
+    assert (duplicates.difference_hash(fields(*grey)) is not None) == hashed
+
+
+def test_pairs_that_look_alike_equal_scipy(monkeypatch):
+    monkeypatch.setattr(duplicates, "CHUNK", 7)
+    rng = np.random.default_rng(0)
+    bits = rng.random((40, 64)) < 0.5
+    for row in range(20):  # the others are near to these: in as many bits as the number of the row, or fewer
+        bits[20 + row] = bits[row] ^ np.isin(np.arange(64), rng.integers(0, 64, row))
+    hashes = {str(row): np.packbits(one).tobytes() for row, one in enumerate(bits)} | {"flat": None}
+    distances = cdist(bits, bits, "hamming") * 64
+    for distance in (0, 4, 10):
+        expected = {(str(a), str(b)) for a, b in np.argwhere(distances <= distance + 1e-9) if a < b}
+        assert set(duplicates.alike(hashes, distance)) == expected and expected
+    assert duplicates.alike({"flat": None}) == []
+
+
+def photo(seed, size=(96, 64)):
+    """Something with shapes, unlike noise: eight blurred fields by eight."""
+    fields = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(fields).resize(size, Image.Resampling.BICUBIC)
+
+
+def test_other_sizes_and_qualities_look_alike_and_other_photos_do_not(tmp_path):
+    photo(1).save(tmp_path / "poor.jpg", quality=30)
+    with Image.open(tmp_path / "poor.jpg") as poor:
+        variants = {
+            "small": photo(1).resize((48, 32)),
+            "square": photo(1).resize((70, 70)),
+            "poor": poor.convert("RGB"),
+        }
+    hashes = {name: duplicates.difference_hash(one) for name, one in {"photo": photo(1), **variants}.items()}
+    others = {f"other {seed}": duplicates.difference_hash(photo(seed)) for seed in range(2, 60)}
+    assert len(duplicates.alike(hashes)) == 6, "all pairs of four"
+    assert duplicates.alike(others | {"photo": hashes["photo"]}) == []
+
+
+def split(*items, names=("cat", "dog")):
+    return Split(tuple(Item(image, names.index(name), name) for image, name in items), names, "?", "?")
+
+
+CASES = {
+    "training and test": ("a/1 a/5", {"train_and_test"}),
+    "training and val": ("a/1 a/4", {"train_and_test"}),
+    "training alone": ("a/1 a/2", set()),
+    "test alone": ("a/5 a/6", set()),
+    "two labels in training": ("a/1 a/3", {"two_labels"}),
+    "two labels in test": ("a/5 a/7", {"two_labels"}),
+    "both": ("a/1 a/7", {"train_and_test", "two_labels"}),
+    "three": ("a/2 a/3 a/6", {"train_and_test", "two_labels"}),
+    "another dataset's name": ("a/5 b/1", set()),
+    "another dataset has two": ("a/5 b/1 b/2", {"two_labels"}),
+    "training and another dataset": ("a/1 b/1", {"train_and_test"}),
+}
+
+
+@pytest.mark.parametrize(("group", "kinds"), CASES.values(), ids=CASES)
+def test_which_groups_a_result_should_know_of(group, kinds):
+    """1 to 3 are trained, 4 is watched, 5 to 7 and another dataset's are tested."""
+    evaluation = {
+        "val": split(("a/4", "cat")),
+        "test": split(("a/5", "cat"), ("a/6", "cat"), ("a/7", "dog")),
+        "b": split(("b/1", "lion"), ("b/2", "cat"), names=("cat", "lion")),
+    }
+    train = split(("a/1", "cat"), ("a/2", "cat"), ("a/3", "dog"))
+    found = duplicates.troubling(Task(train, evaluation, Digits(), "", {}), [tuple(group.split())])
+    assert found == {kind: [group.split()] for kind in kinds}
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Four photos of each of two classes in training and in test, one of them in both, one under two labels."""
+    root = tmp_path / "photos"
+    for part, start in (("train", 0), ("test", 4)):
+        for label, name in enumerate(("cat", "dog")):
+            (root / part / name).mkdir(parents=True)
+            for number in range(start, start + 4):
+                photo(100 * label + number).save(root / part / name / f"{number}.png")
+    shutil.copy(root / "train/cat/0.png", root / "test/cat/copy.png")
+    shutil.copy(root / "test/dog/4.png", root / "test/cat/other.png")
+    photo(1).resize((48, 32)).save(root / "test/cat/small.jpg")
+    return root
+
+
+TRAIN_AND_TEST = ["folder/train/cat/0.png", "folder/test/cat/copy.png"]
+TWO_LABELS = ["folder/test/cat/other.png", "folder/test/dog/4.png"]
+LOOK_ALIKE = ["folder/train/cat/1.png", "folder/test/cat/small.jpg"]
+
+
+@pytest.fixture
+def configured(compose, root, tmp_path):
+    def get(*overrides):
+        base = ["data=folder", f"data.folder={root}", "shots=4", f"cache_dir={tmp_path / 'cache'}"]
+        return validate(compose(*base, *overrides))
+
+    return get
+
+
+def test_a_run_warns_and_its_manifest_names_all(configured, capsys, tmp_path):
+    found = pictures.readable(configured())
+    bad = found.manifest["left_out"]
+    assert found.manifest["duplicates"] == {"train_and_test": [TRAIN_AND_TEST], "two_labels": [TWO_LABELS]} and not bad
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "warning" in line and all(image in line for image in (*TRAIN_AND_TEST, *TWO_LABELS))
+    path = tmp_path / "manifest.json"
+    manifest.write(found.manifest, path)
+    assert json.loads(path.read_text())["duplicates"] == found.manifest["duplicates"]
+    manifest.verify(path, task.build(configured()).manifest)  # what was found is no part of the task
+
+
+def test_pictures_that_look_alike_are_an_option(configured):
+    found = pictures.readable(configured("data.near_duplicates=true")).manifest["duplicates"]
+    assert found == {
+        "train_and_test": [TRAIN_AND_TEST],
+        "two_labels": [TWO_LABELS],
+        "near_train_and_test": [LOOK_ALIKE],
+    }
+
+
+def test_a_run_can_refuse(configured):
+    with pytest.raises(UserError, match="data.duplicates=refuse: identical.*cat/copy.png.*data.duplicates=warn"):
+        pictures.readable(configured("data.duplicates=refuse"))
+
+
+def test_a_run_can_ignore(configured, capsys, monkeypatch):
+    monkeypatch.setattr(duplicates, "identical", None)  # nothing is even looked for
+    assert "duplicates" not in pictures.readable(configured("data.duplicates=ignore")).manifest
+    assert capsys.readouterr().err == ""
+
+
+def test_photos_that_are_not_asked_about_do_not_matter(configured, root):
+    (root / "test/cat/copy.png").unlink()
+    (root / "test/cat/other.png").unlink()
+    for number in range(4):  # of the eight photos of the class, a seed picks one
+        shutil.copy(root / f"train/cat/{number}.png", root / f"train/cat/again{number}.png")
+    assert "duplicates" not in pictures.readable(configured("shots=1")).manifest
+
+
+def test_the_choice_is_no_part_of_the_result(compose):
+    choices = ["data.duplicates=refuse", "data.near_duplicates=true", "data.own_photos=true"]
+    assert signature(plain(compose())) == signature(plain(compose(*choices)))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.duplicates=delete"], "data.duplicates=delete: choose one of warn, refuse, ignore"),
+        (["data.duplicates=ignore", "data.near_duplicates=true"], "data.near_duplicates=true needs data.duplicates="),
+    ],
+    ids=["unknown", "contradiction"],
+)
+def test_wrong_choices(compose, overrides, message):
+    with pytest.raises(UserError, match=message):
+        validate(compose(*overrides))

@@ -1,0 +1,201 @@
+"""Ctrl-C: the first press ends a run after its update and the same command goes on, the second stops at once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+
+from common.config.composition import validate
+from common.run.checkpoint import Checkpoints, read_state
+from common.run.recorder import Recorder
+from common.run.run_folder import RunFolder
+from common.run.tracking import NullTracker
+from common.runtime.interrupt import Interrupted, requested
+from common.runtime.stopwatch import Stopwatch
+from common.training.base import Step
+from common.types import UserError
+from common.vlm import loop
+from tests.conftest import REPOSITORY
+
+
+def press():
+    signal.raise_signal(signal.SIGINT)
+
+
+class Counting:
+    """A trainer whose only weight is the number of its updates; Ctrl-C comes during update `at`, `times` times."""
+
+    def __init__(self, done=0, at=0, times=1):
+        self.tokens, self.weight, self.at, self.times = 0.0, done, at, times
+
+    def step(self, update):
+        assert update == self.weight, "updates follow each other"
+        if update + 1 == self.at:
+            for _ in range(self.times):
+                press()
+        self.weight, self.tokens = update + 1, 10.0 * (update + 1)
+        return Step({"reward": 0.5, "num_tokens": self.tokens}, {"update": 0.0}, [])
+
+    @contextmanager
+    def sampling(self):
+        yield
+
+
+def attempt(config, folder, updates=4, **when):
+    """One attempt of a run in a folder; what the loop raised, and the trainer."""
+    checkpoints = Checkpoints(folder / "checkpoints", 2)
+    trainer = Counting(0 if checkpoints.state is None else checkpoints.state.update, **when)
+    folder.mkdir(exist_ok=True)
+    recorder = Recorder(RunFolder(folder), NullTracker(), 1, Stopwatch(), checkpoints.state)
+
+    def save(path):
+        (path / "weight").write_text(str(trainer.weight))
+
+    raised = None
+    try:
+        loop.train(SimpleNamespace(questions=None), trainer, updates, config, checkpoints, recorder, save)
+    except Interrupted as stop:
+        raised = stop
+    finally:
+        recorder.close(failed=raised is not None)
+    return raised, trainer, checkpoints
+
+
+@pytest.fixture
+def config(compose):
+    return validate(compose("trainer.evaluate_every=0", "checkpoint.every=0"))
+
+
+def test_pressed_once_the_run_stops_after_its_update_and_goes_on_to_the_same_end(config, tmp_path, capsys):
+    before = signal.getsignal(signal.SIGINT)
+    assert attempt(config, tmp_path / "whole")[0] is None
+    capsys.readouterr()
+    raised, _, checkpoints = attempt(config, tmp_path / "run", at=2)
+    assert "update 2 of 4" in str(raised) and "same command" in str(raised)
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1, "one line says that it is stopping"
+    assert checkpoints.latest().name == "step-000002" and read_state(checkpoints.latest()).update == 2
+    raised, trainer, checkpoints = attempt(config, tmp_path / "run")
+    assert raised is None and trainer.weight == 4
+    for name in ("metrics.jsonl", "checkpoints/step-000004/weight"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert signal.getsignal(signal.SIGINT) is before, "outside a training Ctrl-C is Python's own"
+
+
+def test_pressed_twice_the_run_stops_at_once(config, tmp_path):
+    raised, trainer, checkpoints = attempt(config, tmp_path / "run", at=2, times=2)
+    assert "at once" in str(raised) and trainer.weight == 1, "the second update was not finished"
+    assert checkpoints.latest() is None
+
+
+def test_a_batch_that_is_half_used_is_finished_first(config, tmp_path):
+    config.trainer.num_iterations = 3
+    raised, trainer, checkpoints = attempt(config, tmp_path / "run", updates=9, at=4)
+    assert trainer.weight == 6 and "update 6 of 9" in str(raised)
+    assert checkpoints.latest().name == "step-000006"
+
+
+def test_pressed_in_the_last_update_the_run_just_ends(config, tmp_path):
+    raised, trainer, _ = attempt(config, tmp_path / "run", at=4)
+    assert raised is None and trainer.weight == 4
+
+
+def test_what_another_rank_was_told_counts(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "gather", lambda mine: [mine, True])
+    raised, trainer, _ = attempt(config, tmp_path / "run")
+    assert trainer.weight == 1 and "update 1 of 4" in str(raised)
+
+
+def test_a_request_alone():
+    with requested() as request:
+        assert not request.made
+        press()
+        assert request.made
+        with pytest.raises(Interrupted):
+            press()
+
+
+@pytest.mark.parametrize(
+    "stop", [Interrupted("stopped after update 2 of 4"), KeyboardInterrupt()], ids=["asked", "raw"]
+)
+def test_the_command_exits_130_with_one_line(monkeypatch, tmp_path, capsys, stop):
+    from hydra.core.global_hydra import GlobalHydra
+
+    import run
+
+    def job(cfg, folder):
+        raise stop
+
+    GlobalHydra.instance().clear()
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # Hydra adds one that would outlive the test
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # as run.run sets it
+    monkeypatch.setattr(run, "job", job)
+    monkeypatch.setattr(
+        sys, "argv", ["run.py", "--config-path", str(REPOSITORY / "conf"), f"hydra.run.dir={tmp_path / 'mine'}"]
+    )
+    with pytest.raises(SystemExit) as ended:
+        run.main()
+    assert ended.value.code == 130
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("mine: ") and "stopped" in line
+
+
+@pytest.mark.parametrize(
+    ("raised", "wanted"),
+    [
+        (Interrupted("stopped after update 2"), Interrupted),
+        (KeyboardInterrupt(), Interrupted),
+        (UserError("x"), UserError),
+    ],
+)
+def test_a_rank_leaves_the_message_to_its_catcher(monkeypatch, compose, tmp_path, capsys, raised, wanted):
+    from common import launch, pipeline
+
+    def stopped(*_):
+        raise raised
+
+    monkeypatch.setattr(pipeline, "run", stopped)
+    hydras = logging.StreamHandler(sys.stdout)  # Hydra leaves one, which must not say it a second time
+    monkeypatch.setattr(logging.getLogger(), "handlers", [*logging.getLogger().handlers, hydras])
+    handlers = list(logging.getLogger().handlers)
+    with pytest.raises(wanted):
+        launch.worker(validate(compose()), {}, tmp_path)
+    assert capsys.readouterr() == ("", ""), "who catches it prints it, once"
+    logged = (tmp_path / "run.log").read_text()
+    assert "ERROR" in logged and "Traceback" not in logged
+    assert set(logging.getLogger().handlers) == set(handlers)
+
+
+@pytest.mark.slow
+def test_ctrl_c_on_the_command_line(untrained_folder, tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, "run.py", "model.recipe=null", f"model.path={untrained_folder}", "shots=170"]
+    command += ["trainer.updates=2000", "trainer.evaluate_every=0", "label_scoring=false", "tracking=none"]
+    command += ["rollout.max_completion_tokens=4", f"hydra.run.dir={folder}", f"cache_dir={tmp_path / 'cache'}"]
+    command += ["+rewards.short={weight:1.0,fn:tests.rewards.shorter}", "doctor=false"]
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
+    )
+    try:
+        until = time.monotonic() + 240
+        log = folder / "metrics.jsonl"
+        while not (log.is_file() and '"reward"' in log.read_text()):
+            assert process.poll() is None and time.monotonic() < until, process.stderr.read()
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        printed, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "Traceback" not in errors and "[rank" not in errors
+    assert (printed + errors).count("the same command continues it") == 1, printed
+    updates = [row["step"] for row in map(json.loads, log.read_text().splitlines()) if "reward" in row]
+    assert (folder / "checkpoints" / f"step-{updates[-1]:06d}" / "state.json").is_file()

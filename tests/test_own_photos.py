@@ -1,0 +1,220 @@
+"""Folders of photos as cameras, servers and archives leave them: litter, links, and parts under many names."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from common.data import folder, imagenet
+from common.data.layout import parts_by_name
+from common.data.listing import files, subfolders
+from common.data.litter import reason
+from common.data.location import Location
+from common.types import UserError
+
+
+def photos(root, *paths):
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(b"x")
+    return root
+
+
+def read(root):
+    return folder.read(Location("folder", root, root))
+
+
+def keys(items):
+    return [item.image.removeprefix("folder/") for item in items]
+
+
+CLASSES = ("cat/1.jpg", "cat/2.jpg", "dog/1.jpg", "dog/2.jpg")
+SERVERS = [
+    "@eaDir/1.jpg/SYNOPHOTO_THUMB_M.jpg",
+    "@eaDir/2.jpg",
+    "#recycle/1.jpg",
+    "#snapshot/1.jpg",
+    "@Recycle/1.jpg",
+    "__MACOSX/._1.jpg",
+    "$RECYCLE.BIN/1.jpg",
+    "System Volume Information/1.jpg",
+    "lost+found/1.jpg",
+    ".thumbnails/1.jpg",
+    ".ipynb_checkpoints/1-checkpoint.jpg",
+    "._1.jpg",
+    "Thumbs.db",
+    "THUMBS.DB",
+    "desktop.ini",
+    ".DS_Store",
+]
+
+
+@pytest.mark.parametrize("where", ["", "cat/", "cat/holiday/"], ids=["top", "class", "below a class"])
+@pytest.mark.parametrize("litter", SERVERS)
+def test_litter_is_passed_over_and_counted(tmp_path, litter, where):
+    photos(tmp_path, *CLASSES, "cat/holiday/3.jpg")
+    before = read(tmp_path)
+    photos(tmp_path, where + litter)
+    found = read(tmp_path)
+    assert keys(found.train) == ["cat/1.jpg", "cat/2.jpg", "cat/holiday/3.jpg", "dog/1.jpg", "dog/2.jpg"]
+    assert found.passed_over == {"litter": 1}, "a folder counts once"
+    assert found.fingerprint == before.fingerprint
+
+
+def test_every_reason_is_counted(tmp_path):
+    photos(tmp_path, *CLASSES, "cat/notes.txt", "cat/IMG_1.NEF", "dog/.hidden.jpg", "readme.md", "dog/@eaDir/a.jpg")
+    (tmp_path / "dog/gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (tmp_path / "dog/round.jpg").symlink_to(tmp_path / "dog/round.jpg")
+    os.mkfifo(tmp_path / "dog/pipe.jpg")
+    found = read(tmp_path)
+    assert keys(found.train) == list(CLASSES)
+    assert found.passed_over == {"broken link": 2, "hidden": 1, "litter": 1, "no file": 1, "unknown suffix": 3}
+
+
+@pytest.mark.parametrize("name", ["Recycled", "recycler", "thumbs", "Icon", "desktop", "cat.db", "lost", "at @ home"])
+def test_classes_with_similar_names_are_classes(tmp_path, name):
+    assert reason(name) is None
+    assert name in read(photos(tmp_path, *CLASSES, f"{name}/1.jpg")).names
+
+
+def test_dataset_readers_share_the_list(tmp_path):
+    location = Location("imagenet", tmp_path, tmp_path)
+    photos(tmp_path, "n1/a.JPEG", "n1/Thumbs.db", "n1/._a.JPEG", "@eaDir/x", "n1/@eaDir/a.JPEG")
+    (tmp_path / "n1/b.JPEG").symlink_to("nowhere")
+    assert subfolders(location, tmp_path) == ["n1"] and files(location, tmp_path / "n1") == ["a.JPEG"]
+    assert [item.image for item in imagenet.items(location, tmp_path, "imagenet", ["n1"], {"n1": "tench"})] == [
+        "imagenet/n1/a.JPEG"
+    ]
+    reasons = {path.removeprefix(f"{tmp_path}/"): why for path, why in location.passed_over.items()}
+    assert reasons == {
+        "@eaDir": "litter",
+        "n1/@eaDir": "litter",
+        "n1/Thumbs.db": "litter",
+        "n1/._a.JPEG": "litter",
+        "n1/b.JPEG": "broken link",
+    }
+
+
+def test_a_class_of_litter_says_what_is_there(tmp_path):
+    photos(tmp_path, *CLASSES, "new/notes.txt", "new/@eaDir/1.jpg")
+    with pytest.raises(UserError, match="class folder .*/new has no photo .*; passed over: 1 litter, 1 unknown suffix"):
+        read(tmp_path)
+
+
+@pytest.mark.timeout(30)  # a circle would not end
+def test_links_are_followed_once(tmp_path):
+    """To files, to class folders and to folders below them, but never round in a circle."""
+    pool, root = tmp_path / "pool", tmp_path / "photos"
+    photos(pool, "a.jpg", "dogs/1.jpg", "more/2.jpg", "more/deep/3.jpg")
+    photos(root, "cat/own.jpg")
+    (root / "cat/linked.jpg").symlink_to(pool / "a.jpg")
+    (root / "cat/more").symlink_to(pool / "more")
+    (root / "dog").symlink_to(pool / "dogs")
+    expected = ["cat/linked.jpg", "cat/more/2.jpg", "cat/more/deep/3.jpg", "cat/own.jpg", "dog/1.jpg"]
+    assert keys(read(root).train) == expected and read(root).passed_over == {}
+    circles = {
+        "cat/up": root,  # around the class folder
+        "cat/other": root / "dog" / "..",  # the pool, around folders that were read
+        "cat/self": root / "cat",
+        "dog/home": pool / "dogs",
+        "cat/more/back": pool / "more",
+        "cat/more/deep/above": tmp_path,
+    }
+    for name, target in circles.items():
+        (root / name).symlink_to(target)
+    found = read(root)
+    assert keys(found.train) == expected
+    assert found.passed_over == {"overlapping link": len(circles)}
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        *((name, "train") for name in ("train", "Train", "TRAINING", "training_set", "train-set", "trainset")),
+        *((name, "train") for name in ("train_data", "Training Data", "train_images", "seg_train", "images_train")),
+        *((name, "test") for name in ("test", "Testing", "test_set", "Test-Set", "testdata", "seg_test")),
+        *((name, "val") for name in ("val", "Valid", "validation", "dev", "validation_set", "dev-set")),
+        *((name, None) for name in ("trains", "test tube", "Training shoes", "Bullet train", "devil", "tests_", "seg")),
+    ],
+)
+def test_names_of_parts(name, part):
+    assert parts_by_name([name]) == ({} if part is None else {name: part})
+
+
+def parts(source):
+    return {part: keys(getattr(source, part)) for part in ("train", "val", "test") if getattr(source, part)}
+
+
+SPLITS = {
+    "doubled": (["training_set/training_set", "test_set/test_set"], ["train", "test"]),
+    "doubled in another case": (["Train/train", "Test/Test"], ["train", "test"]),
+    "doubled twice": (["training_set/training_set/train", "test_set"], ["train", "test"]),
+    "capitals": (["Train", "Test", "Validation"], ["train", "test", "val"]),
+    "valid": (["train", "test", "valid"], ["train", "test", "val"]),
+    "dev": (["train", "test", "dev"], ["train", "test", "val"]),
+    "eval for test": (["train", "eval"], ["train", "test"]),
+    "eval for val": (["train", "test", "eval"], ["train", "test", "val"]),
+    "prefix": (["seg_train/seg_train", "seg_test/seg_test"], ["train", "test"]),
+}
+
+
+@pytest.mark.parametrize(("folders", "meant"), SPLITS.values(), ids=SPLITS)
+def test_parts_are_recognised_and_said(tmp_path, folders, meant):
+    for number, inside in enumerate(folders):
+        photos(tmp_path, f"{inside}/cat/{number}.jpg", f"{inside}/dog/{number}.jpg", f"{inside}/@eaDir/1.jpg")
+    found = read(tmp_path)
+    assert found.names == ("cat", "dog") and found.origin == "own split"
+    expected = {
+        part: [f"{inside}/cat/{number}.jpg", f"{inside}/dog/{number}.jpg"]
+        for number, (inside, part) in enumerate(zip(folders, meant, strict=True))
+    }
+    assert parts(found) == expected
+    (note,) = found.notes
+    assert all(f"{inside}/ is read as {part}" in note for inside, part in zip(folders, meant, strict=True))
+
+
+def test_parts_of_the_usual_names_need_no_words(tmp_path):
+    photos(tmp_path, *(f"{part}/{name}" for part in ("train", "val", "test") for name in CLASSES))
+    assert read(tmp_path).notes == ()
+
+
+def test_a_class_called_like_a_part_is_a_class(tmp_path):
+    found = read(photos(tmp_path, "Train/1.jpg", "Bus/1.jpg", "Test tube/1.jpg"))
+    assert found.names == ("Bus", "Test tube", "Train") and found.test == ()
+
+
+ELSEWHERE = {
+    "wrapped classes": (["archive/cat", "archive/dog"], r"holds one folder only, archive;.*data.folder=\S*/archive;"),
+    "wrapped twice": (["a/b/cat", "a/b/dog"], r"holds one folder only, a;.*cat, dog: give data.folder=\S*/a/b;"),
+    "wrapped parts": (["dataset/train/cat", "dataset/test/cat"], r"seem to be test, train.*data.folder=\S*/dataset;"),
+    "parts beside labels": (["images/train/cat", "images/test/cat", "labels/x"], r"data.folder=\S*/images;"),
+    "parts below classes": (["cat/train", "cat/test", "dog/train", "dog/test"], r"parts below the classes.*path,label"),
+    "training alone": (["train/cat", "train/dog"], r"none to test on; give data.folder=\S*/train, of which"),
+    "test alone": (["Test/cat", "Test/dog"], r"none to train on; give data.folder=\S*/Test, of which"),
+    "train and val": (
+        ["train/cat", "val/cat"],
+        r"none to test on; call one of them test, or give data.folder=\S*/train",
+    ),
+    "two test parts": (["train/cat", "test/cat", "testing/cat"], r"test and testing, which both mean test"),
+    "a stranger": (["train/cat", "test/cat", "seg_pred"], r"train and test, but also seg_pred; move it"),
+}
+
+
+@pytest.mark.parametrize(("folders", "message"), ELSEWHERE.values(), ids=ELSEWHERE)
+def test_the_path_that_was_meant_is_named(tmp_path, folders, message):
+    photos(tmp_path, *(f"{inside}/1.jpg" for inside in folders))
+    with pytest.raises(UserError, match=message) as refusal:
+        read(tmp_path)
+    assert "\n" not in str(refusal.value)
+
+
+def test_one_class_alone_is_no_wrapping(tmp_path):
+    with pytest.raises(UserError, match="has 1 classes"):
+        read(photos(tmp_path, "cat/1.jpg", "cat/2.jpg"))
+
+
+@pytest.mark.parametrize("name", ["_", "_ _"])
+def test_a_class_without_a_letter_is_refused(tmp_path, name):
+    with pytest.raises(UserError, match=f"class '{name}' has no letter"):
+        read(photos(tmp_path, *CLASSES, f"{name}/1.jpg"))

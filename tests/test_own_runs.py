@@ -1,0 +1,183 @@
+"""Runs on own photos up to the model: which are left out, replaced and tested, and what the manifest says of it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from common.config.composition import validate
+from common.data import manifest, pictures, task
+from common.types import UserError
+from tests import data_tree
+
+CLASSES = ("cat", "dog")
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Ten photos of each class, no split."""
+    for label, name in enumerate(CLASSES):
+        for number in range(10):
+            data_tree.picture(tmp_path / "photos" / name / f"{name}{number}.png", label)
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def configured(compose, root, tmp_path):
+    def get(*overrides):
+        base = ["data=folder", f"data.folder={root}", f"cache_dir={tmp_path / 'cache'}", "method=sft"]
+        return validate(compose(*base, *overrides))
+
+    return get
+
+
+def file_of(root, image):
+    return root / image.removeprefix("folder/")
+
+
+def spoil(root, *images):
+    for image in images:
+        file_of(root, image).write_bytes(b"no picture")
+
+
+def keys(split):
+    return [item.image for item in split.items]
+
+
+def test_photos_that_cannot_be_used_are_replaced_and_named(configured, root, capsys):
+    config = configured("shots=3", "data.skip_bad=true")
+    before = task.build(config).task
+    bad = before.train.items[0]
+    spoil(root, bad.image)
+    first = pictures.readable(config)
+    left_out = first.manifest["left_out"]
+    fresh = first.task.train.items[0]
+    assert fresh.label == bad.label and keys(first.task.train)[1:] == keys(before.train)[1:]
+    spoil(root, fresh.image)  # its replacement is no better
+    found = pictures.readable(config)
+    left_out = found.manifest["left_out"]
+    assert left_out == sorted((bad.image, fresh.image)) == found.manifest["left_out"]
+    assert len(found.task.train.items) == 6 and not set(left_out) & set(found.images)
+    assert (found.manifest["short_classes"], found.manifest["refilled"]) == ({}, {bad.name: 1})
+    assert len(found.task.evaluation["test"].items) == 20 - 6 - 2, "a photo that replaces another is not tested"
+    assert "left out 2 pictures" in capsys.readouterr().err
+    # after a resume, on every rank, and before the final evaluation
+    assert pictures.readable(config).manifest == found.manifest
+    assert task.build(config, left_out).manifest["hash"] == found.manifest["hash"]
+
+
+def test_replacements_from_a_training_part_are_tried_too(configured, root):
+    for part in ("train", "test"):
+        for name in CLASSES:
+            (root / part).mkdir(exist_ok=True)
+            if part == "train":
+                (root / name).rename(root / part / name)
+            else:
+                data_tree.picture(root / part / name / "t.png")
+    config = configured("shots=2", "data.skip_bad=true", "data.duplicates=ignore")
+    picks = keys(task.build(config).task.train)
+    unpicked = sorted(
+        f"folder/train/cat/{path.name}"
+        for path in (root / "train/cat").iterdir()
+        if f"folder/train/cat/{path.name}" not in picks
+    )
+    good = unpicked.pop()
+    spoil(root, *(image for image in picks if "/cat/" in image), *unpicked)
+    found = pictures.readable(config)
+    left_out = found.manifest["left_out"]
+    assert [image for image in keys(found.task.train) if "/cat/" in image] == [good]
+    assert found.manifest["short_classes"] == {"cat": 1} and found.manifest["refilled"] == {"cat": 1}
+    assert len(left_out) == 9 and len(found.task.evaluation["test"].items) == 2, "no test image was taken"
+
+
+def test_the_field_s_picks_are_not_replaced(tmp_path, compose):
+    root = data_tree.build(tmp_path / "data")
+    arguments = ["data=dtd", f"data.root={root}", "shots=1", "data.skip_bad=true", f"cache_dir={tmp_path}"]
+    config = validate(compose(*arguments, "data.duplicates=ignore"))
+    bad = task.build(config).task.train.items[0]
+    (root / "dtd" / bad.image.removeprefix("dtd/")).write_bytes(b"no picture")
+    found = pictures.readable(config)
+    left_out = found.manifest["left_out"]
+    assert left_out == [bad.image] and len(found.task.train.items) == 2
+    assert found.manifest["short_classes"] == {bad.name: 0} and "refilled" not in found.manifest
+
+
+def test_without_training_every_photo_is_tested(configured):
+    found = task.build(configured("method=zeroshot", "shots=16"))
+    assert found.train == [] and len(found.evaluation["test"]) == 20
+    assert found.manifest["splits"]["train"]["n"] == 0 and found.manifest["short_classes"] == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "trained"),
+    [
+        (["method=zeroshot"], 0),
+        (["method=nothinking", "trainer=none"], 0),
+        (["method=sft"], 4),
+        (["method=gemma_1shot", "model=tiny_gemma3"], 4),
+        (["method=alert_zeroshot", "model=tiny_gemma3"], 4),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_methods_that_look_at_the_shots_get_them(configured, overrides, trained):
+    found = task.build(configured(*overrides, "shots=2", "validation=none"))
+    assert (len(found.task.train.items), len(found.task.evaluation["test"].items)) == (trained, 20 - trained)
+
+
+def test_too_many_shots_name_what_can_be_done(configured):
+    with pytest.raises(UserError, match="shots=16, but class 'cat' has only 10 .*shots=9 or fewer.*method=zeroshot"):
+        task.build(configured("shots=16"))
+
+
+def trained_run(found, folder):
+    """The folder of a run with this manifest, as far as it matters."""
+    (folder / "model").mkdir(parents=True)
+    (folder / "config.yaml").touch()
+    manifest.write(found.manifest, folder / "manifest.json")
+    return folder / "model"
+
+
+@pytest.mark.parametrize("model", ["model", "checkpoints/step-000004/model"])
+def test_a_trained_model_is_not_tested_on_what_it_was_trained_on(configured, tmp_path, model):
+    trained = task.build(configured("shots=3", "seed=2"))
+    trained_run(trained, tmp_path / "run")
+    (tmp_path / "run" / model).mkdir(parents=True, exist_ok=True)
+    weights = ["model.recipe=null", f"model.path={tmp_path / 'run' / model}"]
+    found = task.build(configured("method=zeroshot", *weights))
+    assert keys(found.task.evaluation["test"]) == keys(trained.task.evaluation["test"])
+    assert "6 images that the model was trained on are not tested" in found.manifest["notes"]
+    # trained on with another seed: neither the old nor the new picks are tested
+    more = task.build(configured("shots=3", "seed=1", *weights)).task
+    assert not {*keys(trained.task.train), *keys(more.train)} & set(keys(more.evaluation["test"]))
+
+
+def test_a_model_of_other_photos_is_tested_on_all(configured, root, tmp_path):
+    model = trained_run(task.build(configured("shots=3")), tmp_path / "run")
+    (root / "dog/dog0.png").rename(root / "dog/dog99.png")  # other photos, though most have the same names
+    found = task.build(configured("method=zeroshot", "model.recipe=null", f"model.path={model}"))
+    assert len(found.task.evaluation["test"].items) == 20 and "notes" not in found.manifest
+
+
+def test_what_readers_pass_over_stands_in_the_manifest_but_not_in_its_hash(configured, root, tmp_path, capsys):
+    config = configured("shots=2", "data.duplicates=ignore")
+    manifest.write(task.build(config).manifest, tmp_path / "manifest.json")
+    assert json.loads((tmp_path / "manifest.json").read_text())["passed_over"] == {}
+    (root / "cat/@eaDir").mkdir()  # the server made its thumbnails meanwhile
+    data_tree.picture(root / "cat/@eaDir/cat1.png")
+    (root / "cat/notes.txt").touch()
+    found = pictures.readable(config).manifest
+    assert found["passed_over"] == {"litter": 1, "unknown suffix": 1}
+    assert "passed over in the folders of the data: 1 litter, 1 unknown suffix" in capsys.readouterr().err
+    manifest.verify(tmp_path / "manifest.json", found)
+
+
+def test_how_parts_were_recognised_is_said(configured, root, capsys):
+    for part in ("Training_Set", "Test_Set"):
+        for name in CLASSES:
+            data_tree.picture(root / "new" / part / name / f"{part}.png")
+    found = pictures.readable(configured(f"data.folder={root / 'new'}", "shots=1"))
+    (note,) = found.manifest["notes"]
+    assert note.startswith("data=folder: ") and "Training_Set/ is read as train" in note
+    assert note in capsys.readouterr().err

@@ -1,0 +1,270 @@
+"""What a run tells about itself: silent rewards, the best evaluation, the bar, the seconds, and results on disk."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from dataclasses import MISSING, fields, replace
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from common import pipeline
+from common.config.composition import validate
+from common.data import task
+from common.report import tables
+from common.run import doctor, preflight
+from common.run.checkpoint import Checkpoints, State
+from common.run.result import FORMAT, Result
+from common.runtime import progress, stopwatch
+from common.types import Answers, Prediction, UserError
+from common.vlm import loop
+from tests import data_tree
+from tests.test_tables import result, summary
+
+# ---- rewards that pay everybody or nobody
+
+
+def test_the_doctor_names_silent_rewards():
+    parts = {"never": [0.0] * 4, "always": [1.0] * 4, "fair": [0.0, 1.0, 1.0, 0.0]}
+    finding = doctor.check_rewards([1.0, 2.0, 2.0, 1.0], parts, 2)
+    assert finding.verdict == "warning"
+    assert "'never' paid nobody" in finding.seen and "'always' paid everybody" in finding.seen
+    assert "fair" not in finding.seen + finding.fix
+    assert "~rewards.never" in finding.fix and "~rewards.always" in finding.fix and "SFT" in finding.fix
+    assert doctor.check_rewards([1.0, 2.0], {"fair": [0.0, 1.0]}, 2).verdict == "ok"
+
+
+def test_the_table_names_silent_rewards_with_what_would_help():
+    silent = {"format": "nobody", "length": "everybody"}
+    lines = tables.training_lines(result({}, {}, train={"updates": 3, "silent_rewards": silent}))
+    assert len(lines) == 2
+    assert "'format' paid nobody" in lines[0] and "begin with SFT" in lines[0] and "~rewards.format" in lines[0]
+    assert "'length' paid everybody" in lines[1] and "~rewards.length" in lines[1]
+
+
+def metrics(format_mean):
+    std = 0.5 if 0 < format_mean < 1 else 0.0
+    return {"reward": format_mean, "rewards/format/mean": format_mean, "rewards/format/std": std}
+
+
+@pytest.mark.parametrize(
+    ("paid", "warnings", "silent"),
+    [
+        ([0.0] * 12, 1, {"format": "nobody"}),
+        ([0.0] * 9, 0, {}),
+        ([0.0] * 9 + [0.1] * 3, 0, {}),
+        ([0.0] * 10 + [0.1], 1, {}),
+        ([0.0] * 10 + [0.1, 0.0], 1, {}),
+        ([0.0] * 10 + [1.0], 1, {}),
+    ],
+)
+def test_a_training_warns_once_after_ten_updates(paid, warnings, silent, caplog):
+    watch = loop.Watch([])
+    with caplog.at_level(logging.WARNING):
+        for mean in paid:
+            watch.see(metrics(mean))
+            watch.see({"loss": 0.0})  # the second update over the same completions
+    assert len(caplog.records) == warnings and watch.silent == silent
+    assert all("'format' paid nobody in 10 updates" in record.getMessage() for record in caplog.records)
+
+
+def test_a_continued_training_remembers_what_was_paid_before(caplog):
+    earlier = [metrics(0.1), {"step": 1, "eval/val/accuracy": 0.0}]
+    watch = loop.Watch(earlier)
+    for _ in range(9):
+        watch.see(metrics(0.0))
+    assert not caplog.records, "the first update paid somebody"
+
+
+# ---- evaluate=best
+
+
+def test_best_needs_evaluations_and_validation_images(compose, tmp_path):
+    with pytest.raises(UserError, match="evaluate=best.*trainer.evaluate_every"):
+        validate(compose("evaluate=best", "trainer.evaluate_every=0"))
+    root = data_tree.build(tmp_path)
+    chosen = ["evaluate=best", "trainer.evaluate_every=5", "shots=1", "data=dtd", f"data.root={root}"]
+    config = validate(compose(*chosen, "validation=none"))
+    with pytest.raises(UserError, match="evaluate=best.*validation images.*evaluate=last"):
+        preflight.check_choice(config, task.build(config))
+    config = validate(compose(*chosen, "checkpoint.max_checkpoints=1"))
+    with pytest.raises(UserError, match="checkpoint.max_checkpoints=2"):
+        preflight.check_choice(config, task.build(config))
+    config = validate(compose(*chosen))
+    preflight.check_choice(config, task.build(config))
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """Checkpoints whose last one, after update 9, says that update 6 was the best so far, with 0.75."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 2)
+    for number in (6, 9):
+        state = State(number, 0.0, (6, 0.75), 1, 1, None, "", {}, 0.0)
+        checkpoints.write(state, lambda folder: None)
+    return checkpoints
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "last", "tested", "best"),
+    [("best", 1.0, 6, (6, 0.75)), ("last", 0.5, 9, (6, 0.75)), ("last", 1.0, 9, (9, 1.0))],
+)
+def test_the_tested_update_and_the_best_one(finished, evaluate, last, tested, best):
+    right = [Prediction("a", "x", 0, "x", True, True), Prediction("b", "x", 0, "y", last == 1, last == 1)]
+    config = SimpleNamespace(evaluate=evaluate, trainer=SimpleNamespace(evaluate_limit=None))
+    learner = SimpleNamespace(questions=SimpleNamespace(evaluation={"val": [], "test": []}))
+    after = SimpleNamespace(answers={"val": Answers(right, 0.0)})
+    told = pipeline.best_evaluation(config, learner, finished, after, 9)
+    assert told == {"tested": tested, "best": {"update": best[0], "accuracy": best[1], "split": "val"}}
+    (line,) = tables.training_lines(result({}, {}, train={"updates": 9, **told}))
+    assert f"update {tested} of 9" in line and f"after update {best[0]}" in line and "on val" in line
+
+
+def test_the_last_update_is_evaluated_only_to_choose():
+    config = SimpleNamespace(evaluate="best", trainer=SimpleNamespace(evaluate_every=4))
+    due = [number for number in range(1, 11) if loop.is_due(config, number, number == 10)]
+    assert due == [4, 8, 10]
+    config.evaluate = "last"
+    assert [number for number in range(1, 9) if loop.is_due(config, number, number == 8)] == [4]
+
+
+# ---- the bar
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    shown = Console(file=io.StringIO(), width=200, force_terminal=True, color_system=None)
+    monkeypatch.setattr(progress, "console", lambda: shown)
+    return shown.file
+
+
+def test_the_bar_says_reward_and_best_accuracy(terminal):
+    with progress.bar("training (mine)", 4, done=1) as shown:
+        shown.advance(loop.note({"reward": 0.5312, "loss": 0.1}, (2, 0.8123)))
+    last = terminal.getvalue()
+    assert "training (mine)" in last and "2/4" in last
+    assert "reward 0.531" in last and "best accuracy 81.2 %" in last
+
+
+@pytest.mark.parametrize(("total", "done"), [(0, 0), (6, 6)])
+def test_nothing_to_do_has_no_bar(terminal, total, done):
+    with progress.bar("training (mine)", total, done):
+        pass
+    assert terminal.getvalue() == ""
+
+
+# ---- seconds
+
+
+def test_seconds_by_phase_and_other_add_up(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: now)
+    clock = stopwatch.Stopwatch()
+    clock.earlier = 20.0  # of a former attempt, whose phases are not known
+    for name, inside, outside in (("data", 3.0, 1.0), ("model", 5.0, 0.5), ("data", 2.0, 0.0)):
+        with clock.phase(name):
+            now += inside
+        now += outside
+    with pytest.raises(ValueError), clock.phase("failed"):
+        now += 4.0
+        raise ValueError
+    split = clock.split({"update": 7.0})
+    # 20 before + 11.5 + 4 now; data 5, model 5, failed 4, and 7 of the updates: 14.5 are nobody's
+    assert split == {"data": 5.0, "model": 5.0, "failed": 4.0, "update": 7.0, "other": 14.5, "total": 35.5}
+    assert sum(seconds for phase, seconds in split.items() if phase != "total") == split["total"]
+
+
+# ---- results on disk
+
+NEEDED = [field.name for field in fields(Result) if field.default is MISSING and field.default_factory is MISSING]
+NOW = replace(
+    Result(**dict.fromkeys(NEEDED, "x")),
+    weights={"path": "m", "sha256": "1"},
+    before={"test": summary(accuracy=0.25)},
+    after={"test": summary(accuracy=0.75)},
+    overall={"before": {"mean": 0.25}, "after": {"mean": 0.75}},
+    train={"updates": 3},
+)
+
+
+def former(now):
+    """The same result as it was written before there was a format number."""
+    values = now.to_json()
+    del values["format"]
+    old = {"before": "zero_shot", "after": "eval", "weights": "checkpoint"}
+    values["overall"] = {old[phase]: numbers for phase, numbers in values["overall"].items()}
+    return {old.get(name, name): value for name, value in values.items()}
+
+
+def written(folder, content):
+    text = content if isinstance(content, str) else json.dumps(content)
+    (folder / "metrics.json").write_text(text)
+    return folder
+
+
+def test_a_result_is_read_as_it_was_written(tmp_path):
+    assert Result.load(written(tmp_path, NOW.to_json())) == NOW
+    assert Result.load(tmp_path / "metrics.json").final["test"].accuracy == 0.75
+
+
+def test_a_former_folder_loads(tmp_path):
+    assert {"zero_shot", "eval", "checkpoint"} <= former(NOW).keys()
+    assert Result.load(written(tmp_path, former(NOW))) == NOW
+
+
+def test_a_former_folder_without_training_has_one_evaluation(tmp_path):
+    same = replace(
+        NOW, after=NOW.before, overall={"before": {"mean": 0.25}, "after": {"mean": 0.25}}, train={"updates": 0}
+    )
+    found = Result.load(written(tmp_path, former(same)))
+    assert found.after == {} and found.final == NOW.before and found.overall == {"before": {"mean": 0.25}}
+
+
+DAMAGED = {
+    "a newer format": ({**NOW.to_json(), "format": FORMAT + 1}, "format 2.*update"),
+    "cut short": (json.dumps(NOW.to_json())[:200], "damaged"),
+    "empty": ("", "damaged"),
+    "a list": ([1, 2], "damaged"),
+    "a key too few": ({k: v for k, v in NOW.to_json().items() if k != "before"}, "damaged"),
+    "a key too many": ({**NOW.to_json(), "strange": 1}, "damaged.*strange"),
+    "a split without numbers": ({**NOW.to_json(), "before": {"test": {}}}, "damaged"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), DAMAGED.values(), ids=DAMAGED.keys())
+def test_what_cannot_be_read_is_one_error_that_names_the_file(tmp_path, content, message):
+    with pytest.raises(UserError, match=message) as error:
+        Result.load(written(tmp_path, content))
+    assert str(tmp_path / "metrics.json") in str(error.value)
+
+
+def test_a_folder_without_a_result_is_named(tmp_path):
+    with pytest.raises(UserError, match="no finished run.*metrics.json"):
+        Result.load(tmp_path)
+
+
+# ---- all of it in one run
+
+
+@pytest.mark.slow
+def test_a_run_tests_its_best_update_and_tells_all(runner, untrained_folder, tmp_path):
+    folder = tmp_path / "run"
+    arguments = [f"data.root={data_tree.build(tmp_path / 'data')}", "data=dtd", "shots=1", "trainer.updates=2"]
+    arguments += ["model.recipe=null", f"model.path={untrained_folder}", f"cache_dir={tmp_path / 'cache'}"]
+    arguments += ["+rewards.short={weight:1.0,fn:tests.rewards.shorter}", "rollout.max_completion_tokens=4"]
+    arguments += ["evaluate=best", "trainer.evaluate_every=1", "trainer.learning_rate=1e-3", "label_scoring=false"]
+    assert runner(folder, [*arguments, "trainer.prompts_per_update=2", "tracking=none"]) == 0
+    found = Result.load(folder)
+    # an untrained model is never right, so no later evaluation is better than the first
+    assert found.train["tested"] == 1 and found.train["best"] == {"update": 1, "accuracy": 0.0, "split": "val"}
+    assert found.train["silent_rewards"] == {"equality": "nobody"}
+    seconds = found.train["seconds"]
+    assert sum(value for phase, value in seconds.items() if phase != "total") == pytest.approx(seconds["total"])
+    assert {"data", "model", "rollout", "update", "evaluation before", "evaluation after"} <= seconds.keys()
+    best, last, tested = (
+        (folder / name / "model.safetensors").read_bytes()
+        for name in ("checkpoints/step-000001/model", "checkpoints/step-000002/model", "model")
+    )
+    assert tested == best != last
