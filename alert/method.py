@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alert.bank import file as bank_file
-from alert.draft import accounting, candidate_file, candidates, categories
+from alert.draft import accounting, candidate_file, candidates, categories, published, settled
 from alert.draft import references as reference
 from alert.prompt import INSTRUCTIONS, meta_task
 from alert.rewards import tagged_answer
@@ -26,6 +26,8 @@ from common.types import Answers, Item, Prediction, Prompt, Split, Task, UserErr
 if TYPE_CHECKING:
     import torch
 
+    from common.config.schema import Config
+    from common.data.task import Questions
     from common.method import Vision
 
 log = logging.getLogger(__name__)
@@ -67,8 +69,9 @@ class Alert:
                 all `patches` in a row (our choice: the paper does not say; patches know places, and take P times the
                 memory).
             draft: Who chooses the candidates of a test image: `class_means`, `oracle_recall` (an upper bound: it knows
-                the truth) or `file`.
-            draft_file: For `file`: what `alert.draft.candidate_file.write` wrote; `SPLIT` stands for the split.
+                the truth), `file`, or an entry of `few_shot`, which is fitted on the same shots first.
+            draft_file: For `file`: the folder of a few-shot learner's run, or what `alert.draft.candidate_file.write`
+                wrote; `SPLIT` stands for the split.
             k: Candidates of a test image.
             order: Of the candidates in the prompt, `rank` or `shuffle` (our choice: the paper does not say).
 
@@ -79,7 +82,6 @@ class Alert:
             ("instruction", instruction, tuple(INSTRUCTIONS)),
             ("initialisation", initialisation, INITIALISATIONS),
             ("features", features, ("mean", "patches")),
-            ("draft", draft, DRAFTS),
             ("order", order, candidates.ORDERS),
         ):
             one_of(f"method.{key}", value, allowed)
@@ -112,6 +114,19 @@ class Alert:
                 sources[f"method.draft_file of '{split}'"] = candidate_file.identity(self._draft_path(split))
         return sources
 
+    def check(self, config: Config, task: Task) -> None:
+        if self.draft in DRAFTS:
+            return
+        one_of("method.draft", self.draft, (*DRAFTS, *config.few_shot))
+        settled.check(config, self.draft, task)
+
+    def prepare(self, config: Config, questions: Questions, device: torch.device, folder: Path) -> None:
+        """Fit the few-shot learner that names the candidates, if the draft is one."""
+        if self.draft not in DRAFTS:
+            from alert.draft.fit.drafted import candidates_of
+
+            self.drafted = candidates_of(config, questions, self.draft, device, folder / "draft")
+
     def look(self, vision: Vision, task: Task, folder: Path | None = None) -> Embeddings:
         """Similarities of the categories, candidates of the test images, and the bank that training starts from.
 
@@ -122,7 +137,7 @@ class Alert:
         train, count = task.train, len(task.train.names)
         known = folder if folder is not None and all(gather((folder / bank_file.BEGUN).is_file())) else None
         self.architecture, shape = vision.architecture, (count, *bank.shape_of(vision, train.items[0].image))
-        entries = self._known_entries(known, train.names, shape)
+        entries = bank_file.known_entries(known, self.bank, train.names, shape, self.architecture)
         how = self.initialisation if entries is None else None
         seen, fresh = bank.see(vision, train.items, count, how, self.seed, self.patches)
         entries = fresh if entries is None else entries
@@ -155,7 +170,7 @@ class Alert:
             # before the model is loaded: a file that does not fit costs a second then
             images = [item.image for item in asked.items]
             path = self._draft_path(split)
-            self.drafted[split] = candidate_file.read(path, images, asked.names, _dataset(task, split), split)
+            self.drafted[split] = candidate_file.read(path, images, asked.names, settled.dataset_of(task, split), split)
         if split not in self.drafted:
             shown = [self._longest(asked, self.k)] * len(asked.items)
         else:
@@ -195,7 +210,9 @@ class Alert:
             cases.append(accounting.Case(p.label, shown, ranking, p.answer))
         said = zip(predictions, answers.columns["reasoning_agrees"], strict=True)
         verdicts = [verdict for p, verdict in said if parsing.FORMAT.search(_text(p))]
-        draft = {**vars(drafted.origin), "k": self.k, **accounting.account(cases)}
+        accounts = accounting.account(cases)
+        origin = drafted.origin
+        draft = {**vars(origin), "k": self.k, **accounts, **published.above(origin.dataset, origin.shots, accounts)}
         return {"draft": draft, "reasoning": accounting.agreement(verdicts, len(predictions) - len(verdicts))}
 
     def columns(self, task: Task, split: str, predictions: Sequence[Prediction]) -> dict[str, list[Any]]:
@@ -209,25 +226,10 @@ class Alert:
     def export(self, folder: Path, embeddings: torch.Tensor, task: Task) -> None:
         bank_file.export(folder, embeddings, task.train.names, self.architecture)
 
-    def _known_entries(self, known: Path | None, names: Sequence[str], shape: Sequence[int]) -> torch.Tensor | None:
-        """The bank of an earlier attempt of this run, or the one that it shall begin from, if there is one."""
-        if known is not None:
-            entries = bank_file.read_begun(known)
-            fix = "model or data have changed since this run began: use another run_name"
-            bank_file.check_fits(known / bank_file.BEGUN, entries, shape, fix)
-            return entries
-        if self.bank is None:
-            return None
-        with bank_file.asked_by("method.bank"):
-            entries = bank_file.read(self.bank, names)
-            if (of := bank_file.facts(self.bank)["architecture"]) != self.architecture:
-                raise UserError(f"{self.bank} was made for {of}, not for {self.architecture}; train another")
-            bank_file.check_fits(self.bank, entries, shape, "give a bank of this model and dataset")
-        return entries
-
     def _draft_path(self, split: str) -> Path:
         assert self.draft_file is not None
-        return Path(self.draft_file.replace("SPLIT", split)).expanduser()
+        path = Path(self.draft_file.replace("SPLIT", split)).expanduser()
+        return path / candidate_file.FOLDER / split if path.is_dir() else path
 
     def _shown(self, task: Task, split: str, predictions: Sequence[Prediction]) -> list[tuple[str, ...]]:
         """Names of the candidates of every image, in the order of the prompt."""
@@ -237,7 +239,7 @@ class Alert:
     def _candidates(self, vision: Vision, means: Any, task: Task, split: str, asked: Split) -> candidates.Candidates:
         """Ranks share the images and rank a batch at a time: ImageNet's test images have 900 GB of patches."""
         shots = len(task.train.items) // len(task.train.names)
-        origin = candidates.Origin("class_means", _dataset(task, split), shots, self.seed)
+        origin = candidates.Origin("class_means", settled.dataset_of(task, split), shots, self.seed)
         own = categories.train_labels(task, split)
         mine, parts = share_of(list(asked.items)), []
         for start in range(0, len(mine), vision.batch):
@@ -293,8 +295,3 @@ def _agrees(prediction: Prediction, shown: tuple[str, ...]) -> bool | None:
 def _text(prediction: Prediction) -> str:
     assert prediction.reply is not None, "a vision-language model replies"
     return prediction.reply.text
-
-
-def _dataset(task: Task, split: str) -> str:
-    """The dataset that a split tests on."""
-    return next(iter(task.origins), split) if split in ("val", "test") else split

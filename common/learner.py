@@ -8,13 +8,14 @@ gets the run folder, resuming, evaluation, metrics, tables and figures from the 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from common.config.schema import Config
 from common.data.task import Questions
 from common.evaluation.evaluate import Predictor
 from common.run.checkpoint import Checkpoints
 from common.run.recorder import Recorder
+from common.types import Task
 
 if TYPE_CHECKING:
     import torch
@@ -68,4 +69,26 @@ class Check(Protocol):
         """
         Raises:
             UserError: The learner could not be built or could not answer these questions.
+        """
+
+
+@runtime_checkable
+class Prepares(Protocol):
+    """A method that needs something made before the model is loaded, such as a classifier that names candidates."""
+
+    def check(self, config: Config, task: Task) -> None:
+        """What can be refused at once. Loads no weights.
+
+        Raises:
+            UserError: What it needs cannot be made.
+        """
+
+    def prepare(self, config: Config, questions: Questions, device: torch.device, folder: Path) -> None:
+        """Make it, or take what an earlier attempt of the run made. All ranks call it together.
+
+        Args:
+            config: Of the run.
+            questions: Of the run, asked as if nothing had been made.
+            device: This rank's.
+            folder: Run folder.
         """

@@ -723,7 +723,7 @@ def test_a_missing_reward_is_not_shown_as_zero(shuffle):
 
 
 def test_a_reward_that_is_missing_everywhere_does_not_stop_the_run():
-    from common.vlm.loop import check_finite
+    from common.run.loop import check_finite
 
     metrics, rows = reported([None] * 4)
     check_finite(metrics, 1)

@@ -26,7 +26,7 @@ FILES = sorted(str(path.relative_to(CONF)) for path in CONF.rglob("*.yaml") if p
 AS_THEY_ARE = [
     pytest.param(file, marks=pytest.mark.slow if file.startswith(("tune/", "experiment/")) else ())
     for file in FILES
-    if not file.startswith(("data/", "method/", "model/"))
+    if not file.startswith(("data/", "method/", "model/", "few_shot/learners/"))
 ]
 
 
@@ -42,6 +42,8 @@ def test_every_file_composes_and_validates(compose, file):
             "trainer": ("trainer", "model"),
             "method": ("method", "model"),
             "data": ("model", "data"),
+            "few_shot": ("", "data"),
+            "clip": ("", "clip"),
         }
         before, after = groups[kind]
         config.validate(compose(*(f"{before}={part}" for part in first), f"{after}={last}"))

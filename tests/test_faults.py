@@ -46,7 +46,7 @@ MOMENTS = {
     "rollout of the fifth update": Kill("common.training.grpo.trainer:GRPOTrainer._sample", 5),
     "gradients of the fifth update": Kill(UPDATE, 17),
     "last checkpoint before its rename": Kill("common.run.checkpoint:_flush", 3, after=True),
-    "training done": Kill("common.vlm.loop:train", 1, after=True),
+    "training done": Kill("common.run.loop:train", 1, after=True),
     "final weights written": Kill("common.vlm.learner:VLMLearner._save_weights", 4, after=True),
     "final evaluation": Kill(ANSWERS, 4),
     "final evaluation done": Kill(ANSWERS, 4, after=True),

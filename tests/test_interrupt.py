@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from common.config.composition import validate
+from common.run import loop
 from common.run.checkpoint import Checkpoints, read_state
 from common.run.recorder import Recorder
 from common.run.run_folder import RunFolder
@@ -23,7 +24,6 @@ from common.runtime.interrupt import Interrupted, requested
 from common.runtime.stopwatch import Stopwatch
 from common.training.base import Step
 from common.types import UserError
-from common.vlm import loop
 from tests.conftest import REPOSITORY
 
 

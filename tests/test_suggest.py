@@ -45,8 +45,8 @@ def default(compose):
         ("method.list_all_below", "+method.list_all_below"),
         ("deepspeed.steps_per_prnt", "+deepspeed.steps_per_print"),
         ("deepspeed.zero_optimization.overlap_comm", "+deepspeed.zero_optimization.overlap_comm"),
-        ("modle", "model=gemma3_4b|qwen2_vl_2b|tiny_gemma3|tiny_qwen2_vl"),
-        ("method@mine", "method=alert|alert_sft|alert_zeroshot|clsrl|gemma_1shot|nothinking|sft|zeroshot"),
+        ("modle", "model=features|gemma3_4b|qwen2_vl_2b|tiny_gemma3|tiny_qwen2_vl"),
+        ("method@mine", f"method={'|'.join(suggest.options('method'))}"),
     ],
 )
 def test_the_nearest_key_is_named(default, key, meant):
@@ -128,8 +128,8 @@ def test_every_alias_is_a_key_or_a_group(compose):
             "Could not find 'data/digit'; did you mean data=digits? Available options in 'data': caltech101 ",
         ),
         ("method=foo", "Could not find 'method/foo'; Available options in 'method': alert "),
-        ("model=null", "model=null: give one option: gemma3_4b, "),
-        ("model=[tiny_gemma3]", "model=[tiny_gemma3]: give one option: gemma3_4b, "),
+        ("model=null", "model=null: give one option: features, "),
+        ("model=[tiny_gemma3]", "model=[tiny_gemma3]: give one option: features, "),
     ],
 )
 def test_hydras_own_errors_are_explained(compose, argument, said):

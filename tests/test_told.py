@@ -15,12 +15,11 @@ from common import pipeline
 from common.config.composition import validate
 from common.data import task
 from common.report import tables
-from common.run import doctor, preflight
+from common.run import doctor, loop, preflight
 from common.run.checkpoint import Checkpoints, State
 from common.run.result import FORMAT, Result
 from common.runtime import progress, stopwatch
 from common.types import Answers, Prediction, UserError
-from common.vlm import loop
 from tests import data_tree
 from tests.test_tables import result, summary
 

@@ -120,6 +120,36 @@ def read_begun(folder: Path) -> torch.Tensor:
     return _load(folder / BEGUN, "begun", BEGIN_AGAIN)
 
 
+def known_entries(
+    known: Path | None, bank: Path | None, names: Sequence[str], shape: Sequence[int], architecture: str
+) -> torch.Tensor | None:
+    """The bank of an earlier attempt of a run, or the one that it shall begin from (`method.bank`), if there is one.
+
+    Args:
+        known: Folder of the earlier attempt's.
+        bank: Folder of the one to begin from.
+        names: Of the categories.
+        shape: That the model asks for.
+        architecture: Of the model.
+
+    Raises:
+        UserError: It does not fit.
+    """
+    if known is not None:
+        entries = read_begun(known)
+        fix = "model or data have changed since this run began: use another run_name"
+        check_fits(known / BEGUN, entries, shape, fix)
+        return entries
+    if bank is None:
+        return None
+    with asked_by("method.bank"):
+        entries = read(bank, names)
+        if (of := facts(bank)["architecture"]) != architecture:
+            raise UserError(f"{bank} was made for {of}, not for {architecture}; train another")
+        check_fits(bank, entries, shape, "give a bank of this model and dataset")
+    return entries
+
+
 def check_fits(path: Path, entries: torch.Tensor, shape: Sequence[int], fix: str) -> None:
     """Check that embeddings have the shape that they should have.
 

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,18 @@ from alert.draft.references import name_groups
 from common.data.manifest import digest
 from common.types import UserError
 
+FOLDER = "candidates"  # in the folder of a few-shot learner's run, a pair of files for each split
 ARRAYS = ("image_id", "topk_idx", "topk_logit")
 DAMAGED = "was not written whole; write it again"
 
 
-def write(path: Path, candidates: Candidates, names: Sequence[str], truths: Sequence[int]) -> dict[str, Any]:
+def write(
+    path: Path,
+    candidates: Candidates,
+    names: Sequence[str],
+    truths: Sequence[int],
+    about: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Write `<path>.npz` and `<path>.json`, each whole or not at all.
 
     Args:
@@ -40,6 +47,7 @@ def write(path: Path, candidates: Candidates, names: Sequence[str], truths: Sequ
         candidates: Of the whole split.
         names: Of the classes. Length: C.
         truths: True classes, for the recall in the JSON file alone. Length: N.
+        about: What else the JSON file says, such as the hash of the manifest.
 
     Returns:
         What the JSON file holds.
@@ -49,6 +57,7 @@ def write(path: Path, candidates: Candidates, names: Sequence[str], truths: Sequ
     """
     arrays = _arrays(candidates)
     facts = {
+        **(about or {}),
         **asdict(candidates.origin),
         "images": len(candidates.images),
         **recall_at(candidates, names, truths),
@@ -74,10 +83,15 @@ def recall_at(candidates: Candidates, names: Sequence[str], truths: Sequence[int
 
     A class that shares its name with the truth is as good as the truth.
     """
+    ranks = truth_ranks(candidates, names, truths)
+    return recall(ranks, candidates.indices.shape[1], (*RECALL_AT, DEPTH))
+
+
+def truth_ranks(candidates: Candidates, names: Sequence[str], truths: Sequence[int]) -> list[int | None]:
+    """The rank of every image's truth, from 1; None: not among those that are kept. Arguments as of `recall_at`."""
     groups = np.array(name_groups(tuple(names)))
     shown = groups[candidates.indices].tolist()
-    ranks = [place_of(groups[truth], row) for truth, row in zip(truths, shown, strict=True)]
-    return recall(ranks, candidates.indices.shape[1], (*RECALL_AT, DEPTH))
+    return [place_of(groups[truth], row) for truth, row in zip(truths, shown, strict=True)]
 
 
 def read(path: Path, images: Sequence[str], names: Sequence[str], dataset: str, split: str) -> Candidates:

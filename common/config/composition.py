@@ -24,14 +24,15 @@ from common.config.checks import one_of
 from common.config.schema import (
     DEEPSPEED_KEYS,
     FAMILIES,
+    NO_FAMILY,
     Config,
     GRPOConfig,
-    LearnerConfig,
     ModelConfig,
     RolloutConfig,
     TrackingConfig,
     TrainerConfig,
 )
+from common.config.schema_learner import ClipConfig, EncoderConfig, LearnerConfig
 from common.config.schema_task import SAMPLERS, VALIDATIONS, DataConfig, ProtocolConfig, SettingConfig
 from common.config.suggest import unknown_key
 from common.plugins import check_call, check_module, locate, unknown_arguments
@@ -44,6 +45,8 @@ SCHEMAS = {
     "setting": SettingConfig,
     "protocol": ProtocolConfig,
     "learner": LearnerConfig,
+    "clip": ClipConfig,
+    "encoder": EncoderConfig,
     "model": ModelConfig,
     "trainer": TrainerConfig,
     "grpo": GRPOConfig,
@@ -55,6 +58,16 @@ NOT_IN_SIGNATURE = ("tracking", "label", "run_name", "gpus", "cache_dir", "check
 # The manifest says which pictures were left out, so a run that met bad ones, or doubles, may continue.
 NOT_IN_SIGNATURE_OF_DATA = ("root", "cache_gb", "skip_bad", "duplicates", "near_duplicates", "own_photos")
 NOT_IN_SIGNATURE_OF_REWARDS = ("runtime",)  # of a reward that is computed elsewhere: address, patience, cache
+
+
+def of_shots(shots: int | str, values: list[Any]) -> Any:
+    """`${of_shots:${shots},[…]}`: the value of the field's 1, 2, 4, 8 or 16 shots, of others that of the next fewer.
+
+    >>> of_shots(4, [10, 20, 40, 80, 160]), of_shots(5, [10, 20, 40, 80, 160]), of_shots("all", [10, 20, 40, 80, 160])
+    (40, 40, 160)
+    """
+    reached = sum(shots == "all" or int(shots) >= few for few in (1, 2, 4, 8, 16))
+    return values[max(0, reached - 1)]
 
 
 def register() -> None:
@@ -95,6 +108,7 @@ def validate(cfg: DictConfig) -> Config:
         raise UserError("model.load_in_8bit=true needs adapters: 8-bit weights cannot be trained; set model.lora.r")
     if config.trainer.name == "grpo" and not config.rewards:
         raise UserError("rewards is empty, but trainer=grpo learns from rewards; choose e.g. rewards=nothinking")
+    one_of("selection", config.selection, ("val", "paper"))
     one_of("label_scoring", config.label_scoring, (True, "direct", False))
     one_of("doctor", config.doctor, ("auto", True, False))
     one_of("evaluate", config.evaluate, ("last", "best"))
@@ -142,11 +156,12 @@ def _check_calls(config: Config, cfg: DictConfig) -> None:
         if key not in config.method:
             raise UserError(f"method.{key} is missing; see conf/method/ for examples")
     _check_entry(cfg, config.method["_target_"], "method._target_", method_arguments(config))
-    if config.model.family not in FAMILIES and "." not in config.model.family:
+    if config.model.family not in (*FAMILIES, NO_FAMILY) and "." not in config.model.family:
         raise UserError(
             f"model.family={config.model.family}: choose one of {', '.join(FAMILIES)}, or give the path of a class"
         )
-    locate(FAMILIES.get(config.model.family, config.model.family), "model.family")
+    if config.model.family != NO_FAMILY:
+        locate(FAMILIES.get(config.model.family, config.model.family), "model.family")
     _check_data("data", config.data, cfg)
     for name, target in config.setting.targets.items():
         _check_data(f"setting.targets.{name}", target, cfg)
@@ -221,9 +236,21 @@ def decides_result(values: dict[str, Any]) -> dict[str, Any]:
         kept["setting"] = kept["setting"] | {"targets": targets}
     if (model := kept.get("model", {})).get("path") is not None:
         kept["model"] = model | {"recipe": None}  # not used then
+    chosen = few_shot_of(kept)
+    if chosen is None:
+        kept = _without(kept, ("clip", "visual", "few_shot", "selection"))
+    elif "few_shot" in kept:
+        kept["few_shot"] = {name: one for name, one in kept["few_shot"].items() if name == chosen}
     if rewards := kept.get("rewards"):
         kept["rewards"] = {name: _without(one, NOT_IN_SIGNATURE_OF_REWARDS) for name, one in rewards.items()}
     return kept
+
+
+def few_shot_of(values: dict[str, Any]) -> str | None:
+    """The few-shot learner that a run fits: its method's own, or the draft of its method; None: none."""
+    method = values.get("method", {})
+    name = method.get("learner", method.get("draft"))
+    return name if name in values.get("few_shot", {}) else None
 
 
 def _without(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
@@ -253,3 +280,4 @@ def differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> lis
 
 
 run_name.register(decides_result)  # here, since a launcher's worker imports this module but does not call `register`
+OmegaConf.register_new_resolver("of_shots", of_shots, replace=True)

@@ -12,10 +12,12 @@ from typing import Any
 from omegaconf import MISSING
 
 from common.config.checks import one_of, positive
+from common.config.schema_learner import ClipConfig, EncoderConfig, LearnerConfig
 from common.config.schema_task import DataConfig, ProtocolConfig, SettingConfig
 from common.types import UserError
 
 # Adapters of architectures; `model.family` may also be the dotted path of one's own (see common/models/families.py).
+NO_FAMILY = "none"  # of a run whose learner is no language model
 FAMILIES = {"qwen2_vl": "common.models.families.Qwen2VL", "gemma3": "common.models.families.Gemma3"}
 # What common/training/grpo/ can compute; sources in its docstrings.
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
@@ -101,7 +103,7 @@ class ModelConfig:
             raise UserError("model.feature_cache_gb needs model.freeze_vision=true: features of a trained tower change")
         if self.feature_cache_gb > 0 and self.lora.projector != "none":
             raise UserError("model.feature_cache_gb must be 0: it keeps what model.lora.projector changes")
-        if self.path is None and self.recipe is None:
+        if self.path is None and self.recipe is None and self.family != NO_FAMILY:
             raise UserError("model.path and model.recipe are null: set model.path=<folder or hub id>")
 
 
@@ -201,16 +203,6 @@ class GRPOConfig(TrainerConfig):
 
 
 @dataclass
-class LearnerConfig:
-    """What is trained and tested (common/learner.py). needs_shots: without a `trainer`, too."""
-
-    name: str = MISSING
-    build: str = MISSING
-    check: str = MISSING
-    needs_shots: bool = True
-
-
-@dataclass
 class RolloutConfig:
     """How completions are sampled for training, and how many tokens evaluation may use.
 
@@ -282,6 +274,10 @@ class Config:
     model: ModelConfig = MISSING
     rewards: dict[str, Any] = field(default_factory=dict)
     trainer: TrainerConfig = MISSING
+    clip: ClipConfig = MISSING
+    visual: EncoderConfig = MISSING
+    few_shot: dict[str, Any] = field(default_factory=dict)
+    selection: str = "val"
     rollout: RolloutConfig = MISSING
     deepspeed: dict[str, Any] = field(default_factory=dict)
     tracking: TrackingConfig = MISSING

@@ -12,7 +12,7 @@ from common.types import UserError
 
 # What common/data/sampling.py can draw; see `Sampling` there.
 SAMPLERS = ("coop", "clsrl")
-VALIDATIONS = ("few", "full", "none")
+VALIDATIONS = ("few", "full", "none", "held_out")
 TEST_ROWS = ("test", "val_and_test")
 
 

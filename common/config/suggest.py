@@ -100,6 +100,7 @@ def nearest(key: str, cfg: DictConfig) -> list[str]:
     """The keys and groups that are probably meant, the likeliest first; with a `+` what has to be appended."""
     parent, _, leaf = key.partition("@")[0].lower().replace("-", "_").rpartition(".")
     known = [name for name in _keys(cfg) if name != key and name.startswith("hydra.") == key.startswith("hydra.")]
+    known = [name for name in known if not name.startswith("few_shot.") or _is_fitted(name.split(".")[1], cfg)]
     words = [(_leaf(name), name) for name in (*known, *GROUPS, *_appendable(key.rpartition(".")[0], cfg))]
     words += ALIASES.items()
     scores: dict[str, float] = {}
@@ -112,6 +113,11 @@ def nearest(key: str, cfg: DictConfig) -> list[str]:
     best = [name for name in best if scores[name] > scores[best[0]] - 0.05]
     # a word that stands everywhere, such as `name`, does not say what is meant
     return (best if len(best) <= 3 else []) + ([f"+{key}"] if _takes_any(key, cfg) else [])
+
+
+def _is_fitted(learner: str, cfg: DictConfig) -> bool:
+    """Whether the run fits this few-shot learner; the values of the others are there, too."""
+    return learner in [OmegaConf.select(cfg, f"method.{key}", default=None) for key in ("learner", "draft")]
 
 
 def needs(key: str, cfg: DictConfig) -> str:

@@ -20,7 +20,8 @@ class Sampling:
         shots: Images per class; None: all.
         seed: Of the draw; CoOp's are 1, 2, 3.
         sampler: `coop` or `clsrl`.
-        validation: `few` (CoOp: as many as shots, at most 4), `full` or `none`.
+        validation: `few` (CoOp: as many as shots, at most 4), `full`, `none`, or `held_out`: as `few`, and where the
+            source has no validation images, as many of its training images that were not picked.
         test_rows: `test`, or `val_and_test` (the CLS-RL authors' test set).
         trains: Whether training images are used at all. Without, none is taken, so all of a pool are tested.
         held_out: Images of a pool that are not tested, since the model has seen them.
@@ -109,7 +110,9 @@ def draw(source: Source, how: Sampling) -> Picks:
     val = _validation(source.val, how, rng)
     picked = picked if how.trains else []
     train = _replaced(source.train, picked, how, keep=int(pool))
-    seen = how.held_out.union(item.image for item in (*picked, *train))
+    if how.validation == "held_out" and not source.val:
+        val = _held_out(source.train, {item.image for item in (*picked, *train)}, how, keep=int(pool))
+    seen = how.held_out.union(item.image for item in (*picked, *train, *val))
     test = [item for item in source.train if item.image not in seen] if pool else source.test
     if how.test_rows == "val_and_test":
         test, val = [*source.val, *test], []
@@ -156,6 +159,16 @@ def _validation(items: Sequence[Item], how: Sampling, rng: random.Random) -> lis
     if how.validation == "none":
         return []
     return pick(items, None if how.validation == "full" or how.shots is None else min(how.shots, 4), rng)
+
+
+def _held_out(items: Sequence[Item], taken: set[str], how: Sampling, keep: int) -> list[Item]:
+    """Validation images from a stream of their own, so that the other picks stay as they are. At least `keep` images of
+    a class are left.
+    """
+    rest = by_label([item for item in items if item.image not in taken])
+    count = 4 if how.shots is None else min(how.shots, 4)
+    rng = random.Random(f"held-out-{how.seed}")
+    return [item for group in rest.values() for item in rng.sample(group, min(count, max(0, len(group) - keep)))]
 
 
 def _short(source: Source, train: Sequence[Item], how: Sampling) -> dict[str, int]:

@@ -11,6 +11,7 @@ from common.config.schema import Config, GRPOConfig
 from common.data import task
 from common.data.pictures import make_loader
 from common.data.task import Questions
+from common.learner import Prepares
 from common.method import Looks
 from common.models import files, vlm
 from common.models.encoder import Encoder
@@ -41,6 +42,8 @@ def build(
     state, updates = checkpoints.state, total_updates(config.trainer, len(questions.train))
     learns = isinstance(config.trainer, GRPOConfig) and updates > (0 if state is None else state.update)
     rewards = prepare_rewards(config.rewards) if learns else {}
+    if isinstance(questions.method, Prepares):
+        questions.method.prepare(config, questions, device, folder)
     source = files.weights_folder(config)
     torch.manual_seed(config.seed)  # adapters start alike on all ranks
     policy = vlm.load(source, config.model, device, train=config.trainer.name != "none")

@@ -25,7 +25,7 @@ from common.models.encoder import Encoder
 from common.models.slots import detached
 from common.rewards import Reward
 from common.rollout.base import Decoding, Rollout, awake
-from common.run import doctor
+from common.run import doctor, loop
 from common.run.checkpoint import Checkpoints, read_state
 from common.run.recorder import Recorder
 from common.runtime.distributed import rank, world
@@ -34,7 +34,6 @@ from common.training.grpo.trainer import GRPOTrainer
 from common.training.schedule import Epochs, total_updates
 from common.training.sft import SFTTrainer
 from common.types import Answers, UserError
-from common.vlm import loop
 
 EMBEDDINGS = "embeddings"  # beside the weights
 

@@ -1,0 +1,72 @@
+"""What a CLIP reads of a class: templates, or the sentences of a language model (CuPL's and CaFo's GPT-3 files)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.types import UserError
+
+KEY = "clip.prompts"
+
+
+def of_templates(names: Sequence[str], templates: Sequence[str]) -> list[list[str]]:
+    """Every template with every name; underscores in names are spaces.
+
+    >>> of_templates(["king_crab"], ["a photo of a {}.", "{} texture."])
+    [['a photo of a king crab.', 'king crab texture.']]
+
+    Raises:
+        UserError: There is no template, or one without {}.
+    """
+    if not templates:
+        raise UserError("clip.templates is empty; give one or more, such as ['a photo of a {}.']")
+    if bad := [template for template in templates if template.count("{}") != 1]:
+        raise UserError(f"clip.templates: '{bad[0]}' must have one {{}}, where the class name stands")
+    return [[template.replace("{}", spoken(name)) for template in templates] for name in names]
+
+
+def spoken(name: str) -> str:
+    """A class name as a text tower reads it."""
+    return name.replace("_", " ")
+
+
+def of_file(path: Path, names: Sequence[str]) -> list[list[str]]:
+    """The sentences of every class: a JSON object from the name (spaces, not underscores) to a list of sentences.
+
+    Args:
+        path: The file. It may hold more classes. A sentence that stands there twice counts twice.
+        names: Of the classes.
+
+    Raises:
+        UserError: The file cannot be read, lacks a class, or has none or something else than sentences for one.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{KEY}={path} cannot be read ({error.strerror}); give a JSON file, or null") from error
+    except ValueError as error:
+        raise UserError(
+            f"{KEY}={path} is not JSON ({error}); give an object from names to lists of sentences"
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{KEY}={path} holds a {type(content).__name__}, not an object from names to lists of sentences"
+        )
+    wanted = [spoken(name) for name in names]
+    if missing := [name for name in dict.fromkeys(wanted) if name not in content]:
+        shown = ", ".join(f"'{name}'" for name in missing[:5]) + (", …" if len(missing) > 5 else "")
+        raise UserError(
+            f"{KEY}={path} lacks {len(missing)} of {len(set(wanted))} classes: {shown}"
+            "; keys are the class names of the run, letter by letter"
+        )
+    for name in wanted:
+        sentences = content[name]
+        if (
+            not isinstance(sentences, list)
+            or not sentences
+            or not all(isinstance(s, str) and s.strip() for s in sentences)
+        ):
+            raise UserError(f"{KEY}={path}: '{name}' must have a list of one or more sentences")
+    return [content[name] for name in wanted]

@@ -1,0 +1,138 @@
+"""Features on disk, memory-mapped: each picture and view is encoded once, whatever run asks for it.
+
+    <folder>/<writer>.keys    16 bytes a row: a hash of what was encoded
+    <folder>/<writer>.rows    the row itself, `width` numbers of the number format
+
+A writer appends rows first and their keys second, so a row counts when its key is whole: a kill at any moment loses the
+batch it was at, and the next attempt goes on behind it. Every process appends to files of its own and reads all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from common.types import UserError
+
+KEY = np.dtype("S16")  # compared as bytes; trailing zeros do not count, so keys never end with one (see `key_of`)
+
+
+def key_of(*parts: str) -> bytes:
+    """16 bytes that name a row."""
+    digest = hashlib.sha256("\0".join(parts).encode()).digest()[:15]
+    return digest + b"\x01"
+
+
+class Store:
+    """A table of rows by key. Not for threads."""
+
+    def __init__(self, folder: Path, width: int, dtype: str) -> None:
+        """
+        Args:
+            folder: Its own; made if need be.
+            width: Numbers of a row.
+            dtype: `float16` or `float32`.
+
+        Raises:
+            UserError: The folder cannot be made.
+        """
+        self.folder, self.width, self.dtype = folder, width, np.dtype(dtype)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"features cannot be kept in {folder} ({error.strerror}); set cache_dir") from error
+        self.writer: tuple[IO[bytes], IO[bytes]] | None = None
+        self.refresh()
+
+    def refresh(self) -> None:
+        """See what all processes have written meanwhile."""
+        if self.writer is not None:
+            for file in self.writer:
+                file.flush()
+        self.tables: list[NDArray[np.generic]] = []
+        keys, where = [], []
+        for path in sorted(self.folder.glob("*.keys")):
+            rows = path.with_suffix(".rows")
+            size = self.width * self.dtype.itemsize
+            whole = min(path.stat().st_size // KEY.itemsize, rows.stat().st_size // size if rows.is_file() else 0)
+            if whole == 0:
+                continue
+            keys.append(np.fromfile(path, KEY, count=whole))
+            where.append(np.stack([np.full(whole, len(self.tables)), np.arange(whole)], 1))
+            self.tables.append(np.memmap(rows, self.dtype, "r", shape=(whole, self.width)))
+        every = np.concatenate(keys) if keys else np.empty(0, KEY)
+        order = np.argsort(every, kind="stable")
+        self.keys = every[order]
+        self.where = (np.concatenate(where) if where else np.empty((0, 2), np.int64))[order]
+
+    def find(self, keys: Sequence[bytes]) -> NDArray[np.int64]:
+        """Table and row of each key, -1 for those that are not there. Shape: [N, 2]."""
+        asked = np.array(keys, KEY)
+        if not len(self.keys) or not len(asked):
+            return np.full((len(asked), 2), -1)
+        place = np.searchsorted(self.keys, asked).clip(max=len(self.keys) - 1)
+        return np.where((self.keys[place] == asked)[:, None], self.where[place], -1)
+
+    def add(self, keys: Sequence[bytes], rows: torch.Tensor) -> None:
+        """Append rows; `refresh` shows them. Shape: [N, width].
+
+        Raises:
+            UserError: The disk is full.
+        """
+        values = rows.detach().cpu().numpy().astype(self.dtype)
+        if values.shape != (len(keys), self.width):
+            raise ValueError(f"{len(keys)} keys for rows of shape {values.shape}, not of width {self.width}")
+        if self.writer is None:
+            name = uuid.uuid4().hex
+            self.writer = (self.folder / f"{name}.rows").open("ab"), (self.folder / f"{name}.keys").open("ab")
+        try:
+            for file, content in zip(self.writer, (values.tobytes(), np.array(keys, KEY).tobytes()), strict=True):
+                file.write(content)
+                file.flush()
+        except OSError as error:
+            raise UserError(
+                f"features cannot be written to {self.folder} ({error.strerror}); free disk space"
+            ) from error
+
+    def read(self, where: NDArray[np.int64]) -> torch.Tensor:
+        """Rows that `find` found. fp32, shape: [N, width]."""
+        found = np.empty((len(where), self.width), np.float32)
+        for table in np.unique(where[:, 0]):
+            mine = where[:, 0] == table
+            found[mine] = self.tables[table][where[mine, 1]]
+        return torch.from_numpy(found)
+
+    def close(self) -> None:
+        """End this process's files."""
+        if self.writer is not None:
+            for file in self.writer:
+                file.close()
+            self.writer = None
+
+
+class Rows:
+    """Rows of a store in a given order, read when they are asked for, so that any number of them takes no memory."""
+
+    def __init__(self, store: Store, where: NDArray[np.int64], shape: tuple[int, ...]) -> None:
+        """
+        Args:
+            store: Of the rows.
+            where: Table and row of each. Shape: [N, 2].
+            shape: Of one row.
+        """
+        self.store, self.where, self.shape = store, where, shape
+
+    def __len__(self) -> int:
+        return len(self.where)
+
+    def __getitem__(self, part: slice) -> torch.Tensor:
+        """fp32. Shape: [rows of the slice, *shape]."""
+        rows = self.store.read(self.where[part])
+        return rows.view(len(rows), *self.shape)

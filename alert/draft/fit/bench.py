@@ -1,0 +1,112 @@
+"""From the pictures and names of a task to what a learner is fitted on: the encoders of a run, and their features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from alert.draft.features import generated, prompts
+from alert.draft.features.encoded import Encoded
+from alert.draft.features.encoder import TextEncoder, load
+from alert.draft.features.store import Rows
+from alert.draft.features.views import TEST, View
+from alert.draft.fit.data import CHUNK, FewShot, Pictures, Support, Text
+from alert.draft.learners.zero_shot import text_weights
+from common.config.schema import Config
+from common.types import Images, Item, Task
+
+
+class Bench:
+    """The encoders that a learner needs. All ranks call the methods together."""
+
+    def __init__(self, config: Config, learner: FewShot, device: torch.device) -> None:
+        """
+        Args:
+            config: Of the run.
+            learner: What it `needs` decides which encoders are loaded.
+            device: Of encoders and features.
+
+        Raises:
+            UserError: Weights are missing or of another model.
+        """
+        self.config, self.needs, self.device = config, learner.needs, device
+        cache = Path(config.cache_dir)
+        self.clip = None if config.clip.load is None else cast(TextEncoder, load("clip", config.clip, device, cache))
+        beside = self.clip is None or "second" in learner.needs
+        self.visual = load("visual", config.visual, device, cache) if beside and config.visual.load else None
+        encoders = [each for each in (self.clip, self.visual) if each is not None]
+        self.weights = {
+            "path": "; ".join(each.source for each in encoders),
+            "sha256": "+".join(each.identity for each in encoders),
+        }
+        chosen = {"clip": config.clip, "visual": config.visual}
+        self.encoded = [
+            Encoded(each, cache, chosen[key].dtype, chosen[key].batch)
+            for key, each in (("clip", self.clip), ("visual", self.visual))
+            if each is not None
+        ]
+
+    def close(self) -> None:
+        """End this process's files."""
+        for each in self.encoded:
+            each.close()
+
+    def text(self, names: Sequence[str]) -> Text:
+        """Class names as CLIP reads them."""
+        if self.clip is None:
+            return Text(tuple(names))
+        chosen = self.config.clip
+        if chosen.prompts is None:
+            sentences = prompts.of_templates(names, chosen.templates)
+        else:
+            sentences = prompts.of_file(Path(chosen.prompts).expanduser(), names)
+        features = self.clip.texts([sentence for each in sentences for sentence in each])
+        parts = features.split([len(each) for each in sentences])
+        return Text(tuple(names), text_weights(parts).to(self.device), self.clip)
+
+    def chunks(self, images: Images, items: Sequence[Item]) -> Iterator[Pictures]:
+        """The test views of some pictures, so many at a time that memory is bounded."""
+        rows = self._rows(images, items, TEST, maps="maps" in self.needs)
+        for start in range(0, len(items), CHUNK):
+            yield self._pictures(rows, items[start : start + CHUNK], slice(start, start + CHUNK))
+
+    def pictures(self, images: Images, items: Sequence[Item], view: View = TEST) -> Pictures:
+        """Some pictures at once."""
+        maps = view == TEST and "maps" in self.needs
+        return self._pictures(self._rows(images, items, view, maps), items, slice(None))
+
+    def support(self, task: Task, source: str | None = None, per_class: int = 0) -> Support:
+        """The shots of a task, and generated pictures if there are any."""
+        made = self._support(task.images, task.train.items)
+        if source is None or not per_class:
+            return made
+        key = "few_shot.cafo.generated"
+        drawn = generated.pick(key, source, per_class, task.train.names, self.config.seed)
+        return replace(made, generated=self._support(generated.Folder(), drawn))
+
+    def _support(self, images: Images, items: Sequence[Item]) -> Support:
+        chosen = self.config.clip if self.clip is not None else self.config.visual
+        scale = (chosen.crop[0], chosen.crop[1])
+        known: dict[int, Pictures] = {}
+
+        def view(number: int) -> Pictures:
+            if number not in known:
+                known[number] = self.pictures(images, items, View(number, self.config.seed, scale, chosen.flip))
+            return known[number]
+
+        return Support(self.pictures(images, items), view, chosen.views)
+
+    def _rows(self, images: Images, items: Sequence[Item], view: View, maps: bool) -> list[Rows | None]:
+        keys = [item.image for item in items]
+        rows: list[Rows | None] = [each.images(images, keys, view) for each in self.encoded]
+        rows = [*rows, None] if len(rows) == 1 else rows
+        return [*rows, self.encoded[0].maps(images, keys, view) if maps else None]
+
+    def _pictures(self, rows: list[Rows | None], items: Sequence[Item], part: slice) -> Pictures:
+        images, second, maps = (None if each is None else each[part].to(self.device) for each in rows)
+        assert images is not None
+        return Pictures(images, torch.tensor([item.label for item in items], device=self.device), maps, second)

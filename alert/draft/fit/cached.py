@@ -1,0 +1,287 @@
+"""Learners that remember the shots: Tip-Adapter, Tip-Adapter-F, CaFo."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alert.draft.fit.base import Unfitted, base_logits
+from alert.draft.fit.data import Pictures, Plan, Support, Text, accuracy
+from alert.draft.fit.trained import Trained
+from alert.draft.learners import cafo, tip_adapter
+from common.config.checks import one_of, positive
+from common.types import UserError
+
+Vote = Callable[[Pictures], Callable[[float], Tensor]]  # from pictures to a function from beta to what alpha multiplies
+
+
+class Searched:
+    """Alpha and beta, and their search."""
+
+    def __init__(self, alpha: float, beta: float, search_scale: list[float]) -> None:
+        """
+        Args:
+            alpha: As the fit begins.
+            beta: As the fit begins.
+            search_scale: Ends of beta and alpha in the search.
+            key_views: Random views that a key is the mean of, at the start.
+        """
+        positive("few_shot: beta", beta)
+        if len(search_scale) != 2 or min(search_scale) <= 0.1:
+            raise UserError(f"few_shot: search_scale={search_scale} must be the ends of beta and alpha, above 0.1")
+        self.alpha, self.beta, self.scale = alpha, beta, (search_scale[0], search_scale[1])
+
+    def search(self, vote: Vote, pictures: Pictures, text: Text) -> tip_adapter.Found:
+        """The pair of the highest accuracy on some pictures."""
+        return tip_adapter.search(
+            lambda part: vote(pictures.take(part)), base_logits(pictures, text), pictures.labels, self.scale
+        )
+
+
+class TipAdapter(Unfitted):
+    """Tip-Adapter: keys from the shots, nothing trained. Without CLIP the votes of the keys alone count."""
+
+    needs = frozenset()
+    fixed_classes = True
+    steps = 1
+    keys: tip_adapter.Keys | None = None
+
+    def __init__(self, *, seed: int, alpha: float, beta: float, search_scale: list[float], key_views: int) -> None:
+        """
+        Args:
+            seed: Not used.
+            alpha: Of the votes, where nothing is searched.
+            beta: Likewise.
+            search_scale: Ends of beta and alpha.
+            key_views: Random views that a key is the mean of.
+        """
+        super().__init__(seed=seed)
+        self.key_views = key_views
+        self.mix = Searched(alpha, beta, search_scale)
+
+    def step(self, number: int) -> dict[str, float]:
+        self.keys = _keys(self.train, len(self.text.names), "images", self.key_views)
+        return {}
+
+    def _vote(self, pictures: Pictures) -> Callable[[float], Tensor]:
+        assert self.keys is not None
+        near = tip_adapter.affinity(pictures.images, self.keys)
+        return lambda beta: tip_adapter.votes(near, beta)
+
+    def end(self) -> dict[str, Any]:
+        if self.judges is not None:
+            found = self.mix.search(self._vote, self.judges, self.text)
+            self.mix.alpha, self.mix.beta = found.alpha, found.beta
+        return {"alpha": self.mix.alpha, "beta": self.mix.beta, "searched": self.judges is not None}
+
+    def logits(self, pictures: Pictures, text: Text) -> Tensor:
+        if self.keys is None:
+            return base_logits(pictures, text)
+        return base_logits(pictures, text) + self.mix.alpha * self._vote(pictures)(self.mix.beta)
+
+    def state(self) -> dict[str, Any]:
+        return {"keys": None if self.keys is None else vars(self.keys), "mix": (self.mix.alpha, self.mix.beta)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.keys = None if state["keys"] is None else tip_adapter.Keys(**state["keys"])
+        self.mix.alpha, self.mix.beta = state["mix"]
+
+
+class KeyModule(nn.Module):
+    """Trainable keys of one or two encoders. Shape of each: [C, K, D]."""
+
+    def __init__(self, keys: list[tip_adapter.Keys]) -> None:
+        super().__init__()
+        self.values = nn.ParameterList([nn.Parameter(each.values.clone()) for each in keys])
+        self.missing = [each.missing for each in keys]
+
+    def keys(self) -> list[tip_adapter.Keys]:
+        """As they are now."""
+        return [tip_adapter.Keys(v, m) for v, m in zip(self.values, self.missing, strict=True)]
+
+
+class TrainedKeys(Trained):
+    """What Tip-Adapter-F and CaFo share: trained keys, the best epoch, then a search of alpha and beta."""
+
+    needs = frozenset()
+    fixed_classes = True
+    best = True
+    module: KeyModule | None
+
+    def __init__(
+        self,
+        *,
+        seed: int,
+        epochs: int,
+        batch: int,
+        learning_rate: float,
+        weight_decay: float,
+        alpha: float,
+        beta: float,
+        search_scale: list[float],
+        key_views: int,
+    ) -> None:
+        """
+        Args:
+            seed: Of the order of the pictures.
+            epochs: Of the training.
+            batch: Pictures.
+            learning_rate: At the start.
+            weight_decay: Of AdamW.
+            alpha: While training.
+            beta: While training.
+            search_scale: Ends of beta and alpha in the search.
+            key_views: Random views that a key is the mean of, at the start.
+        """
+        super().__init__(seed=seed, plan=Plan("adamw", epochs, batch, learning_rate, weight_decay))
+        positive("few_shot: key_views", key_views)
+        self.key_views = key_views
+        self.mix = Searched(alpha, beta, search_scale)
+
+    def vote(self, pictures: Pictures, base: Tensor) -> Callable[[float], Tensor]:
+        """From pictures and their zero-shot logits to a function from beta to what alpha multiplies."""
+        raise NotImplementedError
+
+    def forward(self, pictures: Pictures, text: Text) -> Tensor:
+        base = base_logits(pictures, text)
+        return base + self.mix.alpha * self.vote(pictures, base)(self.mix.beta)
+
+    def search_keys(self) -> dict[str, Tensor] | None:
+        """Weights to search alpha and beta with, if they are not the trained ones."""
+        return None
+
+    def end(self) -> dict[str, Any]:
+        facts = super().end()
+        assert self.module is not None
+        # the authors search on validation pictures where there are some, and choose by the test pictures
+        searched_on = self.val if self.val is not None else self.test
+        if searched_on is None or self.judges is None:
+            return facts | {"alpha": self.mix.alpha, "beta": self.mix.beta, "searched": False}
+        trained, other = copy.deepcopy(self.module.state_dict()), self.search_keys() if self.test is not None else None
+        if other is not None:
+            self.module.load_state_dict(other)
+        with torch.no_grad():
+            found = self.mix.search(lambda p: self.vote(p, base_logits(p, self.text)), searched_on, self.text)
+        self.module.load_state_dict(trained)
+        begun, before = (self.mix.alpha, self.mix.beta), accuracy(self, self.judges, self.text)
+        self.mix.alpha, self.mix.beta = found.alpha, found.beta
+        better = accuracy(self, self.judges, self.text) > before
+        if not better:
+            self.mix.alpha, self.mix.beta = begun
+        return facts | {"alpha": self.mix.alpha, "beta": self.mix.beta, "searched": better}
+
+    def state(self) -> dict[str, Any]:
+        return super().state() | {"mix": (self.mix.alpha, self.mix.beta)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        super().restore(state)
+        self.mix.alpha, self.mix.beta = state["mix"]
+
+
+class TipAdapterF(TrainedKeys):
+    """Tip-Adapter-F: the keys are trained."""
+
+    def build(self) -> nn.Module:
+        return KeyModule([_keys(self.train, len(self.text.names), "images", self.key_views)])
+
+    def vote(self, pictures: Pictures, base: Tensor) -> Callable[[float], Tensor]:
+        assert self.module is not None
+        near = tip_adapter.affinity(pictures.images, self.module.keys()[0])
+        return lambda beta: tip_adapter.votes(near, beta)
+
+
+class CaFo(TrainedKeys):
+    """CaFo: keys of CLIP and of a visual encoder, weighed for each picture; generated pictures are more shots."""
+
+    needs = frozenset({"second"})
+
+    def __init__(
+        self,
+        *,
+        seed: int,
+        epochs: int,
+        batch: int,
+        learning_rate: float,
+        weight_decay: float,
+        alpha: float,
+        beta: float,
+        search_scale: list[float],
+        key_views: int,
+        scheduler: str = "paper",
+        generated: str | None = None,
+        per_class: int = 0,
+    ) -> None:
+        """
+        Args:
+            seed: This and the next as of `TrainedKeys`.
+            epochs: Of the training.
+            batch: Pictures.
+            learning_rate: At the start.
+            weight_decay: Of AdamW.
+            alpha: While training.
+            beta: While training.
+            search_scale: Ends of beta and alpha in the search.
+            key_views: Random views that a key is the mean of, at the start.
+            scheduler: `paper`: the cosine is made for the real batches, and the generated ones also move it, as in the
+                authors' code; `proper`: for all batches.
+            generated: Generated pictures, see alert/draft/features/generated.py; null: none.
+            per_class: How many of them.
+        """
+        super().__init__(
+            seed=seed,
+            epochs=epochs,
+            batch=batch,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            alpha=alpha,
+            beta=beta,
+            search_scale=search_scale,
+            key_views=key_views,
+        )
+        one_of("few_shot.cafo.scheduler", scheduler, ("paper", "proper"))
+        self.scheduler, self.generated, self.per_class = scheduler, generated, per_class
+        self.begun: dict[str, Tensor] = {}
+
+    def supports(self) -> list[Support]:
+        return [self.train] if self.train.generated is None else [self.train, self.train.generated]
+
+    def cosine_over(self) -> int:
+        counted = self.supports() if self.scheduler == "proper" else self.supports()[:1]
+        return self.plan.epochs * sum(math.ceil(len(each.seen) / self.plan.batch) for each in counted)
+
+    def build(self) -> nn.Module:
+        count = len(self.text.names)
+        kinds = ["images"] if self.train.seen.second is None else ["images", "second"]
+        parts = [[_keys(support, count, kind, self.key_views) for support in self.supports()] for kind in kinds]
+        made = KeyModule([_joined(each) for each in parts])
+        self.begun = copy.deepcopy(made.state_dict())
+        return made
+
+    def vote(self, pictures: Pictures, base: Tensor) -> Callable[[float], Tensor]:
+        assert self.module is not None
+        features = [pictures.images] if pictures.second is None else [pictures.images, pictures.second]
+        near = [tip_adapter.affinity(f, k) for f, k in zip(features, self.module.keys(), strict=True)]
+        if self.text.weights is None:  # without CLIP there is nothing to agree with: one cache, standardised
+            return lambda beta: cafo.standardized(tip_adapter.votes(near[0], beta))
+        return lambda beta: cafo.fused(torch.stack([tip_adapter.votes(each, beta) for each in near]), base)
+
+    def search_keys(self) -> dict[str, Tensor] | None:
+        # with validation pictures the authors search before training; without them, on ImageNet, afterwards
+        return None if self.val is None else {k: v.to(self.train.seen.images) for k, v in self.begun.items()}
+
+
+def _keys(support: Support, classes: int, kind: str, views: int) -> tip_adapter.Keys:
+    mean = support.mean_view(views)
+    values = mean.images if kind == "images" else mean.second
+    assert values is not None
+    return tip_adapter.keys_of(values[None], mean.labels, classes)
+
+
+def _joined(parts: list[tip_adapter.Keys]) -> tip_adapter.Keys:
+    """Keys of several sets of pictures side by side."""
+    return tip_adapter.Keys(torch.cat([p.values for p in parts], 1), torch.cat([p.missing for p in parts], 1))

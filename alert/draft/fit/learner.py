@@ -1,0 +1,208 @@
+"""A few-shot learner on frozen features as the learner of a run (common/learner.py), and as a draft of ALERT.
+
+An update in the log is an epoch of its training; a learner that is fitted in one go makes one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from alert.draft import candidate_file, settled
+from alert.draft import candidates as candidate
+from alert.draft.fit.bench import Bench
+from alert.draft.fit.data import FewShot, Pictures, Text
+from common.config.schema import Config
+from common.data.task import Questions
+from common.evaluation.evaluate import spread
+from common.run import loop
+from common.run.checkpoint import Checkpoints
+from common.run.recorder import Recorder
+from common.runtime.distributed import barrier, rank
+from common.training.base import Step
+from common.types import Answers, Item, Prediction, Probabilities
+
+STATE = "few_shot.pt"
+
+
+class FewShotLearner:
+    """See `Learner` in common/learner.py. Also a `Trainer`, whose step is an epoch (common/training/base.py)."""
+
+    tokens = 0.0
+
+    def __init__(
+        self,
+        config: Config,
+        questions: Questions,
+        name: str,
+        device: torch.device,
+        folder: Path,
+        checkpoints: Checkpoints,
+    ) -> None:
+        """
+        Args:
+            config: Of the run.
+            questions: Of the run.
+            name: Of the learner, an entry of `few_shot`.
+            device: Of encoders and features.
+            folder: `candidates` and weights lie in it.
+            checkpoints: Of this learner.
+        """
+        self.config, self.questions, self.name, self.folder, self.checkpoints = (
+            config,
+            questions,
+            name,
+            folder,
+            checkpoints,
+        )
+        self.learner: FewShot = settled.make(config, name)
+        self.bench = Bench(config, self.learner, device)
+        self.weights = self.bench.weights
+        checkpoints.begin_from(self.weights["sha256"], self.weights["path"])
+        self.texts: dict[tuple[str, ...], Text] = {}
+        self.facts: dict[str, Any] = {}
+
+    @property
+    def decoding(self) -> str:
+        marks = [f"the highest of {self.name}'s logits", self.learner.remark]
+        return "; ".join(mark for mark in (*marks, selection_mark(self.config, self.learner)) if mark)
+
+    def predict(self, split: str, limit: int | None = None) -> Answers:
+        began, asked = time.perf_counter(), self.questions.task.evaluation[split]
+        items = spread(list(asked.items), limit)
+        logits = self.logits(split, items)
+        chosen = logits.argmax(1)
+        made = [
+            Prediction(item.image, item.name, item.label, asked.names[c], bool(c == item.label), bool(c == item.label))
+            for item, c in zip(items, chosen.tolist(), strict=True)
+        ]
+        columns: dict[str, list[Any]] = {}
+        if limit is None:
+            columns["truth_rank"] = self._write_candidates(split, items, logits)
+        return Answers(
+            made, time.perf_counter() - began, probabilities(logits, asked.names, asked.choices), 0.0, columns
+        )
+
+    def train(self, recorder: Recorder) -> int:
+        return self.fit(recorder)
+
+    def fit(self, recorder: Recorder) -> int:
+        """All steps; goes on where an earlier attempt stopped."""
+        learner, task = self.learner, self.questions.task
+        if not learner.steps:
+            return 0
+        entry = self.config.few_shot[self.name]
+        support = self.bench.support(task, entry.get("generated"), entry.get("per_class", 0))
+        learner.begin(support, self._labelled("val"), self._text(task.train.names), self._tested())
+        if self.checkpoints.resumed is not None:
+            learner.restore(torch.load(self.checkpoints.resumed / STATE, map_location=self.bench.device))
+        loop.train(self, self, learner.steps, self.config, self.checkpoints, recorder, self.save)
+        self.facts = learner.end()
+        return learner.steps
+
+    def step(self, update: int) -> Step:
+        clock = time.perf_counter()
+        metrics = self.learner.step(update)
+        return Step(metrics, {"fitting": time.perf_counter() - clock}, [])
+
+    def save(self, folder: Path) -> None:
+        if rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(self.learner.state(), folder / STATE)
+        barrier()
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        yield
+
+    def restore(self, folder: Path) -> None:
+        self.learner.restore(torch.load(folder / STATE, map_location=self.bench.device))
+
+    def close(self) -> None:
+        self.bench.close()
+
+    def logits(self, split: str, items: list[Item]) -> NDArray[np.float32]:
+        """Of some pictures of a split. Shape: [N, C]; classes of the split."""
+        task = self.questions.task
+        fixed = self.learner.fixed_classes
+        text = self._text(task.train.names if fixed else task.evaluation[split].names)
+        parts = []
+        with torch.no_grad():
+            for part in self.bench.chunks(task.images, items):
+                parts.append(self.learner.logits(part, text).float().cpu().numpy())
+        logits = np.concatenate(parts)
+        return logits[:, settled.own_labels(task, split)] if fixed else logits
+
+    def _text(self, names: tuple[str, ...]) -> Text:
+        if names not in self.texts:
+            self.texts[names] = self.bench.text(names)
+        return self.texts[names]
+
+    def _labelled(self, split: str) -> Pictures | None:
+        """The pictures of a split with the labels of the training classes."""
+        task = self.questions.task
+        if split not in task.evaluation:
+            return None
+        own = settled.own_labels(task, split)
+        items = [replace(item, label=own[item.label]) for item in task.evaluation[split].items]
+        return self.bench.pictures(task.images, items)
+
+    def _tested(self) -> Pictures | None:
+        """With `selection=paper`, the pictures of the first test of the training classes."""
+        if self.config.selection != "paper":
+            return None
+        first = next(split for split in self.questions.task.evaluation if split != "val")
+        return self._labelled(first)
+
+    def _write_candidates(self, split: str, items: list[Item], logits: NDArray[np.float32]) -> list[int | None]:
+        """Write the best classes of every picture. Returns the truth's rank among them, from 1, or None."""
+        task, config = self.questions.task, self.config
+        asked, dataset = task.evaluation[split], settled.dataset_of(task, split)
+        origin = candidate.Origin(self.name, dataset, config.shots, config.seed)
+        ranked = candidate.rank([item.image for item in items], logits, asked.names, origin)
+        truths = [item.label for item in items]
+        if rank() == 0:
+            about = {"manifest": self.questions.manifest["hash"], "selection": config.selection, **self.weights}
+            candidate_file.write(self.folder / candidate_file.FOLDER / split, ranked, asked.names, truths, about)
+        barrier()
+        return candidate_file.truth_ranks(ranked, asked.names, truths)
+
+
+def selection_mark(config: Config, learner: FewShot) -> str:
+    """What a table must say of a learner that was chosen by the test pictures."""
+    return "selected on the test images" if config.selection == "paper" and learner.steps else ""
+
+
+def probabilities(logits: NDArray[np.float32], names: tuple[str, ...], choices: tuple[str, ...]) -> Probabilities:
+    """The softmax; classes of one name add up.
+
+    Args:
+        logits: Shape: [N, C].
+        names: Of the classes. Length: C.
+        choices: The names, each once.
+    """
+    shifted = np.exp(logits - logits.max(1, keepdims=True))
+    values = (shifted / shifted.sum(1, keepdims=True)).astype(np.float32)
+    if len(choices) < len(names):
+        place = {name: number for number, name in enumerate(choices)}
+        merged = np.zeros((len(values), len(choices)), np.float32)
+        for label, name in enumerate(names):
+            merged[:, place[name]] += values[:, label]
+        values = merged
+    everyone = np.broadcast_to(np.arange(len(choices), dtype=np.int32), values.shape)
+    return Probabilities(choices, everyone, values)
+
+
+def build(
+    config: Config, questions: Questions, device: torch.device, folder: Path, checkpoints: Checkpoints
+) -> FewShotLearner:
+    """See `Build` in common/learner.py."""
+    return FewShotLearner(config, questions, config.method["learner"], device, folder, checkpoints)

@@ -1,0 +1,59 @@
+"""Types of the configuration groups `learner`, `clip` and `visual`: what is trained, and few-shot learners' encoders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from common.config.checks import one_of, positive
+from common.types import UserError
+
+
+@dataclass
+class LearnerConfig:
+    """What is trained and tested (common/learner.py). needs_shots: without a `trainer`, too."""
+
+    name: str = MISSING
+    build: str = MISSING
+    check: str = MISSING
+    needs_shots: bool = True
+
+
+@dataclass
+class EncoderConfig:
+    """A frozen encoder of pictures, whose features few-shot learners are fitted on.
+
+    load: the function that makes it, null: none; options: its arguments. dtype: that it computes in, and that features
+    are kept in. views: random views of a training picture that differ, each covering a share of it between `crop`, and
+    mirrored with probability `flip`.
+    """
+
+    name: str = MISSING
+    load: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "float32"
+    batch: int = 64
+    views: int = 10
+    crop: list[float] = field(default_factory=lambda: [0.5, 1.0])
+    flip: float = 0.5
+
+    def __post_init__(self) -> None:
+        one_of("clip.dtype, visual.dtype", self.dtype, ("float32", "float16"))
+        positive("clip.batch, visual.batch", self.batch)
+        positive("clip.views, visual.views", self.views)
+        if len(self.crop) != 2 or not 0 < self.crop[0] <= self.crop[1] <= 1:
+            raise UserError(f"clip.crop={self.crop} must be two shares of a picture, such as [0.5,1]")
+        if not 0 <= self.flip <= 1:
+            raise UserError(f"clip.flip={self.flip} must be a probability")
+
+
+@dataclass
+class ClipConfig(EncoderConfig):
+    """A CLIP, which also reads. templates: sentences with {} for a class name. prompts: a JSON file of sentences for
+    every class instead.
+    """
+
+    templates: list[str] = field(default_factory=lambda: ["a photo of a {}."])
+    prompts: str | None = None
