@@ -19,7 +19,7 @@ from common.run.checkpoint import Checkpoints
 from common.run.recorder import Recorder
 from common.run.run_folder import RunFolder
 from common.run.tracking import NullTracker
-from common.runtime.distributed import gather
+from common.runtime.distributed import barrier, gather, rank
 from common.runtime.stopwatch import Stopwatch
 
 
@@ -52,6 +52,9 @@ def _path(folder: Path, split: str) -> Path:
 
 
 def _fit(config: Config, questions: Questions, name: str, device: torch.device, folder: Path) -> None:
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    barrier()
     checkpoints = Checkpoints(folder / "checkpoints", 1)
     quiet = replace(config, trainer=TrainerConfig(name="none"), evaluate="last", method={"name": name})
     learner = FewShotLearner(quiet, questions, name, device, folder, checkpoints)
