@@ -257,7 +257,14 @@ def test_clip_loads_a_local_file(tmp_path):
     import open_clip
 
     (tmp_path / "small.json").write_text(
-        json.dumps({"embed_dim": 64, "quick_gelu": True, "vision_cfg": tiny.VISION, "text_cfg": {**tiny.TEXT, "vocab_size": 49408}})
+        json.dumps(
+            {
+                "embed_dim": 64,
+                "quick_gelu": True,
+                "vision_cfg": tiny.VISION,
+                "text_cfg": {**tiny.TEXT, "vocab_size": 49408},
+            }
+        )
     )
     open_clip.add_model_config(tmp_path / "small.json")
     made = open_clip.create_model("small")

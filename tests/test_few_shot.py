@@ -1,0 +1,336 @@
+"""Few-shot learners as classes: what they fit and choose, against plain loops; their state; what is refused early."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, normalize
+
+from alert.draft import settled
+from alert.draft.fit import adapted, cached, closed
+from alert.draft.fit.data import Pictures, Plan, Support, Text, accuracy, all_logits, batches, fit
+from alert.draft.fit.learner import probabilities
+from alert.draft.learners import tip_adapter, zero_shot
+from common.config.composition import validate
+from common.types import Item, Split, Task, UserError
+from tests import encoders
+
+N, C, D, P, D2, VIEWS = 12, 3, 8, 4, 6, 3
+NAMES = ("red", "green", "blue")
+PLAN = {"epochs": 4, "batch": 5, "learning_rate": 0.01, "weight_decay": 0.01}
+KEYS = {"alpha": 2.0, "beta": 1.5, "search_scale": [4, 3], "key_views": 2}
+
+
+@pytest.fixture
+def world():
+    """Features of three classes that overlap: support, validation and test pictures, and texts near the classes."""
+    generator = torch.Generator().manual_seed(4)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    centres, second, per = draw(C, D), draw(C, D2), draw(C, D)
+
+    def pictures(labels, spread=1.0, maps=True):
+        images = centres[labels] + spread * draw(len(labels), D)
+        return Pictures(
+            images, labels, draw(len(labels), P, D) if maps else None, second[labels] + draw(len(labels), D2)
+        )
+
+    labels = torch.arange(C).repeat_interleave(N // C)
+    views = [pictures(labels, maps=False) for _ in range(VIEWS)]
+    train = Support(pictures(labels), views.__getitem__, VIEWS)
+    text = Text(NAMES, normalize(centres + 2 * per, dim=1), None)
+    val, test = (pictures(torch.arange(C).repeat(20)) for _ in range(2))
+    return train, val, text, test
+
+
+LEARNERS = {
+    "nearest_mean": lambda: closed.NearestMean(seed=1),
+    "linear_probe": lambda: closed.LinearProbe(seed=1),
+    "clip_adapter": lambda: adapted.ClipAdapter(seed=1, **PLAN, ratio=0.3),
+    "vt_clip": lambda: adapted.VTClip(seed=1, **PLAN, heads=2),
+    "calip_fs": lambda: adapted.CalipFS(seed=1, **PLAN, betas=[1, 1, 0.1], hidden=5),
+    "tip_adapter": lambda: cached.TipAdapter(seed=1, **KEYS),
+    "tip_adapter_f": lambda: cached.TipAdapterF(seed=1, **PLAN, **KEYS),
+    "cafo": lambda: cached.CaFo(seed=1, **PLAN, **KEYS),
+}
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_a_fit_is_better_than_zero_shot(world, name):
+    """Texts that are half wrong: whoever sees shots is better on pictures that nobody has chosen by."""
+    train, val, text, test = world
+    learner = LEARNERS[name]()
+    base = float((zero_shot.logits(test.images, text.known).argmax(1) == test.labels).float().mean())
+    assert accuracy(learner, test, text) == base or "maps" in learner.needs, "it begins as zero-shot CLIP"
+    fit(learner, train, val, text)
+    assert accuracy(learner, test, text) > base
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_an_interrupted_fit_ends_as_if_nothing_had_happened(world, name, tmp_path):
+    train, val, text, test = world
+    whole, first, second = (LEARNERS[name]() for _ in range(3))
+    facts = fit(whole, train, val, text)
+    stop = max(1, first.steps // 2)
+    first.begin(train, val, text)
+    for number in range(stop):
+        first.step(number)
+    torch.save(first.state(), tmp_path / "s.pt")
+    second.begin(train, val, text)
+    second.restore(torch.load(tmp_path / "s.pt"))
+    for number in range(stop, second.steps):
+        second.step(number)
+    again = second.end()
+    if name != "linear_probe":  # what it chose is no part of its state
+        assert again == facts
+    assert torch.equal(all_logits(second, test, text), all_logits(whole, test, text))
+
+
+def test_keys_are_trained_as_a_plain_loop_trains_them(world):
+    """Tip-Adapter-F: AdamW with the authors' eps, a cosine by batch, another view in each epoch."""
+    train, _, text, test = world
+    learner = LEARNERS["tip_adapter_f"]()
+    fit(learner, train, None, text)
+    mean = (train.view(0).images + train.view(1).images) / 2
+    keys = normalize(mean, dim=1).clone().requires_grad_(True)
+    onehot = torch.eye(C)[train.seen.labels]
+    optimizer = torch.optim.AdamW([keys], lr=0.01, eps=1e-4, weight_decay=0.01)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4 * 3)
+
+    def logits(images):
+        near = normalize(images, dim=1) @ keys.T
+        return 100 * normalize(images, dim=1) @ text.weights.T + 2.0 * torch.exp(-1.5 * (1 - near)) @ onehot
+
+    for epoch in range(4):
+        view = train.view(epoch % VIEWS)
+        for index in batches(N, 5, 1, epoch):
+            loss = cross_entropy(logits(view.images[index]), view.labels[index])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+    torch.testing.assert_close(all_logits(learner, test, text), logits(test.images).detach(), atol=1e-3, rtol=1e-4)
+
+
+def test_an_adapter_is_trained_as_a_plain_loop_trains_it(world):
+    """CLIP-Adapter: SGD with momentum, CoOp's rates by epoch; the first epoch at 1e-5."""
+    train, _, text, test = world
+    learner = adapted.ClipAdapter(seed=1, **PLAN, ratio=0.3)
+    fit(learner, train, None, text)
+    plain = adapted.ClipAdapter(seed=1, **PLAN, ratio=0.3)
+    plain.begin(train, None, text)
+    down, up = (plain.module.layers[i].weight.detach().clone().requires_grad_(True) for i in (0, 2))
+    optimizer = torch.optim.SGD([down, up], lr=0.01, momentum=0.9, weight_decay=0.01)
+
+    def logits(images):
+        mixed = 0.3 * torch.relu(torch.relu(images @ down.T) @ up.T) + 0.7 * images
+        return 100 * normalize(mixed, dim=1) @ text.weights.T
+
+    for epoch in range(4):
+        rate = 1e-5 if epoch == 0 else 0.005 * (1 + np.cos(np.pi * (epoch - 1) / 4))
+        optimizer.param_groups[0]["lr"] = rate
+        view = train.view(epoch % VIEWS)
+        for index in batches(N, 5, 1, epoch):
+            optimizer.zero_grad()
+            cross_entropy(logits(view.images[index]), view.labels[index]).backward()
+            optimizer.step()
+    torch.testing.assert_close(all_logits(learner, test, text), logits(test.images).detach(), atol=2e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scheduler", ["paper", "proper"])
+def test_generated_pictures_move_the_cosine_as_in_cafos_code(world, scheduler):
+    """torch's own schedule, made for the real batches (or all) and stepped on real and generated ones."""
+    train, _, text, _ = world
+    whole = Support(
+        train.seen,
+        train.view,
+        VIEWS,
+        generated=Support(train.seen.take(slice(0, 12, 2)), lambda n: train.view(n).take(slice(0, 12, 2)), VIEWS),
+    )
+    learner = cached.CaFo(seed=1, **PLAN, **KEYS, scheduler=scheduler)
+    learner.begin(whole, None, text)
+    got = [learner.step(number)["learning_rate"] for number in range(4)]  # of the last batch of each epoch
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.01)
+    made_for = 4 * 3 if scheduler == "paper" else 4 * 5
+    expected = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, made_for)
+    rates = []
+    for _ in range(4 * 5):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        expected.step()
+    assert got == pytest.approx(rates[4::5], abs=1e-9)
+    assert learner.module.values[0].shape == (C, 4 + 2, D) and learner.module.values[1].shape == (C, 4 + 2, D2)
+
+
+def test_published_schedules_of_cafo():
+    """16 shots of ImageNet: 63 real and 8 generated batches; the rate is 0 at batch 1260 and rises to 3.9e-5."""
+    plan = Plan("adamw", 20, 256, 1e-3, 0.01)
+    assert plan.rate(0, 0, 1260) == 1e-3 and plan.rate(0, 1260, 1260) == pytest.approx(0, abs=1e-12)
+    assert plan.rate(0, 1420 - 1, 1260) == pytest.approx(3.9e-5, abs=1e-6)
+    # 1 shot: 4 real and 32 generated batches, 80 a half period
+    assert [plan.rate(0, n, 80) for n in (0, 80, 160, 720)] == pytest.approx(
+        [1e-3, 0, 1e-3, 0 if (720 // 80) % 2 else 1e-3]
+    )
+
+
+def test_the_best_epoch_and_the_searched_pair_are_chosen_by_the_judges(world):
+    train, val, text, test = world
+    by_val, by_test = LEARNERS["tip_adapter_f"](), LEARNERS["tip_adapter_f"]()
+    seen = []
+    by_val.begin(train, val, text)
+    for number in range(by_val.steps):
+        seen.append(by_val.step(number)["selection/accuracy"])
+    facts = by_val.end()
+    assert facts["epoch"] == int(np.argmax(seen)) + 1 and facts["selection_accuracy"] == max(seen)
+    assert accuracy(by_val, val, text) >= max(seen), "the search is kept only if it is better"
+    fit(by_test, train, val, text, test)
+    assert accuracy(by_test, test, text) >= accuracy(by_val, test, text), "chosen by the test pictures themselves"
+
+
+def test_without_pictures_to_choose_by_nothing_is_chosen(world):
+    train, _, text, _ = world
+    learner = LEARNERS["tip_adapter_f"]()
+    assert fit(learner, train, None, text) == {"alpha": 2.0, "beta": 1.5, "searched": False}
+    with pytest.raises(UserError, match="validation=held_out, or few_shot.linear_probe.strength"):
+        fit(LEARNERS["linear_probe"](), train, None, text)
+
+
+def test_visual_learners_need_no_text(world):
+    train, val, _, test = world
+    alone = Text(NAMES)
+    for name in ("nearest_mean", "linear_probe", "tip_adapter", "tip_adapter_f", "cafo"):
+        learner = LEARNERS[name]()
+        assert not learner.needs & {"text", "maps"}
+        fit(learner, train, val, alone)
+        assert accuracy(learner, test, alone) > 0.5, name
+    tip = LEARNERS["tip_adapter"]()
+    tip.begin(train, None, alone)
+    tip.step(0)
+    near = tip_adapter.affinity(test.images, tip.keys)
+    torch.testing.assert_close(tip.logits(test, alone), 2.0 * tip_adapter.votes(near, 1.5))
+
+
+def test_coop_trains_its_context_and_reads_other_names_with_it():
+    clip, generator = encoders.clip(), torch.Generator().manual_seed(2)
+    text = Text(NAMES, None, clip)
+    images = torch.randn(9, clip.width, generator=generator)
+    seen = Pictures(images, torch.arange(3).repeat(3))
+    train = Support(seen, lambda number: seen, 1)
+    plan = {"epochs": 6, "batch": 4, "learning_rate": 0.05, "weight_decay": 0.0}
+    learner = adapted.CoOp(seed=1, **plan, length=4)
+    learner.begin(train, None, text)
+    losses = [learner.step(number)["loss"] for number in range(6)]
+    assert losses[-1] < losses[0] and [n for n, p in learner.module.named_parameters()] == ["context"]
+    # by hand: start, context, the name's tokens, full stop, end
+    from alert.draft.features import tiny
+
+    ids = tiny.tokenize(["X X X X green."])
+    embedded = clip.model.token_embedding(ids).clone()
+    embedded[0, 1:5] = learner.module.context.detach()
+    with torch.no_grad():
+        expected = normalize(clip.read(embedded, ids.argmax(1)), dim=1)[0]
+        logits = learner.logits(seen, text)[:, 1]
+        torch.testing.assert_close(logits, 100 * normalize(images, dim=1) @ expected, atol=1e-3, rtol=1e-4)
+        others = Text(("green", "ox"), None, clip)
+        torch.testing.assert_close(learner.logits(seen, others)[:, 0], logits, atol=1e-3, rtol=1e-4)
+
+
+def test_probabilities_of_one_name_add_up():
+    logits = np.log(np.array([[0.2, 0.3, 0.5]], np.float32))
+    table = probabilities(logits, ("a", "b", "a"), ("a", "b"))
+    assert table.names == ("a", "b") and table.classes.tolist() == [[0, 1]]
+    np.testing.assert_allclose(table.values, [[0.7, 0.3]], rtol=1e-6)
+
+
+# --- what is refused before anything is loaded
+
+
+@pytest.fixture
+def task():
+    def make(other=NAMES):
+        items = tuple(Item(str(n), n % 3, NAMES[n % 3]) for n in range(6))
+        tested = Split((Item("t", 0, other[0]),), other, "", "")
+        return Task(Split(items, NAMES, "", ""), {"test": tested}, None, "", {"x": ""})
+
+    return make
+
+
+def test_learners_of_fixed_classes_refuse_others(compose, task):
+    config = validate(compose("method=cafo"))
+    settled.check(config, "cafo", task())
+    for name in ("cafo", "tip_adapter", "tip_adapter_f", "linear_probe", "nearest_mean"):
+        with pytest.raises(UserError, match=f"{name} knows only the classes.*'test' has 1 others, first: 'ox'"):
+            settled.check(config, name, task(("ox", "green", "blue")))
+    for name in ("clip_zero_shot", "coop", "clip_adapter", "vt_clip", "calip", "calip_fs"):
+        settled.check(config, name, task(("ox", "green", "blue")))
+
+
+def test_learners_that_read_refuse_an_encoder_that_only_looks(compose, task):
+    config = validate(compose("method=coop", "clip=none", "visual=lite0"))
+    for name in ("clip_zero_shot", "coop", "clip_adapter", "vt_clip", "calip", "calip_fs"):
+        with pytest.raises(UserError, match=f"{name} compares pictures with class names.*clip=none has no text tower"):
+            settled.check(config, name, task())
+    for name in ("cafo", "tip_adapter", "tip_adapter_f", "linear_probe", "nearest_mean"):
+        settled.check(config, name, task())
+    with pytest.raises(UserError, match="needs an encoder"):
+        settled.check(validate(compose("method=cafo", "clip=none", "visual=none")), "cafo", task())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["clip=rn50", "visual=dino_rn50", "visual.options.file=/no/dino.pth"],
+            "visual.options.file=/no/dino.pth does",
+        ),
+        (["clip=rn50", "clip.options.file=/no/clip.pt"], "clip.options.file=/no/clip.pt does not exist"),
+        (["clip.prompts=/no/gpt.json"], "clip.prompts=/no/gpt.json cannot be read"),
+        (["few_shot.cafo.generated=/no/drawn"], "few_shot.cafo.generated=/no/drawn is no folder"),
+        (["few_shot.cafo.scheduler=x"], "few_shot.cafo.scheduler=x: choose one of paper, proper"),
+        (["few_shot.cafo.search_scale=[1]"], "search_scale"),
+        (["+few_shot.cafo.alhpa=1"], "alhpa"),
+        (["clip.templates=[a photo]"], "must have one"),
+    ],
+)
+def test_mistakes_cost_a_second(compose, task, overrides, said):
+    with pytest.raises(UserError, match=said):
+        settled.check(validate(compose("method=cafo", *overrides)), "cafo", task())
+
+
+# --- published configurations
+
+PUBLISHED = Path(__file__).parent.parent.parent / "shared/papers/clip_published.json"
+DATA = {"fgvc": "fgvc_aircraft", "oxford_flowers": "flowers102"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PUBLISHED.exists(), reason="the published configurations are not here")
+def test_the_66_published_configurations(compose):
+    published = json.loads(PUBLISHED.read_text())
+    compared = 0
+    for key, tip in published["tip_configs"].items():
+        cfg = compose("method=cafo", f"data={DATA.get(key, key)}", "clip=rn50")
+        for name in ("tip_adapter", "tip_adapter_f"):
+            entry = cfg.few_shot[name]
+            assert (entry.alpha, entry.beta, list(entry.search_scale)) == (tip["init_alpha"], 1.0, tip["search_scale"])
+            assert entry.key_views == tip["augment_epoch"]
+        entry = cfg.few_shot.tip_adapter_f
+        assert (entry.epochs, entry.learning_rate) == (tip["train_epoch"], tip["lr"])
+        compared += 1
+        for shots, cafo in published["cafo_configs"][key].items():
+            cfg.shots = int(shots)
+            entry = cfg.few_shot.cafo
+            assert (entry.alpha, entry.beta) == (cafo["init_alpha"], cafo["init_beta"]), (key, shots)
+            assert list(entry.search_scale) == cafo["search_scale"], (key, shots)
+            assert (entry.per_class, entry.epochs) == (cafo["gen_shots"], cafo["train_epoch"]), (key, shots)
+            assert (entry.learning_rate, entry.key_views) == (cafo["lr"], cafo["augment_epoch"]), (key, shots)
+            compared += 1
+        betas = published["calip_betas_2_3"][key]
+        assert list(cfg.few_shot.calip.betas) == [1, *betas]
+    assert compared == 66 and tip_adapter.STEPS == tuple(tip["search_step"])
