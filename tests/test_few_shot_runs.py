@@ -1,0 +1,163 @@
+"""Whole runs of few-shot learners, and of ALERT over their candidates, also killed and resumed. Random small encoders."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import torch
+
+from alert.draft import candidate_file
+from common.run.result import Result
+from tests.faults import Kill
+
+pytestmark = pytest.mark.slow
+
+CLIP = ["clip.load=tests.encoders.load", "clip.views=2", "visual.views=2"]
+SHORT = ["data=digits", "shots=170", "checkpoint.every=2", "tracking=none"]  # 97 images are left to test
+CAFO = ["few_shot.cafo.epochs=5", "few_shot.cafo.key_views=2"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return f"cache_dir={tmp_path_factory.mktemp('cache')}"
+
+
+@pytest.fixture(scope="module")
+def whole(runner, cache, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("few-shot") / "run"
+    assert runner(folder, ["method=cafo", *CLIP, *SHORT, *CAFO, cache]) == 0
+    return folder
+
+
+def predictions(folder):
+    return pyarrow.parquet.read_table(folder / "predictions.parquet").to_pylist()
+
+
+def test_a_run_has_everything_that_other_runs_have(whole):
+    result = Result.load(whole)
+    assert (result.method, result.model, result.train["updates"]) == ("cafo", "features", 5)
+    assert result.weights["sha256"].startswith("test-") and "pixels-16" in result.weights["sha256"]
+    after = result.after["test"]
+    assert after.accuracy > 0.6 > result.before["test"].accuracy, "pixels of 170 shots know digits"
+    assert after.well_formed is None and after.probability.top1 == pytest.approx(after.accuracy)
+    rows = [row for row in predictions(whole) if row["phase"] == "after" and row["split"] == "test"]
+    assert np.mean([row["correct"] for row in rows]) == pytest.approx(after.accuracy)
+    assert np.mean([row["truth_rank"] == 1 for row in rows]) == pytest.approx(after.accuracy)
+    recalls = [after.facts["draft"][f"recall@{k}"] for k in (1, 2, 3, 4, 5, 8, 16)]
+    assert recalls == sorted(recalls) and recalls[0] == pytest.approx(after.accuracy) and recalls[-1] == 1.0
+    for name in ("curves.png", "confusion-test.png", "manifest.json", "model/few_shot.pt", "candidates/test.npz"):
+        assert (whole / name).is_file(), name
+    facts = json.loads((whole / "candidates" / "test.json").read_text())
+    assert facts["manifest"] == json.loads((whole / "manifest.json").read_text())["hash"]
+    assert facts["method"] == "cafo" and facts["selection"] == "val" and facts["recall@2"] == recalls[1]
+
+
+@pytest.mark.parametrize(
+    "kill",
+    [
+        Kill("alert.draft.fit.trained:Trained.step", 4, after=True),
+        pytest.param(Kill("alert.draft.fit.bench:Bench.support", 1), marks=pytest.mark.faults),
+        pytest.param(Kill("alert.draft.features.store:Store.add", 3), marks=pytest.mark.faults),
+        pytest.param(Kill("alert.draft.fit.cached:TrainedKeys.end", 1, after=True), marks=pytest.mark.faults),
+        pytest.param(Kill("alert.draft.candidate_file:write", 4), marks=pytest.mark.faults),
+    ],
+    ids=["training", "shots", "encoding", "search", "candidates"],
+)
+def test_a_killed_run_ends_as_if_nothing_had_happened(kill, whole, runner, tmp_path):
+    arguments = ["method=cafo", *CLIP, *SHORT, *CAFO, f"cache_dir={tmp_path / 'cache'}"]
+    assert runner(tmp_path / "run", arguments, kill) == -9
+    assert runner(tmp_path / "run", arguments) == 0
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    ours, theirs = (torch.load(f / "model" / "few_shot.pt", weights_only=False) for f in (tmp_path / "run", whole))
+    for name, value in theirs["module"].items():
+        assert torch.equal(ours["module"][name], value)
+    assert ours["mix"] == theirs["mix"] and predictions(tmp_path / "run") == predictions(whole)
+
+
+@pytest.fixture(scope="module")
+def alert(untrained_folders):
+    return [
+        "method=alert",
+        f"model.path={untrained_folders['gemma3']}",
+        "model.dtype=float32",
+        "model.image_size=32",
+        "model.load_in_8bit=false",
+        "model.gradient_checkpointing=false",
+        "model.lora.r=0",
+        "model.freeze_vision=false",
+        "gpus=0",
+        "method.instruction=short",
+        "rewards=alert_no_judge",
+        "trainer.updates=2",
+        "trainer.prompts_per_forward=4",
+        "rollout.max_completion_tokens=8",
+        "rollout.evaluation_batch=64",
+        "label_scoring=false",
+        *SHORT,
+    ]
+
+
+@pytest.fixture(scope="module")
+def over_cafo(alert, runner, cache, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("over-cafo") / "run"
+    assert runner(folder, [*alert, *CLIP, *CAFO, "method.draft=cafo", cache]) == 0
+    return folder
+
+
+def test_alert_fits_its_draft_first_and_asks_about_its_candidates(over_cafo):
+    draft = Result.load(over_cafo).after["test"].facts["draft"]
+    assert draft["method"] == "cafo" and draft["presence"] == draft["recall@2"] > draft["recall@1"] > 0.6
+    facts = json.loads((over_cafo / "draft" / "candidates" / "test.json").read_text())
+    assert facts["recall@1"] == draft["recall@1"]
+    with np.load(over_cafo / "draft" / "candidates" / "test.npz") as arrays:
+        best = {str(i): [facts["names"][c] for c in row[:2]] for i, row in zip(arrays["image_id"], arrays["topk_idx"])}
+    rows = [row for row in predictions(over_cafo) if row["phase"] == "after"]
+    assert {row["image"]: row["candidates"] for row in rows} == best
+    log = [json.loads(line) for line in (over_cafo / "draft" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == [1, 2, 3, 4, 5] and "loss" in log[0]
+
+
+@pytest.mark.parametrize(
+    "kill",
+    [
+        Kill("alert.draft.fit.trained:Trained.step", 4),
+        pytest.param(Kill("alert.draft.fit.learner:FewShotLearner.predict", 1), marks=pytest.mark.faults),
+        pytest.param(Kill("common.training.grpo.trainer:GRPOTrainer._update", 1), marks=pytest.mark.faults),
+    ],
+    ids=["draft", "candidates", "alert"],
+)
+def test_alert_killed_in_its_draft_ends_as_if_nothing_had_happened(kill, alert, over_cafo, runner, tmp_path):
+    arguments = [*alert, *CLIP, *CAFO, "method.draft=cafo", f"cache_dir={tmp_path / 'cache'}"]
+    assert runner(tmp_path / "run", arguments, kill) == -9
+    assert runner(tmp_path / "run", arguments) == 0
+    for name in ("metrics.jsonl", "draft/metrics.jsonl", "model/model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (over_cafo / name).read_bytes(), name
+    ours, theirs = (f / "draft" / "candidates" / "test" for f in (tmp_path / "run", over_cafo))
+    assert candidate_file.identity(ours) == candidate_file.identity(theirs)
+    assert predictions(tmp_path / "run") == predictions(over_cafo)
+
+
+def test_alert_takes_the_folder_of_a_finished_run(alert, runner, whole, cache, tmp_path):
+    arguments = [*alert, "method.draft=file", f"method.draft_file={whole}", "validation=held_out", cache]
+    assert runner(tmp_path / "run", [*arguments, "trainer.updates=1"]) == 0
+    draft = Result.load(tmp_path / "run").after["test"].facts["draft"]
+    assert draft["recall@2"] == Result.load(whole).after["test"].facts["draft"]["recall@2"]
+
+
+@pytest.mark.parametrize("method", ["clip_zero_shot", "coop", "vt_clip"])
+def test_learners_that_read_are_tested_on_new_classes(method, runner, cache, tmp_path):
+    arguments = [f"method={method}", "setting=base_to_new", *CLIP, *SHORT, cache, "few_shot.coop.epochs=2"]
+    assert runner(tmp_path / "run", [*arguments, "few_shot.vt_clip.epochs=2", "shots=4"]) == 0
+    result = Result.load(tmp_path / "run")
+    assert set(result.final) == {"val", "base", "new"}
+    said = (tmp_path / "run" / "run.log").read_text()
+    assert "reconstruction" in result.decoding if method == "vt_clip" else "reconstruction" not in said
+
+
+def test_selection_by_the_test_images_is_said(runner, cache, tmp_path):
+    arguments = ["method=tip_adapter", "selection=paper", *CLIP, *SHORT, "shots=4", "few_shot.tip_adapter.key_views=2"]
+    assert runner(tmp_path / "run", [*arguments, cache]) == 0
+    assert "selected on the test images" in Result.load(tmp_path / "run").decoding
