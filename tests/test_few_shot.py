@@ -333,4 +333,4 @@ def test_the_66_published_configurations(compose):
             compared += 1
         betas = published["calip_betas_2_3"][key]
         assert list(cfg.few_shot.calip.betas) == [1, *betas]
-    assert compared == 66 and tip_adapter.STEPS == tuple(tip["search_step"])
+    assert compared == 66 and tuple(tip["search_step"]) == tip_adapter.STEPS

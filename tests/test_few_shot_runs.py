@@ -113,7 +113,10 @@ def test_alert_fits_its_draft_first_and_asks_about_its_candidates(over_cafo):
     facts = json.loads((over_cafo / "draft" / "candidates" / "test.json").read_text())
     assert facts["recall@1"] == draft["recall@1"]
     with np.load(over_cafo / "draft" / "candidates" / "test.npz") as arrays:
-        best = {str(i): [facts["names"][c] for c in row[:2]] for i, row in zip(arrays["image_id"], arrays["topk_idx"])}
+        best = {
+            str(i): [facts["names"][c] for c in row[:2]]
+            for i, row in zip(arrays["image_id"], arrays["topk_idx"], strict=False)
+        }
     rows = [row for row in predictions(over_cafo) if row["phase"] == "after"]
     assert {row["image"]: row["candidates"] for row in rows} == best
     log = [json.loads(line) for line in (over_cafo / "draft" / "metrics.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""Types of the configuration groups `learner`, `clip` and `visual`: what is trained, and few-shot learners' encoders."""
+"""Types of the configuration groups `learner`, `clip` and `visual`."""
 
 from __future__ import annotations
 

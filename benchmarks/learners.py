@@ -1,0 +1,171 @@
+"""Few-shot learners at the size of ImageNet, on random features: ours against the formulas as they are written.
+
+    python -m benchmarks.learners                    # --images 1024 --betas 4 for a quick look
+
+    tip_search      Tip-Adapter's search of alpha and beta: 16,000 keys of 1024 numbers, 1,000 classes. Written out: for
+                    every pair of the grid one exponential over all keys and a product with their one-hot labels. Both
+                    sides search the same part of the grid (all 20 alphas, the first --betas betas) and must find the
+                    same pair and, for one of them, the same logits.
+    cafo_batch      one training batch of CaFo, 256 images against 16,000 keys of CLIP and of DINO (1024 and 2048
+                    numbers): logits, gradients and AdamW. Written out: products with one-hot labels. The losses must
+                    agree.
+
+Every measurement has a process of its own: its seconds, and how much its peak of resident memory grows meanwhile.
+The memory of `tip_search` is compared at --images; ours does not grow with them, but for the logits themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize
+
+from alert.draft.learners import cafo, tip_adapter, zero_shot
+
+CLASSES, SHOTS, WIDTH, SECOND, BATCH = 1000, 16, 1024, 2048, 256
+SCALE, STEPS = (7.0, 3.0), 20
+
+
+@dataclass(frozen=True)
+class Found:
+    """Seconds, MiB of growth, and what must agree."""
+
+    seconds: float
+    memory: float
+    check: list[float]
+
+
+def features(count: int, width: int, seed: int, labels: Tensor | None = None) -> Tensor:
+    """Random ones of length 1, near those of their classes."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(count, width, generator=generator)
+    if labels is not None:
+        rows += 0.3 * torch.randn(CLASSES, width, generator=torch.Generator().manual_seed(99))[labels]
+    return normalize(rows, dim=1)
+
+
+def peak() -> float:
+    """MiB of resident memory at most so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def tip_search(ours: bool, images: int, betas: int) -> Found:
+    """See the top of this file."""
+    labels = torch.arange(images) % CLASSES
+    key_labels = torch.arange(CLASSES).repeat_interleave(SHOTS)
+    asked, keys = features(images, WIDTH, 1, labels), features(CLASSES * SHOTS, WIDTH, 2, key_labels)
+    base = zero_shot.logits(asked, features(CLASSES, WIDTH, 3, torch.arange(CLASSES)))
+    onehot = torch.eye(CLASSES)[key_labels]
+    before, clock = peak(), time.perf_counter()
+    if ours:
+        kept = tip_adapter.keys_of(keys[None], key_labels, CLASSES)
+
+        def vote(part: slice) -> Any:
+            near = tip_adapter.affinity(asked[part], kept)
+            return lambda beta: tip_adapter.votes(near, beta)
+
+        # the first betas of the whole grid: its step is (end - 0.1) / 200
+        found = tip_adapter.search(vote, base, labels, (0.1 + (SCALE[0] - 0.1) * betas / 200, SCALE[1]), (betas, STEPS))
+        alpha, beta, best = found.alpha, found.beta, found.accuracy
+    else:
+        affinity, best, alpha, beta = asked @ keys.T, 0.0, 0.0, 0.0
+        for i in range(betas):
+            for j in range(STEPS):
+                b, a = i * (SCALE[0] - 0.1) / 200 + 0.1, j * (SCALE[1] - 0.1) / STEPS + 0.1
+                logits = base + ((-1) * (b - b * affinity)).exp() @ onehot * a
+                accuracy = float((logits.argmax(1) == labels).float().mean())
+                if accuracy > best:
+                    best, alpha, beta = accuracy, a, b
+    seconds, memory = time.perf_counter() - clock, peak() - before
+    few = slice(0, 32)
+    if ours:
+        logits = tip_adapter.logits(asked[few], kept, base[few], alpha, beta)
+    else:
+        logits = base[few] + ((-1) * (beta - beta * affinity[few])).exp() @ onehot * alpha
+    return Found(seconds, memory, [alpha, beta, best, float(logits.double().norm())])
+
+
+def cafo_batch(ours: bool, images: int, betas: int) -> Found:
+    """See the top of this file. `images` and `betas` do not matter."""
+    labels = torch.arange(BATCH) % CLASSES
+    key_labels = torch.arange(CLASSES).repeat_interleave(SHOTS)
+    asked = [features(BATCH, width, seed, labels) for width, seed in ((WIDTH, 1), (SECOND, 2))]
+    keys = [features(CLASSES * SHOTS, width, seed, key_labels) for width, seed in ((WIDTH, 3), (SECOND, 4))]
+    base = zero_shot.logits(asked[0], features(CLASSES, WIDTH, 5, torch.arange(CLASSES)))
+    onehot, beta, alpha = torch.eye(CLASSES)[key_labels], 1.0, 0.6
+    if ours:
+        missing = torch.zeros(CLASSES, SHOTS, dtype=torch.bool)
+        trained = [each.view(CLASSES, SHOTS, -1).clone().requires_grad_(True) for each in keys]
+    else:
+        trained = [each.clone().requires_grad_(True) for each in keys]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, eps=1e-4)
+    losses, before, clock = [], peak(), time.perf_counter()
+    for _ in range(2):
+        if ours:
+            near = [tip_adapter.affinity(x, tip_adapter.Keys(k, missing)) for x, k in zip(asked, trained, strict=True)]
+            logits = cafo.logits(torch.stack([tip_adapter.votes(each, beta) for each in near]), base, alpha)
+        else:
+            votes = [((-1) * (beta - beta * (x @ k.T))).exp() @ onehot for x, k in zip(asked, trained, strict=True)]
+            standard = [(v - v.mean(1, keepdim=True)) / v.std(1, keepdim=True) for v in votes]
+            zero = (base - base.mean(1, keepdim=True)) / base.std(1, keepdim=True)
+            weight = torch.stack([(s * zero).sum(1) for s in standard]).softmax(0)
+            logits = base + alpha * sum(w[:, None] * s for w, s in zip(weight, standard, strict=True))
+        loss = cross_entropy(logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return Found((time.perf_counter() - clock) / 2, peak() - before, losses)
+
+
+CASES = {"tip_search": tip_search, "cafo_batch": cafo_batch}
+
+
+def measure(name: str, ours: bool, images: int, betas: int) -> Found:
+    """In a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(CASES[name], (ours, images, betas))
+
+
+def main() -> None:
+    """Measure both sides alternately, and print a table and one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=4096)
+    parser.add_argument("--betas", type=int, default=8)
+    parser.add_argument("--repetitions", type=int, default=3)
+    options = parser.parse_args()
+    cases: dict[str, Any] = {}
+    for name in CASES:
+        found: dict[bool, list[Found]] = {True: [], False: []}
+        for _ in range(options.repetitions):
+            for ours in (True, False):
+                found[ours].append(measure(name, ours, options.images, options.betas))
+        mine, theirs = found[True][0].check, found[False][0].check
+        if any(abs(a - b) > 1e-4 * max(1.0, abs(b)) for a, b in zip(mine, theirs, strict=True)):
+            raise SystemExit(f"{name}: ours finds {mine}, the formula {theirs}")
+        seconds = {side: statistics.median(f.seconds for f in each) for side, each in found.items()}
+        memory = {side: statistics.median(f.memory for f in each) for side, each in found.items()}
+        cases[name] = {
+            "ratio": round(seconds[False] / seconds[True], 2),
+            "memory_ratio": round(memory[False] / max(1.0, memory[True]), 2),
+            "seconds": [round(seconds[side], 3) for side in (True, False)],
+            "mib": [round(memory[side]) for side in (True, False)],
+        }
+        print(
+            f"{name}: ours {seconds[True]:.2f} s, {memory[True]:.0f} MiB; as written {seconds[False]:.2f} s,", end=" "
+        )
+        print(f"{memory[False]:.0f} MiB; {cases[name]['ratio']} times as fast; agree: {mine}")
+    print(json.dumps({"images": options.images, "betas": options.betas, "cases": cases}))
+
+
+if __name__ == "__main__":
+    main()
