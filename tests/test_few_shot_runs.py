@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import struct
 
 import numpy as np
 import pyarrow.parquet
@@ -10,14 +12,35 @@ import pytest
 import torch
 
 from alert.draft import candidate_file
+from common.data import idx
+from common.data.location import Location
 from common.run.result import Result
 from tests.faults import Kill
 
 pytestmark = pytest.mark.slow
 
 CLIP = ["clip.load=tests.encoders.load", "clip.views=2", "visual.views=2"]
-SHORT = ["data=digits", "shots=170", "checkpoint.every=2", "tracking=none"]  # 97 images are left to test
+SHORT = ["data=fashion", "shots=8", "checkpoint.every=2", "tracking=none"]
 CAFO = ["few_shot.cafo.epochs=5", "few_shot.cafo.key_views=2"]
+TESTED = 12  # images of each class
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The embedded slice of Fashion-MNIST with fewer test images."""
+    folder = tmp_path_factory.mktemp("small")
+    for path in idx.EMBEDDED.glob("train*"):
+        shutil.copy(path, folder)
+    source = idx.read(Location("x", folder, idx.EMBEDDED), [str(label) for label in range(10)])
+    chosen = [item for label in range(10) for item in [i for i in source.test if i.label == label][:TESTED]]
+    pixels = b"".join(source.images.content(item.image) for item in chosen)
+    for kind, shape, content in (
+        ("images-idx3", (len(chosen), 28, 28), pixels),
+        ("labels-idx1", (len(chosen),), bytes(item.label for item in chosen)),
+    ):
+        head = bytes([0, 0, 8, len(shape)]) + struct.pack(f">{len(shape)}I", *shape)
+        (folder / f"t10k-{kind}-ubyte").write_bytes(head + content)
+    return f"data.folder={folder}"
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +49,9 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(runner, cache, tmp_path_factory):
+def whole(runner, cache, small, tmp_path_factory):
     folder = tmp_path_factory.mktemp("few-shot") / "run"
-    assert runner(folder, ["method=cafo", *CLIP, *SHORT, *CAFO, cache]) == 0
+    assert runner(folder, ["method=cafo", *CLIP, *SHORT, *CAFO, small, cache]) == 0
     return folder
 
 
@@ -41,7 +64,7 @@ def test_a_run_has_everything_that_other_runs_have(whole):
     assert (result.method, result.model, result.train["updates"]) == ("cafo", "features", 5)
     assert result.weights["sha256"].startswith("test-") and "pixels-16" in result.weights["sha256"]
     after = result.after["test"]
-    assert after.accuracy > 0.6 > result.before["test"].accuracy, "pixels of 170 shots know digits"
+    assert after.accuracy > 0.4 > result.before["test"].accuracy, "pixels of 8 shots know clothes"
     assert after.well_formed is None and after.probability.top1 == pytest.approx(after.accuracy)
     rows = [row for row in predictions(whole) if row["phase"] == "after" and row["split"] == "test"]
     assert np.mean([row["correct"] for row in rows]) == pytest.approx(after.accuracy)
@@ -66,8 +89,8 @@ def test_a_run_has_everything_that_other_runs_have(whole):
     ],
     ids=["training", "shots", "encoding", "search", "candidates"],
 )
-def test_a_killed_run_ends_as_if_nothing_had_happened(kill, whole, runner, tmp_path):
-    arguments = ["method=cafo", *CLIP, *SHORT, *CAFO, f"cache_dir={tmp_path / 'cache'}"]
+def test_a_killed_run_ends_as_if_nothing_had_happened(kill, whole, runner, small, tmp_path):
+    arguments = ["method=cafo", *CLIP, *SHORT, *CAFO, small, f"cache_dir={tmp_path / 'cache'}"]
     assert runner(tmp_path / "run", arguments, kill) == -9
     assert runner(tmp_path / "run", arguments) == 0
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
@@ -78,7 +101,7 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(kill, whole, runner, tmp_p
 
 
 @pytest.fixture(scope="module")
-def alert(untrained_folders):
+def alert(untrained_folders, small):
     return [
         "method=alert",
         f"model.path={untrained_folders['gemma3']}",
@@ -97,6 +120,7 @@ def alert(untrained_folders):
         "rollout.evaluation_batch=64",
         "label_scoring=false",
         *SHORT,
+        small,
     ]
 
 
@@ -109,7 +133,7 @@ def over_cafo(alert, runner, cache, tmp_path_factory):
 
 def test_alert_fits_its_draft_first_and_asks_about_its_candidates(over_cafo):
     draft = Result.load(over_cafo).after["test"].facts["draft"]
-    assert draft["method"] == "cafo" and draft["presence"] == draft["recall@2"] > draft["recall@1"] > 0.6
+    assert draft["method"] == "cafo" and draft["presence"] == draft["recall@2"] > draft["recall@1"] > 0.4
     facts = json.loads((over_cafo / "draft" / "candidates" / "test.json").read_text())
     assert facts["recall@1"] == draft["recall@1"]
     with np.load(over_cafo / "draft" / "candidates" / "test.npz") as arrays:
@@ -117,7 +141,7 @@ def test_alert_fits_its_draft_first_and_asks_about_its_candidates(over_cafo):
             str(i): [facts["names"][c] for c in row[:2]]
             for i, row in zip(arrays["image_id"], arrays["topk_idx"], strict=False)
         }
-    rows = [row for row in predictions(over_cafo) if row["phase"] == "after"]
+    rows = [row for row in predictions(over_cafo) if (row["phase"], row["split"]) == ("after", "test")]
     assert {row["image"]: row["candidates"] for row in rows} == best
     log = [json.loads(line) for line in (over_cafo / "draft" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == [1, 2, 3, 4, 5] and "loss" in log[0]
@@ -144,15 +168,15 @@ def test_alert_killed_in_its_draft_ends_as_if_nothing_had_happened(kill, alert, 
 
 
 def test_alert_takes_the_folder_of_a_finished_run(alert, runner, whole, cache, tmp_path):
-    arguments = [*alert, "method.draft=file", f"method.draft_file={whole}", "validation=held_out", cache]
+    arguments = [*alert, "method.draft=file", f"method.draft_file={whole}", cache]
     assert runner(tmp_path / "run", [*arguments, "trainer.updates=1"]) == 0
     draft = Result.load(tmp_path / "run").after["test"].facts["draft"]
     assert draft["recall@2"] == Result.load(whole).after["test"].facts["draft"]["recall@2"]
 
 
 @pytest.mark.parametrize("method", ["clip_zero_shot", "coop", "vt_clip"])
-def test_learners_that_read_are_tested_on_new_classes(method, runner, cache, tmp_path):
-    arguments = [f"method={method}", "setting=base_to_new", *CLIP, *SHORT, cache, "few_shot.coop.epochs=2"]
+def test_learners_that_read_are_tested_on_new_classes(method, runner, small, cache, tmp_path):
+    arguments = [f"method={method}", "setting=base_to_new", *CLIP, *SHORT, small, cache, "few_shot.coop.epochs=2"]
     assert runner(tmp_path / "run", [*arguments, "few_shot.vt_clip.epochs=2", "shots=4"]) == 0
     result = Result.load(tmp_path / "run")
     assert set(result.final) == {"val", "base", "new"}
@@ -160,7 +184,15 @@ def test_learners_that_read_are_tested_on_new_classes(method, runner, cache, tmp
     assert "reconstruction" in result.decoding if method == "vt_clip" else "reconstruction" not in said
 
 
-def test_selection_by_the_test_images_is_said(runner, cache, tmp_path):
-    arguments = ["method=tip_adapter", "selection=paper", *CLIP, *SHORT, "shots=4", "few_shot.tip_adapter.key_views=2"]
+def test_selection_by_the_test_images_is_said(runner, small, cache, tmp_path):
+    arguments = [
+        "method=tip_adapter",
+        "selection=paper",
+        *CLIP,
+        *SHORT,
+        small,
+        "shots=4",
+        "few_shot.tip_adapter.key_views=2",
+    ]
     assert runner(tmp_path / "run", [*arguments, cache]) == 0
     assert "selected on the test images" in Result.load(tmp_path / "run").decoding

@@ -174,7 +174,7 @@ def test_a_rank_leaves_the_message_to_its_catcher(monkeypatch, compose, tmp_path
     assert set(logging.getLogger().handlers) == set(handlers)
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_ctrl_c_on_the_command_line(untrained_folder, tmp_path):
     folder = tmp_path / "run"
     command = [sys.executable, "run.py", "model.recipe=null", f"model.path={untrained_folder}", "shots=170"]

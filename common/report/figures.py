@@ -58,7 +58,11 @@ def of_run(folder: Path, result: Result, evaluation: Evaluation, task: Task) -> 
 
 def save(figure: Figure, path: Path) -> None:
     """As PNG, and beside it as SVG for papers and pages."""
-    figure.savefig(path, dpi=130)
+    figure.set_dpi(130)
+    if (layout := figure.get_layout_engine()) is not None:  # found once, for both
+        layout.execute(figure)
+        figure.set_layout_engine("none")
+    figure.savefig(path)
     figure.savefig(path.with_suffix(".svg"))
     plt.close(figure)
 
