@@ -7,6 +7,7 @@ gets the run folder, resuming, evaluation, metrics, tables and figures from the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -31,6 +32,10 @@ class Learner(Predictor, Protocol):
     @property
     def decoding(self) -> str:
         """How its answers are chosen, for the result."""
+
+    @property
+    def remarks(self) -> Sequence[str]:
+        """What every table must say of its trained results, such as that they were chosen by the test images."""
 
     def train(self, recorder: Recorder) -> int:
         """Train to the end and return the number of updates that were made over all attempts; 0: nothing to train.

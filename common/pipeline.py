@@ -56,6 +56,7 @@ def run(config: Config, values: dict[str, Any], folder: Path, questions: Questio
     tracker = make_tracker(config, values, folder, questions, None if state is None else state.tracker)
     recorder = Recorder(RunFolder(folder), tracker, config.tracking.completions_every, clock, state)
     result = describe(config, values, learner.weights, learner.questions, learner.decoding)
+    result.remarks = list(learner.remarks)
     failed = True
     try:
         with clock.phase("evaluation before"):

@@ -97,6 +97,7 @@ def test_modules_say_what_they_are_and_stay_short(module):
     assert len(text.splitlines()) <= 300, "look for the noun that wants its own file"
 
 
+HEAVY_PARTS = ("alert.tiny", "alert.bank", "alert.draft.learners", "alert.draft.features", "alert.draft.fit")
 LIGHT = (
     "run",
     "common.config.composition",
@@ -116,11 +117,7 @@ LIGHT = (
     "common.run.preflight",
     "common.run.result",
     "common.run.run_folder",
-    *(
-        name
-        for name in MODULES
-        if name.split(".")[0] in PAPERS and not name.startswith(("alert.tiny", "alert.bank", "alert.draft.learners"))
-    ),
+    *(name for name in MODULES if name.split(".")[0] in PAPERS and not name.startswith(HEAVY_PARTS)),
     "alert.bank.file",
 )
 HEAVY = ["torch", "transformers", "deepspeed", "sklearn", "datasets"]

@@ -270,6 +270,7 @@ class Nothing:
 
 class NearestMean:
     decoding = "nearest class mean"
+    remarks = ()
     weights = {"path": "none", "sha256": "none"}
 
     def __init__(self, config, questions):

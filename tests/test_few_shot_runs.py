@@ -10,10 +10,12 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
+from rich.console import Console
 
 from alert.draft import candidate_file
 from common.data import idx
 from common.data.location import Location
+from common.report import tables
 from common.run.result import Result
 from tests.faults import Kill
 
@@ -180,8 +182,12 @@ def test_learners_that_read_are_tested_on_new_classes(method, runner, small, cac
     assert runner(tmp_path / "run", [*arguments, "few_shot.vt_clip.epochs=2", "shots=4"]) == 0
     result = Result.load(tmp_path / "run")
     assert set(result.final) == {"val", "base", "new"}
-    said = (tmp_path / "run" / "run.log").read_text()
-    assert "reconstruction" in result.decoding if method == "vt_clip" else "reconstruction" not in said
+    assert [("reconstruction" in remark) for remark in result.remarks] == ([True] if method == "vt_clip" else [])
+    tables.show(result, tmp_path / "run", console := Console(record=True, width=120))
+    said = console.export_text()
+    assert said.count(" †") == (3 if method == "vt_clip" else 0) and ("a reconstruction" in said) == (
+        method == "vt_clip"
+    )
 
 
 def test_selection_by_the_test_images_is_said(runner, small, cache, tmp_path):
@@ -195,4 +201,4 @@ def test_selection_by_the_test_images_is_said(runner, small, cache, tmp_path):
         "few_shot.tip_adapter.key_views=2",
     ]
     assert runner(tmp_path / "run", [*arguments, cache]) == 0
-    assert "selected on the test images" in Result.load(tmp_path / "run").decoding
+    assert Result.load(tmp_path / "run").remarks == ["selected on the test images"]

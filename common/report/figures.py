@@ -104,7 +104,7 @@ def curves(metrics: Sequence[dict[str, Any]], title: str, path: Path) -> None:
         left.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
         label = name.removeprefix("rewards/").removesuffix("/mean")
         left.plot(steps, smooth(values), color=colour, linewidth=2, label=label)
-    left.set(xlabel="update", ylabel="mean reward" if rewards else "loss (nats per token)")
+    left.set(xlabel="update", ylabel="mean reward" if rewards else "loss (nats)")
     accuracies = sorted(
         {key for row in metrics for key in row if key.startswith("eval/") and key.endswith("/accuracy")}
     )

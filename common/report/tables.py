@@ -14,6 +14,8 @@ from common.evaluation.summary import Summary
 from common.run.result import Result
 from common.training.silent import fix
 
+REMARK = " †"  # behind an accuracy that a line below the table says more about
+
 
 def percent(share: float | None) -> str:
     """A share of 1 as percent with two decimals; a dash where there is none."""
@@ -60,7 +62,9 @@ def result_table(result: Result) -> Table:
         table.add_column(name, justify="right")
     for split in result.before:
         for phase, summary in phases(result, split):
-            table.add_row(Text(f"{split}, {phase}"), *(text(summary) for text in shown.values()))
+            mark = REMARK if result.remarks and (phase == "trained" or not result.after) else ""
+            cells = {name: text(summary) + (mark if name == "accuracy %" else "") for name, text in shown.items()}
+            table.add_row(Text(f"{split}, {phase}"), *cells.values())
     return table
 
 
@@ -80,7 +84,7 @@ def probability_lines(result: Result) -> list[str]:
 
 def overall_lines(result: Result) -> list[str]:
     """One number for several splits, and what was left out."""
-    lines = []
+    lines = [f"†: {remark}" for remark in result.remarks]
     for name, before in result.overall["before"].items():
         after = f", trained {percent(result.overall['after'][name])} %" if result.after else ""
         lines.append(f"{name.replace('_', ' ')}: zero-shot {percent(before)} %{after}")

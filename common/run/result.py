@@ -38,7 +38,7 @@ class Result:
     before, after: the splits as the learner began and after training (empty if nothing was trained), see `final`.
     weights: path and sha256 of what the learner began from. overall: one number for several splits, by phase.
     train: updates, seconds by phase, the paired comparison, the update that was tested at last, the best evaluation,
-    and rewards that paid everybody or nobody.
+    and rewards that paid everybody or nobody. remarks: what a table must say of the trained results.
     """
 
     method: str
@@ -65,6 +65,7 @@ class Result:
     refilled: dict[str, int] = field(default_factory=dict)
     passed_over: dict[str, int] = field(default_factory=dict)
     duplicates: dict[str, int] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
     format: int = FORMAT
 
     @property

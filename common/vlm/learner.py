@@ -41,6 +41,8 @@ EMBEDDINGS = "embeddings"  # beside the weights
 class VLMLearner:
     """See `Learner` in common/learner.py."""
 
+    remarks = ()
+
     def __init__(
         self,
         config: Config,

@@ -72,8 +72,12 @@ class FewShotLearner:
 
     @property
     def decoding(self) -> str:
-        marks = [f"the highest of {self.name}'s logits", self.learner.remark]
-        return "; ".join(mark for mark in (*marks, selection_mark(self.config, self.learner)) if mark)
+        return f"the highest of {self.name}'s logits"
+
+    @property
+    def remarks(self) -> list[str]:
+        by_test = self.config.selection == "paper" and self.learner.steps
+        return [each for each in (self.learner.remark, "selected on the test images" if by_test else "") if each]
 
     def predict(self, split: str, limit: int | None = None) -> Answers:
         began, asked = time.perf_counter(), self.questions.task.evaluation[split]
@@ -174,11 +178,6 @@ class FewShotLearner:
             candidate_file.write(self.folder / candidate_file.FOLDER / split, ranked, asked.names, truths, about)
         barrier()
         return candidate_file.truth_ranks(ranked, asked.names, truths)
-
-
-def selection_mark(config: Config, learner: FewShot) -> str:
-    """What a table must say of a learner that was chosen by the test pictures."""
-    return "selected on the test images" if config.selection == "paper" and learner.steps else ""
 
 
 def probabilities(logits: NDArray[np.float32], names: tuple[str, ...], choices: tuple[str, ...]) -> Probabilities:
