@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy, normalize
 
 from alert.draft import settled
-from alert.draft.fit import adapted, cached, closed
+from alert.draft.fit import adapted, cached, closed, trained
 from alert.draft.fit.data import Pictures, Plan, Support, Text, accuracy, all_logits, batches, fit
 from alert.draft.fit.learner import probabilities
 from alert.draft.learners import tip_adapter, zero_shot
@@ -193,6 +193,19 @@ def test_the_best_epoch_and_the_searched_pair_are_chosen_by_the_judges(world):
     assert accuracy(by_test, test, text) >= accuracy(by_val, test, text), "chosen by the test pictures themselves"
 
 
+def test_the_first_best_epoch_is_kept_with_its_weights(world, monkeypatch):
+    train, val, text, test = world
+    learner, accuracies, seen = LEARNERS["tip_adapter_f"](), iter([0.2, 0.5, 0.5, 0.3]), []
+    monkeypatch.setattr(trained, "accuracy", lambda *_: next(accuracies))
+    learner.begin(train, val, text)
+    for number in range(4):
+        learner.step(number)
+        seen.append(all_logits(learner, test, text))
+    facts = trained.Trained.end(learner)
+    assert facts == {"epoch": 2, "selection_accuracy": 0.5}
+    assert torch.equal(all_logits(learner, test, text), seen[1]) and not torch.equal(seen[1], seen[3])
+
+
 def test_without_pictures_to_choose_by_nothing_is_chosen(world):
     train, _, text, _ = world
     learner = LEARNERS["tip_adapter_f"]()
@@ -239,6 +252,27 @@ def test_coop_trains_its_context_and_reads_other_names_with_it():
         torch.testing.assert_close(logits, 100 * normalize(images, dim=1) @ expected, atol=1e-3, rtol=1e-4)
         others = Text(("green", "ox"), None, clip)
         torch.testing.assert_close(learner.logits(seen, others)[:, 0], logits, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("position", "before"), [("front", 0), ("middle", 2)])
+def test_the_name_may_stand_before_or_amid_the_context(position, before):
+    from alert.draft.features import tiny
+
+    clip, images = encoders.clip(), torch.randn(2, tiny.WIDTH, generator=torch.Generator().manual_seed(2))
+    text, seen = Text(("ox", "green"), None, clip), Pictures(images, torch.tensor([0, 1]))
+    plan = {"epochs": 1, "batch": 2, "learning_rate": 0.05, "weight_decay": 0.0}
+    learner = adapted.CoOp(seed=1, **plan, length=4, position=position)
+    learner.begin(Support(seen, lambda number: seen, 1), None, text)
+    token, context = clip.model.token_embedding, learner.module.context.detach()
+    for column, name in enumerate(text.names):
+        name_ids, stop = torch.tensor(tiny.encode(name)), torch.tensor([*tiny.encode("."), tiny.END])
+        parts = [token(torch.tensor([tiny.START])), context[:before], token(name_ids), context[before:], token(stop)]
+        row = torch.cat(parts)
+        padded = torch.cat([row, token(torch.zeros(tiny.CONTEXT - len(row), dtype=torch.long))])[None]
+        with torch.no_grad():
+            expected = normalize(clip.read(padded, torch.tensor([len(row) - 1])), dim=1)[0]
+            got = learner.logits(seen, text)[:, column]
+        torch.testing.assert_close(got, 100 * normalize(images, dim=1) @ expected, atol=1e-3, rtol=1e-4)
 
 
 def test_probabilities_of_one_name_add_up():
