@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from common.config.schema import Config
+from common.config.schema import NO_FAMILY, Config
 from common.data.task import Questions
 from common.runtime.distributed import forget_group_alone, rank, started_by_launcher
 from common.runtime.interrupt import Interrupted, left_to_ranks
@@ -43,7 +43,8 @@ def start_ranks(count: int, config: Config, values: dict[str, Any], folder: Path
 
     from common.models.files import weights_folder
 
-    weights_folder(config)  # fetched or built once, before the ranks ask for it
+    if config.model.family != NO_FAMILY:
+        weights_folder(config)  # fetched or built once, before the ranks ask for it
     forget_group_alone()  # left by a job of the same sweep that ran on the CPU
     elastic = LaunchConfig(
         min_nodes=1,

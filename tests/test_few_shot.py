@@ -337,6 +337,13 @@ def test_mistakes_cost_a_second(compose, task, overrides, said):
         settled.check(validate(compose("method=cafo", *overrides)), "cafo", task())
 
 
+def test_a_language_model_is_needed_by_who_asks(compose):
+    from common.vlm.check import check
+
+    with pytest.raises(UserError, match="model=features is no language model, and method=nothinking needs one"):
+        check(validate(compose("model=features")), None)
+
+
 # --- published configurations
 
 PUBLISHED = Path(__file__).parent.parent.parent / "shared/papers/clip_published.json"

@@ -73,7 +73,15 @@ def test_a_run_has_everything_that_other_runs_have(whole):
     assert np.mean([row["truth_rank"] == 1 for row in rows]) == pytest.approx(after.accuracy)
     recalls = [after.facts["draft"][f"recall@{k}"] for k in (1, 2, 3, 4, 5, 8, 16)]
     assert recalls == sorted(recalls) and recalls[0] == pytest.approx(after.accuracy) and recalls[-1] == 1.0
-    for name in ("curves.png", "confusion-test.png", "manifest.json", "model/few_shot.pt", "candidates/test.npz"):
+    for name in (
+        "curves.png",
+        "confusion-test.png",
+        "manifest.json",
+        "model/few_shot.pt",
+        "candidates/test.npz",
+        "curves.svg",
+        "confusion-test.svg",
+    ):
         assert (whole / name).is_file(), name
     facts = json.loads((whole / "candidates" / "test.json").read_text())
     assert facts["manifest"] == json.loads((whole / "manifest.json").read_text())["hash"]
@@ -100,6 +108,15 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(kill, whole, runner, small
     for name, value in theirs["module"].items():
         assert torch.equal(ours["module"][name], value)
     assert ours["mix"] == theirs["mix"] and predictions(tmp_path / "run") == predictions(whole)
+
+
+@pytest.mark.faults
+def test_two_ranks_give_what_one_gives(whole, runner, small, tmp_path):
+    arguments = ["method=cafo", *CLIP, *SHORT, *CAFO, small, f"cache_dir={tmp_path / 'cache'}"]
+    assert runner.ranks(2, tmp_path / "run", arguments) == [0, 0]
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    ours, theirs = (f / "candidates" / "test" for f in (tmp_path / "run", whole))
+    assert candidate_file.identity(ours) == candidate_file.identity(theirs)
 
 
 @pytest.fixture(scope="module")

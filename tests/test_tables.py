@@ -90,3 +90,25 @@ def test_many_classes_show_their_confusions(tmp_path, monkeypatch):
     labels = [label.get_text() for label in shown["figure"].axes[0].get_yticklabels()]
     assert labels == ["class 8 → no class name", "class 3 → class 7", "class 4 → class 5"]
     assert (tmp_path / "confusion.png").stat().st_size > 1000
+
+
+def test_a_run_without_training_has_bars_instead_of_empty_axes(tmp_path, monkeypatch):
+    shown = {}
+    monkeypatch.setattr(figures.plt, "close", lambda figure: shown.update(figure=figure))
+    figures.accuracies(
+        {"base": summary(accuracy=0.25), "new": summary(accuracy=0.75)}, "title", tmp_path / "curves.png"
+    )
+    (axis,) = shown["figure"].axes
+    assert [bar.get_width() for bar in axis.patches] == [25, 75]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["base", "new"]
+    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG" and b"<svg" in (
+        tmp_path / "curves.svg"
+    ).read_bytes()
+
+
+def test_a_remark_marks_every_trained_accuracy():
+    shown = result({"test": summary()}, {"test": summary(accuracy=0.75)}, remarks=["selected on the test images"])
+    cells = list(tables.result_table(shown).columns[2].cells)
+    assert cells == ["50.00", "75.00 †"]
+    assert tables.overall_lines(shown)[0] == "†: selected on the test images"
+    assert list(tables.result_table(result({"test": summary()}, {})).columns[2].cells) == ["50.00"]

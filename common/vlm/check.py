@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common.config.schema import Config
+from common.config.schema import NO_FAMILY, Config
 from common.data.task import Questions
 from common.learner import Prepares
 from common.models import checks
@@ -15,7 +15,7 @@ def check(config: Config, questions: Questions) -> None:
     Raises:
         UserError: Names the key, the file or the image at fault.
     """
-    if config.model.family == "none":
+    if config.model.family == NO_FAMILY:
         raise UserError(f"model={config.model.name} is no language model, and method={config.method['name']} needs one")
     checks.check(config, questions)
     if isinstance(questions.method, Prepares):
