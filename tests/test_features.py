@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from alert.draft.features import clip, generated, prompts, tiny, visual
+from alert.draft.features import store as store_module
 from alert.draft.features.encoded import Encoded
-from alert.draft.features.store import KEY, Store, key_of
+from alert.draft.features.store import KEY, Rows, Store, key_of
 from alert.draft.features.views import Look, View, crop_box, see
 from common.types import UserError
 from tests import encoders
@@ -87,6 +88,20 @@ def test_rows_come_back_in_any_order_from_several_writers(tmp_path):
     assert one.read(where[:3])[:, 0].tolist() == [4, 1, 2]
     assert Store(tmp_path, 3, "float32").read(where[:3]).shape == (3, 3)
     assert Store(tmp_path / "new", 3, "float32").find(keys)[:, 0].tolist() == [-1] * 5
+
+
+def test_rows_stay_where_they_are_when_others_write(tmp_path, monkeypatch):
+    """Files are found in the order of their names, and a later one may come before."""
+    names = iter(["m", "z", "a"])
+    monkeypatch.setattr(store_module.uuid, "uuid4", lambda: type("Name", (), {"hex": next(names)}))
+    first, kept = Store(tmp_path, 3, "float32"), []
+    for number in range(3):
+        writer = Store(tmp_path, 3, "float32")
+        writer.add([key_of(str(number))], rows(number))
+        writer.close()
+        first.refresh()
+        kept.append(Rows(first, first.find([key_of(str(number))]), (3,)))
+        assert [each[0:1][0, 0].item() for each in kept] == list(range(number + 1))
 
 
 @pytest.mark.parametrize(("suffix", "lost"), [("rows", 5), ("keys", 5)])

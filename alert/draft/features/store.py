@@ -49,6 +49,7 @@ class Store:
         except OSError as error:
             raise UserError(f"features cannot be kept in {folder} ({error.strerror}); set cache_dir") from error
         self.writer: tuple[IO[bytes], IO[bytes]] | None = None
+        self.tables: dict[str, NDArray[np.generic]] = {}  # by file; the order stays, so that places stay
         self.refresh()
 
     def refresh(self) -> None:
@@ -56,7 +57,6 @@ class Store:
         if self.writer is not None:
             for file in self.writer:
                 file.flush()
-        self.tables: list[NDArray[np.generic]] = []
         keys, where = [], []
         for path in sorted(self.folder.glob("*.keys")):
             rows = path.with_suffix(".rows")
@@ -64,9 +64,9 @@ class Store:
             whole = min(path.stat().st_size // KEY.itemsize, rows.stat().st_size // size if rows.is_file() else 0)
             if whole == 0:
                 continue
+            self.tables[path.name] = np.memmap(rows, self.dtype, "r", shape=(whole, self.width))
             keys.append(np.fromfile(path, KEY, count=whole))
-            where.append(np.stack([np.full(whole, len(self.tables)), np.arange(whole)], 1))
-            self.tables.append(np.memmap(rows, self.dtype, "r", shape=(whole, self.width)))
+            where.append(np.stack([np.full(whole, list(self.tables).index(path.name)), np.arange(whole)], 1))
         every = np.concatenate(keys) if keys else np.empty(0, KEY)
         order = np.argsort(every, kind="stable")
         self.keys = every[order]
@@ -103,10 +103,10 @@ class Store:
 
     def read(self, where: NDArray[np.int64]) -> torch.Tensor:
         """Rows that `find` found. fp32, shape: [N, width]."""
-        found = np.empty((len(where), self.width), np.float32)
-        for table in np.unique(where[:, 0]):
-            mine = where[:, 0] == table
-            found[mine] = self.tables[table][where[mine, 1]]
+        found, tables = np.empty((len(where), self.width), np.float32), list(self.tables.values())
+        for number in np.unique(where[:, 0]):
+            mine = where[:, 0] == number
+            found[mine] = tables[number][where[mine, 1]]
         return torch.from_numpy(found)
 
     def close(self) -> None:

@@ -74,10 +74,9 @@ class Bench:
         for start in range(0, len(items), CHUNK):
             yield self._pictures(rows, items[start : start + CHUNK], slice(start, start + CHUNK))
 
-    def pictures(self, images: Images, items: Sequence[Item], view: View = TEST) -> Pictures:
-        """Some pictures at once."""
-        maps = view == TEST and "maps" in self.needs
-        return self._pictures(self._rows(images, items, view, maps), items, slice(None))
+    def pictures(self, images: Images, items: Sequence[Item]) -> Pictures:
+        """The test views of some pictures at once."""
+        return self._pictures(self._rows(images, items, TEST, maps="maps" in self.needs), items, slice(None))
 
     def support(self, task: Task, source: str | None = None, per_class: int = 0) -> Support:
         """The shots of a task, and generated pictures if there are any."""
@@ -91,12 +90,13 @@ class Bench:
     def _support(self, images: Images, items: Sequence[Item]) -> Support:
         chosen = self.config.clip if self.clip is not None else self.config.visual
         scale = (chosen.crop[0], chosen.crop[1])
-        known: dict[int, Pictures] = {}
+        known: dict[int, list[Rows | None]] = {}  # where they lie: the views of a large set do not fit into memory
 
         def view(number: int) -> Pictures:
             if number not in known:
-                known[number] = self.pictures(images, items, View(number, self.config.seed, scale, chosen.flip))
-            return known[number]
+                wanted = View(number, self.config.seed, scale, chosen.flip)
+                known[number] = self._rows(images, items, wanted, maps=False)
+            return self._pictures(known[number], items, slice(None))
 
         return Support(self.pictures(images, items), view, chosen.views)
 
