@@ -160,7 +160,7 @@ def test_images_are_ranked_by_the_batch_as_they_were_all_at_once(draft, features
     ranks, parts = iter(range(2)), []
     monkeypatch.setattr("alert.method.share_of", lambda items: items[next(ranks) :: 2])
     monkeypatch.setattr("alert.method.gather", lambda part: parts.append(part) or parts)
-    problem = Task(train, {"x": test}, None, "", {"d": "own"})
+    problem = Task(train, {"x": test}, None, "", {"d": "own", "x": "own"})
     method = Alert(seed=1, features=features, draft=draft, k=3)
     means = np.stack([np.mean([seen[f"{i}"], seen[f"{i + 8}"]], 0, np.float64) for i in range(8)])
     flat = [v.reshape(len(v), -1) if features == "patches" else v.mean(1) for v in (np.stack([*seen.values()]), means)]

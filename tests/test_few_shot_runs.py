@@ -84,6 +84,8 @@ def test_a_run_has_everything_that_other_runs_have(whole):
     ):
         assert (whole / name).is_file(), name
     facts = json.loads((whole / "candidates" / "test.json").read_text())
+    assert facts["chosen"] == after.facts["chosen"] and set(facts["chosen"]) >= {"alpha", "beta", "epoch"}
+    assert "chosen" not in result.before["test"].facts
     assert facts["manifest"] == json.loads((whole / "manifest.json").read_text())["hash"]
     assert facts["method"] == "cafo" and facts["selection"] == "val" and facts["recall@2"] == recalls[1]
 

@@ -28,6 +28,7 @@ class Classify:
             prompts: File of sentences about the classes, if CLIP reads one; a run freezes its hash.
         """
         self.seed, self.learner, self.shots, self.prompts = seed, learner, shots, prompts
+        self.chosen: dict[str, Any] = {}  # by the learner, once it is fitted: alpha and beta, a strength, an epoch
 
     def train_prompts(self, task: Task, epoch: int = 0) -> list[Prompt]:
         return [Prompt(item.image, "", item.name) for item in task.train.items]
@@ -55,7 +56,8 @@ class Classify:
         ranks: list[int | None] = answers.columns["truth_rank"]
         depth = min(DEPTH, len(task.evaluation[split].choices))
         found = accounting.recall(ranks, depth, (*accounting.RECALL_AT, DEPTH))
-        return {"draft": found | published.above(settled.dataset_of(task, split), self.shots, found)}
+        chosen = {"chosen": self.chosen} if self.chosen else {}
+        return {**chosen, "draft": found | published.above(settled.dataset_of(task, split), self.shots, found)}
 
     def columns(self, task: Task, split: str, predictions: Sequence[Prediction]) -> dict[str, list[Any]]:
         return {}  # the learner itself says the rank of the truth

@@ -118,7 +118,9 @@ class LinearProbe(Unfitted):
 
     def state(self) -> dict[str, Any]:
         probe = self.probe
-        return {"weight": None, "bias": None} if probe is None else {"weight": probe.weight, "bias": probe.bias}
+        kept = {"weight": None, "bias": None} if probe is None else {"weight": probe.weight, "bias": probe.bias}
+        return {**kept, "facts": self.facts}
 
     def restore(self, state: dict[str, Any]) -> None:
+        self.facts = state["facts"]
         self.probe = None if state["weight"] is None else linear_probe.Probe(state["weight"], state["bias"])

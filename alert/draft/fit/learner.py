@@ -5,6 +5,7 @@ An update in the log is an epoch of its training; a learner that is fitted in on
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from alert.draft import candidate_file, settled
 from alert.draft import candidates as candidate
 from alert.draft.fit.bench import Bench
 from alert.draft.fit.data import FewShot, Pictures, Text
+from alert.draft.method import Classify
 from common.config.schema import Config
 from common.data.task import Questions
 from common.evaluation.evaluate import spread
@@ -30,6 +32,7 @@ from common.runtime.distributed import barrier, rank
 from common.training.base import Step
 from common.types import Answers, Item, Prediction, Probabilities
 
+log = logging.getLogger(__name__)
 STATE = "few_shot.pt"
 
 
@@ -56,13 +59,8 @@ class FewShotLearner:
             folder: `candidates` and weights lie in it.
             checkpoints: Of this learner.
         """
-        self.config, self.questions, self.name, self.folder, self.checkpoints = (
-            config,
-            questions,
-            name,
-            folder,
-            checkpoints,
-        )
+        self.config, self.questions, self.name = config, questions, name
+        self.folder, self.checkpoints = folder, checkpoints
         self.learner: FewShot = settled.make(config, name)
         self.bench = Bench(config, self.learner, device)
         self.weights = self.bench.weights
@@ -110,6 +108,9 @@ class FewShotLearner:
             learner.restore(torch.load(self.checkpoints.resumed / STATE, map_location=self.bench.device))
         loop.train(self, self, learner.steps, self.config, self.checkpoints, recorder, self.save)
         self.facts = learner.end()
+        log.info("%s chose %s", self.name, self.facts)
+        if isinstance(self.questions.method, Classify):
+            self.questions.method.chosen = self.facts
         return learner.steps
 
     def step(self, update: int) -> Step:
@@ -174,7 +175,12 @@ class FewShotLearner:
         ranked = candidate.rank([item.image for item in items], logits, asked.names, origin)
         truths = [item.label for item in items]
         if rank() == 0:
-            about = {"manifest": self.questions.manifest["hash"], "selection": config.selection, **self.weights}
+            about = {
+                "manifest": self.questions.manifest["hash"],
+                "selection": config.selection,
+                "chosen": self.facts,
+                **self.weights,
+            }
             candidate_file.write(self.folder / candidate_file.FOLDER / split, ranked, asked.names, truths, about)
         barrier()
         return candidate_file.truth_ranks(ranked, asked.names, truths)
