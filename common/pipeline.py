@@ -56,7 +56,6 @@ def run(config: Config, values: dict[str, Any], folder: Path, questions: Questio
     tracker = make_tracker(config, values, folder, questions, None if state is None else state.tracker)
     recorder = Recorder(RunFolder(folder), tracker, config.tracking.completions_every, clock, state)
     result = describe(config, values, learner.weights, learner.questions, learner.decoding)
-    result.remarks = list(learner.remarks)
     failed = True
     try:
         with clock.phase("evaluation before"):
@@ -74,6 +73,7 @@ def run(config: Config, values: dict[str, Any], folder: Path, questions: Questio
         if updates:
             result.train |= best_evaluation(config, learner, checkpoints, after, updates)
             result.train["silent_rewards"] = silent_rewards(recorder.files.read_log("metrics.jsonl"))
+        result.remarks = list(learner.remarks)
         result.train["seconds"] = clock.split(recorder.seconds())
         recorder.finish(result, after)
         checkpoints.keep_weights_only()

@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy, normalize
 
 from alert.draft import settled
+from alert.draft.features import tiny
 from alert.draft.fit import adapted, cached, closed, trained
 from alert.draft.fit.data import Pictures, Plan, Support, Text, accuracy, all_logits, batches, fit
 from alert.draft.fit.learner import probabilities
@@ -205,6 +206,25 @@ def test_the_first_best_epoch_is_kept_with_its_weights(world, monkeypatch):
     assert torch.equal(all_logits(learner, test, text), seen[1]) and not torch.equal(seen[1], seen[3])
 
 
+def test_only_what_the_test_pictures_decide_is_said_to_be_decided_by_them(world):
+    """Tip-Adapter's search is on validation pictures where there are some; last epochs and the probe never ask them."""
+    train, val, text, test = world
+    said = {}
+    for name, make in LEARNERS.items():
+        for there in (val, None):
+            learner = make()
+            learner.begin(train, there, text, test)
+            said[name, there is not None] = learner.chosen_by_test
+            learner.begin(train, there, text)
+            assert not learner.chosen_by_test
+    by_test = {("tip_adapter", False)} | {
+        (name, there) for name in ("tip_adapter_f", "cafo") for there in (True, False)
+    }
+    assert {key for key, value in said.items() if value} == by_test
+    on_val, by_paper = (LEARNERS["tip_adapter"]() for _ in range(2))
+    assert fit(on_val, train, val, text) == fit(by_paper, train, val, text, test)
+
+
 def test_without_pictures_to_choose_by_nothing_is_chosen(world):
     train, _, text, _ = world
     learner = LEARNERS["tip_adapter_f"]()
@@ -240,8 +260,6 @@ def test_coop_trains_its_context_and_reads_other_names_with_it():
     losses = [learner.step(number)["loss"] for number in range(6)]
     assert losses[-1] < losses[0] and [n for n, p in learner.module.named_parameters()] == ["context"]
     # by hand: start, context, the name's tokens, full stop, end
-    from alert.draft.features import tiny
-
     ids = tiny.tokenize(["X X X X green."])
     embedded = clip.model.token_embedding(ids).clone()
     embedded[0, 1:5] = learner.module.context.detach()
@@ -255,8 +273,6 @@ def test_coop_trains_its_context_and_reads_other_names_with_it():
 
 @pytest.mark.parametrize(("position", "before"), [("front", 0), ("middle", 2)])
 def test_the_name_may_stand_before_or_amid_the_context(position, before):
-    from alert.draft.features import tiny
-
     clip, images = encoders.clip(), torch.randn(2, tiny.WIDTH, generator=torch.Generator().manual_seed(2))
     text, seen = Text(("ox", "green"), None, clip), Pictures(images, torch.tensor([0, 1]))
     plan = {"epochs": 1, "batch": 2, "learning_rate": 0.05, "weight_decay": 0.0}
@@ -274,6 +290,22 @@ def test_the_name_may_stand_before_or_amid_the_context(position, before):
         torch.testing.assert_close(got, 100 * normalize(images, dim=1) @ expected, atol=1e-3, rtol=1e-4)
 
 
+def test_an_interrupted_coop_ends_as_if_nothing_had_happened():
+    clip, images = encoders.clip(), torch.randn(6, tiny.WIDTH, generator=torch.Generator().manual_seed(2))
+    text, seen = Text(("ox", "green"), None, clip), Pictures(images, torch.arange(6) % 2)
+    train, plan = Support(seen, lambda number: seen, 1), {"epochs": 4, "batch": 4, "learning_rate": 0.05}
+    whole, first, second = (adapted.CoOp(seed=1, **plan, weight_decay=0.0, length=2) for _ in range(3))
+    fit(whole, train, None, text)
+    first.begin(train, None, text)
+    for number in (0, 1):
+        first.step(number)
+    second.begin(train, None, text)
+    second.restore(first.state())
+    for number in (2, 3):
+        second.step(number)
+    assert torch.equal(all_logits(second, seen, text), all_logits(whole, seen, text))
+
+
 def test_probabilities_of_one_name_add_up():
     logits = np.log(np.array([[0.2, 0.3, 0.5]], np.float32))
     table = probabilities(logits, ("a", "b", "a"), ("a", "b"))
@@ -282,6 +314,13 @@ def test_probabilities_of_one_name_add_up():
 
 
 # --- what is refused before anything is loaded
+
+
+def test_a_search_without_validation_pictures_is_refused_at_once(compose, task):
+    config = validate(compose("method=linear_probe"))
+    with pytest.raises(UserError, match="validation=held_out, or few_shot.linear_probe.strength=1"):
+        settled.check(config, "linear_probe", task())
+    settled.check(validate(compose("method=linear_probe", "few_shot.linear_probe.strength=1")), "linear_probe", task())
 
 
 @pytest.fixture
@@ -295,7 +334,7 @@ def task():
 
 
 def test_learners_of_fixed_classes_refuse_others(compose, task):
-    config = validate(compose("method=cafo"))
+    config = validate(compose("method=cafo", "few_shot.linear_probe.strength=1"))
     settled.check(config, "cafo", task())
     for name in ("cafo", "tip_adapter", "tip_adapter_f", "linear_probe", "nearest_mean"):
         with pytest.raises(UserError, match=f"{name} knows only the classes.*'test' has 1 others, first: 'ox'"):
@@ -305,7 +344,7 @@ def test_learners_of_fixed_classes_refuse_others(compose, task):
 
 
 def test_learners_that_read_refuse_an_encoder_that_only_looks(compose, task):
-    config = validate(compose("method=coop", "clip=none", "visual=lite0"))
+    config = validate(compose("method=coop", "clip=none", "visual=lite0", "few_shot.linear_probe.strength=1"))
     for name in ("clip_zero_shot", "coop", "clip_adapter", "vt_clip", "calip", "calip_fs"):
         with pytest.raises(UserError, match=f"{name} compares pictures with class names.*clip=none has no text tower"):
             settled.check(config, name, task())

@@ -59,11 +59,10 @@ def check(config: Config, name: str, task: Task) -> None:
             prompts.of_templates(names, config.clip.templates)
         else:
             prompts.of_file(Path(config.clip.prompts).expanduser(), names)
-    entry = config.few_shot[name]
-    if entry.get("generated") is not None and entry.get("per_class"):
-        generated.pick(
-            f"few_shot.{name}.generated", entry["generated"], entry["per_class"], task.train.names, config.seed
-        )
+    learner.check_val("val" in task.evaluation)
+    if learner.generated is not None and learner.generated_per_class:
+        key = f"few_shot.{name}.generated"
+        generated.pick(key, learner.generated, learner.generated_per_class, task.train.names, config.seed)
     check_classes(name, learner, task)
 
 

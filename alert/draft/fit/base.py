@@ -30,6 +30,8 @@ class Unfitted:
     fixed_classes = False
     steps = 0
     remark = ""
+    generated: str | None = None
+    generated_per_class = 0
 
     def __init__(self, *, seed: int) -> None:
         """`seed`: of whatever is random in the fit."""
@@ -42,6 +44,18 @@ class Unfitted:
     def judges(self) -> Pictures | None:
         """The pictures to choose by: validation pictures, or the authors' choice, the test pictures."""
         return self.val if self.test is None else self.test
+
+    @property
+    def searched_on(self) -> Pictures | None:
+        """What alpha and beta are searched on: as the authors do, the test pictures only where there are no others."""
+        return self.val if self.val is not None else self.test
+
+    @property
+    def chosen_by_test(self) -> bool:
+        return False
+
+    def check_val(self, there: bool) -> None:
+        pass
 
     def step(self, number: int) -> dict[str, float]:
         return {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,6 @@ class Searched:
             alpha: As the fit begins.
             beta: As the fit begins.
             search_scale: Ends of beta and alpha in the search.
-            key_views: Random views that a key is the mean of, at the start.
         """
         positive("few_shot: beta", beta)
         if len(search_scale) != 2 or min(search_scale) <= 0.1:
@@ -61,12 +61,18 @@ class TipAdapter(Unfitted):
             key_views: Random views that a key is the mean of.
         """
         super().__init__(seed=seed)
+        positive("few_shot: key_views", key_views)
         self.key_views = key_views
         self.mix = Searched(alpha, beta, search_scale)
 
     def step(self, number: int) -> dict[str, float]:
-        self.keys = _keys(self.train, len(self.text.names), "images", self.key_views)
+        mean = self.train.mean_view(self.key_views)
+        self.keys = tip_adapter.keys_of(mean.images[None], mean.labels, len(self.text.names))
         return {}
+
+    @property
+    def chosen_by_test(self) -> bool:
+        return self.test is not None and self.val is None
 
     def _vote(self, pictures: Pictures) -> Callable[[float], Tensor]:
         assert self.keys is not None
@@ -74,10 +80,10 @@ class TipAdapter(Unfitted):
         return lambda beta: tip_adapter.votes(near, beta)
 
     def end(self) -> dict[str, Any]:
-        if self.judges is not None:
-            found = self.mix.search(self._vote, self.judges, self.text)
+        if self.searched_on is not None:
+            found = self.mix.search(self._vote, self.searched_on, self.text)
             self.mix.alpha, self.mix.beta = found.alpha, found.beta
-        return {"alpha": self.mix.alpha, "beta": self.mix.beta, "searched": self.judges is not None}
+        return {"alpha": self.mix.alpha, "beta": self.mix.beta, "searched": self.searched_on is not None}
 
     def logits(self, pictures: Pictures, text: Text) -> Tensor:
         if self.keys is None:
@@ -143,9 +149,13 @@ class TrainedKeys(Trained):
         self.key_views = key_views
         self.mix = Searched(alpha, beta, search_scale)
 
+    @abstractmethod
     def vote(self, pictures: Pictures, base: Tensor) -> Callable[[float], Tensor]:
         """From pictures and their zero-shot logits to a function from beta to what alpha multiplies."""
-        raise NotImplementedError
+
+    @property
+    def chosen_by_test(self) -> bool:
+        return self.test is not None
 
     def forward(self, pictures: Pictures, text: Text) -> Tensor:
         base = base_logits(pictures, text)
@@ -158,15 +168,13 @@ class TrainedKeys(Trained):
     def end(self) -> dict[str, Any]:
         facts = super().end()
         assert self.module is not None
-        # the authors search on validation pictures where there are some, and choose by the test pictures
-        searched_on = self.val if self.val is not None else self.test
-        if searched_on is None or self.judges is None:
+        if self.searched_on is None or self.judges is None:
             return facts | {"alpha": self.mix.alpha, "beta": self.mix.beta, "searched": False}
         trained, other = copy.deepcopy(self.module.state_dict()), self.search_keys() if self.test is not None else None
         if other is not None:
             self.module.load_state_dict(other)
         with torch.no_grad():
-            found = self.mix.search(lambda p: self.vote(p, base_logits(p, self.text)), searched_on, self.text)
+            found = self.mix.search(lambda p: self.vote(p, base_logits(p, self.text)), self.searched_on, self.text)
         self.module.load_state_dict(trained)
         begun, before = (self.mix.alpha, self.mix.beta), accuracy(self, self.judges, self.text)
         self.mix.alpha, self.mix.beta = found.alpha, found.beta
@@ -187,7 +195,8 @@ class TipAdapterF(TrainedKeys):
     """Tip-Adapter-F: the keys are trained."""
 
     def build(self) -> nn.Module:
-        return KeyModule([_keys(self.train, len(self.text.names), "images", self.key_views)])
+        mean = self.train.mean_view(self.key_views)
+        return KeyModule([tip_adapter.keys_of(mean.images[None], mean.labels, len(self.text.names))])
 
     def vote(self, pictures: Pictures, base: Tensor) -> Callable[[float], Tensor]:
         assert self.module is not None
@@ -244,7 +253,7 @@ class CaFo(TrainedKeys):
             key_views=key_views,
         )
         one_of("few_shot.cafo.scheduler", scheduler, ("paper", "proper"))
-        self.scheduler, self.generated, self.per_class = scheduler, generated, per_class
+        self.scheduler, self.generated, self.generated_per_class = scheduler, generated, per_class
         self.begun: dict[str, Tensor] = {}
 
     def supports(self) -> list[Support]:
@@ -255,10 +264,16 @@ class CaFo(TrainedKeys):
         return self.plan.epochs * sum(math.ceil(len(each.seen) / self.plan.batch) for each in counted)
 
     def build(self) -> nn.Module:
-        count = len(self.text.names)
-        kinds = ["images"] if self.train.seen.second is None else ["images", "second"]
-        parts = [[_keys(support, count, kind, self.key_views) for support in self.supports()] for kind in kinds]
-        made = KeyModule([_joined(each) for each in parts])
+        count, means = len(self.text.names), [support.mean_view(self.key_views) for support in self.supports()]
+        kinds = [[mean.images for mean in means], [mean.second for mean in means if mean.second is not None]]
+        labels = [mean.labels for mean in means]
+        made = KeyModule(
+            [
+                _joined([tip_adapter.keys_of(v[None], of, count) for v, of in zip(values, labels, strict=True)])
+                for values in kinds
+                if values
+            ]
+        )
         self.begun = copy.deepcopy(made.state_dict())
         return made
 
@@ -273,13 +288,6 @@ class CaFo(TrainedKeys):
     def search_keys(self) -> dict[str, Tensor] | None:
         # with validation pictures the authors search before training; without them, on ImageNet, afterwards
         return None if self.val is None else {k: v.to(self.train.seen.images) for k, v in self.begun.items()}
-
-
-def _keys(support: Support, classes: int, kind: str, views: int) -> tip_adapter.Keys:
-    mean = support.mean_view(views)
-    values = mean.images if kind == "images" else mean.second
-    assert values is not None
-    return tip_adapter.keys_of(values[None], mean.labels, classes)
 
 
 def _joined(parts: list[tip_adapter.Keys]) -> tip_adapter.Keys:

@@ -84,6 +84,13 @@ class LinearProbe(Unfitted):
         self.strength, self.solver = strength, solver
         self.facts: dict[str, Any] = {}
 
+    def check_val(self, there: bool) -> None:
+        if self.strength is None and not there:
+            raise UserError(
+                "linear_probe searches its strength on validation images, and there are none; use validation=held_out,"
+                " or few_shot.linear_probe.strength=1"
+            )
+
     def _fit(self, strength: float) -> linear_probe.Probe:
         seen = self.train.seen
         on_gpu = self.solver == "torch" or (self.solver == "auto" and seen.images.device.type != "cpu")
@@ -94,12 +101,9 @@ class LinearProbe(Unfitted):
         if self.strength is not None:
             self.probe = self._fit(self.strength)
             return {}
+        self.check_val(self.val is not None)
         val = self.val  # the authors search on validation pictures, too
-        if val is None:
-            raise UserError(
-                "method=linear_probe searches its strength on validation images, and there are none; use"
-                " validation=held_out, or few_shot.linear_probe.strength=1"
-            )
+        assert val is not None
         fitted: dict[float, linear_probe.Probe] = {}
 
         def judge(strength: float) -> float:

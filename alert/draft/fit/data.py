@@ -92,13 +92,26 @@ class FewShot(Protocol):
 
     needs: of `text` (CLIP's text tower), `maps` (of positions) and `second` (uses a visual encoder, if there is one).
     fixed_classes: it can tell apart only the classes that it was fitted on. steps: of the fit; 0: it is never fitted.
-    remark: what every table must say of it.
+    remark: what every table must say of it. generated, generated_per_class: pictures that
+    somebody drew, as more shots.
     """
 
     needs: frozenset[str]
     fixed_classes: bool
     steps: int
     remark: str
+    generated: str | None
+    generated_per_class: int
+
+    @property
+    def chosen_by_test(self) -> bool:
+        """Whether the fit, once begun, chooses by test pictures."""
+
+    def check_val(self, there: bool) -> None:
+        """
+        Raises:
+            UserError: It needs validation pictures, and there are none.
+        """
 
     def begin(self, train: Support, val: Pictures | None, text: Text, test: Pictures | None = None) -> None:
         """Take the pictures of the fit.

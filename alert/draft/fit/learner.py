@@ -67,6 +67,7 @@ class FewShotLearner:
         checkpoints.begin_from(self.weights["sha256"], self.weights["path"])
         self.texts: dict[tuple[str, ...], Text] = {}
         self.facts: dict[str, Any] = {}
+        self.begun = False
 
     @property
     def decoding(self) -> str:
@@ -74,8 +75,8 @@ class FewShotLearner:
 
     @property
     def remarks(self) -> list[str]:
-        by_test = self.config.selection == "paper" and self.learner.steps
-        return [each for each in (self.learner.remark, "selected on the test images" if by_test else "") if each]
+        by_test = "selected on the test images" if self.begun and self.learner.chosen_by_test else ""
+        return [each for each in (self.learner.remark, by_test) if each]
 
     def predict(self, split: str, limit: int | None = None) -> Answers:
         began, asked = time.perf_counter(), self.questions.task.evaluation[split]
@@ -101,9 +102,9 @@ class FewShotLearner:
         learner, task = self.learner, self.questions.task
         if not learner.steps:
             return 0
-        entry = self.config.few_shot[self.name]
-        support = self.bench.support(task, entry.get("generated"), entry.get("per_class", 0))
+        support = self.bench.support(task, learner.generated, learner.generated_per_class)
         learner.begin(support, self._labelled("val"), self._text(task.train.names), self._tested())
+        self.begun = True
         if self.checkpoints.resumed is not None:
             learner.restore(torch.load(self.checkpoints.resumed / STATE, map_location=self.bench.device))
         loop.train(self, self, learner.steps, self.config, self.checkpoints, recorder, self.save)

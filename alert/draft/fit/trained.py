@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from alert.draft.fit.data import Pictures, Plan, Support, Text, accuracy, batche
 from common.config.checks import positive
 
 
-class Trained(Unfitted):
+class Trained(Unfitted, ABC):
     """A learner whose module is trained by gradients; `best`: the epoch that is best by the judges is kept."""
 
     best = False
@@ -32,13 +33,13 @@ class Trained(Unfitted):
         self.plan, self.steps = plan, plan.epochs
         self.chosen: tuple[float, int, dict[str, Tensor]] | None = None  # accuracy, epoch, weights
 
+    @abstractmethod
     def build(self) -> nn.Module:
         """The module as training begins."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, pictures: Pictures, text: Text) -> Tensor:
         """Logits with the module. Shape: [N, C]."""
-        raise NotImplementedError
 
     def begin(self, train: Support, val: Pictures | None, text: Text, test: Pictures | None = None) -> None:
         super().begin(train, val, text, test)
