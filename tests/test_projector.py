@@ -187,7 +187,7 @@ def test_a_resumed_training_ends_as_an_uninterrupted_one(load_vlm, digits_task, 
     trainer.save(tmp_path / "step")
     trainer.close()
     resumed, trainer = begin()
-    trainer.restore(tmp_path / "step")
+    trainer.restore(tmp_path / "step", 2)
     found += [trainer.step(update) for update in range(2, 4)]
     trainer.close()
     ours, theirs = ([{**step.metrics, "num_tokens": 0} for step in part] for part in (found, expected))

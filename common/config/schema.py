@@ -206,11 +206,13 @@ class GRPOConfig(TrainerConfig):
 class RolloutConfig:
     """How completions are sampled for training, and how many tokens evaluation may use.
 
-    options: keyword arguments of the backend.
+    options: keyword arguments of the backend. check: a function of the configuration that refuses, before any weights
+    are loaded, what the backend cannot do; null: nothing to refuse.
     """
 
     name: str = MISSING
     backend: str = MISSING
+    check: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     temperature: float = MISSING
     top_k: int = MISSING

@@ -37,8 +37,8 @@ class Trainer(Protocol):
     def save(self, folder: Path) -> None:
         """Write weights and optimizer state into a folder that a trainer can resume from."""
 
-    def restore(self, folder: Path) -> None:
-        """Take over the weights that `save` wrote on as many ranks."""
+    def restore(self, folder: Path, done: int) -> None:
+        """Take over the weights that `save` wrote on as many ranks after `done` updates."""
 
     def close(self) -> None:
         """Release the engine."""

@@ -163,8 +163,9 @@ class EngineTrainer:
     def save(self, folder: Path) -> None:
         self.engine.save(folder)
 
-    def restore(self, folder: Path) -> None:
+    def restore(self, folder: Path, done: int) -> None:
         self.engine.restore(folder)
+        self.version = done
 
     def close(self) -> None:
         self.engine.close()

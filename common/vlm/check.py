@@ -6,6 +6,7 @@ from common.config.schema import NO_FAMILY, Config
 from common.data.task import Questions
 from common.learner import Prepares
 from common.models import checks
+from common.plugins import locate
 from common.types import UserError
 
 
@@ -17,6 +18,8 @@ def check(config: Config, questions: Questions) -> None:
     """
     if config.model.family == NO_FAMILY:
         raise UserError(f"model={config.model.name} is no language model, and method={config.method['name']} needs one")
+    if config.rollout.check is not None:
+        locate(config.rollout.check, "rollout.check")(config)
     checks.check(config, questions)
     if isinstance(questions.method, Prepares):
         questions.method.check(config, questions.task)

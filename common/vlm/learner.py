@@ -172,7 +172,7 @@ class VLMLearner:
                 f"evaluate=best: {best.name} was written by {read_state(best).ranks} ranks, not {world()}; continue on"
                 f" as many, or test it by itself: model.path={best / 'model'} trainer=none under another run_name"
             )
-        self.trainer.restore(best / "deepspeed")
+        self.trainer.restore(best / "deepspeed", read_state(best).update)
 
     def _save_all(self, folder: Path) -> None:
         """What a checkpoint holds of the model: to resume from, and to load elsewhere."""

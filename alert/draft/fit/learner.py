@@ -129,7 +129,7 @@ class FewShotLearner:
     def sampling(self) -> Iterator[None]:
         yield
 
-    def restore(self, folder: Path) -> None:
+    def restore(self, folder: Path, done: int) -> None:
         self.learner.restore(torch.load(folder / STATE, map_location=self.bench.device))
 
     def close(self) -> None:

@@ -1,0 +1,158 @@
+"""The `Rollout` backend that samples with vLLM: an engine of its own in every rank's process.
+
+Prompts go in as ids with one placeholder per image, seeds are those of the requests, weights are the policy's: pushed
+whole at first, later only what an update has moved. Embeddings beyond the vocabulary are tokens of a longer vocabulary.
+
+Shapes: R completion tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from common.models.vlm import VLM
+from common.rollout.base import Completion, Decoding, Request
+from common.rollout.vllm import weights
+from common.rollout.vllm.engine import Engine
+from common.rollout.vllm.watchdog import Watchdog
+
+
+class VLLMRollout:
+    """See `Rollout` in common/rollout/base.py."""
+
+    reproducible = False  # the kernels' rounding depends on what is computed beside a completion
+    full_logps = True  # taken before top_k and top_p restrict what is drawn
+
+    def __init__(
+        self,
+        vlm: VLM,
+        *,
+        prompt_tokens: int,
+        completion_tokens: int,
+        seed: int,
+        memory: float = 0.4,
+        cpu_gib: int = 1,
+        sequences: int = 64,
+        eager: bool = False,
+        sleep: int = 1,
+        timeout: float = 1800.0,
+    ) -> None:
+        """
+        Args:
+            vlm: The policy.
+            prompt_tokens: Longest prompt.
+            completion_tokens: Longest completion.
+            seed: Of the engine; a completion's own comes with its request.
+            memory: Share of the GPU for the engine: weights, cache and work space.
+            cpu_gib: Size of the cache where there is no GPU.
+            sequences: Completions that are computed at a time.
+            eager: No CUDA graphs: slower, ready sooner, less memory. Always so on a CPU.
+            sleep: While the policy is updated, a GPU engine keeps its weights on the host (1), drops them (2: they are
+                pushed whole before the next sampling), or keeps everything where it is (0).
+            timeout: Seconds after which a call counts as hanging, and the process is ended.
+
+        Raises:
+            UserError: The engine does not start, or cannot compute what the trainer computes.
+        """
+        self.vlm, self.version = vlm, -1  # nothing is loaded yet
+        self.watchdog = Watchdog(timeout)
+        with self.watchdog("starting"):
+            self.engine = Engine(
+                vlm,
+                length=prompt_tokens + completion_tokens,
+                seed=seed,
+                memory=memory,
+                cpu_gib=cpu_gib,
+                sequences=sequences,
+                eager=eager,
+                sleep=sleep,
+            )
+
+    def generate(self, requests: Sequence[Request], group_size: int, decoding: Decoding) -> list[list[Completion]]:
+        """See `Rollout.generate`."""
+        prompts = [self._prompt(request) for request in requests]
+        choices = [self._choices(request, group_size, decoding) for request in requests]
+        with self.watchdog("sampling"):
+            outputs = self.engine.generate(prompts, choices, decoding.temperature or 1.0)
+        for request, output in zip(requests, outputs, strict=True):
+            check_prompt(request, output.prompt_token_ids)
+        groups = [[self._completion(each) for each in output.outputs] for output in outputs]
+        return [group * (group_size // len(group)) for group in groups]  # a greedy group is one completion
+
+    def refresh(self, version: int) -> None:
+        """See `Rollout.refresh`. The first time, and after a sleep that dropped them, all weights are pushed."""
+        if version == self.version:
+            return
+        complete = self.version < 0
+        with self.watchdog("taking over the weights"):
+            slots = self.vlm.slots
+            self.engine.push(weights.named(self.vlm.model, trained=not complete))
+            if slots is not None and slots.entries.requires_grad and not complete:
+                self.engine.push_rows(slots.first, weights.rows(slots))
+            self.engine.forget()
+        self.version = version
+
+    def rest(self) -> None:
+        """See `Rollout.rest`."""
+        if self.engine.rest():
+            self.version = -1
+
+    def wake(self) -> None:
+        """See `Rollout.wake`."""
+        self.engine.wake()
+
+    def close(self) -> None:
+        """See `Rollout.close`."""
+        self.engine.close()
+
+    def _prompt(self, request: Request) -> dict[str, Any]:
+        pictures = request.pictures()
+        prompt: dict[str, Any] = {"prompt_token_ids": request.unexpanded().tolist()}
+        return prompt | ({"multi_modal_data": {"image": pictures}} if pictures else {})
+
+    def _choices(self, request: Request, group_size: int, decoding: Decoding) -> dict[str, Any]:
+        """Of vLLM's `SamplingParams`; the temperature is applied to the logits before its sampler sees them."""
+        greedy = decoding.temperature == 0
+        return {
+            "n": 1 if greedy else group_size,
+            "temperature": 0.0 if greedy else 1.0,
+            "top_k": decoding.top_k,
+            "top_p": decoding.top_p,
+            "max_tokens": decoding.max_tokens,
+            "seed": number(request.seed),
+            "stop_token_ids": list(self.vlm.eos),
+            "logprobs": 0,  # of the sampled token alone
+            "detokenize": False,
+        }
+
+    def _completion(self, output: Any) -> Completion:
+        """One of vLLM's outputs. Shapes: [R]."""
+        ids = list(output.token_ids)
+        finished = ids[-1] in self.vlm.eos
+        logps = [at[token].logprob for at, token in zip(output.logprobs, ids, strict=True)]
+        text = self.vlm.processor.tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=False)
+        return Completion(torch.tensor(ids), torch.tensor(logps), text, not finished, self.version)
+
+
+def number(seed: str) -> int:
+    """A seed's text as vLLM takes it; the completions of a group get it and the numbers that follow."""
+    return int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "little")
+
+
+def check_prompt(request: Request, computed: Sequence[int]) -> None:
+    """
+    Raises:
+        RuntimeError: The engine computed other ids than the trainer will.
+    """
+    expected = request.encoded.ids.tolist()
+    if list(computed) != expected:
+        first = next((i for i, pair in enumerate(zip(computed, expected, strict=False)) if pair[0] != pair[1]), None)
+        where = f"they differ at {first}" if first is not None else f"{len(computed)} instead of {len(expected)}"
+        raise RuntimeError(
+            f"vLLM computed other prompt ids than the trainer's ({where}); their processors disagree about this model:"
+            " use rollout=hf and report it"
+        )

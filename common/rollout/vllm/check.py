@@ -1,0 +1,25 @@
+"""What `rollout=vllm` refuses before any weights are loaded. No torch."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from common.config.schema import FAMILIES, Config
+from common.types import UserError
+
+
+def check(config: Config) -> None:
+    """See `rollout.check` in `RolloutConfig`.
+
+    Raises:
+        UserError: vLLM is not installed, or could not compute what the trainer computes.
+    """
+    if find_spec("vllm") is None:
+        raise UserError("rollout=vllm: vLLM is not installed; install it with make setup-vllm, or use rollout=hf")
+    if config.model.load_in_8bit:
+        raise UserError("rollout=vllm takes no weights in 8 bits: set model.load_in_8bit=false, or use rollout=hf")
+    if config.model.family not in FAMILIES and config.model.family not in FAMILIES.values():
+        raise UserError(
+            f"rollout=vllm knows the weights of {', '.join(FAMILIES)}, not of model.family={config.model.family}; use"
+            " rollout=hf"
+        )

@@ -1,0 +1,265 @@
+"""One vLLM engine in this process: started without weights, fed with the policy's, asked for completions.
+
+What stands here works around vLLM 0.32: its CPU build replaces `torch.set_num_threads`, keeps an old copy of a tied
+output projection, and a reload forgets images in the worker but not in the scheduler.
+
+Shapes: B sequences, V vocabulary rows, D width.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.models.adapters import without_adapters
+from common.models.vlm import VLM
+from common.rollout.vllm.weights import vocabulary
+from common.runtime.distributed import rank, world
+from common.types import UserError
+
+GIB = 2**30
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine must live in this process to be given tensors
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # ranks would be bound to the same cores
+}
+
+
+class Engine:
+    """Weights in, completions out."""
+
+    def __init__(
+        self,
+        vlm: VLM,
+        *,
+        length: int,
+        seed: int,
+        memory: float,
+        cpu_gib: int,
+        sequences: int,
+        eager: bool,
+        sleep: int,
+    ) -> None:
+        """`length`: of prompt and completion together. The others: see `VLLMRollout`.
+
+        Raises:
+            UserError: It does not start, or its attention is not the trainer's.
+        """
+        on_gpu = vlm.device.type == "cuda"
+        self.sleep, self.asleep, self.loaded = sleep if on_gpu else 0, False, False
+        self.temperature = torch.ones((), device=vlm.device)
+        length = min(length, vlm.model.config.get_text_config().max_position_embeddings)
+        options: dict[str, Any] = {
+            "load_format": "dummy",
+            "generation_config": "vllm",  # nothing of the model's own
+            "dtype": str(vlm.model.dtype).removeprefix("torch."),
+            "seed": seed * 1_000 + rank(),
+            "max_model_len": length,
+            "max_num_batched_tokens": max(8192, length),
+            "max_num_seqs": sequences,
+            "enforce_eager": eager or not on_gpu,
+            "enable_sleep_mode": self.sleep > 0,
+            "enable_chunked_prefill": on_gpu,  # a seeded request cut in two raises without a GPU
+            "limit_mm_per_prompt": {"image": 1, "video": 0},
+            "mm_device_do_normalize": False,  # its mean and deviation would be dummies, too
+            "logprobs_mode": "raw_logprobs",  # of the logits as `_install` makes them
+            "distributed_executor_backend": "external_launcher" if world() > 1 else "uni",
+            **({"gpu_memory_utilization": memory} if on_gpu else {"kv_cache_memory_bytes": cpu_gib * GIB}),
+        }
+        with tempfile.TemporaryDirectory(prefix="vllm-") as folder, undisturbed():
+            describe(vlm, Path(folder))
+            from vllm import LLM  # ten seconds or more
+
+            try:
+                self.llm: Any = LLM(model=folder, **options)
+            except (RuntimeError, ValueError, OSError, KeyError, TypeError, AssertionError) as error:
+                reason = " ".join(str(error).split())[:500]
+                raise UserError(
+                    f"vLLM does not start ({type(error).__name__}: {reason}); see rollout.options, or use rollout=hf"
+                ) from error
+        if not vlm.causal_images and vlm.family.blocks(torch.zeros(1, dtype=torch.long), vlm.model.config) is not None:
+            self._check_images()
+        output = vocabulary(vlm.model)
+        beyond = range(without_adapters(vlm.model).get_output_embeddings().weight.shape[0], output)
+        banned = torch.tensor([*vlm.banned, *beyond], device=vlm.device)
+        self.llm.apply_model(lambda model: self._install(model, banned))
+
+    def _check_images(self) -> None:
+        """
+        Raises:
+            UserError: An image's tokens should see each other both ways, and this engine would not let them.
+        """
+        from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+        layers = self.llm.apply_model(
+            lambda model: [each.get_attn_backend() for each in model.modules() if isinstance(each, AttentionLayerBase)]
+        )[0]
+        for backend in layers:
+            if not backend.supports_mm_prefix():
+                raise UserError(
+                    f"vLLM's {backend.get_name()} attention on this device lets no image token see those after it, as"
+                    " this model's do; set model.image_attention=causal, for trainer and sampler alike, or rollout=hf"
+                )
+
+    def _install(self, model: Any, banned: torch.Tensor) -> None:
+        """Let the engine's logits be those that the trainer scores: without banned ids, at the sampling temperature.
+
+        Before the sampler sees them, so that the log-probabilities it reports are of the whole distribution although
+        top_k and top_p restrict what it draws.
+        """
+        inner, temperature = model.compute_logits, self.temperature
+
+        def computed(*args: Any, **options: Any) -> torch.Tensor | None:
+            logits = inner(*args, **options)  # [B, V], None where another rank of the engine has them
+            if logits is None:
+                return None
+            return logits.float().index_fill_(-1, banned, -torch.inf) / temperature
+
+        model.compute_logits = computed
+
+    def generate(self, prompts: Sequence[Any], choices: Sequence[dict[str, Any]], temperature: float) -> list[Any]:
+        """VLLM's outputs, one per prompt.
+
+        Args:
+            prompts: As vLLM takes them.
+            choices: Keyword arguments of each prompt's `SamplingParams`.
+            temperature: Of all of them.
+        """
+        from vllm import SamplingParams
+
+        self.temperature.fill_(temperature)
+        parameters = [SamplingParams(**each) for each in choices]
+        return self.llm.generate(list(prompts), parameters, use_tqdm=False)  # type: ignore[no-any-return]
+
+    def push(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Take over weights by their names on the hub; the first time all of them.
+
+        Raises:
+            RuntimeError: The first push left a weight of the engine as it was.
+        """
+        loaded: set[str] = set()
+
+        def record(model: Any) -> None:
+            inner = type(model).load_weights
+
+            def load_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
+                loaded.update(found := inner(model, weights) or set())
+                return found
+
+            model.load_weights = load_weights
+
+        def forget(model: Any) -> list[str]:
+            del model.load_weights
+            kept = dict(model.named_buffers()).keys() & model.state_dict().keys()
+            scales = {name for name in kept if name.endswith("_scale")}  # of 8-bit caches, which are not used
+            return [*(name for name, _ in model.named_parameters()), *(kept - scales)]
+
+        self.llm.apply_model(record)
+        try:
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named)})
+        finally:
+            names = self.llm.apply_model(forget)[0]
+        missing = sorted(set(names) - loaded)
+        if missing and not self.loaded:
+            raise RuntimeError(f"vLLM was not given {len(missing)} of its weights, first: {missing[0]}")
+        self.loaded = True
+        self.llm.apply_model(retie)
+
+    def push_rows(self, first: int, rows: torch.Tensor) -> None:
+        """Overwrite rows of the vocabulary, from `first` on. Shape: [E m, D]."""
+
+        def copy_rows(model: Any) -> None:
+            layer = model.language_model.model.embed_tokens
+            begin, end = layer.shard_indices.org_vocab_start_index, layer.shard_indices.org_vocab_end_index
+            low, high = max(first, begin), min(first + len(rows), end)  # of this rank's shard
+            if low < high:
+                layer.weight.data[low - begin : high - begin].copy_(rows[low - first : high - first])
+            retie(model)
+
+        self.llm.apply_model(copy_rows)
+
+    def forget(self) -> None:
+        """Drop what was computed with earlier weights: prefixes, and images in scheduler and worker.
+
+        Raises:
+            RuntimeError: Something is still being computed.
+        """
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM's prefix cache is in use while weights are pushed")
+        self.llm.llm_engine.reset_encoder_cache()
+
+    def rest(self) -> bool:
+        """Give back GPU memory until `wake`. Returns whether the weights are gone."""
+        if self.sleep and not self.asleep:
+            self.llm.sleep(level=self.sleep)
+            self.asleep = True
+        return self.sleep == 2
+
+    def wake(self) -> None:
+        """Have memory again."""
+        if self.asleep:
+            self.llm.wake_up()
+            self.asleep = False
+
+    def close(self) -> None:
+        """Release everything. vLLM has no call for it: its executor ends with it."""
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+
+
+def describe(vlm: VLM, folder: Path) -> None:
+    """Write what an engine needs of a model beside its weights: its configuration and its processor."""
+    base = without_adapters(vlm.model)
+    config = copy.deepcopy(base.config)
+    rows = vocabulary(vlm.model)
+    config.get_text_config().vocab_size = rows
+    if hasattr(config, "vocab_size"):
+        config.vocab_size = rows
+    config.architectures = [type(base).__name__]
+    config.save_pretrained(folder)
+    vlm.processor.save_pretrained(folder)
+
+
+def retie(model: Any) -> None:
+    """Let a tied output projection see new embeddings: the CPU build packs a copy of its own, and only once."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Inside, vLLM may start; afterwards random numbers, threads and logging are as they were."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    state, threads, setter = torch.get_rng_state(), torch.get_num_threads(), torch.set_num_threads
+    gpu_state = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    handlers, level = list(logging.getLogger().handlers), logging.getLogger().level
+    import random
+
+    import numpy
+
+    numbers, more = random.getstate(), numpy.random.get_state()
+    try:
+        yield
+    finally:
+        torch.set_num_threads = setter
+        torch.set_num_threads(threads)
+        torch.set_rng_state(state)
+        if gpu_state is not None:
+            torch.cuda.set_rng_state(gpu_state)
+        random.setstate(numbers)
+        numpy.random.set_state(more)
+        logging.getLogger().handlers[:] = handlers
+        logging.getLogger().setLevel(level)

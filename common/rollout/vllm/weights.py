@@ -1,0 +1,123 @@
+"""The policy's weights as an engine loads them: whole tensors under the names of the hub.
+
+Adapters are added to the weights they stand on, a tensor at a time, without touching the policy. Embeddings beyond the
+vocabulary become rows of it, so their ids are ordinary tokens for the engine.
+
+Shapes: V vocabulary rows, E entries, m rows of an entry, D width.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+
+from common.models.adapters import without_adapters
+from common.models.slots import Slots
+
+ROUND = 64  # rows of a vocabulary, a multiple of which engines want
+
+
+def hub_name(name: str) -> str:
+    """A parameter's name as checkpoints on the hub have it. Nothing but Gemma's vision tower differs.
+
+    >>> hub_name("model.vision_tower.embeddings.patch_embedding.bias")
+    'model.vision_tower.vision_model.embeddings.patch_embedding.bias'
+    >>> hub_name("model.visual.merger.ln_q.weight")
+    'model.visual.merger.ln_q.weight'
+    """
+    return re.sub(r"^((?:model\.)?vision_tower\.)(?!vision_model\.)", r"\1vision_model.", name)
+
+
+def vocabulary(model: Any) -> int:
+    """Rows of the engine's vocabulary: the policy's, and those of the embeddings beyond it."""
+    embedding = without_adapters(model).get_input_embeddings()
+    if not isinstance(embedding, Slots):
+        return int(embedding.num_embeddings)
+    rows = embedding.first + len(embedding.entries) * embedding.width
+    return -(-rows // ROUND) * ROUND
+
+
+def named(model: Any, trained: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every weight, tied ones once. Nothing but the tensor at hand is held.
+
+    Args:
+        model: The policy, adapters and slots included.
+        trained: Leave out what no update has changed, for an engine that has it already. A vocabulary that is not
+            trained is left out, too, although the rows behind it may be: see `rows`.
+
+    Yields:
+        The name on the hub, and the tensor with its adapters added.
+    """
+    base = without_adapters(model)
+    adapters: dict[int, list[Any]] = {}
+    for module in base.modules():
+        if isinstance(module, LoraLayer):
+            adapters.setdefault(id(adapted(module)), []).append(module)
+    for name, parameter in base.named_parameters():
+        parts = name.split(".")
+        if any(part.startswith("lora_") for part in parts) or "original_module" in parts or parts[-1] == "entries":
+            continue
+        on_top = adapters.get(id(parameter), [])
+        if not trained or parameter.requires_grad or on_top:
+            yield hub_name(plain_name(name)), extended(base, parameter, with_adapters(parameter.detach(), on_top))
+
+
+def plain_name(name: str) -> str:
+    """Of a parameter as it would be called without adapters and slots around it.
+
+    >>> plain_name("model.multi_modal_projector.modules_to_save.default.mm_soft_emb_norm.weight")
+    'model.multi_modal_projector.mm_soft_emb_norm.weight'
+    >>> plain_name("model.language_model.embed_tokens.embedding.weight")
+    'model.language_model.embed_tokens.weight'
+    """
+    name = name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
+    return name.replace(".embed_tokens.embedding.", ".embed_tokens.")
+
+
+def adapted(module: Any) -> torch.nn.Parameter:
+    """The weight that a LoRA layer stands on."""
+    return getattr(module.get_base_layer(), getattr(module, "parameter_name", "weight"))  # type: ignore[no-any-return]
+
+
+def with_adapters(weight: torch.Tensor, layers: Sequence[Any]) -> torch.Tensor:
+    """A weight and what the LoRA layers on it add, in a tensor of its own if there are any. The sum is made in fp32."""
+    if not layers:
+        return weight
+    total = weight.float()
+    for layer in layers:
+        for adapter in layer.active_adapters:
+            total = total + layer.get_delta_weight(adapter).detach().float()
+    return total.to(weight.dtype)
+
+
+def extended(base: Any, parameter: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The vocabulary's own rows and those behind it; the same number of output rows. Any other weight as it is.
+
+    Shape: [V, D] -> [V + E m, D], rounded up.
+    """
+    slots = base.get_input_embeddings()
+    if not isinstance(slots, Slots):
+        return weight
+    inner = parameter is slots.embedding.weight
+    if not inner and parameter is not base.get_output_embeddings().weight:
+        return weight
+    larger = weight.new_zeros(vocabulary(base), weight.shape[1])
+    larger[: len(weight)] = weight
+    if inner:
+        behind = rows(slots)
+        larger[slots.first : slots.first + len(behind)] = behind
+    return larger
+
+
+def rows(slots: Slots) -> torch.Tensor:
+    """The embeddings beyond the vocabulary as rows of it: without the scale that the vocabulary's own are given.
+
+    Shape: [E m, D], fp32.
+    """
+    scale = getattr(slots.embedding, "embed_scale", None)  # Gemma 3: the square root of D
+    flat = slots.entries.detach().flatten(0, 1).float()
+    return flat if scale is None else flat / scale.to(slots.embedding.weight.dtype).float()

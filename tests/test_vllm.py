@@ -1,0 +1,273 @@
+"""The contract of `Rollout`, kept by both backends: what is sampled is what the trainer scores.
+
+Gemma's images attend causally here, in both: vLLM's CPU attention lets no image token see those after it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.util import find_spec
+
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from clsrl.method import ClosedFormQuestion
+from common.data.loading import Loader
+from common.forward.logprobs import PolicyScorer
+from common.forward.packing import Group, pack_plain
+from common.models import adapters, slots, vlm
+from common.models.encoder import Encoded, Encoder
+from common.rollout.base import Decoding, Request, awake, requests
+from common.rollout.hf import HFRollout
+from common.types import CATEGORY, UserError
+
+TOLERANCE = 1e-4  # nats, fp32
+SAMPLE = Decoding(temperature=0.9, top_k=50, top_p=1.0, max_tokens=16)
+GREEDY = Decoding(temperature=0.0, top_k=0, top_p=1.0, max_tokens=16)
+OPTIONS = {"prompt_tokens": 512, "completion_tokens": 32, "seed": 1, "timeout": 120.0}
+needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="needs make setup-vllm")
+
+
+class Subject:
+    """A policy with everything on it that a run may train, and a sampler that has its weights of now."""
+
+    def __init__(self, backend, family, folders, config, task, lora=False, categories=False):
+        images = "causal" if family == "gemma3" else "family"
+        self.vlm = vlm.load(folders[family], config(family=family, image_attention=images), torch.device("cpu"))
+        if lora:
+            wrapped = adapters.add(self.vlm.model, vlm.ModelConfig.__dataclass_fields__["lora"].default_factory(), None)
+            self.vlm = replace(self.vlm, model=wrapped)
+        if categories:
+            width = self.vlm.model.config.get_text_config().hidden_size
+            entries = torch.randn(3, 4, width, generator=torch.Generator().manual_seed(5)) * 0.3
+            self.vlm = replace(self.vlm, slots=slots.attach(self.vlm.model, entries, True))
+        self.encoder = Encoder(self.vlm, Loader(task.images, 32), 512)
+        think = ClosedFormQuestion(instruction="think", seed=1).train_prompts(task)
+        self.prompts = [think[0], replace(think[17], image_last=True), replace(think[33], system="Say little.")]
+        if categories:
+            text = f"One is {CATEGORY}, the other {CATEGORY}."
+            self.prompts = [replace(p, text=f"{text} {p.text}", categories=(2, i)) for i, p in enumerate(self.prompts)]
+        self.version = 0
+        if backend == "hf":
+            self.rollout = HFRollout(self.vlm)
+        else:
+            from common.rollout.vllm.backend import VLLMRollout
+
+            self.rollout = VLLMRollout(self.vlm, **OPTIONS)
+
+    def sample(self, size=4, decoding=SAMPLE, seeds="abc", synchronised=True):
+        asked = requests(self.encoder, self.prompts, list(seeds))
+        if not synchronised:
+            return asked, self.rollout.generate(asked, size, decoding)
+        with awake(self.rollout, self.version):
+            return asked, self.rollout.generate(asked, size, decoding)
+
+    @torch.no_grad()
+    def scored(self, asked, found, temperature):
+        """The trainer's plain forward over the same tokens."""
+        scorer = PolicyScorer(self.vlm.model, self.vlm.banned, temperature, chunk=1024).eval()
+        groups = [Group(r.encoded, tuple(c.ids for c in group)) for r, group in zip(asked, found, strict=True)]
+        return scorer(pack_plain(groups, self.vlm.family, self.vlm.pad, self.vlm.device))[0]
+
+    def gap(self, **changes):
+        asked, found = self.sample(**changes)
+        temperature = changes.get("decoding", SAMPLE).temperature
+        sampled = torch.cat([c.logps for group in found for c in group])
+        return float((self.scored(asked, found, temperature) - sampled).abs().max())
+
+    @torch.no_grad()
+    def update(self, where=lambda name: True):
+        """Move what is trained, as an update would."""
+        generator = torch.Generator().manual_seed(self.version)
+        for name, weight in self.vlm.model.named_parameters():
+            if weight.requires_grad and where(name):
+                weight += torch.randn(weight.shape, generator=generator) * 0.1 * weight.std().clamp(min=0.05)
+        self.version += 1
+
+
+@pytest.fixture(scope="module")
+def make(untrained_folders, digits_task):
+    """Engines are slow to start: one for each kind of subject."""
+    from common.config.schema import ModelConfig
+
+    made = {}
+
+    def config(**changes):
+        values = {"name": "untrained", "dtype": "float32", "image_size": 32, "max_prompt_tokens": 512, **changes}
+        return ModelConfig(path=str(untrained_folders[changes["family"]]), **values)
+
+    def subject(backend, family, **options):
+        key = backend, family, *options
+        if key not in made:
+            made[key] = Subject(backend, family, untrained_folders, config, digits_task, **options)
+        return made[key]
+
+    yield subject
+    for each in made.values():
+        each.rollout.close()
+
+
+@pytest.fixture(
+    params=[
+        ("hf", "qwen2_vl"),
+        ("hf", "gemma3"),
+        pytest.param(("vllm", "qwen2_vl"), marks=[needs_vllm, pytest.mark.slow]),
+        pytest.param(("vllm", "gemma3"), marks=[needs_vllm, pytest.mark.slow]),
+    ],
+    ids="-".join,
+)
+def subject(request, make):
+    return make(*request.param)
+
+
+def test_what_is_sampled_is_what_is_scored(subject):
+    assert subject.gap() < TOLERANCE
+    assert subject.gap(decoding=replace(SAMPLE, temperature=1.3, top_k=0, top_p=0.8)) < TOLERANCE
+
+
+def test_an_update_reaches_the_sampler_and_nothing_of_before_is_left(subject):
+    """The same prompts before and after: neither a prefix nor an image may be remembered."""
+    assert subject.gap() < TOLERANCE
+    subject.update()
+    if not isinstance(subject.rollout, HFRollout):
+        assert subject.gap(synchronised=False) > 1e-2
+    assert subject.gap() < TOLERANCE
+    subject.update(lambda name: ".visual." in name or ".vision_tower." in name)
+    if not isinstance(subject.rollout, HFRollout):
+        assert subject.gap(synchronised=False) > 1e-4  # an image is all that has changed
+    assert subject.gap() < TOLERANCE
+    assert {c.version for group in subject.sample()[1] for c in group} == {subject.version}
+
+
+def test_greedy_replies_are_transformers_own(subject):
+    """Each token is the most probable one of the trainer's forward over those before it."""
+    asked, found = subject.sample(size=1, decoding=GREEDY)
+    banned = torch.tensor(subject.vlm.banned)
+    for request, (completion,) in zip(asked, found, strict=True):
+        for length in (0, len(completion.ids) // 2, len(completion.ids) - 1):
+            logits = next_logits(subject.vlm, request.encoded, completion.ids[:length])
+            assert int(logits.index_fill(-1, banned, -torch.inf).argmax()) == int(completion.ids[length])
+
+
+@torch.no_grad()
+def next_logits(model, encoded, begun):
+    """Of transformers' own forward over one row. Shape: [V]."""
+    ids = torch.cat([encoded.ids, begun])
+    inputs = {"input_ids": ids[None], "pixel_values": encoded.pixel_values}
+    if encoded.grid is not None:
+        kinds = (ids == model.model.config.image_token_id).long()[None]
+        inputs |= {"image_grid_thw": encoded.grid, "mm_token_type_ids": kinds}
+    return model.model(**inputs).logits[0, -1].float()
+
+
+def test_banned_ids_are_never_sampled(subject):
+    """Their rows are blown up until they would be half of what is sampled."""
+    weight = subject.vlm.model.get_output_embeddings().weight
+    kept, banned = weight.detach().clone(), torch.tensor(subject.vlm.banned)
+    with torch.no_grad():
+        weight[banned] *= 4
+        subject.version += 1
+        asked, found = subject.sample(size=16)
+        free = torch.stack([next_logits(subject.vlm, r.encoded, torch.tensor([], dtype=torch.long)) for r in asked])
+        assert float(free.softmax(-1)[:, banned].sum(-1).mean()) > 0.05, "the ban has nothing to do"
+        weight.copy_(kept)
+        subject.version += 1
+    drawn = torch.cat([c.ids for group in found for c in group])
+    assert not torch.isin(drawn, banned).any() and int(drawn.max()) < len(weight)
+
+
+def test_only_the_most_probable_are_drawn_and_their_numbers_are_of_all(subject):
+    asked, found = subject.sample(size=8, decoding=replace(SAMPLE, top_k=3))
+    banned = torch.tensor(subject.vlm.banned)
+    for request, group in zip(asked, found, strict=True):
+        logits = next_logits(subject.vlm, request.encoded, torch.tensor([], dtype=torch.long)) / SAMPLE.temperature
+        logps = logits.index_fill(-1, banned, -torch.inf).log_softmax(-1)
+        best = logps.topk(3).indices
+        for completion in group:
+            assert completion.ids[0] in best
+            assert float(completion.logps[0]) == pytest.approx(float(logps[completion.ids[0]]), abs=TOLERANCE)
+    assert float(logps[best].exp().sum()) < 0.9, "what is left is most of the distribution anyway"
+
+
+def test_first_tokens_follow_their_distribution(subject):
+    free = Decoding(temperature=1.5, top_k=0, top_p=1.0, max_tokens=1)
+    (request, *_), (group, *_) = subject.sample(size=600, decoding=free)
+    logits = next_logits(subject.vlm, request.encoded, torch.tensor([], dtype=torch.long)) / free.temperature
+    expected = logits.index_fill(-1, torch.tensor(subject.vlm.banned), -torch.inf).softmax(-1).double()
+    counts = torch.bincount(torch.cat([c.ids for c in group]), minlength=len(expected)).double()
+    order = expected.argsort(descending=True)
+    bins = (expected[order].cumsum(0) * 10).long().clamp(max=9)  # tokens of a tenth of the mass together
+    observed, mass = (torch.zeros(10).double().index_add(0, bins, each[order]) for each in (counts, expected))
+    some = mass > 0.01
+    assert int(some.sum()) >= 4
+    assert chisquare(observed[some], mass[some] * observed[some].sum() / mass[some].sum()).pvalue > 1e-4
+
+
+def test_completions_of_a_group_differ_and_seeds_matter(subject):
+    """Ranks ask with other seeds: the same would teach them the same."""
+    first, again = (subject.sample(size=6, seeds=seeds)[1] for seeds in ("aaa", "bbb"))
+    for group in first:
+        assert len({tuple(c.ids.tolist()) for c in group}) >= 4
+    pairs = zip([c for g in first for c in g], [c for g in again for c in g], strict=True)
+    assert sum(a.ids.tolist() == b.ids.tolist() for a, b in pairs) <= 2
+
+
+def test_a_completion_ends_once(subject):
+    _, found = subject.sample(size=32, decoding=replace(SAMPLE, max_tokens=24, temperature=1.5))
+    completions = [c for group in found for c in group]
+    assert {c.truncated for c in completions} == {True, False}
+    for completion in completions:
+        ended = [int(token) in subject.vlm.eos for token in completion.ids]
+        assert ended == [False] * (len(ended) - 1) + [not completion.truncated]
+        assert len(completion.logps) == len(completion.ids)
+        kept = completion.ids[: len(ended) - (not completion.truncated)]
+        assert completion.text == subject.vlm.processor.tokenizer.decode(kept, skip_special_tokens=False)
+
+
+def test_a_prompt_without_a_picture(subject):
+    ids = torch.tensor(subject.vlm.processor.tokenizer("What is this?", add_special_tokens=False)["input_ids"])
+    encoded = Encoded(ids, subject.vlm.family.positions(ids, None, subject.vlm.model.config))
+    asked = [Request(encoded, "text", lambda: ids, list)]
+    with awake(subject.rollout, subject.version):
+        found = subject.rollout.generate(asked, 4, SAMPLE)
+    sampled = torch.cat([c.logps for c in found[0]])
+    assert float((subject.scored(asked, found, SAMPLE.temperature) - sampled).abs().max()) < TOLERANCE
+
+
+# ---- what else may be trained
+
+
+@needs_vllm
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen2_vl", "gemma3"])
+def test_category_embeddings_are_tokens_of_the_engine(make, family):
+    subject = make("vllm", family, categories=True)
+    assert subject.gap() < TOLERANCE
+    subject.update(lambda name: name.endswith("entries"))  # the rows alone
+    assert subject.gap(synchronised=False) > 1e-2
+    assert subject.gap() < TOLERANCE
+    subject.update()  # the vocabulary, too
+    assert subject.gap() < TOLERANCE
+    _, found = subject.sample(size=16)
+    drawn = torch.cat([c.ids for group in found for c in group])
+    assert int(drawn.max()) < subject.vlm.slots.first
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_unexpected_prompt_ids_are_an_error(make):
+    subject = make("vllm", "qwen2_vl")
+    asked, _ = subject.sample()
+    wrong = replace(asked[0], unexpanded=lambda: asked[0].unexpanded()[1:])
+    with awake(subject.rollout, subject.version), pytest.raises(RuntimeError, match="other prompt ids"):
+        subject.rollout.generate([wrong], 2, SAMPLE)
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_images_that_see_both_ways_are_refused_where_the_engine_cannot(load_vlm):
+    from common.rollout.vllm.backend import VLLMRollout
+
+    with pytest.raises(UserError, match="model.image_attention=causal"):
+        VLLMRollout(load_vlm(family="gemma3"), **OPTIONS)
