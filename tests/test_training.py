@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from common.training.engine import Engine
 from common.training.grpo.trainer import GRPOTrainer
 from common.training.schedule import Epochs
 from common.training.sft import SFTTrainer
+from common.types import UserError
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("process_group")]
 ZERO = {stage: {"zero_optimization": {"stage": stage}} for stage in (0, 1, 2)}
@@ -182,15 +184,16 @@ def test_score_prompts_skips_images_and_first_tokens(load_vlm, digits_task, no_t
 
 def grpo(vlm, task, method, **changes):
     rewards, deepspeed = changes.pop("rewards", REWARDS), changes.pop("deepspeed", ZERO[2])
-    max_tokens = changes.pop("max_tokens", 12)
+    max_tokens, top_k = changes.pop("max_tokens", 12), changes.pop("top_k", 0)
+    rollout = changes.pop("rollout", None) or HFRollout(vlm)
     config = grpo_options(**changes)
     return GRPOTrainer(
         vlm=vlm,
         encoder=Encoder(vlm, Loader(task.images, 32), 512),
-        rollout=HFRollout(vlm),
+        rollout=rollout,
         prompts=Epochs(lambda epoch: method.train_prompts(task)),
         rewards=rewards,
-        decoding=Decoding(1.0, 0, 1.0, max_tokens),
+        decoding=Decoding(1.0, top_k, 1.0, max_tokens),
         config=config,
         deepspeed=deepspeed,
         updates=4,
@@ -228,8 +231,8 @@ def test_zero_stages_sample_and_end_the_same(load_vlm, digits_task, think, lora,
             ended[stage] = weights(vlm.model)
         trainer.close()
     for stage in (1, 2, 3):
-        # 1 % of what three updates at 1e-3 can move a weight: sums are taken in another order
-        assert distance(ended[stage], ended[0]) < 3e-5, stage
+        # 3 % of what three updates at 1e-3 can move a weight: sums are taken in another order, which CPUs round differently
+        assert distance(ended[stage], ended[0]) < 1e-4, stage
         for a, b in zip(steps[stage], steps[0], strict=True):
             assert [r["completion"] for r in a.rows] == [r["completion"] for r in b.rows]
             assert a.metrics == {key: pytest.approx(value, rel=1e-3, abs=1e-6) for key, value in b.metrics.items()}
@@ -370,6 +373,39 @@ def test_self_check_refuses_a_wrong_forward(load_vlm, digits_task, think, monkey
     trainer = grpo(load_vlm(), digits_task, think)
     with pytest.raises(RuntimeError, match="differs from the plain one.*trainer.impl=plain"):
         trainer.step(0)
+    trainer.close()
+
+
+class Shifted(HFRollout):
+    """It reports every token as a little less probable than it was."""
+
+    def generate(self, *arguments):
+        return [[replace(c, logps=c.logps - 0.01) for c in group] for group in super().generate(*arguments)]
+
+
+def test_a_sampler_that_disagrees_is_refused_before_anything_is_learnt(load_vlm, digits_task, think):
+    vlm = load_vlm()
+    trainer = grpo(vlm, digits_task, think)
+    trainer.rollout = Shifted(vlm)
+    before = weights(vlm.model)
+    with pytest.raises(UserError, match="differ by 1.0e-02 nats.*allowed: 1e-04.*other weights.*rollout=hf"):
+        trainer.step(0)
+    assert all(torch.equal(before[name], now) for name, now in weights(vlm.model).items())
+    trainer.close()
+    for excuse in ({"importance_correction": "token_mask"}, {"self_check": False}):
+        trainer = grpo(load_vlm(), digits_task, think, **excuse)
+        trainer.rollout = Shifted(trainer.vlm)
+        assert trainer.step(0).metrics["sampling/sampling_logp_difference/mean"] == pytest.approx(0.01, rel=1e-2)
+        trainer.close()
+
+
+def test_numbers_of_another_distribution_are_not_compared(load_vlm, digits_task, think):
+    class Truncated(Shifted):
+        full_logps = False
+
+    vlm = load_vlm()
+    trainer = grpo(vlm, digits_task, think, top_k=5, rollout=Truncated(vlm))
+    assert not any("logp_difference" in name for name in trainer.step(0).metrics)
     trainer.close()
 
 

@@ -16,6 +16,9 @@ from common.types import Prompt, UserError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+# Mean difference of a sampled token's log-probability that rounding explains: two forwards of different shape.
+SAMPLER_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2}
+
 
 @dataclass(frozen=True)
 class Request:
@@ -115,6 +118,26 @@ def check_comparable(backend: object, decoding: Decoding, correction: str) -> No
             f"trainer.importance_correction={correction} needs log-probabilities of the whole distribution, and the"
             " sampler of rollout.backend gives those of what top_k and top_p left (full_logps=False); set"
             " rollout.top_k=0 rollout.top_p=1.0, or trainer.importance_correction=none"
+        )
+
+
+def check_agreement(mean: float, largest: float, dtype: torch.dtype) -> None:
+    """
+    Args:
+        mean: Difference of a sampled token's log-probability between sampler and trainer, in nats.
+        largest: See mean.
+        dtype: Of the weights.
+
+    Raises:
+        UserError: More than rounding: what is trained is not what was sampled.
+    """
+    if not mean <= (allowed := SAMPLER_TOLERANCE[dtype]):
+        raise UserError(
+            f"sampler and trainer disagree: log-probabilities differ by {mean:.1e} nats on average (allowed:"
+            f" {allowed:.0e}), {largest:.1e} at most. Either the sampler has other weights, or it renders prompt or"
+            " image in another way, or attends in another way (model.image_attention), or rounds more than this"
+            " (model.dtype=float32). doctor=true examines it; trainer.importance_correction=sequence_mask corrects"
+            " for rounding; rollout=hf samples with the trainer itself"
         )
 
 

@@ -22,7 +22,7 @@ from common.forward.packing import Group, pack_plain, pack_shared, shared_tokens
 from common.models.encoder import Encoded, Encoder
 from common.models.vlm import VLM
 from common.rewards import Reward
-from common.rollout.base import Completion, Decoding, Rollout, comparable, requests
+from common.rollout.base import SAMPLER_TOLERANCE, Completion, Decoding, Rollout, comparable, requests
 from common.run.estimate import Finding, estimate_memory, estimate_time
 from common.training.grpo.batch import score_groups, without_differences
 from common.training.grpo.trainer import TOLERANCE
@@ -33,8 +33,6 @@ PROMPTS = 8  # sampled prompts
 MORE_PROMPTS = 64  # sampled at most, while no group has differences
 LONG = 20_000  # completions from which on a training is examined without being asked
 FEW_LEARN = 0.8  # share of groups without differences from which on a warning is given
-# Mean difference of a sampled token's log-probability that rounding explains: two forwards of different shape.
-SAMPLER_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2}
 NOT_COMPARED = Finding(
     "sampler against trainer",
     "warning",

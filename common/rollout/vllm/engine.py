@@ -11,12 +11,14 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import random
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from common.models.adapters import without_adapters
@@ -211,8 +213,9 @@ class Engine:
             self.asleep = False
 
     def close(self) -> None:
-        """Release everything. vLLM has no call for it: its executor ends with it."""
-        self.llm.llm_engine.engine_core.shutdown()
+        """Release everything."""
+        with kept_group():
+            self.llm.llm_engine.engine_core.shutdown()
         del self.llm
 
 
@@ -239,6 +242,22 @@ def retie(model: Any) -> None:
 
 
 @contextmanager
+def kept_group() -> Iterator[None]:
+    """Inside, an engine's end ends its own process groups, but not the one of all ranks, which is the trainer's."""
+    end = torch.distributed.destroy_process_group
+
+    def end_other(group: Any = None) -> None:
+        if group is not None:
+            end(group)
+
+    torch.distributed.destroy_process_group = end_other
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group = end
+
+
+@contextmanager
 def undisturbed() -> Iterator[None]:
     """Inside, vLLM may start; afterwards random numbers, threads and logging are as they were."""
     for name, value in ENVIRONMENT.items():
@@ -246,11 +265,7 @@ def undisturbed() -> Iterator[None]:
     state, threads, setter = torch.get_rng_state(), torch.get_num_threads(), torch.set_num_threads
     gpu_state = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     handlers, level = list(logging.getLogger().handlers), logging.getLogger().level
-    import random
-
-    import numpy
-
-    numbers, more = random.getstate(), numpy.random.get_state()
+    numbers, more = random.getstate(), np.random.get_state()
     try:
         yield
     finally:
@@ -260,6 +275,6 @@ def undisturbed() -> Iterator[None]:
         if gpu_state is not None:
             torch.cuda.set_rng_state(gpu_state)
         random.setstate(numbers)
-        numpy.random.set_state(more)
+        np.random.set_state(more)
         logging.getLogger().handlers[:] = handlers
         logging.getLogger().setLevel(level)

@@ -10,12 +10,15 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from common.types import UserError
+
 log = logging.getLogger(__name__)
 HUNG = 75  # exit code; EX_TEMPFAIL: the same command may do better
 
 
 class Watchdog:
-    """`with watchdog("sampling"): ...`: after the timeout the process writes why and where it stands, and ends.
+    """`with watchdog("sampling"): ...`: an error inside becomes one line with its cause; after the timeout the process
+    writes why and where it stands, and ends.
 
     Other ranks are ended by the launcher then; checkpoints are whole, since none is written inside.
     """
@@ -31,6 +34,15 @@ class Watchdog:
         timer.start()
         try:
             yield
+        except UserError:
+            raise
+        except Exception as error:
+            log.exception("vLLM failed while %s", what)
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+            raise UserError(
+                f"vLLM failed while {what} ({reason}). The same command goes on from the last checkpoint; if memory was"
+                " short, with smaller rollout.options.memory, sequences or cpu_gib. run.log has the whole error"
+            ) from error
         finally:
             timer.cancel()
 

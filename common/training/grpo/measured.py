@@ -12,6 +12,8 @@ import torch
 from common.runtime.distributed import gather
 from common.training.grpo.loss import LossInputs, LossOutputs
 
+GAP = "sampling/sampling_logp_difference"
+
 
 class Measured:
     """Sums over the forwards of one update, and their means over all ranks under TRL's names."""
@@ -23,17 +25,22 @@ class Measured:
         self.highest: dict[str, float] = {}
 
     def add(
-        self, inputs: LossInputs, outputs: LossOutputs, entropy: torch.Tensor, gap: torch.Tensor, first: bool
+        self, inputs: LossInputs, outputs: LossOutputs, entropy: torch.Tensor, gap: torch.Tensor | None, first: bool
     ) -> None:
-        """One forward. `gap` [T]: the trainer's log-probability of each token minus the sampler's."""
+        """One forward.
+
+        `gap` [T]: the trainer's log-probability of each token minus the sampler's; None if they are of different
+        distributions.
+        """
         self.loss += float(outputs.loss.detach())
         counted = inputs.weights[inputs.owner] > 0
         means = dict(outputs.means)
         means["entropy"] = (float(entropy[counted].sum()), float(counted.sum()))
         if first and bool(counted.any()):
-            distance = gap[counted].abs()
-            means["sampling/sampling_logp_difference/mean"] = (float(distance.sum()), float(counted.sum()))
-            self._extreme(self.highest, "sampling/sampling_logp_difference/max", float(distance.max()), max)
+            if gap is not None:
+                distance = gap[counted].abs()
+                means[f"{GAP}/mean"] = (float(distance.sum()), float(counted.sum()))
+                self._extreme(self.highest, f"{GAP}/max", float(distance.max()), max)
             ratio = inputs.correction
             if ratio is not None:
                 ratio = ratio[counted]

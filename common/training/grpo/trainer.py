@@ -25,13 +25,13 @@ from common.forward.packing import Group, Packed, pack_plain, pack_shared, plain
 from common.models.encoder import Encoder
 from common.models.vlm import VLM
 from common.rewards import Reward, StatefulReward
-from common.rollout.base import Completion, Decoding, Rollout, check_fresh, requests
+from common.rollout.base import Completion, Decoding, Rollout, check_agreement, check_fresh, comparable, requests
 from common.runtime.distributed import gather, share_of, world
 from common.training.base import Step
 from common.training.engine import Engine, EngineTrainer, zero_stage
 from common.training.grpo.batch import RolloutBatch, compare, describe, rows, score_groups, without_differences
 from common.training.grpo.loss import LossInputs, LossOutputs, importance_correction, policy_loss, token_weights
-from common.training.grpo.measured import Measured
+from common.training.grpo.measured import GAP, Measured
 from common.training.schedule import Epochs, batch
 from common.types import Prompt
 
@@ -75,6 +75,10 @@ class GRPOTrainer(EngineTrainer):
         self._counts()  # what the doctor's questions cost is not the training's
         self.tokens = 0.0
         self.checked = not config.self_check or config.impl == "plain"
+        self.comparable = comparable(rollout, decoding)
+        # in 8 bits a token's probability depends on what is computed beside it, more than any tolerance of ours
+        in_8bit = getattr(vlm.model, "is_loaded_in_8bit", False)
+        self.agreed = not config.self_check or not self.comparable or in_8bit or config.importance_correction != "none"
         self.current: RolloutBatch
 
     def step(self, update: int) -> Step:
@@ -175,10 +179,14 @@ class GRPOTrainer(EngineTrainer):
             # DeepSpeed averages gradients over ranks, the loss is a sum over them
             self.engine.backward(outputs.loss * world(), last=number + 1 == forwards)
             if part:
-                gap = inputs.old_logps - rollouts.sampled_logps(shown).to(logps)
+                gap = inputs.old_logps - rollouts.sampled_logps(shown).to(logps) if self.comparable else None
                 measured.add(inputs, outputs, entropy, gap, first)
                 measured.tokens(sum(len(g.prompt.ids) + len(c) for g in groups for c in g.completions), packed.tokens)
-        return {**measured.over_ranks(), **self.engine.step(update)}
+        metrics = measured.over_ranks()
+        if not self.agreed and f"{GAP}/mean" in metrics:
+            check_agreement(metrics[f"{GAP}/mean"], metrics[f"{GAP}/max"], self.vlm.model.dtype)
+            self.agreed = True
+        return {**metrics, **self.engine.step(update)}
 
     def _weights(self) -> torch.Tensor:
         """What a token of each completion counts. Shape: [n, G]."""
