@@ -54,7 +54,7 @@ def test_two_updates_per_batch_equal_a_plain_loop(load_vlm, digits_task, think, 
         if _ == 1:
             assert second.metrics["loss"] == pytest.approx(float(torch.stack(losses).mean()), abs=1e-5)
     assert second.metrics["clip_ratio/region_mean"] > 0, "the second update meets clipped tokens"
-    assert distance(weights(vlm.model), weights(plain.model)) < 6e-5  # 1 % of two updates at 3e-3
+    assert distance(weights(vlm.model), weights(plain.model)) < 3e-4  # 5 % of two updates at 3e-3
 
 
 def test_a_new_batch_after_every_second_update(load_vlm, digits_task, think):
@@ -133,7 +133,7 @@ def test_loss_types_train_the_same_in_any_forwards(load_vlm, digits_task, think,
             2,
         )
         ended.append(weights(vlm.model))
-    # 5 % of what two updates at 1e-3 can move a weight: sums are taken in another order, which CPUs round differently
+    # 5 % of what two updates at 1e-3 can move a weight: Adam scales up the rounding of its smallest gradients
     assert distance(ended[0], ended[1]) < 1e-4 and distance(ended[0], ended[2]) < 1e-4
 
 

@@ -72,9 +72,22 @@ def weights(module):
 def distance(a, b):
     """Largest difference of a weight.
 
-    Biases of keys are left out: softmax does not see them, their gradient is rounding noise, which Adam scales up.
+    Biases of keys are left out, also those in the middle of a fused projection: softmax does not see them, their
+    gradient is rounding noise, which Adam scales up.
     """
-    return max(float((a[name] - b[name]).abs().max()) for name in a if not name.endswith("k_proj.bias"))
+
+    def counted(name, weight):
+        if name.endswith("k_proj.bias"):
+            return weight[:0]
+        if name.endswith("qkv.bias"):
+            return torch.cat(weight.chunk(3)[::2])
+        return weight
+
+    return max(
+        float((counted(name, a[name]) - counted(name, b[name])).abs().amax())
+        for name in a
+        if counted(name, a[name]).numel()
+    )
 
 
 @pytest.mark.parametrize("stage", ZERO)
@@ -231,7 +244,7 @@ def test_zero_stages_sample_and_end_the_same(load_vlm, digits_task, think, lora,
             ended[stage] = weights(vlm.model)
         trainer.close()
     for stage in (1, 2, 3):
-        # 3 % of what three updates at 1e-3 can move a weight: sums are taken in another order, which CPUs round differently
+        # 3 % of what three updates at 1e-3 can move a weight: Adam scales up the rounding of its smallest gradients
         assert distance(ended[stage], ended[0]) < 1e-4, stage
         for a, b in zip(steps[stage], steps[0], strict=True):
             assert [r["completion"] for r in a.rows] == [r["completion"] for r in b.rows]
@@ -263,7 +276,7 @@ def test_micro_batch_size_does_not_matter(load_vlm, digits_task, think):
 
 
 def test_logp_difference_is_the_largest_of_all_micro_batches(load_vlm, digits_task, think, monkeypatch):
-    trainer = grpo(load_vlm(), digits_task, think, prompts_per_forward=1)
+    trainer = grpo(load_vlm(), digits_task, think, prompts_per_forward=1, self_check=False)
     generate = trainer.rollout.generate
 
     def first_is_off(*arguments):
