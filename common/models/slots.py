@@ -81,6 +81,21 @@ def attach(model: Any, entries: torch.Tensor, trainable: bool) -> Slots:
     return slots
 
 
+def rows_of_vocabulary(embedding: Any, entries: torch.Tensor) -> torch.Tensor:
+    """Entries as rows that an embedding would turn into them: without the scale that it gives its own.
+
+    Args:
+        embedding: The model's.
+        entries: Shape: [E, m, D].
+
+    Returns:
+        Shape: [E m, D], fp32.
+    """
+    flat = entries.detach().flatten(0, 1).float()
+    scale = getattr(embedding, "embed_scale", None)  # Gemma 3: the square root of D
+    return flat if scale is None else flat / scale.to(embedding.weight.dtype).float()
+
+
 @contextmanager
 def detached(model: Any) -> Iterator[None]:
     """Inside, the model is as it was before `attach`: to save it in a form that loads anywhere."""

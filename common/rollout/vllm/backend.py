@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from common.models.slots import rows_of_vocabulary
 from common.models.vlm import VLM
 from common.rollout.base import Completion, Decoding, Request
 from common.rollout.vllm import weights
@@ -92,7 +93,7 @@ class VLLMRollout:
             slots = self.vlm.slots
             self.engine.push(weights.named(self.vlm.model, trained=not complete))
             if slots is not None and slots.entries.requires_grad and not complete:
-                self.engine.push_rows(slots.first, weights.rows(slots))
+                self.engine.push_rows(slots.first, rows_of_vocabulary(slots.embedding, slots.entries))
             self.engine.forget()
         self.version = version
 

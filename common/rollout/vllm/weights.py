@@ -16,7 +16,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 
 from common.models.adapters import without_adapters
-from common.models.slots import Slots
+from common.models.slots import Slots, rows_of_vocabulary
 
 ROUND = 64  # rows of a vocabulary, a multiple of which engines want
 
@@ -47,7 +47,7 @@ def named(model: Any, trained: bool = False) -> Iterator[tuple[str, torch.Tensor
     Args:
         model: The policy, adapters and slots included.
         trained: Leave out what no update has changed, for an engine that has it already. A vocabulary that is not
-            trained is left out, too, although the rows behind it may be: see `rows`.
+            trained is left out, too, although the rows behind it may be.
 
     Yields:
         The name on the hub, and the tensor with its adapters added.
@@ -108,16 +108,6 @@ def extended(base: Any, parameter: torch.Tensor, weight: torch.Tensor) -> torch.
     larger = weight.new_zeros(vocabulary(base), weight.shape[1])
     larger[: len(weight)] = weight
     if inner:
-        behind = rows(slots)
+        behind = rows_of_vocabulary(slots.embedding, slots.entries)
         larger[slots.first : slots.first + len(behind)] = behind
     return larger
-
-
-def rows(slots: Slots) -> torch.Tensor:
-    """The embeddings beyond the vocabulary as rows of it: without the scale that the vocabulary's own are given.
-
-    Shape: [E m, D], fp32.
-    """
-    scale = getattr(slots.embedding, "embed_scale", None)  # Gemma 3: the square root of D
-    flat = slots.entries.detach().flatten(0, 1).float()
-    return flat if scale is None else flat / scale.to(slots.embedding.weight.dtype).float()
