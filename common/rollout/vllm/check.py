@@ -7,6 +7,8 @@ from importlib.util import find_spec
 from common.config.schema import FAMILIES, Config
 from common.types import UserError
 
+BOTH_WAYS = ("gemma3",)  # families whose image tokens see each other both ways
+
 
 def check(config: Config) -> None:
     """See `rollout.check` in `RolloutConfig`.
@@ -22,4 +24,9 @@ def check(config: Config) -> None:
         raise UserError(
             f"rollout=vllm knows the weights of {', '.join(FAMILIES)}, not of model.family={config.model.family}; use"
             " rollout=hf"
+        )
+    if config.gpus == 0 and config.model.family in BOTH_WAYS and config.model.image_attention != "causal":
+        raise UserError(
+            f"rollout=vllm with gpus=0 lets no image token see those after it, as those of {config.model.name} do; set"
+            " model.image_attention=causal, for trainer and sampler alike, or use rollout=hf"
         )
