@@ -1,0 +1,152 @@
+"""Sampling an update's completions: our sampler, vLLM in the same process, and transformers' `generate`.
+
+    python -m benchmarks.engines
+
+All three complete N prompts of random words G times, from the same weights, at temperature 1 without truncation, for a
+fixed number of tokens: ids that would end a completion are banned. Prompts share nothing, and vLLM forgets them between
+its turns. They take turns in one process; CPU seconds of one thread. Before the clock starts, the first two decode
+greedily and must give the same tokens. Needs make setup-vllm.
+
+Shapes: N prompts of P tokens, G completions of R tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.setup import (
+    FIRST_WORD,
+    VOCABULARY,
+    Case,
+    Seconds,
+    alternate,
+    load_ours,
+    load_stock,
+    prepare,
+    save_model,
+    show,
+)
+from common.models.encoder import Encoded
+from common.models.families import Qwen2VL
+from common.models.vlm import VLM
+from common.rollout.base import Decoding, Request, Rollout, awake
+from common.rollout.hf import HFRollout
+
+PROMPTS = 8
+CASES = (Case(1000, 16, 8), Case(200, 128, 8), Case(200, 128, 2))
+
+
+def make_requests(policy: VLM, case: Case) -> list[Request]:
+    """Prompts of random words."""
+    generator = torch.Generator().manual_seed(1)
+    requests = []
+    for number in range(PROMPTS):
+        ids = torch.randint(FIRST_WORD, VOCABULARY, (case.prompt,), generator=generator)
+        encoded = Encoded(ids, Qwen2VL.positions(ids, None, policy.model.config))
+        requests.append(Request(encoded, str(number), encoded.ids.clone, list))
+    return requests
+
+
+def side(rollout: Rollout, requests: list[Request], case: Case) -> Callable[[], int]:
+    """A turn of a backend; it returns the number of tokens."""
+
+    def turn() -> int:
+        with awake(rollout, 0):
+            groups = rollout.generate(requests, case.group, Decoding(1.0, 0, 1.0, case.completion))
+        forget(rollout)
+        return sum(len(completion.ids) for group in groups for completion in group)
+
+    return turn
+
+
+def forget(rollout: Any) -> None:
+    """Let vLLM compute its prompts again."""
+    if hasattr(rollout, "engine"):
+        rollout.engine.forget()
+
+
+def stock(folder: Path, policy: VLM, requests: list[Request], case: Case) -> Callable[[], int]:
+    """A turn of transformers' `generate`, prompts in one batch."""
+    model = load_stock(folder).eval()
+    ids = torch.stack([request.encoded.ids for request in requests])
+
+    def turn() -> int:
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            num_return_sequences=case.group,
+            suppress_tokens=list(policy.banned),
+            max_new_tokens=case.completion,
+        )
+        return out[:, ids.shape[1] :].numel()
+
+    return turn
+
+
+def measure(case: Case, folder: Path, rollouts: dict[str, Rollout], policy: VLM, repetitions: int) -> dict[str, Any]:
+    """CPU seconds of every side, tokens per second, and what vLLM and `generate` take of ours."""
+    requests, greedy = make_requests(policy, case), Decoding(0.0, 0, 1.0, case.completion)
+    found = []
+    for rollout in rollouts.values():
+        with awake(rollout, 0):
+            found.append([group[0].ids.tolist() for group in rollout.generate(requests, 1, greedy)])
+        forget(rollout)
+    same = sum(a == b for a, b in zip(*found, strict=True)) if len(found) == 2 else PROMPTS
+    assert same >= PROMPTS - 1, f"{PROMPTS - same} of {PROMPTS} greedy replies differ"  # random weights have near ties
+    sides = {name: side(rollout, requests, case) for name, rollout in rollouts.items()}
+    sides["generate"] = stock(folder, policy, requests, case)
+    tokens = PROMPTS * case.group * case.completion
+    assert all(turn() == tokens for turn in sides.values())
+    seconds: dict[str, Seconds] = alternate(sides, repetitions)
+    return {
+        "ratio": seconds["generate"].median / seconds["hf"].median,
+        "vllm_over_hf": seconds["vllm"].median / seconds["hf"].median,
+        "tokens_per_second": {name: tokens / times.median for name, times in seconds.items()},
+        "seconds": {name: list(times.values) for name, times in seconds.items()},
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=3)
+    options = parser.parse_args()
+    prepare()
+    from common.rollout.vllm.backend import VLLMRollout
+    from common.runtime.group import init_process_group
+
+    init_process_group(gpus=0)
+    with tempfile.TemporaryDirectory() as workdir:
+        folder = save_model(Path(workdir) / "model")
+        loaded = load_ours(folder)
+        policy = replace(loaded, banned=tuple(sorted({*loaded.banned, *loaded.eos})))
+        engine = VLLMRollout(policy, prompt_tokens=1024, completion_tokens=128, seed=1, cpu_gib=2)
+        rollouts: dict[str, Rollout] = {"hf": HFRollout(policy), "vllm": engine}
+        numbers = {case.name: measure(case, folder, rollouts, policy, options.repetitions) for case in CASES}
+        engine.close()
+    rows = [
+        (name, side, f"{case['tokens_per_second'][side]:.0f}", f"{min(values):.2f} to {max(values):.2f}")
+        for name, case in numbers.items()
+        for side, values in case["seconds"].items()
+    ]
+    show(
+        f"Completing {PROMPTS} prompts, 17 M Qwen2-VL, one thread",
+        ("case", "backend", "tokens/s", "CPU s: min to max"),
+        rows,
+        {"cases": numbers},
+    )
+
+
+if __name__ == "__main__":
+    main()
