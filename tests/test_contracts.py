@@ -16,7 +16,7 @@ from common.rewards import STATEFUL, Reward, StatefulReward, build_rewards
 from common.rollout.base import Completion, Decoding, awake, check_fresh
 from common.rollout.hf import HFRollout
 from common.run import doctor
-from common.training.grpo.trainer import GRPOTrainer
+from common.training.grpo.sampling import Sampling
 from common.training.schedule import Epochs
 from common.types import UserError
 from common.vlm import build
@@ -40,22 +40,21 @@ class Forgetful(HFRollout):
 def test_stale_completions_stop_the_training(load_vlm, digits_task, think, backend, version):
     vlm = load_vlm()
     prompts = think.train_prompts(digits_task)[:2]
-    trainer = SimpleNamespace(
-        config=CONFIG,
+    samples = Sampling(
+        Encoder(vlm, Loader(digits_task.images, 32), 512),
+        backend(vlm),
+        Epochs(lambda epoch: prompts, prompts),
+        {"short": Reward(1.0, shorter)},
+        DECODING,
+        CONFIG,
         seed=1,
-        version=version,
-        decoding=DECODING,
-        rollout=backend(vlm),
-        encoder=Encoder(vlm, Loader(digits_task.images, 32), 512),
-        prompts=Epochs(lambda epoch: prompts, prompts),
-        rewards={"short": Reward(1.0, shorter)},
     )
-    with awake(trainer.rollout, version):
+    with awake(samples.rollout, version):
         if backend is Forgetful and version:
             with pytest.raises(RuntimeError, match="after 0 updates.*seen 3.*refresh"):
-                GRPOTrainer._sample(trainer, 0)
+                samples(0, version)
         else:
-            completions = GRPOTrainer._sample(trainer, 0)[2]
+            completions = samples(0, version).completions
             assert {c.version for group in completions for c in group} == {version}
 
 

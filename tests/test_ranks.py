@@ -82,7 +82,7 @@ def answered(folder):
 
 
 def assert_same_run(one, two):
-    """The same samples and answers in the same order, every metric to 1e-3, every weight to 1 % of what five updates
+    """The same samples and answers in the same order, every metric to 1e-3, every weight to 5 % of what five updates
     at 1e-3 can move it.
 
     Two ranks add the same gradients in another order, so they differ by rounding (1e-7 relative), which AdamW scales
@@ -94,7 +94,7 @@ def assert_same_run(one, two):
     first, second = trained(one), trained(two)
     assert first.keys() == second.keys()
     moved = max(float((first[name] - second[name]).abs().max()) for name in first)
-    assert moved <= 5e-5
+    assert moved <= 2.5e-4
 
 
 @pytest.fixture(scope="module")

@@ -199,6 +199,7 @@ def grpo(vlm, task, method, **changes):
     rewards, deepspeed = changes.pop("rewards", REWARDS), changes.pop("deepspeed", ZERO[2])
     max_tokens, top_k = changes.pop("max_tokens", 12), changes.pop("top_k", 0)
     rollout = changes.pop("rollout", None) or HFRollout(vlm)
+    overlap = changes.pop("overlap", False)
     config = grpo_options(**changes)
     return GRPOTrainer(
         vlm=vlm,
@@ -211,6 +212,7 @@ def grpo(vlm, task, method, **changes):
         deepspeed=deepspeed,
         updates=4,
         seed=1,
+        overlap=overlap,
     )
 
 
@@ -398,16 +400,15 @@ class Shifted(HFRollout):
 
 def test_a_sampler_that_disagrees_is_refused_before_anything_is_learnt(load_vlm, digits_task, think):
     vlm = load_vlm()
-    trainer = grpo(vlm, digits_task, think)
-    trainer.rollout = Shifted(vlm)
+    trainer = grpo(vlm, digits_task, think, rollout=Shifted(vlm))
     before = weights(vlm.model)
     with pytest.raises(UserError, match="differ by 1.0e-02 nats.*allowed: 1e-04.*other weights.*rollout=hf"):
         trainer.step(0)
     assert all(torch.equal(before[name], now) for name, now in weights(vlm.model).items())
     trainer.close()
     for excuse in ({"importance_correction": "token_mask"}, {"self_check": False}):
-        trainer = grpo(load_vlm(), digits_task, think, **excuse)
-        trainer.rollout = Shifted(trainer.vlm)
+        vlm = load_vlm()
+        trainer = grpo(vlm, digits_task, think, rollout=Shifted(vlm), **excuse)
         assert trainer.step(0).metrics["sampling/sampling_logp_difference/mean"] == pytest.approx(0.01, rel=1e-2)
         trainer.close()
 

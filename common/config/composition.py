@@ -19,10 +19,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from common.config import run_name
+from common.config import consistency, run_name
 from common.config.checks import one_of
 from common.config.schema import (
-    DEEPSPEED_KEYS,
     FAMILIES,
     NO_FAMILY,
     Config,
@@ -116,8 +115,9 @@ def validate(cfg: DictConfig) -> Config:
         raise UserError("evaluate=best chooses among the evaluations during training: set trainer.evaluate_every")
     if config.doctor is True and not isinstance(config.trainer, GRPOConfig):
         raise UserError(f"doctor=true examines GRPO trainings, but trainer={config.trainer.name}")
-    _check_iterations(config)
-    _check_deepspeed(config.deepspeed)
+    consistency.check_iterations(config)
+    consistency.check_overlap(config)
+    consistency.check_deepspeed(config.deepspeed)
     _check_calls(config, cfg)
     return config
 
@@ -128,27 +128,6 @@ def user_error(error: BaseException) -> UserError | None:
     while cause is not None and not isinstance(cause, UserError):
         cause = cause.__cause__ or cause.__context__
     return cause
-
-
-def _check_iterations(config: Config) -> None:
-    """A checkpoint falls between two rollout batches: a batch that is half used is not saved."""
-    if not isinstance(config.trainer, GRPOConfig):
-        return
-    several = config.trainer.num_iterations
-    for key, value in (
-        ("checkpoint.every", config.checkpoint.every),
-        ("trainer.evaluate_every", config.trainer.evaluate_every),
-    ):
-        if value % several:
-            raise UserError(f"{key}={value} must be divisible by trainer.num_iterations={several}")
-
-
-def _check_deepspeed(values: dict[str, Any]) -> None:
-    if unknown := sorted(values.keys() - DEEPSPEED_KEYS):
-        raise UserError(f"unknown config key deepspeed.{unknown[0]}; known are {', '.join(sorted(DEEPSPEED_KEYS))}")
-    stage = values.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2, 3):
-        raise UserError(f"deepspeed.zero_optimization.stage={stage}: choose 0, 1, 2 or 3")
 
 
 def _check_calls(config: Config, cfg: DictConfig) -> None:

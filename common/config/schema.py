@@ -207,7 +207,8 @@ class RolloutConfig:
     """How completions are sampled for training, and how many tokens evaluation may use.
 
     options: keyword arguments of the backend. check: a function of the configuration that refuses, before any weights
-    are loaded, what the backend cannot do; null: nothing to refuse.
+    are loaded, what the backend cannot do; null: nothing to refuse. overlap: sample the next batch while the update
+    runs, one update old; a resumed run samples that batch anew, so it does not repeat the undisturbed one.
     """
 
     name: str = MISSING
@@ -219,6 +220,7 @@ class RolloutConfig:
     top_p: float = MISSING
     max_completion_tokens: int = MISSING
     evaluation_batch: int = MISSING
+    overlap: bool = False
 
     def __post_init__(self) -> None:
         positive("rollout.temperature", self.temperature)

@@ -76,6 +76,9 @@ class Rollout(Protocol):
     # Its log-probabilities are those of the whole distribution, although top_k and top_p restrict what is drawn.
     full_logps: bool
 
+    # A backend may say `own_weights = True`: it samples with a copy of its own, and needs the policy's weights in
+    # `refresh` alone, where those that ranks have parted among them are gathered one at a time.
+
     def generate(self, requests: Sequence[Request], group_size: int, decoding: Decoding) -> list[list[Completion]]:
         """`group_size` completions of every prompt: N requests, N lists of G completions."""
 

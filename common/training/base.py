@@ -28,8 +28,10 @@ class Trainer(Protocol):
     def step(self, update: int) -> Step:
         """Update number `update`, counted from 0."""
 
-    def sampling(self) -> AbstractContextManager[None]:
+    def sampling(self, sampler_only: bool = False) -> AbstractContextManager[None]:
         """Inside, every rank holds all weights, and the sampler is awake and has them: to sample, score and save.
+
+        `sampler_only`: nobody else needs them, so that they are not gathered for a sampler that keeps its own.
 
         The one place where weights are gathered and the sampler is told about them, for training and evaluation alike.
         """

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -156,8 +156,9 @@ class EngineTrainer:
     version: int
 
     @contextmanager
-    def sampling(self) -> Iterator[None]:
-        with self.engine.whole_weights(), awake(self.rollout, self.version):
+    def sampling(self, sampler_only: bool = False) -> Iterator[None]:
+        apart = sampler_only and getattr(self.rollout, "own_weights", False)
+        with nullcontext() if apart else self.engine.whole_weights(), awake(self.rollout, self.version):
             yield
 
     def save(self, folder: Path) -> None:

@@ -25,6 +25,7 @@ from common.run.checkpoint import Checkpoints
 from common.runtime.distributed import gather, rank
 from common.training.reward_mix import bind_rewards, prepare_rewards
 from common.training.schedule import total_updates
+from common.types import UserError
 from common.vlm.learner import EMBEDDINGS, VLMLearner, sampling
 
 
@@ -70,6 +71,11 @@ def build(
 def check_logps(config: Config, backend: object) -> None:
     """See `check_comparable`; before the weights are loaded `backend` is a class, then its object."""
     if isinstance(config.trainer, GRPOConfig):
+        if config.rollout.overlap and not getattr(backend, "own_weights", False):
+            raise UserError(
+                "rollout.overlap=true needs a sampler with weights of its own, but this one samples with the policy while"
+                " it is being updated; use rollout=vllm, or rollout.overlap=false"
+            )
         check_comparable(backend, sampling(config.rollout), config.trainer.importance_correction)
 
 

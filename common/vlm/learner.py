@@ -154,7 +154,9 @@ class VLMLearner:
             "done": 0 if self.checkpoints.state is None else self.checkpoints.state.update,
         }
         if isinstance(config.trainer, GRPOConfig):
-            return GRPOTrainer(**shared, rewards=self.rewards, decoding=sampling(config.rollout))
+            return GRPOTrainer(
+                **shared, rewards=self.rewards, decoding=sampling(config.rollout), overlap=config.rollout.overlap
+            )
         return SFTTrainer(**shared, loss=config.protocol.sft_loss, reply=questions.method.label_response)
 
     def _restore_best(self) -> None:

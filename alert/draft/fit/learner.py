@@ -126,7 +126,7 @@ class FewShotLearner:
         barrier()
 
     @contextmanager
-    def sampling(self) -> Iterator[None]:
+    def sampling(self, sampler_only: bool = False) -> Iterator[None]:
         yield
 
     def restore(self, folder: Path, done: int) -> None:

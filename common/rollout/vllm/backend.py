@@ -26,6 +26,7 @@ class VLLMRollout:
     """See `Rollout` in common/rollout/base.py."""
 
     reproducible = False  # the kernels' rounding depends on what is computed beside a completion
+    own_weights = True
     full_logps = True  # taken before top_k and top_p restrict what is drawn
 
     def __init__(
@@ -93,7 +94,9 @@ class VLLMRollout:
             slots = self.vlm.slots
             self.engine.push(weights.named(self.vlm.model, trained=not complete))
             if slots is not None and slots.entries.requires_grad and not complete:
-                self.engine.push_rows(slots.first, rows_of_vocabulary(slots.embedding, slots.entries))
+                with weights.whole([slots.embedding.weight, slots.entries]):
+                    rows = rows_of_vocabulary(slots.embedding, slots.entries)
+                self.engine.push_rows(slots.first, rows)
             self.engine.forget()
         self.version = version
 

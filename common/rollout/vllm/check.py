@@ -25,6 +25,8 @@ def check(config: Config) -> None:
             f"rollout=vllm knows the weights of {', '.join(FAMILIES)}, not of model.family={config.model.family}; use"
             " rollout=hf"
         )
+    if config.rollout.overlap and config.gpus > 0 and config.rollout.options.get("sleep") != 0:
+        raise UserError("rollout.overlap=true: the sampler works during updates, so set rollout.options.sleep=0")
     if config.gpus == 0 and config.model.family in BOTH_WAYS and config.model.image_attention != "causal":
         raise UserError(
             f"rollout=vllm with gpus=0 lets no image token see those after it, as those of {config.model.name} do; set"

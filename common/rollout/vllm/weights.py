@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -63,7 +64,35 @@ def named(model: Any, trained: bool = False) -> Iterator[tuple[str, torch.Tensor
             continue
         on_top = adapters.get(id(parameter), [])
         if not trained or parameter.requires_grad or on_top:
-            yield hub_name(plain_name(name)), extended(base, parameter, with_adapters(parameter.detach(), on_top))
+            with whole([parameter, *beside(base, parameter, on_top)]) as was_apart:
+                tensor = extended(base, parameter, with_adapters(parameter.detach(), on_top))
+                # the engine may look at it later, when the ranks have parted it again
+                kept = tensor.clone() if was_apart else tensor
+            yield hub_name(plain_name(name)), kept
+
+
+def beside(base: Any, parameter: torch.nn.Parameter, layers: Sequence[Any]) -> list[torch.nn.Parameter]:
+    """The other parameters that a pushed weight is made of: adapters on it, embeddings behind it."""
+    slots = base.get_input_embeddings()
+    behind = [slots.entries] if isinstance(slots, Slots) and parameter is slots.embedding.weight else []
+    adapters = [p for layer in layers for n, p in layer.named_parameters() if n.startswith("lora_")]
+    return [*behind, *adapters]
+
+
+@contextmanager
+def whole(parameters: Sequence[torch.nn.Parameter]) -> Iterator[bool]:
+    """Inside, parameters that ZeRO stage 3 has parted among the ranks are whole; all ranks come here together.
+
+    Yields whether any was parted.
+    """
+    apart = [p for p in parameters if getattr(getattr(p, "ds_status", None), "name", "") == "NOT_AVAILABLE"]
+    if not apart:
+        yield False
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(apart):
+        yield True
 
 
 def plain_name(name: str) -> str:

@@ -26,7 +26,8 @@ class RolloutBatch:
     """This rank's completions of one rollout.
 
     rewards: by component, and the weighted sum under "total", each with G values per prompt in a row. advantages: [n,
-    G]. old_logps, reference_logps: filled by the first update over the batch for those that follow, by group.
+    G]. lag: updates since the weights that sampled it.
+    old_logps, reference_logps: filled by the first update over the batch for those that follow, by group.
     """
 
     prompts: list[Prompt]
@@ -35,6 +36,7 @@ class RolloutBatch:
     scores: Scores
     advantages: torch.Tensor
     resampled: int = 0
+    lag: int = 0
     old_logps: dict[int, torch.Tensor] = field(default_factory=dict)
     reference_logps: dict[int, torch.Tensor] = field(default_factory=dict)
 
@@ -150,6 +152,7 @@ def describe(batch: RolloutBatch) -> dict[str, float]:
     lengths = joined["lengths"]
     ended = [n for n, cut in zip(lengths, joined["truncated"], strict=True) if not cut] or [0]
     metrics = {
+        "sampling/lag": float(batch.lag),
         "reward": statistics.fmean(joined["total"]),
         "reward_std": _std(joined["total"]),
         "frac_reward_zero_std": len(flat) * size / len(joined["total"]),
@@ -198,6 +201,7 @@ def rows(number: int, batch: RolloutBatch) -> list[dict[str, Any]]:
                     "reward": batch.scores.total[row],
                     **{f"rewards/{name}": values[row] for name, values in rewards.items()},
                     "advantage": float(batch.advantages[i, j]),
+                    "lag": batch.lag,
                 }
             )
         mine.append(records)

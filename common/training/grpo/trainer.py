@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,15 @@ from common.forward.packing import Group, Packed, pack_plain, pack_shared, plain
 from common.models.encoder import Encoder
 from common.models.vlm import VLM
 from common.rewards import Reward, StatefulReward
-from common.rollout.base import Completion, Decoding, Rollout, check_agreement, check_fresh, comparable, requests
-from common.runtime.distributed import gather, share_of, world
+from common.rollout.base import Decoding, Rollout, check_agreement, comparable
+from common.runtime.distributed import gather, world
 from common.training.base import Step
 from common.training.engine import Engine, EngineTrainer, zero_stage
-from common.training.grpo.batch import RolloutBatch, compare, describe, rows, score_groups, without_differences
+from common.training.grpo.batch import RolloutBatch, compare, describe, rows, score_groups
 from common.training.grpo.loss import LossInputs, LossOutputs, importance_correction, policy_loss, token_weights
 from common.training.grpo.measured import GAP, Measured
-from common.training.schedule import Epochs, batch
-from common.types import Prompt
+from common.training.grpo.sampling import Sampled, Sampling
+from common.training.schedule import Epochs
 
 # Mean difference of a log-probability between the shared and the plain forward that rounding explains, by dtype.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 5e-2}
@@ -58,10 +57,12 @@ class GRPOTrainer(EngineTrainer):
         seed: int,
         resume: Path | None = None,
         done: int = 0,
+        overlap: bool = False,
     ) -> None:
-        """`resume`: folder of an engine's state, written after `done` updates."""
+        """`resume`: folder of an engine's state, written after `done` updates. `overlap`: see `Sampling`."""
         self.vlm, self.encoder, self.rollout, self.prompts = vlm, encoder, rollout, prompts
-        self.version = done
+        self.version, self.overlap, self.updates = done, overlap, updates
+        self.samples = Sampling(encoder, rollout, prompts, rewards, decoding, config, seed)
         self.rewards, self.decoding, self.config, self.seed = rewards, decoding, config, seed
         scorer = PolicyScorer(vlm.model, vlm.banned, decoding.temperature, config.head_chunk).to(vlm.device)
         self.adapters = hasattr(vlm.model, "disable_adapter")
@@ -74,12 +75,25 @@ class GRPOTrainer(EngineTrainer):
         self.engine = Engine(scorer, config, deepspeed, updates, resume)
         self._counts()  # what the doctor's questions cost is not the training's
         self.tokens = 0.0
+        # image features may have to be computed, and a judge may be the model itself
+        judges = (r.function for r in rewards.values() if isinstance(r.function, StatefulReward))
+        self.others_ask = encoder.store is not None or any(judge.needs_base for judge in judges)
         self.checked = not config.self_check or config.impl == "plain"
         self.comparable = comparable(rollout, decoding)
         # in 8 bits a token's probability depends on what is computed beside it, more than any tolerance of ours
         in_8bit = getattr(vlm.model, "is_loaded_in_8bit", False)
         self.agreed = not config.self_check or not self.comparable or in_8bit or config.importance_correction != "none"
         self.current: RolloutBatch
+
+    @contextmanager
+    def sampling(self, sampler_only: bool = False) -> Iterator[None]:
+        self.samples.settle()
+        with super().sampling(sampler_only):
+            yield
+
+    def close(self) -> None:
+        self.samples.close()
+        super().close()
 
     def step(self, update: int) -> Step:
         """One update: metrics under TRL's names, seconds per phase, and the completions as rows."""
@@ -94,10 +108,13 @@ class GRPOTrainer(EngineTrainer):
         metrics: dict[str, float] = {}
         counts: dict[str, float] = {}
         if iteration == 0:
-            with self.sampling():  # for the rewards too: a judge may be the model itself
-                prompts, encoded, completions, resampled = self._sample(number)
+            ahead = self.samples.take(number)
+            with self.sampling(sampler_only=not self.others_ask):
+                sampled = ahead or self.samples(number, self.version)
                 lap("rollout")
-                self.current = self._score(number, prompts, encoded, completions, resampled)
+                self.current = self._score(number, sampled)
+                if self.overlap and update + 1 < self.updates:
+                    self.samples.begin(number + 1, self.version)
             metrics |= describe(self.current)
             self.tokens += metrics.pop("tokens")
             counts = self._counts()
@@ -111,47 +128,19 @@ class GRPOTrainer(EngineTrainer):
         metrics["epoch"] = (number + 1) * self.config.prompts_per_update / len(self.prompts)
         return Step(metrics, seconds, rows(update + 1, self.current) if iteration == 0 else [], counts)
 
-    def _sample(self, number: int) -> tuple[list[Prompt], list[Any], list[list[Completion]], int]:
-        """Completions of this rank's prompts, drawn inside `sampling`.
-
-        Groups without differences are drawn again if the config says so.
-        """
-        chosen = batch(number, self.config.prompts_per_update, len(self.prompts), self.seed)
-        prompts = share_of([self.prompts(epoch)[i] for epoch, i in chosen])
-        seeds = [f"rollout-{self.seed}-{number}-{each}" for each in share_of(list(range(len(chosen))))]
-        size, again = self.config.group_size, 0
-        asked = requests(self.encoder, prompts, seeds)
-        completions = self.rollout.generate(asked, size, self.decoding)
-        for attempt in range(self.config.resample_rounds if self.config.zero_variance == "resample" else 0):
-            flat = without_differences(score_groups(prompts, completions, self.rewards).total, size)
-            if not flat:
-                break
-            once_more = [replace(asked[i], seed=f"{seeds[i]}-again-{attempt}") for i in flat]
-            fresh = self.rollout.generate(once_more, size, self.decoding)
-            again += len(flat)
-            for i, group in zip(flat, fresh, strict=True):
-                completions[i] = group
-        check_fresh(completions, self.version)
-        return prompts, [request.encoded for request in asked], completions, again
-
-    def _score(
-        self,
-        number: int,
-        prompts: list[Prompt],
-        encoded: list[Any],
-        completions: list[list[Completion]],
-        resampled: int,
-    ) -> RolloutBatch:
+    def _score(self, number: int, sampled: Sampled) -> RolloutBatch:
         scores, advantages = compare(
-            score_groups(prompts, completions, self.rewards),
+            score_groups(sampled.prompts, sampled.completions, self.rewards),
             {name: reward.weight for name, reward in self.rewards.items()},
             self.config.group_size,
             self.config.scale_rewards,
             self.config.multi_objective_aggregation,
             self.seed * 1_000_003 + number if self.config.shuffle_rewards else None,
         )
-        groups = [Group(e, tuple(c.ids for c in group)) for e, group in zip(encoded, completions, strict=True)]
-        return RolloutBatch(prompts, groups, completions, scores, advantages, resampled)
+        pairs = zip(sampled.encoded, sampled.completions, strict=True)
+        groups = [Group(encoded, tuple(c.ids for c in group)) for encoded, group in pairs]
+        lag = self.version - sampled.version
+        return RolloutBatch(sampled.prompts, groups, sampled.completions, scores, advantages, sampled.resampled, lag)
 
     def _counts(self) -> dict[str, float]:
         """What rewards that keep accounts did for this update, over all ranks."""
