@@ -39,6 +39,7 @@ def check_overlap(config: Config) -> None:
 
 
 def check_deepspeed(values: dict[str, Any]) -> None:
+    """Keys that DeepSpeed would pass over in silence."""
     if unknown := sorted(values.keys() - DEEPSPEED_KEYS):
         raise UserError(f"unknown config key deepspeed.{unknown[0]}; known are {', '.join(sorted(DEEPSPEED_KEYS))}")
     stage = values.get("zero_optimization", {}).get("stage", 0)

@@ -73,8 +73,8 @@ def check_logps(config: Config, backend: object) -> None:
     if isinstance(config.trainer, GRPOConfig):
         if config.rollout.overlap and not getattr(backend, "own_weights", False):
             raise UserError(
-                "rollout.overlap=true needs a sampler with weights of its own, but this one samples with the policy while"
-                " it is being updated; use rollout=vllm, or rollout.overlap=false"
+                "rollout.overlap=true needs a sampler with weights of its own, but this one samples with the policy"
+                " that is being updated; use rollout=vllm, or rollout.overlap=false"
             )
         check_comparable(backend, sampling(config.rollout), config.trainer.importance_correction)
 
