@@ -69,7 +69,7 @@ def trained_on(entries, seen, stage, **changes):
     The gradient is clipped nowhere; layers and entries have their own learning rate and share the weight decay.
     """
     torch.manual_seed(0)
-    table = slots.Slots(torch.nn.Embedding(6, 4), entries, trainable=True)
+    table = slots.DeviceSlots(torch.nn.Embedding(6, 4), entries, trainable=True)
     model = torch.nn.Sequential(table, torch.nn.Linear(4, 3))
     oracle = copy.deepcopy(model)
     config = options(learning_rate=1e-3, embedding_learning_rate=1e-2, grad_clip=0.0, schedule="linear", **changes)

@@ -111,12 +111,14 @@ class ModelConfig:
 class TrainerConfig:
     """Optimisation shared by GRPO and SFT; an update is one optimiser step over `prompts_per_update` prompts.
 
-    embedding_learning_rate: of embeddings that a method puts behind the vocabulary; null: as the rest.
+    embedding_learning_rate: of embeddings that a method puts behind the vocabulary; null: as the rest. embeddings: they
+    are parameters on every `device`, or stay on the `host`, which lends a batch the rows that it needs.
     """
 
     name: str = MISSING
     learning_rate: float = 0.0
     embedding_learning_rate: float | None = None
+    embeddings: str = "device"
     schedule: str = "linear"
     final_ratio: float = 0.0
     warmup_ratio: float = 0.0
@@ -132,6 +134,7 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         one_of("trainer.schedule", self.schedule, ("linear", "cosine", "constant"))
+        one_of("trainer.embeddings", self.embeddings, ("device", "host"))
         if self.name == "none":
             return
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):

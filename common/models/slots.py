@@ -9,6 +9,7 @@ Shapes: E entries, m rows of an entry, D width, P prompt tokens.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,37 +19,49 @@ import torch
 from common.models.adapters import without_adapters
 
 
-class Slots(torch.nn.Module):
+class Slots(torch.nn.Module, ABC):
     """Stands in the place of a model's input embedding.
 
     The rows are input embeddings as the first layer sees them: a scale that the vocabulary's own embedding applies
     (Gemma: the square root of D) is not applied to them, as it is not to image features.
     """
 
-    begun: Any  # a tensor once something is remembered
-
-    def __init__(self, embedding: Any, entries: torch.Tensor, trainable: bool) -> None:
+    def __init__(self, embedding: Any, count: int, width: int, trainable: bool) -> None:
         """
         Args:
             embedding: The model's own.
-            entries: Shape: [E, m, D].
+            count: E.
+            width: m.
             trainable: Whether the rows get gradients.
         """
         super().__init__()
-        self.embedding = embedding
-        self.entries = torch.nn.Parameter(entries.clone(), requires_grad=trainable)
-        self.first, self.width = int(embedding.num_embeddings), entries.shape[1]
-        self.register_buffer("begun", None, persistent=False)
+        self.embedding, self.trainable = embedding, trainable
+        self.first, self.count, self.width = int(embedding.num_embeddings), count, width
         self.back = False
 
+    @abstractmethod
+    def table(self) -> torch.Tensor:
+        """All rows as they are now. Shape: [E, m, D]."""
+
+    @abstractmethod
+    def parts(self) -> list[torch.nn.Parameter]:
+        """The parameters that hold the rows, if any do."""
+
+    @abstractmethod
+    def rows(self, numbers: torch.Tensor, beyond: torch.Tensor) -> torch.Tensor:
+        """Row `numbers` of the flattened table where `beyond`, anything elsewhere. Shape: [...] -> [..., D]."""
+
+    @abstractmethod
     def remember(self) -> None:
         """Keep the rows as they are now for `as_begun`."""
-        self.begun = self.entries.detach().clone()
+
+    def settle(self) -> None:
+        """Make ready for many reads; all ranks call it together."""
+        return
 
     @contextmanager
     def as_begun(self) -> Iterator[None]:
         """Inside, the rows are those of `remember`, whatever a training has made of them."""
-        assert self.begun is not None, "nothing was remembered"
         self.back = True
         try:
             yield
@@ -64,21 +77,51 @@ class Slots(torch.nn.Module):
         """Input embeddings. Shape: [...] -> [..., D]."""
         beyond = ids >= self.first
         known = self.embedding(ids.where(~beyond, 0))
-        entries = self.begun if self.back else self.entries
-        rows = entries.flatten(0, 1)[(ids - self.first).clamp(min=0)]
-        return torch.where(beyond[..., None], rows.to(known.dtype), known)
+        rows = self.rows((ids - self.first).clamp(min=0), beyond)
+        return torch.where(beyond[..., None], rows.to(known), known)
 
 
-def attach(model: Any, entries: torch.Tensor, trainable: bool) -> Slots:
+class DeviceSlots(Slots):
+    """Slots whose rows are a parameter of the model."""
+
+    begun: Any  # a tensor once something is remembered
+
+    def __init__(self, embedding: Any, entries: torch.Tensor, trainable: bool) -> None:
+        """`entries`: shape [E, m, D]."""
+        super().__init__(embedding, entries.shape[0], entries.shape[1], trainable)
+        self.entries = torch.nn.Parameter(entries.clone(), requires_grad=trainable)
+        self.register_buffer("begun", None, persistent=False)
+
+    def table(self) -> torch.Tensor:
+        """See `Slots.table`."""
+        return self.entries.detach()
+
+    def parts(self) -> list[torch.nn.Parameter]:
+        """See `Slots.parts`."""
+        return [self.entries]
+
+    def rows(self, numbers: torch.Tensor, beyond: torch.Tensor) -> torch.Tensor:
+        """See `Slots.rows`."""
+        assert not self.back or self.begun is not None, "nothing was remembered"
+        return (self.begun if self.back else self.entries).flatten(0, 1)[numbers]
+
+    def remember(self) -> None:
+        """See `Slots.remember`."""
+        self.begun = self.entries.detach().clone()
+
+
+def attach(model: Any, entries: torch.Tensor, trainable: bool) -> DeviceSlots:
     """Put slots behind the vocabulary of a `*ForConditionalGeneration`, or of the PEFT model around one."""
     base = without_adapters(model)
-    # DeepSpeed wants one number format among the trained weights; it keeps fp32 master copies of bf16 ones
-    formats = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
-    slots = Slots(
-        base.get_input_embeddings(), entries.to(base.device, formats.pop() if formats else base.dtype), trainable
-    )
+    slots = DeviceSlots(base.get_input_embeddings(), entries.to(base.device, trained_format(model)), trainable)
     base.set_input_embeddings(slots)
     return slots
+
+
+def trained_format(model: Any) -> torch.dtype:
+    """Number format of what is trained: DeepSpeed wants one, and keeps fp32 master copies of bf16 weights."""
+    formats = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    return formats.pop() if formats else without_adapters(model).dtype
 
 
 def rows_of_vocabulary(embedding: Any, entries: torch.Tensor) -> torch.Tensor:

@@ -18,10 +18,13 @@ from typing import Any
 import torch
 
 from common.config.schema import TrainerConfig
+from common.models.hosted_slots import HostedSlots
 from common.models.slots import Slots
 from common.rollout.base import Rollout, awake
 from common.runtime.distributed import barrier, rank, world
 from common.training.schedule import learning_rate
+
+HOSTED = "host_rows_{}.pt"  # beside what DeepSpeed writes
 
 
 class Engine:
@@ -51,10 +54,17 @@ class Engine:
 
         self.config, self.updates = config, updates
         parameters = [p for p in module.parameters() if p.requires_grad]
-        slots = {id(submodule.entries) for submodule in module.modules() if isinstance(submodule, Slots)}
+        slots = {id(p) for submodule in module.modules() if isinstance(submodule, Slots) for p in submodule.parts()}
+        self.hosted = [m for m in module.modules() if isinstance(m, HostedSlots) and m.trainable]
         own_peak = config.embedding_learning_rate
-        peaks = (config.learning_rate, config.learning_rate if own_peak is None else own_peak)
-        members = ([p for p in parameters if id(p) not in slots], [p for p in parameters if id(p) in slots])
+        norms = {id(m.norm) for m in self.hosted}
+        self.rows_peak = config.learning_rate if own_peak is None else own_peak
+        peaks = (config.learning_rate, self.rows_peak, 0.0)
+        members = (
+            [p for p in parameters if id(p) not in slots | norms],
+            [p for p in parameters if id(p) in slots],
+            [p for p in parameters if id(p) in norms],
+        )
         kept = [(own, peak) for own, peak in zip(members, peaks, strict=True) if own]
         groups, self.peaks = [{"params": own, "lr": peak} for own, peak in kept], [peak for _, peak in kept]
         self.has_frozen = len(parameters) < len(list(module.parameters()))
@@ -77,8 +87,10 @@ class Engine:
         }
         module.train()  # loading leaves evaluation mode, in which gradient checkpointing is off
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+        for rows in self.hosted:
+            rows.forget()  # of questions that the doctor asked
         if folder is not None:
-            self.restore(folder)
+            self.restore(folder, resume)
 
     def __call__(self, *inputs: Any) -> Any:
         """Forward; call `backward` on a loss made of the result before the next one."""
@@ -86,6 +98,8 @@ class Engine:
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Add the gradient of one micro-batch. Losses are summed; `last` marks the one before `step`."""
+        for rows in self.hosted:
+            rows.last = last
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss, scale_wrt_gas=False)
 
@@ -99,8 +113,12 @@ class Engine:
         norm = torch.nn.utils.get_total_norm(gradients) if gradients else None
         self.engine.step()
         reported = self.engine.get_global_grad_norm()
-        grad_norm = reported if reported is not None else norm
-        return {"grad_norm": float(grad_norm) if grad_norm is not None else 0.0, "learning_rate": rate}
+        grad_norm = float(reported if reported is not None else 0.0 if norm is None else norm)
+        limit = self.config.grad_clip
+        share = min(1.0, limit / (grad_norm + 1e-6)) if limit > 0 else 1.0  # as the engine has clipped the others
+        for rows in self.hosted:
+            rows.step(rate * self.rows_peak / self.config.learning_rate, share)
+        return {"grad_norm": grad_norm, "learning_rate": rate}
 
     @contextmanager
     def whole_weights(self) -> Iterator[None]:
@@ -128,20 +146,29 @@ class Engine:
                     coordinator._invalidate_trace()
                 offload._register_deepspeed_module(offload.module)
 
-    def restore(self, folder: Path) -> None:
-        """Take over weights and optimizer state that `save` wrote on as many ranks. All ranks call it together."""
+    def restore(self, folder: Path, saved: Path | None = None) -> None:
+        """Take over weights and optimizer state that `save` wrote on as many ranks. All ranks call it together.
+
+        `saved`: what it wrote, if `folder` is that in another form.
+        """
         # frozen weights are not in the checkpoint: they are those of the model that was loaded
         loaded, _ = self.engine.load_checkpoint(
             str(folder.parent), tag=folder.name, custom_load_fn=partial(_load, strict=not self.has_frozen)
         )
         if loaded is None:
             raise RuntimeError(f"DeepSpeed cannot read the checkpoint {folder}")
+        for number, rows in enumerate(self.hosted):
+            rows.host.restore(torch.load((saved or folder) / HOSTED.format(number), mmap=True))
 
     def save(self, folder: Path) -> None:
         """Weights and optimizer state of all ranks, in DeepSpeed's format. All ranks call it together."""
         self.engine.save_checkpoint(
             str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=self.has_frozen
         )
+        for number, rows in enumerate(self.hosted):
+            if rank() == 0:
+                torch.save(rows.host.state(), folder / HOSTED.format(number))
+            barrier()
 
     def close(self) -> None:
         """Free DeepSpeed's hooks and buffers; an engine left open can abort the interpreter at exit."""

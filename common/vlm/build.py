@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from common.config.schema import Config, GRPOConfig
+from common.config.schema import Config, GRPOConfig, TrainerConfig
 from common.data import task
 from common.data.pictures import make_loader
 from common.data.task import Questions
 from common.learner import Prepares
-from common.method import Looks
+from common.method import Embeddings, Looks
 from common.models import files, vlm
 from common.models.encoder import Encoder
 from common.models.features import FeatureStore
-from common.models.slots import attach
+from common.models.hosted_slots import attach_hosted
+from common.models.lazy_adamw import Rule
+from common.models.slots import Slots, attach
 from common.models.vision import VisionTower
 from common.plugins import check_call, locate
 from common.rollout.base import Rollout, check_comparable
@@ -57,7 +60,8 @@ def build(
         tower = VisionTower(policy, make_loader(config, questions))
         embeddings = questions.method.look(tower, questions.task, kept)
         if embeddings is not None:
-            policy = replace(policy, slots=attach(policy.model, embeddings.entries, embeddings.trainable))
+            policy = replace(policy, slots=with_embeddings(policy.model, embeddings, config.trainer))
+            del embeddings  # ImageNet's are 2.6 GB
         questions = task.ask_again(questions)
     encoder = make_encoder(config, policy, weights["sha256"], questions)
     rollout: Rollout = backend(policy, **config.rollout.options)
@@ -66,6 +70,14 @@ def build(
     if config.doctor is True or (state is None and config.doctor == "auto" and doctor.is_long(updates, config.trainer)):
         learner.examine()
     return learner
+
+
+def with_embeddings(model: Any, embeddings: Embeddings, trainer: TrainerConfig) -> Slots:
+    """Put a method's embeddings behind the vocabulary. All ranks call it together."""
+    if trainer.embeddings == "host" and embeddings.trainable and trainer.name != "none":
+        rule = Rule((trainer.betas[0], trainer.betas[1]), trainer.weight_decay)
+        return attach_hosted(model, embeddings.entries, True, rule)
+    return attach(model, embeddings.entries, embeddings.trainable)
 
 
 def check_logps(config: Config, backend: object) -> None:

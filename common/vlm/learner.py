@@ -135,6 +135,8 @@ class VLMLearner:
     @contextmanager
     def _sampling(self) -> Iterator[None]:
         """See `Trainer.sampling`; before there is a trainer, the weights are those that were loaded."""
+        if self.policy.slots is not None:
+            self.policy.slots.settle()
         with awake(self.rollout, 0) if self.trainer is None else self.trainer.sampling():
             yield
 
@@ -193,7 +195,7 @@ class VLMLearner:
             adapters.name_base(folder, *policy.hub)
         policy.processor.save_pretrained(folder)
         if policy.slots is not None and isinstance(questions.method, Looks):
-            questions.method.export(folder / EMBEDDINGS, policy.slots.entries.detach().cpu(), questions.task)
+            questions.method.export(folder / EMBEDDINGS, policy.slots.table().cpu(), questions.task)
 
 
 def sampling(config: RolloutConfig) -> Decoding:

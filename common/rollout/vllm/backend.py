@@ -93,9 +93,9 @@ class VLLMRollout:
         with self.watchdog("taking over the weights"):
             slots = self.vlm.slots
             self.engine.push(weights.named(self.vlm.model, trained=not complete))
-            if slots is not None and slots.entries.requires_grad and not complete:
-                with weights.whole([slots.embedding.weight, slots.entries]):
-                    rows = rows_of_vocabulary(slots.embedding, slots.entries)
+            if slots is not None and slots.trainable and not complete:
+                with weights.whole([slots.embedding.weight, *slots.parts()]):
+                    rows = rows_of_vocabulary(slots.embedding, slots.table())
                 self.engine.push_rows(slots.first, rows)
             self.engine.forget()
         self.version = version

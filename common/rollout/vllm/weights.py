@@ -38,7 +38,7 @@ def vocabulary(model: Any) -> int:
     embedding = without_adapters(model).get_input_embeddings()
     if not isinstance(embedding, Slots):
         return int(embedding.num_embeddings)
-    rows = embedding.first + len(embedding.entries) * embedding.width
+    rows = embedding.first + embedding.count * embedding.width
     return -(-rows // ROUND) * ROUND
 
 
@@ -74,7 +74,7 @@ def named(model: Any, trained: bool = False) -> Iterator[tuple[str, torch.Tensor
 def beside(base: Any, parameter: torch.nn.Parameter, layers: Sequence[Any]) -> list[torch.nn.Parameter]:
     """The other parameters that a pushed weight is made of: adapters on it, embeddings behind it."""
     slots = base.get_input_embeddings()
-    behind = [slots.entries] if isinstance(slots, Slots) and parameter is slots.embedding.weight else []
+    behind = slots.parts() if isinstance(slots, Slots) and parameter is slots.embedding.weight else []
     adapters = [p for layer in layers for n, p in layer.named_parameters() if n.startswith("lora_")]
     return [*behind, *adapters]
 
@@ -137,6 +137,6 @@ def extended(base: Any, parameter: torch.Tensor, weight: torch.Tensor) -> torch.
     larger = weight.new_zeros(vocabulary(base), weight.shape[1])
     larger[: len(weight)] = weight
     if inner:
-        behind = rows_of_vocabulary(slots.embedding, slots.entries)
+        behind = rows_of_vocabulary(slots.embedding, slots.table())
         larger[slots.first : slots.first + len(behind)] = behind
     return larger
