@@ -165,16 +165,18 @@ def assert_same_bank(one, two):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("stage", STAGES)
-def test_two_ranks_train_alert_as_one(runner, job, alert, alone, tmp_path, stage):
-    assert runner.ranks(2, tmp_path / "two", [*job, *STAGES[stage], *alert]) == [0, 0]
+@pytest.mark.parametrize(("stage", "where"), [*((stage, "device") for stage in STAGES), (2, "host"), (3, "host")])
+def test_two_ranks_train_alert_as_one(runner, job, alert, alone, tmp_path, stage, where):
+    """Also with a bank on the host, against one on the device."""
+    assert runner.ranks(2, tmp_path / "two", [*job, *STAGES[stage], *alert, f"trainer.embeddings={where}"]) == [0, 0]
     assert_same_run(alone(*alert), tmp_path / "two")
     assert_same_bank(alone(*alert), tmp_path / "two")
 
 
 @pytest.mark.faults
-def test_what_two_ranks_began_of_alert_one_can_finish(runner, job, alert, alone, tmp_path):
-    arguments = [*job, *STAGES[2], *alert]
+@pytest.mark.parametrize("where", ["device", "host"])
+def test_what_two_ranks_began_of_alert_one_can_finish(runner, job, alert, alone, tmp_path, where):
+    arguments = [*job, *STAGES[2], *alert, f"trainer.embeddings={where}"]
     codes = runner.ranks(2, tmp_path / "two", arguments, Kill("common.training.engine:Engine.step", 4))
     assert codes[0] == -9 and codes[1] != 0
     assert (tmp_path / "two" / "checkpoints" / "step-000002" / "state.json").is_file()

@@ -15,6 +15,7 @@ from common.method import Vision
 from common.runtime.distributed import gather, share_of
 from common.types import Item, UserError
 
+CHUNK = 64  # categories that ranks exchange at a time
 STANDARD_DEVIATION = 0.02  # of `random`, our choice: the paper says "random values"
 
 
@@ -45,18 +46,24 @@ def see(
     groups = by_label(items)
     if missing := sorted(set(range(categories)) - groups.keys()):
         raise UserError(f"category {missing[0]} has no training image to begin its embedding from; use more shots")
-    own = {}
-    for label in share_of(sorted(groups)):
-        mean, embedding = _category(vision, [item.image for item in groups[label]], how, seed)
-        own[label] = (mean.flatten() if patches else mean.mean(0)).cpu(), embedding
-    pairs = {label: each for part in gather(own) for label, each in part.items()}
-    means = torch.stack([pairs[label][0] for label in range(categories)])
+    means: list[torch.Tensor] = []
+    begun = torch.empty(0)
+    for start in range(0, categories, CHUNK):  # never more of a large bank than this beside it
+        labels = share_of(list(range(start, min(start + CHUNK, categories))))
+        own = {}
+        for label in labels:
+            mean, embedding = _category(vision, [item.image for item in groups[label]], how, seed)
+            own[label] = (mean.flatten() if patches else mean.mean(0)).cpu(), embedding
+        for label, (mean, embedding) in sorted(each for part in gather(own) for each in part.items()):
+            means.append(mean)
+            if embedding is not None:
+                begun = begun if len(begun) else torch.empty(categories, *embedding.shape)
+                begun[label] = embedding
     if how == "random":
         generator = torch.Generator().manual_seed(seed)
-        shape = (categories, *shape_of(vision, items[0].image))
-        return means, torch.randn(shape, generator=generator) * STANDARD_DEVIATION
-    begun = [embedding for label in range(categories) if (embedding := pairs[label][1]) is not None]
-    return means, torch.stack(begun) if begun else None
+        begun = torch.randn((categories, *shape_of(vision, items[0].image)), generator=generator)
+        begun *= STANDARD_DEVIATION
+    return torch.stack(means), begun if len(begun) else None
 
 
 def shape_of(vision: Vision, image: str) -> tuple[int, int]:
