@@ -46,7 +46,7 @@ test-faults: setup  ## what takes long: runs killed at every moment there is, al
 	$(BIN)/python -m pytest -m faults -n 2 --dist loadfile
 
 bench: setup  ## measure against TRL and transformers, one thread (docs/performance.md; half an hour)
-	for name in grpo_step rollout train_loop cost_model loading learners; do \
+	for name in grpo_step rollout train_loop cost_model loading learners bank; do \
 		OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 lint: setup  ## check format, style and types

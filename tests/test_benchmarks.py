@@ -57,3 +57,9 @@ def test_both_loaders_give_the_same_pixels(tmp_path):
     cached = Plan("ours", 1, str(tmp_path / "pictures"), 8, str(tmp_path / "cache"), 2**24)
     assert all(measure(cached).seconds > 0 for _ in range(2))
     assert len(list((tmp_path / "cache").glob("*.rgb"))) == 8
+
+
+def test_a_bank_on_the_host_is_trained_as_one_on_the_device():
+    from benchmarks.bank import compare
+
+    assert compare((40, 4, 32))["difference"] < 1e-6

@@ -10,10 +10,12 @@ Shapes: E entries, m rows of an entry, D width, b entries lent.
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 import socket
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from common.runtime.distributed import barrier, gather, rank
 from common.types import UserError
 
 FILES = ("rows", "first", "second", "begun")
+FACTS = "facts.json"
 LENT = 64  # entries that are kept as they are now, so that several forwards of an update need them once
 
 
@@ -139,28 +142,37 @@ class HostRows:
             whole[entry] = self._current(entry)[0]
         return whole
 
-    def state(self) -> dict[str, Any]:
-        """What `restore` takes: of the touched entries, beside their beginning, which the others still are."""
+    def save(self, folder: Path) -> None:
+        """Write what `restore` reads: the touched entries, and how they began; the others are as they began."""
+        folder.mkdir(parents=True, exist_ok=True)
         touched = self.touched()
-        parts = {name: getattr(self, name)[touched] for name in FILES}
-        return {**parts, "entries": touched, "last": self.last[touched], "rates": list(self.rates)}
+        for name in FILES:
+            with (folder / name).open("wb") as file:
+                for entry in touched:
+                    getattr(self, name)[entry].numpy().tofile(file)
+        facts = {"entries": touched, "last": self.last[touched].tolist(), "rates": self.rates}
+        (folder / FACTS).write_text(json.dumps(facts), encoding="utf-8")
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Be as `state` says, whatever has happened since."""
-        kept = {entry: number for number, entry in enumerate(state["entries"])}
+    def restore(self, folder: Path) -> None:
+        """Be as `save` found them, whatever has happened since. All ranks call it together."""
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        kept = {entry: number for number, entry in enumerate(facts["entries"])}
+        size, shape = len(kept) * math.prod(self.shape[1:]), (len(kept), *self.shape[1:])
+        saved = {name: torch.from_file(str(folder / name), size=size).view(shape) for name in FILES if kept}
         barrier()  # nobody reads any more
         for entry in self._mine({*self.touched(), *kept}):
             if entry not in kept:
                 self.rows[entry] = self.begun[entry]
                 self.first[entry], self.second[entry], self.last[entry] = 0, 0, 0
                 continue
-            for name in (*FILES, "last"):
-                getattr(self, name)[entry] = state[name][kept[entry]]
-        self.rates = list(state["rates"])
+            for name in FILES:
+                getattr(self, name)[entry] = saved[name][kept[entry]]
+            self.last[entry] = facts["last"][kept[entry]]
+        self.rates = facts["rates"]
         self.now.clear()
         barrier()
 
-    def _mine(self, entries: Any) -> list[int]:
+    def _mine(self, entries: Iterable[int]) -> list[int]:
         return [entry for entry in sorted(entries) if entry % self.turns == self.turn]
 
     def _current(self, entry: int) -> tuple[torch.Tensor, Moments]:

@@ -24,7 +24,7 @@ from common.rollout.base import Rollout, awake
 from common.runtime.distributed import barrier, rank, world
 from common.training.schedule import learning_rate
 
-HOSTED = "host_rows_{}.pt"  # beside what DeepSpeed writes
+HOSTED = "host_rows_{}"  # beside what DeepSpeed writes
 
 
 class Engine:
@@ -158,7 +158,7 @@ class Engine:
         if loaded is None:
             raise RuntimeError(f"DeepSpeed cannot read the checkpoint {folder}")
         for number, rows in enumerate(self.hosted):
-            rows.host.restore(torch.load((saved or folder) / HOSTED.format(number), mmap=True))
+            rows.host.restore((saved or folder) / HOSTED.format(number))
 
     def save(self, folder: Path) -> None:
         """Weights and optimizer state of all ranks, in DeepSpeed's format. All ranks call it together."""
@@ -167,7 +167,7 @@ class Engine:
         )
         for number, rows in enumerate(self.hosted):
             if rank() == 0:
-                torch.save(rows.host.state(), folder / HOSTED.format(number))
+                rows.host.save(folder / HOSTED.format(number))
             barrier()
 
     def close(self) -> None:
