@@ -162,6 +162,15 @@ def test_each_picture_and_view_is_encoded_once(tmp_path):
     assert len(pictures.opened) == 7, "another view is another row"
 
 
+def test_ranks_that_cannot_read_each_others_rows_are_refused(tmp_path, monkeypatch):
+    """As on two machines with a cache_dir each: what the other rank has encoded is not there."""
+    import alert.draft.features.encoded as module
+
+    monkeypatch.setattr(module, "share_of", lambda items: items[::2])
+    with pytest.raises(UserError, match="cache_dir must be one folder for all machines"):
+        Encoded(encoders.clip(), tmp_path, "float32", batch=3).images(Counting(), ["0", "10", "20"])
+
+
 def test_an_interrupted_encoding_goes_on(tmp_path):
     pictures, encoder = Counting(), encoders.clip()
     keys, calls = [str(n) for n in range(8)], []

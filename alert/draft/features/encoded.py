@@ -17,7 +17,7 @@ from alert.draft.features.store import Rows, Store, key_of
 from alert.draft.features.views import TEST, View, see
 from common.runtime.distributed import barrier, gather, rank, share_of
 from common.runtime.progress import bar
-from common.types import Images
+from common.types import Images, UserError
 
 
 class Encoded:
@@ -62,6 +62,11 @@ class Encoded:
             self._encode(kind, store, images, list(missing.items()), view)
             store.refresh()
             where = store.find(named)
+            if (where < 0).any():
+                raise UserError(
+                    f"features that another rank has kept are not in {self.folder}; cache_dir must be one folder for all"
+                    " machines of a few-shot run, on a shared disk"
+                )
         return Rows(store, where, shape)
 
     def _encode(self, kind: str, store: Store, images: Images, missing: list[tuple[bytes, str]], view: View) -> None:
