@@ -71,6 +71,18 @@ def test_the_batch_script_asks_for_one_task_per_run_with_its_gpus(tmp_path):
     assert cfg._target_.endswith("SlurmLauncher") and cfg.max_num_timeout == 4
 
 
+def test_without_the_package_the_command_that_installs_it_is_named():
+    hide = "import hydra_plugins, runpy, sys; hydra_plugins.__path__ = []; sys.path.insert(0, '.')"
+    run = "runpy.run_path('run.py', run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{hide}\n{run}", *FAST, "hydra/launcher=slurm"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and "uv pip install hydra-submitit-launcher" in done.stderr.splitlines()[-1]
+
+
 @pytest.mark.slow
 def test_the_slurm_launcher_runs_a_sweep_under_submitits_debug_executor(tmp_path):
     done = sweep(tmp_path, "hydra/launcher=slurm", "seed=1,2", command=("-c", DEBUG))

@@ -42,6 +42,8 @@ def explain(error: Exception, arguments: Sequence[str]) -> str | None:
     text = f"{error} {error.__cause__ or ''}"
     if "Config group override must be" in text or "Error resolving interpolation" in text:
         return no_option(arguments)
+    if "Could not load 'hydra/launcher/submitit_" in text:
+        return "hydra/launcher=slurm needs a package: uv pip install hydra-submitit-launcher (docs/scaling.md)"
     where = file[0] if (file := re.match(r"In '[^']*/[^']*': ", text)) else ""
     if missing := re.search(r"Could not find '(\S+)/([^'/]+)'\s+Available options in '[^']+':((?:\n\t\S+)+)", text):
         return where + unknown_option(missing[1], missing[2], missing[3].split())
