@@ -167,7 +167,7 @@ def test_ranks_that_cannot_read_each_others_rows_are_refused(tmp_path, monkeypat
     import alert.draft.features.encoded as module
 
     monkeypatch.setattr(module, "share_of", lambda items: items[::2])
-    with pytest.raises(UserError, match="cache_dir must be one folder for all machines"):
+    with pytest.raises(UserError, match="cache_dir must be one folder for all"):
         Encoded(encoders.clip(), tmp_path, "float32", batch=3).images(Counting(), ["0", "10", "20"])
 
 

@@ -64,8 +64,8 @@ class Encoded:
             where = store.find(named)
             if (where < 0).any():
                 raise UserError(
-                    f"features that another rank has kept are not in {self.folder}; cache_dir must be one folder for all"
-                    " machines of a few-shot run, on a shared disk"
+                    f"features that another rank has kept are not in {self.folder}; cache_dir must be one folder for"
+                    " all machines of a few-shot run, on a shared disk"
                 )
         return Rows(store, where, shape)
 
