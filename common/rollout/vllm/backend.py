@@ -19,6 +19,7 @@ from common.models.vlm import VLM
 from common.rollout.base import Completion, Decoding, Request
 from common.rollout.vllm import weights
 from common.rollout.vllm.engine import Engine
+from common.rollout.vllm.together import Asked, Together
 from common.rollout.vllm.watchdog import Watchdog
 
 
@@ -41,6 +42,7 @@ class VLLMRollout:
         sequences: int = 64,
         eager: bool = False,
         sleep: int = 1,
+        tensor_parallel: int = 1,
         timeout: float = 1800.0,
     ) -> None:
         """
@@ -55,6 +57,7 @@ class VLLMRollout:
             eager: No CUDA graphs: slower, ready sooner, less memory. Always so on a CPU.
             sleep: While the policy is updated, a GPU engine keeps its weights on the host (1), drops them (2: they are
                 pushed whole before the next sampling), or keeps everything where it is (0).
+            tensor_parallel: Ranks that share an engine, each with its part of the weights; neighbours on one machine.
             timeout: Seconds after which a call counts as hanging, and the process is ended.
 
         Raises:
@@ -72,14 +75,19 @@ class VLLMRollout:
                 sequences=sequences,
                 eager=eager,
                 sleep=sleep,
+                tensor_parallel=tensor_parallel,
             )
+            self.team = Together(tensor_parallel, self.engine.generate) if tensor_parallel > 1 else None
 
     def generate(self, requests: Sequence[Request], group_size: int, decoding: Decoding) -> list[list[Completion]]:
         """See `Rollout.generate`."""
         prompts = [self._prompt(request) for request in requests]
         choices = [self._choices(request, group_size, decoding) for request in requests]
         with self.watchdog("sampling"):
-            outputs = self.engine.generate(prompts, choices, decoding.temperature or 1.0)
+            if self.team is None:
+                outputs = self.engine.generate(prompts, choices, decoding.temperature or 1.0)
+            else:
+                outputs = self.team.round(Asked(prompts, choices, decoding.temperature or 1.0))
         for request, output in zip(requests, outputs, strict=True):
             check_prompt(request, output.prompt_token_ids)
         groups = [[self._completion(each) for each in output.outputs] for output in outputs]
@@ -102,6 +110,9 @@ class VLLMRollout:
 
     def rest(self) -> None:
         """See `Rollout.rest`."""
+        if self.team is not None:
+            with self.watchdog("sampling for other ranks"):
+                self.team.finish()
         if self.engine.rest():
             self.version = -1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from common.config.schema import FAMILIES, Config
+from common.runtime.distributed import world
 from common.types import UserError
 
 BOTH_WAYS = ("gemma3",)  # families whose image tokens see each other both ways
@@ -27,6 +28,17 @@ def check(config: Config) -> None:
         )
     if config.rollout.overlap and config.gpus > 0 and config.rollout.options.get("sleep") != 0:
         raise UserError("rollout.overlap=true: the sampler works during updates, so set rollout.options.sleep=0")
+    together = config.rollout.options.get("tensor_parallel", 1)
+    ranks = max(config.gpus, world())
+    if not isinstance(together, int) or together < 1 or ranks % together:
+        raise UserError(
+            f"rollout.options.tensor_parallel={together}: so many ranks share an engine, it must divide their number,"
+            f" {ranks}"
+        )
+    if config.rollout.overlap and together > 1:
+        raise UserError(
+            "rollout.overlap=true samples with an engine of every rank's own: rollout.options.tensor_parallel=1"
+        )
     if config.gpus == 0 and config.model.family in BOTH_WAYS and config.model.image_attention != "causal":
         raise UserError(
             f"rollout=vllm with gpus=0 lets no image token see those after it, as those of {config.model.name} do; set"

@@ -50,6 +50,7 @@ class Engine:
         sequences: int,
         eager: bool,
         sleep: int,
+        tensor_parallel: int,
     ) -> None:
         """`length`: of prompt and completion together. The others: see `VLLMRollout`.
 
@@ -64,7 +65,8 @@ class Engine:
             "load_format": "dummy",
             "generation_config": "vllm",  # nothing of the model's own
             "dtype": str(vlm.model.dtype).removeprefix("torch."),
-            "seed": seed * 1_000 + rank(),
+            "seed": seed * 1_000 + rank() // tensor_parallel,
+            "tensor_parallel_size": tensor_parallel,
             "max_model_len": length,
             "max_num_batched_tokens": max(8192, length),
             "max_num_seqs": sequences,
