@@ -1,11 +1,16 @@
-"""Sampling an update's completions: our sampler, vLLM in the same process, and transformers' `generate`.
+"""Sampling an update's completions: our sampler, vLLM in the same process, and transformers' `generate`; then whole
+updates by phase, and with the next batch sampled meanwhile.
 
-    python -m benchmarks.engines
+    python -m benchmarks.engines                 # about twenty minutes; --updates 0 leaves the second part out
 
 All three complete N prompts of random words G times, from the same weights, at temperature 1 without truncation, for a
 fixed number of tokens: ids that would end a completion are banned. Prompts share nothing, and vLLM forgets them between
 its turns. They take turns in one process; CPU seconds of one thread. Before the clock starts, the first two decode
 greedily and must give the same tokens. Needs make setup-vllm.
+
+Whole updates are those of the demo's model on the digits, thinking (method=clsrl): runs of `run.py` with one thread,
+turn about; wall seconds of each phase, median over the updates but the first three. With `overlap` the sampler has a
+core of its own.
 
 Shapes: N prompts of P tokens, G completions of R tokens.
 """
@@ -13,6 +18,11 @@ Shapes: N prompts of P tokens, G completions of R tokens.
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -40,6 +50,9 @@ from common.rollout.base import Decoding, Request, Rollout, awake
 from common.rollout.hf import HFRollout
 
 PROMPTS = 8
+JOB = ["method=clsrl", "tracking=none", "label_scoring=false", "trainer.evaluate_every=0", "shots=170"]
+AHEAD = ["rollout.overlap=true", "trainer.importance_correction=token_truncate"]
+WAYS = {"hf": [], "vllm": ["rollout=vllm"], "vllm, overlap": ["rollout=vllm", *AHEAD]}
 CASES = (Case(1000, 16, 8), Case(200, 128, 8), Case(200, 128, 2))
 
 
@@ -117,10 +130,39 @@ def measure(case: Case, folder: Path, rollouts: dict[str, Rollout], policy: VLM,
     }
 
 
+def whole_updates(updates: int, repetitions: int) -> dict[str, dict[str, Any]]:
+    """Median wall seconds of every phase of an update, and of the whole, by way of sampling."""
+    seconds: dict[str, list[dict[str, float]]] = {name: [] for name in WAYS}
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(repetitions):
+            for name, arguments in WAYS.items():
+                run = Path(folder) / f"{name}-{number}"
+                command = [
+                    sys.executable,
+                    "run.py",
+                    f"hydra.run.dir={run}",
+                    f"trainer.updates={updates}",
+                    *JOB,
+                    *arguments,
+                ]
+                subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                lines = (run / "timings.jsonl").read_text(encoding="utf-8").splitlines()
+                seconds[name] += [json.loads(line) for line in lines[3:]]
+    phases = ("rollout", "reward", "update")
+    return {
+        name: {
+            **{phase: statistics.median(row[phase] for row in rows) for phase in phases},
+            "whole": statistics.median(sum(row[phase] for phase in phases) for row in rows),
+        }
+        for name, rows in seconds.items()
+    }
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--updates", type=int, default=20)
     options = parser.parse_args()
     prepare()
     from common.rollout.vllm.backend import VLLMRollout
@@ -135,6 +177,9 @@ def main() -> None:
         rollouts: dict[str, Rollout] = {"hf": HFRollout(policy), "vllm": engine}
         numbers = {case.name: measure(case, folder, rollouts, policy, options.repetitions) for case in CASES}
         engine.close()
+    whole = whole_updates(options.updates, options.repetitions) if options.updates else {}
+    for name, phases in whole.items():
+        print(name, ", ".join(f"{phase} {value:.3f} s" for phase, value in phases.items()))
     rows = [
         (name, side, f"{case['tokens_per_second'][side]:.0f}", f"{min(values):.2f} to {max(values):.2f}")
         for name, case in numbers.items()
@@ -144,7 +189,7 @@ def main() -> None:
         f"Completing {PROMPTS} prompts, 17 M Qwen2-VL, one thread",
         ("case", "backend", "tokens/s", "CPU s: min to max"),
         rows,
-        {"cases": numbers},
+        {"cases": numbers, "updates": whole},
     )
 
 
