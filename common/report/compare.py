@@ -1,0 +1,161 @@
+"""A table of one's own runs: a row per group of seeds and split, with what is missing beside what is there."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from common.report.folders import Run
+from common.report.groups import Group, mean_std, t_interval
+from common.report.paired import compare
+from common.types import UserError
+
+COLUMNS = ("run", "split", "seeds", "images", "accuracy", "± std", "95 % interval", "before", "official", "seconds")
+AGAINST = ("difference", "95 % interval of it", "p")
+FORMATS = ("rich", "markdown", "csv", "latex")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as texts, and lines below them."""
+
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    notes: list[str]
+
+
+def build(groups: Sequence[Group], strangers: Sequence[Run] = (), against: str | None = None) -> Table:
+    """The comparison.
+
+    Args:
+        groups: In the order of the rows.
+        strangers: Folders that belong to no group.
+        against: Part of the label of the group that the others are compared with, on the same images.
+
+    Raises:
+        UserError: It names no group, or several.
+    """
+    base = None if against is None else _named(groups, against)
+    rows = [row for group in groups for row in _rows(group, base)]
+    return Table(COLUMNS + (AGAINST if base else ()), rows, [*_missing(groups), *_unfinished(groups, strangers)])
+
+
+def complete(groups: Sequence[Group], strangers: Sequence[Run] = ()) -> bool:
+    """Whether every folder holds a finished run."""
+    return not strangers and all(run.result is not None for group in groups for run in group.runs)
+
+
+def render(table: Table, how: str) -> str:
+    """The table as Markdown, CSV or LaTeX (booktabs)."""
+    if how == "csv":
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([table.columns, *table.rows])
+        return text.getvalue()
+    if how == "markdown":
+        lines = [table.columns, ("---",) * len(table.columns), *table.rows]
+        body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        return "\n".join([body, "", *(f"- {note}" for note in table.notes)]).rstrip() + "\n"
+    head = " & ".join(map(_latex, table.columns)) + r" \\"
+    body = "\n".join(" & ".join(map(_latex, row)) + r" \\" for row in table.rows)
+    notes = "".join(f"% {note}\n" for note in table.notes)
+    begin = f"\\begin{{tabular}}{{ll{'r' * (len(table.columns) - 2)}}}"
+    return notes + "\n".join([begin, r"\toprule", head, r"\midrule", body, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def _named(groups: Sequence[Group], part: str) -> Group:
+    found = [group for group in groups if part in group.label]
+    exact = [group for group in found if part in (group.label, group.label.split(" · ")[0].split(" ")[0])]
+    found = exact or found
+    if len(found) != 1:
+        names = "; ".join(group.label for group in found or groups)
+        raise UserError(f"--against {part!r} must be a part of one row's name alone, not of {len(found)}: {names}")
+    return found[0]
+
+
+def _rows(group: Group, base: Group | None) -> list[tuple[str, ...]]:
+    finished = [run.result for run in group.finished if run.result is not None]
+    if not finished:
+        return [(group.label, "–", _seeds(group), *("–" for _ in COLUMNS[3:]), *("" for _ in AGAINST if base))]
+    rows = []
+    for split in dict.fromkeys(split for result in finished for split in result.final):
+        accuracies = group.over_seeds(split, lambda summary: summary.accuracy)
+        mean, std = mean_std(accuracies)
+        remarks = any(result.remarks for result in finished)
+        one = next(result.final[split] for result in finished if split in result.final)
+        trained = any(result.after for result in finished)
+        before = group.over_seeds(split, lambda summary: summary.accuracy, "before") if trained else []
+        official = group.over_seeds(split, lambda summary: summary.accuracy_official)
+        seconds = [_seconds(result.train["seconds"]) for result in finished if "seconds" in result.train]
+        low, high = t_interval(accuracies) if std is not None else (one.ci95[0], one.ci95[1])
+        row = (
+            group.label,
+            split,
+            _seeds(group),
+            str(one.n),
+            _percent(mean) + (" †" if remarks else ""),
+            "–" if std is None else _percent(std),
+            f"{_percent(low)} – {_percent(high)}" + ("" if std is not None else " (of images)"),
+            _percent(mean_std(before)[0]) if before else "–",
+            _percent(mean_std(official)[0]) if official else "–",
+            f"{mean_std(seconds)[0]:.0f}" if seconds else "–",
+        )
+        rows.append(row + (_against(group, base, split) if base else ()))
+    return rows
+
+
+def _seconds(phases: Mapping[str, float]) -> float:
+    """Of a run, without loading its model: the first of a sweep may have built it."""
+    return sum(seconds for phase, seconds in phases.items() if phase != "model")
+
+
+def _against(group: Group, base: Group, split: str) -> tuple[str, ...]:
+    found = None if group is base else compare(group, base, split)
+    if found is None:
+        return ("", "", "")
+    low, high = found.interval
+    return f"{100 * found.difference:+.2f}", f"{100 * low:+.2f} – {100 * high:+.2f}", f"{found.p:.2g}"
+
+
+def _seeds(group: Group) -> str:
+    """Seeds, those without a result in brackets."""
+    return ", ".join(str(run.values["seed"]) if run.result else f"({run.values['seed']})" for run in group.runs)
+
+
+def _missing(groups: Sequence[Group]) -> list[str]:
+    """Seeds that other groups have."""
+    everywhere = {seed for group in groups for seed in group.seeds}
+    return [
+        f"{group.label}: no run of seed {', '.join(str(seed) for seed in sorted(everywhere - set(group.seeds)))}"
+        for group in groups
+        if everywhere - set(group.seeds)
+    ]
+
+
+def _unfinished(groups: Sequence[Group], strangers: Sequence[Run]) -> list[str]:
+    runs = [run for group in groups for run in group.runs if run.result is None]
+    remarks = sorted({line for group in groups for run in group.finished if run.result for line in run.result.remarks})
+    return [
+        *(f"†: {line}" for line in remarks),
+        *(f"{run.path}: {run.state}, {run.why}" for run in [*runs, *strangers]),
+    ]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f}"
+
+
+def _latex(text: str) -> str:
+    for character in "\\&%$#_{}":
+        text = text.replace(character, r"\textbackslash{}" if character == "\\" else f"\\{character}")
+    for character, command in (
+        ("±", r"$\pm$"),
+        ("·", r"$\cdot$"),
+        ("–", "--"),
+        ("†", r"$\dagger$"),
+        ("~", r"\textasciitilde{}"),
+        ("^", r"\textasciicircum{}"),
+    ):
+        text = text.replace(character, command)
+    return text
