@@ -188,6 +188,18 @@ def test_latex_and_markdown_carry_hostile_names():
     assert r"| a_b & 50 % \|x\| | test | 1.00 ± 2 |" in markdown and markdown.endswith("- a note\n")
 
 
+@pytest.mark.slow
+def test_a_multirun_ends_with_its_runs_side_by_side(tmp_path):
+    arguments = ["method=linear_probe", "clip=none", "visual=pixels", "tracking=none", "shots=2", "seed=1,2,-1"]
+    command = [sys.executable, "run.py", "-m", *arguments, f"hydra.sweep.dir={tmp_path}"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 1 and "seed-1: failed" in done.stdout, done.stderr
+    shares = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*/metrics.json"))]
+    mean = np.mean([(result["after"] or result["before"])["test"]["accuracy"] for result in shares])
+    last = next(line for line in reversed(done.stdout.splitlines()) if "linear_probe · digits" in line)
+    assert "1, 2" in last and f"{100 * mean:.2f}" in last
+
+
 def test_it_needs_neither_torch_nor_data(write):
     path = write("a", right=answers(1, 0.5))
     code = f"import sys; from common.report.__main__ import main; main(['compare', {str(path)!r}]); assert 'torch' not in sys.modules"

@@ -13,6 +13,7 @@ from common.models.host_rows import HostRows
 from common.models.hosted_slots import HostedSlots, attach_hosted
 from common.models.lazy_adamw import Moments, Rule, catch_up
 from common.models.slots import DeviceSlots
+from common.rollout.vllm.weights import named
 from common.training.engine import Engine
 from common.types import UserError
 from tests.test_bank_training import with_slots
@@ -173,3 +174,17 @@ def test_grpo_trains_both_alike(load_vlm, digits_task, monkeypatch):
         assert b.metrics == pytest.approx(a.metrics, rel=1e-3, abs=1e-6)
     assert steps[2].metrics["kl"] > 1e-4
     assert float((rows - own_rows).abs().max()) < 1e-5 < float((rows - begun)[:4].abs().min(dim=-1).values.max())
+
+
+def test_an_engine_beside_is_pushed_the_same_weights(load_vlm):
+    """A sampler with weights of its own: names and tensors, the rows behind the vocabulary among them."""
+    pushed = []
+    for host in (False, True):
+        vlm = with_slots(load_vlm)
+        if host:
+            entries = vlm.slots.table().clone()
+            vlm.model.set_input_embeddings(vlm.slots.embedding)
+            attach_hosted(vlm.model, entries, True, Rule())
+        pushed.append(dict(named(vlm.model)))
+    assert pushed[0].keys() == pushed[1].keys()
+    assert all(torch.equal(pushed[0][name], tensor) for name, tensor in pushed[1].items())

@@ -10,11 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table as RichTable
-from rich.text import Text
-
 from common.report import compare, folders, groups
+from common.report.console import show
 from common.runtime import utf8
 from common.types import UserError
 
@@ -42,19 +39,6 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         print(compare.render(found, chosen.format), end="")
     return 0 if compare.complete(together, strangers) else 1
-
-
-def show(found: compare.Table) -> None:
-    """Print for people."""
-    console = Console(width=None if Console().is_terminal else 200)
-    table = RichTable()
-    for number, column in enumerate(found.columns):
-        table.add_column(column, justify="left" if number < 2 else "right")
-    for row in found.rows:
-        table.add_row(*(Text(cell) for cell in row))
-    console.print(table)
-    for note in found.notes:
-        console.print(Text(note))
 
 
 if __name__ == "__main__":

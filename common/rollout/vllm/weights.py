@@ -58,9 +58,11 @@ def named(model: Any, trained: bool = False) -> Iterator[tuple[str, torch.Tensor
     for module in base.modules():
         if isinstance(module, LoraLayer):
             adapters.setdefault(id(adapted(module)), []).append(module)
+    slots = base.get_input_embeddings()
+    own = {id(each) for each in slots.parameters(recurse=False)} if isinstance(slots, Slots) else set()
     for name, parameter in base.named_parameters():
         parts = name.split(".")
-        if any(part.startswith("lora_") for part in parts) or "original_module" in parts or parts[-1] == "entries":
+        if any(part.startswith("lora_") for part in parts) or "original_module" in parts or id(parameter) in own:
             continue
         on_top = adapters.get(id(parameter), [])
         if not trained or parameter.requires_grad or on_top:
