@@ -52,7 +52,7 @@ from common.rollout.hf import HFRollout
 PROMPTS = 8
 JOB = ["method=clsrl", "tracking=none", "label_scoring=false", "trainer.evaluate_every=0", "shots=170"]
 AHEAD = ["rollout.overlap=true", "trainer.importance_correction=token_truncate"]
-WAYS = {"hf": [], "vllm": ["rollout=vllm"], "vllm, overlap": ["rollout=vllm", *AHEAD]}
+WAYS = {"hf": [], "vllm": ["rollout=vllm"], "overlap": ["rollout=vllm", *AHEAD]}
 CASES = (Case(1000, 16, 8), Case(200, 128, 8), Case(200, 128, 2))
 
 

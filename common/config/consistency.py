@@ -4,8 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from common.config.schema import DEEPSPEED_KEYS, Config, GRPOConfig
+from common.config.schema import Config, GRPOConfig
 from common.types import UserError
+
+# Handed to DeepSpeed as they are; batch sizes, clipping and precision follow from other values.
+DEEPSPEED_KEYS = {
+    *(
+        "zero_optimization",
+        "zero_force_ds_cpu_optimizer",
+        "communication_data_type",
+        "prescale_gradients",
+        "gradient_predivide_factor",
+    ),
+    *("wall_clock_breakdown", "memory_breakdown", "flops_profiler", "comms_logger", "dump_state", "steps_per_print"),
+}
 
 
 def check_iterations(config: Config) -> None:

@@ -25,17 +25,6 @@ LEVELS = ("token", "sequence")
 SCALINGS = ("group", "batch", "none")
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
 CORRECTIONS = ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
-# Handed to DeepSpeed as they are; batch sizes, clipping and precision follow from other values.
-DEEPSPEED_KEYS = {
-    *(
-        "zero_optimization",
-        "zero_force_ds_cpu_optimizer",
-        "communication_data_type",
-        "prescale_gradients",
-        "gradient_predivide_factor",
-    ),
-    *("wall_clock_breakdown", "memory_breakdown", "flops_profiler", "comms_logger", "dump_state", "steps_per_print"),
-}
 
 
 @dataclass

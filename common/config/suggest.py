@@ -22,8 +22,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from common.config.aliases import ALIASES
+from common.config.consistency import DEEPSPEED_KEYS
 from common.config.run_name import CONF
-from common.config.schema import DEEPSPEED_KEYS
 from common.plugins import locate
 from common.renamed import RENAMED, successor
 from common.types import UserError
