@@ -129,7 +129,7 @@ def run() -> None:
         main()
     except (UserError, OmegaConfBaseException) as error:
         sys.exit(one_line(error))
-    except (HydraException, ValueError) as error:
+    except (HydraException, ValueError, RuntimeError) as error:
         explanation = suggest.explain(error, sys.argv[1:])
         if explanation is None and not isinstance(error, HydraException):
             raise
