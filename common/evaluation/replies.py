@@ -17,7 +17,7 @@ from common.forward.label_scores import LabelScorer, LabelScores
 from common.forward.packing import micro_batches
 from common.method import Accounts, Method, OfficialMatch
 from common.models.encoder import Encoder
-from common.rollout.base import Completion, Decoding, Request, Rollout, requests
+from common.rollout.base import Completion, Decoding, Request, Rollout, finish, requests
 from common.runtime.distributed import gather, interleave, rank, share_of, world
 from common.runtime.progress import progress
 from common.types import Answers, Prediction, Probabilities, Prompt, Reply
@@ -74,6 +74,7 @@ class Replies:
                 start = time.perf_counter()
                 table.add(self._scores(labels, questions.method, asked_about.choices, part, asked, graded))
                 scoring += time.perf_counter() - start
+        finish(rollout)
         everyone = interleave(gather(predictions))
         probabilities = None if table is None else table.of_all_ranks()
         seconds = time.perf_counter() - began - scoring

@@ -79,6 +79,8 @@ class Rollout(Protocol):
     # A backend may say `own_weights = True`: it samples with a copy of its own, and needs the policy's weights in
     # `refresh` alone, where those that ranks have parted among them are gathered one at a time.
 
+    # One whose ranks can only ask together has `finish()`, see there.
+
     def generate(self, requests: Sequence[Request], group_size: int, decoding: Decoding) -> list[list[Completion]]:
         """`group_size` completions of every prompt: N requests, N lists of G completions."""
 
@@ -160,6 +162,15 @@ def requests(encoder: Encoder, prompts: Sequence[Prompt], seeds: Sequence[str]) 
         Request(tensors, seed, partial(encoder.unexpanded, prompt), partial(encoder.pictures, prompt))
         for prompt, tensors, seed in zip(prompts, encoded, seeds, strict=True)
     ]
+
+
+def finish(rollout: Rollout) -> None:
+    """Say that this rank asks no more before it waits for the others in another way. All ranks call it together.
+
+    A sampler whose ranks can only ask together then answers the others until none of them asks any more.
+    """
+    if hasattr(rollout, "finish"):
+        rollout.finish()
 
 
 @contextmanager

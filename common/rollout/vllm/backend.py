@@ -108,11 +108,14 @@ class VLLMRollout:
             self.engine.forget()
         self.version = version
 
-    def rest(self) -> None:
-        """See `Rollout.rest`."""
+    def finish(self) -> None:
+        """See `finish` in common/rollout/base.py."""
         if self.team is not None:
             with self.watchdog("sampling for other ranks"):
                 self.team.finish()
+
+    def rest(self) -> None:
+        """See `Rollout.rest`."""
         if self.engine.rest():
             self.version = -1
 

@@ -24,7 +24,7 @@ import torch
 from common.models.adapters import without_adapters
 from common.models.vlm import VLM
 from common.rollout.vllm.weights import vocabulary
-from common.runtime.distributed import rank, world
+from common.runtime.distributed import barrier, rank, world
 from common.types import UserError
 
 GIB = 2**30
@@ -79,6 +79,8 @@ class Engine:
             "distributed_executor_backend": "external_launcher" if world() > 1 else "uni",
             **({"gpu_memory_utilization": memory} if on_gpu else {"kv_cache_memory_bytes": cpu_gib * GIB}),
         }
+        if tensor_parallel > 1 and not on_gpu:
+            clear_shared_memory()
         with tempfile.TemporaryDirectory(prefix="vllm-") as folder, undisturbed():
             describe(vlm, Path(folder))
             from vllm import LLM  # ten seconds or more
@@ -219,6 +221,14 @@ class Engine:
         with kept_group():
             self.llm.llm_engine.engine_core.shutdown()
         del self.llm
+
+
+def clear_shared_memory() -> None:
+    """Remove what killed ranks have left: vLLM for the CPU names it alike in every run and fails where it finds it."""
+    if rank() == 0:
+        for left in Path("/dev/shm").glob("-tp:*-cpushm_*"):
+            left.unlink(missing_ok=True)
+    barrier()
 
 
 def describe(vlm: VLM, folder: Path) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from common.config.schema import GRPOConfig
 from common.models.encoder import Encoded, Encoder
 from common.rewards import Reward
-from common.rollout.base import Completion, Decoding, Request, Rollout, check_fresh, requests
+from common.rollout.base import Completion, Decoding, Request, Rollout, check_fresh, finish, requests
 from common.runtime.distributed import share_of
 from common.training.grpo.batch import score_groups, without_differences
 from common.training.schedule import Epochs, batch
@@ -109,5 +109,6 @@ class Sampling:
             again += len(flat)
             for i, group in zip(flat, fresh, strict=True):
                 completions[i] = group
+        finish(self.rollout)
         check_fresh(completions, version)
         return Sampled(prompts, list(asked), completions, version, again)
