@@ -36,7 +36,7 @@ def peak() -> float:
 
 
 def train(where: str, shape: tuple[int, int, int], result: Path) -> dict[str, float]:
-    """Train one side, and write the trained rows of the first and the last category of every update."""
+    """Train one side, and write all rows that were trained and some that were not."""
     from common.config.schema import TrainerConfig
     from common.models.hosted_slots import HostedSlots
     from common.models.lazy_adamw import Rule

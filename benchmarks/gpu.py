@@ -227,7 +227,7 @@ def measure(name: str, device: torch.device) -> dict[str, dict[str, float]]:
     peak = next((value for key, value in PEAK.items() if key in _device_name(device)), float("nan"))
     numbers, update = {}, 0
     for kind, length in COMPLETIONS.items():
-        trainer.decoding = Decoding(1.0, 50, 1.0, length)
+        trainer.samples.decoding = Decoding(1.0, 50, 1.0, length)
         steps = []
         for _ in range(WARM_UP + REPEATS):
             steps.append(trainer.step(update))

@@ -152,7 +152,7 @@ def test_auto_shares_only_where_it_saves_tokens(load_vlm, digits_task, think, mo
         original = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, name=name, original=original: used.append(name) or original(*a))
     trainer = grpo(load_vlm(), digits_task, think, group_size=2, self_check=False)
-    encoded = trainer.encoder(trainer.prompts(0)[:1])[0]
+    encoded = trainer.samples.encoder(trainer.prompts(0)[:1])[0]
     # a prompt of 80 tokens with two completions: 176 against 96 tokens, or 1,960 against 1,880
     packed = trainer._pack([module.Group(encoded, (torch.full((length,), 100),) * 2)])
     assert used == [layout] and packed.completions == 2
@@ -247,7 +247,8 @@ def test_training_with_frozen_vision_equals_training_with_its_features(load_vlm,
         vlm = load_vlm(freeze_vision=True)
         trainer = grpo(vlm, digits_task, think)
         if cached:
-            trainer.encoder = Encoder(vlm, Loader(digits_task.images, 32), 512, FeatureStore(tmp_path, 2**20))
+            trainer.samples.encoder = Encoder(vlm, Loader(digits_task.images, 32), 512, FeatureStore(tmp_path, 2**20))
         steps(trainer, 2)
         ended.append(weights(vlm.model))
+        assert any(tmp_path.iterdir()) == cached
     assert distance(*ended) < 3e-5

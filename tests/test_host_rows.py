@@ -115,6 +115,14 @@ def test_a_full_disk_is_one_line(monkeypatch):
 # ---- through the engine
 
 
+def on_the_host(load_vlm, rule):
+    """As `with_slots`, the rows on the host."""
+    vlm = with_slots(load_vlm)
+    entries = vlm.slots.table().clone()
+    vlm.model.set_input_embeddings(vlm.slots.embedding)
+    return replace(vlm, slots=attach_hosted(vlm.model, entries, True, rule))
+
+
 def models(entries, rule):
     """The same small model with its rows on the device and on the host."""
     for make in (
@@ -154,21 +162,17 @@ def test_an_engine_trains_both_alike(stage, grad_clip):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("process_group")
-def test_grpo_trains_both_alike(load_vlm, digits_task, monkeypatch):
+def test_grpo_trains_both_alike(load_vlm, digits_task):
     """Samples, rewards, KL and rows of three updates of the whole model."""
     found = []
-    for host in (False, True):
-        vlm = with_slots(load_vlm)
-        if host:
-            entries = vlm.slots.table().clone()
-            vlm.model.set_input_embeddings(vlm.slots.embedding)
-            vlm = replace(vlm, slots=attach_hosted(vlm.model, entries, True, Rule((0.9, 0.999), 0.1)))
+    for vlm in (with_slots(load_vlm), on_the_host(load_vlm, Rule((0.9, 0.999), 0.1))):
+        begun = vlm.slots.table().clone()
         method = SimpleNamespace(train_prompts=lambda task: prompts(digits_task))
         trainer = grpo(vlm, digits_task, method, beta=0.04, embedding_learning_rate=1e-2, weight_decay=0.1)
         steps = [trainer.step(update) for update in range(3)]
-        found.append((steps, vlm.slots.table().clone(), entries if host else None))
+        found.append((steps, vlm.slots.table().clone()))
         trainer.close()
-    (steps, rows, _), (own_steps, own_rows, begun) = found
+    (steps, rows), (own_steps, own_rows) = found
     for a, b in zip(steps, own_steps, strict=True):
         assert [r["completion"] for r in a.rows] == [r["completion"] for r in b.rows]
         assert b.metrics == pytest.approx(a.metrics, rel=1e-3, abs=1e-6)
@@ -178,13 +182,6 @@ def test_grpo_trains_both_alike(load_vlm, digits_task, monkeypatch):
 
 def test_an_engine_beside_is_pushed_the_same_weights(load_vlm):
     """A sampler with weights of its own: names and tensors, the rows behind the vocabulary among them."""
-    pushed = []
-    for host in (False, True):
-        vlm = with_slots(load_vlm)
-        if host:
-            entries = vlm.slots.table().clone()
-            vlm.model.set_input_embeddings(vlm.slots.embedding)
-            attach_hosted(vlm.model, entries, True, Rule())
-        pushed.append(dict(named(vlm.model)))
+    pushed = [dict(named(vlm.model)) for vlm in (with_slots(load_vlm), on_the_host(load_vlm, Rule()))]
     assert pushed[0].keys() == pushed[1].keys()
     assert all(torch.equal(pushed[0][name], tensor) for name, tensor in pushed[1].items())

@@ -44,10 +44,11 @@ def explain(error: Exception, arguments: Sequence[str]) -> str | None:
         return no_option(arguments)
     if "Could not load 'hydra/launcher/submitit_" in text:
         return "hydra/launcher=slurm needs a package: uv pip install hydra-submitit-launcher (docs/scaling.md)"
-    if isinstance(error, RuntimeError) and 'Could not detect "srun"' in text:  # of submitit
-        return (
+    if isinstance(error, RuntimeError):  # of a launcher, or of what a run does
+        advice = (
             "hydra/launcher=slurm: there is no srun here; submit from a cluster, or try hydra/launcher=submitit_local"
         )
+        return advice if 'Could not detect "srun"' in text else None
     where = file[0] if (file := re.match(r"In '[^']*/[^']*': ", text)) else ""
     if missing := re.search(r"Could not find '(\S+)/([^'/]+)'\s+Available options in '[^']+':((?:\n\t\S+)+)", text):
         return where + unknown_option(missing[1], missing[2], missing[3].split())

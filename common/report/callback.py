@@ -10,8 +10,6 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from common.report import compare, folders, groups
-from common.report.console import show
 from common.runtime.distributed import rank
 
 
@@ -39,6 +37,10 @@ class Comparison(Callback):
 
     def show(self) -> None:
         """Print; a sweep of previews has nothing to compare."""
+        # here: Hydra makes this object for every command, also for those that only show the configuration
+        from common.report import compare, folders, groups
+        from common.report.console import show
+
         runs = folders.find(folder for folder in self.folders if folder.is_dir())
         together = groups.group(runs)
         if len(self.folders) > 1 and any(group.finished for group in together):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 
@@ -79,8 +79,6 @@ class Rollout(Protocol):
     # A backend may say `own_weights = True`: it samples with a copy of its own, and needs the policy's weights in
     # `refresh` alone, where those that ranks have parted among them are gathered one at a time.
 
-    # One whose ranks can only ask together has `finish()`, see there.
-
     def generate(self, requests: Sequence[Request], group_size: int, decoding: Decoding) -> list[list[Completion]]:
         """`group_size` completions of every prompt: N requests, N lists of G completions."""
 
@@ -95,6 +93,14 @@ class Rollout(Protocol):
 
     def close(self) -> None:
         """Release everything."""
+
+
+@runtime_checkable
+class AsksTogether(Protocol):
+    """What a `Rollout` also has whose ranks can only ask together."""
+
+    def finish(self) -> None:
+        """Answer the other ranks until none of them asks any more."""
 
 
 def comparable(backend: object, decoding: Decoding) -> bool:
@@ -169,7 +175,7 @@ def finish(rollout: Rollout) -> None:
 
     A sampler whose ranks can only ask together then answers the others until none of them asks any more.
     """
-    if hasattr(rollout, "finish"):
+    if isinstance(rollout, AsksTogether):
         rollout.finish()
 
 

@@ -109,7 +109,7 @@ class VLLMRollout:
         self.version = version
 
     def finish(self) -> None:
-        """See `finish` in common/rollout/base.py."""
+        """See `AsksTogether`."""
         if self.team is not None:
             with self.watchdog("sampling for other ranks"):
                 self.team.finish()

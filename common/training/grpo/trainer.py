@@ -60,10 +60,10 @@ class GRPOTrainer(EngineTrainer):
         overlap: bool = False,
     ) -> None:
         """`resume`: folder of an engine's state, written after `done` updates. `overlap`: see `Sampling`."""
-        self.vlm, self.encoder, self.rollout, self.prompts = vlm, encoder, rollout, prompts
+        self.vlm, self.rollout, self.prompts = vlm, rollout, prompts
         self.version, self.overlap, self.updates = done, overlap, updates
         self.samples = Sampling(encoder, rollout, prompts, rewards, decoding, config, seed)
-        self.rewards, self.decoding, self.config, self.seed = rewards, decoding, config, seed
+        self.rewards, self.config, self.seed = rewards, config, seed
         scorer = PolicyScorer(vlm.model, vlm.banned, decoding.temperature, config.head_chunk).to(vlm.device)
         self.adapters = hasattr(vlm.model, "disable_adapter")
         # the frozen copy of full fine-tuning stays outside the engine; with adapters, the base is the reference, but
@@ -75,9 +75,6 @@ class GRPOTrainer(EngineTrainer):
         self.engine = Engine(scorer, config, deepspeed, updates, resume)
         self._counts()  # what the doctor's questions cost is not the training's
         self.tokens = 0.0
-        # image features may have to be computed, and a judge may be the model itself
-        judges = (r.function for r in rewards.values() if isinstance(r.function, StatefulReward))
-        self.others_ask = encoder.store is not None or any(judge.needs_base for judge in judges)
         self.checked = not config.self_check or config.impl == "plain"
         self.comparable = comparable(rollout, decoding)
         # in 8 bits a token's probability depends on what is computed beside it, more than any tolerance of ours
@@ -109,7 +106,7 @@ class GRPOTrainer(EngineTrainer):
         counts: dict[str, float] = {}
         if iteration == 0:
             ahead = self.samples.take(number)
-            with self.sampling(sampler_only=not self.others_ask):
+            with self.sampling(sampler_only=not self._others_ask()):
                 sampled = ahead or self.samples(number, self.version)
                 lap("rollout")
                 self.current = self._score(number, sampled)
@@ -127,6 +124,11 @@ class GRPOTrainer(EngineTrainer):
         metrics["num_tokens"] = self.tokens
         metrics["epoch"] = (number + 1) * self.config.prompts_per_update / len(self.prompts)
         return Step(metrics, seconds, rows(update + 1, self.current) if iteration == 0 else [], counts)
+
+    def _others_ask(self) -> bool:
+        """Whether the model itself is needed: image features may have to be computed, and a judge may be the model."""
+        judges = (r.function for r in self.rewards.values() if isinstance(r.function, StatefulReward))
+        return self.samples.encoder.store is not None or any(judge.needs_base for judge in judges)
 
     def _score(self, number: int, sampled: Sampled) -> RolloutBatch:
         scores, advantages = compare(
@@ -187,7 +189,7 @@ class GRPOTrainer(EngineTrainer):
             config.group_size,
             completions=config.prompts_per_update * config.group_size,
             tokens=sum(gather(int(lengths.sum()))),
-            max_tokens=self.decoding.max_tokens,
+            max_tokens=self.samples.decoding.max_tokens,
         ).view(-1, config.group_size)
 
     def _parts(self) -> list[list[int]]:
