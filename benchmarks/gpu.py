@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -178,6 +179,25 @@ def prompt_of(name: str, model: Any, number: int) -> Any:
     return Encoded(ids, family.positions(ids, grid, config), pixels.bfloat16(), grid, blocks)
 
 
+class Made:
+    """An encoder whose prompts are `prompt_of` their number."""
+
+    store = None  # no features are kept
+
+    def __init__(self, name: str, model: Any) -> None:
+        self.name, self.model = name, model
+
+    def __call__(self, prompts: Sequence[Any]) -> list[Any]:
+        """See `Encoder`."""
+        return [prompt_of(self.name, self.model, int(prompt.image)) for prompt in prompts]
+
+    def unexpanded(self, prompt: Any) -> Any:
+        """For engines of their own; this benchmark samples with the policy."""
+        raise NotImplementedError
+
+    pictures = unexpanded
+
+
 def measure(name: str, device: torch.device) -> dict[str, dict[str, float]]:
     """Both answer lengths of one model."""
     from common.config.schema import GRPOConfig
@@ -205,7 +225,7 @@ def measure(name: str, device: torch.device) -> dict[str, dict[str, float]]:
     rewards = {"even": Reward(1.0, lambda samples: [float(i % 2) for i in range(len(samples))])}
     trainer = GRPOTrainer(
         vlm=policy,
-        encoder=lambda prompts: [prompt_of(name, model, int(p.image)) for p in prompts],  # type: ignore[arg-type]
+        encoder=Made(name, model),  # type: ignore[arg-type]
         rollout=HFRollout(policy),
         prompts=Epochs(lambda epoch: [Prompt(str(number), "", "") for number in range(64)]),
         rewards=rewards,
