@@ -26,6 +26,8 @@ from common.runtime import utf8
 from common.runtime.distributed import adopt_slurm, rank, world
 from common.runtime.interrupt import Interrupted
 from common.runtime.progress import is_shown, say
+from common.sweep import plugin
+from common.sweep.sweeper import PaperSweeper
 from common.types import UserError
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from common.run.run_folder import RunFolder
 
 configuration.register()
+plugin.register(PaperSweeper)
 INTERRUPTED = 130  # exit code of a program that Ctrl-C has ended
 
 
@@ -59,7 +62,8 @@ def main(cfg: DictConfig) -> None:
 def job(cfg: DictConfig, folder: Path) -> None:
     """Check, run, show. A folder that already holds this configuration's result only shows it.
 
-    With `manifest=true` or `doctor=true` nothing is trained: the first shows the questions, the second examines.
+    With `dry=true`, `manifest=true` or `doctor=true` nothing is trained: the first says whether the run is finished,
+    the second shows the questions, the third examines.
     """
     from common import launch
     from common.report import tables
@@ -68,6 +72,10 @@ def job(cfg: DictConfig, folder: Path) -> None:
 
     config = configuration.validate(cfg)
     values = configuration.plain(cfg)
+    if config.dry:
+        found = RunFolder(folder).finished_result(values)
+        print(f"{folder}: {'to run' if found is None else 'finished'}")
+        return
     if config.manifest:
         preview(config, RunFolder(folder))
         return

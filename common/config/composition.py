@@ -53,7 +53,7 @@ SCHEMAS = {
     "tracking": TrackingConfig,
 }
 # Keys that do not change a result: where it goes, how it is watched, how many processes compute it.
-NOT_IN_SIGNATURE = ("tracking", "label", "run_name", "gpus", "cache_dir", "checkpoint", "doctor", "manifest")
+NOT_IN_SIGNATURE = ("tracking", "label", "run_name", "gpus", "cache_dir", "checkpoint", "doctor", "manifest", "dry")
 # The manifest says which pictures were left out, so a run that met bad ones, or doubles, may continue.
 NOT_IN_SIGNATURE_OF_DATA = ("root", "cache_gb", "skip_bad", "duplicates", "near_duplicates", "own_photos")
 NOT_IN_SIGNATURE_OF_REWARDS = ("runtime",)  # of a reward that is computed elsewhere: address, patience, cache

@@ -282,6 +282,7 @@ class Config:
     doctor: Any = "auto"
     evaluate: str = "last"
     manifest: bool = False
+    dry: bool = False
     shots: Any = 16
     seed: int = 1
     sampler: str = MISSING

@@ -1,7 +1,7 @@
-"""Compare finished runs: `python -m common.report compare outputs/*`. Nothing is computed anew.
+"""Look at finished runs. Everything is read from their folders; nothing is computed anew.
 
---format rich|markdown|csv|latex     how (rich: for a terminal)
---against NAME                       a row's name, or a part of it: the others' differences from it on the same images
+python -m common.report compare outputs/*              runs side by side, seeds together
+python -m common.report paper outputs/alert_table1     a table or figure of a paper, from the runs of its sweep
 """
 
 from __future__ import annotations
@@ -25,20 +25,33 @@ def main(arguments: list[str] | None = None) -> int:
     table = commands.add_parser("compare", help="runs side by side, seeds together")
     table.add_argument("folders", nargs="+", type=Path)
     table.add_argument("--format", choices=compare.FORMATS, default="rich")
-    table.add_argument("--against", metavar="NAME")
+    table.add_argument("--against", metavar="NAME", help="a row's name or a part of it: differences on the same images")
+    paper = commands.add_parser("paper", help="a table or figure of a paper: ours, published, verdict")
+    paper.add_argument("sweep", type=Path, help="outputs/<sweep>")
     chosen = parser.parse_args(arguments)
     try:
-        runs = folders.find(chosen.folders)
-        together, strangers = groups.group(runs), [run for run in runs if not run.values]
-        found = compare.build(together, strangers, chosen.against)
+        return globals()[f"_{chosen.command}"](chosen)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _compare(chosen: argparse.Namespace) -> int:
+    runs = folders.find(chosen.folders)
+    together, strangers = groups.group(runs), [run for run in runs if not run.values]
+    found = compare.build(together, strangers, chosen.against)
     if chosen.format == "rich":
         show(found)
     else:
         print(compare.render(found, chosen.format), end="")
     return 0 if compare.complete(together, strangers) else 1
+
+
+def _paper(chosen: argparse.Namespace) -> int:
+    from common.report.paper import writing  # draws
+
+    found = writing.write(writing.find(chosen.sweep), shown=True)
+    return 1 if found.unfinished else 0
 
 
 if __name__ == "__main__":

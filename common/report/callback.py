@@ -26,7 +26,7 @@ class Comparison(Callback):
 
     def on_multirun_start(self, config: DictConfig, **options: Any) -> None:
         """Have the table printed."""
-        if rank() == 0:
+        if rank() == 0 and "points" not in config.hydra.sweeper:  # the papers' sweeper has a page of its own
             atexit.register(self.show)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **options: Any) -> None:

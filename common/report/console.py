@@ -9,10 +9,10 @@ from rich.text import Text
 from common.report.compare import Table
 
 
-def show(found: Table) -> None:
+def show(found: Table, title: str = "") -> None:
     """Print for people."""
     console = Console(width=None if Console().is_terminal else 200)
-    table = RichTable()
+    table = RichTable(title=title or None)
     for number, column in enumerate(found.columns):
         table.add_column(column, justify="left" if number < 2 else "right")
     for row in found.rows:

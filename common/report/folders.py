@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from common.config.composition import decides_result
+from common.report.paper.points import FILE
 from common.run.result import Result
 from common.run.run_folder import LOCK
 from common.types import UserError
@@ -56,7 +57,7 @@ def read(path: Path) -> Run:
 
 
 def find(paths: Iterable[Path]) -> list[Run]:
-    """The folders among the paths; files beside them, such as a sweep's own notes, are passed over.
+    """The folders among the paths; files beside them and sweeps' own folders are passed over.
 
     Raises:
         UserError: One does not exist.
@@ -64,7 +65,7 @@ def find(paths: Iterable[Path]) -> list[Run]:
     paths = list(paths)
     if missing := [path for path in paths if not path.exists()]:
         raise UserError(f"{missing[0]} does not exist")
-    return [read(path) for path in paths if path.is_dir()]
+    return [read(path) for path in paths if path.is_dir() and not (path / FILE).is_file()]
 
 
 def _is_locked(path: Path) -> bool:

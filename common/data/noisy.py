@@ -1,0 +1,63 @@
+"""Another dataset's pictures with noise: a shifted target for data that has none (ALERT Table 2 in miniature).
+
+Gaussian noise as in ImageNet-C (arXiv 1903.12261, its five severities), drawn from the image's key, so that a picture
+is the same in every run and on every machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from common.data.location import Location
+from common.plugins import locate
+from common.types import Images, Source, UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SIGMA = {1: 0.08, 2: 0.12, 3: 0.18, 4: 0.26, 5: 0.38}  # of pixel values from 0 to 1
+
+
+@dataclass(frozen=True)
+class Noisy:
+    """The pictures of another dataset, noisy when they are opened."""
+
+    images: Images
+    severity: int
+
+    def open(self, image: str) -> Image:
+        import numpy as np
+        from PIL import Image as Pillow
+
+        pixels = np.asarray(self.images.open(image).convert("RGB"), np.float32)
+        seed = int.from_bytes(hashlib.sha256(f"noise {image}".encode()).digest()[:8], "big")
+        noise = np.random.Generator(np.random.PCG64(seed)).standard_normal(pixels.shape, np.float32)
+        return Pillow.fromarray((pixels + 255 * SIGMA[self.severity] * noise).round().clip(0, 255).astype(np.uint8))
+
+    def stamp(self, image: str) -> str:
+        return f"{self.images.stamp(image)} noise {self.severity}"
+
+    def size(self, image: str) -> int:
+        return self.images.size(image)
+
+    def content(self, image: str, start: int = 0, length: int | None = None) -> bytes:
+        return self.images.content(image, start, length)
+
+
+def read(location: Location, *, reader: str, severity: int = 3) -> Source:
+    """The dataset that another reader finds, with noise.
+
+    Args:
+        location: For the other reader.
+        reader: Its dotted path.
+        severity: 1 to 5.
+
+    Raises:
+        UserError: There is no such severity or reader.
+    """
+    if severity not in SIGMA:
+        raise UserError(f"data.reader.severity={severity}: give 1 to {max(SIGMA)}")
+    found: Source = locate(reader, "reader.reader")(location)
+    return replace(found, images=Noisy(found.images, severity), fingerprint=f"{found.fingerprint} noise {severity}")

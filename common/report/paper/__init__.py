@@ -1,0 +1,1 @@
+"""A table or figure of a paper from the runs of its sweep: numbers, verdicts, tables, pictures."""

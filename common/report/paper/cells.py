@@ -1,0 +1,254 @@
+"""The numbers of a paper's table from the runs of its sweep, per seed, and from them differences and averages.
+
+Percent, percentage points or what the measure says; never a share of 1.
+
+Shapes: S seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+from common.evaluation.summary import Summary
+from common.report import folders
+from common.report.folders import Run
+from common.report.paper.points import Sweep
+from common.run.result import Result
+from common.run.run_folder import RunFolder
+
+Keys = tuple[tuple[str, str], ...]  # sorted by key
+AVERAGE, HARMONIC = "average", "H"
+NO_TRAINING = ("data", "model", "evaluation before", "evaluation after", "saving", "total")
+
+
+@dataclass
+class Cell:
+    """One number of a table.
+
+    values: by seed. images: that each was measured on. interval: 95 %, of the images of one accuracy. combine: over
+    seeds. marks: what a reader must know of it. reasons: why it is not to be compared with the published one. missing:
+    seeds without a result.
+    """
+
+    values: dict[int, float] = field(default_factory=dict)
+    images: int | None = None
+    interval: tuple[float, float] | None = None
+    combine: Callable[[Sequence[float]], float] = fmean
+    marks: list[str] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    missing: list[int] = field(default_factory=list)
+
+    def note(self, other: Cell) -> None:
+        """Take over what is to be known of another one that this is computed from."""
+        self.marks = [*dict.fromkeys([*self.marks, *other.marks])]
+        self.reasons = [*dict.fromkeys([*self.reasons, *other.reasons])]
+        self.missing = [*dict.fromkeys([*self.missing, *other.missing])]
+
+
+def collect(sweep: Sweep) -> tuple[dict[Keys, Cell], list[Run]]:
+    """All cells by their keys, and the runs without a result."""
+    page, cells, unfinished = sweep.page, dict[Keys, Cell](), list[Run]()
+    known: dict[str, Run] = {}
+    for shown in sweep.runs:
+        run = known.setdefault(shown.folder, folders.read(sweep.path(shown)))
+        if run.result is None:
+            unfinished.append(run)
+            cells.setdefault(_sorted(shown.keys), Cell()).missing.append(shown.seed)
+            continue
+        for extra, number in numbers(run, run.result, page):
+            cell = cells.setdefault(_sorted({**shown.keys, **extra}), Cell())
+            cell.values[shown.seed] = number.value
+            cell.images, cell.combine = number.images, number.combine
+            cell.interval = number.interval
+            cell.note(Cell(marks=number.marks, reasons=number.reasons))
+    if len({tuple(sorted(dict(keys))) for keys in cells}) > 1:  # of runs without a result the splits are not known
+        full = max(len(keys) for keys in cells)
+        cells = {keys: cell for keys, cell in cells.items() if len(keys) == full}
+    if minus := page.get("minus"):
+        cells = subtract(cells, minus)
+    if key := page.get("average"):
+        cells |= averages(cells, key)
+    if page.get("harmonic"):
+        cells |= harmonic(cells)
+    return cells, unfinished
+
+
+@dataclass(frozen=True)
+class Number:
+    """Of one run. See `Cell`."""
+
+    value: float
+    images: int | None = None
+    interval: tuple[float, float] | None = None
+    combine: Callable[[Sequence[float]], float] = fmean
+    marks: list[str] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+
+
+def numbers(run: Run, result: Result, page: Mapping[str, Any]) -> Iterator[tuple[dict[str, str], Number]]:
+    """What a run gives to a page, each with the keys that the run itself does not have: its split, what is measured."""
+    by_split = any("split" in page.get(part, ()) for part in ("rows", "columns", "panels"))
+    for split, summary in result.final.items():
+        if split == "val" or (not by_split and split != "test"):
+            continue
+        name = result.data if split == "test" and run.values["setting"]["targets"] else split
+        extra = {"split": name} if by_split else {}
+        if not (measures := page.get("measures")):
+            yield extra, accuracy(run, result, split, summary)
+        for measure in measures or ():
+            for number in MEASURES[measure](run, result, split, summary):
+                yield {**extra, "measure": measure}, number
+
+
+def accuracy(run: Run, result: Result, split: str, summary: Summary) -> Number:
+    """In percent: the strict match; under `protocol=official` that of the authors' scripts, if it has one."""
+    share, interval = summary.accuracy, summary.ci95
+    if result.protocol == "official" and summary.accuracy_official is not None:
+        share, interval = summary.accuracy_official, summary.ci95_official or interval
+    marks = list(result.remarks)
+    draft = summary.facts.get("draft", {})
+    marks += [draft["published_above_bound"]] if "published_above_bound" in draft else []
+    return Number(
+        100 * share,
+        summary.n,
+        (100 * interval[0], 100 * interval[1]),
+        marks=marks,
+        reasons=_reasons(run, result, split, summary),
+    )
+
+
+def _reasons(run: Run, result: Result, split: str, summary: Summary) -> list[str]:
+    """Why the images are not the paper's."""
+    reasons = [f"{result.left_out} images left out"] if result.left_out else []
+    targets = {one["name"]: one for one in run.values["setting"]["targets"].values()}
+    data = run.values["data"] if split == "test" else targets.get(split)
+    published = (data or {}).get("published", {}).get("test")
+    if published and published != summary.n and "of the slice" not in str(data):
+        reasons.append(f"{summary.n} of {published} test images")
+    return reasons
+
+
+def _train_minutes(run: Run, result: Result, split: str, summary: Summary) -> Iterator[Number]:
+    seconds = result.train.get("seconds", {})
+    if result.after and "total" in seconds:
+        yield Number((seconds["total"] - sum(seconds.get(phase, 0.0) for phase in NO_TRAINING[:-1])) / 60)
+
+
+def _inference_minutes(run: Run, result: Result, split: str, summary: Summary) -> Iterator[Number]:
+    yield Number(summary.seconds / 60, summary.n)
+
+
+def _milliseconds(run: Run, result: Result, split: str, summary: Summary) -> Iterator[Number]:
+    yield Number(1000 * summary.seconds / summary.n, summary.n)
+
+
+def _accuracy(run: Run, result: Result, split: str, summary: Summary) -> Iterator[Number]:
+    yield accuracy(run, result, split, summary)
+
+
+def _lowest(run: Run, result: Result, split: str, summary: Summary) -> Iterator[Number]:
+    if found := later_evaluations(RunFolder(run.path).read_log("metrics.jsonl")):
+        yield Number(min(found), combine=min)
+
+
+def _highest(run: Run, result: Result, split: str, summary: Summary) -> Iterator[Number]:
+    if found := later_evaluations(RunFolder(run.path).read_log("metrics.jsonl")):
+        yield Number(max(found), combine=max)
+
+
+Measure = Callable[[Run, Result, str, Summary], Iterator[Number]]
+MEASURES: dict[str, Measure] = {
+    "accuracy": _accuracy,
+    "train_minutes": _train_minutes,
+    "inference_minutes": _inference_minutes,
+    "image_ms": _milliseconds,
+    "lowest": _lowest,
+    "highest": _highest,
+}
+
+
+def later_evaluations(rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Accuracies in percent, on the split that is watched, that were measured after half an epoch (ALERT Table 4).
+
+    >>> log = [{"step": 1, "epoch": 0.4}, {"step": 1, "eval/val/accuracy": 0.2}, {"step": 2, "epoch": 0.8}]
+    >>> later_evaluations([*log, {"step": 2, "eval/val/accuracy": 0.5}])
+    [50.0]
+    """
+    epochs = {row["step"]: row["epoch"] for row in rows if "epoch" in row}
+    found = []
+    for row in rows:
+        names = sorted(key for key in row if key.startswith("eval/") and key.endswith("/accuracy"))
+        if names and epochs.get(row["step"], 0.0) > 0.5:
+            found.append(100 * row["eval/val/accuracy" if "eval/val/accuracy" in names else names[0]])
+    return found
+
+
+def subtract(cells: Mapping[Keys, Cell], minus: Mapping[str, str | None]) -> dict[Keys, Cell]:
+    """Differences from the cells whose keys are those of `minus`, seed by seed; None: any value."""
+    bases = {keys: cell for keys, cell in cells.items() if _matches(keys, minus)}
+    found: dict[Keys, Cell] = {}
+    for keys, cell in cells.items():
+        if keys in bases:
+            continue
+        base = next((b for k, b in bases.items() if _without(k, minus) == _without(keys, minus)), Cell())
+        seeds = [seed for seed in cell.values if seed in base.values]
+        difference = Cell({seed: cell.values[seed] - base.values[seed] for seed in seeds}, cell.images)
+        difference.note(cell)
+        difference.note(base)
+        found[keys] = difference
+    return found
+
+
+def averages(cells: Mapping[Keys, Cell], key: str) -> dict[Keys, Cell]:
+    """Over the values of a key, of the seeds that have them all."""
+    groups: dict[Keys, list[Cell]] = {}
+    everywhere = {dict(keys)[key] for keys in cells}
+    for keys, cell in cells.items():
+        groups.setdefault(_sorted({**dict(keys), key: AVERAGE}), []).append(cell)
+    found = {}
+    for keys, group in groups.items():
+        seeds = set.intersection(*(set(cell.values) for cell in group)) if len(group) == len(everywhere) else set()
+        found[keys] = Cell({seed: fmean(cell.values[seed] for cell in group) for seed in sorted(seeds)})
+        for cell in group:
+            found[keys].note(cell)
+    return found
+
+
+def harmonic(cells: Mapping[Keys, Cell]) -> dict[Keys, Cell]:
+    """H of base and new classes; of the averages it is that of the averages, as the field has it."""
+    found = {}
+    for keys, base in cells.items():
+        named = dict(keys)
+        if named.get("split") != "base":
+            continue
+        new = cells.get(_sorted({**named, "split": "new"}), Cell())
+        both = [seed for seed in base.values if seed in new.values]
+        cell = Cell({seed: harmonic_mean(base.values[seed], new.values[seed]) for seed in both})
+        cell.note(base)
+        cell.note(new)
+        found[_sorted({**named, "split": HARMONIC})] = cell
+    return found
+
+
+def harmonic_mean(one: float, other: float) -> float:
+    """
+    >>> round(harmonic_mean(81.17, 79.15), 2)
+    80.15
+    """
+    return 2 * one * other / (one + other) if one + other else 0.0
+
+
+def _sorted(keys: Mapping[str, str]) -> Keys:
+    return tuple(sorted(keys.items()))
+
+
+def _matches(keys: Keys, minus: Mapping[str, str | None]) -> bool:
+    named = dict(keys)
+    return all(value is None or named.get(key) == value for key, value in minus.items())
+
+
+def _without(keys: Keys, minus: Mapping[str, str | None]) -> Keys:
+    return tuple(each for each in keys if each[0] not in minus)

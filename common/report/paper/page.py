@@ -1,0 +1,141 @@
+"""A table or figure of a paper, from a sweep's runs: ours, published, difference, verdict. Also `common.report paper`.
+
+A page, in a sweep's YAML:
+
+    page:
+      kind: table                  # which picture: or shots, bars, gain, training, examples (pictures.py)
+      rows: [method]               # keys of the sweep's points; `split` and `measure` are those of their results
+      columns: [data]
+      panels: [method]             # one table, or part of the picture, for each
+      published: clsrl_table2      # sweeps/paper/clsrl_table2.csv
+      average: data                # a column with the average over this key
+      harmonic: true               # and H of base and new classes
+      minus: {method: zeroshot}    # show differences from these
+      measures: [accuracy]         # else accuracy alone (common/report/paper/cells.py)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+
+from common.report.folders import Run
+from common.report.groups import mean_std, t_interval
+from common.report.paper import cells as numbers
+from common.report.paper import points, published
+from common.report.paper.cells import AVERAGE, HARMONIC, Cell, Keys
+
+SYMBOLS = "†‡§¶"
+LAST = (AVERAGE, HARMONIC)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One cell with its verdict. ours: mean over seeds; None: no run has it. interval: 95 %."""
+
+    keys: dict[str, str]
+    ours: float | None
+    std: float | None
+    interval: tuple[float, float] | None
+    seeds: tuple[int, ...]
+    images: int | None
+    published: float | None
+    marks: tuple[str, ...]
+    reasons: tuple[str, ...]
+    missing: tuple[int, ...]
+
+    @property
+    def difference(self) -> float | None:
+        """Ours less published."""
+        return None if self.ours is None or self.published is None else self.ours - self.published
+
+    @property
+    def verdict(self) -> str:
+        """Whether the published number lies in our interval, and if not, on which side of it ours lies.
+
+        >>> from dataclasses import replace
+        >>> entry = Entry({}, 80.0, 1.0, (78.0, 82.0), (1, 2, 3), 100, 84.0, (), (), ())
+        >>> entry.verdict, replace(entry, published=81.0).verdict, replace(entry, published=None).verdict
+        ('below', 'inside', 'ours')
+        >>> replace(entry, reasons=("model=tiny",)).verdict, replace(entry, ours=None).verdict
+        ('not comparable: model=tiny', 'quoted')
+        """
+        if self.ours is None:
+            return "missing" if self.published is None else "quoted"
+        if self.published is None:
+            return "ours"
+        if self.reasons:
+            return f"not comparable: {'; '.join(self.reasons)}"
+        if self.interval is None:
+            return "not comparable: one seed has no interval"
+        low, high = self.interval
+        return "inside" if low <= self.published <= high else "below" if high < self.published else "above"
+
+
+@dataclass(frozen=True)
+class Page:
+    """All entries of a page, in the order of their runs."""
+
+    sweep: points.Sweep
+    entries: list[Entry]
+    source: str
+    unfinished: list[Run] = field(default_factory=list)
+
+    def axis(self, part: str) -> list[str]:
+        """The values of rows, columns or panels, averages last."""
+        found = list(dict.fromkeys(self.place(entry, part) for entry in self.entries))
+        return sorted(found, key=lambda text: [*map(text.endswith, LAST)] if part != "rows" else [text == AVERAGE])
+
+    def place(self, entry: Entry, part: str) -> str:
+        """Where an entry stands on an axis."""
+        return " · ".join(entry.keys[key] for key in self.sweep.page.get(part, ()) if key in entry.keys)
+
+    def at(self, row: str, column: str, panel: str) -> Entry | None:
+        """The entry of a place."""
+        wanted = {"rows": row, "columns": column, "panels": panel}
+        fits = (e for e in self.entries if all(self.place(e, part) == text for part, text in wanted.items()))
+        return next(fits, None)
+
+    @property
+    def marks(self) -> dict[str, str]:
+        """A symbol for everything that a reader must know of some entries."""
+        texts = dict.fromkeys(mark for entry in self.entries for mark in entry.marks)
+        return {text: SYMBOLS[min(number, len(SYMBOLS) - 1)] for number, text in enumerate(texts)}
+
+
+def build(folder: Path) -> Page:
+    """Read a sweep's folder and its runs.
+
+    Raises:
+        UserError: It is none.
+    """
+    sweep = points.load(folder)
+    known = published.load(sweep.page["published"]) if sweep.page.get("published") else published.Published("", {})
+    found, unfinished = numbers.collect(sweep)
+    changed = [f"{key}={value}" for key, value in sweep.given.items()]
+    if key := sweep.page.get("average"):
+        averaged = {dict(keys)[key] for keys in found}
+        whole = {dict(keys).get(key) for keys in known.numbers} <= averaged
+        if not whole:  # the paper's average is over other datasets
+            known.numbers = {k: number for k, number in known.numbers.items() if dict(k).get(key) != AVERAGE}
+    order = list(found)
+    if not changed:
+        order += [keys for keys in known.numbers if keys not in found]
+    entries = [_entry(keys, found.get(keys, Cell()), known.numbers.get(keys), changed) for keys in order]
+    return Page(sweep, entries, known.source, unfinished)
+
+
+def _entry(keys: Keys, cell: Cell, known: float | None, changed: Sequence[str]) -> Entry:
+    values = [cell.values[seed] for seed in sorted(cell.values)]
+    ours = cell.combine(values) if values else None
+    std = interval = None
+    if len(values) > 1 and cell.combine is fmean:
+        std, interval = mean_std(values)[1], t_interval(values)
+    elif len(values) == 1:
+        interval = cell.interval
+    missing = tuple(seed for seed in cell.missing if seed not in cell.values)
+    seeds = tuple(sorted(cell.values))
+    reasons = (*changed, *cell.reasons)
+    return Entry(dict(keys), ours, std, interval, seeds, cell.images, known, tuple(cell.marks), reasons, missing)

@@ -1,0 +1,179 @@
+"""The picture of a page: figure.png, figure.svg, figure.pdf in the sweep's folder. Published numbers are hollow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from common.report.figures import literal_text
+from common.report.paper import curves
+from common.report.paper.page import Entry, Page
+from common.report.paper.style import OKABE_ITO, PRINT, WIDTH, legend, note, panels, save, style
+from common.run.safe import result_is_safe
+
+
+def draw(page: Page, folder: Path) -> None:
+    """Draw what the page's kind says. A picture that fails costs a warning, never the tables."""
+    painter = KINDS.get(page.sweep.page.get("kind", "table"))
+    if painter is None or not page.entries:
+        return
+    with result_is_safe("the figure"), matplotlib.rc_context(PRINT):
+        save(painter(page), folder / "figure")
+
+
+@literal_text
+def over_shots(page: Page) -> Figure:
+    """Accuracy over shots, a line per method, the standard deviation over seeds as a band; a panel per dataset."""
+    names = page.axis("panels")
+    figure, axes = panels(len(names), 2.8)
+    for axis, panel in zip(axes, names, strict=True):
+        shots = [column for column in page.axis("columns") if column.isdecimal()]
+        at = {column: number for number, column in enumerate(shots)}
+        for number, row in enumerate(page.axis("rows")):
+            entries = [(at[c], page.at(row, c, panel)) for c in shots]
+            ours = [(x, e.ours, e.std or 0.0) for x, e in entries if e is not None and e.ours is not None]
+            if ours:
+                x, mean, std = map(np.array, zip(*ours, strict=True))
+                axis.plot(x, mean, label=row, markersize=4, linewidth=1.2, **style(number))
+                axis.fill_between(x, mean - std, mean + std, color=style(number)["color"], alpha=0.15, linewidth=0)
+            _hollow(axis, [(x, e.published) for x, e in entries if e is not None], number, line=True)
+        axis.set_xticks(range(len(shots)), shots)
+        axis.set(xlabel="training images per class", ylabel="accuracy (%)")
+        note(axis, panel)
+    legend(figure, axes)
+    return figure
+
+
+def _hollow(axis: Axes, places: Sequence[tuple[float, float | None]], number: int, line: bool = False) -> None:
+    """Published numbers."""
+    known = [(x, y) for x, y in places if y is not None]
+    if known:
+        look = style(number)
+        options: Any = {"markerfacecolor": "none", "markersize": 5, "linewidth": 0.6, "alpha": 0.7}
+        axis.plot(
+            *zip(*known, strict=True),
+            color=look["color"],
+            marker=look["marker"],
+            linestyle=":" if line else "",
+            **options,
+        )
+
+
+@literal_text
+def dots(page: Page) -> Figure:
+    """Every number as a dot with its interval, a row per column of the table, a marker per row; averages at the end."""
+    columns, rows, names = page.axis("columns"), page.axis("rows"), page.axis("panels")
+    figure, axes = panels(len(names), 0.8 + 0.24 * len(columns), 1.7 * WIDTH, 2)
+    for axis, panel in zip(axes, names, strict=True):
+        for number, row in enumerate(rows):
+            offset = (number - (len(rows) - 1) / 2) * 0.6 / max(1, len(rows))
+            for y, column in enumerate(columns):
+                entry = page.at(row, column, panel)
+                if entry is None:
+                    continue
+                if entry.ours is not None:
+                    look = style(number) | {"linestyle": ""}
+                    label = row if y == _first(page, row, columns, panel) else None
+                    axis.errorbar(
+                        entry.ours, y + offset, xerr=_error(entry), markersize=4, capsize=1.5, label=label, **look
+                    )
+                if entry.published is not None:
+                    look = style(number)
+                    axis.plot(
+                        entry.published,
+                        y + offset,
+                        color=look["color"],
+                        marker=look["marker"],
+                        markerfacecolor="none",
+                        markersize=5,
+                        alpha=0.7,
+                    )
+        axis.set_yticks(range(len(columns)), columns)
+        axis.invert_yaxis()
+        axis.grid(axis="x", alpha=0.3)
+        axis.set(xlabel="accuracy (%) with its 95 % interval; hollow: published")
+        note(axis, panel)
+    legend(figure, axes)
+    return figure
+
+
+def _first(page: Page, row: str, columns: Sequence[str], panel: str) -> int:
+    return next(
+        (y for y, c in enumerate(columns) if (e := page.at(row, c, panel)) is not None and e.ours is not None), -1
+    )
+
+
+def _error(entry: Entry) -> Any:
+    if entry.interval is None or entry.ours is None:
+        return None
+    return [[max(0.0, entry.ours - entry.interval[0])], [max(0.0, entry.interval[1] - entry.ours)]]
+
+
+@literal_text
+def bars(page: Page) -> Figure:
+    """A panel per column, a bar per row: numbers of different kinds, such as accuracy and minutes."""
+    columns, rows = page.axis("columns"), page.axis("rows")
+    figure, axes = panels(len(columns), 0.7 + 0.3 * len(rows), 0.8 * WIDTH)
+    for axis, column in zip(axes, columns, strict=True):
+        entries = [page.at(row, column, "") for row in rows]
+        for y, entry in enumerate(entries):
+            if entry is not None and entry.ours is not None:
+                axis.barh(
+                    y,
+                    entry.ours,
+                    color=OKABE_ITO[0],
+                    alpha=0.75,
+                    height=0.6,
+                    xerr=_error(entry),
+                    error_kw={"linewidth": 0.8, "capsize": 2},
+                )
+                axis.text(entry.ours, y + 0.42, f"{entry.ours:.4g}", ha="right", va="center", fontsize=6)
+            if entry is not None and entry.published is not None:
+                axis.plot(entry.published, y, color=OKABE_ITO[1], marker="D", markerfacecolor="none", markersize=5)
+        axis.set_yticks(range(len(rows)), rows if axis is axes[0] else [""] * len(rows))
+        axis.invert_yaxis()
+        axis.set(xlabel=f"{column or 'accuracy (%)'}; diamond: published", ylim=(len(rows) - 0.5, -0.5))
+    return figure
+
+
+@literal_text
+def gains(page: Page) -> Figure:
+    """A heat map per panel: trained on (rows), tested on (columns); points gained or lost."""
+    columns, names = page.axis("columns"), page.axis("panels")
+    rows = page.axis("rows")
+    figure, axes = panels(len(names), 1.2 + 0.3 * len(rows), 1.4 + 0.42 * len(columns), 2)
+    grids = [[[_value(page.at(row, column, panel)) for column in columns] for row in rows] for panel in names]
+    largest = max((abs(v) for grid in grids for line in grid for v in line if not np.isnan(v)), default=1.0)
+    for axis, panel, grid in zip(axes, names, grids, strict=True):
+        image = axis.imshow(grid, cmap="PuOr", vmin=-largest, vmax=largest, aspect="auto")
+        axis.set_xticks(range(len(columns)), columns, rotation=90)
+        axis.set_yticks(range(len(rows)), rows)
+        axis.set(xlabel="tested on", ylabel="trained on")
+        for y, line in enumerate(grid):
+            for x, value in enumerate(line):
+                if not np.isnan(value):
+                    colour = "white" if abs(value) > 0.6 * largest else "black"
+                    axis.text(x, y, f"{value:+.1f}", ha="center", va="center", fontsize=6, color=colour)
+        axis.spines[:].set_visible(False)
+        note(axis, panel)
+    figure.colorbar(image, ax=axes, label="points", shrink=0.8)
+    return figure
+
+
+def _value(entry: Entry | None) -> float:
+    return float("nan") if entry is None or entry.ours is None else entry.ours
+
+
+KINDS: dict[str, Callable[[Page], Figure]] = {
+    "table": dots,
+    "shots": over_shots,
+    "bars": bars,
+    "gain": gains,
+    "training": curves.over_updates,
+}

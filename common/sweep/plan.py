@@ -1,0 +1,130 @@
+"""From a sweep's YAML and the command line to its points. Pure.
+
+    params: {seed: [1, 2, 3], data: imagenet}          # of every point; a list is one point per item
+    named:                                             # points that others build on
+      draft: {method: cafo, clip: rn50}
+      alert: {method: alert, method.draft: file, method.draft_file: "{draft}"}
+    points:
+      - {use: draft, shots: [1, 2, 4, 8, 16]}          # begins with the named one's values
+      - {use: alert, shots: [1, 2, 4, 8, 16]}          # {draft}: its run's folder, of the same data, shots and seed
+      - {method: clip_zero_shot, shots: 1, labels: {shots: 0}}   # what the page calls it, if not by its value
+
+A value with `{name}` makes the point depend on the named one, which runs before it, once for all that need it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from common.types import UserError
+
+LATER = ("shots", "seed")  # no choice of a file depends on them: points that differ in them are composed once
+DRAW = ("data", "shots", "seed")  # what a point has in common with those that it needs
+RUN = re.compile(r"\{(\w+)\}")
+PRIVATE = ("use", "labels")  # keys of a point that are no overrides
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run. overrides: as on the command line, where `{name}` stands for the folder of needs[name].
+
+    labels: what the page calls it, by key.
+    """
+
+    overrides: dict[str, str]
+    labels: dict[str, str] = field(default_factory=dict)
+    needs: dict[str, Point] = field(default_factory=dict)
+
+    @property
+    def depth(self) -> int:
+        """How many points must run before it, one behind the other."""
+        return max((1 + point.depth for point in self.needs.values()), default=0)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A sweep's YAML: see the head of this module."""
+
+    params: Mapping[str, Any]
+    named: Mapping[str, Mapping[str, Any]]
+    points: Sequence[Mapping[str, Any]]
+
+
+def expand(spec: Spec, given: Mapping[str, Sequence[str]]) -> list[Point]:
+    """The points, in their order, those that others need not among them.
+
+    Args:
+        spec: The YAML.
+        given: Values of the command line by key; they replace those of every point.
+
+    Raises:
+        UserError: A name is not known, or a point needs itself.
+
+    >>> spec = Spec({"seed": [1, 2]}, {"a": {"method": "sft"}}, [{"use": "a", "shots": 4}, {"model.path": "{a}/model"}])
+    >>> [point.overrides for point in expand(spec, {"data": ["dtd"], "seed": ["3"]})][0]
+    {'method': 'sft', 'data': 'dtd', 'seed': '3', 'shots': '4'}
+    >>> last = expand(spec, {"data": ["dtd"]})[3]
+    >>> last.overrides, last.needs["a"].overrides
+    ({'model.path': '{a}/model', 'data': 'dtd', 'seed': '2'}, {'seed': '2', 'method': 'sft', 'data': 'dtd'})
+    """
+    return [point for row in spec.points for point in _of_row(spec, row, given)]
+
+
+def _of_row(spec: Spec, row: Mapping[str, Any], given: Mapping[str, Sequence[str]]) -> list[Point]:
+    merged = {**spec.params, **_based(spec, row)}
+    labels = {str(key): str(value) for key, value in (merged.get("labels") or {}).items()}
+    values = {key: _choices(value) for key, value in merged.items() if key not in PRIVATE}
+    values |= {key: list(texts) for key, texts in given.items()}
+    values = dict(sorted(values.items(), key=lambda each: each[0] in LATER))  # these vary fastest
+    points = []
+    for chosen in itertools.product(*values.values()):
+        overrides = dict(zip(values, chosen, strict=True))
+        points.append(Point(overrides, labels, _needs(spec, overrides, given, ())))
+    return points
+
+
+def _based(spec: Spec, row: Mapping[str, Any]) -> dict[str, Any]:
+    if "use" not in row:
+        return dict(row)
+    return {**_named(spec, str(row["use"])), **row}
+
+
+def _named(spec: Spec, name: str) -> Mapping[str, Any]:
+    if name not in spec.named:
+        raise UserError(f"the sweep has no point named {name!r} under hydra.sweeper.named; it has {[*spec.named]}")
+    return _based(spec, spec.named[name])
+
+
+def _needs(
+    spec: Spec, overrides: Mapping[str, str], given: Mapping[str, Sequence[str]], below: tuple[str, ...]
+) -> dict[str, Point]:
+    """The points whose folders stand in the values; the command line's values hold for them as well."""
+    needs = {}
+    for name in dict.fromkeys(found for value in overrides.values() for found in RUN.findall(value)):
+        if name in below:
+            raise UserError(f"the sweep's point {name!r} needs itself: {' -> '.join([*below, name])}")
+        values = {**spec.params, **_named(spec, name)}
+        single = {str(key): _choices(value)[0] for key, value in values.items() if key not in PRIVATE}
+        single |= {key: value for key, value in overrides.items() if key in DRAW}
+        single |= {key: each[0] for key, each in given.items() if key not in DRAW}
+        needs[name] = Point(single, {}, _needs(spec, single, given, (*below, name)))
+    return needs
+
+
+def _choices(value: Any) -> list[str]:
+    return [_text(each) for each in value] if isinstance(value, list | tuple) else [_text(value)]
+
+
+def _text(value: Any) -> str:
+    """As Hydra's grammar reads it.
+
+    >>> [_text(value) for value in (True, None, 4, "rn50", "{a}/model")]
+    ['true', 'null', '4', 'rn50', '{a}/model']
+    """
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return "null" if value is None else str(value)

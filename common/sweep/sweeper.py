@@ -1,0 +1,236 @@
+"""Hydra's sweeper for the papers' tables and figures: `python run.py -cd sweeps -cn alert_table1`.
+
+Where Hydra's own knows one product of values, this one knows a list of them, and points that need other points' runs
+(common/sweep/plan.py). All points are composed and checked before the first one runs, those with a result are left
+out, and one that fails stops only what needs it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from common.config import composition
+from common.config.command_line import literal
+from common.report.paper import points
+from common.run.run_folder import RunFolder
+from common.sweep import dry, plugin
+from common.sweep.plan import LATER, RUN, Point, Spec, expand
+from common.types import UserError
+
+# Values of the command line that leave a page the paper's: what no result depends on, and more or other seeds.
+HARMLESS = (*composition.NOT_IN_SIGNATURE, "seed", "protocol", "deepspeed", "rollout")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A point whose folder is known. overrides: for Hydra; values: the whole configuration; needs: their folders."""
+
+    point: Point
+    folder: Path
+    overrides: dict[str, str]
+    values: dict[str, Any]
+    needs: tuple[Path, ...]
+
+    @property
+    def finished(self) -> bool:
+        """Whether its folder holds the result of this very configuration.
+
+        Raises:
+            UserError: It holds that of another.
+        """
+        return RunFolder(self.folder).finished_result(self.values) is not None
+
+
+class PaperSweeper(Sweeper):
+    """See the head of this module. Its keys: conf/hydra/sweeper/paper.yaml."""
+
+    def __init__(self, **keys: Any) -> None:
+        plain = {key: OmegaConf.to_container(OmegaConf.create(value or {})) for key, value in keys.items()}
+        self.spec = Spec(plain["params"], plain["named"], plain["points"])  # type: ignore[arg-type]
+        self.tiny: dict[str, Any] = plain["tiny"]  # type: ignore[assignment]
+        self.page: dict[str, Any] = plain["page"]  # type: ignore[assignment]
+        self.cost: dict[str, Any] = plain["cost"]  # type: ignore[assignment]
+        self.config: DictConfig | None = None
+        self.hydra_context: HydraContext | None = None
+        self.launcher: Launcher | None = None
+        self.shown: list[points.Shown] = []
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.config, self.hydra_context = config, hydra_context
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Run what is not finished, wave by wave, and lay out the page."""
+        assert self.config is not None and self.hydra_context is not None
+        plugin.unregister(PaperSweeper)
+        jobs = self.jobs(arguments)
+        finished = {job.folder for job in jobs if job.finished}
+        if self.config.dry:
+            dry.show([(job.folder.name, job.values, job.folder in finished) for job in jobs], self.cost)
+            return None
+        folder = self.describe(arguments)
+        print(f"{folder}: {len(jobs)} points, {len(finished)} finished")
+        returns = self.run(jobs, finished)
+        from common.report.paper import writing  # matplotlib, a second
+
+        writing.write(folder, shown=True)
+        for each in returns:
+            _ = each.return_value  # raises the first failure
+        return [returns]
+
+    def jobs(self, arguments: Sequence[str]) -> list[Job]:
+        """The points with their folders, each once, those first that others need.
+
+        Raises:
+            UserError: A point is no valid run.
+        """
+        assert self.config is not None and self.hydra_context is not None
+        composer = Composer(self.hydra_context.config_loader, self.config)
+        found: dict[Path, Job] = {}
+        self.shown = []
+        for point in expand(self.spec, self.given(arguments)):
+            jobs = composer.jobs(point)
+            for job in jobs:
+                found.setdefault(job.folder, job)
+            self.shown.append(
+                points.Shown(jobs[-1].folder.name, int(jobs[-1].values["seed"]), keys(jobs[-1], self.page))
+            )
+        return sorted(found.values(), key=lambda job: job.point.depth)
+
+    def given(self, arguments: Sequence[str], with_tiny: bool = True) -> dict[str, list[str]]:
+        """Values of the command line by key, and what a tiny model brings with it."""
+        assert self.hydra_context is not None
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        values: dict[str, list[str]] = {}
+        for override in parser.parse_overrides(list(arguments)):
+            if override.is_sweep_override() and not override.is_discrete_sweep():
+                raise UserError(f"{override.input_line}: give the values one by one, separated by commas")
+            swept = override.is_sweep_override()
+            texts = list(override.sweep_string_iterator()) if swept else [override.get_value_element_as_str()]
+            values[override.get_key_element()] = texts
+        values.pop("dry", None)
+        tiny = with_tiny and any(name.startswith("tiny_") for name in values.get("model", ()))
+        return {**({key: [str(value)] for key, value in self.tiny.items()} if tiny else {}), **values}
+
+    def describe(self, arguments: Sequence[str]) -> Path:
+        """Write down what the page needs. Returns the sweep's folder, beside those of its runs."""
+        assert self.config is not None
+        name = self.config.hydra.job.config_name
+        given = {
+            key: ",".join(values)
+            for key, values in self.given(arguments, with_tiny=False).items()
+            if key.lstrip("+~").split(".")[0].split("/")[0] not in HARMLESS
+        }
+        words = "".join(f"-{value}" for value in (given.get("model"), given.get("data")) if value)
+        folder = Path(self.config.hydra.sweep.dir) / f"{name}{words.replace(',', '+').replace('/', '_')}"
+        points.Sweep(name, self.page, given, self.shown).save(folder)
+        return folder
+
+    def run(self, jobs: Sequence[Job], finished: set[Path]) -> list[JobReturn]:
+        """Launch the rest. A point whose needs have no result is named and left out."""
+        assert self.launcher is not None
+        returns: list[JobReturn] = []
+        left, ready = [job for job in jobs if job.folder not in finished], set(finished)
+        for depth in sorted({job.point.depth for job in left}):
+            wave = [job for job in left if job.point.depth == depth]
+            for job in [job for job in wave if not ready.issuperset(job.needs)]:
+                missing = next(path for path in job.needs if path not in ready)
+                print(f"{job.folder.name}: left out, since {missing.name} has no result", file=sys.stderr)
+                wave.remove(job)
+            if not wave:
+                continue
+            batch = [literal([f"{key}={value}" for key, value in job.overrides.items()]) for job in wave]
+            done = self.launcher.launch(batch, initial_job_idx=len(returns))
+            returns.extend(done)
+            ready |= {job.folder for job, each in zip(wave, done, strict=True) if each.status == JobStatus.COMPLETED}
+        return returns
+
+
+class Composer:
+    """Composes and checks points; those that differ in seed and shots alone are composed once."""
+
+    def __init__(self, loader: ConfigLoader, master: DictConfig) -> None:
+        self.loader, self.master = loader, master
+        self.composed: dict[tuple[tuple[str, str], ...], DictConfig] = {}
+        self.learners: dict[str | None, str] = {}
+
+    def jobs(self, point: Point) -> list[Job]:
+        """A point behind those that it needs."""
+        needed = {name: self.jobs(other) for name, other in point.needs.items()}
+        folders = {name: jobs[-1].folder for name, jobs in needed.items()}
+        overrides = {key: RUN.sub(lambda found: str(folders[found[1]]), v) for key, v in point.overrides.items()}
+        if self.few_shot(overrides.get("method")):  # has no language model to choose
+            overrides.pop("model", None)
+        cfg = self.compose(overrides)
+        folder = Path(cfg.hydra.sweep.dir) / cfg.hydra.sweep.subdir
+        values = composition.plain(_task(cfg))
+        return [
+            *(job for jobs in needed.values() for job in jobs),
+            Job(point, folder, overrides, values, tuple(folders.values())),
+        ]
+
+    def few_shot(self, method: str | None) -> bool:
+        """Whether a method is a learner on frozen features."""
+        if method not in self.learners:
+            cfg = self.loader.load_sweep_config(self.master, literal([f"method={method}"] if method else []))
+            self.learners[method] = str(cfg.learner.name)
+        return self.learners[method] == "few_shot"
+
+    def compose(self, overrides: Mapping[str, str]) -> DictConfig:
+        """The configuration of a run, Hydra's part included.
+
+        Raises:
+            UserError: It is not valid.
+        """
+        fixed = tuple((key, value) for key, value in overrides.items() if key not in LATER)
+        if fixed not in self.composed:
+            texts = literal([f"{key}={value}" for key, value in fixed])
+            cfg = self.loader.load_sweep_config(self.master, texts)
+            try:
+                composition.validate(_task(cfg))
+            except UserError as error:
+                raise UserError(f"{' '.join(texts)}: {error}") from error
+            self.composed[fixed] = cfg
+        cfg = self.composed[fixed]
+        for key in LATER:
+            if key in overrides:
+                cfg[key] = int(overrides[key]) if overrides[key].isdecimal() else overrides[key]
+        return cfg
+
+
+def _task(cfg: DictConfig) -> DictConfig:
+    """The configuration without Hydra's part, as a run gets it, and without its name, which takes a composition."""
+    with open_dict(cfg):
+        hydra = cfg.pop("hydra")
+        task = cfg.copy()
+        cfg["hydra"] = hydra  # the names of folders need it
+    task.run_name = ""
+    return task
+
+
+def keys(job: Job, page: Mapping[str, Any]) -> dict[str, str]:
+    """Where a page shows a run: by its labels, else by the option of a group or the value at a dotted path."""
+    found = {}
+    for key in (*page.get("rows", ()), *page.get("columns", ()), *page.get("panels", ())):
+        value: Any = job.values
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        value = value.get("name") if isinstance(value, Mapping) else value
+        if key in job.point.labels or value is not None:  # `split` and `measure` are the result's
+            found[key] = job.point.labels.get(key, str(value))
+    return found
