@@ -1,0 +1,182 @@
+"""A paper's page from run folders: numbers, differences, averages, H, verdicts. Expected values are worked out by hand."""
+
+from __future__ import annotations
+
+import csv
+import math
+
+import pytest
+
+from common.report import __main__ as command
+from common.report import folders
+from common.report.paper import cells, page, points, tables
+from common.report.paper.cells import Cell
+from common.types import UserError
+from tests.test_compare import write  # noqa: F401
+
+ROWS = {"kind": "table", "rows": ["method"], "columns": ["data"], "average": "data", "published": "clsrl_table2"}
+
+
+@pytest.fixture
+def sweep(tmp_path, write):  # noqa: F811
+    """A sweep's folder over runs given as (method, data, seed, right, ...)."""
+
+    def make(runs, spec=ROWS, given=None, **options):
+        shown = []
+        for method, data, seed, right in runs:
+            name = f"{method}-{data}-{seed}"
+            if right is not None:
+                write(name, f"method={method}", f"data={data}", f"seed={seed}", "shots=4", right=right, **options)
+            shown.append(points.Shown(name, seed, {"method": method, "data": data}))
+        points.Sweep("clsrl_table2", dict(spec), given or {}, shown).save(tmp_path / "page")
+        return tmp_path / "page"
+
+    return make
+
+
+def share(right, n=20):
+    return [True] * right + [False] * (n - right)
+
+
+def entry(found, **keys):
+    (one,) = [e for e in found.entries if e.keys == {key: str(value) for key, value in keys.items()}]
+    return one
+
+
+def test_mean_spread_and_verdict_over_seeds(sweep):
+    """75, 85, 80 %: mean 80, s = 5, t(0.975, 2) = 4.303: 80 ± 12.42, and the paper's EuroSAT number is 75.16."""
+    folder = sweep([("sft", "eurosat", seed, share(right)) for seed, right in ((1, 15), (2, 17), (3, 16))])
+    one = entry(page.build(folder), method="sft", data="eurosat")
+    assert one.ours == pytest.approx(80) and one.std == pytest.approx(5)
+    assert one.interval == pytest.approx((80 - 12.421, 80 + 12.421), abs=1e-3)
+    assert (one.published, one.seeds) == (75.16, (1, 2, 3)) and one.difference == pytest.approx(4.84)
+    assert one.verdict == "not comparable: 20 of 8100 test images"
+
+
+def test_a_verdict_is_given_on_the_papers_images_alone():
+    ours = page.Entry({}, 80.0, 5.0, (67.6, 92.4), (1, 2, 3), 8100, 75.16, (), (), ())
+    assert ours.verdict == "inside"
+    assert page.Entry({}, 80.0, 0.1, (79.7, 80.3), (1, 2, 3), 8100, 75.16, (), (), ()).verdict == "above"
+    assert page.Entry({}, 70.0, 0.1, (69.7, 70.3), (1, 2, 3), 8100, 75.16, (), (), ()).verdict == "below"
+
+
+def test_a_missing_seed_is_named_and_the_rest_is_quoted(sweep):
+    folder = sweep([("sft", "eurosat", 1, share(15)), ("sft", "eurosat", 2, None)])
+    found = page.build(folder)
+    one = entry(found, method="sft", data="eurosat")
+    assert one.seeds == (1,) and one.missing == (2,) and one.std is None and one.interval == (25, 75), "of the images"
+    assert entry(found, method="clsrl", data="dtd").verdict == "quoted"
+    assert any("sft-eurosat-2: foreign" in line for line in tables.notes(found))
+
+
+def test_an_average_is_over_all_datasets_and_only_of_seeds_that_have_them(sweep):
+    runs = [("sft", "eurosat", 1, share(10)), ("sft", "dtd", 1, share(16)), ("sft", "eurosat", 2, share(12))]
+    runs.append(("sft", "dtd", 2, None))
+    found = page.build(sweep(runs, given={"data": "eurosat,dtd"}))
+    mean = entry(found, method="sft", data="average")
+    assert mean.ours == pytest.approx(65) and mean.seeds == (1,)
+    assert mean.published is None, "the paper's is over eleven"
+    assert not any(e.verdict == "quoted" for e in found.entries), "another choice of data is not the paper's table"
+
+
+def test_what_the_command_line_changed_stands_in_the_way_of_a_verdict(sweep):
+    folder = sweep([("sft", "eurosat", 1, share(15))], given={"model": "tiny_qwen2_vl"})
+    assert entry(page.build(folder), method="sft", data="eurosat").verdict.startswith(
+        "not comparable: model=tiny_qwen2_vl"
+    )
+
+
+def test_differences_are_taken_seed_by_seed():
+    def keys(**named):
+        return tuple(sorted(named.items()))
+
+    zero = Cell({1: 50.0, 2: 52.0}, missing=[3])
+    found = cells.subtract(
+        {
+            keys(method="zeroshot", data="a", split="a"): zero,
+            keys(method="clsrl", data="a", split="a"): Cell({1: 60.0, 2: 64.0, 3: 70.0}),
+            keys(method="clsrl", data="b", split="a"): Cell({1: 40.0}),
+        },
+        {"method": "zeroshot", "data": None},
+    )
+    assert [cell.values for cell in found.values()] == [{1: 10.0, 2: 12.0}, {1: -10.0}]
+    assert found[keys(method="clsrl", data="a", split="a")].missing == [3]
+
+
+def test_h_of_averages_is_the_fields():
+    def keys(**named):
+        return tuple(sorted(named.items()))
+
+    base = {"a": (80.0, 60.0), "b": (60.0, 40.0)}
+    table = {
+        keys(data=d, split=s): Cell({1: v})
+        for d, both in base.items()
+        for s, v in zip(("base", "new"), both, strict=True)
+    }
+    table |= cells.averages(table, "data")
+    found = cells.harmonic(table)
+    assert found[keys(data="a", split="H")].values[1] == pytest.approx(2 * 80 * 60 / 140)
+    assert found[keys(data="average", split="H")].values[1] == pytest.approx(2 * 70 * 50 / 120), (
+        "not the mean of both H"
+    )
+
+
+def test_ranges_over_seeds_and_evaluations(sweep):
+    spec = {"rows": ["method"], "columns": ["data", "measure"], "measures": ["accuracy", "lowest", "highest"]}
+    folder = sweep([("nothinking", "digits", 1, share(10)), ("nothinking", "digits", 2, share(12))], spec)
+    for seed, low, high in ((1, 0.3, 0.6), (2, 0.4, 0.7)):
+        lines = ['{"step": 1, "epoch": 0.4}', '{"step": 1, "eval/val/accuracy": 0.1}', '{"step": 2, "epoch": 0.9}']
+        lines += [
+            f'{{"step": 2, "eval/val/accuracy": {low}}}',
+            '{"step": 3, "epoch": 1.2}',
+            f'{{"step": 3, "eval/val/accuracy": {high}}}',
+        ]
+        (folder.parent / f"nothinking-digits-{seed}" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    found = {e.keys["measure"]: e.ours for e in page.build(folder).entries}
+    assert found == pytest.approx({"accuracy": 55, "lowest": 30, "highest": 70})
+
+
+def test_minutes_of_training_are_those_of_the_updates(sweep):
+    spec = {"rows": ["method"], "columns": ["data", "measure"], "measures": ["train_minutes", "image_ms"]}
+    folder = sweep([("sft", "digits", 1, share(10))], spec, before=share(5))
+    run = folder.parent / "sft-digits-1" / "metrics.json"
+    text = run.read_text().replace('"saving": 2.0', '"saving": 2.0, "other": 6.0, "total": 240.0')
+    run.write_text(text)
+    found = {e.keys["measure"]: e.ours for e in page.build(folder).entries}
+    assert found["train_minutes"] == pytest.approx((240 - 100 - 2) / 60), "without model and saving"
+    assert found["image_ms"] == pytest.approx(1000 * 1.0 / 20)
+
+
+def test_remarks_become_marks(sweep):
+    folder = sweep([("sft", "eurosat", 1, share(15))], remarks=["selected on the test images"])
+    found = page.build(folder)
+    assert entry(found, method="sft", data="eurosat").marks == ("selected on the test images",)
+    assert next(row[-1] for row in tables.listing(found).rows if row[1] == "sft" or row[0] == "sft") == "test-selected"
+    ((_, table),) = tables.matrices(found)
+    assert any("75.00†" in cell for row in table.rows for cell in row)
+
+
+def test_the_command_writes_tables_and_pictures(sweep, capsys):
+    folder = sweep([("sft", "eurosat", 1, share(15)), ("sft", "eurosat", 2, None)])
+    assert command.main(["paper", str(folder)]) == 1, "a run is missing"
+    said = capsys.readouterr().out
+    assert "75.00 (75.16)" in said and "sft-eurosat-2: foreign" in said
+    rows = list(csv.DictReader((folder / "table.csv").open()))
+    (row,) = [row for row in rows if row["ours"] and row["data"] == "eurosat"]
+    assert float(row["ours"]) == 75 and math.isclose(float(row["difference"]), -0.16)
+    for name in ("table.md", "table.tex", "figure.png", "figure.svg", "figure.pdf"):
+        assert (folder / name).stat().st_size > 300, name
+    assert r"\toprule" in (folder / "table.tex").read_text()
+
+
+def test_a_folder_that_is_no_sweeps(tmp_path, capsys):
+    assert command.main(["paper", str(tmp_path)]) == 2
+    assert f"{tmp_path} is no sweep's folder: there is no points.json" in capsys.readouterr().err
+    (tmp_path / "points.json").write_text("{")
+    with pytest.raises(UserError, match=r"points\.json is damaged"):
+        points.load(tmp_path)
+
+
+def test_a_sweeps_own_folder_is_no_run(sweep):
+    folder = sweep([("sft", "eurosat", 1, share(15))])
+    assert [run.path.name for run in folders.find(sorted(folder.parent.iterdir()))] == ["sft-eurosat-1"]
