@@ -2,6 +2,7 @@
 
 python -m common.report compare outputs/*              runs side by side, seeds together
 python -m common.report paper outputs/alert_table1     a table or figure of a paper, from the runs of its sweep
+python -m common.report audit outputs/<run>            what would replies earn that game the run's rewards?
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
     table.add_argument("--against", metavar="NAME", help="a row's name or a part of it: differences on the same images")
     paper = commands.add_parser("paper", help="a table or figure of a paper: ours, published, verdict")
     paper.add_argument("sweep", type=Path, help="outputs/<sweep>")
+    audit = commands.add_parser("audit", help="attack a run's own rewards with its class names")
+    audit.add_argument("run", type=Path)
     chosen = parser.parse_args(arguments)
     try:
         return globals()[f"_{chosen.command}"](chosen)
@@ -52,6 +55,14 @@ def _paper(chosen: argparse.Namespace) -> int:
 
     found = writing.write(writing.find(chosen.sweep), shown=True)
     return 1 if found.unfinished else 0
+
+
+def _audit(chosen: argparse.Namespace) -> int:
+    from common.report.audit import audit  # the rewards' packages
+
+    table, cheats = audit(chosen.run)
+    show(table)
+    return 1 if cheats else 0
 
 
 if __name__ == "__main__":
