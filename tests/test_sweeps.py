@@ -72,7 +72,7 @@ def test_every_kind_of_point_composes_and_runs_after_what_it_needs(name):
     assert sweeper.shown and all(shown.seed == 1 for shown in sweeper.shown)
     assert {shown.folder for shown in sweeper.shown} <= {folder.name for folder in folders}
     page = sweeper.page
-    own = {*page["rows"], *page["columns"], *page.get("panels", ())} - {"split", "measure"}
+    own = {*page["rows"], *page["columns"], *page.get("panels", ()), *page.get("minus", ())} - {"split", "measure"}
     assert all(shown.keys.keys() == own for shown in sweeper.shown), "every point has its place"
 
 

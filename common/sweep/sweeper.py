@@ -25,8 +25,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from common.config import composition
 from common.config.command_line import literal
 from common.report.paper import points
-from common.run.run_folder import RunFolder
-from common.sweep import dry, plugin
+from common.sweep import plugin
 from common.sweep.plan import LATER, RUN, Point, Spec, expand
 from common.types import UserError
 
@@ -51,6 +50,8 @@ class Job:
         Raises:
             UserError: It holds that of another.
         """
+        from common.run.run_folder import RunFolder  # numpy; every command makes the sweeper's class
+
         return RunFolder(self.folder).finished_result(self.values) is not None
 
 
@@ -81,6 +82,8 @@ class PaperSweeper(Sweeper):
         jobs = self.jobs(arguments)
         finished = {job.folder for job in jobs if job.finished}
         if self.config.dry:
+            from common.sweep import dry
+
             dry.show([(job.folder.name, job.values, job.folder in finished) for job in jobs], self.cost)
             return None
         folder = self.describe(arguments)
@@ -226,7 +229,7 @@ def _task(cfg: DictConfig) -> DictConfig:
 def keys(job: Job, page: Mapping[str, Any]) -> dict[str, str]:
     """Where a page shows a run: by its labels, else by the option of a group or the value at a dotted path."""
     found = {}
-    for key in (*page.get("rows", ()), *page.get("columns", ()), *page.get("panels", ())):
+    for key in (*page.get("rows", ()), *page.get("columns", ()), *page.get("panels", ()), *page.get("minus", ())):
         value: Any = job.values
         for part in key.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None

@@ -49,7 +49,7 @@ def show(page: Page, folder: Path) -> None:
         console.show(table, panel)
     for line in notes(page):
         print(line)
-    print(f"{folder}: table.md, table.csv, table.tex, report.html and figures")
+    print(f"{folder}: table.md, table.csv, table.tex, figure.png, .svg, .pdf")
 
 
 def find(path: Path) -> Path:
