@@ -14,10 +14,10 @@ from common.report.paper.style import WIDTH, legend, note, panels, style
 from common.run.run_folder import RunFolder
 
 CURVES = {
-    "accuracy_reward": ("rewards/accuracy/mean", "accuracy reward"),
-    "format_reward": ("rewards/format/mean", "format reward"),
-    "length": ("completions/mean_length", "tokens of a completion"),
-    "test_accuracy": ("eval/", "accuracy (%)"),
+    "accuracy_reward": (("rewards/accuracy/mean", "rewards/equality/mean"), "accuracy reward"),  # No-Thinking: equality
+    "format_reward": (("rewards/format/mean",), "format reward"),
+    "length": (("completions/mean_length",), "tokens of a completion"),
+    "test_accuracy": ((), "accuracy (%)"),  # every eval/<split>/accuracy: the first
 }
 
 
@@ -48,15 +48,12 @@ def series(page: Page, row: str, panel: str, curve: str) -> list[dict[int, float
         ]
         if places != [row, panel]:
             continue
-        key, values = CURVES[curve][0], {}
+        keys, values = CURVES[curve][0], dict[int, float]()
         for line in RunFolder(page.sweep.path(shown)).read_log("metrics.jsonl"):
-            names = [
-                name
-                for name in line
-                if name == key or (key == "eval/" and name.startswith(key) and name.endswith("/accuracy"))
-            ]
+            tested = sorted(name for name in line if name.startswith("eval/") and name.endswith("/accuracy"))
+            names = [name for name in keys if name in line] if keys else tested
             if names:
-                values[line["step"]] = line[names[0]] * (100 if key == "eval/" else 1)
+                values[line["step"]] = line[names[0]] * (1 if keys else 100)
         if values:
             found.append(values)
     return found

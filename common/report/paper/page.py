@@ -8,6 +8,7 @@ A page, in a sweep's YAML:
       columns: [data]
       panels: [method]             # one table, or part of the picture, for each
       published: clsrl_table2      # sweeps/paper/clsrl_table2.csv
+      marks: panels                # a picture of dots has a marker for each panel, not for each row
       average: data                # a column with the average over this key
       harmonic: true               # and H of base and new classes
       minus: {method: zeroshot}    # show differences from these
@@ -92,9 +93,9 @@ class Page:
         """Where an entry stands on an axis."""
         return " · ".join(entry.keys[key] for key in self.sweep.page.get(part, ()) if key in entry.keys)
 
-    def at(self, row: str, column: str, panel: str) -> Entry | None:
+    def at(self, *, rows: str, columns: str, panels: str) -> Entry | None:
         """The entry of a place."""
-        wanted = {"rows": row, "columns": column, "panels": panel}
+        wanted = {"rows": rows, "columns": columns, "panels": panels}
         fits = (e for e in self.entries if all(self.place(e, part) == text for part, text in wanted.items()))
         return next(fits, None)
 

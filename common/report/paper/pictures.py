@@ -36,7 +36,7 @@ def over_shots(page: Page) -> Figure:
         shots = [column for column in page.axis("columns") if column.isdecimal()]
         at = {column: number for number, column in enumerate(shots)}
         for number, row in enumerate(page.axis("rows")):
-            entries = [(at[c], page.at(row, c, panel)) for c in shots]
+            entries = [(at[c], page.at(rows=row, columns=c, panels=panel)) for c in shots]
             ours = [(x, e.ours, e.std or 0.0) for x, e in entries if e is not None and e.ours is not None]
             if ours:
                 x, mean, std = map(np.array, zip(*ours, strict=True))
@@ -67,46 +67,34 @@ def _hollow(axis: Axes, places: Sequence[tuple[float, float | None]], number: in
 
 @literal_text
 def dots(page: Page) -> Figure:
-    """Every number as a dot with its interval, a row per column of the table, a marker per row; averages at the end."""
-    columns, rows, names = page.axis("columns"), page.axis("rows"), page.axis("panels")
-    figure, axes = panels(len(names), 0.8 + 0.24 * len(columns), 1.7 * WIDTH, 2)
-    for axis, panel in zip(axes, names, strict=True):
-        for number, row in enumerate(rows):
-            offset = (number - (len(rows) - 1) / 2) * 0.6 / max(1, len(rows))
-            for y, column in enumerate(columns):
-                entry = page.at(row, column, panel)
-                if entry is None:
-                    continue
-                if entry.ours is not None:
-                    look = style(number) | {"linestyle": ""}
-                    label = row if y == _first(page, row, columns, panel) else None
-                    axis.errorbar(
-                        entry.ours, y + offset, xerr=_error(entry), markersize=4, capsize=1.5, label=label, **look
-                    )
-                if entry.published is not None:
-                    look = style(number)
-                    axis.plot(
-                        entry.published,
-                        y + offset,
-                        color=look["color"],
-                        marker=look["marker"],
-                        markerfacecolor="none",
-                        markersize=5,
-                        alpha=0.7,
-                    )
-        axis.set_yticks(range(len(columns)), columns)
-        axis.invert_yaxis()
+    """Every number as a dot with its interval. A table's columns are rows here, its rows have a marker each; one with
+    `marks: panels` has a marker for each panel instead, and a part of the picture for each column.
+    """
+    by_panel = page.sweep.page.get("marks") == "panels"
+    lines, series, parts = ("rows", "panels", "columns") if by_panel else ("columns", "rows", "panels")
+    ticks, marked, names = page.axis(lines), page.axis(series), page.axis(parts)
+    figure, axes = panels(len(names), 0.8 + 0.24 * len(ticks), 1.3 * WIDTH, 3)
+    for axis, part in zip(axes, names, strict=True):
+        for number, mark in enumerate(marked):
+            offset = (number - (len(marked) - 1) / 2) * 0.6 / max(1, len(marked))
+            look, label = style(number) | {"linestyle": ""}, mark
+            for y, tick in enumerate(ticks):
+                entry = page.at(**{lines: tick, series: mark, parts: part})
+                if entry is not None and entry.ours is not None:
+                    error = _error(entry)
+                    axis.errorbar(entry.ours, y + offset, xerr=error, markersize=4, capsize=1.5, label=label, **look)
+                    label = ""
+                if entry is not None and entry.published is not None:
+                    hollow = look | {"markerfacecolor": "none", "markersize": 5, "alpha": 0.7}
+                    axis.plot(entry.published, y + offset, **hollow)
+        axis.set_yticks(range(len(ticks)), ticks)
+        axis.set_ylim(len(ticks) - 0.5, -0.5)
+        axis.sharex(axes[0])
         axis.grid(axis="x", alpha=0.3)
         axis.set(xlabel="accuracy (%) with its 95 % interval; hollow: published")
-        note(axis, panel)
+        note(axis, part)
     legend(figure, axes)
     return figure
-
-
-def _first(page: Page, row: str, columns: Sequence[str], panel: str) -> int:
-    return next(
-        (y for y, c in enumerate(columns) if (e := page.at(row, c, panel)) is not None and e.ours is not None), -1
-    )
 
 
 def _error(entry: Entry) -> Any:
@@ -121,7 +109,7 @@ def bars(page: Page) -> Figure:
     columns, rows = page.axis("columns"), page.axis("rows")
     figure, axes = panels(len(columns), 0.7 + 0.3 * len(rows), 0.8 * WIDTH)
     for axis, column in zip(axes, columns, strict=True):
-        entries = [page.at(row, column, "") for row in rows]
+        entries = [page.at(rows=row, columns=column, panels="") for row in rows]
         for y, entry in enumerate(entries):
             if entry is not None and entry.ours is not None:
                 axis.barh(
@@ -133,7 +121,7 @@ def bars(page: Page) -> Figure:
                     xerr=_error(entry),
                     error_kw={"linewidth": 0.8, "capsize": 2},
                 )
-                axis.text(entry.ours, y + 0.42, f"{entry.ours:.4g}", ha="right", va="center", fontsize=6)
+                axis.text(0, y + 0.42, f" {entry.ours:.4g}", ha="left", va="center", fontsize=6)
             if entry is not None and entry.published is not None:
                 axis.plot(entry.published, y, color=OKABE_ITO[1], marker="D", markerfacecolor="none", markersize=5)
         axis.set_yticks(range(len(rows)), rows if axis is axes[0] else [""] * len(rows))
@@ -148,7 +136,10 @@ def gains(page: Page) -> Figure:
     columns, names = page.axis("columns"), page.axis("panels")
     rows = page.axis("rows")
     figure, axes = panels(len(names), 1.2 + 0.3 * len(rows), 1.4 + 0.42 * len(columns), 2)
-    grids = [[[_value(page.at(row, column, panel)) for column in columns] for row in rows] for panel in names]
+    grids = [
+        [[_value(page.at(rows=row, columns=column, panels=panel)) for column in columns] for row in rows]
+        for panel in names
+    ]
     largest = max((abs(v) for grid in grids for line in grid for v in line if not np.isnan(v)), default=1.0)
     for axis, panel, grid in zip(axes, names, grids, strict=True):
         image = axis.imshow(grid, cmap="PuOr", vmin=-largest, vmax=largest, aspect="auto")

@@ -20,7 +20,7 @@ def matrices(page: Page) -> Iterator[tuple[str, Table]]:
     for panel in page.axis("panels"):
         columns, rows = page.axis("columns"), []
         for row in page.axis("rows"):
-            cells = [_cell(page, page.at(row, column, panel)) for column in columns]
+            cells = [_cell(page, page.at(rows=row, columns=column, panels=panel)) for column in columns]
             if any(cells):
                 rows.append((row, *cells))
         yield panel, Table((corner, *columns), rows, [])
