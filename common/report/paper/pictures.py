@@ -75,6 +75,8 @@ def dots(page: Page) -> Figure:
     ticks, marked, names = page.axis(lines), page.axis(series), page.axis(parts)
     figure, axes = panels(len(names), 0.8 + 0.24 * len(ticks), 1.3 * WIDTH, 3)
     for axis, part in zip(axes, names, strict=True):
+        if axis is not axes[0]:
+            axis.sharex(axes[0])
         for number, mark in enumerate(marked):
             offset = (number - (len(marked) - 1) / 2) * 0.6 / max(1, len(marked))
             look, label = style(number) | {"linestyle": ""}, mark
@@ -89,7 +91,6 @@ def dots(page: Page) -> Figure:
                     axis.plot(entry.published, y + offset, **hollow)
         axis.set_yticks(range(len(ticks)), ticks)
         axis.set_ylim(len(ticks) - 0.5, -0.5)
-        axis.sharex(axes[0])
         axis.grid(axis="x", alpha=0.3)
         axis.set(xlabel="accuracy (%) with its 95 % interval; hollow: published")
         note(axis, part)
