@@ -66,7 +66,7 @@ def test_a_missing_seed_is_named_and_the_rest_is_quoted(sweep):
     one = entry(found, method="sft", data="eurosat")
     assert one.seeds == (1,) and one.missing == (2,) and one.std is None and one.interval == (25, 75), "of the images"
     assert entry(found, method="clsrl", data="dtd").verdict == "quoted"
-    assert any("sft-eurosat-2: foreign" in line for line in tables.notes(found))
+    assert any("sft-eurosat-2: not run" in line for line in tables.notes(found))
 
 
 def test_an_average_is_over_all_datasets_and_only_of_seeds_that_have_them(sweep):
@@ -160,7 +160,7 @@ def test_the_command_writes_tables_and_pictures(sweep, capsys):
     folder = sweep([("sft", "eurosat", 1, share(15)), ("sft", "eurosat", 2, None)])
     assert command.main(["paper", str(folder)]) == 1, "a run is missing"
     said = capsys.readouterr().out
-    assert "75.00 (75.16)" in said and "sft-eurosat-2: foreign" in said
+    assert "75.00 (75.16)" in said and "sft-eurosat-2: not run" in said
     rows = list(csv.DictReader((folder / "table.csv").open()))
     (row,) = [row for row in rows if row["ours"] and row["data"] == "eurosat"]
     assert float(row["ours"]) == 75 and math.isclose(float(row["difference"]), -0.16)

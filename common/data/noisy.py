@@ -17,6 +17,7 @@ from common.types import Images, Source, UserError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+PREFIX = "noisy/"  # of keys: a run may have the same pictures without noise
 SIGMA = {1: 0.08, 2: 0.12, 3: 0.18, 4: 0.26, 5: 0.38}  # of pixel values from 0 to 1
 
 
@@ -31,19 +32,19 @@ class Noisy:
         import numpy as np
         from PIL import Image as Pillow
 
-        pixels = np.asarray(self.images.open(image).convert("RGB"), np.float32)
-        seed = int.from_bytes(hashlib.sha256(f"noise {image}".encode()).digest()[:8], "big")
+        pixels = np.asarray(self.images.open(_clean(image)).convert("RGB"), np.float32)
+        seed = int.from_bytes(hashlib.sha256(f"noise {_clean(image)}".encode()).digest()[:8], "big")
         noise = np.random.Generator(np.random.PCG64(seed)).standard_normal(pixels.shape, np.float32)
         return Pillow.fromarray((pixels + 255 * SIGMA[self.severity] * noise).round().clip(0, 255).astype(np.uint8))
 
     def stamp(self, image: str) -> str:
-        return f"{self.images.stamp(image)} noise {self.severity}"
+        return f"{self.images.stamp(_clean(image))} noise {self.severity}"
 
     def size(self, image: str) -> int:
-        return self.images.size(image)
+        return self.images.size(_clean(image))
 
     def content(self, image: str, start: int = 0, length: int | None = None) -> bytes:
-        return self.images.content(image, start, length)
+        return self.images.content(_clean(image), start, length)
 
 
 def read(location: Location, *, reader: str, severity: int = 3) -> Source:
@@ -59,5 +60,15 @@ def read(location: Location, *, reader: str, severity: int = 3) -> Source:
     """
     if severity not in SIGMA:
         raise UserError(f"data.reader.severity={severity}: give 1 to {max(SIGMA)}")
-    found: Source = locate(reader, "reader.reader")(location)
-    return replace(found, images=Noisy(found.images, severity), fingerprint=f"{found.fingerprint} noise {severity}")
+    found: Source = locate(reader, "data.reader.reader")(location)
+    train, val, test = (
+        tuple(replace(item, image=f"{PREFIX}{item.image}") for item in part)
+        for part in (found.train, found.val, found.test)
+    )
+    fingerprint = f"{found.fingerprint} noise {severity}"
+    images = Noisy(found.images, severity)
+    return replace(found, train=train, val=val, test=test, images=images, fingerprint=fingerprint)
+
+
+def _clean(image: str) -> str:
+    return image.removeprefix(PREFIX)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -53,7 +54,7 @@ def collect(sweep: Sweep) -> tuple[dict[Keys, Cell], list[Run]]:
     page, cells, unfinished = sweep.page, dict[Keys, Cell](), list[Run]()
     known: dict[str, Run] = {}
     for shown in sweep.runs:
-        run = known.setdefault(shown.folder, folders.read(sweep.path(shown)))
+        run = known.setdefault(shown.folder, _read(sweep.path(shown)))
         if run.result is None:
             unfinished.append(run)
             cells.setdefault(_sorted(shown.keys), Cell()).missing.append(shown.seed)
@@ -74,6 +75,10 @@ def collect(sweep: Sweep) -> tuple[dict[Keys, Cell], list[Run]]:
     if page.get("harmonic"):
         cells |= harmonic(cells)
     return cells, unfinished
+
+
+def _read(path: Path) -> Run:
+    return folders.read(path) if path.is_dir() else Run(path, "not run", "or it failed before it began")
 
 
 @dataclass(frozen=True)
