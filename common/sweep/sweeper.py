@@ -7,9 +7,11 @@ out, and one that fails stops only what needs it.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from common.sweep import plugin
 from common.sweep.plan import LATER, RUN, Point, Spec, expand
 from common.types import UserError
 
+LONGEST = 120  # characters of a sweep's folder
 # Values of the command line that leave a page the paper's: what no result depends on, and more or other seeds.
 HARMLESS = (*composition.NOT_IN_SIGNATURE, "seed", "protocol", "deepspeed", "rollout")
 
@@ -134,13 +137,11 @@ class PaperSweeper(Sweeper):
         """Write down what the page needs. Returns the sweep's folder, beside those of its runs."""
         assert self.config is not None
         name = self.config.hydra.job.config_name
-        given = {
-            key: ",".join(values)
-            for key, values in self.given(arguments, with_tiny=False).items()
-            if key.lstrip("+~").split(".")[0].split("/")[0] not in HARMLESS
-        }
-        words = "".join(f"-{value}" for value in (given.get("model"), given.get("data")) if value)
-        folder = Path(self.config.hydra.sweep.dir) / f"{name}{words.replace(',', '+').replace('/', '_')}"
+        said = {key: ",".join(values) for key, values in self.given(arguments, with_tiny=False).items()}
+        given = {key: text for key, text in said.items() if _head(key) not in HARMLESS}
+        folder = Path(self.config.hydra.sweep.dir) / folder_name(
+            name, {key: text for key, text in said.items() if _head(key) not in composition.NOT_IN_SIGNATURE}
+        )
         points.Sweep(name, self.page, given, self.shown).save(folder)
         return folder
 
@@ -214,6 +215,22 @@ class Composer:
             if key in overrides:
                 cfg[key] = int(overrides[key]) if overrides[key].isdecimal() else overrides[key]
         return cfg
+
+
+def folder_name(sweep: str, given: Mapping[str, str]) -> str:
+    """A sweep's folder: its name and what the command line changed of it, so that no other page is written over.
+
+    >>> folder_name("clsrl_table2", {"model": "tiny_qwen2_vl", "data": "digits,fashion", "seed": "1"})
+    'clsrl_table2-tiny_qwen2_vl-digits+fashion-seed1'
+    """
+    words = [text if key in ("model", "data") else f"{key}{text}" for key, text in given.items()]
+    name = re.sub(r"[^\w.+-]", "_", "-".join([sweep, *words]).replace(",", "+"))
+    return name if len(name) <= LONGEST else f"{name[:LONGEST]}-{sha256(name.encode()).hexdigest()[:6]}"
+
+
+def _head(key: str) -> str:
+    """The first part of an override's key."""
+    return key.lstrip("+~").split(".")[0].split("/")[0].split("@")[0]
 
 
 def _task(cfg: DictConfig) -> DictConfig:
