@@ -73,7 +73,7 @@ def dots(page: Page) -> Figure:
     by_panel = page.sweep.page.get("marks") == "panels"
     lines, series, parts = ("rows", "panels", "columns") if by_panel else ("columns", "rows", "panels")
     ticks, marked, names = page.axis(lines), page.axis(series), page.axis(parts)
-    figure, axes = panels(len(names), 0.8 + 0.24 * len(ticks), 1.3 * WIDTH, 3)
+    figure, axes = panels(len(names), 0.8 + len(ticks) * max(0.24, 0.1 * len(marked)), 1.3 * WIDTH, 3)
     for axis, part in zip(axes, names, strict=True):
         if axis is not axes[0]:
             axis.sharex(axes[0])

@@ -71,5 +71,8 @@ def legend(figure: Figure, axes: Sequence[Axes]) -> None:
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
+    wide = max(1, int(figure.get_figwidth() / 1.4))  # inches of an entry
     if found:
-        figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=min(5, len(found)), frameon=False)
+        figure.legend(
+            found.values(), found.keys(), loc="outside lower center", ncols=min(len(found), wide), frameon=False
+        )
