@@ -23,6 +23,7 @@ SWEEPS = sorted(path.stem for path in (REPOSITORY / "sweeps").glob("*.yaml"))
 TABLES = [f"alert_table{n}" for n in range(1, 7)] + [f"clsrl_table{n}" for n in range(1, 5)]
 FIGURES = [f"alert_fig{n}" for n in (3, 4, 5)] + [f"clsrl_fig{n}" for n in range(1, 6)]
 OWN = [name for name in SWEEPS if name not in ("alert_fig3", "alert_fig4")]  # these two have the rows of table 1
+MIXED = ("alert_table5", "clsrl_fig4", "clsrl_table1")  # needs, labels, panels
 PAPERS = REPOSITORY.parent / "shared" / "papers"
 papers = pytest.mark.skipif(not PAPERS.is_dir(), reason="the papers' numbers are not beside the checkout")
 
@@ -59,7 +60,9 @@ def test_every_table_and_figure_of_both_papers_has_a_sweep():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize(
+    "name", [name if name in MIXED else pytest.param(name, marks=pytest.mark.faults) for name in OWN]
+)
 def test_every_kind_of_point_composes_and_runs_after_what_it_needs(name):
     """On one dataset; `test_all_points_compose` takes them all."""
     data = "imagenet" if name in ("alert_table2",) else "dtd"
@@ -234,10 +237,25 @@ def test_averages_and_harmonic_means_of_the_published_numbers_recompute():
 KNOWN_WRONG = {}
 
 
+MINE = """
+defaults: [config, {override hydra/sweeper: paper}, _self_]
+hydra:
+  mode: MULTIRUN
+  sweeper:
+    params: {data: digits, seed: [1], clip: tiny}
+    points: [{method: [linear_probe, tip_adapter_f], shots: [1, 2]}]
+    page: {kind: shots, rows: [method], columns: [shots], published: alert_table1}
+"""
+
+
 def run(folder, *arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    sweeps = folder / "sweeps"
+    sweeps.mkdir(exist_ok=True)
+    (sweeps / "mine.yaml").write_text(MINE)
+    out = f"hydra.sweep.dir={folder / 'out'}"
     return subprocess.run(
-        [sys.executable, "run.py", "-cd", "sweeps", "-cn", *arguments, f"hydra.sweep.dir={folder}", "tracking=none"],
+        [sys.executable, "run.py", "-cd", str(sweeps), "-cn", "mine", out, "tracking=none", *arguments],
         cwd=REPOSITORY,
         env=environment,
         capture_output=True,
@@ -247,30 +265,20 @@ def run(folder, *arguments):
 
 
 @pytest.mark.slow
-def test_a_sweep_of_few_shot_learners_runs_goes_on_and_ends_in_its_page(tmp_path):
-    arguments = (
-        "alert_table1",
-        "model=tiny_gemma3",
-        "data=digits",
-        "seed=1",
-        "shots=1,2",
-        "method=linear_probe,nearest",
-    )
-    broken = run(tmp_path, *arguments)
-    assert broken.returncode == 1 and "nearest" in broken.stderr and not list(tmp_path.glob("*/metrics.json"))
-    arguments = (*arguments[:-1], "method=linear_probe,tip_adapter_f")
-    dry = run(tmp_path, *arguments, "dry=true")
-    assert dry.returncode == 0 and "4 of 4 runs to do" in dry.stdout and not list(tmp_path.iterdir())
-    first = run(tmp_path, *arguments)
+def test_a_sweep_of_ones_own_runs_goes_on_and_ends_in_its_page(tmp_path):
+    out = tmp_path / "out"
+    broken = run(tmp_path, "method=linear_probe,nearest")
+    assert broken.returncode == 1 and "nearest" in broken.stderr and not list(out.glob("*/metrics.json"))
+    dry = run(tmp_path, "dry=true")
+    assert dry.returncode == 0 and "4 of 4 runs to do" in dry.stdout and not list(out.glob("*/metrics.json"))
+    first = run(tmp_path)
     assert first.returncode == 0, first.stderr
-    (page,) = tmp_path.glob("alert_table1-*")
-    rows = list(csv.DictReader((page / "table.csv").open()))
+    rows = [row for row in csv.DictReader((out / "mine" / "table.csv").open()) if row["ours"]]
+    assert len(rows) == 4
     for row in rows:
-        if row["ours"]:
-            (folder,) = tmp_path.glob(f"{row['method']}-digits-*-s{row['shots']}-seed1*")
-            share = json.loads((folder / "metrics.json").read_text())["before"]["test"]
-            after = json.loads((folder / "metrics.json").read_text())["after"].get("test", share)
-            assert float(row["ours"]) == pytest.approx(100 * after["accuracy"], abs=1e-4)
-    assert sum(bool(row["ours"]) for row in rows) == 4
-    again = run(tmp_path, *arguments)
+        (folder,) = out.glob(f"{row['method']}-digits-*-s{row['shots']}-seed1*")
+        result = json.loads((folder / "metrics.json").read_text())
+        summary = (result["after"] or result["before"])["test"]
+        assert float(row["ours"]) == pytest.approx(100 * summary["accuracy"], abs=1e-4)
+    again = run(tmp_path)
     assert again.returncode == 0 and "4 points, 4 finished" in again.stdout
