@@ -26,8 +26,6 @@ from common.runtime import utf8
 from common.runtime.distributed import adopt_slurm, rank, world
 from common.runtime.interrupt import Interrupted
 from common.runtime.progress import is_shown, say
-from common.sweep import plugin
-from common.sweep.sweeper import PaperSweeper
 from common.types import UserError
 
 if TYPE_CHECKING:
@@ -35,7 +33,6 @@ if TYPE_CHECKING:
     from common.run.run_folder import RunFolder
 
 configuration.register()
-plugin.register(PaperSweeper)
 INTERRUPTED = 130  # exit code of a program that Ctrl-C has ended
 
 

@@ -192,8 +192,8 @@ class Made:
         return [prompt_of(self.name, self.model, int(prompt.image)) for prompt in prompts]
 
     def unexpanded(self, prompt: Any) -> Any:
-        """For engines of their own; this benchmark samples with the policy."""
-        raise NotImplementedError
+        """What engines of their own are asked with."""
+        raise NotImplementedError("this benchmark samples with the policy, which gets the encoded form")
 
     pictures = unexpanded
 

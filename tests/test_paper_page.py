@@ -69,6 +69,24 @@ def test_a_missing_seed_is_named_and_the_rest_is_quoted(sweep):
     assert any("sft-eurosat-2: not run" in line for line in tables.notes(found))
 
 
+def test_a_missing_seed_is_named_where_splits_are_columns_too(sweep):
+    spec = {"rows": ["method"], "columns": ["data", "measure"], "measures": ["accuracy"]}
+    folder = sweep([("sft", "eurosat", 1, share(15)), ("sft", "eurosat", 2, None), ("clsrl", "dtd", 1, None)], spec)
+    (one,) = page.build(folder).entries
+    assert (one.keys["measure"], one.seeds, one.missing) == ("accuracy", (1,), (2,))
+    assert [run.path.name for run in page.build(folder).unfinished] == ["sft-eurosat-2", "clsrl-dtd-1"]
+
+
+def test_averages_come_last_on_every_axis_and_names_that_end_like_them_do_not():
+    shown = [
+        page.Entry({"d": d, "s": s}, 1.0, None, None, (1,), 1, None, (), (), ())
+        for d in ("average", "ETH", "a")
+        for s in ("H", "base")
+    ]
+    found = page.Page(points.Sweep("x", {"rows": ["d"], "columns": ["s"]}, {}, []), shown, "")
+    assert found.axis("rows") == ["ETH", "a", "average"] and found.axis("columns") == ["base", "H"]
+
+
 def test_an_average_is_over_all_datasets_and_only_of_seeds_that_have_them(sweep):
     runs = [("sft", "eurosat", 1, share(10)), ("sft", "dtd", 1, share(16)), ("sft", "eurosat", 2, share(12))]
     runs.append(("sft", "dtd", 2, None))

@@ -101,3 +101,39 @@ def test_submitit_runs_three_jobs_on_this_machine(tmp_path):
     done = sweep(tmp_path, "hydra/launcher=submitit_local", "seed=1,2,3")
     assert done.returncode == 0, done.stderr[-3000:]
     assert results(tmp_path) == [1, 2, 3]
+
+
+@pytest.mark.faults
+def test_submitit_runs_a_sweep_of_the_papers_with_a_point_that_needs_another(tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        """
+defaults: [config, {override hydra/sweeper: paper}, {override hydra/launcher: submitit_local}, _self_]
+hydra:
+  mode: MULTIRUN
+  sweeper:
+    params: {data: digits, seed: [1, 2], shots: 2, clip: none, visual: pixels}
+    named: {first: {method: linear_probe}}
+    points: [{use: first}, {use: first, selection: paper, cache_dir: "{first}/cache"}]
+    page: {rows: [method], columns: [shots]}
+"""
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            "run.py",
+            "-cd",
+            str(tmp_path),
+            "-cn",
+            "mine",
+            f"hydra.sweep.dir={tmp_path / 'out'}",
+            "tracking=none",
+        ],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "out" / "mine" / "table.csv").is_file()
+    assert results(tmp_path / "out") == [1, 1, 2, 2]

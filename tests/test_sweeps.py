@@ -7,15 +7,18 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
+from hydra.core.utils import JobReturn, JobStatus
 
 from common.config import composition
-from common.report.paper import published
+from common.report.paper import page, pictures, published
+from common.report.paper.points import load as points_of
 from common.sweep import plugin
-from common.sweep.plan import Spec, expand
-from common.sweep.sweeper import PaperSweeper
+from common.sweep.plan import Point, Spec, expand
+from common.sweep.sweeper import Job, PaperSweeper
 from common.types import UserError
 from tests.conftest import REPOSITORY
 
@@ -50,7 +53,7 @@ def jobs(name, *arguments):
             config=cfg,
         )
         plugin.unregister(PaperSweeper)
-        return made.jobs(cfg.hydra.overrides.task), made
+        return (*made.jobs(cfg.hydra.overrides.task), made)
     finally:
         GlobalHydra.instance().clear()
 
@@ -66,23 +69,23 @@ def test_every_table_and_figure_of_both_papers_has_a_sweep():
 def test_every_kind_of_point_composes_and_runs_after_what_it_needs(name):
     """On one dataset; `test_all_points_compose` takes them all."""
     data = "imagenet" if name in ("alert_table2",) else "dtd"
-    found, sweeper = jobs(name, f"data={data}", "seed=1")
+    found, shown, sweeper = jobs(name, f"data={data}", "seed=1")
     folders = [job.folder for job in found]
     assert len(set(folders)) == len(folders), "no run twice"
     for job in found:
         assert all(folders.index(needed) < folders.index(job.folder) for needed in job.needs)
         assert "{" not in "".join(job.overrides.values())
-    assert sweeper.shown and all(shown.seed == 1 for shown in sweeper.shown)
-    assert {shown.folder for shown in sweeper.shown} <= {folder.name for folder in folders}
+    assert shown and all(each.seed == 1 for each in shown)
+    assert {each.folder for each in shown} <= {folder.name for folder in folders}
     page = sweeper.page
     own = {*page["rows"], *page["columns"], *page.get("panels", ()), *page.get("minus", ())} - {"split", "measure"}
-    assert all(shown.keys.keys() == own for shown in sweeper.shown), "every point has its place"
+    assert all(each.keys.keys() == own for each in shown), "every point has its place"
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("name", SWEEPS)
 def test_all_points_compose(name):
-    found, _ = jobs(name)
+    found, *_ = jobs(name)
     assert len({job.folder for job in found}) == len(found) > 0
 
 
@@ -90,21 +93,21 @@ def test_all_points_compose(name):
 @pytest.mark.parametrize("name", OWN)
 def test_in_miniature_by_two_overrides(name):
     model = "tiny_gemma3" if name.startswith("alert") else "tiny_qwen2_vl"
-    found, _ = jobs(name, f"model={model}", "data=digits", "seed=1")
+    found, *_ = jobs(name, f"model={model}", "data=digits", "seed=1")
     assert {job.values["data"]["name"] for job in found} == {"digits"}
     assert {job.values["model"]["name"] for job in found} <= {model, "features"}
     assert {job.values["clip"]["name"] for job in found if job.values["model"]["name"] == "features"} <= {"tiny"}
 
 
 def test_trainings_are_shared():
-    found, _ = jobs("alert_table5", "model=tiny_gemma3", "data=digits", "seed=1")
+    found, *_ = jobs("alert_table5", "model=tiny_gemma3", "data=digits", "seed=1")
     methods = [job.values["method"]["name"] for job in found]
     assert methods == ["cafo", "alert", "alert_zeroshot", "alert_zeroshot", "alert_zeroshot"]
     trained = found[1]
     for job in found[2:]:
         assert job.values["model"]["path"] == f"{trained.folder}/model"
         assert job.values["method"]["bank"] == f"{trained.folder}/model/embeddings"
-    one, _ = jobs("alert_table1", "model=tiny_gemma3", "data=digits", "seed=1", "shots=16")
+    one, *_ = jobs("alert_table1", "model=tiny_gemma3", "data=digits", "seed=1", "shots=16")
     assert {job.folder for job in found[:2]} <= {job.folder for job in one}, "tables share runs, by their names"
 
 
@@ -128,6 +131,98 @@ def test_a_needed_point_has_the_same_data_shots_and_seed():
             key: point.overrides[key] for key in ("data", "shots", "seed")
         }
     assert {point.depth for point in points} == {1}
+
+
+def test_a_needed_point_has_what_its_own_point_has_of_the_command_line():
+    named = {"a": {"method": "alert"}, "b": {"method": "sft", "f": "{a}"}}
+    points = expand(Spec({}, named, [{"use": "b", "g": "{b}"}]), {"model": ["small", "large"], "x": ["1", "2"]})
+    for point in points:
+        for needed in (point.needs["b"], point.needs["b"].needs["a"], point.needs["a"]):
+            assert (needed.overrides["model"], needed.overrides["x"]) == (
+                point.overrides["model"],
+                point.overrides["x"],
+            )
+    assert len({(p.overrides["model"], p.overrides["x"]) for p in points}) == 4
+
+
+def test_a_method_on_the_command_line_chooses_points_and_those_that_they_need():
+    named = {"draft": {"method": "cafo"}}
+    spec = Spec({}, named, [{"method": ["sft", "clsrl"]}, {"method": "alert", "f": "{draft}"}])
+    (point,) = expand(spec, {"method": ["alert"]})
+    assert point.overrides == {"method": "alert", "f": "{draft}"} and point.needs["draft"].overrides["method"] == "cafo"
+    with pytest.raises(UserError, match="method=cafo: the sweep has no such points; it has sft, clsrl, alert"):
+        expand(spec, {"method": ["sft", "cafo"]})
+
+
+def test_a_point_without_shots_does_not_keep_those_of_the_point_before():
+    _, _, made = jobs("clsrl_table2", "data=digits", "model=tiny_qwen2_vl", "seed=1", "method=zeroshot")
+    made.spec = Spec({"data": "digits"}, {}, [{"method": "zeroshot", "shots": 8, "seed": 3}, {"method": "zeroshot"}])
+    found, shown = made.jobs([])
+    assert [(job.values["shots"], job.values["seed"]) for job in found] == [(8, 3), (16, 1)]
+    assert ["-s8-seed3" in shown[0].folder, "-s16-seed1" in shown[1].folder] == [True, True]
+
+
+class Launcher:
+    """Notes what it is given; what is called `broken` fails."""
+
+    def __init__(self):
+        self.waves = []
+
+    def launch(self, batch, initial_job_idx):
+        self.waves.append((initial_job_idx, [overrides[0] for overrides in batch]))
+        return [JobReturn(status=JobStatus.FAILED if "broken" in o[0] else JobStatus.COMPLETED) for o in batch]
+
+
+def made_job(name, *needs, depth=0):
+    point = Point({}, needs={str(n): Point({}) for n in range(depth)})
+    return Job(point, Path(name), {"label": name}, {}, tuple(map(Path, needs)))
+
+
+def test_waves_run_one_behind_the_other_and_a_failure_stops_only_what_needs_it(capsys):
+    _, _, made = jobs("clsrl_fig1", "data=digits", "model=tiny_qwen2_vl", "seed=1")
+    made.launcher = Launcher()
+    points = [made_job("old"), made_job("broken"), made_job("fine")]
+    points += [made_job("one", "broken", depth=1), made_job("two", "fine", depth=1), made_job("three", "old", depth=1)]
+    returns = made.run(points, {Path("old")})
+    assert made.launcher.waves == [(0, ["label=broken", "label=fine"]), (2, ["label=two", "label=three"])]
+    assert [each.status for each in returns].count(JobStatus.FAILED) == 1
+    assert capsys.readouterr().err == "one: left out, since broken has no result\n"
+
+
+def test_what_leaves_a_page_the_papers(tmp_path):
+    _, shown, made = jobs("clsrl_table2", "data=digits", "model=tiny_qwen2_vl", "seed=1", "method=sft")
+    made.config.hydra.sweep.dir = str(tmp_path)
+    same = [
+        "seed=1,2",
+        "protocol=official",
+        "rollout=vllm",
+        "deepspeed=zero3",
+        "gpus=2",
+        "data.root=/x",
+        "tracking=none",
+    ]
+    folder = made.describe(shown, same)
+    assert points_of(folder).given == {}
+    assert folder.name == "clsrl_table2-seed1+2-protocolofficial-rolloutvllm-deepspeedzero3"
+    other = ["rollout.temperature=0.5", "data=dtd", "trainer.updates=3", "protocol.sampler=clsrl"]
+    assert list(points_of(made.describe(shown, other)).given) == [each.partition("=")[0] for each in other]
+
+
+def test_a_page_that_cannot_be_laid_out_is_refused_before_its_runs():
+    good = {"rows": ["method"], "columns": ["data"], "published": "clsrl_table2"}
+    page.check(good)
+    for wrong, expected in (
+        ({"rows": []}, "page.rows is missing"),
+        ({"columns": "data"}, "page.columns=data must be a list"),
+        ({"kind": "tabel"}, "hydra.sweeper.page.kind"),
+        ({"measures": ["minutes"]}, "hydra.sweeper.page.measures"),
+        ({"curves": ["loss"]}, "hydra.sweeper.page.curves"),
+        ({"kind": "training"}, "needs curves"),
+        ({"published": "table9"}, "published=table9: there is no"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            page.check(good | wrong)
+    assert {*pictures.PAINTERS, "examples"} == set(page.KINDS)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +301,7 @@ def test_published_numbers_are_the_papers():
 
 
 def test_averages_and_harmonic_means_of_the_published_numbers_recompute():
-    """Within the rounding of the printed values; a printed average that its own row contradicts is named here."""
+    """Within the rounding of the printed values."""
 
     def rows(name, key, average="average"):
         found = {}
@@ -231,10 +326,7 @@ def test_averages_and_harmonic_means_of_the_published_numbers_recompute():
                 wrong[name, keys] = (printed, round(mean, 3))
     for keys, (printed, (base, new)) in rows("clsrl_table1", "split", "H").items():
         assert abs(2 * base * new / (base + new) - printed) <= 0.011, keys
-    assert wrong == KNOWN_WRONG
-
-
-KNOWN_WRONG = {}
+    assert wrong == {}
 
 
 MINE = """
@@ -268,9 +360,10 @@ def run(folder, *arguments):
 def test_a_sweep_of_ones_own_runs_goes_on_and_ends_in_its_page(tmp_path):
     out = tmp_path / "out"
     broken = run(tmp_path, "method=linear_probe,nearest")
-    assert broken.returncode == 1 and "nearest" in broken.stderr and not list(out.glob("*/metrics.json"))
+    assert broken.returncode == 1 and not out.exists()
+    assert "method=nearest: the sweep has no such points; it has linear_probe, tip_adapter_f" in broken.stderr
     dry = run(tmp_path, "dry=true")
-    assert dry.returncode == 0 and "4 of 4 runs to do" in dry.stdout and not list(out.glob("*/metrics.json"))
+    assert dry.returncode == 0 and "4 of 4 runs to do" in dry.stdout and not out.exists()
     first = run(tmp_path)
     assert first.returncode == 0, first.stderr
     rows = [row for row in csv.DictReader((out / "mine" / "table.csv").open()) if row["ours"]]

@@ -27,13 +27,16 @@ def main(arguments: list[str] | None = None) -> int:
     table.add_argument("folders", nargs="+", type=Path)
     table.add_argument("--format", choices=compare.FORMATS, default="rich")
     table.add_argument("--against", metavar="NAME", help="a row's name or a part of it: differences on the same images")
+    table.set_defaults(run_it=_compare)
     paper = commands.add_parser("paper", help="a table or figure of a paper: ours, published, verdict")
     paper.add_argument("sweep", type=Path, help="outputs/<sweep>")
+    paper.set_defaults(run_it=_paper)
     audit = commands.add_parser("audit", help="attack a run's own rewards with its class names")
     audit.add_argument("run", type=Path)
+    audit.set_defaults(run_it=_audit)
     chosen = parser.parse_args(arguments)
     try:
-        return globals()[f"_{chosen.command}"](chosen)
+        return int(chosen.run_it(chosen))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -61,13 +61,15 @@ def gpu_hours(values: Mapping[str, Any], cost: Mapping[str, Any]) -> float | Non
     images = counts.get("train", 0) if shots == "all" else counts["classes"] * shots
     if values["setting"]["name"] == "base_to_new":
         images = ceil(images / 2)
-    trainer = values["trainer"]
-    seconds = images * trainer.get("epochs", 0) * cost["train"].get(method, 0.0)
-    tested = counts["test"] + sum(
-        one["published"].get("test", 0)
-        for one in values["setting"]["targets"].values()
-        if one["name"] != values["data"]["name"]
-    )
+    trainer, setting = values["trainer"], values["setting"]
+    seen = images * trainer.get("epochs", 0)
+    if trainer.get("updates"):
+        seen = trainer["updates"] * trainer["prompts_per_update"]
+    seconds = seen * cost["train"].get(method, 0.0)
+    targets = setting["targets"]
+    chosen = targets if setting.get("test_on") is None else setting["test_on"]
+    others = [targets[name] for name in chosen if name != values["data"]["name"]]
+    tested = counts["test"] + sum(one["published"].get("test", 0) for one in others)
     times = 2 if seconds else 1  # before and after
     return (seconds + times * tested * cost["test"][method]) / 3600
 

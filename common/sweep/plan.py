@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,10 +59,10 @@ def expand(spec: Spec, given: Mapping[str, Sequence[str]]) -> list[Point]:
 
     Args:
         spec: The YAML.
-        given: Values of the command line by key; they replace those of every point.
+        given: Values of the command line by key. They replace those of every point; `method` chooses among the points.
 
     Raises:
-        UserError: A name is not known, or a point needs itself.
+        UserError: A name is not known, a point needs itself, or there is none of a method.
 
     >>> spec = Spec({"seed": [1, 2]}, {"a": {"method": "sft"}}, [{"use": "a", "shots": 4}, {"model.path": "{a}/model"}])
     >>> [point.overrides for point in expand(spec, {"data": ["dtd"], "seed": ["3"]})][0]
@@ -71,7 +71,14 @@ def expand(spec: Spec, given: Mapping[str, Sequence[str]]) -> list[Point]:
     >>> last.overrides, last.needs["a"].overrides
     ({'model.path': '{a}/model', 'data': 'dtd', 'seed': '2'}, {'seed': '2', 'method': 'sft', 'data': 'dtd'})
     """
-    return [point for row in spec.points for point in _of_row(spec, row, given)]
+    values = {key: texts for key, texts in given.items() if key != "method"}
+    points = [point for row in spec.points for point in _of_row(spec, row, values)]
+    if "method" not in given:
+        return points
+    methods = dict.fromkeys(point.overrides.get("method", "") for point in points)
+    if unknown := [method for method in given["method"] if method not in methods]:
+        raise UserError(f"method={unknown[0]}: the sweep has no such points; it has {', '.join(methods)}")
+    return [point for point in points if point.overrides.get("method") in given["method"]]
 
 
 def _of_row(spec: Spec, row: Mapping[str, Any], given: Mapping[str, Sequence[str]]) -> list[Point]:
@@ -100,17 +107,16 @@ def _named(spec: Spec, name: str) -> Mapping[str, Any]:
 
 
 def _needs(
-    spec: Spec, overrides: Mapping[str, str], given: Mapping[str, Sequence[str]], below: tuple[str, ...]
+    spec: Spec, overrides: Mapping[str, str], given: Collection[str], below: tuple[str, ...]
 ) -> dict[str, Point]:
-    """The points whose folders stand in the values; the command line's values hold for them as well."""
+    """The points whose folders stand in the values; what a point has of the command line holds for them as well."""
     needs = {}
     for name in dict.fromkeys(found for value in overrides.values() for found in RUN.findall(value)):
         if name in below:
             raise UserError(f"the sweep's point {name!r} needs itself: {' -> '.join([*below, name])}")
         values = {**spec.params, **_named(spec, name)}
         single = {str(key): _choices(value)[0] for key, value in values.items() if key not in PRIVATE}
-        single |= {key: value for key, value in overrides.items() if key in DRAW}
-        single |= {key: each[0] for key, each in given.items() if key not in DRAW}
+        single |= {key: value for key, value in overrides.items() if key in DRAW or key in given}
         needs[name] = Point(single, {}, _needs(spec, single, given, (*below, name)))
     return needs
 

@@ -1,6 +1,6 @@
 """Where Hydra finds the sweeper. It takes plugins from the namespace package `hydra_plugins` alone, which only an
-installed distribution has on disk. So the name is given in memory, and taken away again once Hydra has made its
-object: a launcher that pickles Hydra's state for a cluster would look for it in vain there.
+installed distribution has on disk. So the name is given in memory, when a multirun asks for it, and taken away again
+once Hydra has made its object: a launcher that pickles Hydra's state for a cluster would look for it in vain there.
 """
 
 from __future__ import annotations
@@ -30,6 +30,6 @@ def register(sweeper: type[Sweeper]) -> None:
 def unregister(sweeper: type[Sweeper]) -> None:
     """Take the name away."""
     plugins = Plugins.instance()
-    plugins.class_name_to_class.pop(f"{MODULE}.{sweeper.__name__}", None)
+    del plugins.class_name_to_class[f"{MODULE}.{sweeper.__name__}"]
     plugins.plugin_type_to_subclass_list[Sweeper].remove(sweeper)
-    sys.modules.pop(MODULE, None)
+    del sys.modules[MODULE]

@@ -26,14 +26,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from common.config import composition
 from common.config.command_line import literal
-from common.report.paper import points
-from common.sweep import plugin
+from common.report.paper import page, points
+from common.run.run_folder import RunFolder
+from common.sweep import dry, plugin
 from common.sweep.plan import LATER, RUN, Point, Spec, expand
 from common.types import UserError
 
 LONGEST = 120  # characters of a sweep's folder
-# Values of the command line that leave a page the paper's: what no result depends on, and more or other seeds.
-HARMLESS = (*composition.NOT_IN_SIGNATURE, "seed", "protocol", "deepspeed", "rollout")
+STILL_THE_PAPERS = ("seed", "protocol", "rollout", "deepspeed")  # another choice of these is still the paper's table
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,6 @@ class Job:
         Raises:
             UserError: It holds that of another.
         """
-        from common.run.run_folder import RunFolder  # numpy; every command makes the sweeper's class
-
         return RunFolder(self.folder).finished_result(self.values) is not None
 
 
@@ -70,7 +68,6 @@ class PaperSweeper(Sweeper):
         self.config: DictConfig | None = None
         self.hydra_context: HydraContext | None = None
         self.launcher: Launcher | None = None
-        self.shown: list[points.Shown] = []
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.config, self.hydra_context = config, hydra_context
@@ -82,14 +79,13 @@ class PaperSweeper(Sweeper):
         """Run what is not finished, wave by wave, and lay out the page."""
         assert self.config is not None and self.hydra_context is not None
         plugin.unregister(PaperSweeper)
-        jobs = self.jobs(arguments)
+        page.check(self.page)
+        jobs, shown = self.jobs(arguments)
         finished = {job.folder for job in jobs if job.finished}
         if self.config.dry:
-            from common.sweep import dry
-
             dry.show([(job.folder.name, job.values, job.folder in finished) for job in jobs], self.cost)
             return None
-        folder = self.describe(arguments)
+        folder = self.describe(shown, arguments)
         print(f"{folder}: {len(jobs)} points, {len(finished)} finished")
         returns = self.run(jobs, finished)
         from common.report.paper import writing  # matplotlib, a second
@@ -99,8 +95,8 @@ class PaperSweeper(Sweeper):
             _ = each.return_value  # raises the first failure
         return [returns]
 
-    def jobs(self, arguments: Sequence[str]) -> list[Job]:
-        """The points with their folders, each once, those first that others need.
+    def jobs(self, arguments: Sequence[str]) -> tuple[list[Job], list[points.Shown]]:
+        """The points with their folders, each once, those first that others need; and where the page shows them.
 
         Raises:
             UserError: A point is no valid run.
@@ -108,15 +104,13 @@ class PaperSweeper(Sweeper):
         assert self.config is not None and self.hydra_context is not None
         composer = Composer(self.hydra_context.config_loader, self.config)
         found: dict[Path, Job] = {}
-        self.shown = []
+        shown = []
         for point in expand(self.spec, self.given(arguments)):
             jobs = composer.jobs(point)
             for job in jobs:
                 found.setdefault(job.folder, job)
-            self.shown.append(
-                points.Shown(jobs[-1].folder.name, int(jobs[-1].values["seed"]), keys(jobs[-1], self.page))
-            )
-        return sorted(found.values(), key=lambda job: job.point.depth)
+            shown.append(points.Shown(jobs[-1].folder.name, int(jobs[-1].values["seed"]), keys(jobs[-1], self.page)))
+        return sorted(found.values(), key=lambda job: job.point.depth), shown
 
     def given(self, arguments: Sequence[str], with_tiny: bool = True) -> dict[str, list[str]]:
         """Values of the command line by key, and what a tiny model brings with it."""
@@ -133,16 +127,15 @@ class PaperSweeper(Sweeper):
         tiny = with_tiny and any(name.startswith("tiny_") for name in values.get("model", ()))
         return {**({key: [str(value)] for key, value in self.tiny.items()} if tiny else {}), **values}
 
-    def describe(self, arguments: Sequence[str]) -> Path:
+    def describe(self, shown: list[points.Shown], arguments: Sequence[str]) -> Path:
         """Write down what the page needs. Returns the sweep's folder, beside those of its runs."""
         assert self.config is not None
         name = self.config.hydra.job.config_name
         said = {key: ",".join(values) for key, values in self.given(arguments, with_tiny=False).items()}
-        given = {key: text for key, text in said.items() if _head(key) not in HARMLESS}
-        folder = Path(self.config.hydra.sweep.dir) / folder_name(
-            name, {key: text for key, text in said.items() if _head(key) not in composition.NOT_IN_SIGNATURE}
-        )
-        points.Sweep(name, self.page, given, self.shown).save(folder)
+        said = {key: text for key, text in said.items() if decides(key)}
+        given = {key: text for key, text in said.items() if key not in STILL_THE_PAPERS}
+        folder = Path(self.config.hydra.sweep.dir) / folder_name(name, said)
+        points.Sweep(name, self.page, given, shown).save(folder)
         return folder
 
     def run(self, jobs: Sequence[Job], finished: set[Path]) -> list[JobReturn]:
@@ -201,9 +194,10 @@ class Composer:
         Raises:
             UserError: It is not valid.
         """
-        fixed = tuple((key, value) for key, value in overrides.items() if key not in LATER)
+        # by which of the others there are, too: one that is not set must not keep the value of the point before
+        fixed = tuple((key, "" if key in LATER else value) for key, value in overrides.items())
         if fixed not in self.composed:
-            texts = literal([f"{key}={value}" for key, value in fixed])
+            texts = literal([f"{key}={value}" for key, value in overrides.items()])
             cfg = self.loader.load_sweep_config(self.master, texts)
             try:
                 composition.validate(_task(cfg))
@@ -228,9 +222,15 @@ def folder_name(sweep: str, given: Mapping[str, str]) -> str:
     return name if len(name) <= LONGEST else f"{name[:LONGEST]}-{sha256(name.encode()).hexdigest()[:6]}"
 
 
-def _head(key: str) -> str:
-    """The first part of an override's key."""
-    return key.lstrip("+~").split(".")[0].split("/")[0].split("@")[0]
+def decides(key: str) -> bool:
+    """Whether a result depends on an override's key.
+
+    >>> [decides(key) for key in ("gpus", "tracking.mode", "data.root", "data", "rollout.temperature")]
+    [False, False, False, True, True]
+    """
+    first, *rest = key.lstrip("+~").split("@")[0].replace("/", ".").split(".")
+    of_data = first == "data" and bool(rest) and rest[0] in composition.NOT_IN_SIGNATURE_OF_DATA
+    return first not in composition.NOT_IN_SIGNATURE and not of_data
 
 
 def _task(cfg: DictConfig) -> DictConfig:

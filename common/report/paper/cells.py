@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, harmonic_mean
 from typing import Any
 
 from common.evaluation.summary import Summary
@@ -22,7 +22,8 @@ from common.run.run_folder import RunFolder
 
 Keys = tuple[tuple[str, str], ...]  # sorted by key
 AVERAGE, HARMONIC = "average", "H"
-NO_TRAINING = ("data", "model", "evaluation before", "evaluation after", "saving", "total")
+BY_RESULT = {"split", "measure"}  # keys that a run has only once it has a result
+NO_TRAINING = ("data", "model", "evaluation before", "evaluation after", "saving")
 
 
 @dataclass
@@ -51,30 +52,35 @@ class Cell:
 
 def collect(sweep: Sweep) -> tuple[dict[Keys, Cell], list[Run]]:
     """All cells by their keys, and the runs without a result."""
-    page, cells, unfinished = sweep.page, dict[Keys, Cell](), list[Run]()
-    known: dict[str, Run] = {}
-    for shown in sweep.runs:
-        run = known.setdefault(shown.folder, _read(sweep.path(shown)))
-        if run.result is None:
-            unfinished.append(run)
-            cells.setdefault(_sorted(shown.keys), Cell()).missing.append(shown.seed)
-            continue
-        for extra, number in numbers(run, run.result, page):
-            cell = cells.setdefault(_sorted({**shown.keys, **extra}), Cell())
-            cell.values[shown.seed] = number.value
-            cell.images, cell.combine = number.images, number.combine
-            cell.interval = number.interval
-            cell.note(Cell(marks=number.marks, reasons=number.reasons))
-    if len({tuple(sorted(dict(keys))) for keys in cells}) > 1:  # of runs without a result the splits are not known
-        full = max(len(keys) for keys in cells)
-        cells = {keys: cell for keys, cell in cells.items() if len(keys) == full}
+    page, cells, unfinished = sweep.page, dict[Keys, Cell](), dict[str, Run]()
+    for folder in dict.fromkeys(shown.folder for shown in sweep.runs):
+        run = _read(sweep.folder.parent / folder)
+        for shown in (each for each in sweep.runs if each.folder == folder):
+            if run.result is None:
+                unfinished[folder] = run
+                continue
+            for extra, number in numbers(run, run.result, page):
+                cell = cells.setdefault(_sorted({**shown.keys, **extra}), Cell())
+                cell.values[shown.seed] = number.value
+                cell.images, cell.combine, cell.interval = number.images, number.combine, number.interval
+                cell.note(Cell(marks=number.marks, reasons=number.reasons))
+    for shown in (each for each in sweep.runs if each.folder in unfinished):
+        of_it = [cell for keys, cell in cells.items() if shown.keys.items() <= dict(keys).items()]
+        if not of_it and not BY_RESULT & {*_axes(page)}:
+            of_it = [cells.setdefault(_sorted(shown.keys), Cell())]
+        for cell in of_it:
+            cell.note(Cell(missing=[shown.seed]))
     if minus := page.get("minus"):
         cells = subtract(cells, minus)
     if key := page.get("average"):
         cells |= averages(cells, key)
     if page.get("harmonic"):
         cells |= harmonic(cells)
-    return cells, unfinished
+    return cells, list(unfinished.values())
+
+
+def _axes(page: Mapping[str, Any]) -> list[str]:
+    return [key for part in ("rows", "columns", "panels") for key in page.get(part, ())]
 
 
 def _read(path: Path) -> Run:
@@ -95,7 +101,7 @@ class Number:
 
 def numbers(run: Run, result: Result, page: Mapping[str, Any]) -> Iterator[tuple[dict[str, str], Number]]:
     """What a run gives to a page, each with the keys that the run itself does not have: its split, what is measured."""
-    by_split = any("split" in page.get(part, ()) for part in ("rows", "columns", "panels"))
+    by_split = "split" in _axes(page)
     for split, summary in result.final.items():
         if split == "val" or (not by_split and split != "test"):
             continue
@@ -131,7 +137,7 @@ def _reasons(run: Run, result: Result, split: str, summary: Summary) -> list[str
     targets = {one["name"]: one for one in run.values["setting"]["targets"].values()}
     data = run.values["data"] if split == "test" else targets.get(split)
     published = (data or {}).get("published", {}).get("test")
-    if published and published != summary.n and "of the slice" not in str(data):
+    if published and published != summary.n:
         reasons.append(f"{summary.n} of {published} test images")
     return reasons
 
@@ -139,7 +145,7 @@ def _reasons(run: Run, result: Result, split: str, summary: Summary) -> list[str
 def _train_minutes(run: Run, result: Result, split: str, summary: Summary) -> Iterator[Number]:
     seconds = result.train.get("seconds", {})
     if result.after and "total" in seconds:
-        yield Number((seconds["total"] - sum(seconds.get(phase, 0.0) for phase in NO_TRAINING[:-1])) / 60)
+        yield Number((seconds["total"] - sum(seconds.get(phase, 0.0) for phase in NO_TRAINING)) / 60)
 
 
 def _inference_minutes(run: Run, result: Result, split: str, summary: Summary) -> Iterator[Number]:
@@ -231,19 +237,11 @@ def harmonic(cells: Mapping[Keys, Cell]) -> dict[Keys, Cell]:
             continue
         new = cells.get(_sorted({**named, "split": "new"}), Cell())
         both = [seed for seed in base.values if seed in new.values]
-        cell = Cell({seed: harmonic_mean(base.values[seed], new.values[seed]) for seed in both})
+        cell = Cell({seed: harmonic_mean([base.values[seed], new.values[seed]]) for seed in both})
         cell.note(base)
         cell.note(new)
         found[_sorted({**named, "split": HARMONIC})] = cell
     return found
-
-
-def harmonic_mean(one: float, other: float) -> float:
-    """
-    >>> round(harmonic_mean(81.17, 79.15), 2)
-    80.15
-    """
-    return 2 * one * other / (one + other) if one + other else 0.0
 
 
 def _sorted(keys: Mapping[str, str]) -> Keys:

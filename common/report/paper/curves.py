@@ -9,16 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from common.report.figures import literal_text, smooth
-from common.report.paper.page import Page
+from common.report.paper.page import CURVES, Page
 from common.report.paper.style import WIDTH, legend, note, panels, style
 from common.run.run_folder import RunFolder
-
-CURVES = {
-    "accuracy_reward": (("rewards/accuracy/mean", "rewards/equality/mean"), "accuracy reward"),  # No-Thinking: equality
-    "format_reward": (("rewards/format/mean",), "format reward"),
-    "length": (("completions/mean_length",), "tokens of a completion"),
-    "test_accuracy": ((), "accuracy (%)"),  # every eval/<split>/accuracy: the first
-}
 
 
 @literal_text
@@ -42,11 +35,7 @@ def series(page: Page, row: str, panel: str, curve: str) -> list[dict[int, float
     """Of every seed: the value of a curve by update."""
     found = []
     for shown in page.sweep.runs:
-        places = [
-            " · ".join(shown.keys[key] for key in page.sweep.page.get(part, ()) if key in shown.keys)
-            for part in ("rows", "panels")
-        ]
-        if places != [row, panel]:
+        if [page.place(shown.keys, part) for part in ("rows", "panels")] != [row, panel]:
             continue
         keys, values = CURVES[curve][0], dict[int, float]()
         for line in RunFolder(page.sweep.path(shown)).read_log("metrics.jsonl"):

@@ -17,19 +17,31 @@ A page, in a sweep's YAML:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
+from common.config.checks import one_of
 from common.report.folders import Run
 from common.report.groups import mean_std, t_interval
 from common.report.paper import cells as numbers
 from common.report.paper import points, published
 from common.report.paper.cells import AVERAGE, HARMONIC, Cell, Keys
+from common.types import UserError
 
 SYMBOLS = "†‡§¶"
-LAST = (AVERAGE, HARMONIC)
+SEPARATOR = " · "
+# Names in metrics.jsonl, of which the first that is there counts, and the axis. test_accuracy: eval/<split>/accuracy.
+CURVES: dict[str, tuple[tuple[str, ...], str]] = {
+    "accuracy_reward": (("rewards/accuracy/mean", "rewards/equality/mean"), "accuracy reward"),  # No-Thinking: equality
+    "format_reward": (("rewards/format/mean",), "format reward"),
+    "length": (("completions/mean_length",), "tokens of a completion"),
+    "test_accuracy": ((), "accuracy (%)"),
+}
+LAST = (HARMONIC, AVERAGE)  # places of an axis, the very last one behind
+KINDS = ("table", "shots", "bars", "gain", "training", "examples")  # examples: no page shows replies yet
 
 
 @dataclass(frozen=True)
@@ -86,24 +98,46 @@ class Page:
 
     def axis(self, part: str) -> list[str]:
         """The values of rows, columns or panels, averages last."""
-        found = list(dict.fromkeys(self.place(entry, part) for entry in self.entries))
-        return sorted(found, key=lambda text: [*map(text.endswith, LAST)] if part != "rows" else [text == AVERAGE])
+        found = dict.fromkeys(self.place(entry.keys, part) for entry in self.entries)
+        return sorted(found, key=lambda text: [text.split(SEPARATOR)[-1] == last for last in LAST])
 
-    def place(self, entry: Entry, part: str) -> str:
-        """Where an entry stands on an axis."""
-        return " · ".join(entry.keys[key] for key in self.sweep.page.get(part, ()) if key in entry.keys)
+    def place(self, keys: Mapping[str, str], part: str) -> str:
+        """Where something with these keys stands on an axis."""
+        return SEPARATOR.join(keys[key] for key in self.sweep.page.get(part, ()) if key in keys)
 
     def at(self, *, rows: str, columns: str, panels: str) -> Entry | None:
         """The entry of a place."""
         wanted = {"rows": rows, "columns": columns, "panels": panels}
-        fits = (e for e in self.entries if all(self.place(e, part) == text for part, text in wanted.items()))
+        fits = (e for e in self.entries if all(self.place(e.keys, part) == text for part, text in wanted.items()))
         return next(fits, None)
 
     @property
     def marks(self) -> dict[str, str]:
         """A symbol for everything that a reader must know of some entries."""
         texts = dict.fromkeys(mark for entry in self.entries for mark in entry.marks)
-        return {text: SYMBOLS[min(number, len(SYMBOLS) - 1)] for number, text in enumerate(texts)}
+        return {text: SYMBOLS[n % len(SYMBOLS)] * (1 + n // len(SYMBOLS)) for n, text in enumerate(texts)}
+
+
+def check(page: Mapping[str, Any]) -> None:
+    """Refuse a page that could not be laid out, before its runs are made.
+
+    Raises:
+        UserError: With the key at fault.
+    """
+    if not page.get("rows"):
+        raise UserError("hydra.sweeper.page.rows is missing: name the keys of its rows, such as [method]")
+    for part in ("rows", "columns", "panels", "measures", "curves"):
+        if not isinstance(page.get(part, []), list):
+            raise UserError(f"hydra.sweeper.page.{part}={page[part]} must be a list")
+    one_of("hydra.sweeper.page.kind", page.get("kind", "table"), KINDS)
+    for measure in page.get("measures", ()):
+        one_of("hydra.sweeper.page.measures", measure, (*numbers.MEASURES,))
+    for curve in page.get("curves", ()):
+        one_of("hydra.sweeper.page.curves", curve, (*CURVES,))
+    if page.get("kind") == "training" and not page.get("curves"):
+        raise UserError(f"hydra.sweeper.page.kind=training needs curves: some of {', '.join(CURVES)}")
+    if page.get("published"):
+        published.load(page["published"])
 
 
 def build(folder: Path) -> Page:
@@ -116,16 +150,17 @@ def build(folder: Path) -> Page:
     known = published.load(sweep.page["published"]) if sweep.page.get("published") else published.Published("", {})
     found, unfinished = numbers.collect(sweep)
     changed = [f"{key}={value}" for key, value in sweep.given.items()]
-    if key := sweep.page.get("average"):
-        averaged = {dict(keys)[key] for keys in found}
-        whole = {dict(keys).get(key) for keys in known.numbers} <= averaged
-        if not whole:  # the paper's average is over other datasets
-            known.numbers = {k: number for k, number in known.numbers.items() if dict(k).get(key) != AVERAGE}
-    order = list(found)
-    if not changed:
-        order += [keys for keys in known.numbers if keys not in found]
-    entries = [_entry(keys, found.get(keys, Cell()), known.numbers.get(keys), changed) for keys in order]
+    theirs = _of_the_same_average(known.numbers, found, sweep.page.get("average"))
+    order = [*found, *([] if changed else (keys for keys in theirs if keys not in found))]
+    entries = [_entry(keys, found.get(keys, Cell()), theirs.get(keys), changed) for keys in order]
     return Page(sweep, entries, known.source, unfinished)
+
+
+def _of_the_same_average(theirs: Mapping[Keys, float], ours: Collection[Keys], key: str | None) -> Mapping[Keys, float]:
+    """Published numbers, without averages over other values of `key` than ours."""
+    if key is None or {dict(keys).get(key) for keys in theirs} <= {dict(keys).get(key) for keys in ours}:
+        return theirs
+    return {keys: number for keys, number in theirs.items() if dict(keys).get(key) != AVERAGE}
 
 
 def _entry(keys: Keys, cell: Cell, known: float | None, changed: Sequence[str]) -> Entry:

@@ -20,9 +20,10 @@ from common.run.safe import result_is_safe
 
 def draw(page: Page, folder: Path) -> None:
     """Draw what the page's kind says. A picture that fails costs a warning, never the tables."""
-    painter = KINDS.get(page.sweep.page.get("kind", "table"))
-    if painter is None or not page.entries:
+    kind = page.sweep.page.get("kind", "table")
+    if kind == "examples" or not page.entries:  # nothing to draw
         return
+    painter = PAINTERS[kind]
     with result_is_safe("the figure"), matplotlib.rc_context(PRINT):
         save(painter(page), folder / "figure")
 
@@ -162,7 +163,7 @@ def _value(entry: Entry | None) -> float:
     return float("nan") if entry is None or entry.ours is None else entry.ours
 
 
-KINDS: dict[str, Callable[[Page], Figure]] = {
+PAINTERS: dict[str, Callable[[Page], Figure]] = {
     "table": dots,
     "shots": over_shots,
     "bars": bars,

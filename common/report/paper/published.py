@@ -12,7 +12,7 @@ FOLDER = Path(__file__).parents[3] / "sweeps" / "paper"
 VALUE = "published"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Published:
     """source: the comment; numbers: by key columns, such as `(("method", "cafo"), ("shots", "4"))`, sorted by key."""
 

@@ -59,7 +59,7 @@ def listing(page: Page) -> Table:
                 "; ".join(map(short, entry.marks)),
             )
         )
-    return Table(columns, rows, notes(page))
+    return Table(columns, rows, [])
 
 
 def short(mark: str) -> str:
@@ -80,5 +80,5 @@ def notes(page: Page) -> list[str]:
         lines.append(f"not the paper's runs: {changed}")
     verdicts = [entry.verdict.partition(":")[0] for entry in page.entries]
     lines.append("; ".join(f"{verdicts.count(each)} {each}" for each in dict.fromkeys(verdicts)))
-    lines += [f"{run.path.name}: {run.state}, {run.why}" for run in {run.path: run for run in page.unfinished}.values()]
+    lines += [f"{run.path.name}: {run.state}, {run.why}" for run in page.unfinished]
     return [*lines, f"published: {page.source}"] if page.source else lines

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from common.report import console
-from common.report.compare import Table, render
+from common.report.compare import render
 from common.report.paper import page as pages
 from common.report.paper import pictures, points
 from common.report.paper.page import Page
@@ -22,25 +21,21 @@ def write(folder: Path, shown: bool = False) -> Page:
         shown: Whether it is also printed.
     """
     page = pages.build(folder)
-    tables = list(matrices(page))
-    below = notes(page)
+    pages.check(page.sweep.page)
+    tables, numbers, below = list(matrices(page)), listing(page), notes(page)
     text = [f"# {page.sweep.name}", ""]
     for panel, table in tables:
         text += [*([f"## {panel}", ""] if panel else []), render(table, "markdown")]
     text += [f"- {line}" for line in below]
-    text += ["", "## Every number", "", render(Table(*_plain(listing(page))), "markdown")]
+    text += ["", "## Every number", "", render(numbers, "markdown")]
     (folder / "table.md").write_text("\n".join(text), encoding="utf-8")
     latex = "\n".join(f"% {panel}\n{render(table, 'latex')}" for panel, table in tables)
     (folder / "table.tex").write_text("".join(f"% {line}\n" for line in below) + latex, encoding="utf-8")
-    (folder / "table.csv").write_text(render(listing(page), "csv"), encoding="utf-8")
+    (folder / "table.csv").write_text(render(numbers, "csv"), encoding="utf-8")
     pictures.draw(page, folder)
     if shown:
         show(page, folder)
     return page
-
-
-def _plain(table: Table) -> tuple[Any, ...]:
-    return table.columns, table.rows, []
 
 
 def show(page: Page, folder: Path) -> None:
@@ -49,7 +44,8 @@ def show(page: Page, folder: Path) -> None:
         console.show(table, panel)
     for line in notes(page):
         print(line)
-    print(f"{folder}: table.md, table.csv, table.tex, figure.png, .svg, .pdf")
+    written = sorted(path.name for path in folder.iterdir() if path.name != points.FILE)
+    print(f"{folder}: {', '.join(written)}")
 
 
 def find(path: Path) -> Path:
