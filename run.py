@@ -93,7 +93,19 @@ def job(cfg: DictConfig, folder: Path) -> None:
     else:
         print(f"already finished: {folder}")
     if result is not None and rank() == 0:
+        if config.tracking.report:
+            write_page(folder)
         tables.show(result, folder)
+
+
+def write_page(folder: Path) -> None:
+    """report.html, if the run has none yet; `python -m common.report html` makes it anew."""
+    from common.report.html import run_page  # draws
+    from common.run.safe import result_is_safe
+
+    if not (folder / run_page.FILE).is_file():
+        with result_is_safe(run_page.FILE):
+            run_page.make(folder)
 
 
 def preview(config: Config, folder: RunFolder) -> None:

@@ -19,10 +19,12 @@ from common.evaluation.evaluate import Evaluation, all_splits, spread, watched
 from common.learner import Build, Learner
 from common.plugins import locate
 from common.report import figures
+from common.run import thumbnails
 from common.run.checkpoint import Checkpoints, read_state
 from common.run.recorder import Recorder
 from common.run.result import Result, describe, paired
 from common.run.run_folder import RunFolder
+from common.run.safe import result_is_safe
 from common.run.tracking import make_tracker
 from common.runtime.distributed import barrier, rank
 from common.runtime.group import init_process_group
@@ -75,6 +77,7 @@ def run(config: Config, values: dict[str, Any], folder: Path, questions: Questio
             result.train["silent_rewards"] = silent_rewards(recorder.files.read_log("metrics.jsonl"))
         result.remarks = list(learner.remarks)
         result.train["seconds"] = clock.split(recorder.seconds())
+        keep_thumbnails(config, learner, before, after, folder)
         recorder.finish(result, after)
         checkpoints.keep_weights_only()
         failed = False
@@ -105,6 +108,15 @@ def freeze(questions: Questions, folder: Path) -> None:
         manifest.write(questions.manifest, path)
     barrier()
     manifest.verify(path, questions.manifest)
+
+
+def keep_thumbnails(config: Config, learner: Learner, before: Evaluation, after: Evaluation, folder: Path) -> None:
+    """Small copies of some pictures, for the run's report."""
+    if rank() == 0 and config.tracking.thumbnails:
+        with result_is_safe("thumbnails"):
+            asked = dict.fromkeys(prompt.image for prompt in learner.questions.train)
+            chosen = thumbnails.choose(before, after, list(asked), config.tracking.thumbnails)
+            thumbnails.write(folder, learner.questions.task.images, chosen)
 
 
 def conclude(result: Result, before: Evaluation, after: Evaluation, updates: int) -> None:

@@ -90,16 +90,25 @@ def equality(samples: Sequence[Sample]) -> list[float]:
     return [float(s.completion == s.label) for s in samples]
 
 
+@runtime_checkable
+class Explained(Protocol):
+    """A reward with reasons: `said` is a text for each sample of its last call, as a judge's reply, or None."""
+
+    said: list[str | None]
+
+
 @dataclass(frozen=True)
 class Scores:
     """Each reward by name, and their weighted sum. Length of every list: N.
 
     missing: of rewards that may be, which samples go without it; their value in `parts` is 0.
+    said: of rewards that give reasons (see `Explained`), those of each sample.
     """
 
     parts: dict[str, list[float]]
     total: list[float]
     missing: dict[str, list[bool]] = field(default_factory=dict)
+    said: dict[str, list[str | None]] = field(default_factory=dict)
 
     @property
     def known(self) -> dict[str, list[float | None]]:
@@ -129,7 +138,9 @@ def score(samples: Sequence[Sample], rewards: dict[str, Reward]) -> Scores:
         if len(values) != len(samples):
             raise ValueError(f"reward '{name}' returned {len(values)} values for {len(samples)} samples")
     weights = {name: reward.weight for name, reward in rewards.items()}
-    return Scores(parts, weighted(parts, weights) if parts else [0.0] * len(samples))
+    functions: dict[str, object] = {name: reward.function for name, reward in rewards.items()}
+    said = {name: list(each.said) for name, each in functions.items() if isinstance(each, Explained)}
+    return Scores(parts, weighted(parts, weights) if parts else [0.0] * len(samples), said=said)
 
 
 def weighted(parts: dict[str, list[float]], weights: dict[str, float]) -> list[float]:

@@ -47,7 +47,7 @@ def drawn(monkeypatch):
 def test_names_in_a_matrix(drawn, tmp_path, usetex):
     table = [[int(x == y) for x in range(len(NAMES) + 1)] for y in range(len(NAMES))]
     with matplotlib.rc_context({"text.usetex": usetex}):
-        figures.confusion(table, NAMES, NAMES[0], tmp_path / "matrix.png")
+        figures.save(figures.confusion(table, NAMES), tmp_path / "matrix.png", NAMES[0])
         assert matplotlib.rcParams["text.usetex"] == usetex, "nobody else's figures change"
     assert all(drawn.count(name) >= 2 for name in NAMES) and (tmp_path / "matrix.png").stat().st_size > 1000
 
@@ -56,14 +56,14 @@ def test_names_in_a_list_of_confusions(drawn, tmp_path):
     names = [*NAMES, *(f"class {number}" for number in range(figures.LEGIBLE))]
     table = [[0] * (len(names) + 1) for _ in names]
     table[0][1], table[5][6] = 3, 2
-    figures.confusion(table, names, "[/bold]", tmp_path / "pairs.png")
+    figures.save(figures.confusion(table, names), tmp_path / "pairs.png", "[/bold]")
     assert {f"{NAMES[0]} → {NAMES[1]}", f"{NAMES[5]} → {NAMES[6]}"} <= set(drawn)
 
 
 def test_names_in_curves(drawn, tmp_path):
     rows = [{"step": step, "loss": 1.0, f"eval/{NAMES[0]}/accuracy": 0.5} for step in (1, 2)]
     rows = [row | {f"rewards/{NAMES[6]}/mean": 0.5} for row in rows]
-    figures.curves(rows, f"{NAMES[0]}\n{NAMES[6]}", tmp_path / "curves.png")
+    figures.save(figures.curves(rows), tmp_path / "curves.png", f"{NAMES[0]}\n{NAMES[6]}")
     assert {f"accuracy, {NAMES[0]}", NAMES[6], f"{NAMES[0]}\n{NAMES[6]}"} <= set(drawn)
 
 

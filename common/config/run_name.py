@@ -12,7 +12,7 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -87,6 +87,12 @@ def run_suffix(root: DictConfig, decides_result: Callable[[dict[str, Any]], dict
     if not changed:
         return ""
     return "-" + hashlib.sha256(json.dumps(sorted(changed, key=str)).encode()).hexdigest()[:6]
+
+
+def usual(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What the named options, shots and seed of a plain configuration give by themselves; empty if none of ours do."""
+    options = tuple(str(values[group]["name"]) for group in NAMED)
+    return _usual(options, json.dumps([values["shots"], values["seed"]]), _sources())
 
 
 def _plain(root: DictConfig) -> dict[str, Any]:

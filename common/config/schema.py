@@ -227,7 +227,8 @@ class TrackingConfig:
     """Weights & Biases. `mode: auto` is online with an API key and offline without one.
 
     completions_every: updates between two tables of sampled completions. completions_rows, predictions_rows: rows of
-    such a table, and of one of predictions at the end.
+    such a table, and of one of predictions at the end. thumbnails: small copies of that many pictures per split, and of
+    as many trained ones, stay in the run folder for its report; 0: none. report: whether a run ends with report.html.
     """
 
     name: str = MISSING
@@ -238,6 +239,8 @@ class TrackingConfig:
     completions_every: int = 10
     completions_rows: int = 8
     predictions_rows: int = 32
+    thumbnails: int = 1000
+    report: bool = True
 
     def __post_init__(self) -> None:
         one_of("tracking.mode", self.mode, ("auto", "online", "offline", "disabled"))

@@ -210,11 +210,18 @@ def calibration_error(confidences: Sequence[float], right: Sequence[bool], bins:
     >>> round(calibration_error([0.95, 0.65, 0.95, 0.65], [True, True, True, False]), 6)
     0.1
     """
+    return sum(n * abs(accuracy - mean) for mean, accuracy, n in reliability(confidences, right, bins)) / len(right)
+
+
+def reliability(confidences: Sequence[float], right: Sequence[bool], bins: int = 15) -> list[tuple[float, float, int]]:
+    """Mean confidence, accuracy and number of images of each bin that has any (see `calibration_error`).
+
+    >>> reliability([0.9, 0.6, 0.7], [True, False, True], 2)
+    [(0.7333333333333334, 0.6666666666666666, 3)]
+    """
     placed = sorted((math.ceil(c * bins), c, r) for c, r in zip(confidences, right, strict=True))
-    gaps = 0.0
-    for _, members in groupby(placed, key=lambda image: image[0]):
-        gaps += abs(sum(r - c for _, c, r in members))
-    return gaps / len(placed)
+    groups = [[(c, r) for _, c, r in members] for _, members in groupby(placed, key=lambda image: image[0])]
+    return [(fmean(c for c, _ in each), fmean(r for _, r in each), len(each)) for each in groups]
 
 
 def selective_risks(confidences: Sequence[float], right: Sequence[bool]) -> list[float]:

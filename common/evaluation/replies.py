@@ -80,6 +80,7 @@ class Replies:
         seconds = time.perf_counter() - began - scoring
         method = questions.method
         columns = method.columns(questions.task, split, everyone) if isinstance(method, Accounts) else {}
+        columns["prompt"] = [prompt.text for prompt in prompts]
         return Answers(everyone, seconds, probabilities, scoring, columns)
 
     def _scores(

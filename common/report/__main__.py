@@ -2,6 +2,8 @@
 
 python -m common.report compare outputs/*              runs side by side, seeds together
 python -m common.report paper outputs/alert_table1     a table or figure of a paper, from the runs of its sweep
+python -m common.report html outputs/<run>             report.html: results, curves, every reply; of a sweep or runs too
+python -m common.report figures outputs/<run>          its pictures for print: PNG, SVG, PDF
 python -m common.report audit outputs/<run>            what would replies earn that game the run's rewards?
 """
 
@@ -31,6 +33,12 @@ def main(arguments: list[str] | None = None) -> int:
     paper = commands.add_parser("paper", help="a table or figure of a paper: ours, published, verdict")
     paper.add_argument("sweep", type=Path, help="outputs/<sweep>")
     paper.set_defaults(run_it=_paper)
+    html = commands.add_parser("html", help="a page to open in a browser: of a run, a sweep, or several runs")
+    html.add_argument("folders", nargs="+", type=Path)
+    html.set_defaults(run_it=_html)
+    drawn = commands.add_parser("figures", help="a run's pictures for print, without titles: PNG 300 dpi, SVG, PDF")
+    drawn.add_argument("run", type=Path)
+    drawn.set_defaults(run_it=_figures)
     audit = commands.add_parser("audit", help="attack a run's own rewards with its class names")
     audit.add_argument("run", type=Path)
     audit.set_defaults(run_it=_audit)
@@ -58,6 +66,30 @@ def _paper(chosen: argparse.Namespace) -> int:
 
     found = writing.write(writing.find(chosen.sweep), shown=True)
     return 1 if found.unfinished else 0
+
+
+def _html(chosen: argparse.Namespace) -> int:
+    from common.report.html import run_page, sweep_page  # draws
+    from common.report.paper import writing
+
+    first, *others = chosen.folders
+    runs = folders.find(chosen.folders)
+    if others:
+        path = sweep_page.of_runs(chosen.folders)
+    elif runs and runs[0].values:
+        path = run_page.make(first)
+    else:
+        path = sweep_page.of_sweep(writing.find(first))
+    print(path)
+    return 0
+
+
+def _figures(chosen: argparse.Namespace) -> int:
+    from common.report.prints import write  # draws
+
+    for path in write(chosen.run):
+        print(path)
+    return 0
 
 
 def _audit(chosen: argparse.Namespace) -> int:

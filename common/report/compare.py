@@ -21,8 +21,8 @@ FORMATS = ("rich", "markdown", "csv", "latex")
 class Table:
     """Cells as texts, and lines below them."""
 
-    columns: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
     notes: list[str]
 
 

@@ -1,4 +1,4 @@
-"""The two pictures of a run folder: learning curves and the confusion matrix. No torch."""
+"""The pictures of a run: learning curves, confusion matrices, calibration. No torch."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import cycle
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib
 
 from common.evaluation.evaluate import Evaluation
+from common.evaluation.metrics import calibration_error, reliability, selective_risks
 from common.evaluation.metrics import confusion as confusion_counts
 from common.evaluation.summary import Summary
 from common.run.result import Result
@@ -25,8 +27,8 @@ from matplotlib.ticker import MaxNLocator
 
 COLOURS = ("#2f6db3", "#d9822b", "#5a9e5a", "#9467bd")
 GREY = "#8a8a8a"
-# Decorates what draws names that users gave: one with a $ in it is no formula.
-literal_text = matplotlib.rc_context({"text.parse_math": False, "text.usetex": False})
+LITERAL: Any = {"text.parse_math": False, "text.usetex": False}  # users' names: one with a $ in it is no formula
+literal_text = matplotlib.rc_context(LITERAL)  # decorates what draws them
 LEGIBLE = 40  # classes that a matrix can show with names and counts
 PAIRS = 25  # confusions shown of more classes
 
@@ -43,21 +45,25 @@ def of_run(folder: Path, result: Result, evaluation: Evaluation, task: Task) -> 
     title = f"{result.method}, {result.data}, {result.setting}, {result.shots} shots, seed {result.seed}"
     title += f"\n{result.model}, {result.protocol}, {', '.join(dict.fromkeys(result.origins.values()))}"
     rows = RunFolder(folder).read_log("metrics.jsonl")
-    drawings: dict[str, Callable[[Path], None]] = {
-        "curves.png": partial(curves, rows, title) if result.after else partial(accuracies, result.before, title)
+    drawings: dict[str, Callable[[], Figure]] = {
+        "curves.png": partial(curves, rows) if result.after else partial(accuracies, result.before)
     }
+    titles = {"curves.png": title}
     for split in (split for split in evaluation.summary if split != "val"):
         summary, names = evaluation.summary[split], task.evaluation[split].choices
         note = f"{title}\n{split} accuracy {100 * summary.accuracy:.1f} % of {summary.n}"
         table = confusion_counts(evaluation.answers[split].predictions, names)
-        drawings[f"confusion-{split}.png"] = partial(confusion, table, names, note)
+        drawings[f"confusion-{split}.png"] = partial(confusion, table, names)
+        titles[f"confusion-{split}.png"] = note
     for name, draw in drawings.items():
         with result_is_safe(name):
-            draw(folder / name)
+            save(draw(), folder / name, titles[name])
 
 
-def save(figure: Figure, path: Path) -> None:
-    """As PNG, and beside it as SVG for papers and pages."""
+@literal_text
+def save(figure: Figure, path: Path, title: str) -> None:
+    """With a title as PNG, and beside it as SVG."""
+    figure.suptitle(title, fontsize=9)
     figure.set_dpi(130)
     if (layout := figure.get_layout_engine()) is not None:  # found once, for both
         layout.execute(figure)
@@ -68,10 +74,9 @@ def save(figure: Figure, path: Path) -> None:
 
 
 @literal_text
-def accuracies(summaries: Mapping[str, Summary], title: str, path: Path) -> None:
+def accuracies(summaries: Mapping[str, Summary]) -> Figure:
     """What a run without training has instead of curves: the accuracy of every split with its 95 % interval."""
     figure, axis = plt.subplots(figsize=(7, 1.6 + 0.4 * len(summaries)), layout="constrained")
-    figure.suptitle(title, fontsize=11)
     rows = list(summaries.values())
     shares = [100 * summary.accuracy for summary in rows]
     below = [share - 100 * summary.ci95[0] for summary, share in zip(rows, shares, strict=True)]
@@ -82,20 +87,16 @@ def accuracies(summaries: Mapping[str, Summary], title: str, path: Path) -> None
     axis.set(xlabel="accuracy (%) with its 95 % interval", xlim=(0, 100))
     axis.invert_yaxis()
     axis.spines[["top", "right"]].set_visible(False)
-    save(figure, path)
+    return figure
 
 
 @literal_text
-def curves(metrics: Sequence[dict[str, Any]], title: str, path: Path) -> None:
+def curves(metrics: Sequence[dict[str, Any]]) -> Figure:
     """Reward (or loss) and completion length over updates, and every accuracy that was measured.
 
-    Args:
-        metrics: Lines of metrics.jsonl.
-        title: Of the figure.
-        path: PNG to write.
+    `metrics`: lines of metrics.jsonl.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    figure.suptitle(title, fontsize=11)
     rows = [row for row in metrics if "loss" in row]
     rewards = sorted({key for row in rows for key in row if key.startswith("rewards/") and key.endswith("/mean")})
     for name, colour in zip(rewards or ["loss"] * bool(rows), cycle(COLOURS), strict=False):
@@ -123,7 +124,7 @@ def curves(metrics: Sequence[dict[str, Any]], title: str, path: Path) -> None:
         axis.spines[["top"]].set_visible(False)
         if axis.get_legend_handles_labels()[0]:  # an evaluation alone has no curve on the left
             axis.legend(frameon=False, loc="lower right")
-    save(figure, path)
+    return figure
 
 
 def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
@@ -140,18 +141,14 @@ def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
 
 
 @literal_text
-def confusion(table: Sequence[Sequence[int]], names: Sequence[str], title: str, path: Path) -> None:
+def confusion(table: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
     """Which classes are taken for which: all counts of few classes, the most frequent confusions of many.
 
     Args:
         table: Counts of [true class][answered class], the last column answers that are no class name.
         names: Of the classes.
-        title: Of the figure.
-        path: PNG to write.
     """
-    figure = _matrix(table, names) if len(names) <= LEGIBLE else _pairs(table, names)
-    figure.suptitle(title, fontsize=9)
-    save(figure, path)
+    return _matrix(table, names) if len(names) <= LEGIBLE else _pairs(table, names)
 
 
 def _matrix(table: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
@@ -186,4 +183,37 @@ def _pairs(table: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
     axis.spines[["top", "right"]].set_visible(False)
     axis.margins(x=0.12)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+@literal_text
+def calibration(splits: Mapping[str, tuple[Sequence[float], Sequence[bool]]]) -> Figure:
+    """Whether the most probable name is right as often as it is probable, and the errors among the surest images.
+
+    Args:
+        splits: Of each, the probability of every image's most probable name, and whether that is right. [N], [N].
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    left.plot([0, 100], [0, 100], color=GREY, linewidth=1, linestyle=":")
+    for (name, (confidences, correct)), colour, marker in zip(
+        splits.items(), cycle(COLOURS), cycle("os^D"), strict=False
+    ):
+        bins = reliability(confidences, correct)
+        x, y = [100 * mean for mean, _, _ in bins], [100 * accuracy for _, accuracy, _ in bins]
+        error = 100 * calibration_error(confidences, correct)
+        left.plot(x, y, color=colour, linewidth=1, label=f"{name}, ECE {error:.1f} %")
+        areas = [12 + 160 * count / len(confidences) for *_, count in bins]
+        left.scatter(x, y, areas, color=colour, marker=marker, alpha=0.8)
+        risks = selective_risks(confidences, correct)
+        coverage = [100 * (number + 1) / len(risks) for number in range(len(risks))]
+        step = max(1, len(risks) // 500)  # points enough for a line
+        label = f"{name}, AURC {100 * fmean(risks):.1f} %"
+        right.plot(coverage[::step], [100 * risk for risk in risks[::step]], color=colour, linewidth=1.5, label=label)
+    left.set(xlabel="probability of the most probable name (%)", ylabel="right (%)", xlim=(0, 100), ylim=(0, 100))
+    right.set(xlabel="images answered, the surest first (%)", ylabel="wrong among them (%)", xlim=(0, 100))
+    right.set_ylim(bottom=0)
+    for axis in (left, right):
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False)
     return figure

@@ -79,15 +79,15 @@ def preset(run: Run) -> str:
 def labels(configurations: Sequence[Mapping[str, Any]], presets: Sequence[str]) -> list[str]:
     """A name for each configuration: method, dataset and so on, and the values that tell apart those of one name."""
     names = [_name(values, before) for values, before in zip(configurations, presets, strict=True)]
-    leaves = [dict(_leaves(without_seed(values))) for values in configurations]
+    own = [dict(leaves(without_seed(values))) for values in configurations]
     alike: dict[str, list[int]] = {}
     for number, name in enumerate(names):
         alike.setdefault(name, []).append(number)
     for name, numbers in alike.items():
-        keys = sorted({key for number in numbers for key in leaves[number]})
-        telling = [key for key in keys if len({str(leaves[number].get(key)) for number in numbers}) > 1]
+        keys = sorted({key for number in numbers for key in own[number]})
+        telling = [key for key in keys if len({str(own[number].get(key)) for number in numbers}) > 1]
         for number in numbers:
-            parts = [f"{key}={str(leaves[number][key])[:LONG]}" for key in telling if key in leaves[number]]
+            parts = [f"{key}={str(own[number][key])[:LONG]}" for key in telling if key in own[number]]
             names[number] = " ".join([name, *parts])
     return names
 
@@ -99,10 +99,11 @@ def _name(values: Mapping[str, Any], before: str) -> str:
     return " · ".join([*parts, f"{values['shots']} shots"])
 
 
-def _leaves(values: Any, path: str = "") -> Iterable[tuple[str, Any]]:
+def leaves(values: Any, path: str = "") -> Iterable[tuple[str, Any]]:
+    """Every value of nested dicts by its dotted key."""
     if isinstance(values, Mapping) and values:
         for key, value in values.items():
-            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+            yield from leaves(value, f"{path}.{key}" if path else str(key))
     else:
         yield path, values
 

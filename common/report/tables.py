@@ -41,6 +41,16 @@ def result_table(result: Result) -> Table:
     splits = " / ".join(dict.fromkeys(result.origins.values()))
     title = f"{title}{where} · {result.protocol} · {splits}"
     table = Table(title=Text(title, style="table.title"), title_justify="left")
+    columns, rows = result_cells(result)
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="right" if number else "left")
+    for name, *cells in rows:
+        table.add_row(Text(name), *cells)
+    return table
+
+
+def result_cells(result: Result) -> tuple[list[str], list[list[str]]]:
+    """Names of columns, and a row per split and phase."""
     columns: dict[str, Callable[[Summary], str]] = {
         "images": lambda s: str(s.n),
         "accuracy %": lambda s: percent(s.accuracy),
@@ -57,15 +67,13 @@ def result_table(result: Result) -> Table:
         for name, text in columns.items()
         if name not in about or any(getattr(summary, about[name]) is not None for summary in summaries)
     }
-    table.add_column("split")
-    for name in shown:
-        table.add_column(name, justify="right")
+    rows = []
     for split in result.before:
         for phase, summary in phases(result, split):
             mark = REMARK if result.remarks and (phase == "trained" or not result.after) else ""
             cells = {name: text(summary) + (mark if name == "accuracy %" else "") for name, text in shown.items()}
-            table.add_row(Text(f"{split}, {phase}"), *cells.values())
-    return table
+            rows.append([f"{split}, {phase}", *cells.values()])
+    return ["split", *shown], rows
 
 
 def probability_lines(result: Result) -> list[str]:
@@ -144,5 +152,7 @@ def show(result: Result, folder: Path, console: Console | None = None) -> None:
     for line in [*lines, time_line(result)]:
         console.print(Text(line))  # names are no markup
     console.print(Text(f"run folder: {folder}"), soft_wrap=True)
+    if (folder / "report.html").is_file():
+        console.print(Text(f"every reply, to look at: {folder / 'report.html'}"), soft_wrap=True)
     if offline := sorted((folder / "wandb").glob("**/offline-run-*")):
         console.print(Text(f"W&B was offline; upload it with: wandb sync {offline[-1]}"), soft_wrap=True)

@@ -2,7 +2,7 @@
 
 Columns: phase (`before` or `after` training), split, the fields of `Prediction`, of a reply `completion`, `tokens`,
 `truncated`, `formatted` and `correct_official`, of probabilities `choices` (the offered names), `probabilities` and
-`probabilities_raw`, and then the method's own (see `Accounts.columns`).
+`probabilities_raw`, then the method's own (see `Accounts.columns`) and the text that a model was asked (`prompt`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 REPLY = {"completion": "text", "tokens": "tokens", "truncated": "truncated", "formatted": "well_formed"}
 OFFERED = ("choices", "probabilities", "probabilities_raw")
+PROMPT = "prompt"  # a column
 NOTES = ("seconds", "scoring_seconds", "names")  # in the file's metadata
 
 
@@ -45,11 +46,21 @@ def to_table(phase: str, split: str, answers: Answers) -> pyarrow.Table:
         "tokens": pa.array([r and r.tokens for r in replies], counts),
         "truncated": pa.array([r and r.truncated for r in replies], flags),
         **_offered(answers.probabilities, len(predictions)),
-        **{name: pa.array(values) for name, values in answers.columns.items()},
+        **{name: _column(name, values) for name, values in answers.columns.items()},
     }
     names = [] if answers.probabilities is None else list(answers.probabilities.names)
     notes = (str(answers.seconds), str(answers.scoring_seconds), json.dumps(names))
     return pa.table(columns).replace_schema_metadata(dict(zip(NOTES, notes, strict=True)))
+
+
+def _column(name: str, values: list[Any]) -> pyarrow.Array:
+    """Prompts of many classes are long and often alike: each text is kept once."""
+    import pyarrow as pa
+
+    if name != PROMPT:
+        return pa.array(values)
+    places = {text: number for number, text in enumerate(dict.fromkeys(values))}
+    return pa.DictionaryArray.from_arrays(pa.array([places[text] for text in values], pa.int32()), pa.array([*places]))
 
 
 def _offered(table: Probabilities | None, rows: int) -> dict[str, pyarrow.Array]:
@@ -70,8 +81,8 @@ def _offered(table: Probabilities | None, rows: int) -> dict[str, pyarrow.Array]
 
 
 def from_table(table: pyarrow.Table) -> Answers:
-    """The inverse of `to_table`."""
-    own = {"phase", "split", *Prediction.__dataclass_fields__, *REPLY, "correct_official", *OFFERED}
+    """The inverse of `to_table`; without the prompts, which only readers of the file need."""
+    own = {"phase", "split", PROMPT, *Prediction.__dataclass_fields__, *REPLY, "correct_official", *OFFERED}
     columns = {name: table.column(name).to_pylist() for name in table.column_names if name not in own}
     seconds, scoring, names = (table.schema.metadata[note.encode()].decode() for note in NOTES)
     fields = [name for name in Prediction.__dataclass_fields__ if name != "reply"]

@@ -9,6 +9,8 @@
     predictions.parquet   every evaluated image, before and after training, with the probabilities of the class names
                           and what the method says about it (predictions/: parts, while the run goes)
     metrics.json          the result; written last, so its presence means the run is finished
+    thumbnails.parquet    small copies of some pictures, for the report
+    report.html           everything above as a page (report/: its data, if it is large)
     curves.png, confusion-<split>.png, run.log, model/ (weights), wandb/
 
 The signature covers what a result depends on. The same command in a finished folder shows the result, in an unfinished

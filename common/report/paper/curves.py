@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,17 +14,33 @@ from common.report.paper.page import CURVES, Page
 from common.report.paper.style import WIDTH, legend, note, panels, style
 from common.run.run_folder import RunFolder
 
+USUAL = ("reward", "length", "test_accuracy")
+
 
 @literal_text
 def over_updates(page: Page) -> Figure:
     """What metrics.jsonl has, over updates: the mean over seeds and the range of all of them as a band."""
-    names, wanted = page.axis("panels"), page.sweep.page["curves"]
-    figure, axes = panels(len(names) * len(wanted), 2.4, WIDTH, len(wanted))
-    for panel_number, panel in enumerate(names):
+    names, rows = page.axis("panels"), page.axis("rows")
+    runs = {panel: {row: _runs(page, row, panel) for row in rows} for panel in names}
+    return _draw(runs, page.sweep.page["curves"])
+
+
+@literal_text
+def of_runs(named: Mapping[str, Sequence[Path]]) -> Figure:
+    """The same of run folders by what they are called: reward, length and accuracy."""
+    return _draw({"": named}, USUAL)
+
+
+def _draw(runs: Mapping[str, Mapping[str, Sequence[Path]]], wanted: Sequence[str]) -> Figure:
+    """A line of axes per panel, with a line of each name in all of them."""
+    figure, axes = panels(len(runs) * len(wanted), 2.4, WIDTH, len(wanted))
+    for panel_number, (panel, named) in enumerate(runs.items()):
+        logs = {name: [RunFolder(path).read_log("metrics.jsonl") for path in paths] for name, paths in named.items()}
         for curve_number, curve in enumerate(wanted):
             axis = axes[panel_number * len(wanted) + curve_number]
-            for number, row in enumerate(page.axis("rows")):
-                _curve(axis, series(page, row, panel, curve), row, number, smoothed=curve.endswith("reward"))
+            for number, (name, seeds) in enumerate(logs.items()):
+                found = [values for lines in seeds if (values := series(lines, curve))]
+                _curve(axis, found, name, number, smoothed=curve.endswith("reward"))
             axis.set(xlabel="update", ylabel=CURVES[curve][1])
             axis.grid(alpha=0.25)
             note(axis, panel)
@@ -31,21 +48,21 @@ def over_updates(page: Page) -> Figure:
     return figure
 
 
-def series(page: Page, row: str, panel: str, curve: str) -> list[dict[int, float]]:
-    """Of every seed: the value of a curve by update."""
-    found = []
-    for shown in page.sweep.runs:
-        if [page.place(shown.keys, part) for part in ("rows", "panels")] != [row, panel]:
-            continue
-        keys, values = CURVES[curve][0], dict[int, float]()
-        for line in RunFolder(page.sweep.path(shown)).read_log("metrics.jsonl"):
-            tested = sorted(name for name in line if name.startswith("eval/") and name.endswith("/accuracy"))
-            names = [name for name in keys if name in line] if keys else tested
-            if names:
-                values[line["step"]] = line[names[0]] * (1 if keys else 100)
-        if values:
-            found.append(values)
-    return found
+def _runs(page: Page, row: str, panel: str) -> list[Path]:
+    wanted = [row, panel]
+    runs = (each for each in page.sweep.runs if [page.place(each.keys, part) for part in ("rows", "panels")] == wanted)
+    return [page.sweep.path(each) for each in runs]
+
+
+def series(lines: Iterable[Mapping[str, float]], curve: str) -> dict[int, float]:
+    """The value of a curve by update, of the lines of a metrics.jsonl."""
+    keys, values = CURVES[curve][0], dict[int, float]()
+    for line in lines:
+        tested = sorted(name for name in line if name.startswith("eval/") and name.endswith("/accuracy"))
+        names = [name for name in keys if name in line] if keys else tested
+        if names:
+            values[int(line["step"])] = line[names[0]] * (1 if keys else 100)
+    return values
 
 
 def _curve(axis: Axes, seeds: Sequence[Mapping[int, float]], label: str, number: int, smoothed: bool) -> None:

@@ -35,13 +35,14 @@ SYMBOLS = "†‡§¶"
 SEPARATOR = " · "
 # Names in metrics.jsonl, of which the first that is there counts, and the axis. test_accuracy: eval/<split>/accuracy.
 CURVES: dict[str, tuple[tuple[str, ...], str]] = {
+    "reward": (("reward",), "reward"),
     "accuracy_reward": (("rewards/accuracy/mean", "rewards/equality/mean"), "accuracy reward"),  # No-Thinking: equality
     "format_reward": (("rewards/format/mean",), "format reward"),
     "length": (("completions/mean_length",), "tokens of a completion"),
     "test_accuracy": ((), "accuracy (%)"),
 }
 LAST = (HARMONIC, AVERAGE)  # places of an axis, the very last one behind
-KINDS = ("table", "shots", "bars", "gain", "training", "examples")  # examples: no page shows replies yet
+KINDS = ("table", "shots", "bars", "gain", "training", "examples")  # examples: replies, in report.html alone
 
 
 @dataclass(frozen=True)

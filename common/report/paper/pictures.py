@@ -151,7 +151,7 @@ def gains(page: Page) -> Figure:
         for y, line in enumerate(grid):
             for x, value in enumerate(line):
                 if not np.isnan(value):
-                    colour = "white" if abs(value) > 0.6 * largest else "black"
+                    colour = "#ffffff" if abs(value) > 0.6 * largest else "#111111"  # on colours, not on the page
                     axis.text(x, y, f"{value:+.1f}", ha="center", va="center", fontsize=6, color=colour)
         axis.spines[:].set_visible(False)
         note(axis, panel)

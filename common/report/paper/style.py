@@ -36,7 +36,8 @@ def save(figure: Figure, stem: Path) -> None:
     """As PNG for slides, SVG for pages, PDF for papers."""
     figure.savefig(stem.with_suffix(".png"), dpi=300)
     for ending in (".svg", ".pdf"):
-        figure.savefig(stem.with_suffix(ending), metadata={"Date": None} if ending == ".svg" else None)
+        options: Any = {"metadata": {"Date": None}, "transparent": True} if ending == ".svg" else {}
+        figure.savefig(stem.with_suffix(ending), **options)
     plt.close(figure)
 
 

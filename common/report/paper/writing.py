@@ -6,6 +6,7 @@ from pathlib import Path
 
 from common.report import console
 from common.report.compare import render
+from common.report.html import sweep_page
 from common.report.paper import page as pages
 from common.report.paper import pictures, points
 from common.report.paper.page import Page
@@ -33,6 +34,7 @@ def write(folder: Path, shown: bool = False) -> Page:
     (folder / "table.tex").write_text("".join(f"% {line}\n" for line in below) + latex, encoding="utf-8")
     (folder / "table.csv").write_text(render(numbers, "csv"), encoding="utf-8")
     pictures.draw(page, folder)
+    sweep_page.of_sweep(folder, page)
     if shown:
         show(page, folder)
     return page

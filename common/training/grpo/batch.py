@@ -73,7 +73,7 @@ def score_groups(
             missing[name] = gaps(parts[name], len(completions[0]))
             parts[name] = [0.0 if gap else value for value, gap in zip(parts[name], missing[name], strict=True)]
     weights = {name: reward.weight for name, reward in rewards.items()}
-    return Scores(parts, weighted(parts, weights) if parts else scores.total, missing)
+    return Scores(parts, weighted(parts, weights) if parts else scores.total, missing, scores.said)
 
 
 def gaps(values: Sequence[float], group_size: int) -> list[bool]:
@@ -128,7 +128,7 @@ def compare(
     used = torch.stack(share_of(list(everyone.unbind(1))), 1).flatten(1).tolist()
     parts = dict(zip(scores.parts, used[:kinds], strict=True))
     missing = {name: [gap > 0 for gap in row] for name, row in zip(scores.missing, used[kinds + 1 :], strict=True)}
-    return Scores(parts, used[kinds], missing), torch.stack(share_of(list(estimates.unbind(0)))).float()
+    return Scores(parts, used[kinds], missing, scores.said), torch.stack(share_of(list(estimates.unbind(0)))).float()
 
 
 def describe(batch: RolloutBatch) -> dict[str, float]:
@@ -200,6 +200,7 @@ def rows(number: int, batch: RolloutBatch) -> list[dict[str, Any]]:
                     "truncated": completion.truncated,
                     "reward": batch.scores.total[row],
                     **{f"rewards/{name}": values[row] for name, values in rewards.items()},
+                    **{f"said/{name}": texts[row] for name, texts in batch.scores.said.items()},
                     "advantage": float(batch.advantages[i, j]),
                     "lag": batch.lag,
                 }

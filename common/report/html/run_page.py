@@ -1,0 +1,162 @@
+"""report.html of a run: its results, curves, confusions, every reply, configuration and environment."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common.config.composition import decides_result, differences, register
+from common.config.run_name import usual
+from common.data.notes import data_lines
+from common.report import figures, tables
+from common.report.compare import Table
+from common.report.html import transcripts
+from common.report.html.pieces import Pieces
+from common.report.html.render import inline, render, write
+from common.run import thumbnails
+from common.run.result import Result
+from common.run.run_folder import RunFolder
+
+FILE, FOLDER = "report.html", "report"
+PARTS = {
+    "results": "Results",
+    "pictures": "Curves",
+    "confusions": "Confusions",
+    "replies": "Replies",
+    "configuration": "Configuration",
+    "environment": "Environment",
+}
+
+
+def make(folder: Path) -> Path:
+    """Write the page of a finished run into its folder, and return its path.
+
+    Raises:
+        UserError: The folder holds no finished run.
+    """
+    result = Result.load(folder)
+    values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    pictures = thumbnails.read(folder)
+    names = transcripts.class_names(folder)
+    pieces = Pieces(folder / FOLDER, names)
+    pieces.add(transcripts.tests(folder, pictures))
+    confusions = confusion_tables(pieces.columns, pieces.splits, pieces.names)
+    pieces.add(transcripts.training(folder, pictures))
+    changed = _changed(values)
+    page = render(
+        "run.html",
+        "report.js",
+        title=f"{result.method} · {result.data}",
+        subtitle=f"{result.model}, {result.setting}, {result.protocol}, {result.shots} shots, seed {result.seed}",
+        parts=PARTS.items(),
+        results=Table(*tables.result_cells(result), _notes(result)),
+        pictures=_pictures(folder, result),
+        confusions=confusions,
+        differences=changed or [],
+        differences_note=_about(changed),
+        config=yaml.safe_dump(values, sort_keys=False, allow_unicode=True),
+        environment=_environment(folder, result),
+        data=pieces.finish(),
+    )
+    write(folder / FILE, page)
+    return folder / FILE
+
+
+def _notes(result: Result) -> list[str]:
+    lines = [*tables.overall_lines(result), *data_lines(vars(result)), *tables.probability_lines(result)]
+    return [*lines, *tables.paired_lines(result), tables.time_line(result)]
+
+
+def confusion_tables(
+    columns: dict[str, list[Any]], splits: Sequence[str], names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Per split: a grid of few classes, the most frequent confusions of many.
+
+    Args:
+        columns: Of the rows, see `Pieces`; tests alone.
+        splits: By number.
+        names: Of the classes by number.
+    """
+    counts: dict[int, Counter[tuple[int, int]]] = {number: Counter() for number in range(len(splits))}
+    for split, label, answer in zip(columns["split"], columns["label"], columns["answer"], strict=True):
+        counts[split][label, answer] += 1
+    found = []
+    for number, split in enumerate(splits):
+        seen = sorted({label for label, _ in counts[number]})
+        images = sum(counts[number].values())
+        table = {"split": split, "images": images, "wrong": images - sum(counts[number][n, n] for n in seen)}
+        if len(seen) <= figures.LEGIBLE:
+            answered = [*seen, *sorted({a for _, a in counts[number]} - {*seen, -1}), -1]
+            grid = [(names[label], [_cell(counts[number], label, a, names) for a in answered]) for label in seen]
+            found.append(table | {"grid": grid, "columns": [*(names[a] for a in answered[:-1]), "no class name"]})
+        else:
+            wrong = sorted((-count, *pair) for pair, count in counts[number].items() if pair[0] != pair[1])
+            pairs = [_cell(counts[number], label, answer, names) for _, label, answer in wrong[: figures.PAIRS]]
+            found.append(table | {"grid": None, "pairs": pairs})
+    return found
+
+
+def _cell(counts: Counter[tuple[int, int]], label: int, answer: int, names: Sequence[str]) -> dict[str, Any]:
+    total = sum(count for (row, _), count in counts.items() if row == label)
+    count = counts[label, answer]
+    return {
+        "count": count,
+        "share": round(count / total, 3),
+        "label": label,
+        "answer": answer,
+        "kind": "right" if label == answer else "wrong",
+        "names": (names[label], "no class name" if answer < 0 else names[answer]),
+    }
+
+
+def _pictures(folder: Path, result: Result) -> list[tuple[str, Any]]:
+    found = []
+    if result.after:
+        rows = RunFolder(folder).read_log("metrics.jsonl")
+        found.append(("Rewards, completion lengths and accuracies over the training.", inline(figures.curves(rows))))
+    splits = transcripts.surest(folder)
+    if splits:
+        caption = "At the end of the run. Left: reliability, areas by images. Right: errors among the surest images."
+        found.append((caption, inline(figures.calibration(splits))))
+    return found
+
+
+def _changed(values: dict[str, Any]) -> list[tuple[str, str, str]] | None:
+    """What differs from what the run's options give by themselves: key, usual value, its own; None: nobody knows."""
+    register()
+    expected = usual(values)
+    if not expected:
+        return None
+    own = {key: value for key, value in values.items() if key != "signature"}
+    found = []
+    for line in differences(decides_result(expected), decides_result(own)):
+        key, _, change = line.partition(": ")
+        before, _, after = change.partition(" -> ")
+        found.append((key, before, after))
+    return found
+
+
+def _about(changed: list[tuple[str, str, str]] | None) -> str:
+    if changed is None:
+        return "Its options are none of this version's, so what differs from them is not known."
+    many = "1 value differs" if len(changed) == 1 else f"{len(changed) or 'No'} values differ"
+    return f"{many} from what the named options, shots and seed give by themselves."
+
+
+def _environment(folder: Path, result: Result) -> list[tuple[str, str]]:
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    splits = ", ".join(f"{name} {split['n']}" for name, split in manifest.get("splits", {}).items())
+    return [
+        ("weights", f"{result.weights.get('path', '–')} (SHA-256 {result.weights.get('sha256', '–')})"),
+        ("decoding", result.decoding),
+        ("commit", result.git_commit or "none: not a git checkout"),
+        ("packages", ", ".join(f"{name} {version}" for name, version in sorted(result.versions.items()))),
+        ("signature", result.signature),
+        ("manifest", f"{result.manifest}: {splits}"),
+        ("splits", ", ".join(f"{data}: {origin}" for data, origin in result.origins.items())),
+    ]

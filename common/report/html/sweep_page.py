@@ -1,0 +1,175 @@
+"""report.html of several runs: a paper's table or figure with its verdicts, if they are a sweep's, the runs side by
+side, their curves, some replies, and what tells their configurations apart.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import yaml
+from markupsafe import Markup
+
+from common.report import compare, folders, groups
+from common.report.folders import Run
+from common.report.groups import Group
+from common.report.html import transcripts
+from common.report.html.render import embedded, inline, render, write
+from common.report.html.run_page import FILE
+from common.report.paper import curves
+from common.report.paper import page as pages
+from common.report.paper.page import Page
+from common.report.paper.style import PRINT
+from common.report.paper.tables import listing, matrices, notes
+from common.run import thumbnails
+from common.types import UserError
+
+LINES = 8  # groups whose curves one picture can hold
+EXAMPLES = 4  # replies of a run
+LONG = 80  # characters of a value that is compared
+CLASSES = {"inside": "inside", "below": "below", "above": "above"}  # of verdicts; others are soft
+
+
+def of_sweep(folder: Path, page: Page | None = None) -> Path:
+    """Write the page of a sweep into its folder, and return its path. `page`: if it has been built already.
+
+    Raises:
+        UserError: The folder is no sweep's.
+    """
+    page = pages.build(folder) if page is None else page
+    runs = folders.find(path for path in dict.fromkeys(map(page.sweep.path, page.sweep.runs)) if path.is_dir())
+    return _make(folder, page.sweep.name, runs, page)
+
+
+def of_runs(paths: Sequence[Path]) -> Path:
+    """Write a page that compares run folders, beside them, and return its path.
+
+    Raises:
+        UserError: There is no such folder, or none holds a run.
+    """
+    runs = folders.find(paths)
+    if not any(run.values for run in runs):
+        raise UserError(f"{paths[0]}{' and the others hold' if len(paths) > 1 else ' holds'} no run")
+    return _make(Path(os.path.commonpath([path.resolve().parent for path in paths])), "comparison", runs, None)
+
+
+def _make(folder: Path, name: str, runs: Sequence[Run], page: Page | None) -> Path:
+    together, strangers = groups.group(runs), [run for run in runs if not run.values]
+    examples = list(_examples(page)) if page is not None and page.sweep.page.get("kind") == "examples" else []
+    drawn = _curves(together)
+    there = {"paper": page, "examples": examples, "curves": drawn, "runs": True, "configuration": True}
+    numbers = None if page is None else listing(page)
+    different, shared = configurations(together)
+    html = render(
+        "sweep.html",
+        "",
+        title=name,
+        subtitle=f"{sum(run.result is not None for run in runs)} of {len(runs)} runs finished",
+        parts=[(part, part.capitalize()) for part, value in there.items() if value],
+        paper=None if page is None else _paper(folder, page),
+        verdicts={} if numbers is None else _verdicts(numbers),
+        examples=examples,
+        curves=drawn,
+        compared=compare.build(together, strangers),
+        runs=[_listed(run, folder) for run in runs],
+        differences=different,
+        shared=shared,
+        environment=_environment(runs),
+    )
+    write(folder / FILE, html)
+    return folder / FILE
+
+
+def _paper(folder: Path, page: Page) -> dict[str, Any]:
+    figure = folder / "figure.svg"
+    drawn = embedded(figure.read_text(encoding="utf-8")) if figure.is_file() else None
+    return {"matrices": list(matrices(page)), "notes": notes(page), "listing": listing(page), "figure": drawn}
+
+
+def _verdicts(numbers: compare.Table) -> dict[str, str]:
+    """How a verdict looks."""
+    at = numbers.columns.index("verdict")
+    return {row[at]: CLASSES.get(row[at], "soft") for row in numbers.rows if row[at]}
+
+
+def _listed(run: Run, folder: Path) -> dict[str, Any]:
+    there = (run.path / FILE).is_file()
+    link = os.path.relpath(run.path.resolve() / FILE, folder.resolve()) if there else None
+    return {"name": run.path.name, "state": " ".join([run.state, run.why]).strip(), "link": link}
+
+
+def _curves(together: Sequence[Group]) -> Markup | None:
+    """Rewards, lengths and accuracies of few trained groups."""
+    trained = {
+        group.label: [run.path for run in group.finished if run.result and run.result.after] for group in together
+    }
+    trained = {label: paths for label, paths in trained.items() if paths}
+    if not 1 <= len(trained) <= LINES:
+        return None
+    with matplotlib.rc_context(PRINT):
+        return inline(curves.of_runs(trained))
+
+
+def _examples(page: Page) -> Iterator[dict[str, Any]]:
+    """Of the first run of every row: right replies and wrong ones by turns, as far as there are."""
+    for row in page.axis("rows"):
+        shown = next(each for each in page.sweep.runs if page.place(each.keys, "rows") == row)
+        path = page.sweep.path(shown)
+        if not (path / "predictions.parquet").is_file():
+            continue
+        pictures = thumbnails.read(path)
+        tested = [each for each in transcripts.tests(path, pictures) if each.split != "val"]
+        kept = [each for each in tested if each.detail["picture"] or not pictures]
+        by_turns = (
+            list(islice((each for each in kept if each.after is right), EXAMPLES // 2)) for right in (True, False)
+        )
+        replies = [_reply(each) for part in by_turns for each in part]
+        yield {"name": f"{row} · seed {shown.seed}" if row else f"seed {shown.seed}", "replies": replies}
+
+
+def _reply(row: transcripts.Row) -> dict[str, Any]:
+    reply = row.detail.get("after", row.detail["before"])
+    return {
+        "image": row.image,
+        "label": row.label,
+        "picture": row.detail["picture"],
+        "small": row.detail["picture"] is not None and len(row.detail["picture"]) < 700,
+        "candidates": row.detail.get("candidates"),
+        "prompt": row.detail["prompt"],
+        "text": reply["text"] or "",
+        "answer": reply["answer"],
+        "correct": row.after,
+    }
+
+
+def configurations(together: Sequence[Group]) -> tuple[compare.Table, str]:
+    """What tells groups apart, a row per value, and what they share, as YAML."""
+    leaves = [dict(groups.leaves(groups.without_seed(group.runs[0].values))) for group in together]
+    keys = sorted({key for each in leaves for key in each})
+    telling = [key for key in keys if len({str(each.get(key, "–")) for each in leaves}) > 1]
+    shared = {key: leaves[0][key] for key in keys if key not in set(telling)} if leaves else {}
+    values = {key: dict.fromkeys(str(each.get(key, "–"))[:LONG] for each in leaves) for key in telling}
+    rows = [
+        (key, str(len(found)), ", ".join(islice(found, 12)) + (" …" if len(found) > 12 else ""))
+        for key, found in values.items()
+    ]
+    return compare.Table(("value", "kinds", "in the order of the runs"), rows, []), yaml.safe_dump(
+        shared, sort_keys=False, allow_unicode=True
+    )
+
+
+def _environment(runs: Iterable[Run]) -> list[tuple[str, str]]:
+    """Commits, packages and weights, each with the number of runs that have it."""
+    facts: dict[str, dict[str, int]] = {"commit": {}, "packages": {}, "weights": {}}
+    for run in runs:
+        if run.result is None:
+            continue
+        packages = ", ".join(f"{name} {version}" for name, version in sorted(run.result.versions.items()))
+        weights = f"{Path(run.result.weights.get('path', '–')).name}, {run.result.weights.get('sha256', '–')[:12]}"
+        for kind, value in (("commit", run.result.git_commit or "none"), ("packages", packages), ("weights", weights)):
+            facts[kind][value] = facts[kind].get(value, 0) + 1
+    return [(kind, f"{value} (runs: {count})") for kind, found in facts.items() for value, count in found.items()]

@@ -1,0 +1,217 @@
+"""What a run's report lets one browse: a test image with its replies before and after training, or a training image
+with the completions that were compared.
+
+Files are read in pieces: the replies of a whole test set, with a thousand probabilities each, need not fit in memory.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby, zip_longest
+from operator import itemgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from common.parsing import normalize
+
+if TYPE_CHECKING:
+    import pyarrow
+
+LONGEST = 20_000  # characters of a text that are shown
+MOST = 10  # probabilities of an image
+GROUPS = 5_000  # training images with their completions
+PIECE = 500  # rows at a time
+TRAINING = "training"  # stands where a test has the name of its split
+MALFORMED, DISAGREES, CUT = 1, 2, 4  # flags
+OWN = {"phase", "split", "image", "label", "label_index", "correct_alias", "choices", "probabilities_raw", "candidates"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """An image in the report.
+
+    answer: as a class name of the report, None: no class name. before, after: right or wrong; `after` is the end of the
+    run, `before` None without training. confidence: of the most probable name. detail: what the page shows of it.
+    """
+
+    split: str
+    image: str
+    label: str
+    detail: dict[str, Any]
+    answer: str | None = None
+    before: bool | None = None
+    after: bool | None = None
+    confidence: float | None = None
+    flags: int = 0
+
+
+def tests(folder: Path, pictures: Mapping[str, bytes]) -> Iterator[Row]:
+    """Every tested image, in the order of the splits.
+
+    Args:
+        folder: A finished run's.
+        pictures: WebP by image.
+    """
+    import pyarrow.parquet
+
+    file = pyarrow.parquet.ParquetFile(folder / "predictions.parquet")
+    parts: dict[str, dict[str, int]] = {}
+    for number in range(file.num_row_groups):
+        head = next(file.iter_batches(1, [number], ["phase", "split"]), None)
+        if head is not None:
+            parts.setdefault(head["split"][0].as_py(), {})[head["phase"][0].as_py()] = number
+    for phases in parts.values():
+        first = _pieces(file, phases["before"])
+        last = _pieces(file, phases["after"]) if "after" in phases else iter(())
+        for early, late in zip_longest(first, last):
+            ends: Sequence[dict[str, Any] | None] = late or [None] * len(early)
+            for before, after in zip(early, ends, strict=True):
+                yield _tested(before, after, pictures)
+
+
+def _pieces(file: pyarrow.parquet.ParquetFile, number: int) -> Iterator[list[dict[str, Any]]]:
+    """The rows of one phase and split; of many probabilities only the largest."""
+    for batch in file.iter_batches(PIECE, [number]):
+        names = [name for name in batch.schema.names if name not in ("probabilities", "probabilities_raw", "choices")]
+        rows = batch.select(names).to_pylist()
+        for row, top in zip(rows, _largest(batch), strict=True):
+            row["top"] = top
+        yield rows
+
+
+def _largest(batch: pyarrow.RecordBatch) -> list[list[tuple[str, float]]]:
+    choices, values = batch["choices"], batch["probabilities"]
+    names, numbers = choices.flatten(), values.flatten().to_numpy(zero_copy_only=False)
+    ends = np.cumsum(values.value_lengths().fill_null(0).to_numpy(zero_copy_only=False))
+    found = []
+    for start, end in zip([0, *ends[:-1]], ends, strict=True):
+        order = start + np.argsort(-numbers[int(start) : int(end)], kind="stable")[:MOST]
+        found.append([(names[int(place)].as_py(), round(float(numbers[place]), 4)) for place in order])
+    return found
+
+
+def _tested(before: dict[str, Any], after: dict[str, Any] | None, pictures: Mapping[str, bytes]) -> Row:
+    final = before if after is None else after
+    assert final["image"] == before["image"], "both phases ask the same images in the same order"
+    detail: dict[str, Any] = {"before": _reply(before), "prompt": cut(final.get("prompt"))}
+    if after is not None:
+        detail["after"] = _reply(after)
+    if final.get("candidates") is not None:
+        detail["candidates"] = final["candidates"]
+    detail["picture"] = picture(pictures, final["image"])
+    flags = MALFORMED * (final["formatted"] is False) + CUT * bool(final["truncated"])
+    flags += DISAGREES * (final.get("reasoning_agrees") is False)
+    return Row(
+        split=final["split"],
+        image=final["image"],
+        label=final["label"],
+        detail=detail,
+        answer=final["answer"] or None,
+        before=None if after is None else before["correct"],
+        after=final["correct"],
+        confidence=final["top"][0][1] if final["top"] else None,
+        flags=flags,
+    )
+
+
+def _reply(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page shows of one answer; columns of the method's own come along."""
+    known = {"answer", "completion", "correct", "top", "prompt", *OWN}
+    facts = {name: value for name, value in row.items() if name not in known and value is not None}
+    return {
+        "answer": row["answer"],
+        "text": cut(row["completion"]),
+        "correct": row["correct"],
+        "top": row["top"],
+        "facts": facts,
+    }
+
+
+def training(folder: Path, pictures: Mapping[str, bytes], most: int = GROUPS) -> Iterator[Row]:
+    """The sampled completions, a row per image and update; of more than `most` some, evenly over the training."""
+    path = folder / "completions.parquet"
+    if not path.is_file():
+        return
+    import pyarrow.parquet
+
+    file = pyarrow.parquet.ParquetFile(path)
+    count = sum(1 for _ in _groups(file, ["step", "image"]))
+    wanted = {number * count // most for number in range(most)} if count > most else None
+    for number, members in enumerate(_groups(file)):
+        if wanted is None or number in wanted:
+            yield _trained(members, pictures)
+
+
+def _groups(file: pyarrow.parquet.ParquetFile, columns: list[str] | None = None) -> Iterator[list[dict[str, Any]]]:
+    rows = (row for batch in file.iter_batches(PIECE, columns=columns) for row in batch.to_pylist())
+    for _, members in groupby(rows, key=itemgetter("step", "image")):
+        yield list(members)
+
+
+def _trained(members: list[dict[str, Any]], pictures: Mapping[str, bytes]) -> Row:
+    first = members[0]
+    samples = [
+        {
+            "text": cut(row["completion"]),
+            "reward": _short(row["reward"]),
+            "advantage": _short(row["advantage"]),
+            "tokens": row["tokens"],
+            "rewards": {name.removeprefix("rewards/"): _short(v) for name, v in row.items() if name[:8] == "rewards/"},
+            "said": {name.removeprefix("said/"): cut(v) for name, v in row.items() if name[:5] == "said/" and v},
+        }
+        for row in members
+    ]
+    detail = {
+        "step": first["step"],
+        "prompt": cut(first["prompt"]),
+        "samples": samples,
+        "picture": picture(pictures, first["image"]),
+    }
+    return Row(TRAINING, first["image"], first["label"], detail, flags=CUT * any(row["truncated"] for row in members))
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None or not np.isfinite(value) else round(value, 4)
+
+
+def cut(text: str | None) -> str | None:
+    """A text that a page can show."""
+    if text is None or len(text) <= LONGEST:
+        return text
+    return f"{text[:LONGEST]}\n[… {len(text) - LONGEST:,} more characters in the run folder]"
+
+
+def picture(pictures: Mapping[str, bytes], image: str) -> str | None:
+    """As a data URI."""
+    content = pictures.get(image)
+    return None if content is None else f"data:image/webp;base64,{base64.b64encode(content).decode()}"
+
+
+def class_names(folder: Path) -> dict[str, str]:
+    """The classes, as they are written, by what answers are compared with."""
+    import pyarrow.parquet
+
+    rows = pyarrow.parquet.read_table(folder / "predictions.parquet", columns=["label_index", "label"])
+    pairs = rows.group_by(["label_index", "label"]).aggregate([]).to_pylist()
+    found = {normalize(row["label"]): row["label"] for row in sorted(pairs, key=lambda row: row["label_index"])}
+    if (folder / "completions.parquet").is_file():
+        trained = pyarrow.parquet.read_table(folder / "completions.parquet", columns=["label"])["label"].unique()
+        for name in trained.to_pylist():
+            found.setdefault(normalize(name), name)
+    return found
+
+
+def surest(folder: Path) -> dict[str, tuple[list[float], list[bool]]]:
+    """Of every split at the end of a run: how probable each image's most probable name is, and whether it is right."""
+    found: dict[str, tuple[list[float], list[bool]]] = {}
+    for row in tests(folder, {}):
+        top = row.detail.get("after", row.detail["before"])["top"]
+        if top:
+            confidences, right = found.setdefault(row.split, ([], []))
+            confidences.append(top[0][1])
+            right.append(normalize(top[0][0]) == normalize(row.label))
+    return found
