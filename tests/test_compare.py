@@ -15,6 +15,7 @@ import pyarrow.parquet as parquet
 import pytest
 import yaml
 from scipy import stats
+from statsmodels.stats.proportion import confint_proportions_2indep
 
 from common.config import composition
 from common.report import __main__ as command
@@ -147,6 +148,34 @@ def test_the_bootstrap_covers_the_truth():
         low, high = paired.bootstrap([drawn], draws=600, seed=number)
         inside += low <= 0.2 <= high
     assert inside / 400 >= 0.93
+
+
+@pytest.mark.parametrize(("seeds", "spread"), [(3, 0.0), (3, 0.05), (5, 0.05)])
+def test_the_bootstrap_covers_the_truth_over_seeds(seeds, spread):
+    """Of 300 pairs of methods, whose difference is 0.08 on average and another one with each seed."""
+    generator = np.random.default_rng(2)
+    inside = 0
+    for number in range(300):
+        changes = []
+        for shift in generator.normal(0, spread, seeds) / 2:
+            better, worse = max(0.2 + shift, 0), max(0.12 - shift, 0)
+            p = [worse, 1 - better - worse, better]
+            changes.append(generator.choice(np.array([-1, 0, 1], np.int8), 200, p=p))
+        low, high = paired.bootstrap(changes, draws=600, seed=number)
+        inside += low <= 0.08 <= high
+    assert inside / 300 >= 0.93
+
+
+def test_on_other_images_the_difference_has_newcombes_interval(write, capsys):
+    """28 of 40 against 8 of 20."""
+    few = write("few", right=np.arange(40) < 28)
+    many = write("many", "method=sft", right=np.arange(20) < 8)
+    assert command.main(["compare", "--format", "csv", "--against", "sft", str(few), str(many)]) == 0
+    _, by_name = cells(capsys.readouterr().out)
+    row = by_name["nothinking · digits · tiny_qwen2_vl · 16 shots"]
+    low, high = confint_proportions_2indep(28, 40, 8, 20, method="newcomb", compare="diff")
+    assert (row["difference"], row["p"]) == ("+30.00", "other images")
+    assert row["95 % interval of it"] == f"{100 * low:+.2f} – {100 * high:+.2f}"
 
 
 def test_folders_without_a_result_are_named_and_the_exit_code_says_so(write, tmp_path, capsys):

@@ -12,6 +12,8 @@ import pytest
 from scipy.stats import binomtest
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss, confusion_matrix, top_k_accuracy_score
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
 
 from common.evaluation import metrics
 from common.evaluation.summary import Summary
@@ -32,6 +34,34 @@ def summarize(predictions, probabilities=None, scoring=0.0):
 def test_wilson_equals_scipy(successes, total):
     expected = binomtest(successes, total).proportion_ci(method="wilson")
     assert metrics.wilson_interval(successes, total) == pytest.approx((expected.low, expected.high), abs=1e-9)
+
+
+@pytest.mark.parametrize("total", [1, 7, 1757, 50_000])
+def test_no_interval_leaves_out_its_own_share(total):
+    for right in (0, 1, total - 1, total):
+        low, high = metrics.wilson_interval(right, total)
+        assert low <= right / total <= high, "not even by a last digit: pictures draw the distance"
+
+
+def test_newcombes_interval_equals_statsmodels():
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        n, m = (int(count) for count in generator.integers(2, 3000, 2))
+        right, other = int(generator.integers(n + 1)), int(generator.integers(m + 1))
+        expected = confint_proportions_2indep(right, n, other, m, method="newcomb", compare="diff")
+        assert metrics.newcombe_interval((right, n), (other, m)) == pytest.approx(expected, abs=1e-9)
+
+
+def test_wilson_and_mcnemar_equal_statsmodels():
+    generator = np.random.default_rng(1)
+    for _ in range(50):
+        n = int(generator.integers(1, 3000))
+        right = int(generator.integers(n + 1))
+        expected = proportion_confint(right, n, method="wilson")
+        assert metrics.wilson_interval(right, n) == pytest.approx(expected, abs=1e-9)
+        fixed, broken = (int(count) for count in generator.integers(0, 60, 2))
+        p = mcnemar([[5, fixed], [broken, 5]], exact=True).pvalue
+        assert metrics.exact_p(fixed, broken) == pytest.approx(min(1.0, p), abs=1e-12)
 
 
 def changed(fixed, broken, same=0):

@@ -115,7 +115,8 @@ def _against(group: Group, base: Group, split: str) -> tuple[str, ...]:
     if found is None:
         return ("", "", "")
     low, high = found.interval
-    return f"{100 * found.difference:+.2f}", f"{100 * low:+.2f} – {100 * high:+.2f}", f"{found.p:.2g}"
+    p = "other images" if found.p is None else f"{found.p:.2g}"
+    return f"{100 * found.difference:+.2f}", f"{100 * low:+.2f} – {100 * high:+.2f}", p
 
 
 def _seeds(group: Group) -> str:
