@@ -82,9 +82,9 @@ def answers(folder: Path, split: str) -> dict[str, bool]:
 def bootstrap(changes: Sequence[NDArray[np.int8]], draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
     """The 95 % percentile interval of the mean difference: seeds are drawn with replacement, then images of each.
 
-    With one seed images alone are drawn, which says nothing of other seeds; with two that differ much the interval holds
-    about 90 %, from three on at least 95 % (simulated in tests/test_compare.py). Images of different seeds are drawn apart, since they are other images where
-    a dataset has no test split of its own.
+    With one seed images alone are drawn, which says nothing of other seeds; with two that differ much the interval
+    holds about 90 %, from three on at least 95 % (tests/test_compare.py simulates it). Images of different seeds are
+    drawn apart, since they are other images where a dataset has no test split of its own.
 
     Args:
         changes: Per seed: 1 where only the first is right, -1 where only the second is, else 0. Shape: S times [N].

@@ -1,0 +1,221 @@
+"""A run's page in a real browser, opened from the disk. Skipped where there is no Chromium."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+from common.report.html import run_page
+from tests.test_html import HOSTILE, NAMES, answered, write  # noqa: F401
+
+sync_api = pytest.importorskip("playwright.sync_api")
+BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+BROWSER = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium (Debian: chromium-headless-shell)")
+MANY = 50_000
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@contextmanager
+def opened(browser, folder, link="", width=1200, scheme="light"):
+    """The page; afterwards: nothing was asked of a network, no script failed, no dialog opened, nothing was hacked."""
+    troubles = []
+    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    page.on("console", lambda message: troubles.append(message.text))
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.on("dialog", lambda dialog: troubles.append(dialog.message))
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(f"{(folder / 'report.html').as_uri()}{link}")
+    page.wait_for_selector("#list li, #page:text('nothing fits')")
+    yield page
+    assert troubles == [] and page.evaluate("window.hacked") is None
+    here = folder.as_uri()
+    assert [url for url in asked if not url.startswith((here, "data:image/webp"))] == []
+    page.close()
+
+
+def shown(page):
+    return page.locator("#list .words").all_inner_texts()
+
+
+def settle(page, count):
+    sync_api.expect(page.locator("#count")).to_have_text(re.compile(f"^{count} of"))
+
+
+def arrive(page, part):
+    """Wait until the address says so."""
+    page.wait_for_url(lambda url: part in url.partition("#")[2])
+
+
+@pytest.fixture
+def folder(write):  # noqa: F811
+    """45 images: of every nine, seven are right twice, one is fixed and one broken."""
+    images = [f"{NAMES[n % 3]}/{n:02}.png" for n in range(45)]
+    labels = [NAMES[n % 3] for n in range(45)]
+    other = dict(zip(NAMES, NAMES[1:] + NAMES[:1], strict=True))
+    first = [other[name] if n % 9 == 4 else name for n, name in enumerate(labels)]
+    last = [other[name] if n % 9 == 5 else name for n, name in enumerate(labels)]
+    texts = [f"a hook number {n}" for n in range(45)]
+    confidences = [0.99 - n / 100 for n in range(45)]
+    agrees = [n != 7 for n in range(45)]
+    before = answered(images, labels, first, NAMES, confidences, texts, reasoning_agrees=agrees)
+    after = answered(images, labels, last, NAMES, confidences, texts, reasoning_agrees=agrees)
+    row = {"prompt": "Which?", "label": "six", "tokens": 1, "truncated": False, "lag": 0, "rewards/accuracy": 1.0}
+    row |= {"said/judge": "Score: 8", "reward": 1.5}
+    samples = [
+        row | {"step": s, "image": "t.png", "completion": f"c{s}{g}", "advantage": g - 1.0}
+        for s in (1, 2)
+        for g in (0, 2)
+    ]
+    made = write("run", before, after, samples=samples, keep=images)
+    run_page.make(made)
+    return made
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (390, "dark")])
+def test_a_page_opens_and_nothing_overflows(browser, folder, width, scheme):
+    with opened(browser, folder, width=width, scheme=scheme) as page:
+        settle(page, 45)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert len(shown(page)) == 20 and page.locator("#page").inner_text() == "1 / 3"
+        assert page.locator("#list img").first.evaluate("image => image.naturalWidth") == 128
+        assert page.locator("figure svg").count() == 2
+        ink = page.evaluate("getComputedStyle(document.body).color")
+        assert (ink == "rgb(28, 36, 48)") == (scheme == "light")
+
+
+def test_filters(browser, folder):
+    with opened(browser, folder) as page:
+        settle(page, 45)
+        for choice, count in (
+            ("fixed", 5),
+            ("broken", 5),
+            ("wrong", 5),
+            ("right", 40),
+            ("disagrees", 1),
+            ("malformed", 0),
+        ):
+            page.select_option("#show", choice)
+            settle(page, count)
+        assert page.locator("#page").inner_text() == "nothing fits"
+        page.click("button[type=reset]")
+        settle(page, 47)  # with the two training images
+        page.select_option("#split", label="test")
+        page.select_option("#label", label="nine")
+        settle(page, 15)
+        page.fill("#below", "60")
+        settle(page, 2)  # 40 and 43 of nine; 0.99 - n / 100 < 0.6 from 40 on
+        assert [text.split("\n")[-1].split(" · ")[1] for text in shown(page)] == ["nine/40.png", "nine/43.png"]
+
+
+def test_a_cell_of_the_matrix_shows_its_images(browser, folder):
+    with opened(browser, folder) as page:
+        page.click("button[data-label='2'][data-answer='0']")
+        settle(page, 5)
+        assert page.locator("#list .words").first.inner_text().startswith("two → six")
+        assert page.locator("#detail h3").first.inner_text() == "two"
+
+
+def test_search_and_clear(browser, folder):
+    with opened(browser, folder) as page:
+        page.keyboard.press("/")
+        page.keyboard.type("NUMBER 13")
+        settle(page, 1)
+        assert "nine/13.png" in shown(page)[0] and "query=NUMBER+13" in page.url
+        page.keyboard.press("Escape")
+        settle(page, 47)
+
+
+def test_keys_move_and_the_address_leads_back(browser, folder):
+    with opened(browser, folder) as page:
+        settle(page, 45)
+        for key in ("j", "j", "k", "ArrowRight", "j"):
+            page.keyboard.press(key)
+        arrive(page, "21.png")
+        assert page.locator("#page").inner_text() == "2 / 3"
+        page.select_option("#show", "fixed")
+        settle(page, 5)
+        page.keyboard.press("j")
+        arrive(page, "13.png")
+        link = page.url.partition("#")[2]
+    with opened(browser, folder, f"#{link}") as page:
+        settle(page, 5)
+        assert page.locator("#list [aria-current=true] small").inner_text().startswith("test · nine/13.png")
+        cards = page.locator("#detail .card h3").all_inner_texts()
+        assert cards == ["before training ✗", "after training ✓"]
+
+
+def test_a_training_image_shows_what_was_compared(browser, folder):
+    with opened(browser, folder, "#split=training") as page:
+        settle(page, 2)
+        cards = page.locator("#detail .card")
+        assert cards.count() == 2 and cards.nth(0).locator("pre").first.inner_text() == "c10"
+        facts = dict(
+            zip(cards.nth(1).locator("dt").all_inner_texts(), cards.nth(1).locator("dd").all_inner_texts(), strict=True)
+        )
+        assert facts == {"reward": "1.5", "accuracy": "1", "advantage": "1", "tokens": "1"}
+        cards.nth(1).locator("summary").click()
+        assert cards.nth(1).locator("details pre").inner_text() == "Score: 8"
+
+
+def test_fifty_thousand_rows(browser, write):  # noqa: F811
+    """Their texts lie beside the page; each page of the list is there in a fifth of a second."""
+    images = [f"{n}.png" for n in range(MANY)]
+    labels = [NAMES[n % 3] for n in range(MANY)]
+    said = [NAMES[(n + (n % 7 == 0)) % 3] for n in range(MANY)]
+    texts = [f"number {n}, " + "and so on " * 20 for n in range(MANY)]
+    made = write("run", answered(images, labels, said, NAMES, [0.5 + n / (2 * MANY) for n in range(MANY)], texts))
+    run_page.make(made)
+    assert (made / "report.html").stat().st_size < 3_000_000
+    turn = """async (id) => {
+        const page = document.getElementById("page"), before = page.textContent, start = performance.now();
+        document.getElementById(id).click();
+        while (page.textContent === before) await new Promise((next) => setTimeout(next, 1));
+        return performance.now() - start;
+    }"""
+    with opened(browser, made) as page:
+        settle(page, "50,000")
+        times = [page.evaluate(turn, "next") for _ in range(15)]
+        page.select_option("#show", "wrong")
+        settle(page, "7,143")  # every seventh: rows of a page come from several files
+        times += [page.evaluate(turn, "next") for _ in range(15)]
+        assert median(times) < 200, times
+        page.fill("#query", "number 49994,")
+        settle(page, 1)
+        assert "49994.png" in shown(page)[0]
+    assert Path(made / "report" / "rows-499.js").is_file()
+
+
+def test_hostile_texts_are_text(browser, write):  # noqa: F811
+    texts = [*HOSTILE, "<b>" * 300_000]
+    names = [f"{text[:60]} {n}" for n, text in enumerate(HOSTILE)]
+    labels = [names[n % len(names)] for n in range(len(texts))]
+    images = [f"{text[:50]}/{n}.png" for n, text in enumerate(texts)]
+    before = answered(images, labels, labels, names, [0.9] * len(texts), texts, prompt=texts)
+    said = {key: HOSTILE[n] for n, key in enumerate(("method", "data", "model", "setting", "protocol"))}
+    made = write("a <b>run</b> & 'more'", before, before, names=names, **said)
+    run_page.make(made)
+    with opened(browser, made) as page:
+        settle(page, len(texts))
+        for n, text in enumerate(texts[:-1]):
+            assert page.locator("#detail pre").nth(1).text_content() == text, n
+            page.locator("#detail summary").click()
+            page.keyboard.press("j")
+            arrive(page, f"%2F{n + 1}.png")
+        assert "800,000" not in page.title() and page.locator("#detail b, #list b, h1 b").count() == 0
+        assert page.locator("h1").text_content() == f"{HOSTILE[0]} · {HOSTILE[1]}"
+        page.select_option("#label", index=3)
+        settle(page, 1)
