@@ -41,8 +41,7 @@ def of_sweep(folder: Path, page: Page | None = None) -> Path:
         UserError: The folder is no sweep's.
     """
     page = pages.build(folder) if page is None else page
-    runs = folders.find(path for path in dict.fromkeys(map(page.sweep.path, page.sweep.runs)) if path.is_dir())
-    return _make(folder, page.sweep.name, runs, page)
+    return _make(folder, page.sweep.name, page.runs, page)
 
 
 def of_runs(paths: Sequence[Path]) -> Path:

@@ -51,13 +51,14 @@ class Cell:
 
 
 def collect(sweep: Sweep) -> tuple[dict[Keys, Cell], list[Run]]:
-    """All cells by their keys, and the runs without a result."""
-    page, cells, unfinished = sweep.page, dict[Keys, Cell](), dict[str, Run]()
+    """All cells by their keys, and the runs."""
+    page, cells, unfinished, runs = sweep.page, dict[Keys, Cell](), set[str](), list[Run]()
     for folder in dict.fromkeys(shown.folder for shown in sweep.runs):
         run = _read(sweep.folder.parent / folder)
+        runs.append(run)
         for shown in (each for each in sweep.runs if each.folder == folder):
             if run.result is None:
-                unfinished[folder] = run
+                unfinished.add(folder)
                 continue
             for extra, number in numbers(run, run.result, page):
                 cell = cells.setdefault(_sorted({**shown.keys, **extra}), Cell())
@@ -76,7 +77,7 @@ def collect(sweep: Sweep) -> tuple[dict[Keys, Cell], list[Run]]:
         cells |= averages(cells, key)
     if page.get("harmonic"):
         cells |= harmonic(cells)
-    return cells, list(unfinished.values())
+    return cells, runs
 
 
 def _axes(page: Mapping[str, Any]) -> list[str]:

@@ -35,17 +35,24 @@ def _draw(runs: Mapping[str, Mapping[str, Sequence[Path]]], wanted: Sequence[str
     """A line of axes per panel, with a line of each name in all of them."""
     figure, axes = panels(len(runs) * len(wanted), 2.4, WIDTH, len(wanted))
     for panel_number, (panel, named) in enumerate(runs.items()):
-        logs = {name: [RunFolder(path).read_log("metrics.jsonl") for path in paths] for name, paths in named.items()}
-        for curve_number, curve in enumerate(wanted):
-            axis = axes[panel_number * len(wanted) + curve_number]
-            for number, (name, seeds) in enumerate(logs.items()):
-                found = [values for lines in seeds if (values := series(lines, curve))]
+        beside = axes[panel_number * len(wanted) : (panel_number + 1) * len(wanted)]
+        for number, (name, paths) in enumerate(named.items()):
+            seeds = [_all(path, wanted) for path in paths]
+            for axis, curve in zip(beside, wanted, strict=True):
+                found = [values[curve] for values in seeds if values[curve]]
                 _curve(axis, found, name, number, smoothed=curve.endswith("reward"))
+        for axis, curve in zip(beside, wanted, strict=True):
             axis.set(xlabel="update", ylabel=CURVES[curve][1])
             axis.grid(alpha=0.25)
             note(axis, panel)
     legend(figure, axes)
     return figure
+
+
+def _all(path: Path, wanted: Sequence[str]) -> dict[str, dict[int, float]]:
+    """The curves of one run, whose log is long and is let go."""
+    lines = RunFolder(path).read_log("metrics.jsonl")
+    return {curve: series(lines, curve) for curve in wanted}
 
 
 def _runs(page: Page, row: str, panel: str) -> list[Path]:
@@ -58,10 +65,10 @@ def series(lines: Iterable[Mapping[str, float]], curve: str) -> dict[int, float]
     """The value of a curve by update, of the lines of a metrics.jsonl."""
     keys, values = CURVES[curve][0], dict[int, float]()
     for line in lines:
-        tested = sorted(name for name in line if name.startswith("eval/") and name.endswith("/accuracy"))
-        names = [name for name in keys if name in line] if keys else tested
-        if names:
-            values[int(line["step"])] = line[names[0]] * (1 if keys else 100)
+        known = keys or sorted(name for name in line if name.startswith("eval/") and name.endswith("/accuracy"))
+        name = next((name for name in known if name in line), None)
+        if name is not None:
+            values[int(line["step"])] = line[name] * (1 if keys else 100)
     return values
 
 

@@ -95,7 +95,12 @@ class Page:
     sweep: points.Sweep
     entries: list[Entry]
     source: str
-    unfinished: list[Run] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
+
+    @property
+    def unfinished(self) -> list[Run]:
+        """Those without a result."""
+        return [run for run in self.runs if run.result is None]
 
     def axis(self, part: str) -> list[str]:
         """The values of rows, columns or panels, averages last."""
@@ -149,12 +154,12 @@ def build(folder: Path) -> Page:
     """
     sweep = points.load(folder)
     known = published.load(sweep.page["published"]) if sweep.page.get("published") else published.Published("", {})
-    found, unfinished = numbers.collect(sweep)
+    found, runs = numbers.collect(sweep)
     changed = [f"{key}={value}" for key, value in sweep.given.items()]
     theirs = _of_the_same_average(known.numbers, found, sweep.page.get("average"))
     order = [*found, *([] if changed else (keys for keys in theirs if keys not in found))]
     entries = [_entry(keys, found.get(keys, Cell()), theirs.get(keys), changed) for keys in order]
-    return Page(sweep, entries, known.source, unfinished)
+    return Page(sweep, entries, known.source, runs)
 
 
 def _of_the_same_average(theirs: Mapping[Keys, float], ours: Collection[Keys], key: str | None) -> Mapping[Keys, float]:
