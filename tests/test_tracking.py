@@ -9,6 +9,8 @@ import pytest
 from common.config.schema import TrackingConfig
 from common.data.digits import Digits
 from common.evaluation.evaluate import Evaluation
+from common.report import __main__ as command
+from common.report.paper import page, points, tracked
 from common.run import tracking
 from common.types import Answers, Prediction, Reply
 from tests.test_tables import result as result_with
@@ -50,6 +52,33 @@ def test_offline_file_holds_the_run(tmp_path):
     assert [len(rows) for rows in written] == [2, 2], "only the new rows, at most completions_rows"
     staged = [path.read_bytes()[:8] for path in (folder / "wandb" / "data").rglob("*") if path.is_file()]
     assert staged.count(b"\x89PNG\r\n\x1a\n") >= 2, "images of the table lie inside the run folder"
+
+
+def test_a_page_is_logged_beside_its_runs(tmp_path):
+    sweep = points.Sweep("clsrl_table2", {"rows": ["method"], "columns": ["data"]}, {}, [])
+    ours = [page.Entry({"method": "sft", "data": "dtd"}, 61.5, None, None, (1,), 9, 60.0, (), (), ())]
+    folder = tmp_path / "clsrl_table2-seed1"
+    folder.mkdir()
+    (folder / "report.html").write_text("<p>all of it</p>")
+    for _ in range(2):
+        tracked.publish(page.Page(sweep, ours, ""), folder, {"project": "p", "mode": "offline", "tags": ["mine"]})
+    files = sorted(folder.rglob("*.wandb"))
+    found = summary_of(files[0])
+    assert (found["group"], found["job_type"], found["tags"]) == ("clsrl_table2", "table", ["clsrl_table2", "mine"])
+    assert len({path.stem for path in files}) == 1, "twice the same run"
+    written = [json.loads(path.read_text()) for path in folder.rglob("*.table.json")]
+    tables = [(each["columns"], each["data"]) for each in written]
+    assert (["method", "dtd"], [["sft", "61.50 (60)"]]) in tables
+    assert any(path.read_text() == "<p>all of it</p>" for path in folder.rglob("*.html") if path.parent != folder)
+    nowhere = tmp_path / "other"
+    tracked.publish(page.Page(sweep, ours, ""), nowhere, {"project": "p", "mode": "disabled", "tags": []})
+    assert not nowhere.exists()
+
+
+def test_without_a_key_a_dashboard_is_one_line(monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert command.main(["dashboard", "me"]) == 2
+    assert "log in with wandb login" in capsys.readouterr().err
 
 
 def test_a_resumed_run_continues_the_same_one(tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -16,9 +18,11 @@ from common.forward.logprobs import PolicyScorer
 from common.forward.packing import Group, pack_plain, pack_shared, score_prompts
 from common.models.encoder import Encoder
 from common.models.meter import messages
+from common.report import dashboard
 from common.rewards import Reward, accuracy, strict_format
 from common.rollout.base import Decoding
 from common.rollout.hf import HFRollout
+from common.run import tracking
 from common.training.engine import Engine
 from common.training.grpo.trainer import GRPOTrainer
 from common.training.schedule import Epochs
@@ -374,6 +378,20 @@ def test_step_reports_trl_names_and_rows(load_vlm, digits_task, think):
     assert sum(row["advantage"] for row in step.rows[:4]) == pytest.approx(0, abs=1e-3)
     assert step.metrics["sampling/sampling_logp_difference/max"] < 1e-4
     assert set(step.seconds) == {"rollout", "reward", "update"}
+
+
+def test_the_dashboard_shows_what_a_training_logs(load_vlm, digits_task, think):
+    """Every metric of W&B's view is logged, under the prefix that it gets there."""
+    step = run(load_vlm(), digits_task, think, updates=1)[0]
+    logged = {tracking.prefixed(name) for name in [*step.metrics, "step_time", "eval/test/accuracy", "eval/test/ece"]}
+    logged |= {f"time/{phase}_s" for phase in step.seconds}
+    spec = json.loads(dashboard.workspace("me", "p")._to_model().model_dump_json())["spec"]
+    sections = spec["section"]["panel_bank_config"]["sections"]
+    panels = [panel["config"] for section in sections for panel in section["panels"]]
+    shown = {name for config in panels for name in config.get("metrics") or []}
+    patterns = [config["metric_regex"] for config in panels if config.get("metric_regex")]
+    assert len(shown) >= 8 and shown <= logged
+    assert len(patterns) == 4 and all(any(re.search(pattern, name) for name in logged) for pattern in patterns)
 
 
 def test_self_check_refuses_a_wrong_forward(load_vlm, digits_task, think, monkeypatch):

@@ -4,6 +4,7 @@ python -m common.report compare outputs/*              runs side by side, seeds 
 python -m common.report paper outputs/alert_table1     a table or figure of a paper, from the runs of its sweep
 python -m common.report html outputs/<run>             report.html: results, curves, every reply; of a sweep or runs too
 python -m common.report figures outputs/<run>          its pictures for print: PNG, SVG, PDF
+python -m common.report dashboard <entity>             a saved view of the project on W&B
 python -m common.report audit outputs/<run>            what would replies earn that game the run's rewards?
 """
 
@@ -39,6 +40,10 @@ def main(arguments: list[str] | None = None) -> int:
     drawn = commands.add_parser("figures", help="a run's pictures for print, without titles: PNG 300 dpi, SVG, PDF")
     drawn.add_argument("run", type=Path)
     drawn.set_defaults(run_it=_figures)
+    board = commands.add_parser("dashboard", help="save a view of the project on W&B, and print its address")
+    board.add_argument("entity", help="a user or team")
+    board.add_argument("--project", default="fewshot-vlm-rl", help="tracking.project")
+    board.set_defaults(run_it=_dashboard)
     audit = commands.add_parser("audit", help="attack a run's own rewards with its class names")
     audit.add_argument("run", type=Path)
     audit.set_defaults(run_it=_audit)
@@ -89,6 +94,13 @@ def _figures(chosen: argparse.Namespace) -> int:
 
     for path in write(chosen.run):
         print(path)
+    return 0
+
+
+def _dashboard(chosen: argparse.Namespace) -> int:
+    from common.report import dashboard
+
+    print(dashboard.save(chosen.entity, chosen.project))
     return 0
 
 

@@ -28,6 +28,7 @@ from common.config import composition
 from common.config.command_line import literal
 from common.report.paper import page, points
 from common.run.run_folder import RunFolder
+from common.run.safe import result_is_safe
 from common.sweep import dry, plugin
 from common.sweep.plan import LATER, RUN, Point, Spec, expand
 from common.types import UserError
@@ -88,9 +89,11 @@ class PaperSweeper(Sweeper):
         folder = self.describe(shown, arguments)
         print(f"{folder}: {len(jobs)} points, {len(finished)} finished")
         returns = self.run(jobs, finished)
-        from common.report.paper import writing  # matplotlib, a second
+        from common.report.paper import tracked, writing  # matplotlib, a second
 
-        writing.write(folder, shown=True)
+        found = writing.write(folder, shown=True)
+        with result_is_safe("the tracker"):
+            tracked.publish(found, folder, self.config.tracking)
         for each in returns:
             _ = each.return_value  # raises the first failure
         return [returns]
@@ -151,11 +154,17 @@ class PaperSweeper(Sweeper):
                 wave.remove(job)
             if not wave:
                 continue
-            batch = [literal([f"{key}={value}" for key, value in job.overrides.items()]) for job in wave]
+            batch = [literal([f"{key}={value}" for key, value in self.tagged(job.overrides)]) for job in wave]
             done = self.launcher.launch(batch, initial_job_idx=len(returns))
             returns.extend(done)
             ready |= {job.folder for job, each in zip(wave, done, strict=True) if each.status == JobStatus.COMPLETED}
         return returns
+
+    def tagged(self, overrides: Mapping[str, str]) -> list[tuple[str, str]]:
+        """With the sweep's name for W&B. A run that another table has made already keeps that one's."""
+        assert self.config is not None
+        tags = [] if "tracking.tags" in overrides else [("tracking.tags", f"[{self.config.hydra.job.config_name}]")]
+        return [*overrides.items(), *tags]
 
 
 class Composer:
