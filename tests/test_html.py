@@ -338,6 +338,7 @@ def test_a_small_copy_is_small_and_a_tiny_one_exact(tmp_path):
 
 
 def test_a_drawing_takes_the_pages_colour():
+    assert 'width="15pt" height="3pt"' in render.embedded('<svg width="10pt" height="2pt" viewBox="0 0 1 1"/>', 1.5)
     svg = render.embedded(
         '<?xml version="1.0"?><svg width="1"><metadata>x</metadata><path style="stroke: #000000"/></svg>'
     )

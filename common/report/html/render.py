@@ -67,8 +67,9 @@ def inline(figure: Figure) -> Markup:
     return embedded(file.getvalue())
 
 
-def embedded(svg: str) -> Markup:
-    """The same for what Matplotlib has written to a file."""
+def embedded(svg: str, scale: float = 1.0) -> Markup:
+    """The same for what Matplotlib has written to a file, larger by `scale`: print is small on a screen."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' (width|height)="([\d.]+)pt"', lambda f: f' {f[1]}="{scale * float(f[2]):g}pt"', svg, count=2)
     return Markup(svg.replace("#000000", "currentColor").replace("<svg ", '<svg role="img" ', 1))

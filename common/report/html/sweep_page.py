@@ -85,7 +85,7 @@ def _make(folder: Path, name: str, runs: Sequence[Run], page: Page | None) -> Pa
 
 def _paper(folder: Path, page: Page) -> dict[str, Any]:
     figure = folder / "figure.svg"
-    drawn = embedded(figure.read_text(encoding="utf-8")) if figure.is_file() else None
+    drawn = embedded(figure.read_text(encoding="utf-8"), 1.5) if figure.is_file() else None
     return {"matrices": list(matrices(page)), "notes": notes(page), "listing": listing(page), "figure": drawn}
 
 
