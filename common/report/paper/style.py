@@ -72,7 +72,8 @@ def legend(figure: Figure, axes: Sequence[Axes]) -> None:
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
-    wide = max(1, int(figure.get_figwidth() / 1.4))  # inches of an entry
+    entry = 0.4 + 0.065 * max((len(label) for label in found), default=0)  # inches: a sign, and letters
+    wide = max(1, int(figure.get_figwidth() / entry))
     if found:
         figure.legend(
             found.values(), found.keys(), loc="outside lower center", ncols=min(len(found), wide), frameon=False
