@@ -7,6 +7,8 @@ import re
 from html.parser import HTMLParser
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 import yaml
 from PIL import Image
@@ -282,6 +284,35 @@ def test_a_folder_without_a_result_has_no_page(write, tmp_path, capsys):
     (tmp_path / "foreign").mkdir()
     assert command.main(["html", str(tmp_path / "foreign")]) == 2
     assert "is no sweep's folder" in capsys.readouterr().err
+
+
+def test_a_damaged_folder_is_one_line(write, tmp_path, capsys):
+    folder = small(write)
+    table = parquet.read_table(folder / "predictions.parquet")
+    parquet.write_table(table.drop_columns(["choices"]), folder / "predictions.parquet")
+    assert command.main(["html", str(folder)]) == 2
+    assert "predictions.parquet has no column choices: an earlier version wrote it" in capsys.readouterr().err
+    (folder / "predictions.parquet").write_bytes(b"PAR1 half of it")
+    assert command.main(["figures", str(folder)]) == 2 and "cannot be read" in capsys.readouterr().err
+    (folder / "predictions.parquet").unlink()
+    assert command.main(["html", str(folder)]) == 2 and "cannot be read" in capsys.readouterr().err
+
+
+def test_a_run_of_an_earlier_version_has_a_page(write):
+    """Its phases had other names."""
+    folder = small(write)
+    parts = parquet.ParquetFile(folder / "predictions.parquet")
+    former = {"before": "zero_shot", "after": "eval"}
+    with parquet.ParquetWriter(folder / "old", parts.schema_arrow) as file:
+        for number in range(parts.num_row_groups):
+            rows = parts.read_row_group(number).to_pylist()
+            file.write_table(
+                pa.Table.from_pylist([r | {"phase": former[r["phase"]]} for r in rows], parts.schema_arrow)
+            )
+    (folder / "old").rename(folder / "predictions.parquet")
+    run_page.make(folder)
+    index, _ = of_page(folder)
+    assert (index["before"], index["after"]) == ([1, 0, 1, 1], [1, 1, 0, 0])
 
 
 def test_runs_side_by_side_link_to_their_pages(write, tmp_path):

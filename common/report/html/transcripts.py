@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from common.parsing import normalize
+from common.run.result import FORMER
+from common.types import UserError
 
 if TYPE_CHECKING:
     import pyarrow
@@ -27,6 +29,19 @@ GROUPS = 5_000  # training images with their completions
 PIECE = 500  # rows at a time
 TRAINING = "training"  # stands where a test has the name of its split
 MALFORMED, DISAGREES, CUT = 1, 2, 4  # flags
+NEEDED = {
+    "phase",
+    "split",
+    "image",
+    "label",
+    "label_index",
+    "answer",
+    "correct",
+    "completion",
+    "formatted",
+    "truncated",
+}
+NEEDED |= {"choices", "probabilities"}
 OWN = {"phase", "split", "image", "label", "label_index", "correct_alias", "choices", "probabilities_raw", "candidates"}
 
 
@@ -55,15 +70,17 @@ def tests(folder: Path, pictures: Mapping[str, bytes]) -> Iterator[Row]:
     Args:
         folder: A finished run's.
         pictures: WebP by image.
-    """
-    import pyarrow.parquet
 
-    file = pyarrow.parquet.ParquetFile(folder / "predictions.parquet")
+    Raises:
+        UserError: predictions.parquet is missing, damaged, or of a version that wrote less.
+    """
+    file = _predictions(folder)
     parts: dict[str, dict[str, int]] = {}
     for number in range(file.num_row_groups):
         head = next(file.iter_batches(1, [number], ["phase", "split"]), None)
         if head is not None:
-            parts.setdefault(head["split"][0].as_py(), {})[head["phase"][0].as_py()] = number
+            phase = head["phase"][0].as_py()
+            parts.setdefault(head["split"][0].as_py(), {})[FORMER.get(phase, phase)] = number
     for phases in parts.values():
         first = _pieces(file, phases["before"])
         last = _pieces(file, phases["after"]) if "after" in phases else iter(())
@@ -71,6 +88,19 @@ def tests(folder: Path, pictures: Mapping[str, bytes]) -> Iterator[Row]:
             ends: Sequence[dict[str, Any] | None] = late or [None] * len(early)
             for before, after in zip(early, ends, strict=True):
                 yield _tested(before, after, pictures)
+
+
+def _predictions(folder: Path) -> pyarrow.parquet.ParquetFile:
+    import pyarrow.parquet
+
+    path = folder / "predictions.parquet"
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:100]})") from error
+    if missing := NEEDED - set(file.schema_arrow.names):
+        raise UserError(f"{path} has no column {min(missing)}: an earlier version wrote it; run it again")
+    return file
 
 
 def _pieces(file: pyarrow.parquet.ParquetFile, number: int) -> Iterator[list[dict[str, Any]]]:
@@ -195,7 +225,7 @@ def class_names(folder: Path) -> dict[str, str]:
     """The classes, as they are written, by what answers are compared with."""
     import pyarrow.parquet
 
-    rows = pyarrow.parquet.read_table(folder / "predictions.parquet", columns=["label_index", "label"])
+    rows = _predictions(folder).read(columns=["label_index", "label"])
     pairs = rows.group_by(["label_index", "label"]).aggregate([]).to_pylist()
     found = {normalize(row["label"]): row["label"] for row in sorted(pairs, key=lambda row: row["label_index"])}
     if (folder / "completions.parquet").is_file():
