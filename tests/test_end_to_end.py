@@ -91,6 +91,8 @@ def test_run_folder_is_complete_and_consistent(demo):
     best = trained.apply(lambda row: row.choices[row.probabilities.argmax()] == row.label, axis=1)
     assert best.mean() == pytest.approx(r["after"]["test"]["probability"]["top1"], abs=2e-3)  # stored in fp32: ties
     assert best.mean() >= 0.83
+    asked = predictions.prompt.iloc[0]
+    assert all(name in asked for name in ("zero", "nine")) and not predictions.prompt.isna().any()
     completions = pyarrow.parquet.read_table(folder / "completions.parquet").to_pandas()
     assert len(completions) == 100 * 16 * 8
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -102,8 +104,10 @@ def test_run_folder_is_complete_and_consistent(demo):
     assert manifest["hash"] == r["manifest"]
     train_images = {row[0] for row in manifest["splits"]["train"]["rows"]}
     assert not train_images & set(trained.image)
-    for picture in ("curves.png", "confusion-test.png"):
+    for picture in ("curves.png", "confusion-test.png", "report.html"):
         assert (folder / picture).stat().st_size > 10_000
+    kept = pyarrow.parquet.read_table(folder / "thumbnails.parquet")["image"].to_pylist()
+    assert len(kept) == 1000 + 160 and set(predictions[~predictions.correct].image) <= set(kept)
     (log,) = folder.rglob("*.wandb")
     found = summary_of(log)
     assert found["exit"] == 0 and found["group"] == "nothinking-digits-few_shot-s16" and "nothinking" in found["tags"]
