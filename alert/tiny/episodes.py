@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from alert.prompt import meta_task
-from common.models.tiny.wordings import CUES, DIGITS, OTHER_NAMES
+from common.models.tiny.wordings import CLASSES, CUES, DIGITS, KINDS, OTHER_NAMES
 from common.types import CATEGORY
 
 CONTRASTS = (
@@ -24,33 +24,32 @@ CONTRASTS = (
 ASSERTIONS = ("The input image is {name}.", "It looks like {name}.")
 CONTRAST_SHARE = 0.7  # the other replies assert without comparing
 SLOPPY = ("{reason}", "<think>{reason}</think> {name}", "<answer>{name}</answer>", "{name}")
-NAMES = (*DIGITS, *OTHER_NAMES)  # what a category may be called
+NAMES = (*CLASSES, *OTHER_NAMES)  # what a category may be called
 BEGINNINGS = ("user", "model", "Class", "Dataset", "User", "Similar", "The", "It", "I")  # of lines, without a space
 PUNCTUATION = re.compile(r"([.,:])")
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A category as a prompt lists it: the digit that its images show, and what it is called there."""
+    """A category as a prompt lists it: what its images show, and what it is called there."""
 
-    digit: int
+    shown: str
     name: str
 
     @property
     def cue(self) -> str:
         """What one sees in its images."""
-        return CUES[DIGITS[self.digit]]
+        return CUES[self.shown]
 
 
-def draw(count: int, true_names: bool, rng: random.Random) -> list[Reference]:
-    """Reference categories: different digits, under their own names or under any.
+def draw(kind: Sequence[str], count: int, true_names: bool, rng: random.Random) -> list[Reference]:
+    """Reference categories: different ones of `kind`, under their own names or under any.
 
-    >>> draw(2, True, random.Random(1))
-    [Reference(digit=2, name='two'), Reference(digit=1, name='one')]
+    >>> draw(DIGITS, 2, True, random.Random(1))
+    [Reference(shown='two', name='two'), Reference(shown='one', name='one')]
     """
-    digits = rng.sample(range(len(DIGITS)), count)
-    names = [DIGITS[digit] for digit in digits] if true_names else rng.sample(NAMES, count)
-    return [Reference(digit, name) for digit, name in zip(digits, names, strict=True)]
+    shown = rng.sample(kind, count)
+    return [Reference(*pair) for pair in zip(shown, shown if true_names else rng.sample(NAMES, count), strict=True)]
 
 
 def reply(shown: Reference, others: Sequence[Reference], sloppy: float, rng: random.Random) -> str:
@@ -62,7 +61,7 @@ def reply(shown: Reference, others: Sequence[Reference], sloppy: float, rng: ran
         sloppy: Share of replies without the requested tags.
         rng: Of the choices.
 
-    >>> reply(Reference(6, "six"), [Reference(9, "red")], 0.0, random.Random(4))
+    >>> reply(Reference("six", "six"), [Reference("nine", "red")], 0.0, random.Random(4))
     '<think>I see a loop at the bottom as in six, but not a loop at the top as in red.</think><answer>six</answer>'
     """
     other = rng.choice(others)
@@ -80,9 +79,10 @@ def corpus(lines: int = 2000) -> list[str]:
     rng = random.Random(0)
     text = [meta_task(DIGITS[:2]).replace(CATEGORY, " ")] * (lines // 50)
     for _ in range(lines):
-        listed = draw(3, True, rng)
+        kind = rng.choice(KINDS)
+        listed = draw(kind, 3, True, rng)
         prompt = meta_task([reference.name for reference in listed], "short")
         text += [prompt.replace(CATEGORY, " "), reply(listed[0], listed[1:], 0.3, rng)]
-        text += [*(reference.name for reference in draw(3, False, rng)), *BEGINNINGS]
-        text += [f" {reference.name}" for reference in draw(3, False, rng)]
+        text += [*(reference.name for reference in draw(kind, 3, False, rng)), *BEGINNINGS]
+        text += [f" {reference.name}" for reference in draw(kind, 3, False, rng)]
     return [PUNCTUATION.sub(r" \1 ", line) for line in text]

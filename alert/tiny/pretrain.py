@@ -1,8 +1,8 @@
-"""Pre-training of the tiny Gemma 3 from scratch: captions of rendered digits, then ALERT's episodes.
+"""Pre-training of the tiny Gemma 3 from scratch: captions of rendered pictures, then ALERT's episodes.
 
-Stage 1 teaches the vision tower to read glyphs. Stage 2 teaches the meta-task prompt: 2 to 8 digits with names and
+Stage 1 teaches the vision tower to read. Stage 2 teaches the meta-task prompt: 2 to 8 digits or garments with names and
 embeddings, then an input image of one of them. A category's embedding is made as ALERT initialises it (section 3.2):
-the projection of the vision tower's mean output over a few images. In part of the episodes any word is any digit's
+the projection of the vision tower's mean output over a few images. In part of the episodes any word is any category's
 name, so that only comparing with the embeddings tells which. Everything here is our choice.
 
 Shapes: N images, E categories, m tokens of an image, D width.
@@ -23,27 +23,27 @@ from alert.tiny.layout import Row, forward, lay_out, reply_loss, visible
 from common.models.families import Gemma3
 from common.models.meter import messages
 from common.models.slots import spread
-from common.models.tiny import glyphs
 from common.models.tiny.gemma3 import END, IMAGE, IMAGE_TOKENS
+from common.models.tiny.pictures import Pictures
 from common.models.tiny.qwen2_vl import IMAGE_SIZE
-from common.models.tiny.wordings import DIGITS
+from common.models.tiny.wordings import CLASSES, KINDS
 from common.runtime.progress import progress
 from common.types import CATEGORY, Prompt
 
-CAPTION_STEPS, CAPTION_ROWS = 400, 64
-EPISODE_STEPS, EPISODE_ROWS, IMAGES_PER_ROW = 1600, 4, 6
+CAPTION_STEPS, CAPTION_ROWS = 600, 64
+EPISODE_STEPS, EPISODE_ROWS, IMAGES_PER_ROW = 2600, 4, 6
 REFERENCES = (2, 2, 3, 3, 4, 4, 5, 6, 7, 8)  # how many categories a prompt lists, drawn anew in every step
 SUPPORT = (1, 2, 4, 8)  # images that a category's embedding is the mean of
 CAPTION_SHARE = 0.1  # of the steps of stage 2, so that reading is not forgotten
 LEARNING_RATE, WARMUP_STEPS, DECAY_SHARE = 2e-3, 50, 0.4
-TRUE_NAMES = 0.4  # share of the steps of stage 2 in which digits are called by their names
-BLENDED, BLEND = 0.4, (0.3, 0.6)  # share of input images that are mixed with an unlisted digit, and its weight
+TRUE_NAMES = 0.4  # share of the steps of stage 2 in which categories are called by their names
+BLENDED, BLEND = 0.4, (0.3, 0.6)  # share of input images that are mixed with an unlisted category, and its weight
 GUIDANCE = 0.5  # weight beside the loss of the replies
 SLOPPY = 0.3  # share of replies that ignore the requested tags
 
 
 def pretrain(model: Any, processor: Any, seed: int = 0) -> Any:
-    """Train `model` in place on rendered digits and return it in evaluation mode."""
+    """Train `model` in place on rendered digits and garments and return it in evaluation mode."""
     total = CAPTION_STEPS + EPISODE_STEPS
     for _ in progress(losses(model, processor, seed), "pre-training the tiny model", total):
         pass
@@ -74,52 +74,51 @@ def losses(model: Any, processor: Any, seed: int) -> Iterator[float]:
 
 
 class Episodes:
-    """Draws batches of rendered digits with texts, and computes their loss."""
+    """Draws batches of rendered pictures with texts, and computes their loss."""
 
     def __init__(self, model: Any, processor: Any, seed: int) -> None:
         self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
         self.images, self.rng = torch.Generator().manual_seed(seed), random.Random(seed)
-        self.glyphs = glyphs.glyph_bank()
+        self.pictures = Pictures(IMAGE_SIZE, self.images)
         self.first = int(model.get_input_embeddings().num_embeddings)
 
     def captions(self) -> torch.Tensor:
-        """Loss of naming single digits: no text but the name."""
-        digits = [self.rng.randrange(10) for _ in range(CAPTION_ROWS)]
+        """Loss of naming single pictures: no text but the name."""
+        shown = [self.rng.choice(CLASSES) for _ in range(CAPTION_ROWS)]
         beginning, image = self.prompt("", ())
-        rows = [
-            Row(beginning, image, [self.ids(DIGITS[digit])], [digit], [self.name(DIGITS[digit])]) for digit in digits
-        ]
-        return self.loss(rows, self.render(digits), None)
+        rows = [Row(beginning, image, [self.ids(name)], [0], [self.name(name)]) for name in shown]
+        return self.loss(rows, self.render(shown), None)
 
     def meta_tasks(self) -> torch.Tensor:
         """Loss of choosing among reference categories; all rows have as many and share one bank."""
         support, count = self.rng.choice(SUPPORT), self.rng.choice(REFERENCES)
-        true_names = self.rng.random() < TRUE_NAMES
-        outputs = self.tower(self.render([digit for digit in range(10) for _ in range(support)]))
-        bank = self.model.model.multi_modal_projector(outputs.unflatten(0, (10, support)).mean(1))  # [10, m, D]
-        rows = [self.episode(count, true_names) for _ in range(EPISODE_ROWS)]
-        unlisted = [self.rng.choice(self.unlisted(row)) for row in rows for _ in row.categories]
-        return self.loss(rows, self.blend([digit for row in rows for digit in row.categories], unlisted), bank)
+        true_names, kind = self.rng.random() < TRUE_NAMES, self.rng.choice(KINDS)
+        outputs = self.tower(self.render([name for name in kind for _ in range(support)]))
+        bank = self.model.model.multi_modal_projector(outputs.unflatten(0, (len(kind), support)).mean(1))  # [E, m, D]
+        rows = [self.episode(kind, count, true_names) for _ in range(EPISODE_ROWS)]
+        unlisted = [self.rng.choice(self.unlisted(row, len(kind))) for row in rows for _ in row.categories]
+        asked = [category for row in rows for category in row.categories]
+        return self.loss(rows, self.blend([kind[number] for number in asked], [kind[n] for n in unlisted]), bank)
 
-    def episode(self, count: int, true_names: bool) -> Row:
+    def episode(self, kind: Sequence[str], count: int, true_names: bool) -> Row:
         """A prompt with `count` reference categories, and replies to some images of them."""
-        listed = draw(count, true_names, self.rng)
+        listed = draw(kind, count, true_names, self.rng)
         shown = [self.rng.choice(listed) for _ in range(IMAGES_PER_ROW)]
         replies = [reply(one, [other for other in listed if other != one], SLOPPY, self.rng) for one in shown]
         text = meta_task([reference.name for reference in listed], "short")
-        beginning, image = self.prompt(text, [reference.digit for reference in listed])
+        beginning, image = self.prompt(text, [kind.index(reference.shown) for reference in listed])
         return Row(
             beginning,
             image,
             [self.ids(text) for text in replies],
-            [one.digit for one in shown],
+            [kind.index(one.shown) for one in shown],
             [self.name(one.name) for one in shown],
         )
 
-    def unlisted(self, row: Row) -> list[int]:
-        """The digits that a row's prompt does not list."""
+    def unlisted(self, row: Row, categories: int) -> list[int]:
+        """Those of the bank's categories that a row's prompt does not list."""
         listed = {(token - self.first) // IMAGE_TOKENS for token in row.beginning if token >= self.first}
-        return [digit for digit in range(10) if digit not in listed]
+        return [number for number in range(categories) if number not in listed]
 
     def loss(self, rows: Sequence[Row], images: torch.Tensor, bank: torch.Tensor | None) -> torch.Tensor:
         """Loss of rows with their input images [N, 1, S, S]; with guidance where there is a bank."""
@@ -153,19 +152,19 @@ class Episodes:
         start = int((ids == self.model.config.boi_token_index).nonzero()[0, 0])
         return ids[:start].tolist(), ids[start:].tolist()
 
-    def render(self, labels: Sequence[int]) -> torch.Tensor:
-        """Fresh images of digits. Shape: [N, 1, S, S], in [0, 1]."""
-        return glyphs.render(self.glyphs, torch.tensor(labels), IMAGE_SIZE, self.images)
+    def render(self, names: Sequence[str]) -> torch.Tensor:
+        """Fresh images of classes. Shape: [N, 1, S, S], in [0, 1]."""
+        return self.pictures(torch.tensor([CLASSES.index(name) for name in names]))
 
-    def blend(self, labels: Sequence[int], unlisted: Sequence[int]) -> torch.Tensor:
-        """Images of `labels`, some mixed with digits that the prompt does not list: without its list nobody could tell.
+    def blend(self, names: Sequence[str], unlisted: Sequence[str]) -> torch.Tensor:
+        """Images of classes, some mixed with one that the prompt does not list: without its list nobody could tell.
 
         Shape: [N, 1, S, S], in [0, 1].
         """
         low, high = BLEND
-        weight = low + (high - low) * torch.rand(len(labels), 1, 1, 1, generator=self.images)
+        weight = low + (high - low) * torch.rand(len(names), 1, 1, 1, generator=self.images)
         weight = weight * (torch.rand(weight.shape, generator=self.images) < BLENDED)
-        return (1 - weight) * self.render(labels) + weight * self.render(unlisted)
+        return (1 - weight) * self.render(names) + weight * self.render(unlisted)
 
     def tower(self, images: torch.Tensor) -> torch.Tensor:
         """The vision tower's outputs. Shape: [N, 1, S, S] -> [N, patches, width of the tower]."""

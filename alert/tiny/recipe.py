@@ -1,7 +1,6 @@
 """The tiny Gemma 3 that runs ALERT on a laptop: a recipe as common/models/tiny/recipe.py.
 
-The model of common/models/tiny/gemma3.py with a tokenizer of its own, pre-trained by alert/tiny/pretrain.py and cached
-under a hash of that code.
+The model of common/models/tiny/gemma3.py with a tokenizer of its own, pre-trained by alert/tiny/pretrain.py.
 """
 
 from __future__ import annotations
@@ -11,16 +10,18 @@ from pathlib import Path
 from alert.tiny.episodes import corpus
 from common.models.meter import PromptMeter
 from common.models.tiny import gemma3 as tiny_gemma3
-from common.models.tiny.cached import build_once, syntax_hash
-from common.models.tiny.wordings import DIGITS
+from common.models.tiny.cached import build_once, place
+from common.models.tiny.recipe import PICTURES
+from common.models.tiny.wordings import CLASSES
 
 HERE, MODELS = Path(__file__).parent, Path(tiny_gemma3.__file__).parent
 SOURCES = (
     *sorted(HERE.glob("*.py")),
     HERE.parent / "prompt.py",
-    *(MODELS / f"{name}.py" for name in ("qwen2_vl", "gemma3", "glyphs", "wordings")),
+    *(MODELS / f"{name}.py" for name in (*PICTURES, "qwen2_vl", "gemma3", "wordings")),
 )
-knows = frozenset(DIGITS)  # classes whose pictures it was pre-trained on
+SHIPPED = HERE / "weights"
+knows = frozenset(CLASSES)  # classes whose pictures it was pre-trained on
 
 
 def meter() -> PromptMeter:
@@ -29,8 +30,8 @@ def meter() -> PromptMeter:
 
 
 def cached_folder(cache_dir: Path) -> Path:
-    """Where this recipe's model lies once it is built."""
-    return Path(cache_dir) / f"tiny_gemma3-{syntax_hash(SOURCES)}"
+    """Where this recipe's model lies: in the repository, or once it is built."""
+    return place("tiny_gemma3", SOURCES, SHIPPED, Path(cache_dir))
 
 
 def build(cache_dir: Path) -> Path:

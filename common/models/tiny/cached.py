@@ -1,4 +1,7 @@
-"""Models that a recipe builds: made once, kept under a name that says which code made them."""
+"""Models that a recipe builds: made once, kept under a name that says which code made them.
+
+Those of the present code lie in the repository: building takes minutes, and every processor rounds in its own way.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,19 @@ def syntax_hash(sources: Iterable[Path]) -> str:
     """12 hexadecimal digits that change with the code of the modules, comments and layout aside."""
     code = [ast.dump(ast.parse(path.read_text(encoding="utf-8"))) for path in sources]
     return hashlib.sha256("".join(code).encode()).hexdigest()[:12]
+
+
+def place(name: str, sources: Iterable[Path], shipped: Path, cache: Path) -> Path:
+    """Where the model of this code lies: among those of the repository if it is there, else in the cache.
+
+    Args:
+        name: Of the recipe.
+        sources: Its code.
+        shipped: The repository's folder of models.
+        cache: Where others are built.
+    """
+    folder = f"{name}-{syntax_hash(sources)}"
+    return shipped / folder if (shipped / folder).is_dir() else cache / folder
 
 
 def build_once(folder: Path, save: Callable[[Path], None]) -> Path:

@@ -18,7 +18,7 @@ from common.models.tiny.qwen2_vl import IMAGE_SIZE, PATCH, TAGS, plain_token
 BEGIN, END, PAD = "<bos>", "<end_of_turn>", "<pad>"
 CONTROL = (PAD, "<eos>", BEGIN, "<unk>", "<mask>")
 IMAGE = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
-VOCABULARY = 800
+VOCABULARY = 960
 IMAGE_TOKENS = 4
 Corpus = Callable[[], list[str]]  # the texts that a tokenizer is trained on
 

@@ -1,6 +1,6 @@
-"""Pre-training of the tiny model from scratch, about a minute on two cores: captions first, then instructions.
+"""Pre-training of the tiny model from scratch, some minutes of one core: captions first, then instructions.
 
-Stage 1 teaches the vision tower to read rendered glyphs ("<image> -> three"; short rows, most images per second).
+Stage 1 teaches the vision tower to read rendered pictures ("<image> -> three"; short rows, most images per second).
 Stage 2 teaches the papers' prompt formats, in many wordings, half with thinking and half without. AdamW, learning rate
 warm-up, plateau, then linear decay over the last 40 % of the steps (a cosine over all steps ended at a higher loss).
 
@@ -17,12 +17,13 @@ import torch
 import torch.nn.functional as F
 
 from common.models.families import Qwen2VL
-from common.models.tiny import glyphs, wordings
+from common.models.tiny import wordings
+from common.models.tiny.pictures import Pictures
 from common.models.tiny.qwen2_vl import IMAGE_SIZE, MERGE, PATCH
 from common.runtime.progress import progress
 
-CAPTION_STEPS, CAPTION_BATCH = 400, 64
-INSTRUCTION_STEPS, INSTRUCTION_BATCH = 800, 32
+CAPTION_STEPS, CAPTION_BATCH = 600, 64
+INSTRUCTION_STEPS, INSTRUCTION_BATCH = 1400, 32
 LEARNING_RATE, WARMUP_STEPS, DECAY_SHARE = 2e-3, 50, 0.4
 SLOPPY = 0.3  # share of replies that ignore the requested format
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -30,10 +31,10 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def pretrain(model: Any, tokenizer: Any, seed: int = 0) -> Any:
-    """Train `model` in place on rendered digits and return it in evaluation mode."""
+    """Train `model` in place on rendered digits and garments and return it in evaluation mode."""
     images = torch.Generator().manual_seed(seed)
     rng = random.Random(seed)
-    bank = glyphs.glyph_bank()
+    draw = Pictures(IMAGE_SIZE, images)
     _batch_vision_attention(model)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05, fused=True
@@ -45,9 +46,10 @@ def pretrain(model: Any, tokenizer: Any, seed: int = 0) -> Any:
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * rate
         captions = step < CAPTION_STEPS
-        labels = torch.randint(10, (CAPTION_BATCH if captions else INSTRUCTION_BATCH,), generator=images)
-        pixels = glyphs.render(bank, labels, IMAGE_SIZE, images)
-        names = [wordings.DIGITS[label] for label in labels]
+        rows = CAPTION_BATCH if captions else INSTRUCTION_BATCH
+        labels = torch.randint(len(wordings.CLASSES), (rows,), generator=images)
+        pixels = draw(labels)
+        names = [wordings.CLASSES[label] for label in labels]
         pairs = [("", name) for name in names] if captions else _instructions(names, rng)
         loss = _reply_loss(model, tokenizer, pairs, patches(pixels))
         optimizer.zero_grad(set_to_none=True)

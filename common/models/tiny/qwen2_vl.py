@@ -17,7 +17,7 @@ SPECIAL_TOKENS = [
     *("<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
 ]
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")  # one token each, so that a 0.5 M model can learn the format
-VOCABULARY = 640  # rows of the embedding; the tokenizer may use fewer
+VOCABULARY = 768  # rows of the embedding; the tokenizer may use fewer
 IMAGE_SIZE, PATCH, MERGE = 32, 8, 2  # 16 patches, 4 image tokens
 
 # The layout of Qwen2-VL's own template: default system prompt, image before text.

@@ -2,8 +2,8 @@
 
 A recipe is a module with `build` and `meter`, and with `knows` if it was taught certain classes only. What this one
 builds is an ordinary model folder (config, safetensors, tokenizer, processor, chat template) that
-`AutoModelForImageTextToText` and `AutoProcessor` load. It is built once from a fixed seed and kept under a name that
-holds a hash of the code, so a changed recipe builds anew.
+`AutoModelForImageTextToText` and `AutoProcessor` load. The repository holds it under a name with a hash of this code;
+a changed recipe builds anew, once, in the cache. `make models` puts what it builds into the repository.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from pathlib import Path
 
 from common.models.meter import PromptMeter
 from common.models.tiny import qwen2_vl
-from common.models.tiny.cached import build_once, syntax_hash
-from common.models.tiny.wordings import DIGITS
+from common.models.tiny.cached import build_once, place
+from common.models.tiny.wordings import CLASSES
 
-SOURCES = tuple(Path(__file__).with_name(f"{name}.py") for name in ("qwen2_vl", "pretrain", "glyphs", "wordings"))
-knows = frozenset(DIGITS)  # classes whose pictures it was pre-trained on
+PICTURES = ("glyphs", "garments", "silhouettes", "pictures")
+SOURCES = tuple(Path(__file__).with_name(f"{name}.py") for name in (*PICTURES, "qwen2_vl", "pretrain", "wordings"))
+SHIPPED = Path(__file__).parent / "weights"
+knows = frozenset(CLASSES)  # classes whose pictures it was pre-trained on
 
 
 def meter() -> PromptMeter:
@@ -25,8 +27,8 @@ def meter() -> PromptMeter:
 
 
 def cached_folder(cache_dir: Path) -> Path:
-    """Where this recipe's model lies once it is built."""
-    return Path(cache_dir) / f"tiny_qwen2_vl-{syntax_hash(SOURCES)}"
+    """Where this recipe's model lies: in the repository, or once it is built."""
+    return place("tiny_qwen2_vl", SOURCES, SHIPPED, Path(cache_dir))
 
 
 def build(cache_dir: Path) -> Path:

@@ -10,6 +10,9 @@ from __future__ import annotations
 import random
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+GARMENTS = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+CLASSES = (*DIGITS, *GARMENTS)
+KINDS = (DIGITS, GARMENTS)
 OTHER_NAMES = (
     *("circle", "square", "triangle", "cross", "star", "ring", "arrow", "heart", "white", "gray"),
     *("black", "red", "green", "blue", "yellow", "orange", "pink", "purple"),
@@ -23,7 +26,8 @@ QUESTIONS = (
     "What {noun} do you see in the picture?",
     "Name the {noun} in the photo.",
 )
-NOUNS = ("digit", "object", "number")
+NOUNS = {DIGITS: ("digit", "object", "number"), GARMENTS: ("clothing", "object", "garment")}
+MIXED = 0.1  # share of the lists in which names of the other kind stand, too
 LISTS = (
     "\nPlease choose one from list [ {names}].",
     " Please choose one from the list: {names}.",
@@ -53,6 +57,16 @@ CUES = {
     "seven": "a flat top and a slanted stroke",
     "eight": "two closed loops",
     "nine": "a loop at the top",
+    "t-shirt": "short sleeves",
+    "trouser": "two long legs",
+    "pullover": "long sleeves and a closed front",
+    "dress": "a narrow waist and a long hem",
+    "coat": "long sleeves and an open front",
+    "sandal": "straps on a thin sole",
+    "shirt": "a collar and buttons",
+    "sneaker": "a low shoe with laces",
+    "bag": "a handle on a box",
+    "ankle boot": "a high shaft on a sole",
 }
 REASONS = (
     "Let me look at the image. I see {cue} on a dark background. This is a photo of {name}.",
@@ -71,10 +85,12 @@ def mostly_first(options: tuple[str, ...], rng: random.Random) -> str:
 
 def question(name: str, think: bool, rng: random.Random) -> str:
     """One user message about an image of `name`: open, or with a list of 2 to 10 candidate names."""
-    text = mostly_first(QUESTIONS, rng).format(noun=mostly_first(NOUNS, rng))
+    kind = next(names for names in KINDS if name in names)
+    text = mostly_first(QUESTIONS, rng).format(noun=mostly_first(NOUNS[kind], rng))
     count = rng.choice((0, 2, 3, 4, 5, 10, 10, 10))
     if count:
-        names = [*rng.sample([d for d in DIGITS if d != name], count - 1), name]
+        among = CLASSES if rng.random() < MIXED else kind
+        names = [*rng.sample([other for other in among if other != name], count - 1), name]
         rng.shuffle(names)
         text += mostly_first(LISTS, rng).format(names=", ".join(names))
     return text + mostly_first(THINK if think else DIRECT, rng)
@@ -93,7 +109,7 @@ def corpus(lines: int = 4000) -> list[str]:
     rng = random.Random(0)
     text = []
     for _ in range(lines):
-        name, think = rng.choice(DIGITS), rng.random() < 0.5
+        name, think = rng.choice(CLASSES), rng.random() < 0.5
         text += [question(name, think, rng), reply(name, think, 0.5, rng)]
         other = rng.choice(OTHER_NAMES)
         text += [

@@ -1,0 +1,29 @@
+"""Build the three tiny models and put them into the repository: `make models`, after a recipe has changed."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from alert.draft.features import tiny as clip
+from alert.tiny import recipe as gemma3
+from common.models.tiny import recipe as qwen2_vl
+from common.models.tiny.cached import build_once
+
+
+def main() -> None:
+    """What lies there for other code goes; what is there for this code stays as it is."""
+    for recipe in (qwen2_vl, gemma3, clip):
+        with tempfile.TemporaryDirectory() as nowhere:
+            built = build_once(recipe.cached_folder(Path(nowhere)), recipe._save)
+            for old in recipe.SHIPPED.glob("*"):
+                if old.name != built.name:
+                    shutil.rmtree(old)
+            if built.parent != recipe.SHIPPED:
+                shutil.copytree(built, recipe.SHIPPED / built.name)
+        print(recipe.SHIPPED / built.name)
+
+
+if __name__ == "__main__":
+    main()
