@@ -150,8 +150,10 @@ def test_the_bootstrap_covers_the_truth():
     assert inside / 400 >= 0.93
 
 
-@pytest.mark.parametrize(("seeds", "spread"), [(3, 0.0), (3, 0.05), (5, 0.05)])
-def test_the_bootstrap_covers_the_truth_over_seeds(seeds, spread):
+@pytest.mark.parametrize(
+    ("seeds", "spread", "images"), [(3, 0.0, 200), (3, 0.05, 200), (2, 0.05, 2000), (3, 0.05, 2000), (5, 0.02, 8000)]
+)
+def test_the_bootstrap_covers_the_truth_over_seeds(seeds, spread, images):
     """Of 300 pairs of methods, whose difference is 0.08 on average and another one with each seed."""
     generator = np.random.default_rng(2)
     inside = 0
@@ -160,7 +162,7 @@ def test_the_bootstrap_covers_the_truth_over_seeds(seeds, spread):
         for shift in generator.normal(0, spread, seeds) / 2:
             better, worse = max(0.2 + shift, 0), max(0.12 - shift, 0)
             p = [worse, 1 - better - worse, better]
-            changes.append(generator.choice(np.array([-1, 0, 1], np.int8), 200, p=p))
+            changes.append(generator.choice(np.array([-1, 0, 1], np.int8), images, p=p))
         low, high = paired.bootstrap(changes, draws=600, seed=number)
         inside += low <= 0.08 <= high
     assert inside / 300 >= 0.93
@@ -176,6 +178,22 @@ def test_on_other_images_the_difference_has_newcombes_interval(write, capsys):
     low, high = confint_proportions_2indep(28, 40, 8, 20, method="newcomb", compare="diff")
     assert (row["difference"], row["p"]) == ("+30.00", "other images")
     assert row["95 % interval of it"] == f"{100 * low:+.2f} – {100 * high:+.2f}"
+
+
+def test_other_tasks_are_not_compared(write, capsys):
+    """Their accuracies differ for reasons of their own."""
+    paths = [write("a", right=answers(1, 0.5)), write("b", "data=fashion", "method=sft", right=answers(1, 0.9, 50))]
+    assert command.main(["compare", "--format", "csv", "--against", "nothinking", *map(str, paths)]) == 0
+    assert {row["difference"] for row in cells(capsys.readouterr().out)[0]} == {""}
+
+
+def test_phases_of_earlier_versions_are_the_same_images(write, capsys):
+    one, two = write("a", right=answers(1, 0.5)), write("b", "method=sft", right=answers(2, 0.9))
+    table = parquet.read_table(two / "predictions.parquet")
+    former = pa.array(["zero_shot"] * len(table))
+    parquet.write_table(table.set_column(0, "phase", former), two / "predictions.parquet")
+    assert command.main(["compare", "--format", "csv", "--against", "nothinking", str(one), str(two)]) == 0
+    assert "other images" not in capsys.readouterr().out
 
 
 def test_folders_without_a_result_are_named_and_the_exit_code_says_so(write, tmp_path, capsys):

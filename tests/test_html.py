@@ -18,8 +18,9 @@ from common.evaluation import metrics
 from common.evaluation.evaluate import Evaluation
 from common.evaluation.summary import Summary
 from common.report import __main__ as command
-from common.report import prints
+from common.report import figures, prints
 from common.report.html import pieces, render, run_page, transcripts
+from common.report.paper import style
 from common.run import thumbnails
 from common.run.result import Result
 from common.run.run_folder import RunFolder
@@ -136,14 +137,15 @@ def small(write, **options):
     """Four images: right twice, fixed, broken, and an answer that is no class."""
     images, labels = ["a", "b", "c", "d"], ["six", "six", "nine", "two"]
     before = answered(images, labels, ["six", "nine", "nine", "two"], NAMES, [0.9, 0.5, 0.8, 0.6])
-    after = answered(images, labels, ["six", "six", "six", "cow"], (*NAMES, "cow"), [0.8, 0.7, 0.6, 0.4])
+    after = answered(images, labels, ["six", "six", "six", "cow"], NAMES, [0.8, 0.7, 0.6, 0.4])
     return write("run", before, after, **options)
 
 
 def of_page(folder):
     """The data of a page that holds all of it."""
     scripts = dict(Elements((folder / "report.html").read_text()).scripts)
-    rows = [row for number in range(9) for row in json.loads(scripts.get(f"rows-{number}", "[]"))]
+    pieces = [json.loads(text) for name, text in scripts.items() if name.startswith("rows-")]
+    rows = [row for piece in pieces for row in piece["rows"]]
     return json.loads(scripts["index"]), rows
 
 
@@ -151,14 +153,15 @@ def test_rows_say_what_the_run_answered(write):
     folder = small(write, keep=["b"])
     assert command.main(["html", str(folder)]) == 0
     index, rows = of_page(folder)
+    prompts = json.loads(dict(Elements((folder / "report.html").read_text()).scripts)["rows-0"])["prompts"]
     assert index["names"] == list(NAMES) and index["splits"] == ["test"]
     assert index["image"] == ["a", "b", "c", "d"] and index["label"] == [0, 0, 1, 2]
     assert index["answer"] == [0, 0, 0, -1], "a cow is no class"
     assert (index["before"], index["after"]) == ([1, 0, 1, 1], [1, 1, 0, 0])
-    assert index["confidence"] == [80, 70, 60, 40]
+    assert index["confidence"] == [80, 70, 60, 30]
     assert [bool(row["picture"]) for row in rows] == [False, True, False, False]
     assert rows[1]["before"]["answer"] == "nine" and rows[1]["after"]["text"] == "<answer>six</answer>"
-    assert rows[1]["after"]["top"][0] == ["six", 0.7] and rows[1]["prompt"] == "Which one?"
+    assert rows[1]["after"]["top"][0] == ["six", 0.7] and prompts == ["Which one?"]
     assert rows[1]["before"]["facts"] == {"correct_official": False, "formatted": True, "tokens": 4, "truncated": False}
 
 
@@ -175,8 +178,10 @@ def test_many_classes_have_their_most_frequent_confusions():
     columns = {"split": [0] * 90, "label": [n % 45 for n in range(90)], "answer": [n % 45 for n in range(90)]}
     columns["answer"][:3] = [1, 2, 0]
     columns["answer"][45] = 1  # once more 0 for 1
+    columns["after"] = [int(a == b) for a, b in zip(columns["label"], columns["answer"], strict=True)]
+    columns["after"][50] = 0  # the right name, but counted wrong: it was no candidate
     (table,) = run_page.confusion_tables(columns, ["test"], [f"class {n}" for n in range(45)])
-    assert (table["grid"], table["images"], table["wrong"]) == (None, 90, 4)
+    assert (table["grid"], table["images"], table["wrong"], table["named"]) == (None, 90, 5, 1)
     assert [(cell["names"], cell["count"]) for cell in table["pairs"]] == [
         (("class 0", "class 1"), 2),
         (("class 1", "class 2"), 1),
@@ -187,10 +192,10 @@ def test_many_classes_have_their_most_frequent_confusions():
 def test_calibration_is_of_the_last_phase(write):
     folder = small(write)
     confidences, right = transcripts.surest(folder)["test"]
-    assert confidences == [0.8, 0.7, 0.6, 0.4] and right == [True, True, False, False]
+    assert confidences == pytest.approx([0.8, 0.7, 0.6, 0.3]) and right == [True, True, False, False]
     bins = metrics.reliability(confidences, right, 2)
-    assert bins == [(pytest.approx(0.4), 0.0, 1), (pytest.approx(0.7), pytest.approx(2 / 3), 3)]
-    assert metrics.calibration_error(confidences, right, 2) == pytest.approx(0.25 * 0.4 + 0.75 * (0.7 - 2 / 3))
+    assert bins == [(pytest.approx(0.3), 0.0, 1), (pytest.approx(0.7), pytest.approx(2 / 3), 3)]
+    assert metrics.calibration_error(confidences, right, 2) == pytest.approx(0.25 * 0.3 + 0.75 * (0.7 - 2 / 3))
 
 
 def test_a_training_image_has_its_completions_together(write):
@@ -240,7 +245,7 @@ def test_whatever_a_run_has_written_stays_text(write):
     assert rows[0]["after"]["text"] == HOSTILE[0] and index["image"][6] == images[6]
     assert rows[len(HOSTILE)]["after"]["text"].endswith("[… 980,000 more characters in the run folder]")
     (policy,) = (a["content"] for _, a in page.found if a.get("http-equiv") == "Content-Security-Policy")
-    assert "default-src 'none'" in policy and re.search(r"script-src 'self' file: 'sha256-[\w+/=]{44}'", policy)
+    assert "default-src 'none'" in policy and re.search(r"script-src 'sha256-[\w+/=]{44}';", policy)
 
 
 def test_many_rows_lie_beside_the_page(write, monkeypatch):
@@ -258,10 +263,13 @@ def test_many_rows_lie_beside_the_page(write, monkeypatch):
         "rows-2.js",
     ]
     text = (folder / "report" / "rows-2.js").read_text()
-    assert text.startswith("report.rows(2,[") and len(json.loads(text[len("report.rows(2,") : -2])) == 50
+    assert text.startswith("report.rows(2,{") and len(json.loads(text[len("report.rows(2,") : -2])["rows"]) == 50
     index = json.loads((folder / "report" / "index.js").read_text()[len("report.index(") : -2])
     assert index["image"] == images
-    assert (folder / "report.html").stat().st_size < 200_000
+    page = (folder / "report.html").read_text()
+    assert len(page) < 200_000 and "script-src 'sha256-" in page and "' 'self' file:;" in page
+    assert text.count("Which one?") == 1, "a question stands once in each piece"
+    assert not (folder / "report.unfinished").exists()
 
 
 def test_what_differs_from_the_options_is_listed(write):
@@ -318,7 +326,7 @@ def test_a_run_of_an_earlier_version_has_a_page(write):
 
 def test_runs_side_by_side_link_to_their_pages(write, tmp_path):
     images, labels = ["a", "b"], ["six", "nine"]
-    one = write("one & only", answered(images, labels, ["six", "nine"], NAMES), None, "seed=1")
+    one = write("one & only #2?", answered(images, labels, ["six", "nine"], NAMES), None, "seed=1")
     two = write("two", answered(images, labels, ["six", "six"], NAMES), None, "seed=2", "trainer.learning_rate=0.5")
     run_page.make(one)
     half = write("half", answered(images, labels, labels, NAMES), None, "seed=3")
@@ -326,9 +334,23 @@ def test_runs_side_by_side_link_to_their_pages(write, tmp_path):
     (tmp_path / "foreign").mkdir()
     assert command.main(["html", str(one), str(two), str(half), str(tmp_path / "foreign")]) == 0
     page = (tmp_path / "report.html").read_text()
-    assert "2 of 4 runs finished" in page and 'href="one &amp; only/report.html"' in page and "two/report" not in page
+    assert (
+        "2 of 4 runs finished" in page
+        and 'href="one%20%26%20only%20%232%3F/report.html"' in page
+        and "two/report" not in page
+    )
     assert "trainer.learning_rate" in page and "unfinished, after 0 updates" in page and "foreign" in page
     assert "100.00" in page and "50.00" in page
+
+
+def test_confidences_are_not_rounded_before_they_are_ordered(write):
+    images, labels = ["a", "b", "c"], ["six", "nine", "two"]
+    said = answered(images, labels, ["six", "two", "two"], NAMES, [0.99999, 0.99996, 0.99998])
+    folder = write("run", said)
+    confidences, right = transcripts.surest(folder)["test"]
+    assert metrics.selective_risks(confidences, right) == pytest.approx([0, 0, 1 / 3])
+    (axis, _) = figures.calibration({"test": (confidences, right)}).axes
+    assert axis.get_legend_handles_labels()[1] == ["test: ECE 33.3 %, AURC 11.1 %"]
 
 
 def test_pictures_for_print(write):
@@ -351,6 +373,24 @@ def test_small_copies_show_what_went_wrong_first():
     chosen = thumbnails.choose(*evaluations, ["t0", "t1", "t2", "t3"], 2)
     assert chosen == ["t0", "t2", "2", "4"]
     assert len(thumbnails.choose(*evaluations, [], 3)) == 3
+
+
+def test_pictures_of_names_with_dots_do_not_overwrite_each_other(tmp_path):
+    for version in (1, 2):
+        style.save(figures.plt.figure(), tmp_path / f"confusion-noise.v{version}")
+    assert {path.name for path in tmp_path.glob("*.png")} == {"confusion-noise.v1.png", "confusion-noise.v2.png"}
+
+
+def test_a_legend_of_long_names_stays_inside_its_figure():
+    figure, axes = style.panels(3, 2.4)
+    for number in range(3):
+        axes[0].plot([0, 1], label=f"configuration {number} " + "and so on " * 40)
+    style.legend(figure, axes)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box, width = legend.get_window_extent(), figure.bbox.width
+    assert box.x0 >= 0 and box.x1 <= width
+    assert len({text.get_text() for text in legend.get_texts()}) == 3
 
 
 def test_a_small_copy_is_small_and_a_tiny_one_exact(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from common.report import __main__ as command
 from common.report import folders
-from common.report.paper import cells, page, points, tables
+from common.report.paper import cells, curves, page, points, tables
 from common.report.paper.cells import Cell
 from common.types import UserError
 from tests.test_compare import write  # noqa: F401
@@ -51,6 +51,30 @@ def test_mean_spread_and_verdict_over_seeds(sweep):
     assert one.interval == pytest.approx((80 - 12.421, 80 + 12.421), abs=1e-3)
     assert (one.published, one.seeds) == (75.16, (1, 2, 3)) and one.difference == pytest.approx(4.84)
     assert one.verdict == "not comparable: 20 of 8100 test images"
+
+
+def test_a_page_is_drawn_anew_with_its_numbers(sweep):
+    folder = sweep([("sft", "eurosat", 1, share(15))])
+    assert command.main(["html", str(folder)]) == 0
+    first = (folder / "figure.svg").read_text()
+    (folder / "figure.svg").write_text("old")
+    assert command.main(["html", str(folder)]) == 0
+    assert (folder / "figure.svg").read_text()[:200] == first[:200] and "<svg" in (folder / "report.html").read_text()
+
+
+def test_a_curve_of_accuracies_is_of_one_split():
+    """The validation images are watched; the test images are measured at both ends."""
+    log = [
+        {"step": 0, "eval/test/accuracy": 0.6, "eval/val/accuracy": 0.7},
+        {"step": 10, "loss": 1.0, "reward": 0.5},
+        {"step": 10, "eval/val/accuracy": 0.85},
+        {"step": 20, "eval/test/accuracy": 0.66, "eval/val/accuracy": 0.8},
+    ]
+    assert curves.series(log, "test_accuracy") == pytest.approx({0: 70, 10: 85, 20: 80})
+    assert curves.series(log, "reward") == {10: 0.5}
+    assert curves.series([line for line in log if "eval/test/accuracy" in line], "test_accuracy").keys() == {0, 20}
+    del log[2]
+    assert curves.series(log, "test_accuracy") == pytest.approx({0: 70, 20: 80}), "validation images if both are there"
 
 
 def test_a_verdict_is_given_on_the_papers_images_alone():

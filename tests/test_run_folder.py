@@ -58,6 +58,19 @@ def test_what_an_interrupted_run_wrote_is_kept_up_to_its_checkpoint(tmp_path):
     assert again.read_log("metrics.jsonl") == [] and not list((tmp_path / "completions").iterdir())
 
 
+def test_parts_of_an_earlier_version_lack_columns(tmp_path):
+    """A run that it began is finished by this one."""
+    place = RunFolder(tmp_path)
+    place.write_completions([{"step": 1, "reward": 0.5}], 1)
+    place.write_completions([{"step": 2, "said/judge": "8", "reward": 1.0}], 2)
+    place.merge_completions()
+    rows = pyarrow.parquet.read_table(tmp_path / "completions.parquet").to_pylist()
+    assert rows == [
+        {"step": 1, "reward": 0.5, "said/judge": None},
+        {"step": 2, "reward": 1.0, "said/judge": "8"},
+    ]
+
+
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
     (tmp_path / "precious.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty and holds no run .it has precious.txt"):

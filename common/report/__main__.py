@@ -84,7 +84,9 @@ def _html(chosen: argparse.Namespace) -> int:
     elif runs and runs[0].values:
         path = run_page.make(first)
     else:
-        path = sweep_page.of_sweep(writing.find(first))
+        folder = writing.find(first)
+        writing.write(folder)
+        path = folder / run_page.FILE
     print(path)
     return 0
 

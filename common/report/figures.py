@@ -15,6 +15,7 @@ from common.evaluation.evaluate import Evaluation
 from common.evaluation.metrics import calibration_error, reliability, selective_risks
 from common.evaluation.metrics import confusion as confusion_counts
 from common.evaluation.summary import Summary
+from common.report.paper.style import style
 from common.run.result import Result
 from common.run.run_folder import RunFolder
 from common.run.safe import result_is_safe
@@ -195,25 +196,23 @@ def calibration(splits: Mapping[str, tuple[Sequence[float], Sequence[bool]]]) ->
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     left.plot([0, 100], [0, 100], color=GREY, linewidth=1, linestyle=":")
-    for (name, (confidences, correct)), colour, marker in zip(
-        splits.items(), cycle(COLOURS), cycle("os^D"), strict=False
-    ):
-        bins = reliability(confidences, correct)
+    for number, (name, (confidences, correct)) in enumerate(splits.items()):
+        look = style(number)
+        line = {"color": look["color"], "linestyle": look["linestyle"], "linewidth": 1.2}
+        bins, risks = reliability(confidences, correct), selective_risks(confidences, correct)
         x, y = [100 * mean for mean, _, _ in bins], [100 * accuracy for _, accuracy, _ in bins]
-        error = 100 * calibration_error(confidences, correct)
-        left.plot(x, y, color=colour, linewidth=1, label=f"{name}, ECE {error:.1f} %")
+        error, area = calibration_error(confidences, correct), fmean(risks)
+        left.plot(x, y, **line, label=f"{name}: ECE {100 * error:.1f} %, AURC {100 * area:.1f} %")
         areas = [12 + 160 * count / len(confidences) for *_, count in bins]
-        left.scatter(x, y, areas, color=colour, marker=marker, alpha=0.8)
-        risks = selective_risks(confidences, correct)
-        coverage = [100 * (number + 1) / len(risks) for number in range(len(risks))]
+        left.scatter(x, y, areas, color=look["color"], marker=look["marker"], alpha=0.8)
+        coverage = [100 * (place + 1) / len(risks) for place in range(len(risks))]
         step = max(1, len(risks) // 500)  # points enough for a line
-        label = f"{name}, AURC {100 * fmean(risks):.1f} %"
-        right.plot(coverage[::step], [100 * risk for risk in risks[::step]], color=colour, linewidth=1.5, label=label)
+        right.plot(coverage[::step], [100 * risk for risk in risks[::step]], **line)
     left.set(xlabel="probability of the most probable name (%)", ylabel="right (%)", xlim=(0, 100), ylim=(0, 100))
     right.set(xlabel="images answered, the surest first (%)", ylabel="wrong among them (%)", xlim=(0, 100))
     right.set_ylim(bottom=0)
     for axis in (left, right):
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=min(3, len(splits)), frameon=False)
     return figure

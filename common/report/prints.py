@@ -51,11 +51,11 @@ def confusions(folder: Path) -> dict[str, tuple[list[list[int]], list[str]]]:
             answers[answer] = answers.get(answer, 0) + 1
     found = {}
     for split, by_label in counts.items():
-        labels = [name for name in known if name in by_label]
-        others = [sum(n for answer, n in by_label[label].items() if answer not in labels) for label in labels]
-        table = [
-            [*(by_label[label].get(answer, 0) for answer in labels), other]
-            for label, other in zip(labels, others, strict=True)
-        ]
+        labels = [name for name in known if name in by_label or any(name in answers for answers in by_label.values())]
+        table = []
+        for label in labels:
+            answers = by_label.get(label, {})
+            row = [answers.get(answer, 0) for answer in labels]
+            table.append([*row, sum(answers.values()) - sum(row)])
         found[split] = table, [known[label] for label in labels]
     return found

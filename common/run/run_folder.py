@@ -192,7 +192,11 @@ class RunFolder:
             schema = pyarrow.unify_schemas(schemas)  # a column without any value in one part has its type from another
             with pyarrow.parquet.ParquetWriter(unfinished, schema) as writer:
                 for part in parts:
-                    writer.write_table(pyarrow.parquet.read_table(part).replace_schema_metadata().cast(schema))
+                    table = pyarrow.parquet.read_table(part).replace_schema_metadata()
+                    for field in schema:  # an earlier version may have written the part, and knew less
+                        if field.name not in table.column_names:
+                            table = table.append_column(field, pyarrow.nulls(len(table), field.type))
+                    writer.write_table(table.select(schema.names).cast(schema))
             os.replace(unfinished, whole)
 
     def write_result(self, result: Result) -> None:

@@ -31,7 +31,7 @@ class Pieces:
     """Takes rows and puts them where they belong; `names` are the classes by what answers are compared with."""
 
     def __init__(self, folder: Path, names: dict[str, str]) -> None:
-        """`folder`: for files, beside the page; made if it is needed, and emptied."""
+        """`folder`: for files, beside the page; what an earlier page had there goes when all is written."""
         self.folder, self.places = folder, {name: number for number, name in enumerate(names)}
         self.names = list(names.values())
         self.splits: list[str] = []
@@ -42,7 +42,8 @@ class Pieces:
         self.texts: list[str] = []
         self.count = self.size = 0
         self.outside = False
-        shutil.rmtree(folder, ignore_errors=True)
+        self.unfinished = folder.with_name(f"{folder.name}.unfinished")
+        shutil.rmtree(self.unfinished, ignore_errors=True)
 
     def add(self, rows: Iterable[Row]) -> None:
         """Take rows; those of a split come together."""
@@ -66,7 +67,10 @@ class Pieces:
                 self._piece()
 
     def _piece(self) -> None:
-        text = safe_json(self.waiting)
+        prompts = {row["prompt"]: None for row in self.waiting}
+        places = {text: number for number, text in enumerate(prompts)}
+        rows = [{**row, "prompt": places[row["prompt"]]} for row in self.waiting]
+        text = safe_json({"prompts": list(prompts), "rows": rows})
         self.waiting = []
         self.texts.append(text)
         self.size += len(text)
@@ -76,9 +80,11 @@ class Pieces:
             self._write()
 
     def _write(self) -> None:
-        self.folder.mkdir(exist_ok=True)
+        self.unfinished.mkdir(exist_ok=True)
         for text in self.texts:
-            (self.folder / f"rows-{self.count}.js").write_text(f"report.rows({self.count},{text})\n", encoding="ascii")
+            (self.unfinished / f"rows-{self.count}.js").write_text(
+                f"report.rows({self.count},{text})\n", encoding="ascii"
+            )
             self.count += 1
         self.texts = []
 
@@ -96,6 +102,9 @@ class Pieces:
         }
         if self.outside:
             self._write()
-            (self.folder / "index.js").write_text(f"report.index({index})\n", encoding="ascii")
+            (self.unfinished / "index.js").write_text(f"report.index({index})\n", encoding="ascii")
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.outside:
+            self.unfinished.rename(self.folder)
             return {"meta": safe_json(meta), "index": None, "pieces": []}
         return {"meta": safe_json(meta), "index": index, "pieces": self.texts}

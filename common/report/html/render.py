@@ -23,8 +23,15 @@ PAGES = Path(__file__).parent / "pages"
 CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # no part of HTML
 
 
-def render(template: str, script: str, **values: Any) -> str:
-    """The page. `script`: name of its JavaScript beside the templates; empty: none."""
+def render(template: str, script: str, outside: bool = False, **values: Any) -> str:
+    """The page.
+
+    Args:
+        template: Its name in pages/.
+        script: Name of its JavaScript there; empty: none.
+        outside: Whether that loads files beside the page. Only then may other local scripts run.
+        values: What the template shows.
+    """
     code = (PAGES / script).read_text(encoding="utf-8") if script else ""
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     environment = Environment(
@@ -37,7 +44,8 @@ def render(template: str, script: str, **values: Any) -> str:
     )
     css = Markup((PAGES / "report.css").read_text(encoding="utf-8"))
     page = environment.get_template(template)
-    return page.render(css=css, script=Markup(code), script_hash=Markup(f"sha256-{digest}"), **values)
+    scripts = Markup(f"{chr(39)}sha256-{digest}{chr(39)}" + " 'self' file:" * outside) if code else Markup("'none'")
+    return page.render(css=css, script=Markup(code), scripts=scripts, **values)
 
 
 def visible(value: Any) -> Any:

@@ -47,10 +47,11 @@ def make(folder: Path) -> Path:
     pieces.add(transcripts.tests(folder, pictures))
     confusions = confusion_tables(pieces.columns, pieces.splits, pieces.names)
     pieces.add(transcripts.training(folder, pictures))
-    changed = _changed(values)
+    changed, data = _changed(values), pieces.finish()
     page = render(
         "run.html",
         "report.js",
+        pieces.outside,
         title=f"{result.method} · {result.data}",
         subtitle=f"{result.model}, {result.setting}, {result.protocol}, {result.shots} shots, seed {result.seed}",
         parts=PARTS.items(),
@@ -61,7 +62,7 @@ def make(folder: Path) -> Path:
         differences_note=_about(changed),
         config=yaml.safe_dump(values, sort_keys=False, allow_unicode=True),
         environment=_environment(folder, result),
-        data=pieces.finish(),
+        data=data,
     )
     write(folder / FILE, page)
     return folder / FILE
@@ -83,13 +84,15 @@ def confusion_tables(
         names: Of the classes by number.
     """
     counts: dict[int, Counter[tuple[int, int]]] = {number: Counter() for number in range(len(splits))}
+    wrongs = Counter(split for split, right in zip(columns["split"], columns["after"], strict=True) if not right)
     for split, label, answer in zip(columns["split"], columns["label"], columns["answer"], strict=True):
         counts[split][label, answer] += 1
     found = []
     for number, split in enumerate(splits):
         seen = sorted({label for label, _ in counts[number]})
         images = sum(counts[number].values())
-        table = {"split": split, "images": images, "wrong": images - sum(counts[number][n, n] for n in seen)}
+        named = images - sum(counts[number][n, n] for n in seen)
+        table = {"split": split, "images": images, "wrong": wrongs[number], "named": wrongs[number] - named}
         if len(seen) <= figures.LEGIBLE:
             answered = [*seen, *sorted({a for _, a in counts[number]} - {*seen, -1}), -1]
             grid = [(names[label], [_cell(counts[number], label, a, names) for a in answered]) for label in seen]

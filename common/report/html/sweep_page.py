@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import matplotlib
 import yaml
@@ -45,7 +46,7 @@ def of_sweep(folder: Path, page: Page | None = None) -> Path:
 
 
 def of_runs(paths: Sequence[Path]) -> Path:
-    """Write a page that compares run folders, beside them, and return its path.
+    """Write a page that compares run folders, beside them (here, if they have no folder in common); its path.
 
     Raises:
         UserError: There is no such folder, or none holds a run.
@@ -53,7 +54,8 @@ def of_runs(paths: Sequence[Path]) -> Path:
     runs = folders.find(paths)
     if not any(run.values for run in runs):
         raise UserError(f"{paths[0]}{' and the others hold' if len(paths) > 1 else ' holds'} no run")
-    return _make(Path(os.path.commonpath([path.resolve().parent for path in paths])), "comparison", runs, None)
+    together = Path(os.path.commonpath([path.resolve().parent for path in paths]))
+    return _make(Path.cwd() if together == Path(together.anchor) else together, "comparison", runs, None)
 
 
 def _make(folder: Path, name: str, runs: Sequence[Run], page: Page | None) -> Path:
@@ -97,7 +99,7 @@ def _verdicts(numbers: compare.Table) -> dict[str, str]:
 
 def _listed(run: Run, folder: Path) -> dict[str, Any]:
     there = (run.path / FILE).is_file()
-    link = os.path.relpath(run.path.resolve() / FILE, folder.resolve()) if there else None
+    link = quote(Path(os.path.relpath(run.path.resolve() / FILE, folder.resolve())).as_posix()) if there else None
     return {"name": run.path.name, "state": " ".join([run.state, run.why]).strip(), "link": link}
 
 
@@ -151,9 +153,9 @@ def configurations(together: Sequence[Group]) -> tuple[compare.Table, str]:
     keys = sorted({key for each in leaves for key in each})
     telling = [key for key in keys if len({str(each.get(key, "–")) for each in leaves}) > 1]
     shared = {key: leaves[0][key] for key in keys if key not in set(telling)} if leaves else {}
-    values = {key: dict.fromkeys(str(each.get(key, "–"))[:LONG] for each in leaves) for key in telling}
+    values = {key: dict.fromkeys(str(each.get(key, "–")) for each in leaves) for key in telling}
     rows = [
-        (key, str(len(found)), ", ".join(islice(found, 12)) + (" …" if len(found) > 12 else ""))
+        (key, str(len(found)), ", ".join(text[:LONG] for text in islice(found, 12)) + (" …" if len(found) > 12 else ""))
         for key, found in values.items()
     ]
     return compare.Table(("value", "kinds", "in the order of the runs"), rows, []), yaml.safe_dump(

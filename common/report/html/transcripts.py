@@ -105,8 +105,9 @@ def _predictions(folder: Path) -> pyarrow.parquet.ParquetFile:
 
 def _pieces(file: pyarrow.parquet.ParquetFile, number: int) -> Iterator[list[dict[str, Any]]]:
     """The rows of one phase and split; of many probabilities only the largest."""
-    for batch in file.iter_batches(PIECE, [number]):
-        names = [name for name in batch.schema.names if name not in ("probabilities", "probabilities_raw", "choices")]
+    known = [name for name in file.schema_arrow.names if name != "probabilities_raw"]
+    for batch in file.iter_batches(PIECE, [number], known):
+        names = [name for name in known if name not in ("probabilities", "choices")]
         rows = batch.select(names).to_pylist()
         for row, top in zip(rows, _largest(batch), strict=True):
             row["top"] = top
@@ -120,7 +121,7 @@ def _largest(batch: pyarrow.RecordBatch) -> list[list[tuple[str, float]]]:
     found = []
     for start, end in zip([0, *ends[:-1]], ends, strict=True):
         order = start + np.argsort(-numbers[int(start) : int(end)], kind="stable")[:MOST]
-        found.append([(names[int(place)].as_py(), round(float(numbers[place]), 4)) for place in order])
+        found.append([(names[int(place)].as_py(), float(numbers[place])) for place in order])
     return found
 
 
@@ -156,7 +157,7 @@ def _reply(row: Mapping[str, Any]) -> dict[str, Any]:
         "answer": row["answer"],
         "text": cut(row["completion"]),
         "correct": row["correct"],
-        "top": row["top"],
+        "top": [(name, round(share, 4)) for name, share in row["top"]],
         "facts": facts,
     }
 
@@ -228,6 +229,9 @@ def class_names(folder: Path) -> dict[str, str]:
     rows = _predictions(folder).read(columns=["label_index", "label"])
     pairs = rows.group_by(["label_index", "label"]).aggregate([]).to_pylist()
     found = {normalize(row["label"]): row["label"] for row in sorted(pairs, key=lambda row: row["label_index"])}
+    head = next(_predictions(folder).iter_batches(1, columns=["choices"]), None)
+    for name in [] if head is None else head["choices"].flatten().to_pylist():  # a class may have no tested image
+        found.setdefault(normalize(name), name)
     if (folder / "completions.parquet").is_file():
         trained = pyarrow.parquet.read_table(folder / "completions.parquet", columns=["label"])["label"].unique()
         for name in trained.to_pylist():
@@ -240,8 +244,8 @@ def surest(folder: Path) -> dict[str, tuple[list[float], list[bool]]]:
     found: dict[str, tuple[list[float], list[bool]]] = {}
     for row in tests(folder, {}):
         top = row.detail.get("after", row.detail["before"])["top"]
-        if top:
+        if row.confidence is not None:
             confidences, right = found.setdefault(row.split, ([], []))
-            confidences.append(top[0][1])
+            confidences.append(row.confidence)
             right.append(normalize(top[0][0]) == normalize(row.label))
     return found

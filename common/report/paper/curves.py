@@ -61,15 +61,25 @@ def _runs(page: Page, row: str, panel: str) -> list[Path]:
     return [page.sweep.path(each) for each in runs]
 
 
-def series(lines: Iterable[Mapping[str, float]], curve: str) -> dict[int, float]:
-    """The value of a curve by update, of the lines of a metrics.jsonl."""
+def series(lines: Sequence[Mapping[str, float]], curve: str) -> dict[int, float]:
+    """The value of a curve by update, of the lines of a metrics.jsonl; an accuracy is of one split, see `watched`."""
     keys, values = CURVES[curve][0], dict[int, float]()
+    known = keys or watched(lines)
     for line in lines:
-        known = keys or sorted(name for name in line if name.startswith("eval/") and name.endswith("/accuracy"))
         name = next((name for name in known if name in line), None)
         if name is not None:
             values[int(line["step"])] = line[name] * (1 if keys else 100)
     return values
+
+
+def watched(lines: Iterable[Mapping[str, float]]) -> list[str]:
+    """The accuracy that was measured most often, of the validation images if there are two; none without any."""
+    counts: dict[str, int] = {}
+    for line in lines:
+        for name in line if "loss" not in line else ():  # an update measures no accuracy
+            if name.startswith("eval/") and name.endswith("/accuracy"):
+                counts[name] = counts.get(name, 0) + 1
+    return sorted(counts, key=lambda name: (-counts[name], name != "eval/val/accuracy"))[:1]
 
 
 def _curve(axis: Axes, seeds: Sequence[Mapping[int, float]], label: str, number: int, smoothed: bool) -> None:

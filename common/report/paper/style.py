@@ -22,6 +22,7 @@ logging.getLogger("fontTools").setLevel(logging.WARNING)  # it tells every step 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A8A8A")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 LINES = ("-", "--", "-.", ":")
+SIGN, LETTER = 0.5, 0.074  # inches in a legend
 WIDTH = 3.4  # inches of a panel: a column of a paper
 PRINT: Any = {
     "svg.fonttype": "none",
@@ -34,10 +35,10 @@ PRINT: Any = {
 
 def save(figure: Figure, stem: Path) -> None:
     """As PNG for slides, SVG for pages, PDF for papers."""
-    figure.savefig(stem.with_suffix(".png"), dpi=300)
+    figure.savefig(f"{stem}.png", dpi=300)  # a name may have dots
     for ending in (".svg", ".pdf"):
         options: Any = {"metadata": {"Date": None}, "transparent": True} if ending == ".svg" else {}
-        figure.savefig(stem.with_suffix(ending), **options)
+        figure.savefig(f"{stem}{ending}", **options)
     plt.close(figure)
 
 
@@ -72,9 +73,10 @@ def legend(figure: Figure, axes: Sequence[Axes]) -> None:
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
-    entry = 0.4 + 0.065 * max((len(label) for label in found), default=0)  # inches: a sign, and letters
-    wide = max(1, int(figure.get_figwidth() / entry))
+    width = figure.get_figwidth()
+    most = int((width - SIGN) / LETTER)
+    names = [label if len(label) <= most else f"{label[: most - 1]}…" for label in found]
     if found:
-        figure.legend(
-            found.values(), found.keys(), loc="outside lower center", ncols=min(len(found), wide), frameon=False
-        )
+        wide = max(1, int(width / (SIGN + LETTER * max(map(len, names)))))
+        columns = min(len(found), wide)
+        figure.legend(found.values(), names, loc="outside lower center", ncols=columns, frameon=False)

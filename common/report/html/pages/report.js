@@ -38,7 +38,11 @@ const report = (() => {
   }
 
   async function row(number) {
-    return (await piece(Math.floor(number / meta.piece)))[number % meta.piece];
+    return (await piece(Math.floor(number / meta.piece))).rows[number % meta.piece];
+  }
+
+  async function asked(number) { // the text of a question stands once in each piece
+    return (await piece(Math.floor(number / meta.piece))).prompts[(await row(number)).prompt];
   }
 
   // ---- filters
@@ -62,8 +66,9 @@ const report = (() => {
   }
 
   function words(detail) {
-    const parts = [detail.prompt, detail.before?.text, detail.after?.text, ...(detail.samples ?? []).map((s) => s.text)];
-    return parts.filter(Boolean).join("\n").toLowerCase();
+    const replies = [detail.before, detail.after].flatMap((reply) => [reply?.text, reply?.answer]);
+    const samples = (detail.samples ?? []).flatMap((sample) => [sample.text, ...Object.values(sample.said)]);
+    return [...replies, ...(detail.candidates ?? []), ...samples].filter(Boolean).join("\n").toLowerCase();
   }
 
   async function searchable() {
@@ -71,12 +76,12 @@ const report = (() => {
       $("count").textContent = "reading all replies …";
       const all = await Promise.all(Array.from({ length: Math.ceil(meta.rows / meta.piece) }, (_, n) => piece(n)));
       const names = index.names.map((name) => name.toLowerCase());
-      texts = all.flat().map((detail, n) => `${index.image[n].toLowerCase()}\n${names[index.label[n]] ?? ""}\n${words(detail)}`);
+      texts = all.flatMap((each) => each.rows).map((detail, n) => `${index.image[n].toLowerCase()}\n${names[index.label[n]] ?? ""}\n${words(detail)}`);
     }
     return texts;
   }
 
-  async function filter(image) {
+  async function filter(place) {
     const mine = ++turn;
     const wish = wanted();
     const query = wish.query.trim().toLowerCase();
@@ -86,7 +91,7 @@ const report = (() => {
     for (let number = 0; number < meta.rows; number += 1) {
       if (passes(wish, number) && (haystack === null || haystack[number].includes(query))) found.push(number);
     }
-    chosen = image === undefined ? 0 : found.findIndex((number) => index.image[number] === image);
+    chosen = place === undefined ? 0 : found.indexOf(place);
     if (chosen < 0) chosen = 0;
     await draw();
   }
@@ -100,7 +105,10 @@ const report = (() => {
       if (wish[name] === "") continue;
       link.set(name, { split: index.splits, label: index.names, answer: [...index.names, ""] }[name]?.at(Number(wish[name])) ?? wish[name]);
     }
-    if (found.length > 0) link.set("image", index.image[found[chosen]]);
+    if (found.length > 0) {
+      link.set("image", index.image[found[chosen]]);
+      link.set("row", found[chosen]);
+    }
     history.replaceState(null, "", `#${link}`);
   }
 
@@ -114,7 +122,10 @@ const report = (() => {
       if ($(name).selectedIndex === -1) $(name).value = "";
     }
     if (!FILTERS.some((name) => link.has(name)) && !link.has("image")) $("split").value = index.splits.length > 0 ? "0" : "";
-    return link.get("image") ?? undefined;
+    const number = Number(link.get("row") ?? -1), image = link.get("image");
+    if (image === null || index.image[number] === image) return number < 0 ? undefined : number;
+    const other = index.image.indexOf(image); // the page has been made anew
+    return other < 0 ? undefined : other;
   }
 
   // ---- what one sees
@@ -168,9 +179,10 @@ const report = (() => {
     const first = Math.floor(chosen / PAGE) * PAGE;
     const places = found.slice(first, first + PAGE).map((_, offset) => first + offset);
     const details = await Promise.all(places.map((place) => row(found[place])));
+    const prompt = places.length > 0 ? await asked(found[chosen]) : null;
     if (mine !== turn) return;
     $("list").replaceChildren(...places.map((place, n) => entry(place, details[n])));
-    $("detail").replaceChildren(...(places.length > 0 ? show(found[chosen], details[chosen - first]) : []));
+    $("detail").replaceChildren(...(places.length > 0 ? show(found[chosen], details[chosen - first], prompt) : []));
     const shown = found.filter((number) => index.after[number] >= 0);
     const right = shown.reduce((sum, number) => sum + index.after[number], 0);
     $("count").textContent = `${found.length.toLocaleString("en")} of ${meta.rows.toLocaleString("en")} rows`
@@ -181,17 +193,17 @@ const report = (() => {
     remember();
   }
 
-  function show(number, detail) {
+  function show(number, detail, prompt) {
     const label = name(index.label[number]);
     const head = make("div", { className: "head" }, image(detail.picture, "large"), make("div", {},
       make("h3", {}, text(label)), make("p", { className: "muted" }, text(index.image[number])),
       detail.candidates ? make("p", {}, "candidates: ", text(detail.candidates.join(", "))) : null));
-    const asked = detail.prompt ? make("details", {}, make("summary", { textContent: "what the model was asked" }), block(detail.prompt)) : null;
+    const question = prompt ? make("details", {}, make("summary", { textContent: "what the model was asked" }), block(prompt)) : null;
     const cards = detail.samples
       ? detail.samples.map((sample, n) => completion(sample, n))
       : [["before training", detail.before], ["after training", detail.after]]
         .filter(([, reply]) => reply).map(([title, reply]) => answered(detail.after ? title : "answer", reply, label));
-    return [head, asked, make("div", { className: "sides" }, ...cards)].filter(Boolean);
+    return [head, question, make("div", { className: "sides" }, ...cards)].filter(Boolean);
   }
 
   function answered(title, reply, label) {
