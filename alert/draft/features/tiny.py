@@ -35,7 +35,7 @@ START, END = 512, 513  # behind the bytes, and the bytes that end a word
 PIECES = re.compile(r"[a-z]+|[0-9]|[^\sa-z0-9]+")
 VISION = {"image_size": SIZE, "patch_size": PATCH, "width": WIDTH, "layers": 2, "head_width": 32, "mlp_ratio": 2.0}
 TEXT = {"context_length": CONTEXT, "vocab_size": END + 1, "width": WIDTH, "heads": 2, "layers": 2}
-STEPS, BATCH, RATE, WARM_UP = 600, 128, 2e-3, 40
+STEPS, BATCH, RATE, WARM_UP = 1000, 128, 2e-3, 40
 FIRST_SCALE, GROWTH = 1 / 0.07, 0.7  # over which share of the steps it grows
 TEMPLATES = (
     *("a photo of a {}.", "itap of a {}.", "a bad photo of the {}.", "a drawing of a {}.", "{}."),
