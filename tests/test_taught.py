@@ -1,4 +1,4 @@
-"""The tiny models were taught digits: on other data a run says so before it begins, once."""
+"""The tiny models were taught digits and garments: on other data a run says so before it begins, once."""
 
 from __future__ import annotations
 
@@ -41,8 +41,9 @@ def test_other_names_are_warned_of_once(warnings, model):
 
 
 @pytest.mark.parametrize("model", ["tiny_qwen2_vl", "tiny_gemma3"])
-def test_digits_are_known(warnings, model):
+def test_digits_and_garments_are_known(warnings, model):
     assert warnings(asked("zero", "Nine", "three", "one"), f"model={model}") == []
+    assert warnings(asked("t-shirt", "Ankle boot", "bag", "coat"), f"model={model}") == []
 
 
 def test_weights_of_ones_own_may_know_anything(warnings, untrained_folder):

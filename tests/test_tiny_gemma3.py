@@ -24,6 +24,7 @@ from common.models import files, meter, slots, vlm
 from common.models.encoder import Encoder
 from common.models.tiny import cached
 from common.models.tiny import gemma3 as untrained
+from common.models.tiny.wordings import DIGITS, GARMENTS
 from common.types import Prompt
 
 
@@ -216,7 +217,7 @@ def test_whoever_finishes_first_wins(tmp_path):
 
 def test_replies_answer_and_compare():
     rng = random.Random(0)
-    six, others = Reference(6, "six"), [Reference(9, "red"), Reference(2, "two")]
+    six, others = Reference("six", "six"), [Reference("nine", "red"), Reference("two", "two")]
     replies = [tiny_episodes.reply(six, others, 0.0, rng) for _ in range(400)]
     assert all(parsing.is_strict_format(text) and parsing.matches_strictly(text, "six") for text in replies)
     compared = [text for text in replies if "red" in text or "two" in text]
@@ -228,21 +229,20 @@ def test_replies_answer_and_compare():
 
 def test_an_episode_is_about_its_references(model, processor):
     episodes = tiny_pretrain.Episodes(model, processor, seed=0)
-    for count in (2, 8):
-        row = episodes.episode(count, true_names=False)
+    for kind, count in ((DIGITS, 2), (GARMENTS, 8)):
+        row = episodes.episode(kind, count, true_names=False)
         listed = {token for token in row.beginning if token >= episodes.first}
         assert len(listed) == 4 * count
         assert all({episodes.first + 4 * c + j for j in range(4)} <= listed for c in row.categories)
-        assert not set(row.categories) & set(episodes.unlisted(row))
-        assert sorted({*episodes.unlisted(row), *((token - episodes.first) // 4 for token in listed)}) == list(
-            range(10)
-        )
+        unlisted = episodes.unlisted(row, 10)
+        assert not set(row.categories) & set(unlisted)
+        assert sorted({*unlisted, *((token - episodes.first) // 4 for token in listed)}) == list(range(10))
         assert set(row.names) <= set(row.beginning), "the answer's name stands in the prompt"
 
 
 def test_blends_keep_some_images_whole(model, processor):
     episodes = tiny_pretrain.Episodes(model, processor, seed=0)
-    digits, others = [1] * 300, [0] * 300
+    digits, others = ["one"] * 300, ["zero"] * 300
     state = episodes.images.get_state()
     found = episodes.blend(digits, others)
     episodes.images.set_state(state)
@@ -251,8 +251,18 @@ def test_blends_keep_some_images_whole(model, processor):
     assert float(whole.float().mean()) == pytest.approx(1 - tiny_pretrain.BLENDED, abs=0.09), "three standard errors"
 
 
+def test_an_episode_shows_what_it_names(model, processor, monkeypatch):
+    """Rendered are classes of the kind whose names the prompt lists."""
+    episodes = tiny_pretrain.Episodes(model, processor, seed=0)
+    model.set_attn_implementation({"text_config": "eager"})  # as in the training
+    shown = []
+    monkeypatch.setattr(episodes, "render", lambda names: shown.extend(names) or torch.zeros(len(names), 1, 32, 32))
+    episodes.meta_tasks()
+    assert set(shown) <= set(DIGITS) or set(shown) <= set(GARMENTS)
+
+
 def test_names_are_single_tokens_wherever_they_stand(processor):
     for name in tiny_episodes.NAMES:
         for text in (name, f" {name}", f" {name},"):
             ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-            assert len(ids) == 1 + text.endswith(","), text
+            assert len(ids) == len(name.split()) + text.endswith(","), text

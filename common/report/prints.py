@@ -55,7 +55,7 @@ def confusions(folder: Path) -> dict[str, tuple[list[list[int]], list[str]]]:
         table = []
         for label in labels:
             answers = by_label.get(label, {})
-            row = [answers.get(answer, 0) for answer in labels]
-            table.append([*row, sum(answers.values()) - sum(row)])
+            said = [answers.get(answer, 0) for answer in labels]
+            table.append([*said, sum(answers.values()) - sum(said)])
         found[split] = table, [known[label] for label in labels]
     return found
