@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).parent.parent
 CACHE = Path(os.environ.get("FEWSHOT_CACHE", REPOSITORY / "cache"))
 
 
-# the first needs the pre-trained model, which a fresh clone builds; the second does not wait for it
+# files that train at length go first
 LONG = ("test_end_to_end", "test_ranks", "test_faults", "test_alert", "test_datasets", "test_judge_runs")
 
 
