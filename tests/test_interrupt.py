@@ -108,6 +108,37 @@ def test_pressed_in_the_last_update_the_run_just_ends(config, tmp_path):
     assert raised is None and trainer.weight == 4
 
 
+@pytest.mark.parametrize(
+    ("patience", "accuracies", "end", "best"),
+    [
+        (2, [0.5, 0.6, 0.6, 0.55, 0.9], 8, 4),  # an equal one is not better
+        (2, [0.5, 0.4, 0.6, 0.5, 0.7], 10, 10),
+        (0, [0.5, 0.4, 0.3, 0.2, 0.1], 10, 2),
+        (1, [0.5, 0.5], 4, 2),
+    ],
+)
+def test_patience_ends_a_training(compose, tmp_path, monkeypatch, patience, accuracies, end, best):
+    """An evaluation every two updates of ten; a run that was killed behind its end makes no further update."""
+    config = validate(compose("trainer.evaluate_every=2", f"trainer.patience={patience}", "checkpoint.every=0"))
+    values = iter(accuracies)
+
+    def evaluate(*_):
+        return SimpleNamespace(summary={"val": SimpleNamespace(accuracy=next(values))}, scalars={})
+
+    monkeypatch.setattr(loop, "_evaluate", evaluate)
+    monkeypatch.setattr(loop, "watched", lambda questions: "val")
+    monkeypatch.setattr(loop, "is_due", lambda config, number, last: number % 2 == 0)
+    raised, trainer, checkpoints = attempt(config, tmp_path / "run", updates=10)
+    assert raised is None and trainer.weight == end
+    assert checkpoints.best().name == f"step-{best:06d}" and checkpoints.latest().name == f"step-{end:06d}"
+    assert attempt(config, tmp_path / "run", updates=10)[1].weight == end
+
+
+def test_patience_needs_evaluations(compose):
+    with pytest.raises(UserError, match="trainer.patience=2 waits for evaluations: set trainer.evaluate_every"):
+        validate(compose("trainer.patience=2", "trainer.evaluate_every=0"))
+
+
 def test_what_another_rank_was_told_counts(config, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "gather", lambda mine: [mine, True])
     raised, trainer, _ = attempt(config, tmp_path / "run")

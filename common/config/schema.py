@@ -101,7 +101,8 @@ class TrainerConfig:
     """Optimisation shared by GRPO and SFT; an update is one optimiser step over `prompts_per_update` prompts.
 
     embedding_learning_rate: of embeddings that a method puts behind the vocabulary; null: as the rest. embeddings: they
-    are parameters on every `device`, or stay on the `host`, which lends a batch the rows that it needs.
+    are parameters on every `device`, or stay on the `host`, which lends a batch the rows that it needs. patience: the
+    training ends after so many evaluations without a better one; 0: it goes on.
     """
 
     name: str = MISSING
@@ -120,6 +121,7 @@ class TrainerConfig:
     prompts_per_forward: int = 1
     evaluate_every: int = 0
     evaluate_limit: int | None = None
+    patience: int = 0
 
     def __post_init__(self) -> None:
         one_of("trainer.schedule", self.schedule, ("linear", "cosine", "constant"))
@@ -131,9 +133,11 @@ class TrainerConfig:
         for key in ("warmup_ratio", "final_ratio"):
             if not 0 <= getattr(self, key) <= 1:
                 raise UserError(f"trainer.{key}={getattr(self, key)} must be between 0 and 1")
-        for key in ("evaluate_every", "weight_decay", "grad_clip"):
+        for key in ("evaluate_every", "weight_decay", "grad_clip", "patience"):
             if getattr(self, key) < 0:
                 raise UserError(f"trainer.{key}={getattr(self, key)} must not be negative (0: off)")
+        if self.patience and not self.evaluate_every:
+            raise UserError(f"trainer.patience={self.patience} waits for evaluations: set trainer.evaluate_every")
         if self.evaluate_limit is not None:
             positive("trainer.evaluate_limit", self.evaluate_limit)
         if self.embedding_learning_rate is not None:

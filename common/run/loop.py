@@ -31,8 +31,8 @@ def train(
     checkpoints: Checkpoints,
     recorder: Recorder,
     save: Callable[[Path], None],
-) -> None:
-    """Make the updates that are still to be made. All ranks call it together.
+) -> int:
+    """Make the updates that are still to be made, and return the number of all. All ranks call it together.
 
     Args:
         predictor: Is evaluated meanwhile, with the trainer's weights.
@@ -50,6 +50,8 @@ def train(
         done, best, trainer.tokens = state.update, state.best, state.tokens
     iterations = config.trainer.num_iterations if isinstance(config.trainer, GRPOConfig) else 1
     watch = Watch(recorder.files.read_log("metrics.jsonl"))
+    if is_over(config, done, best):  # an earlier attempt ended here, and stopped before its result
+        return done
     with bar(f"training ({config.method['name']})", updates, done) as shown, requested() as interruption:
         for number in range(done + 1, updates + 1):
             step = trainer.step(number - 1)
@@ -68,6 +70,7 @@ def train(
             shown.advance(note(step.metrics, best, watch.silent))
             # a batch that is half used is not saved, so a request waits for its end
             stopping = any(gather(interruption.made)) and number % iterations == 0
+            last = last or is_over(config, number, best)
             if better or last or stopping or (config.checkpoint.every and number % config.checkpoint.every == 0):
                 recorder.flush(number)
                 here = State(
@@ -84,6 +87,16 @@ def train(
                 checkpoints.write(here, save)
             if stopping and not last:
                 raise Interrupted(f"stopped after update {number} of {updates}; the same command continues it")
+            if last and number < updates and best is not None:
+                log.info("no better evaluation since update %d: the training ends after update %d", best[0], number)
+                return number
+    return updates
+
+
+def is_over(config: Config, number: int, best: tuple[int, float] | None) -> bool:
+    """Whether patience is at its end: that many evaluations since the best one, after this update."""
+    patience = config.trainer.patience
+    return bool(patience) and best is not None and number - best[0] >= patience * config.trainer.evaluate_every
 
 
 def is_due(config: Config, number: int, last: bool) -> bool:

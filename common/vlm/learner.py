@@ -91,10 +91,11 @@ class VLMLearner:
     def train(self, recorder: Recorder) -> int:
         if self.updates:
             self.trainer = self.make_trainer()
-            loop.train(self, self.trainer, self.updates, self.config, self.checkpoints, recorder, self._save_all)
+            made = loop.train(self, self.trainer, self.updates, self.config, self.checkpoints, recorder, self._save_all)
             if self.config.evaluate == "best":
-                self._restore_best()
-        return self.updates
+                self._restore_best(made)
+            return made
+        return 0
 
     def save(self, folder: Path) -> None:
         with self._sampling():
@@ -161,15 +162,15 @@ class VLMLearner:
             )
         return SFTTrainer(**shared, loss=config.protocol.sft_loss, reply=questions.method.label_response)
 
-    def _restore_best(self) -> None:
-        """Take over the weights of the best evaluation.
+    def _restore_best(self, made: int) -> None:
+        """Take over the weights of the best evaluation among the updates that were made.
 
         Raises:
             UserError: They were written by another number of ranks, whose optimizer state cannot be read here.
         """
         assert self.trainer is not None
         best = self.checkpoints.best()
-        if best is None or read_state(best).update == self.updates:
+        if best is None or read_state(best).update == made:
             return
         if read_state(best).ranks != world():
             raise UserError(

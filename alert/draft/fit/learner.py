@@ -107,12 +107,12 @@ class FewShotLearner:
         self.begun = True
         if self.checkpoints.resumed is not None:
             learner.restore(torch.load(self.checkpoints.resumed / STATE, map_location=self.bench.device))
-        loop.train(self, self, learner.steps, self.config, self.checkpoints, recorder, self.save)
+        made = loop.train(self, self, learner.steps, self.config, self.checkpoints, recorder, self.save)
         self.facts = learner.end()
         log.info("%s chose %s", self.name, self.facts)
         if isinstance(self.questions.method, Classify):
             self.questions.method.chosen = self.facts
-        return learner.steps
+        return made
 
     def step(self, update: int) -> Step:
         clock = time.perf_counter()
