@@ -95,7 +95,8 @@ class ClosedFormQuestion:
         size = prompts.class_list_size(len(names), self.list_share, self.list_all_below, self.list_at_most)
         built = []
         for item in split.items:
-            choices = prompts.class_list(names, item.name, size, self.seed, item.image)
+            listed = size if item.name or not size else len(names)  # nobody knows the truth: it is among all names
+            choices = prompts.class_list(names, item.name or names[0], listed, self.seed, item.image)
             text = prompts.question(split.question if choices else split.open_question, choices, instruction)
             built.append(Prompt(item.image, text, item.name, choices, aliases=split.aliases.get(item.name, ())))
         return built

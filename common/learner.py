@@ -78,6 +78,14 @@ class Check(Protocol):
 
 
 @runtime_checkable
+class Restores(Protocol):
+    """A learner whose training is not all in the weights that it begins from."""
+
+    def take_over(self, folder: Path) -> None:
+        """Load what `save` of a finished run wrote, instead of training."""
+
+
+@runtime_checkable
 class Prepares(Protocol):
     """A method that needs something made before the model is loaded, such as a classifier that names candidates."""
 

@@ -97,14 +97,24 @@ class FewShotLearner:
     def train(self, recorder: Recorder) -> int:
         return self.fit(recorder)
 
-    def fit(self, recorder: Recorder) -> int:
-        """All steps; goes on where an earlier attempt stopped."""
+    def take_over(self, folder: Path) -> None:
+        if self.learner.steps:
+            self._begin()
+            self.learner.restore(torch.load(folder / STATE, map_location=self.bench.device))
+            self.learner.end()
+
+    def _begin(self) -> None:
         learner, task = self.learner, self.questions.task
-        if not learner.steps:
-            return 0
         support = self.bench.support(task, learner.generated, learner.generated_per_class)
         learner.begin(support, self._labelled("val"), self._text(task.train.names), self._tested())
         self.begun = True
+
+    def fit(self, recorder: Recorder) -> int:
+        """All steps; goes on where an earlier attempt stopped."""
+        learner = self.learner
+        if not learner.steps:
+            return 0
+        self._begin()
         if self.checkpoints.resumed is not None:
             learner.restore(torch.load(self.checkpoints.resumed / STATE, map_location=self.bench.device))
         made = loop.train(self, self, learner.steps, self.config, self.checkpoints, recorder, self.save)

@@ -1,0 +1,1 @@
+"""A trained model at work: new pictures in, names with probabilities and reasons out."""

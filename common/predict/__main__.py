@@ -1,0 +1,122 @@
+"""Classify pictures with a finished run.
+
+python -m common.predict outputs/<run> photo.jpg
+python -m common.predict outputs/<run> photos/ 'more/*.png' list.csv --format csv --output answers.csv
+python -m common.predict outputs/<run> photos/ --risk 0.05        says nothing where it would be wrong too often
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from common.runtime import utf8
+from common.types import UserError
+
+if TYPE_CHECKING:
+    from common.predict.classifier import Answer
+
+FORMATS = ("table", "jsonl", "csv")
+COLUMNS = ("image", "label", "confidence", "abstained", "top", "candidates", "reasoning", "trouble")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code: 0, 1 if a picture could not be used, 2 for a mistake in the request."""
+    parser = argparse.ArgumentParser(
+        prog="python -m common.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("pictures", nargs="+", help="pictures, folders, patterns, or CSV files with a column path")
+    parser.add_argument("--names", help="other class names, separated by commas, for methods that only read them")
+    parser.add_argument("--risk", type=float, help="abstain so that about this share of the answers is wrong")
+    parser.add_argument("--format", choices=FORMATS, default="table")
+    parser.add_argument("--output", type=Path, help="file to write; otherwise the terminal")
+    chosen = parser.parse_args(arguments)
+    # CPU threads that spin while they wait slow two processes on one machine down thirty times (docs/log.md)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        answers = classify(chosen)
+        with _target(chosen.output) as file:
+            WRITERS[chosen.format](answers, file)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    troubled = [answer for answer in answers if answer.trouble]
+    for answer in troubled:
+        print(f"{answer.image}: {answer.trouble}", file=sys.stderr)
+    return 1 if troubled else 0
+
+
+def classify(chosen: argparse.Namespace) -> list[Answer]:
+    """The answers to all pictures of the request."""
+    from common.predict.photos import find
+
+    pictures = {name: path for what in chosen.pictures for name, path in find(what).items()}
+    from common.predict.classifier import Classifier  # torch, some seconds
+
+    names = None if chosen.names is None else [name.strip() for name in chosen.names.split(",") if name.strip()]
+    classifier = Classifier.load(chosen.run, names, chosen.risk)
+    try:
+        return classifier(pictures)
+    finally:
+        classifier.close()
+
+
+def write_table(answers: Sequence[Answer], file: TextIO) -> None:
+    """For people."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("picture", "answer", "sure", "else", "reasoning")
+    for answer in answers:
+        said = answer.trouble or ("(abstains)" if answer.abstained else answer.label or "(no name)")
+        sure = "" if answer.confidence is None else f"{100 * answer.confidence:.1f} %"
+        others = ", ".join(f"{name} {100 * share:.0f} %" for name, share in answer.top[1:3])
+        table.add_row(*(Text(text) for text in (answer.image, said, sure, others, answer.reasoning)))
+    Console(file=file, width=None if file.isatty() else 160).print(table)
+
+
+def write_lines(answers: Sequence[Answer], file: TextIO) -> None:
+    """One JSON object per line."""
+    for answer in answers:
+        file.write(json.dumps(vars(answer), ensure_ascii=False) + "\n")
+
+
+def write_csv(answers: Sequence[Answer], file: TextIO) -> None:
+    """For spreadsheets."""
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for answer in answers:
+        values = vars(answer) | {
+            "top": "; ".join(f"{name} {share:.4f}" for name, share in answer.top),
+            "candidates": "; ".join(answer.candidates),
+        }
+        writer.writerow(["" if values[name] is None else values[name] for name in COLUMNS])
+
+
+WRITERS = {"table": write_table, "jsonl": write_lines, "csv": write_csv}
+
+
+@contextmanager
+def _target(path: Path | None) -> Iterator[TextIO]:
+    if path is None:
+        yield sys.stdout
+        return
+    try:
+        with path.open("w", encoding="utf-8", newline="") as file:
+            yield file
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+if __name__ == "__main__":
+    utf8.ensure()
+    sys.exit(main())

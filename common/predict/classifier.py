@@ -1,0 +1,267 @@
+"""`Classifier.load(run)(pictures)`: what a finished run would answer about pictures that it has never seen."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from common import parsing
+from common.config import composition
+from common.config.schema import Config, TrainerConfig
+from common.data import task as tasks
+from common.data.task import Questions
+from common.learner import Build, Learner, Prepares, Restores
+from common.method import Looks, Method
+from common.plugins import locate
+from common.predict.abstain import threshold_of
+from common.predict.photos import Photos, Picture
+from common.run.checkpoint import Checkpoints
+from common.run.result import Result
+from common.runtime.group import init_process_group
+from common.types import Answers, BadImage, Item, Split, Task, UserError
+
+SPLIT = "test"  # what the new pictures are called inside
+TOP = 5
+UNKNOWN = -1  # label of a picture that nobody has named
+
+
+@dataclass(frozen=True)
+class Answer:
+    """About one picture.
+
+    label: the name that was answered; None: no name could be read, the model abstains, or the picture is broken.
+    confidence: probability of the most probable name. top: at most five names with their probabilities. reasoning: in
+    the reply, before the answer. candidates: names that a draft had chosen. abstained: below the threshold. trouble:
+    why the picture cannot be used.
+    """
+
+    image: str
+    label: str | None = None
+    confidence: float | None = None
+    top: tuple[tuple[str, float], ...] = ()
+    reasoning: str = ""
+    reply: str = ""
+    candidates: tuple[str, ...] = ()
+    abstained: bool = False
+    trouble: str = ""
+
+
+class Classifier:
+    """A finished run's model, ready to be asked. Nothing is written into the run's folder."""
+
+    def __init__(
+        self,
+        config: Config,
+        run: Path,
+        names: Sequence[str] | None = None,
+        threshold: float | None = None,
+        began_from: str | None = None,
+        before: Config | None = None,
+    ) -> None:
+        """See `load`.
+
+        Args:
+            config: With which the model is asked.
+            run: Its folder.
+            names: Of the classes, if not its own.
+            threshold: Of the confidence, below which it abstains.
+            began_from: Hash of the weights, if they are not the run's own.
+            before: The configuration with the weights that the run began from, if it has trained them.
+        """
+        self.config, self.run, self.threshold = config, run, threshold
+        self.workplace = tempfile.TemporaryDirectory(prefix="predict-")
+        self.device = init_process_group(config.gpus)
+        self.questions = _questions(config, run, names)
+        self.photos = Photos(self.questions.task.images)
+        self.began_from, self.before = began_from, before
+        self.learner: Learner | None = None
+
+    @classmethod
+    def load(cls, run: str | Path, names: Sequence[str] | None = None, risk: float | None = None) -> Classifier:
+        """Take over what a run has trained.
+
+        Args:
+            run: Folder of a finished run.
+            names: Other class names than the run's own, for methods that only read them.
+            risk: Abstain where more than this share of the answers would be wrong, measured on the run's validation
+                images; None: never.
+
+        Raises:
+            UserError: The run is not finished, is of another version, or its method cannot do what is asked.
+        """
+        folder = Path(run).expanduser()
+        result = Result.load(folder)
+        threshold = None if risk is None else threshold_of(folder, risk)
+        config = config_of(folder)
+        if config.model.path != str(folder / "model"):
+            return cls(config, folder, names, threshold, began_from=result.weights["sha256"])
+        before = None if config.model.freeze_vision else config_of(folder, trained=False)
+        return cls(config, folder, names, threshold, before=before)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The class names that it chooses among."""
+        return self.questions.task.evaluation[SPLIT].choices
+
+    def __call__(self, pictures: Mapping[str, Picture] | Iterable[Picture]) -> list[Answer]:
+        """Classify pictures; a broken one has an answer that says so.
+
+        Args:
+            pictures: Files, bytes or PIL images; a mapping gives the names that answers carry, otherwise these are the
+                files' own, or numbers.
+        """
+        given = dict(pictures) if isinstance(pictures, Mapping) else _named(pictures)
+        self.photos.show(given)
+        broken = {key: reason for key in given if (reason := self._trouble(key))}
+        good = [key for key in given if key not in broken]
+        answers = self._answers(good) if good else {}
+        return [Answer(key, trouble=broken[key]) if key in broken else answers[key] for key in given]
+
+    def close(self) -> None:
+        """Release the model."""
+        if self.learner is not None:
+            self.learner.close()
+        self.workplace.cleanup()
+
+    def _trouble(self, key: str) -> str:
+        try:
+            self.photos.open(key)
+        except BadImage as error:
+            return str(error) or "not a picture"
+        return ""
+
+    def _answers(self, keys: Sequence[str]) -> dict[str, Answer]:
+        splits = self.questions.task.evaluation  # learners that are fitted anew choose by the validation images
+        new = replace(splits[SPLIT], items=tuple(Item(key, UNKNOWN, "") for key in keys))
+        task = replace(self.questions.task, evaluation={**splits, SPLIT: new}, images=self.photos)
+        method = method_of(self.config)  # a new one: ALERT's remembers which pictures it has looked at
+        prompts = method.evaluation_prompts(task, SPLIT)
+        asked = replace(self.questions, task=task, method=method, evaluation={SPLIT: prompts})
+        answers = self._ready(asked).predict(SPLIT)
+        return {answer.image: answer for answer in self._read(answers)}
+
+    def _ready(self, questions: Questions) -> Learner:
+        """The learner with these questions. One whose method looks at the pictures first begins anew."""
+        anew = isinstance(questions.method, (Looks, Prepares)) or not hasattr(self.learner, "questions")
+        if self.learner is not None and not anew:
+            self.learner.questions = questions  # type: ignore[misc]
+            return self.learner
+        if self.learner is not None:
+            self.learner.close()
+        folder = Path(tempfile.mkdtemp(dir=self.workplace.name))
+        build: Build = locate(self.config.learner.build, "learner.build")
+        if self.before is not None and isinstance(questions.method, Looks):
+            # the method keeps what it has seen: the run chose its candidates before it trained the vision tower
+            build(self.before, questions, self.device, folder, Checkpoints(folder / "before", 1)).close()
+        self.learner = build(self.config, questions, self.device, folder, Checkpoints(folder / "checkpoints", 1))
+        if self.began_from is not None and self.learner.weights["sha256"] != self.began_from:
+            raise UserError(
+                f"{self.run} was made with other weights than {self.learner.weights['path']} holds now; make it anew"
+            )
+        if isinstance(self.learner, Restores) and (self.run / "model").is_dir():
+            self.learner.take_over(self.run / "model")
+        return self.learner
+
+    def _read(self, answers: Answers) -> Iterable[Answer]:
+        method, table = self.questions.method, answers.probabilities
+        candidates = answers.columns.get("candidates")
+        for number, prediction in enumerate(answers.predictions):
+            top: list[tuple[str, float]] = []
+            if table is not None:
+                classes, values = table.classes[number], table.values[number]
+                order = [place for place in (-values).argsort(kind="stable") if classes[place] >= 0][:TOP]
+                top = [(table.names[classes[place]], float(values[place])) for place in order]
+            confidence = top[0][1] if top else None
+            abstained = self.threshold is not None and confidence is not None and confidence < self.threshold
+            reply = prediction.reply.text if prediction.reply else ""
+            yield Answer(
+                image=prediction.image,
+                label=None if abstained else self._spelt(prediction.answer),
+                confidence=confidence,
+                top=tuple(top),
+                reasoning=_reasoning(method, reply),
+                reply=reply,
+                candidates=() if candidates is None else tuple(candidates[number]),
+                abstained=abstained,
+            )
+
+    def _spelt(self, answer: str) -> str | None:
+        """As the class is written; an answer that is no class name stays as it was given."""
+        known = {parsing.normalize(name): name for name in self.names}
+        return known.get(parsing.normalize(answer), answer or None)
+
+
+def config_of(run: Path, trained: bool = True) -> Config:
+    """The configuration with which a run's model is asked: its own, with what it has trained, and no training.
+
+    `trained`: False: with the weights that it began from.
+
+    Raises:
+        UserError: This version cannot read it.
+    """
+    values: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    values.pop("signature", None)
+    values |= {"rewards": {}, "evaluate": "last", "doctor": False, "trainer": {"name": "none"}, "gpus": 0}
+    values["tracking"] = {**values["tracking"], "mode": "disabled"}
+    model = run / "model"
+    if trained and ((model / "config.json").is_file() or (model / "adapter_config.json").is_file()):
+        values["model"] = {**values["model"], "path": str(model)}
+    if (model / "embeddings").is_dir() and "bank" in values["method"]:
+        values["method"] = {**values["method"], "bank": str(model / "embeddings")}
+    try:
+        cfg = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(values))
+        config = composition.validate(cfg)  # type: ignore[arg-type]
+    except OmegaConfBaseException as error:
+        text = " ".join(str(error).split())
+        raise UserError(f"{run}/config.yaml is of another version ({text}); train it again with this one") from error
+    return replace(config, trainer=TrainerConfig(name="none"))
+
+
+def method_of(config: Config) -> Method:
+    """The method, as the run made it."""
+    method: Method = locate(config.method["_target_"], "method._target_")(**composition.method_arguments(config))
+    return method
+
+
+def _questions(config: Config, run: Path, names: Sequence[str] | None) -> Questions:
+    """What the run asked. From its manifest, where the method needs no pictures of the dataset."""
+    method = method_of(config)
+    looks = isinstance(method, (Looks, Prepares)) or config.learner.needs_shots
+    if looks and names is not None:
+        raise UserError(
+            f"names: the categories of method={config.method['name']} are those that it was trained on:"
+            " other names need a method that only reads them, such as clsrl"
+        )
+    if looks:
+        questions = tasks.build(config)
+        splits = questions.task.evaluation
+        first = next(split for name, split in splits.items() if name != "val")
+        kept = {name: split for name, split in splits.items() if name == "val"}
+        return replace(questions, task=replace(questions.task, evaluation={**kept, SPLIT: first}))
+    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    first = next(split for name, split in manifest["splits"].items() if name not in ("train", "val"))
+    chosen = tuple(names) if names is not None else tuple(first["names"])
+    split = Split((), chosen, config.data.question, config.data.open_question)
+    task = Task(split, {SPLIT: split}, Photos(), manifest["fingerprint"], manifest["origins"])
+    return Questions(task, method, [], {SPLIT: []}, manifest)
+
+
+def _named(pictures: Iterable[Picture]) -> dict[str, Picture]:
+    found: dict[str, Picture] = {}
+    for number, picture in enumerate(pictures):
+        name = str(picture) if isinstance(picture, str | Path) else str(number)
+        found[name if name not in found else f"{name} ({number})"] = picture
+    return found
+
+
+def _reasoning(method: Method, reply: str) -> str:
+    text = parsing.reasoning_before(reply) if reply and method.well_formed(reply) else ""
+    return text.replace("<think>", "").replace("</think>", "").strip()

@@ -1,0 +1,107 @@
+"""The pictures to classify: found in folders, by patterns or in lists, and opened by the keys of their answers."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import hashlib
+from collections.abc import Mapping
+from io import BytesIO
+from pathlib import Path
+
+from PIL import Image
+
+from common.data.images import decode
+from common.types import BadImage, Images, UserError
+
+Picture = str | Path | bytes | Image.Image
+ENDINGS = frozenset(Image.registered_extensions())
+
+
+def find(what: str) -> dict[str, Path]:
+    """The files that a folder, a pattern, a list or a single name stands for, by the names that their answers carry.
+
+    Args:
+        what: A picture; a folder, with all pictures below it; a pattern such as `photos/*.jpg`; or a CSV file with a
+            column `path`, relative to its own folder.
+
+    Raises:
+        UserError: There is nothing.
+    """
+    path = Path(what).expanduser()
+    if path.is_dir():
+        inside = sorted(each for each in path.rglob("*") if each.suffix.lower() in ENDINGS and each.is_file())
+        found = {each.relative_to(path).as_posix(): each for each in inside if not _hidden(each.relative_to(path))}
+    elif path.suffix.lower() == ".csv" and path.is_file():
+        found = _listed(path)
+    elif path.exists():
+        found = {str(what): path}
+    else:
+        found = {name: Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()}
+    if not found:
+        raise UserError(f"{what}: no picture is there; give a picture, a folder, a pattern in quotes, or a CSV file")
+    return found
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _listed(path: Path) -> dict[str, Path]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file)
+        if "path" not in (rows.fieldnames or ()):
+            raise UserError(f"{path} has no column path; it has {', '.join(rows.fieldnames or ()) or 'no columns'}")
+        names = [row["path"] for row in rows if row["path"]]
+    return {name: path.parent / Path(name).expanduser() for name in names}
+
+
+class Photos:
+    """New pictures, and behind them those of the run's dataset (see `Images`)."""
+
+    def __init__(self, others: Images | None = None) -> None:
+        """`others`: pictures of other keys; None: there are none."""
+        self.others = others
+        self.pictures: dict[str, Picture] = {}
+
+    def show(self, pictures: Mapping[str, Picture]) -> None:
+        """Take these, in place of those before."""
+        self.pictures = dict(pictures)
+
+    def open(self, image: str) -> Image.Image:
+        if image not in self.pictures:
+            return self._others(image).open(image)
+        picture = self.pictures[image]
+        if isinstance(picture, Image.Image):
+            return picture.convert("RGB")
+        return decode(picture if isinstance(picture, bytes) else Path(picture).expanduser())
+
+    def stamp(self, image: str) -> str:
+        if image not in self.pictures:
+            return self._others(image).stamp(image)
+        return hashlib.sha256(self.content(image)).hexdigest()
+
+    def size(self, image: str) -> int:
+        return len(self.content(image)) if image in self.pictures else self._others(image).size(image)
+
+    def content(self, image: str, start: int = 0, length: int | None = None) -> bytes:
+        if image not in self.pictures:
+            return self._others(image).content(image, start, length)
+        picture = self.pictures[image]
+        if isinstance(picture, Image.Image):
+            file = BytesIO()
+            picture.save(file, "PNG")
+            content = file.getvalue()
+        elif isinstance(picture, bytes):
+            content = picture
+        else:
+            try:
+                content = Path(picture).expanduser().read_bytes()
+            except OSError as error:
+                raise BadImage(str(error.strerror or error).lower()) from error
+        return content[start:] if length is None else content[start : start + length]
+
+    def _others(self, image: str) -> Images:
+        if self.others is None:
+            raise BadImage(f"{image} is none of the given pictures")
+        return self.others

@@ -1,0 +1,156 @@
+"""Trained models at work: the evaluation's own answers, broken pictures, abstention, what cannot be asked."""
+
+from __future__ import annotations
+
+import csv
+import json
+from itertools import pairwise
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from common import Classifier
+from common.data.digits import Digits
+from common.predict import __main__ as command
+from common.predict import photos
+from common.predict.abstain import choose, threshold_of
+from common.types import BadImage, UserError
+from tests.test_html import NAMES, answered, write  # noqa: F401
+
+QUICK = ["tracking=none", "tracking.report=false", "trainer.evaluate_every=0", "validation=held_out", "shots=4"]
+METHODS = {
+    "thinks": ["method=clsrl", "trainer.updates=3"],
+    "adapters": ["method=nothinking", "model.lora.r=4", "trainer.updates=3"],
+    "not trained": ["method=zeroshot"],
+    "alert": ["method=alert", "experiment=alert_no_judge", "model=tiny_gemma3", "trainer.updates=3"],
+    "alert over cafo": [
+        *["method=alert", "experiment=alert_no_judge", "model=tiny_gemma3", "trainer.updates=2"],
+        *["method.draft=cafo", "few_shot.cafo.epochs=2", "few_shot.cafo.key_views=2"],
+    ],
+    "cache": ["method=tip_adapter_f", "few_shot.tip_adapter_f.epochs=2", "few_shot.tip_adapter_f.key_views=2"],
+    "words": ["method=coop", "few_shot.coop.epochs=2"],
+    "no training": ["method=clip_zero_shot"],
+    "closed form": ["method=linear_probe"],
+}
+
+
+def expected(run):
+    """The rows of the last evaluation of the test images."""
+    rows = pyarrow.parquet.read_table(run / "predictions.parquet").to_pylist()
+    last = "after" if any(row["phase"] == "after" for row in rows) else "before"
+    return [row for row in rows if (row["phase"], row["split"]) == (last, "test")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_answers_are_the_evaluations(runner, tmp_path, method):
+    """Names, replies and probabilities, in two calls; the run's folder is left as it was."""
+    run = tmp_path / "run"
+    assert runner(run, [*METHODS[method], *QUICK]) == 0
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in run.rglob("*"))
+    rows, digits = expected(run)[:60], Digits()
+    classifier = Classifier.load(run)
+    for part in (rows[:25], rows[25:]):
+        answers = classifier({row["image"]: digits.open(row["image"]) for row in part})
+        assert [answer.label or "" for answer in answers] == [row["answer"] for row in part]
+        assert [answer.reply for answer in answers] == [row["completion"] or "" for row in part]
+        found = [answer.confidence for answer in answers]
+        assert found == pytest.approx([max(row["probabilities"]) for row in part], abs=1e-6)
+        if part[0].get("candidates") is not None:
+            assert [list(answer.candidates) for answer in answers] == [row["candidates"] for row in part]
+    classifier.close()
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in run.rglob("*")) == before
+
+
+@pytest.mark.slow
+def test_a_folder_with_broken_pictures(runner, tmp_path, capsys):
+    run, folder = tmp_path / "run", tmp_path / "photos"
+    assert runner(run, ["method=zeroshot", *QUICK]) == 0
+    (folder / "more").mkdir(parents=True)
+    (folder / ".hidden").mkdir()
+    digits = Digits()
+    for number in range(6):
+        digits.open(str(number)).save(folder / ("more" if number % 2 else ".") / f"{number}.png")
+    digits.open("7").save(folder / ".hidden" / "7.png")
+    (folder / "cut.jpg").write_bytes((folder / "0.png").read_bytes()[:60])
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "notes.txt").write_text("no picture")
+    out = tmp_path / "answers.csv"
+    assert command.main([str(run), str(folder), "--format", "csv", "--output", str(out)]) == 1
+    rows = {row["image"]: row for row in csv.DictReader(out.open())}
+    assert sorted(rows) == ["0.png", "2.png", "4.png", "cut.jpg", "empty.png", "more/1.png", "more/3.png", "more/5.png"]
+    assert all(rows[name]["trouble"] for name in ("cut.jpg", "empty.png")) and not rows["0.png"]["trouble"]
+    assert "cut.jpg: " in capsys.readouterr().err
+    assert command.main([str(run), str(folder / "0.png"), "--format", "jsonl", "--names", "zero,ring"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert {name for name, _ in json.loads(line)["top"]} == {"zero", "ring"}
+
+
+@pytest.mark.slow
+def test_what_cannot_be_asked_is_one_line(runner, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert runner(run, ["method=clip_zero_shot", *QUICK]) == 0
+    picture = tmp_path / "p.png"
+    Digits().open("0").save(picture)
+    assert command.main([str(run), str(picture), "--names", "a,b"]) == 2
+    assert "names: the categories of method=clip_zero_shot are those" in capsys.readouterr().err
+    result = json.loads((run / "metrics.json").read_text())
+    result["weights"]["sha256"] = "other"
+    (run / "metrics.json").write_text(json.dumps(result))
+    assert command.main([str(run), str(picture)]) == 2
+    assert "was made with other weights" in capsys.readouterr().err
+    (run / "metrics.json").unlink()
+    assert command.main([str(run), str(picture)]) == 2
+    assert "holds no finished run" in capsys.readouterr().err
+    assert command.main([str(run), str(tmp_path / "nothing" / "*.jpg")]) == 2
+    assert "no picture is there" in capsys.readouterr().err
+
+
+def test_pictures_are_found_by_folder_pattern_and_list(tmp_path):
+    for name in ("a.png", "B.JPG", "deep/c.webp", "d.txt", ".e.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert set(photos.find(str(tmp_path))) == {"a.png", "B.JPG", "deep/c.webp"}
+    assert set(photos.find(str(tmp_path / "*.png"))) == {str(tmp_path / "a.png")}
+    (tmp_path / "list.csv").write_text("\ufeffpath,label\na.png,x\ndeep/c.webp,\nmissing.png,\n")
+    assert photos.find(str(tmp_path / "list.csv"))["deep/c.webp"] == tmp_path / "deep" / "c.webp"
+    (tmp_path / "other.csv").write_text("file\na.png\n")
+    with pytest.raises(UserError, match="has no column path; it has file"):
+        photos.find(str(tmp_path / "other.csv"))
+    with pytest.raises(UserError, match="no picture is there"):
+        photos.find(str(tmp_path / "none"))
+
+
+def test_a_new_picture_goes_before_the_datasets():
+    red, shelf = Image.new("RGBA", (3, 2), "red"), photos.Photos(Digits())
+    shelf.show({"0": red, "gone": "/nowhere/x.png"})
+    assert shelf.open("0").size == (3, 2) and shelf.open("0").mode == "RGB" and shelf.open("1").size == (8, 8)
+    with pytest.raises(BadImage):
+        shelf.open("gone")
+    with pytest.raises(BadImage, match="no such file"):
+        shelf.stamp("gone")
+    first = shelf.stamp("0")
+    shelf.show({"0": Image.new("RGB", (3, 2), "blue")})
+    assert shelf.stamp("0") != first, "other pixels under the same name are decoded anew"
+
+
+def test_the_threshold_is_the_lowest_that_keeps_the_risk():
+    """Against all thresholds that there are."""
+    generator = np.random.default_rng(0)
+    for _ in range(60):
+        confidences = generator.integers(1, 12, 30) / 12
+        right, risk = generator.random(30) < confidences, generator.choice([0.0, 0.1, 0.3])
+        fits = [t for t in confidences if (~right[confidences >= t]).mean() <= risk]
+        assert choose(list(confidences), list(right), risk) == (min(fits) if fits else float("inf"))
+    found = [choose([0.9, 0.8, 0.7], [True, False, True], risk) for risk in (0.0, 0.2, 0.4)]
+    assert all(a >= b for a, b in pairwise(found)), "a larger risk never answers less"
+
+
+def test_a_run_without_validation_images_has_no_threshold(write):  # noqa: F811
+    run = write("run", answered(["a"], ["six"], ["six"], NAMES, [0.9]))
+    with pytest.raises(UserError, match="no validation images with probabilities.*validation=held_out"):
+        threshold_of(run, 0.05)
+    with pytest.raises(UserError, match="risk=1.5 must be a share"):
+        threshold_of(run, 1.5)
