@@ -158,13 +158,11 @@ def whole_updates(updates: int, repetitions: int) -> dict[str, dict[str, Any]]:
     }
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--updates", type=int, default=20)
-    options = parser.parse_args()
-    prepare()
+COLUMNS = ("case", "backend", "tokens/s", "CPU s: min to max")
+
+
+def compare(repetitions: int, updates: int) -> tuple[list[tuple[str, str, str, str]], dict[str, Any]]:
+    """Rows of `COLUMNS`, and the numbers for JSON: `cases` by name, `updates` by backend."""
     from common.rollout.vllm.backend import VLLMRollout
     from common.runtime.group import init_process_group
 
@@ -175,9 +173,9 @@ def main() -> None:
         policy = replace(loaded, banned=tuple(sorted({*loaded.banned, *loaded.eos})))
         engine = VLLMRollout(policy, prompt_tokens=1024, completion_tokens=128, seed=1, cpu_gib=2)
         rollouts: dict[str, Rollout] = {"hf": HFRollout(policy), "vllm": engine}
-        numbers = {case.name: measure(case, folder, rollouts, policy, options.repetitions) for case in CASES}
+        numbers = {case.name: measure(case, folder, rollouts, policy, repetitions) for case in CASES}
         engine.close()
-    whole = whole_updates(options.updates, options.repetitions) if options.updates else {}
+    whole = whole_updates(updates, repetitions) if updates else {}
     for name, phases in whole.items():
         print(name, ", ".join(f"{phase} {value:.3f} s" for phase, value in phases.items()))
     rows = [
@@ -185,12 +183,18 @@ def main() -> None:
         for name, case in numbers.items()
         for side, values in case["seconds"].items()
     ]
-    show(
-        f"Completing {PROMPTS} prompts, 17 M Qwen2-VL, one thread",
-        ("case", "backend", "tokens/s", "CPU s: min to max"),
-        rows,
-        {"cases": numbers, "updates": whole},
-    )
+    return rows, {"cases": numbers, "updates": whole}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--updates", type=int, default=20)
+    options = parser.parse_args()
+    prepare()
+    rows, numbers = compare(options.repetitions, options.updates)
+    show(f"Completing {PROMPTS} prompts, 17 M Qwen2-VL, one thread", COLUMNS, rows, numbers)
 
 
 if __name__ == "__main__":

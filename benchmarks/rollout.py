@@ -1,6 +1,7 @@
 """Sampling a group's completions: our sampler, which computes the prompt once, against transformers' `generate`.
 
     python -m benchmarks.rollout
+    python -m benchmarks.rollout --engines         # vLLM and whole updates as well (benchmarks/engines.py)
 
 `generate(num_return_sequences=G)` repeats the prompt and its image G times and computes all copies. Both sides sample
 from the same weights at temperature 1 without truncation, ban the same ids, and decode a fixed number of tokens; no
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import engines
 from benchmarks.setup import Case, Seconds, alternate, load_ours, load_stock, make_group, prepare, save_model, show
 from common.rollout.base import Decoding, Request
 from common.rollout.hf import HFRollout
@@ -86,6 +88,8 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--engines", action="store_true", help="also vLLM, and whole updates by phase; make setup-vllm")
+    parser.add_argument("--updates", type=int, default=20, help="of each whole training")
     options = parser.parse_args()
     prepare()
     with tempfile.TemporaryDirectory() as workdir:
@@ -95,7 +99,12 @@ def main() -> None:
         for name, times in seconds.items()
     ]
     columns = ("case", "variant", "CPU s: median [min, max]", "x ours")
-    show("Sampling one group, 17 M Qwen2-VL, one thread", columns, rows, {"cases": {CASE.name: numbers}})
+    found = {"cases": {CASE.name: numbers}}
+    if options.engines:
+        more, beside = engines.compare(options.repetitions, options.updates)
+        show(f"Completing {engines.PROMPTS} prompts, 17 M Qwen2-VL, one thread", engines.COLUMNS, more, beside)
+        found = {"cases": found["cases"] | beside["cases"], "updates": beside["updates"]}
+    show("Sampling one group, 17 M Qwen2-VL, one thread", columns, rows, found)
 
 
 if __name__ == "__main__":
