@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -209,7 +210,8 @@ def config_of(run: Path, trained: bool = True) -> Config:
     """
     values: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     values.pop("signature", None)
-    values |= {"rewards": {}, "evaluate": "last", "doctor": False, "trainer": {"name": "none"}, "gpus": 0}
+    values |= {"rewards": {}, "evaluate": "last", "doctor": False, "trainer": {"name": "none"}}
+    values["gpus"] = 1 if values["gpus"] and torch.cuda.is_available() else 0  # this process alone
     values["tracking"] = {**values["tracking"], "mode": "disabled"}
     model = run / "model"
     if trained and ((model / "config.json").is_file() or (model / "adapter_config.json").is_file()):
