@@ -103,7 +103,7 @@ def main() -> None:
     if options.engines:
         more, beside = engines.compare(options.repetitions, options.updates)
         show(f"Completing {engines.PROMPTS} prompts, 17 M Qwen2-VL, one thread", engines.COLUMNS, more, beside)
-        found = {"cases": found["cases"] | beside["cases"], "updates": beside["updates"]}
+        found |= {"engines": beside["cases"], "updates": beside["updates"]}
     show("Sampling one group, 17 M Qwen2-VL, one thread", columns, rows, found)
 
 
