@@ -112,7 +112,7 @@ def test_resampling_draws_flat_groups_again_up_to_the_cap(load_vlm, digits_task,
 
 
 def test_truncated_completions_are_left_out(load_vlm, digits_task, think):
-    masked = grpo(load_vlm(), digits_task, think, mask_truncated_completions=True, max_tokens=60)
+    masked = grpo(load_vlm(), digits_task, think, mask_truncated_completions=True, max_tokens=320)
     step = masked.step(0)
     cut = [c.truncated for group in masked.current.completions for c in group]
     assert any(cut) and not all(cut)

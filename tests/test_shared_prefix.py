@@ -89,6 +89,8 @@ def model_for_parity(load_vlm, dtype, window=None, **changes):
     for name, parameter in vlm.model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)  # zero-initialised: the adapter would do nothing
+        if name.endswith("language_model.norm.weight"):
+            parameter.data += 1  # twice the logits of an untrained model, which are nearly flat
     for module in vlm.model.modules():
         if dtype == torch.float64 and type(module).__name__.endswith("RMSNorm"):
             one = 1.0 if type(module).__name__.startswith("Gemma") else 0.0

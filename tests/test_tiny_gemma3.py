@@ -170,6 +170,7 @@ def test_built_once_and_an_ordinary_folder(tmp_path, monkeypatch, model_config, 
 
     monkeypatch.setattr(tiny_pretrain, "CAPTION_STEPS", 1)
     monkeypatch.setattr(tiny_pretrain, "EPISODE_STEPS", 1)
+    monkeypatch.setattr(tiny_gemma3, "SHIPPED", tmp_path / "nothing")
     folder = files.build("alert.tiny.recipe", str(tmp_path))
     assert type(AutoModelForImageTextToText.from_pretrained(folder)).__name__ == "Gemma3ForConditionalGeneration"
     assert type(AutoProcessor.from_pretrained(folder)).__name__ == "Gemma3Processor"

@@ -166,7 +166,7 @@ def test_banned_ids_are_never_sampled(subject):
     weight = subject.vlm.model.get_output_embeddings().weight
     kept, banned = weight.detach().clone(), torch.tensor(subject.vlm.banned)
     with torch.no_grad():
-        weight[banned] *= 4
+        weight[banned] *= 8
         subject.version += 1
         asked, found = subject.sample(size=16)
         free = torch.stack([next_logits(subject.vlm, r.encoded, torch.tensor([], dtype=torch.long)) for r in asked])
