@@ -89,8 +89,6 @@ def model_for_parity(load_vlm, dtype, window=None, **changes):
     for name, parameter in vlm.model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)  # zero-initialised: the adapter would do nothing
-        if name.endswith("language_model.norm.weight"):
-            parameter.data += 1  # twice the logits of an untrained model, which are nearly flat
     for module in vlm.model.modules():
         if dtype == torch.float64 and type(module).__name__.endswith("RMSNorm"):
             one = 1.0 if type(module).__name__.startswith("Gemma") else 0.0
@@ -120,6 +118,8 @@ def test_shared_equals_plain(
     load_vlm, digits_task, think, no_think, record_property, dtype, image, lora, checkpointing, model
 ):
     vlm = model_for_parity(load_vlm, dtype, lora=lora, gradient_checkpointing=checkpointing, **model)
+    (norm,) = (each for name, each in vlm.model.named_parameters() if name.endswith("language_model.norm.weight"))
+    norm.data += 1  # twice the logits of an untrained model, which are nearly flat
     encoder = Encoder(vlm, Loader(digits_task.images, 32), 512)
     # two instructions: prompts of different lengths in one row
     prompts = [
