@@ -222,6 +222,9 @@ def test_signature_ignores_where_and_how_it_is_watched(compose):
     base = config.signature(config.plain(compose()))
     assert config.signature(config.plain(compose("tracking=none", "run_name=x", "cache_dir=y"))) == base
     assert config.signature(config.plain(compose("seed=2"))) != base
+    former = config.plain(compose())
+    del former["trainer"]["patience"]  # a run of a version without it is the same run
+    assert config.signature(former) == base != config.signature(config.plain(compose("trainer.patience=1")))
     assert config.signature(config.plain(compose("+rewards.extra={weight:1,fn:common.rewards.accuracy}"))) != base
 
 

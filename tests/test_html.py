@@ -171,16 +171,24 @@ def test_confusions_are_counted_by_hand(write):
     page = Elements((folder / "report.html").read_text())
     cells = {(int(a["data-label"]), int(a["data-answer"])): a["class"] for tag, a in page.found if "data-label" in a}
     assert cells == {(0, 0): "right", (1, 0): "wrong", (2, -1): "wrong"}
-    assert prints.confusions(folder) == {"test": ([[2, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]], list(NAMES))}
+    pairs = transcripts.tally(folder).pairs["test"]
+    found = prints.confusion(pairs, transcripts.class_names(folder))
+    assert found == ([[2, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]], list(NAMES))
 
 
 def test_many_classes_have_their_most_frequent_confusions():
-    columns = {"split": [0] * 90, "label": [n % 45 for n in range(90)], "answer": [n % 45 for n in range(90)]}
-    columns["answer"][:3] = [1, 2, 0]
-    columns["answer"][45] = 1  # once more 0 for 1
-    columns["after"] = [int(a == b) for a, b in zip(columns["label"], columns["answer"], strict=True)]
-    columns["after"][50] = 0  # the right name, but counted wrong: it was no candidate
-    (table,) = run_page.confusion_tables(columns, ["test"], [f"class {n}" for n in range(45)])
+    labels, answers = [n % 45 for n in range(90)], [n % 45 for n in range(90)]
+    answers[:3] = [1, 2, 0]
+    answers[45] = 1  # once more 0 for 1
+    right = [a == b for a, b in zip(labels, answers, strict=True)]
+    right[50] = False  # the right name, but counted wrong: it was no candidate
+    counted = transcripts.Tally()
+    rows = [
+        transcripts.Row("test", str(n), f"class {label}", {}, f"class {answer}", after=ok)
+        for n, (label, answer, ok) in enumerate(zip(labels, answers, right, strict=True))
+    ]
+    assert list(counted(rows)) == rows
+    (table,) = run_page.confusion_tables(counted, {f"class {n}": f"class {n}" for n in range(45)})
     assert (table["grid"], table["images"], table["wrong"], table["named"]) == (None, 90, 5, 1)
     assert [(cell["names"], cell["count"]) for cell in table["pairs"]] == [
         (("class 0", "class 1"), 2),
@@ -191,7 +199,7 @@ def test_many_classes_have_their_most_frequent_confusions():
 
 def test_calibration_is_of_the_last_phase(write):
     folder = small(write)
-    confidences, right = transcripts.surest(folder)["test"]
+    confidences, right = transcripts.tally(folder).surest["test"]
     assert confidences == pytest.approx([0.8, 0.7, 0.6, 0.3]) and right == [True, True, False, False]
     bins = metrics.reliability(confidences, right, 2)
     assert bins == [(pytest.approx(0.3), 0.0, 1), (pytest.approx(0.7), pytest.approx(2 / 3), 3)]
@@ -347,7 +355,7 @@ def test_confidences_are_not_rounded_before_they_are_ordered(write):
     images, labels = ["a", "b", "c"], ["six", "nine", "two"]
     said = answered(images, labels, ["six", "two", "two"], NAMES, [0.99999, 0.99996, 0.99998])
     folder = write("run", said)
-    confidences, right = transcripts.surest(folder)["test"]
+    confidences, right = transcripts.tally(folder).surest["test"]
     assert metrics.selective_risks(confidences, right) == pytest.approx([0, 0, 1 / 3])
     (axis, _) = figures.calibration({"test": (confidences, right)}).axes
     assert axis.get_legend_handles_labels()[1] == ["test: ECE 33.3 %, AURC 11.1 %"]

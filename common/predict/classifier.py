@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from common import parsing
 from common.config import composition
 from common.config.schema import Config, TrainerConfig
 from common.data import task as tasks
+from common.data.loading import Loader, examine
 from common.data.task import Questions
 from common.learner import Build, Learner, Prepares, Restores
 from common.method import Looks, Method
@@ -27,7 +29,7 @@ from common.predict.photos import Photos, Picture
 from common.run.checkpoint import Checkpoints
 from common.run.result import Result
 from common.runtime.group import init_process_group
-from common.types import Answers, BadImage, Item, Split, Task, UserError
+from common.types import Answers, Item, Split, Task, UserError
 
 SPLIT = "test"  # what the new pictures are called inside
 TOP = 5
@@ -121,7 +123,8 @@ class Classifier:
         """
         given = dict(pictures) if isinstance(pictures, Mapping) else _named(pictures)
         self.photos.show(given)
-        broken = {key: reason for key in given if (reason := self._trouble(key))}
+        model = self.config.model
+        broken = examine(Loader(self.photos, model.image_size, model.resize, workers=os.cpu_count() or 1), list(given))
         good = [key for key in given if key not in broken]
         answers = self._answers(good) if good else {}
         return [Answer(key, trouble=broken[key]) if key in broken else answers[key] for key in given]
@@ -131,13 +134,6 @@ class Classifier:
         if self.learner is not None:
             self.learner.close()
         self.workplace.cleanup()
-
-    def _trouble(self, key: str) -> str:
-        try:
-            self.photos.open(key)
-        except BadImage as error:
-            return str(error) or "not a picture"
-        return ""
 
     def _answers(self, keys: Sequence[str]) -> dict[str, Answer]:
         splits = self.questions.task.evaluation  # learners that are fitted anew choose by the validation images
@@ -151,8 +147,7 @@ class Classifier:
 
     def _ready(self, questions: Questions) -> Learner:
         """The learner with these questions. One whose method looks at the pictures first begins anew."""
-        anew = isinstance(questions.method, (Looks, Prepares)) or not hasattr(self.learner, "questions")
-        if self.learner is not None and not anew:
+        if self.learner is not None and not isinstance(questions.method, (Looks, Prepares)):
             self.learner.questions = questions  # type: ignore[misc]
             return self.learner
         if self.learner is not None:

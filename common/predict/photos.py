@@ -12,10 +12,11 @@ from pathlib import Path
 from PIL import Image
 
 from common.data.images import decode
+from common.data.layout import pictures
+from common.data.litter import reason
 from common.types import BadImage, Images, UserError
 
 Picture = str | Path | bytes | Image.Image
-ENDINGS = frozenset(Image.registered_extensions())
 
 
 def find(what: str) -> dict[str, Path]:
@@ -30,8 +31,9 @@ def find(what: str) -> dict[str, Path]:
     """
     path = Path(what).expanduser()
     if path.is_dir():
-        inside = sorted(each for each in path.rglob("*") if each.suffix.lower() in ENDINGS and each.is_file())
-        found = {each.relative_to(path).as_posix(): each for each in inside if not _hidden(each.relative_to(path))}
+        names = sorted(each.relative_to(path).as_posix() for each in path.rglob("*") if each.is_file())
+        kept = [name for name in names if not any(map(reason, name.split("/")))]  # as a dataset's reader passes over
+        found = {name: path / name for name in pictures(kept)}
     elif path.suffix.lower() == ".csv" and path.is_file():
         found = _listed(path)
     elif path.exists():
@@ -41,10 +43,6 @@ def find(what: str) -> dict[str, Path]:
     if not found:
         raise UserError(f"{what}: no picture is there; give a picture, a folder, a pattern in quotes, or a CSV file")
     return found
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 def _listed(path: Path) -> dict[str, Path]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
 
-from common.parsing import normalize
 from common.report import figures
-from common.report.html.transcripts import class_names, surest, tests
+from common.report.html.transcripts import class_names, tally
 from common.report.paper.style import PRINT, save
 from common.run.result import Result
 from common.run.run_folder import RunFolder
@@ -29,10 +28,11 @@ def write(folder: Path) -> list[Path]:
     drawings: dict[str, Callable[[], Figure]] = {"accuracies": partial(figures.accuracies, result.final)}
     if result.after:
         drawings["curves"] = partial(figures.curves, RunFolder(folder).read_log("metrics.jsonl"))
-    if splits := surest(folder):
-        drawings["calibration"] = partial(figures.calibration, splits)
-    for split, (table, names) in confusions(folder).items():
-        drawings[f"confusion-{split}"] = partial(figures.confusion, table, names)
+    counted, names = tally(folder), class_names(folder)
+    if counted.surest:
+        drawings["calibration"] = partial(figures.calibration, counted.surest)
+    for split in (split for split in counted.pairs if split != "val"):
+        drawings[f"confusion-{split}"] = partial(figures.confusion, *confusion(counted.pairs[split], names))
     (folder / FOLDER).mkdir(exist_ok=True)
     with matplotlib.rc_context(PRINT):
         for name, draw in drawings.items():
@@ -40,22 +40,17 @@ def write(folder: Path) -> list[Path]:
     return [folder / FOLDER / f"{name}.png" for name in drawings]
 
 
-def confusions(folder: Path) -> dict[str, tuple[list[list[int]], list[str]]]:
-    """Of every split but val at the end of a run: counts of [true class][answered class, last none], and the names."""
-    known = class_names(folder)
-    counts: dict[str, dict[str, dict[str, int]]] = {}
-    for row in tests(folder, {}):
-        if row.split != "val":
-            answers = counts.setdefault(row.split, {}).setdefault(normalize(row.label), {})
-            answer = normalize(row.answer or "")
-            answers[answer] = answers.get(answer, 0) + 1
-    found = {}
-    for split, by_label in counts.items():
-        labels = [name for name in known if name in by_label or any(name in answers for answers in by_label.values())]
-        table = []
-        for label in labels:
-            answers = by_label.get(label, {})
-            said = [answers.get(answer, 0) for answer in labels]
-            table.append([*said, sum(answers.values()) - sum(said)])
-        found[split] = table, [known[label] for label in labels]
-    return found
+def confusion(pairs: Mapping[tuple[str, str], int], names: Mapping[str, str]) -> tuple[list[list[int]], list[str]]:
+    """Counts of [true class][answered class, last: none of them], and the names of the classes that occur.
+
+    Args:
+        pairs: How often a label was answered in which way.
+        names: As they are written, by what answers are compared with.
+    """
+    there = {name for pair in pairs for name in pair}
+    labels = [name for name in names if name in there]
+    places = {name: number for number, name in enumerate(labels)}
+    table = [[0] * (len(labels) + 1) for _ in labels]
+    for (label, answer), count in pairs.items():
+        table[places[label]][places.get(answer, len(labels))] += count
+    return table, [names[name] for name in labels]

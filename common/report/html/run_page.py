@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from common.report.compare import Table
 from common.report.html import transcripts
 from common.report.html.pieces import Pieces
 from common.report.html.render import inline, render, write
+from common.report.html.transcripts import Tally
 from common.run import thumbnails
 from common.run.result import Result
 from common.run.run_folder import RunFolder
@@ -44,8 +45,8 @@ def make(folder: Path) -> Path:
     pictures = thumbnails.read(folder)
     names = transcripts.class_names(folder)
     pieces = Pieces(folder / FOLDER, names)
-    pieces.add(transcripts.tests(folder, pictures))
-    confusions = confusion_tables(pieces.columns, pieces.splits, pieces.names)
+    counted = Tally()
+    pieces.add(counted(transcripts.tests(folder, pictures)))
     pieces.add(transcripts.training(folder, pictures))
     changed, data = _changed(values), pieces.finish()
     page = render(
@@ -56,8 +57,8 @@ def make(folder: Path) -> Path:
         subtitle=f"{result.model}, {result.setting}, {result.protocol}, {result.shots} shots, seed {result.seed}",
         parts=PARTS.items(),
         results=Table(*tables.result_cells(result), _notes(result)),
-        pictures=_pictures(folder, result),
-        confusions=confusions,
+        pictures=_pictures(folder, result, counted),
+        confusions=confusion_tables(counted, names),
         differences=changed or [],
         differences_note=_about(changed),
         config=yaml.safe_dump(values, sort_keys=False, allow_unicode=True),
@@ -73,34 +74,32 @@ def _notes(result: Result) -> list[str]:
     return [*lines, *tables.paired_lines(result), tables.time_line(result)]
 
 
-def confusion_tables(
-    columns: dict[str, list[Any]], splits: Sequence[str], names: Sequence[str]
-) -> list[dict[str, Any]]:
+def confusion_tables(counted: Tally, names: Mapping[str, str]) -> list[dict[str, Any]]:
     """Per split: a grid of few classes, the most frequent confusions of many.
 
     Args:
-        columns: Of the rows, see `Pieces`; tests alone.
-        splits: By number.
-        names: Of the classes by number.
+        counted: The tested images.
+        names: Of the classes, by what answers are compared with; buttons call them by their numbers.
     """
-    counts: dict[int, Counter[tuple[int, int]]] = {number: Counter() for number in range(len(splits))}
-    wrongs = Counter(split for split, right in zip(columns["split"], columns["after"], strict=True) if not right)
-    for split, label, answer in zip(columns["split"], columns["label"], columns["answer"], strict=True):
-        counts[split][label, answer] += 1
+    places = {name: number for number, name in enumerate(names)}
     found = []
-    for number, split in enumerate(splits):
-        seen = sorted({label for label, _ in counts[number]})
-        images = sum(counts[number].values())
-        named = images - sum(counts[number][n, n] for n in seen)
-        table = {"split": split, "images": images, "wrong": wrongs[number], "named": wrongs[number] - named}
+    for split, pairs in counted.pairs.items():
+        counts: Counter[tuple[int, int]] = Counter()
+        for (label, answer), count in pairs.items():
+            counts[places[label], places.get(answer, -1)] += count
+        seen = sorted({label for label, _ in counts})
+        images, wrong = counted.images[split], counted.wrong[split]
+        named = wrong - (images - sum(counts[n, n] for n in seen))
+        table = {"split": split, "images": images, "wrong": wrong, "named": named}
+        shown = list(names.values())
         if len(seen) <= figures.LEGIBLE:
-            answered = [*seen, *sorted({a for _, a in counts[number]} - {*seen, -1}), -1]
-            grid = [(names[label], [_cell(counts[number], label, a, names) for a in answered]) for label in seen]
-            found.append(table | {"grid": grid, "columns": [*(names[a] for a in answered[:-1]), "no class name"]})
+            answered = [*seen, *sorted({a for _, a in counts} - {*seen, -1}), -1]
+            grid = [(shown[label], [_cell(counts, label, a, shown) for a in answered]) for label in seen]
+            found.append(table | {"grid": grid, "columns": [*(shown[a] for a in answered[:-1]), "no class name"]})
         else:
-            wrong = sorted((-count, *pair) for pair, count in counts[number].items() if pair[0] != pair[1])
-            pairs = [_cell(counts[number], label, answer, names) for _, label, answer in wrong[: figures.PAIRS]]
-            found.append(table | {"grid": None, "pairs": pairs})
+            errors = sorted((-count, *pair) for pair, count in counts.items() if pair[0] != pair[1])
+            cells = [_cell(counts, label, answer, shown) for _, label, answer in errors[: figures.PAIRS]]
+            found.append(table | {"grid": None, "pairs": cells})
     return found
 
 
@@ -117,15 +116,14 @@ def _cell(counts: Counter[tuple[int, int]], label: int, answer: int, names: Sequ
     }
 
 
-def _pictures(folder: Path, result: Result) -> list[tuple[str, Any]]:
+def _pictures(folder: Path, result: Result, counted: Tally) -> list[tuple[str, Any]]:
     found = []
     if result.after:
         rows = RunFolder(folder).read_log("metrics.jsonl")
         found.append(("Rewards, completion lengths and accuracies over the training.", inline(figures.curves(rows))))
-    splits = transcripts.surest(folder)
-    if splits:
+    if counted.surest:
         caption = "At the end of the run. Left: reliability, areas by images. Right: errors among the surest images."
-        found.append((caption, inline(figures.calibration(splits))))
+        found.append((caption, inline(figures.calibration(counted.surest))))
     return found
 
 

@@ -7,8 +7,9 @@ Files are read in pieces: the replies of a whole test set, with a thousand proba
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby, zip_longest
 from operator import itemgetter
 from pathlib import Path
@@ -239,13 +240,36 @@ def class_names(folder: Path) -> dict[str, str]:
     return found
 
 
-def surest(folder: Path) -> dict[str, tuple[list[float], list[bool]]]:
-    """Of every split at the end of a run: how probable each image's most probable name is, and whether it is right."""
-    found: dict[str, tuple[list[float], list[bool]]] = {}
-    for row in tests(folder, {}):
-        top = row.detail.get("after", row.detail["before"])["top"]
-        if row.confidence is not None:
-            confidences, right = found.setdefault(row.split, ([], []))
-            confidences.append(row.confidence)
-            right.append(normalize(top[0][0]) == normalize(row.label))
-    return found
+@dataclass
+class Tally:
+    """What is counted of tested images while they pass, by split.
+
+    surest: how probable each image's most probable name is, and whether that is right. pairs: label and answer as they
+    are compared, an empty answer for none. wrong: images. images: all of them.
+    """
+
+    surest: dict[str, tuple[list[float], list[bool]]] = field(default_factory=dict)
+    pairs: dict[str, Counter[tuple[str, str]]] = field(default_factory=dict)
+    wrong: Counter[str] = field(default_factory=Counter)
+    images: Counter[str] = field(default_factory=Counter)
+
+    def __call__(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """The same rows."""
+        for row in rows:
+            label = normalize(row.label)
+            self.images[row.split] += 1
+            self.wrong[row.split] += not row.after
+            self.pairs.setdefault(row.split, Counter())[label, normalize(row.answer or "")] += 1
+            if row.confidence is not None:
+                confidences, right = self.surest.setdefault(row.split, ([], []))
+                confidences.append(row.confidence)
+                right.append(normalize(row.detail.get("after", row.detail["before"])["top"][0][0]) == label)
+            yield row
+
+
+def tally(folder: Path) -> Tally:
+    """Of all tested images of a finished run."""
+    counted = Tally()
+    for _ in counted(tests(folder, {})):
+        pass
+    return counted
