@@ -215,8 +215,8 @@ def decides_result(values: dict[str, Any]) -> dict[str, Any]:
         kept["setting"] = kept["setting"] | {"targets": targets}
     if (model := kept.get("model", {})).get("path") is not None:
         kept["model"] = model | {"recipe": None}  # not used then
-    if not kept.get("trainer", {}).get("patience"):  # as before there was such a key
-        kept["trainer"] = _without(kept.get("trainer", {}), ("patience",))
+    if (trainer := kept.get("trainer", {})).get("patience") == 0:  # as before there was such a key
+        kept["trainer"] = _without(trainer, ("patience",))
     chosen = few_shot_of(kept)
     if chosen is None:
         kept = _without(kept, ("clip", "visual", "few_shot", "selection"))
