@@ -19,7 +19,7 @@ from alert.prompt import INSTRUCTIONS, meta_task
 from alert.rewards import tagged_answer
 from common import parsing
 from common.config.checks import one_of
-from common.method import Embeddings
+from common.method import Embeddings, Words
 from common.runtime.distributed import gather, rank, share_of
 from common.types import Answers, Item, Prediction, Prompt, Split, Task, UserError
 
@@ -155,7 +155,7 @@ class Alert:
         """With other references in every epoch. Before `look`, the longest prompts that there could be."""
         split = task.train
         categories.check_images(task)
-        longest = self._longest(split, self.largest)
+        longest = categories.longest(split, self.largest)
         return [self._prompt(item, split, self._references(item, split, longest, epoch)) for item in split.items]
 
     def evaluation_prompts(self, task: Task, split: str) -> list[Prompt]:
@@ -172,7 +172,7 @@ class Alert:
             path = self._draft_path(split)
             self.drafted[split] = candidate_file.read(path, images, asked.names, settled.dataset_of(task, split), split)
         if split not in self.drafted:
-            shown = [self._longest(asked, self.k)] * len(asked.items)
+            shown = [categories.longest(asked, self.k)] * len(asked.items)
         else:
             shown = [self.drafted[split].shown(item.image, self.k, self.order) for item in asked.items]
         return [self._prompt(item, asked, chosen, labels) for item, chosen in zip(asked.items, shown, strict=True)]
@@ -226,6 +226,11 @@ class Alert:
     def export(self, folder: Path, embeddings: torch.Tensor, task: Task) -> None:
         bank_file.export(folder, embeddings, task.train.names, self.architecture)
 
+    def into_vocabulary(self, model: Any, processor: Any, silent: int, embeddings: Path) -> Words:
+        from alert.export import into_vocabulary
+
+        return into_vocabulary(model, processor, silent, embeddings, self.instruction)
+
     def _draft_path(self, split: str) -> Path:
         assert self.draft_file is not None
         path = Path(self.draft_file.replace("SPLIT", split)).expanduser()
@@ -266,11 +271,6 @@ class Alert:
             smallest=self.smallest,
             largest=self.largest,
         )
-
-    def _longest(self, split: Split, count: int) -> tuple[int, ...]:
-        """The classes of the longest names, no name twice: by bytes, which tokens follow in every script."""
-        first = {name: label for label, name in reversed(list(enumerate(split.names)))}
-        return tuple(first[name] for name in sorted(first, key=lambda name: len(name.encode()), reverse=True)[:count])
 
     def _prompt(self, item: Item, split: Split, shown: Sequence[int], labels: Sequence[int] | None = None) -> Prompt:
         names = tuple(split.names[label] for label in shown)

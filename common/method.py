@@ -88,6 +88,32 @@ class Looks(Protocol):
         """Write the embeddings as they are now, in a form that a later run of the method can begin from."""
 
 
+@dataclass(frozen=True)
+class Words:
+    """Embeddings that have become words: the ids of these, which are never said; the word that stands for each name;
+    and a question that has some of them.
+    """
+
+    ids: range
+    of_names: dict[str, str]
+    example: Prompt
+
+
+@runtime_checkable
+class Exports(Protocol):
+    """A method whose embeddings can become words of the vocabulary, for readers that know nothing of it."""
+
+    def into_vocabulary(self, model: Any, processor: Any, silent: int, embeddings: Path) -> Words:
+        """Add them to a trained model, without adapters, and to its processor.
+
+        Args:
+            model: Is changed.
+            processor: Is changed.
+            silent: Id of a token that is never said.
+            embeddings: The folder that `export` of `Looks` wrote.
+        """
+
+
 @runtime_checkable
 class Accounts(Protocol):
     """A method that reads files beside the data, and has more to say about predictions than their accuracy."""

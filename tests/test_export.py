@@ -1,19 +1,27 @@
-"""A trained ALERT as a plain model: transformers and vLLM, knowing nothing of us, give the same replies."""
+"""A trained model as plain files: transformers and vLLM, knowing nothing of us, give the same replies."""
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from importlib.util import find_spec
 
+import pyarrow.parquet
 import pytest
 import torch
 
 from alert import export
 from alert.bank import file as bank_file
 from alert.prompt import meta_task
+from common import Classifier
 from common.config.schema import LoraConfig
+from common.data.digits import Digits
+from common.data.images import resize
 from common.data.loading import Loader
+from common.export import __main__ as command
+from common.export import plain
+from common.export.bundle import ASKING
 from common.models.encoder import Encoder
 from common.models.slots import attach
 from common.rollout.base import Decoding, requests
@@ -52,13 +60,17 @@ def exported(request, load_vlm, digits_task, tmp_path):
         encoder = Encoder(vlm, pictures, 512)
         asked = requests(encoder, prompts, [""] * len(prompts))
         replies[attention] = [group[0].text for group in HFRollout(vlm).generate(asked, 1, GREEDY)]
-    export.export(trained(), entries, NAMES, "short", tmp_path / "plain")
+    bank_file.export(tmp_path / "bank", entries, NAMES, "any")
+    policy = plain.merged(trained())
+    words = export.into_vocabulary(policy.model, policy.processor, policy.pad, tmp_path / "bank", "short")
+    plain.save(policy, tmp_path / "plain", {*policy.banned, *words.ids}, GREEDY.max_tokens)
+    (tmp_path / "plain" / ASKING).write_text(json.dumps({"words": words.of_names}))
     return tmp_path / "plain", [pictures([p.image])[0] for p in prompts], prompts, replies
 
 
 def conversation(folder, prompt, image):
-    """As a user would write it: the words of categories.json in the text, the picture behind it."""
-    words, text = json.loads((folder / export.WORDS).read_text())["words"], prompt.text
+    """As a user would write it: the words of asking.json in the text, the picture behind it."""
+    words, text = json.loads((folder / ASKING).read_text())["words"], prompt.text
     for label in prompt.categories:
         text = text.replace(CATEGORY, words[NAMES[label]], 1)
     return [{"role": "user", "content": [{"type": "text", "text": text}, image]}]
@@ -108,14 +120,94 @@ def test_vllm_gives_the_same_replies(exported):
     assert found == replies["causal" if gemma else "family"]  # vLLM's CPU attention lets no image see both ways
 
 
-def test_what_is_no_run_of_alert_is_named(tmp_path):
-    with pytest.raises(UserError, match="is no run folder"):
-        export.of_run(tmp_path, tmp_path / "new")
-    (tmp_path / "config.yaml").write_text("model: {}\nmethod: {}\n")
+QUICK = ["tracking=none", "tracking.report=false", "trainer.evaluate_every=0", "validation=none", "shots=160"]
+RUNS = {
+    "whole": ["method=nothinking", "trainer.updates=3"],
+    "adapters": ["method=clsrl", "model.lora.r=4", "trainer.updates=3"],
+    "not trained": ["method=zeroshot"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.faults] * (kind == "whole")) for kind in RUNS])
+def test_the_card_of_an_exported_run_works(runner, tmp_path, monkeypatch, capsys, kind):
+    """The code of the card, run as it stands, and `Classifier` give the run's own replies."""
+    run, folder = tmp_path / "run", tmp_path / "plain"
+    assert runner(run, [*RUNS[kind], *QUICK, "data.root=/nowhere/of/mine"]) == 0
+    assert command.main([str(run), str(folder), "--push", "me/digits"]) == 0
+    said = capsys.readouterr().out
+    assert "to https://huggingface.co/me/digits" in said and "nothing was sent" in said and "model.safetensors" in said
+    card = (folder / "README.md").read_text()
+    (code,) = re.findall("```python\n(.*?)```", card, re.DOTALL)
+    metrics = json.loads((run / "metrics.json").read_text())
+    last = (metrics["after"] or metrics["before"])["test"]
+    assert f"{100 * last['accuracy']:.2f}" in card and metrics["manifest"] in card and "license: apache-2.0" in card
+    assert not [path.name for path in folder.rglob("*.*") if b"/nowhere/of/mine" in path.read_bytes()]
+    of_run, of_export, digits = Classifier.load(run), Classifier.load(folder), Digits()
+    monkeypatch.chdir(folder)
+    for key in ("5", "77", "300"):
+        digits.open(key).save("photo.jpg", "PNG")
+        capsys.readouterr()
+        exec(compile(code, "README.md", "exec"), {})
+        printed = capsys.readouterr().out.strip()
+        pictures = {"photo.jpg": digits.open(key)}
+        (own,), (exported) = of_run(pictures), of_export(pictures)
+        assert printed == own.reply and exported == [own]
+    of_run.close(), of_export.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("vllm") is None, reason="needs make setup-vllm")
+def test_vllm_gives_an_exported_runs_replies(runner, tmp_path):
+    from common.rollout.vllm.engine import GIB, kept_group, undisturbed
+
+    run, folder = tmp_path / "run", tmp_path / "plain"
+    assert runner(run, [*RUNS["adapters"], *QUICK]) == 0
+    assert command.main([str(run), str(folder)]) == 0
+    rows = pyarrow.parquet.read_table(run / "predictions.parquet").to_pylist()
+    rows = [row for row in rows if (row["phase"], row["split"]) == ("after", "test")][:20]
+    digits, turns = Digits(), []
+    for row in rows:
+        picture = {"type": "image_pil", "image_pil": resize(digits.open(row["image"]), 32, "squash")}
+        turns.append([{"role": "user", "content": [picture, {"type": "text", "text": row["prompt"]}]}])
+    with undisturbed():
+        from vllm import LLM
+
+        llm = LLM(model=str(folder), dtype="float32", enforce_eager=True, max_model_len=512, kv_cache_memory_bytes=GIB)
+    found = [output.outputs[0].text for output in llm.chat(turns, use_tqdm=False)]  # as its generation_config.json says
+    with kept_group():
+        llm.llm_engine.engine_core.shutdown()
+    assert found == [row["completion"] for row in rows]
+
+
+def test_what_cannot_be_exported_is_named(tmp_path, capsys):
+    assert command.main([str(tmp_path), str(tmp_path / "new")]) == 2
+    assert "holds no finished run" in capsys.readouterr().err
+    (tmp_path / "mine").touch()
+    assert command.main([str(tmp_path), str(tmp_path)]) == 2
+    assert "exists already; give a new folder" in capsys.readouterr().err
+    assert command.main([str(tmp_path), str(tmp_path / "new"), "--push", "birds"]) == 2
+    assert "give the id of a model on the hub" in capsys.readouterr().err
     with pytest.raises(UserError, match="is no bank that a run has exported"):
-        export.of_run(tmp_path, tmp_path / "new")
-    bank_file.export(tmp_path / "model" / "embeddings", torch.zeros(3, 4, 96), NAMES, "gemma3")
-    (tmp_path / "new").mkdir()
-    (tmp_path / "new" / "mine").touch()
-    with pytest.raises(UserError, match="exists already"):
-        export.of_run(tmp_path, tmp_path / "new")
+        export.into_vocabulary(None, None, 0, tmp_path / "embeddings", "short")
+
+
+def test_what_is_sent_to_the_hub(tmp_path, monkeypatch, capsys):
+    """Only with --yes, private unless it is said otherwise, and what was shown before is what goes."""
+    calls = []
+
+    class Api:
+        def create_repo(self, name, **options):
+            calls.append((name, options))
+
+        def upload_folder(self, **options):
+            calls.append(options)
+            return "the commit"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    (tmp_path / "README.md").write_text("exported before")
+    asked = ["no/run", str(tmp_path), "--push", "me/birds"]
+    assert command.main(asked) == 0 and not calls
+    assert command.main([*asked, "--yes"]) == 0 and "the commit" in capsys.readouterr().out
+    assert calls[0] == ("me/birds", {"private": True, "exist_ok": True}) and calls[1]["folder_path"] == tmp_path
+    assert command.main([*asked, "--yes", "--public"]) == 0 and calls[2][1]["private"] is False

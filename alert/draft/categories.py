@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common.types import Task, UserError
+from common.types import Split, Task, UserError
 
 
 def check_images(task: Task) -> None:
@@ -35,3 +35,9 @@ def train_labels(task: Task, split: str) -> list[int]:
     if names == task.train.names:
         return list(range(len(names)))  # of two classes of one name each keeps its own embedding
     return [trained[name] for name in names]
+
+
+def longest(split: Split, count: int) -> tuple[int, ...]:
+    """The classes of the longest names, no name twice: by bytes, which tokens follow in every script."""
+    first = {name: label for label, name in reversed(list(enumerate(split.names)))}
+    return tuple(first[name] for name in sorted(first, key=lambda name: len(name.encode()), reverse=True)[:count])

@@ -55,7 +55,7 @@ SCHEMAS = {
 # Keys that do not change a result: where it goes, how it is watched, how many processes compute it.
 NOT_IN_SIGNATURE = ("tracking", "label", "run_name", "gpus", "cache_dir", "checkpoint", "doctor", "manifest", "dry")
 # The manifest says which pictures were left out, so a run that met bad ones, or doubles, may continue.
-NOT_IN_SIGNATURE_OF_DATA = ("root", "cache_gb", "skip_bad", "duplicates", "near_duplicates", "own_photos")
+NOT_IN_SIGNATURE_OF_DATA = ("root", "cache_gb", "skip_bad", "duplicates", "near_duplicates", "own_photos", "licence")
 NOT_IN_SIGNATURE_OF_REWARDS = ("runtime",)  # of a reward that is computed elsewhere: address, patience, cache
 
 
@@ -213,8 +213,9 @@ def decides_result(values: dict[str, Any]) -> dict[str, Any]:
     if targets := kept.get("setting", {}).get("targets"):
         targets = {name: _without(one, NOT_IN_SIGNATURE_OF_DATA) for name, one in targets.items()}
         kept["setting"] = kept["setting"] | {"targets": targets}
-    if (model := kept.get("model", {})).get("path") is not None:
-        kept["model"] = model | {"recipe": None}  # not used then
+    if "model" in kept:
+        model = _without(kept["model"], ("licence",))
+        kept["model"] = model if model.get("path") is None else model | {"recipe": None}  # not used then
     if (trainer := kept.get("trainer", {})).get("patience") == 0:  # as before there was such a key
         kept["trainer"] = _without(trainer, ("patience",))
     chosen = few_shot_of(kept)

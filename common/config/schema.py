@@ -64,7 +64,7 @@ class ModelConfig:
     image_attention: `family` (the architecture's own) or `causal`. freeze_vision: tower and projector, but for what
     `lora.projector` trains. feature_cache_gb: disk space for the image features
     of a frozen vision tower, 0: no cache. load_in_8bit: bitsandbytes' LLM.int8(), for the base of adapters or without
-    training.
+    training. licence: of the weights, for model cards.
     """
 
     name: str = MISSING
@@ -83,6 +83,7 @@ class ModelConfig:
     load_in_8bit: bool = False
     lora: LoraConfig = field(default_factory=LoraConfig)
     gpus: int = 1
+    licence: str | None = None
 
     def __post_init__(self) -> None:
         one_of("model.resize", self.resize, ("squash", "crop", "pad"))

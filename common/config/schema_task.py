@@ -25,7 +25,8 @@ class DataConfig:
     absolute. cache_gb: disk space for decoded images. aliases: JSON file, class name to other words for it. published:
     the sizes to expect. duplicates: what to do about pictures that are there twice (`warn`, `refuse`, `ignore`).
     near_duplicates: look for pictures that look alike, too. own_photos: nobody else's picks are to be met, so unusable
-    images are replaced, and the folder may also be inside the working directory.
+    images are replaced, and the folder may also be inside the working directory. licence: of the pictures, for
+    model cards.
     """
 
     name: str = MISSING
@@ -44,6 +45,7 @@ class DataConfig:
     duplicates: str = "warn"
     near_duplicates: bool = False
     own_photos: bool = False
+    licence: str | None = None
 
     def __post_init__(self) -> None:
         one_of("data.source", self.source, ("local", "hub"))

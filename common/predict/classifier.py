@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import torch
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from common import parsing
-from common.config import composition
-from common.config.schema import Config, TrainerConfig
-from common.data import task as tasks
+from common.config.schema import Config
 from common.data.loading import Loader, examine
 from common.data.task import Questions
 from common.learner import Build, Learner, Prepares, Restores
@@ -26,12 +17,12 @@ from common.method import Looks, Method
 from common.plugins import locate
 from common.predict.abstain import threshold_of
 from common.predict.photos import Photos, Picture
+from common.predict.trained import SPLIT, Trained, config_of, method_of, questions_of
 from common.run.checkpoint import Checkpoints
 from common.run.result import Result
 from common.runtime.group import init_process_group
-from common.types import Answers, Item, Split, Task, UserError
+from common.types import Answers, Item, UserError
 
-SPLIT = "test"  # what the new pictures are called inside
 TOP = 5
 UNKNOWN = -1  # label of a picture that nobody has named
 
@@ -63,7 +54,7 @@ class Classifier:
     def __init__(
         self,
         config: Config,
-        run: Path,
+        run: Trained,
         names: Sequence[str] | None = None,
         threshold: float | None = None,
         began_from: str | None = None,
@@ -73,7 +64,7 @@ class Classifier:
 
         Args:
             config: With which the model is asked.
-            run: Its folder.
+            run: Where it lies.
             names: Of the classes, if not its own.
             threshold: Of the confidence, below which it abstains.
             began_from: Hash of the weights, if they are not the run's own.
@@ -82,7 +73,7 @@ class Classifier:
         self.config, self.run, self.threshold = config, run, threshold
         self.workplace = tempfile.TemporaryDirectory(prefix="predict-")
         self.device = init_process_group(config.gpus)
-        self.questions = _questions(config, run, names)
+        self.questions = questions_of(run, config, names)
         self.photos = Photos(self.questions.task.images)
         self.began_from, self.before = began_from, before
         self.learner: Learner | None = None
@@ -92,7 +83,7 @@ class Classifier:
         """Take over what a run has trained.
 
         Args:
-            run: Folder of a finished run.
+            run: Folder of a finished run, or what `python -m common.export` made of it.
             names: Other class names than the run's own, for methods that only read them.
             risk: Abstain where more than this share of the answers would be wrong, measured on the run's validation
                 images; None: never.
@@ -100,14 +91,14 @@ class Classifier:
         Raises:
             UserError: The run is not finished, is of another version, or its method cannot do what is asked.
         """
-        folder = Path(run).expanduser()
-        result = Result.load(folder)
-        threshold = None if risk is None else threshold_of(folder, risk)
-        config = config_of(folder)
-        if config.model.path != str(folder / "model"):
-            return cls(config, folder, names, threshold, began_from=result.weights["sha256"])
-        before = None if config.model.freeze_vision else config_of(folder, trained=False)
-        return cls(config, folder, names, threshold, before=before)
+        trained = Trained.of(Path(run).expanduser())
+        result = Result.load(trained.records)
+        threshold = None if risk is None else threshold_of(trained.records, risk)
+        config = config_of(trained)
+        if config.model.path != str(trained.model):
+            return cls(config, trained, names, threshold, began_from=result.weights["sha256"])
+        before = None if config.model.freeze_vision else config_of(trained, began=True)
+        return cls(config, trained, names, threshold, before=before)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -159,11 +150,10 @@ class Classifier:
             build(self.before, questions, self.device, folder, Checkpoints(folder / "before", 1)).close()
         self.learner = build(self.config, questions, self.device, folder, Checkpoints(folder / "checkpoints", 1))
         if self.began_from is not None and self.learner.weights["sha256"] != self.began_from:
-            raise UserError(
-                f"{self.run} was made with other weights than {self.learner.weights['path']} holds now; make it anew"
-            )
-        if isinstance(self.learner, Restores) and (self.run / "model").is_dir():
-            self.learner.take_over(self.run / "model")
+            path = self.learner.weights["path"]
+            raise UserError(f"{self.run.folder} was made with other weights than {path} holds now; make it anew")
+        if isinstance(self.learner, Restores) and self.run.model.is_dir():
+            self.learner.take_over(self.run.model)
         return self.learner
 
     def _read(self, answers: Answers) -> Iterable[Answer]:
@@ -193,62 +183,6 @@ class Classifier:
         """As the class is written; an answer that is no class name stays as it was given."""
         known = {parsing.normalize(name): name for name in self.names}
         return known.get(parsing.normalize(answer), answer or None)
-
-
-def config_of(run: Path, trained: bool = True) -> Config:
-    """The configuration with which a run's model is asked: its own, with what it has trained, and no training.
-
-    `trained`: False: with the weights that it began from.
-
-    Raises:
-        UserError: This version cannot read it.
-    """
-    values: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    values.pop("signature", None)
-    values |= {"rewards": {}, "evaluate": "last", "doctor": False, "trainer": {"name": "none"}}
-    values["gpus"] = 1 if values["gpus"] and torch.cuda.is_available() else 0  # this process alone
-    values["tracking"] = {**values["tracking"], "mode": "disabled"}
-    model = run / "model"
-    if trained and ((model / "config.json").is_file() or (model / "adapter_config.json").is_file()):
-        values["model"] = {**values["model"], "path": str(model)}
-    if (model / "embeddings").is_dir() and "bank" in values["method"]:
-        values["method"] = {**values["method"], "bank": str(model / "embeddings")}
-    try:
-        cfg = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(values))
-        config = composition.validate(cfg)  # type: ignore[arg-type]
-    except OmegaConfBaseException as error:
-        text = " ".join(str(error).split())
-        raise UserError(f"{run}/config.yaml is of another version ({text}); train it again with this one") from error
-    return replace(config, trainer=TrainerConfig(name="none"))
-
-
-def method_of(config: Config) -> Method:
-    """The method, as the run made it."""
-    method: Method = locate(config.method["_target_"], "method._target_")(**composition.method_arguments(config))
-    return method
-
-
-def _questions(config: Config, run: Path, names: Sequence[str] | None) -> Questions:
-    """What the run asked. From its manifest, where the method needs no pictures of the dataset."""
-    method = method_of(config)
-    looks = isinstance(method, (Looks, Prepares)) or config.learner.needs_shots
-    if looks and names is not None:
-        raise UserError(
-            f"names: the categories of method={config.method['name']} are those that it was trained on:"
-            " other names need a method that only reads them, such as clsrl"
-        )
-    if looks:
-        questions = tasks.build(config)
-        splits = questions.task.evaluation
-        first = next(split for name, split in splits.items() if name != "val")
-        kept = {name: split for name, split in splits.items() if name == "val"}
-        return replace(questions, task=replace(questions.task, evaluation={**kept, SPLIT: first}))
-    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
-    first = next(split for name, split in manifest["splits"].items() if name not in ("train", "val"))
-    chosen = tuple(names) if names is not None else tuple(first["names"])
-    split = Split((), chosen, config.data.question, config.data.open_question)
-    task = Task(split, {SPLIT: split}, Photos(), manifest["fingerprint"], manifest["origins"])
-    return Questions(task, method, [], {SPLIT: []}, manifest)
 
 
 def _named(pictures: Iterable[Picture]) -> dict[str, Picture]:

@@ -1,0 +1,56 @@
+"""Write what a run has trained into a folder for others, with a model card.
+
+python -m common.export outputs/<run> <new folder>                    whole weights, for transformers and vLLM
+python -m common.export outputs/<run> <new folder> --as adapter       LoRA's adapters alone; or bank, ALERT's embeddings
+python -m common.export outputs/<run> <new folder> --push me/birds    shows what would go to the hub; --yes sends it
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from common.export import hub
+from common.runtime import utf8
+from common.types import UserError
+
+KINDS = ("model", "adapter", "bank")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code: 0, or 2 for a mistake in the request."""
+    parser = argparse.ArgumentParser(
+        prog="python -m common.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("folder", type=Path, help="new folder")
+    parser.add_argument("--as", dest="kind", choices=KINDS, default="model", help="what to write (model)")
+    parser.add_argument("--licence", help="of the weights, as the hub spells it; otherwise that of their base")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="show what would be sent to the hub")
+    parser.add_argument("--public", action="store_true", help="for everybody to see; otherwise private")
+    parser.add_argument("--yes", action="store_true", help="send it")
+    chosen = parser.parse_args(arguments)
+    try:
+        if chosen.push is not None:
+            hub.check_name(chosen.push)
+        run, folder = chosen.run.expanduser(), chosen.folder.expanduser()
+        if chosen.push is None or not (folder / "README.md").is_file():  # else it was shown before, and is sent now
+            from common.export.bundle import export  # torch, some seconds
+
+            export(run, folder, chosen.kind, chosen.licence)
+            print(f"wrote {folder}; its README.md says how to ask it")
+        if chosen.push is not None:
+            print(hub.plan(folder, chosen.push))
+            print(
+                hub.push(folder, chosen.push, not chosen.public) if chosen.yes else "nothing was sent; --yes sends it"
+            )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    utf8.ensure()
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""From a run folder to one that can be given away: model, adapter or embeddings, how to ask, and a model card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from common.config.schema import Config, LoraConfig, ModelConfig
+from common.export import plain
+from common.export.card import write_card
+from common.method import Exports, Looks, Words
+from common.models import vlm
+from common.models.files import ADAPTERS, weights_folder
+from common.models.meter import messages
+from common.predict.trained import RECORDS, Trained, config_of, method_of, questions_of
+from common.run.result import Result
+from common.types import Item, Prompt, UserError
+
+KINDS = ("model", "adapter", "bank")
+ASKING = "asking.json"
+
+
+def export(run: Path, target: Path, kind: str = "model", licence: str | None = None) -> None:
+    """Write what a run has trained into a new folder.
+
+    Args:
+        run: Folder of a finished run.
+        target: Is made.
+        kind: `model` (whole weights; adapters are added to them, embeddings become words), `adapter` (of a run with
+            model.lora) or `bank` (ALERT's category embeddings).
+        licence: Of the weights, as the hub spells it; None: that of the model that the run began from.
+
+    Raises:
+        UserError: The run is not finished or has nothing of the kind, or the folder exists.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists already; give a new folder")
+    trained = Trained.of(run)
+    result = Result.load(trained.records)
+    config = config_of(trained)
+    if config.model.family == "none":
+        raise UserError(
+            f"method={result.method} is no language model, so there is nothing that transformers or vLLM could load;"
+            " Classifier.load asks the run itself"
+        )
+    parts = target.with_name(f"{target.name}.part")  # what is half written is not taken for a model
+    shutil.rmtree(parts, ignore_errors=True)
+    parts.mkdir(parents=True)
+    asking = WRITERS[kind](trained, config, parts)
+    write_card(parts, kind, result, config, asking, licence)
+    if target.exists():
+        target.rmdir()
+    parts.rename(target)
+
+
+def _model(trained: Trained, config: Config, target: Path) -> dict[str, Any]:
+    values = {key: value for key, value in vars(config.model).items() if key != "lora"}
+    settings = ModelConfig(**{**values, "lora": LoraConfig(), "load_in_8bit": False})
+    policy = plain.merged(vlm.load(weights_folder(config), settings, torch.device("cpu")))
+    method, words = method_of(config), None
+    if isinstance(method, Exports) and trained.embeddings.is_dir():
+        words = method.into_vocabulary(policy.model, policy.processor, policy.pad, trained.embeddings)
+    never = {*policy.banned, *(() if words is None else words.ids)}
+    plain.save(policy, target, never, config.rollout.max_completion_tokens)
+    asking = how_to_ask(trained, config, words)
+    (target / ASKING).write_text(json.dumps(asking, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if not isinstance(method, Looks):
+        _write_records(trained, target / RECORDS)
+    return asking
+
+
+def _adapter(trained: Trained, config: Config, target: Path) -> dict[str, Any]:
+    if not (trained.model / ADAPTERS[0]).is_file():
+        raise UserError(f"{trained.folder} has trained no adapters (model.lora.r=0); give --as model")
+    shutil.copytree(
+        trained.model, target, ignore=shutil.ignore_patterns(trained.embeddings.name, "README.md"), dirs_exist_ok=True
+    )
+    return {}
+
+
+def _bank(trained: Trained, config: Config, target: Path) -> dict[str, Any]:
+    if not trained.embeddings.is_dir():
+        raise UserError(f"{trained.folder} has trained no category embeddings; give --as model")
+    shutil.copytree(trained.embeddings, target, dirs_exist_ok=True)
+    return {}
+
+
+WRITERS = {"model": _model, "adapter": _adapter, "bank": _bank}
+
+
+def how_to_ask(trained: Trained, config: Config, words: Words | None) -> dict[str, Any]:
+    """What a reader needs beside the weights: the conversation, the class names, how pictures are resized."""
+    if words is None:
+        prompt = _example(trained, config)
+        facts: dict[str, Any] = {"names": list(prompt.choices)}
+    else:
+        prompt = words.example
+        facts = {"names": list(words.of_names), "words": words.of_names}
+    resize = {"size": config.model.image_size, "how": config.model.resize}
+    return {**facts, "image": resize, "messages": messages(prompt)}
+
+
+def _example(trained: Trained, config: Config) -> Prompt:
+    questions = questions_of(trained, config)
+    (split,) = questions.task.evaluation
+    asked = replace(questions.task.evaluation[split], items=(Item("photo.jpg", -1, ""),))
+    task = replace(questions.task, evaluation={split: asked})
+    return questions.method.evaluation_prompts(task, split)[0]
+
+
+def _write_records(trained: Trained, folder: Path) -> None:
+    """What `Classifier` reads, without names of pictures and places of this machine."""
+    folder.mkdir()
+    values: dict[str, Any] = yaml.safe_load((trained.records / "config.yaml").read_text(encoding="utf-8"))
+    values["data"] = _anywhere(values["data"])
+    values["setting"]["targets"] = {name: _anywhere(one) for name, one in values["setting"]["targets"].items()}
+    values["model"]["path"] = _named(values["model"]["path"])
+    values["cache_dir"] = "cache"
+    (folder / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    manifest = json.loads((trained.records / "manifest.json").read_text(encoding="utf-8"))
+    splits = {name: {"names": split["names"]} for name, split in manifest["splits"].items()}
+    kept = {"splits": splits, "fingerprint": manifest["fingerprint"], "origins": manifest["origins"]}
+    (folder / "manifest.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+    metrics = json.loads((trained.records / "metrics.json").read_text(encoding="utf-8"))
+    metrics["weights"]["path"] = _named(metrics["weights"]["path"])
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+
+
+def _anywhere(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {**data, "root": None, "folder": _named(data["folder"])}
+
+
+def _named(path: str | None) -> str | None:
+    """A folder of this machine by its last name; an id of the hub stays."""
+    return Path(path).name if path is not None and Path(path).expanduser().is_absolute() else path

@@ -1,0 +1,167 @@
+"""README.md of an exported folder: the hub's model card, with the run's own numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from common.config.schema import Config
+from common.models.files import ADAPTERS
+from common.run.result import Result
+
+PRODUCT = "fewshot-vlm-rl"
+RESIZED = {  # as common/data/images.py does, by model.resize
+    "squash": "photo.resize((size, size), Image.Resampling.LANCZOS)",
+    "crop": "ImageOps.fit(photo, (size, size), Image.Resampling.LANCZOS)",
+    "pad": "ImageOps.pad(photo, (size, size), Image.Resampling.LANCZOS)",
+}
+CODE = Template("""```python
+import json
+from pathlib import Path
+from PIL import Image, ImageOps
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+folder = Path(".")  # where this file lies
+asking = json.loads((folder / "asking.json").read_text())
+model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+photo, size = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB"), asking["image"]["size"]
+(part,) = (part for turn in asking["messages"] for part in turn["content"] if part["type"] == "image")
+part["image"] = $resized
+inputs = processor.apply_chat_template(
+    asking["messages"], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+)
+reply = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
+print(processor.decode(reply, skip_special_tokens=True))
+```""")
+HOW = {
+    "model": "`asking.json` has the question, the class names and the size of pictures. In transformers:\n\n{code}\n\n"
+    'vLLM loads the folder, too, and takes the same conversation (`"type": "image_pil", "image_pil": photo`).{words}',
+    "adapter": "PEFT's adapters: `PeftModel.from_pretrained(base, folder)`, or `model.path=<folder>` in "
+    f"{PRODUCT}. Their base stands in `{ADAPTERS[0]}`.",
+    "bank": "ALERT's category embeddings, for the model that they were trained with: `method.bank=<folder>` in"
+    f" {PRODUCT}.",
+}
+WORDS = (
+    " Every category is a word of the vocabulary that is read and never said: `asking.json` lists them under `words`, and"
+    " its question shows two. Put the candidates of a picture there, the likeliest first."
+)
+
+
+def write_card(
+    folder: Path, kind: str, result: Result, config: Config, asking: dict[str, Any], licence: str | None
+) -> None:
+    """Write README.md.
+
+    Args:
+        folder: Of the export.
+        kind: What it holds, see `bundle.KINDS`.
+        result: Of the run.
+        config: Of the run, with what it trained.
+        asking: How to ask it; empty where there is nothing to ask.
+        licence: Of the weights; None: that of the model that the run began from.
+    """
+    licence = licence or config.model.licence or "unknown"
+    base = result.weights["path"]
+    tested = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=result.data,
+            dataset_name=f"{result.data} ({split})",
+            metric_type="accuracy",
+            metric_value=round(summary.accuracy * 100, 2),
+        )
+        for split, summary in result.final.items()
+        if split != "val"
+    ]
+    facts = ModelCardData(
+        license=licence,
+        library_name="peft" if kind == "adapter" else "transformers",
+        pipeline_tag="image-text-to-text",
+        base_model=base if _on_hub(base) else None,
+        tags=[PRODUCT, result.method, result.data],
+        model_name=f"{result.method}-{result.data}",
+        eval_results=tested,
+    )
+    code = CODE.substitute(resized=RESIZED[config.model.resize])
+    how = HOW[kind].format(code=code, words=WORDS if "words" in asking else "") if kind == "model" else HOW[kind]
+    text = CARD.substitute(
+        facts=facts.to_yaml(),
+        title=f"{result.method} on {result.data}",
+        method=result.method,
+        data=result.data,
+        base=base if _on_hub(base) else Path(base).name,
+        weights=result.weights["sha256"][:12],
+        shots=result.shots,
+        seed=result.seed,
+        updates=result.train.get("updates", 0),
+        how=how,
+        numbers=_numbers(result),
+        protocol=result.protocol,
+        setting=result.setting,
+        remarks="".join(f"\n- {remark}" for remark in result.remarks),
+        manifest=result.manifest,
+        signature=result.signature,
+        commit=result.git_commit or "none",
+        versions=", ".join(f"{name} {version}" for name, version in sorted(result.versions.items())),
+        licence=licence,
+        pictures=config.data.licence or "unknown",
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+CARD = Template(
+    """---
+$facts
+---
+
+# $title
+
+Trained with $PRODUCT, method `$method`, from $base (weights $weights), on $shots images per class of `$data`, seed $seed,
+$updates updates.
+
+## How to ask it
+
+$how
+
+## What was measured
+
+Setting `$setting`, protocol `$protocol`. Accuracies are those of the run, on its test images, with the 95 % interval (Wilson's).
+
+$numbers
+$remarks
+
+## Where it comes from
+
+| | |
+|---|---|
+| questions and images | manifest $manifest |
+| configuration | $signature |
+| code | commit $commit |
+| packages | $versions |
+
+## Licences
+
+- Weights: $licence.
+- Pictures that it was trained on (`$data`): $pictures. None is in this folder.
+""".replace("$PRODUCT", PRODUCT)
+)
+
+
+def _numbers(result: Result) -> str:
+    rows = ["| split | images | accuracy before, % | after, % | 95 % interval |", "|---|---|---|---|---|"]
+    for split, last in result.final.items():
+        first = result.before.get(split)
+        before = "" if first is None or not result.after else f"{100 * first.accuracy:.2f}"
+        low, high = last.ci95
+        rows.append(
+            f"| {split} | {last.n} | {before} | {100 * last.accuracy:.2f} | {100 * low:.2f} – {100 * high:.2f} |"
+        )
+    return "\n".join(rows)
+
+
+def _on_hub(path: str) -> bool:
+    """Whether the name of the weights is an id of the hub."""
+    return path.count("/") == 1 and not path.startswith((".", "/", "~"))

@@ -1,0 +1,43 @@
+"""An exported folder on the Hugging Face hub. Nothing is sent without being asked twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from common.types import UserError
+
+
+def check_name(name: str) -> None:
+    """
+    Raises:
+        UserError: The name is no id of the hub.
+    """
+    if name.count("/") != 1 or not all(name.split("/")):
+        raise UserError(f"--push {name}: give the id of a model on the hub, owner/name")
+
+
+def plan(folder: Path, name: str) -> str:
+    """What would be sent, a line per file, for a dry run."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    lines = [f"  {path.stat().st_size / 1e6:10.3f} MB  {path.relative_to(folder).as_posix()}" for path in files]
+    total = sum(path.stat().st_size for path in files) / 1e6
+    return "\n".join([f"to https://huggingface.co/{name}, {len(files)} files, {total:.1f} MB:", *lines])
+
+
+def push(folder: Path, name: str, private: bool) -> str:
+    """Send a folder; the account is the one of `hf auth login`. Returns the commit's address.
+
+    Raises:
+        UserError: The hub cannot be reached or refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        api = HfApi()
+        api.create_repo(name, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message="Exported"))
+    except (HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"--push {name}: {' '.join(str(error).split())}; hf auth login gives this machine an account"
+        ) from error

@@ -1,0 +1,120 @@
+"""What a finished run has left: its weights, and the records that say how it asked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from common.config import composition
+from common.config.schema import Config, TrainerConfig
+from common.data import task as tasks
+from common.data.task import Questions
+from common.learner import Prepares
+from common.method import Looks, Method
+from common.models.files import ADAPTERS
+from common.plugins import locate
+from common.predict.photos import Photos
+from common.types import Split, Task, UserError
+
+SPLIT = "test"  # what the new pictures are called inside
+RECORDS = "run"  # of an exported model: configuration, manifest and result of its run
+
+
+@dataclass(frozen=True)
+class Trained:
+    """folder: as it was given. records: with config.yaml, manifest.json, metrics.json. model: with the weights."""
+
+    folder: Path
+    records: Path
+    model: Path
+
+    @classmethod
+    def of(cls, folder: Path) -> Trained:
+        """Of a run's folder, or of a model that was exported from one."""
+        if (folder / RECORDS / "config.yaml").is_file():
+            return cls(folder, folder / RECORDS, folder)
+        return cls(folder, folder, folder / "model")
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether there is a language model, or adapters of one."""
+        return (self.model / "config.json").is_file() or (self.model / ADAPTERS[0]).is_file()
+
+    @property
+    def embeddings(self) -> Path:
+        """Where a method's embeddings lie, if it has trained some."""
+        return self.model / "embeddings"
+
+
+def config_of(run: Trained, began: bool = False) -> Config:
+    """The configuration with which a run's model is asked: its own, with what it has trained, and no training.
+
+    `began`: with the weights that it began from.
+
+    Raises:
+        UserError: This version cannot read it.
+    """
+    values: dict[str, Any] = yaml.safe_load((run.records / "config.yaml").read_text(encoding="utf-8"))
+    values.pop("signature", None)
+    values |= {"rewards": {}, "evaluate": "last", "doctor": False, "trainer": {"name": "none"}}
+    values["gpus"] = 1 if values["gpus"] and torch.cuda.is_available() else 0  # this process alone
+    values["tracking"] = {**values["tracking"], "mode": "disabled"}
+    if not began and run.has_weights:
+        values["model"] = {**values["model"], "path": str(run.model)}
+    if run.embeddings.is_dir() and "bank" in values["method"]:
+        values["method"] = {**values["method"], "bank": str(run.embeddings)}
+    try:
+        cfg = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(values))
+        config = composition.validate(cfg)  # type: ignore[arg-type]
+    except OmegaConfBaseException as error:
+        text = " ".join(str(error).split())
+        raise UserError(
+            f"{run.records}/config.yaml is of another version ({text}); train it again with this one"
+        ) from error
+    return replace(config, trainer=TrainerConfig(name="none"))
+
+
+def method_of(config: Config) -> Method:
+    """The method, as the run made it."""
+    method: Method = locate(config.method["_target_"], "method._target_")(**composition.method_arguments(config))
+    return method
+
+
+def questions_of(run: Trained, config: Config, names: Sequence[str] | None = None) -> Questions:
+    """What the run asked. From its manifest, where the method needs no pictures of the dataset.
+
+    Args:
+        run: Where it lies.
+        config: Its own.
+        names: Other class names; None: its own.
+
+    Raises:
+        UserError: The method cannot be asked about others.
+    """
+    method = method_of(config)
+    looks = isinstance(method, (Looks, Prepares)) or config.learner.needs_shots
+    if looks and names is not None:
+        raise UserError(
+            f"names: the categories of method={config.method['name']} are those that it was trained on:"
+            " other names need a method that only reads them, such as clsrl"
+        )
+    if looks:
+        questions = tasks.build(config)
+        splits = questions.task.evaluation
+        first = next(split for name, split in splits.items() if name != "val")
+        kept = {name: split for name, split in splits.items() if name == "val"}
+        return replace(questions, task=replace(questions.task, evaluation={**kept, SPLIT: first}))
+    manifest = json.loads((run.records / "manifest.json").read_text(encoding="utf-8"))
+    first = next(split for name, split in manifest["splits"].items() if name not in ("train", "val"))
+    chosen = tuple(names) if names is not None else tuple(first["names"])
+    split = Split((), chosen, config.data.question, config.data.open_question)
+    task = Task(split, {SPLIT: split}, Photos(), manifest["fingerprint"], manifest["origins"])
+    return Questions(task, method, [], {SPLIT: []}, manifest)
