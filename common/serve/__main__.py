@@ -1,0 +1,76 @@
+"""A local page for a finished run: drop photos, see answers with probabilities and reasoning, correct them.
+
+python -m common.serve outputs/<run>                           http://127.0.0.1:7860, this machine alone
+python -m common.serve outputs/<run> --risk 0.05               says nothing where it would be wrong too often
+python -m common.serve outputs/<run> --host 0.0.0.0            for the whole network; there is no password
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import tempfile
+import threading
+from importlib.util import find_spec
+from pathlib import Path
+
+from common.runtime import utf8
+from common.types import UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code: 0 after Ctrl-C, 2 for a mistake in the request."""
+    parser = argparse.ArgumentParser(
+        prog="python -m common.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("--names", help="other class names, separated by commas, for methods that only read them")
+    parser.add_argument("--risk", type=float, help="abstain so that about this share of the answers is wrong")
+    parser.add_argument("--feedback", type=Path, default=Path("feedback"), help="folder of corrected pictures")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine alone)")
+    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--max-mb", type=float, default=20.0, help="largest picture that is taken")
+    chosen = parser.parse_args(arguments)
+    # CPU threads that spin while they wait slow two processes on one machine down thirty times (docs/log.md)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        if find_spec("gradio") is None:
+            raise UserError("the page needs Gradio, the extra `serve`: uv pip install 'gradio>=6.31,<7'")
+        serve(chosen)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def serve(chosen: argparse.Namespace) -> None:
+    """Load, serve until Ctrl-C, and leave nothing behind but corrections."""
+    from common.predict.classifier import Classifier  # torch, some seconds
+    from common.serve.desk import Desk, Limits
+    from common.serve.page import Page
+
+    names = None if chosen.names is None else [name.strip() for name in chosen.names.split(",") if name.strip()]
+    classifier = Classifier.load(chosen.run, names, chosen.risk)
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    with tempfile.TemporaryDirectory(prefix="uploads-") as uploads:
+        desk = Desk(classifier, chosen.feedback.expanduser(), Limits(chosen.max_mb))
+        page = Page(desk, chosen.run.expanduser().resolve().name, Path(uploads))
+        try:
+            server = page.launch(chosen.host, chosen.port)
+        except OSError as error:
+            raise UserError(
+                f"port {chosen.port} cannot be listened on ({error}); choose another with --port"
+            ) from error
+        print(f"{server.local_url}  (Ctrl-C ends it)", flush=True)
+        ended.wait()
+        server.close()
+        classifier.close()
+
+
+if __name__ == "__main__":
+    utf8.ensure()
+    sys.exit(main())

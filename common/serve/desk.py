@@ -1,0 +1,117 @@
+"""What the page does with uploads: refuse what is too much, ask the model one request at a time, keep corrections."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+from PIL import Image
+
+from common.data.images import decode
+from common.predict.classifier import Answer, Classifier
+from common.types import BadImage, UserError
+
+COLUMNS = ("path", "label", "answered")
+LONGEST = 100  # characters of a class name that somebody types
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one request: bytes and pixels of a picture, and how many there may be."""
+
+    megabytes: float = 20.0
+    megapixels: float = 50.0
+    pictures: int = 64
+
+
+class Desk:
+    """Takes requests from many threads. Nothing of an upload stays but what is corrected."""
+
+    def __init__(self, classifier: Classifier, feedback: Path, limits: Limits | None = None) -> None:
+        """
+        Args:
+            classifier: Ready to be asked.
+            feedback: Folder of corrected pictures and of feedback.csv; is made with the first correction.
+            limits: Of a request.
+        """
+        self.classifier, self.feedback, self.limits = classifier, feedback, limits or Limits()
+        self.asking, self.keeping = threading.Lock(), threading.Lock()
+
+    def answer(self, pictures: Mapping[str, bytes]) -> list[Answer]:
+        """Answers to some pictures, by name, in their order; one that is refused has an answer that says why.
+
+        Raises:
+            UserError: There are too many.
+        """
+        if len(pictures) > self.limits.pictures:
+            raise UserError(f"{len(pictures)} pictures at once; at most {self.limits.pictures} are answered together")
+        refused = {name: why for name, content in pictures.items() if (why := self.refusal(content))}
+        good = {name: content for name, content in pictures.items() if name not in refused}
+        with self.asking:
+            answers = {answer.image: answer for answer in self.classifier(good)} if good else {}
+        return [Answer(name, trouble=refused[name]) if name in refused else answers[name] for name in pictures]
+
+    def refusal(self, content: bytes) -> str:
+        """Why a picture is not even decoded; empty: it may be. Reads its header alone."""
+        if len(content) > self.limits.megabytes * 1e6:
+            return f"{len(content) / 1e6:.0f} MB are more than {self.limits.megabytes:.0f} MB"
+        try:
+            with Image.open(BytesIO(content)) as picture:
+                pixels = picture.width * picture.height
+        except Exception:  # PIL's readers raise nearly every kind on files that are no pictures
+            return "not a picture that PIL can read"
+        if pixels > self.limits.megapixels * 1e6:
+            return f"{pixels / 1e6:.0f} megapixels are more than {self.limits.megapixels:.0f}"
+        return ""
+
+    def keep(self, content: bytes, label: str, answered: str | None) -> Path:
+        """Keep a picture under its right name; a later name for the same picture replaces the earlier one.
+
+        The picture is written anew, without metadata such as the place where it was taken.
+
+        Args:
+            content: The upload.
+            label: Its class, as `data=folder` will read it.
+            answered: What the model had said.
+
+        Returns:
+            feedback.csv, which `data=folder data.folder=<it>` reads.
+
+        Raises:
+            UserError: The name or the picture cannot be used.
+        """
+        label = " ".join(label.split())
+        if not label or len(label) > LONGEST or "," in label or not any(letter.isalnum() for letter in label):
+            raise UserError(f"{label[:LONGEST]!r} is no class name: 1 to {LONGEST} characters without a comma")
+        if why := self.refusal(content):
+            raise UserError(why)
+        try:
+            picture = decode(content)
+        except BadImage as error:
+            raise UserError(str(error)) from error
+        name = f"{hashlib.sha256(picture.tobytes()).hexdigest()[:16]}.png"
+        table = self.feedback / "feedback.csv"
+        with self.keeping:
+            (self.feedback / "pictures").mkdir(parents=True, exist_ok=True)
+            picture.save(self.feedback / "pictures" / name)
+            rows = self._rows(table)
+            rows[f"pictures/{name}"] = (label, answered or "")
+            part = table.with_suffix(".part")
+            with part.open("w", encoding="utf-8", newline="") as file:
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerow(COLUMNS)
+                writer.writerows((path, *values) for path, values in rows.items())
+            os.replace(part, table)
+        return table
+
+    def _rows(self, table: Path) -> dict[str, tuple[str, str]]:
+        if not table.is_file():
+            return {}
+        with table.open(encoding="utf-8", newline="") as file:
+            return {row["path"]: (row["label"], row["answered"]) for row in csv.DictReader(file)}
