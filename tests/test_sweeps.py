@@ -53,7 +53,9 @@ def jobs(name, *arguments):
             config=cfg,
         )
         plugin.unregister(PaperSweeper)
-        return (*made.jobs(cfg.hydra.overrides.task), made)
+        chapters = made.chapters()
+        found, shown = made.jobs(chapters, made.given(cfg.hydra.overrides.task))
+        return found, shown[0] if len(chapters) == 1 else shown, made
     finally:
         GlobalHydra.instance().clear()
 
@@ -77,7 +79,7 @@ def test_every_kind_of_point_composes_and_runs_after_what_it_needs(name):
         assert "{" not in "".join(job.overrides.values())
     assert shown and all(each.seed == 1 for each in shown)
     assert {each.folder for each in shown} <= {folder.name for folder in folders}
-    page = sweeper.page
+    page = sweeper.chapters()[0].page
     own = {*page["rows"], *page["columns"], *page.get("panels", ()), *page.get("minus", ())} - {"split", "measure"}
     assert all(each.keys.keys() == own for each in shown), "every point has its place"
 
@@ -156,8 +158,9 @@ def test_a_method_on_the_command_line_chooses_points_and_those_that_they_need():
 
 def test_a_point_without_shots_does_not_keep_those_of_the_point_before():
     _, _, made = jobs("clsrl_table2", "data=digits", "model=tiny_qwen2_vl", "seed=1", "method=zeroshot")
-    made.spec = Spec({"data": "digits"}, {}, [{"method": "zeroshot", "shots": 8, "seed": 3}, {"method": "zeroshot"}])
-    found, shown = made.jobs([])
+    points = [{"method": "zeroshot", "shots": 8, "seed": 3}, {"method": "zeroshot"}]
+    made.keys |= {"params": {"data": "digits"}, "points": points}
+    found, (shown,) = made.jobs(made.chapters(), {})
     assert [(job.values["shots"], job.values["seed"]) for job in found] == [(8, 3), (16, 1)]
     assert ["-s8-seed3" in shown[0].folder, "-s16-seed1" in shown[1].folder] == [True, True]
 
@@ -202,11 +205,12 @@ def test_what_leaves_a_page_the_papers(tmp_path):
         "data.root=/x",
         "tracking=none",
     ]
-    folder = made.describe(shown, same)
+    folder, _ = made.describe(made.chapters(), [shown], made.given(same))
     assert points_of(folder).given == {}
     assert folder.name == "clsrl_table2-seed1+2-protocolofficial-rolloutvllm-deepspeedzero3"
     other = ["rollout.temperature=0.5", "data=dtd", "trainer.updates=3", "protocol.sampler=clsrl"]
-    assert list(points_of(made.describe(shown, other)).given) == [each.partition("=")[0] for each in other]
+    changed, _ = made.describe(made.chapters(), [shown], made.given(other))
+    assert list(points_of(changed).given) == [each.partition("=")[0] for each in other]
 
 
 def test_a_page_that_cannot_be_laid_out_is_refused_before_its_runs():

@@ -45,8 +45,8 @@ HOW = {
     f" {PRODUCT}.",
 }
 WORDS = (
-    " Every category is a word of the vocabulary that is read and never said: `asking.json` lists them under `words`, and"
-    " its question shows two. Put the candidates of a picture there, the likeliest first."
+    " Every category is a word of the vocabulary that is read and never said: `asking.json` lists them under `words`,"
+    " and its question shows two. Put the candidates of a picture there, the likeliest first."
 )
 
 
@@ -119,8 +119,8 @@ $facts
 
 # $title
 
-Trained with $PRODUCT, method `$method`, from $base (weights $weights), on $shots images per class of `$data`, seed $seed,
-$updates updates.
+Trained with $PRODUCT, method `$method`, from $base (weights $weights), on $shots images per class of `$data`,
+seed $seed, $updates updates.
 
 ## How to ask it
 
@@ -128,7 +128,7 @@ $how
 
 ## What was measured
 
-Setting `$setting`, protocol `$protocol`. Accuracies are those of the run, on its test images, with the 95 % interval (Wilson's).
+Setting `$setting`, protocol `$protocol`. Accuracies are the run's, on its test images; intervals are Wilson's.
 
 $numbers
 $remarks

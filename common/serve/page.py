@@ -42,7 +42,7 @@ STYLE = """
 .answer h3 { margin: 0; } .answer .file { margin: 0 0 .4rem; opacity: .7; overflow-wrap: anywhere; }
 .answer .trouble { color: var(--error-text-color, #b00020); }
 .answer .bar { position: relative; display: flex; justify-content: space-between; padding: 0 .4rem; margin: 2px 0; }
-.answer .bar i { position: absolute; inset: 0 auto 0 0; background: var(--primary-200); opacity: .6; border-radius: 3px; }
+.answer .bar i { position: absolute; inset: 0 auto 0 0; background: var(--primary-200); opacity: .6; }
 .answer .bar span, .answer .bar b { position: relative; }
 .answer .reasoning { white-space: pre-wrap; overflow-wrap: anywhere; }
 """

@@ -84,7 +84,7 @@ def expand(spec: Spec, given: Mapping[str, Sequence[str]]) -> list[Point]:
 def _of_row(spec: Spec, row: Mapping[str, Any], given: Mapping[str, Sequence[str]]) -> list[Point]:
     merged = {**spec.params, **_based(spec, row)}
     labels = {str(key): str(value) for key, value in (merged.get("labels") or {}).items()}
-    values = {key: _choices(value) for key, value in merged.items() if key not in PRIVATE}
+    values = {key: choices(value) for key, value in merged.items() if key not in PRIVATE}
     values |= {key: list(texts) for key, texts in given.items()}
     values = dict(sorted(values.items(), key=lambda each: each[0] in LATER))  # these vary fastest
     points = []
@@ -115,13 +115,14 @@ def _needs(
         if name in below:
             raise UserError(f"the sweep's point {name!r} needs itself: {' -> '.join([*below, name])}")
         values = {**spec.params, **_named(spec, name)}
-        single = {str(key): _choices(value)[0] for key, value in values.items() if key not in PRIVATE}
+        single = {str(key): choices(value)[0] for key, value in values.items() if key not in PRIVATE}
         single |= {key: value for key, value in overrides.items() if key in DRAW or key in given}
         needs[name] = Point(single, {}, _needs(spec, single, given, (*below, name)))
     return needs
 
 
-def _choices(value: Any) -> list[str]:
+def choices(value: Any) -> list[str]:
+    """The values of a key, each as Hydra's grammar reads it."""
     return [_text(each) for each in value] if isinstance(value, list | tuple) else [_text(value)]
 
 

@@ -1,4 +1,5 @@
-"""Hydra's sweeper for the papers' tables and figures: `python run.py -cd sweeps -cn alert_table1`.
+"""Hydra's sweeper for the papers' tables and figures: `python run.py -cd sweeps -cn alert_table1`; and for several of
+them at once, `-cn mini_paper` (common/sweep/book.py).
 
 Where Hydra's own knows one product of values, this one knows a list of them, and points that need other points' runs
 (common/sweep/plan.py). All points are composed and checked before the first one runs, those with a result are left
@@ -29,8 +30,9 @@ from common.config.command_line import literal
 from common.report.paper import page, points
 from common.run.run_folder import RunFolder
 from common.run.safe import result_is_safe
-from common.sweep import dry, plugin
-from common.sweep.plan import LATER, RUN, Point, Spec, expand
+from common.sweep import book, dry, plugin
+from common.sweep.book import Chapter
+from common.sweep.plan import LATER, RUN, Point, expand
 from common.types import UserError
 
 LONGEST = 120  # characters of a sweep's folder
@@ -62,9 +64,7 @@ class PaperSweeper(Sweeper):
 
     def __init__(self, **keys: Any) -> None:
         plain = {key: OmegaConf.to_container(OmegaConf.create(value or {})) for key, value in keys.items()}
-        self.spec = Spec(plain["params"], plain["named"], plain["points"])  # type: ignore[arg-type]
-        self.tiny: dict[str, Any] = plain["tiny"]  # type: ignore[assignment]
-        self.page: dict[str, Any] = plain["page"]  # type: ignore[assignment]
+        self.keys: dict[str, Any] = plain
         self.cost: dict[str, Any] = plain["cost"]  # type: ignore[assignment]
         self.config: DictConfig | None = None
         self.hydra_context: HydraContext | None = None
@@ -80,26 +80,54 @@ class PaperSweeper(Sweeper):
         """Run what is not finished, wave by wave, and lay out the page."""
         assert self.config is not None and self.hydra_context is not None
         plugin.unregister(PaperSweeper)
-        page.check(self.page)
-        jobs, shown = self.jobs(arguments)
+        chapters = self.chapters()
+        for chapter in chapters:
+            page.check(chapter.page)
+        given = self.given(arguments)
+        jobs, shown = self.jobs(chapters, given)
         finished = {job.folder for job in jobs if job.finished}
         if self.config.dry:
             dry.show([(job.folder.name, job.values, job.folder in finished) for job in jobs], self.cost)
             return None
-        folder = self.describe(shown, arguments)
+        folder, pages = self.describe(chapters, shown, given)
         print(f"{folder}: {len(jobs)} points, {len(finished)} finished")
         returns = self.run(jobs, finished)
         from common.report.paper import tracked, writing  # matplotlib, a second
 
-        found = writing.write(folder, shown=True)
+        found = [writing.write(each, shown=True) for each in pages]
+        if self.is_book:
+            from common.report.html import book_page
+
+            print(book_page.make(folder, self.keys["title"], chapters, found))
         with result_is_safe("the tracker"):
-            tracked.publish(found, folder, self.config.tracking)
+            for built, each in zip(found, pages, strict=True):
+                tracked.publish(built, each, self.config.tracking)
         for each in returns:
             _ = each.return_value  # raises the first failure
         return [returns]
 
-    def jobs(self, arguments: Sequence[str]) -> tuple[list[Job], list[points.Shown]]:
-        """The points with their folders, each once, those first that others need; and where the page shows them.
+    @property
+    def is_book(self) -> bool:
+        """Whether this sweep is made of others."""
+        return bool(self.keys["chapters"])
+
+    def chapters(self) -> list[Chapter]:
+        """Those of a book, or this sweep alone."""
+        assert self.config is not None and self.hydra_context is not None
+        if self.is_book:
+            sources = self.hydra_context.config_loader.get_sources()
+            return book.read(self.keys, [Path(source.path) for source in sources if source.scheme() == "file"])
+        return [book.alone(str(self.config.hydra.job.config_name), self.keys)]
+
+    def jobs(
+        self, chapters: Sequence[Chapter], given: Mapping[str, Sequence[str]]
+    ) -> tuple[list[Job], list[list[points.Shown]]]:
+        """The points of all chapters with their folders, each once, those first that others need; and for each chapter
+        where its page shows them.
+
+        Args:
+            chapters: Of the sweep.
+            given: Values of the command line.
 
         Raises:
             UserError: A point is no valid run.
@@ -107,16 +135,19 @@ class PaperSweeper(Sweeper):
         assert self.config is not None and self.hydra_context is not None
         composer = Composer(self.hydra_context.config_loader, self.config)
         found: dict[Path, Job] = {}
-        shown = []
-        for point in expand(self.spec, self.given(arguments)):
-            jobs = composer.jobs(point)
-            for job in jobs:
-                found.setdefault(job.folder, job)
-            shown.append(points.Shown(jobs[-1].folder.name, int(jobs[-1].values["seed"]), keys(jobs[-1], self.page)))
+        shown: list[list[points.Shown]] = []
+        for chapter in chapters:
+            shown.append([])
+            for point in expand(chapter.spec, chapter.values(given)):
+                jobs = composer.jobs(point)
+                for job in jobs:
+                    found.setdefault(job.folder, job)
+                seed, where = int(jobs[-1].values["seed"]), keys(jobs[-1], chapter.page)
+                shown[-1].append(points.Shown(jobs[-1].folder.name, seed, where))
         return sorted(found.values(), key=lambda job: job.point.depth), shown
 
-    def given(self, arguments: Sequence[str], with_tiny: bool = True) -> dict[str, list[str]]:
-        """Values of the command line by key, and what a tiny model brings with it."""
+    def given(self, arguments: Sequence[str]) -> dict[str, list[str]]:
+        """Values of the command line by key."""
         assert self.hydra_context is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         values: dict[str, list[str]] = {}
@@ -127,19 +158,22 @@ class PaperSweeper(Sweeper):
             texts = list(override.sweep_string_iterator()) if swept else [override.get_value_element_as_str()]
             values[override.get_key_element()] = texts
         values.pop("dry", None)
-        tiny = with_tiny and any(name.startswith("tiny_") for name in values.get("model", ()))
-        return {**({key: [str(value)] for key, value in self.tiny.items()} if tiny else {}), **values}
+        return values
 
-    def describe(self, shown: list[points.Shown], arguments: Sequence[str]) -> Path:
-        """Write down what the page needs. Returns the sweep's folder, beside those of its runs."""
+    def describe(
+        self, chapters: Sequence[Chapter], shown: Sequence[list[points.Shown]], given: Mapping[str, Sequence[str]]
+    ) -> tuple[Path, list[Path]]:
+        """Write down what the pages need. Returns the sweep's folder and its chapters', beside those of the runs."""
         assert self.config is not None
-        name = self.config.hydra.job.config_name
-        said = {key: ",".join(values) for key, values in self.given(arguments, with_tiny=False).items()}
-        said = {key: text for key, text in said.items() if decides(key)}
-        given = {key: text for key, text in said.items() if key not in STILL_THE_PAPERS}
-        folder = Path(self.config.hydra.sweep.dir) / folder_name(name, said)
-        points.Sweep(name, self.page, given, shown).save(folder)
-        return folder
+        name, outputs = str(self.config.hydra.job.config_name), Path(self.config.hydra.sweep.dir)
+        said = {key: ",".join(values) for key, values in given.items() if decides(key)}
+        pages = []
+        for chapter, runs in zip(chapters, shown, strict=True):
+            changed = {key: ",".join(values) for key, values in {**chapter.given, **given}.items() if decides(key)}
+            changed = {key: text for key, text in changed.items() if key not in STILL_THE_PAPERS}
+            pages.append(outputs / folder_name(f"{name}-{chapter.name}" if self.is_book else name, said))
+            points.Sweep(chapter.name, chapter.page, changed, runs).save(pages[-1])
+        return outputs / folder_name(name, said), pages
 
     def run(self, jobs: Sequence[Job], finished: set[Path]) -> list[JobReturn]:
         """Launch the rest. A point whose needs have no result is named and left out."""

@@ -1,0 +1,83 @@
+"""A sweep that is made of others, its chapters: their points run together, each has its own page, and all of them stand
+in one report. sweeps/mini_paper.yaml is one.
+
+    title: Both papers in miniature
+    given: {trainer.updates: 60}                                         # of every chapter
+    chapters:
+      - {sweep: clsrl_table2, title: Few shots, text: What is asked., given: {model: tiny_qwen2_vl}}
+
+A chapter is a YAML beside the book's. What is given replaces its values, as the command line does, which goes before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from common.sweep.plan import Spec, choices
+from common.types import UserError
+
+KEYS = {"sweep", "title", "text", "given"}
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """One sweep. given: values that replace its own; tiny: what a tiny model brings with it."""
+
+    name: str
+    spec: Spec
+    page: dict[str, Any]
+    tiny: dict[str, list[str]]
+    title: str = ""
+    text: str = ""
+    given: dict[str, list[str]] = field(default_factory=dict)
+
+    def values(self, given: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
+        """What replaces the sweep's values, `given` on the command line included."""
+        values = {**self.given, **given}
+        is_tiny = any(name.startswith("tiny_") for name in values.get("model", ()))
+        return {**(self.tiny if is_tiny else {}), **values}
+
+
+def alone(name: str, keys: Mapping[str, Any]) -> Chapter:
+    """A sweep by itself. `keys`: of the sweeper, see conf/hydra/sweeper/paper.yaml."""
+    return Chapter(name, Spec(keys["params"], keys["named"], keys["points"]), keys["page"], _texts(keys["tiny"]))
+
+
+def read(keys: Mapping[str, Any], folders: Sequence[Path]) -> list[Chapter]:
+    """The chapters of a book.
+
+    Args:
+        keys: Of the sweeper.
+        folders: With configurations, in the order in which Hydra looks through them.
+
+    Raises:
+        UserError: One is wrong, or its sweep is not there.
+    """
+    found = []
+    for number, each in enumerate(keys["chapters"], 1):
+        key = f"hydra.sweeper.chapters[{number}]"
+        if unknown := sorted(set(each) - KEYS):
+            raise UserError(f"{key}: {unknown[0]} is no key of a chapter; it has {', '.join(sorted(KEYS))}")
+        name = str(each.get("sweep", ""))
+        path = next(
+            (folder / f"{name}.yaml" for folder in folders if name and (folder / f"{name}.yaml").is_file()), None
+        )
+        if path is None:
+            raise UserError(f"{key}.sweep={name}: there is no such file in {', '.join(map(str, folders))}")
+        own: Any = OmegaConf.to_container(OmegaConf.select(OmegaConf.load(path), "hydra.sweeper") or OmegaConf.create())
+        if not own.get("points"):
+            raise UserError(f"{key}.sweep={name}: {path} has no hydra.sweeper.points")
+        spec = Spec({**keys["params"], **own.get("params", {})}, own.get("named", {}), own["points"])
+        tiny = _texts({**keys["tiny"], **own.get("tiny", {})})
+        given = _texts({**keys["given"], **each.get("given", {})})
+        found.append(Chapter(name, spec, own["page"], tiny, each.get("title", name), each.get("text", ""), given))
+    return found
+
+
+def _texts(values: Mapping[str, Any]) -> dict[str, list[str]]:
+    return {key: choices(value) for key, value in values.items()}
