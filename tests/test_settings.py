@@ -129,3 +129,26 @@ def test_folders_inside_the_root_or_absolute(tmp_path):
     inside = source.find(DataConfig(name="dtd", folder="dtd", question="?", root=str(tmp_path)))
     assert (inside.folder, inside.root) == (tmp_path / "dtd", tmp_path)
     assert source.find(DataConfig(name="dtd", folder="/x/dtd", question="?", root=None)).folder.as_posix() == "/x/dtd"
+
+
+def test_fewer_images_of_each_class_are_the_same_ones_whatever_is_trained():
+    """Five of a class, by the hashes of their keys; in the order of the split."""
+    import hashlib
+
+    whole = settings.few_shot(dataset(test=tuple(Item(f"{n}{i}", k, n) for i in range(20) for k, n in enumerate("abc"))), {}, Sampling(4, 1))
+    found = settings.fewer(whole.evaluation["test"], 5)
+    for name in "abc":
+        first = sorted((f"{name}{i}" for i in range(20)), key=lambda key: hashlib.sha256(key.encode()).hexdigest())[:5]
+        assert sorted(item.image for item in found.items if item.name == name) == sorted(first)
+    assert found.items == tuple(item for item in whole.evaluation["test"].items if item in found.items)
+    assert settings.fewer(whole.evaluation["test"], 20) == whole.evaluation["test"]
+
+
+def test_fewer_test_images_by_configuration(compose):
+    asked = task.build(compose("method=zeroshot", "setting.test_per_class=7", "data=fashion"))
+    assert [len(split.items) for split in asked.task.evaluation.values()] == [70]
+    assert asked.manifest["test_per_class"] == 7
+    other = task.build(compose("method=zeroshot", "setting.test_per_class=7", "data=fashion", "seed=3", "shots=1"))
+    assert other.questions if False else other.images == asked.images, "whatever the draw is"
+    with pytest.raises(UserError, match="setting.test_per_class=0"):
+        compose("setting.test_per_class=0")

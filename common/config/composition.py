@@ -210,13 +210,15 @@ def decides_result(values: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in values.items() if key not in NOT_IN_SIGNATURE}
     if "data" in kept:
         kept["data"] = _without(kept["data"], NOT_IN_SIGNATURE_OF_DATA)
+    if "setting" in kept and kept["setting"].get("test_per_class") is None:  # as before there was such a key
+        kept["setting"] = _without(kept["setting"], ("test_per_class",))
     if targets := kept.get("setting", {}).get("targets"):
         targets = {name: _without(one, NOT_IN_SIGNATURE_OF_DATA) for name, one in targets.items()}
         kept["setting"] = kept["setting"] | {"targets": targets}
     if "model" in kept:
         model = _without(kept["model"], ("licence",))
         kept["model"] = model if model.get("path") is None else model | {"recipe": None}  # not used then
-    if (trainer := kept.get("trainer", {})).get("patience") == 0:  # as before there was such a key
+    if (trainer := kept.get("trainer", {})).get("patience") == 0:  # likewise
         kept["trainer"] = _without(trainer, ("patience",))
     chosen = few_shot_of(kept)
     if chosen is None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from common.config.checks import one_of
+from common.config.checks import one_of, positive
 from common.types import UserError
 
 # What common/data/sampling.py can draw; see `Sampling` there.
@@ -65,7 +65,8 @@ class SettingConfig:
     """What the model is tested on relative to what it was trained on.
 
     build: the function that assembles the splits. list_share: share of the class names that a question lists; 0: the
-    question is open. targets: datasets to test on besides; test_on: their names, null: all of them.
+    question is open. targets: datasets to test on besides; test_on: their names, null: all of them. test_per_class: test
+    on so many images of each class, the same ones whatever is trained; null: on all.
     """
 
     name: str = MISSING
@@ -73,8 +74,11 @@ class SettingConfig:
     list_share: float = 0.4
     targets: dict[str, DataConfig] = field(default_factory=dict)
     test_on: list[str] | None = None
+    test_per_class: int | None = None
 
     def __post_init__(self) -> None:
+        if self.test_per_class is not None:
+            positive("setting.test_per_class", self.test_per_class)
         if not 0 <= self.list_share <= 1:
             raise UserError(f"setting.list_share={self.list_share} must be between 0 (open question) and 1")
 

@@ -6,12 +6,14 @@ training; every other split is a test of its own.
 
 from __future__ import annotations
 
+import hashlib
+from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from common.data.sampling import Picks, Sampling, draw, halves
 from common.data.source import Dataset
-from common.types import Split, UserError
+from common.types import Item, Split, UserError
 
 
 @dataclass(frozen=True)
@@ -80,3 +82,19 @@ def _tested(target: Dataset, how: Sampling) -> Picks:
 
 def _nonempty(**splits: Split) -> dict[str, Split]:
     return {name: split for name, split in splits.items() if split.items}
+
+
+def fewer(split: Split, per_class: int) -> Split:
+    """Some images of each class, in the split's order: those of the smallest hashes of their keys.
+
+    So they do not depend on the seed, and of two draws both test what both have not trained on.
+    """
+    by_class: dict[int, list[Item]] = defaultdict(list)
+    for item in split.items:
+        by_class[item.label].append(item)
+    kept = {
+        item.image
+        for items in by_class.values()
+        for item in sorted(items, key=lambda item: hashlib.sha256(item.image.encode()).digest())[:per_class]
+    }
+    return replace(split, items=tuple(item for item in split.items if item.image in kept))

@@ -20,7 +20,7 @@ from common.data import manifest
 from common.data.images import combine
 from common.data.litter import summary
 from common.data.sampling import Sampling
-from common.data.settings import Splits
+from common.data.settings import Splits, fewer
 from common.data.source import Dataset, load_dataset
 from common.method import Accounts, Looks, Method
 from common.plugins import locate
@@ -59,6 +59,9 @@ def build(config: Config, without: Collection[str] = ()) -> Questions:
     assemble = locate(config.setting.build, "setting.build")
     seen = _seen(config, datasets[config.data.name])
     splits: Splits = assemble(datasets[config.data.name], targets, sampling(config, seen, frozenset(without)))
+    if (count := config.setting.test_per_class) is not None:
+        tested = {name: each if name == "val" else fewer(each, count) for name, each in splits.evaluation.items()}
+        splits = replace(splits, evaluation=tested)
     task = _task(config, datasets, splits)
     _check_enough(config, task)
     method: Method = locate(config.method["_target_"], "method._target_")(**method_arguments(config))
@@ -77,6 +80,8 @@ def build(config: Config, without: Collection[str] = ()) -> Questions:
         "short_classes": splits.short,
         "left_out": sorted(without),
     }
+    if count is not None:
+        header["test_per_class"] = count
     if splits.refilled:
         header["refilled"] = splits.refilled
     if isinstance(method, Accounts) and (sources := method.sources(task)):
