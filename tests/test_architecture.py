@@ -40,7 +40,7 @@ FLOORS = (
         "rollout",
         "training",
     ),
-    *("evaluation", "run", "report", "sweep", "learner", "vlm", "pipeline", "launch", "predict", "export"),
+    *("evaluation", "run", "report", "sweep", "learner", "vlm", "pipeline", "launch", "predict", "export", "serve"),
 )
 
 

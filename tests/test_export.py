@@ -151,8 +151,9 @@ def test_the_card_of_an_exported_run_works(runner, tmp_path, monkeypatch, capsys
         exec(compile(code, "README.md", "exec"), {})
         printed = capsys.readouterr().out.strip()
         pictures = {"photo.jpg": digits.open(key)}
-        (own,), (exported) = of_run(pictures), of_export(pictures)
-        assert printed == own.reply and exported == [own]
+        (own,), (exported,) = of_run(pictures), of_export(pictures)
+        assert printed == own.reply == exported.reply and exported.label == own.label
+        assert exported.confidence == pytest.approx(own.confidence, abs=1e-5)
     of_run.close(), of_export.close()
 
 
@@ -171,10 +172,11 @@ def test_vllm_gives_an_exported_runs_replies(runner, tmp_path):
         picture = {"type": "image_pil", "image_pil": resize(digits.open(row["image"]), 32, "squash")}
         turns.append([{"role": "user", "content": [picture, {"type": "text", "text": row["prompt"]}]}])
     with undisturbed():
-        from vllm import LLM
+        from vllm import LLM, SamplingParams
 
         llm = LLM(model=str(folder), dtype="float32", enforce_eager=True, max_model_len=512, kv_cache_memory_bytes=GIB)
-    found = [output.outputs[0].text for output in llm.chat(turns, use_tqdm=False)]  # as its generation_config.json says
+    chosen = SamplingParams(temperature=0.0, max_tokens=40)
+    found = [output.outputs[0].text for output in llm.chat(turns, chosen, use_tqdm=False)]
     with kept_group():
         llm.llm_engine.engine_core.shutdown()
     assert found == [row["completion"] for row in rows]

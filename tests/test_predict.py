@@ -11,11 +11,13 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+import run as run_py
 from common import Classifier
 from common.data.digits import Digits
 from common.predict import __main__ as command
-from common.predict import photos
+from common.predict import cards, photos
 from common.predict.abstain import choose, threshold_of
+from common.predict.classifier import Answer
 from common.types import BadImage, UserError
 from tests.test_html import NAMES, answered, write  # noqa: F401
 
@@ -78,12 +80,19 @@ def test_answers_are_the_evaluations(runner, tmp_path, method):
         assert found == pytest.approx([max(row["probabilities"]) for row in part], abs=1e-6)
         if part[0].get("candidates") is not None:
             assert [list(answer.candidates) for answer in answers] == [row["candidates"] for row in part]
+    # another picture under a name that it has seen: as if it had not
+    renamed = {rows[0]["image"]: digits.open(rows[1]["image"]), rows[1]["image"]: digits.open(rows[0]["image"])}
+    answers = classifier(renamed)
     classifier.close()
+    fresh = Classifier.load(run)
+    assert [(a.reply, a.label) for a in answers] == [(a.reply, a.label) for a in fresh(renamed)]
+    fresh.close()
+    assert rows[0]["label"] != rows[1]["label"]
     assert sorted((path.name, path.stat().st_mtime_ns) for path in run.rglob("*")) == before
 
 
 @pytest.mark.slow
-def test_a_folder_with_broken_pictures(runner, tmp_path, capsys):
+def test_a_folder_with_broken_pictures(runner, tmp_path, capsys, monkeypatch):
     run, folder = tmp_path / "run", tmp_path / "photos"
     assert runner(run, ["method=zeroshot", *QUICK]) == 0
     (folder / "more").mkdir(parents=True)
@@ -104,6 +113,24 @@ def test_a_folder_with_broken_pictures(runner, tmp_path, capsys):
     assert command.main([str(run), str(folder / "0.png"), "--format", "jsonl", "--names", "zero,ring"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert {name for name, _ in json.loads(line)["top"]} == {"zero", "ring"}
+    # the same from run.py, as a page, and without a list of names
+    words = [
+        "run.py",
+        "task=predict",
+        f"run={run}",
+        f"pictures={folder}",
+        "format=html",
+        f"output={tmp_path / 'a.html'}",
+    ]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit, match="1"):
+        run_py.run()
+    page = (tmp_path / "a.html").read_text()
+    assert page.count("data:image/webp;base64,") == 6 and page.count("not answered") == 2 and "http" not in page
+    assert f">{rows['0.png']['label']}</h3>" in page and f"{100 * float(rows['0.png']['confidence']):.1f} %" in page
+    assert command.main([str(run), str(folder / "0.png"), "--format", "jsonl", "--open"]) == 0
+    opened = json.loads(capsys.readouterr().out)
+    assert opened["reply"] != "" and len(opened["top"]) == 5
 
 
 @pytest.mark.slow
@@ -139,6 +166,21 @@ def test_pictures_are_found_by_folder_pattern_and_list(tmp_path):
         photos.find(str(tmp_path / "other.csv"))
     with pytest.raises(UserError, match="no picture is there"):
         photos.find(str(tmp_path / "none"))
+
+
+def test_what_a_page_of_answers_says_is_escaped(tmp_path):
+    Image.new("RGB", (400, 200), "red").save(tmp_path / "a.png")
+    bad = "<script>alert(1)</script>"
+    answers = [Answer(bad, label=bad, top=((bad, 0.25),), reasoning=bad, candidates=(bad,)), Answer("b", trouble=bad)]
+    page = cards.page(answers, {bad: tmp_path / "a.png", "b": b""})
+    assert "<script" not in page and page.count("&lt;script&gt;") == 6 and "width: 25.0%" in page
+
+
+def test_words_of_run_py_that_are_missing_are_named():
+    with pytest.raises(UserError, match="task=predict: photos is no key=value"):
+        command.of_run(["run=outputs/a", "photos"])
+    with pytest.raises(UserError, match="task=predict needs run="):
+        command.of_run(["pictures=a"])
 
 
 def test_a_new_picture_goes_before_the_datasets():

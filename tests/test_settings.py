@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 
 import pytest
 
 from clsrl.method import ClosedFormQuestion
 from common.config.schema_task import DataConfig
-from common.data import digits, settings, source
+from common.data import digits, settings, source, task
 from common.data.sampling import Sampling
 from common.data.source import Dataset
 from common.evaluation import metrics
@@ -133,9 +134,8 @@ def test_folders_inside_the_root_or_absolute(tmp_path):
 
 def test_fewer_images_of_each_class_are_the_same_ones_whatever_is_trained():
     """Five of a class, by the hashes of their keys; in the order of the split."""
-    import hashlib
-
-    whole = settings.few_shot(dataset(test=tuple(Item(f"{n}{i}", k, n) for i in range(20) for k, n in enumerate("abc"))), {}, Sampling(4, 1))
+    test = tuple(Item(f"{name}{i}", label, name) for i in range(20) for label, name in enumerate(NAMES))
+    whole = settings.few_shot(dataset(test=test), {}, Sampling(4, 1))
     found = settings.fewer(whole.evaluation["test"], 5)
     for name in "abc":
         first = sorted((f"{name}{i}" for i in range(20)), key=lambda key: hashlib.sha256(key.encode()).hexdigest())[:5]
@@ -146,9 +146,9 @@ def test_fewer_images_of_each_class_are_the_same_ones_whatever_is_trained():
 
 def test_fewer_test_images_by_configuration(compose):
     asked = task.build(compose("method=zeroshot", "setting.test_per_class=7", "data=fashion"))
-    assert [len(split.items) for split in asked.task.evaluation.values()] == [70]
+    assert {name: len(split.items) for name, split in asked.task.evaluation.items()} == {"val": 40, "test": 70}
     assert asked.manifest["test_per_class"] == 7
     other = task.build(compose("method=zeroshot", "setting.test_per_class=7", "data=fashion", "seed=3", "shots=1"))
-    assert other.questions if False else other.images == asked.images, "whatever the draw is"
+    assert other.task.evaluation["test"].items == asked.task.evaluation["test"].items, "whatever the draw is"
     with pytest.raises(UserError, match="setting.test_per_class=0"):
         compose("setting.test_per_class=0")

@@ -16,13 +16,14 @@ from hydra.core.utils import JobReturn, JobStatus
 from common.config import composition
 from common.report.paper import page, pictures, published
 from common.report.paper.points import load as points_of
-from common.sweep import plugin
+from common.sweep import book, plugin
 from common.sweep.plan import Point, Spec, expand
 from common.sweep.sweeper import Job, PaperSweeper
 from common.types import UserError
 from tests.conftest import REPOSITORY
 
-SWEEPS = sorted(path.stem for path in (REPOSITORY / "sweeps").glob("*.yaml"))
+ALL = sorted(path.stem for path in (REPOSITORY / "sweeps").glob("*.yaml"))
+SWEEPS = [name for name in ALL if not name.startswith("mini_")]
 TABLES = [f"alert_table{n}" for n in range(1, 7)] + [f"clsrl_table{n}" for n in range(1, 5)]
 FIGURES = [f"alert_fig{n}" for n in (3, 4, 5)] + [f"clsrl_fig{n}" for n in range(1, 6)]
 OWN = [name for name in SWEEPS if name not in ("alert_fig3", "alert_fig4")]  # these two have the rows of table 1
@@ -345,14 +346,36 @@ hydra:
 """
 
 
-def run(folder, *arguments):
+BOOK = """
+defaults: [config, {override hydra/sweeper: paper}, {override hydra/launcher: joblib}, _self_]
+hydra:
+  mode: MULTIRUN
+  launcher: {n_jobs: 2}
+  sweeper:
+    title: A book of <two> chapters
+    given: {setting.test_per_class: 5}
+    chapters:
+      - {sweep: mine, title: First, text: What & why., given: {shots: 1}}
+      - {sweep: other}
+"""
+OTHER = """
+hydra:
+  sweeper:
+    params: {data: digits, seed: [1], clip: tiny}
+    points: [{method: linear_probe, shots: [1, 2]}]
+    page: {kind: table, rows: [shots], columns: [method]}
+"""
+
+
+def run(folder, *arguments, name="mine"):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     sweeps = folder / "sweeps"
     sweeps.mkdir(exist_ok=True)
-    (sweeps / "mine.yaml").write_text(MINE)
+    for file, text in (("mine", MINE), ("other", OTHER), ("book", BOOK)):
+        (sweeps / f"{file}.yaml").write_text(text)
     out = f"hydra.sweep.dir={folder / 'out'}"
     return subprocess.run(
-        [sys.executable, "run.py", "-cd", str(sweeps), "-cn", "mine", out, "tracking=none", *arguments],
+        [sys.executable, "run.py", "-cd", str(sweeps), "-cn", name, out, "tracking=none", *arguments],
         cwd=REPOSITORY,
         env=environment,
         capture_output=True,
@@ -383,3 +406,69 @@ def test_a_sweep_of_ones_own_runs_goes_on_and_ends_in_its_page(tmp_path):
         assert f"<bdi>{100 * summary['accuracy']:.2f}</bdi>" in (folder / "report.html").read_text()
     again = run(tmp_path)
     assert again.returncode == 0 and "4 points, 4 finished" in again.stdout
+
+
+@pytest.mark.slow
+def test_a_sweep_of_sweeps_runs_each_point_once_and_shows_every_number(tmp_path):
+    """Side by side in two processes; the numbers of the report are the runs'."""
+    out = tmp_path / "out"
+    first = run(tmp_path, name="book")
+    assert first.returncode == 0, first.stderr
+    results = {path.parent.name: json.loads(path.read_text()) for path in out.glob("*/metrics.json")}
+    assert len(results) == 3, "1 shot of the linear probe stands in both chapters"
+    assert all(result["before"]["test"]["n"] == 50 for result in results.values())
+    report, expected = (out / "book" / "report.html").read_text(), 0
+    for chapter, count in (("mine", 2), ("other", 2)):
+        rows = [row for row in csv.DictReader((out / f"book-{chapter}" / "table.csv").open()) if row["ours"]]
+        assert len(rows) == count
+        for row in rows:
+            (name,) = (
+                name for name in results if name.startswith(f"{row['method']}-") and f"-s{row['shots']}-" in name
+            )
+            accuracy = 100 * (results[name]["after"] or results[name]["before"])["test"]["accuracy"]
+            assert float(row["ours"]) == pytest.approx(accuracy, abs=1e-4) and f"<bdi>{accuracy:.2f}" in report
+            expected += 1
+    assert expected == 4 and "A book of &lt;two&gt; chapters" in report and "What &amp; why." in report
+    assert 'href="../book-mine/report.html"' in report and "3 of 3 runs finished" in report
+    times = {path: path.stat().st_mtime_ns for path in out.glob("*/metrics.json")}
+    assert "3 points, 3 finished" in run(tmp_path, name="book").stdout
+    assert times == {path: path.stat().st_mtime_ns for path in out.glob("*/metrics.json")}
+
+
+@pytest.mark.parametrize(
+    ("chapter", "message"),
+    [
+        ({"sweep": "nowhere"}, r"chapters\[1\].sweep=nowhere: there is no such file"),
+        (
+            {"sweep": "mine", "givn": {}},
+            r"chapters\[1\]: givn is no key of a chapter; it has given, sweep, text, title",
+        ),
+        ({"title": "x"}, r"chapters\[1\].sweep=: there is no such file"),
+        ({"sweep": "empty"}, r"chapters\[1\].sweep=empty: .* has no hydra.sweeper.points"),
+    ],
+)
+def test_a_wrong_chapter_is_named(tmp_path, chapter, message):
+    (tmp_path / "mine.yaml").write_text(MINE)
+    (tmp_path / "empty.yaml").write_text("seed: 1\n")
+    keys = {"params": {}, "tiny": {}, "given": {}, "chapters": [chapter]}
+    with pytest.raises(UserError, match=message):
+        book.read(keys, [tmp_path])
+
+
+def test_values_of_a_chapter_go_before_the_books_and_after_the_command_lines(tmp_path):
+    (tmp_path / "mine.yaml").write_text(MINE)
+    chapter = {"sweep": "mine", "given": {"shots": [4, 8], "model": "tiny_x"}}
+    keys = {"params": {"seed": [7]}, "tiny": {"clip": "tiny"}, "given": {"shots": 1, "on": True}, "chapters": [chapter]}
+    (found,) = book.read(keys, [tmp_path])
+    assert found.values({}) == {"clip": ["tiny"], "shots": ["4", "8"], "on": ["true"], "model": ["tiny_x"]}
+    assert found.values({"shots": ["2"], "model": ["large"]}) == {"shots": ["2"], "on": ["true"], "model": ["large"]}
+    assert found.spec.params == {"seed": [1], "data": "digits", "clip": "tiny"} and found.page["kind"] == "shots"
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["mini_paper", "mini_paper_quick"])
+def test_every_point_of_the_papers_in_miniature_composes(name):
+    found, shown, made = jobs(name)
+    assert len({job.folder for job in found}) == len(found) > 50 and len(shown) == len(made.chapters()) > 6
+    assert {job.values["model"]["name"] for job in found} == {"tiny_qwen2_vl", "tiny_gemma3", "features"}
+    assert {job.values["data"]["name"] for job in found} == {"digits", "fashion"}

@@ -115,9 +115,13 @@ def test_the_tested_update_and_the_best_one(finished, evaluate, last, tested, be
     config = SimpleNamespace(evaluate=evaluate, trainer=SimpleNamespace(evaluate_limit=None))
     learner = SimpleNamespace(questions=SimpleNamespace(evaluation={"val": [], "test": []}))
     after = SimpleNamespace(answers={"val": Answers(right, 0.0)})
-    told = pipeline.best_evaluation(config, learner, finished, after, 9)
-    assert told == {"tested": tested, "best": {"update": best[0], "accuracy": best[1], "split": "val"}}
+    rows = [{"step": 6, "eval/val/accuracy": 0.75}, {"step": 9, "loss": 1.0}, {"step": 9, "eval/val/accuracy": 0.5}]
+    told = pipeline.best_evaluation(config, learner, finished, after, 9, rows)
+    both = {"best": best, "last": (9, 0.5 if evaluate == "best" else last)}
+    expected = {name: {"update": number, "accuracy": right, "split": "val"} for name, (number, right) in both.items()}
+    assert told == {"tested": tested, **expected}
     (line,) = tables.training_lines(result({}, {}, train={"updates": 9, **told}))
+    assert f"after the last one {100 * both['last'][1]:.2f} %" in line
     assert f"update {tested} of 9" in line and f"after update {best[0]}" in line and "on val" in line
 
 

@@ -62,9 +62,8 @@ class ModelConfig:
 
     resize: how an image becomes image_size x image_size: `squash`, `crop` (shorter side, then the centre) or `pad`.
     image_attention: `family` (the architecture's own) or `causal`. freeze_vision: tower and projector, but for what
-    `lora.projector` trains. feature_cache_gb: disk space for the image features
-    of a frozen vision tower, 0: no cache. load_in_8bit: bitsandbytes' LLM.int8(), for the base of adapters or without
-    training. licence: of the weights, for model cards.
+    `lora.projector` trains. feature_cache_gb: disk space for the image features of a frozen vision tower, 0: no cache.
+    load_in_8bit: bitsandbytes' LLM.int8(), for the base of adapters or without training. licence: of the weights.
     """
 
     name: str = MISSING

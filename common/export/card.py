@@ -38,7 +38,8 @@ print(processor.decode(reply, skip_special_tokens=True))
 ```""")
 HOW = {
     "model": "`asking.json` has the question, the class names and the size of pictures. In transformers:\n\n{code}\n\n"
-    'vLLM loads the folder, too, and takes the same conversation (`"type": "image_pil", "image_pil": photo`).{words}',
+    'vLLM loads the folder, too, and takes the same conversation (`"type": "image_pil", "image_pil": photo`); give it'
+    " `temperature=0`.{words}",
     "adapter": "PEFT's adapters: `PeftModel.from_pretrained(base, folder)`, or `model.path=<folder>` in "
     f"{PRODUCT}. Their base stands in `{ADAPTERS[0]}`.",
     "bank": "ALERT's category embeddings, for the model that they were trained with: `method.bank=<folder>` in"

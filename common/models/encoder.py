@@ -78,6 +78,11 @@ class Encoder:
             self.used -= _bytes(self.memory.popitem(last=False)[1])
         return encodings
 
+    def forget(self) -> None:
+        """Pictures are known by their names: forget them where a name may stand for another one."""
+        self.memory.clear()
+        self.used = 0
+
     def _encode(self, prompts: Sequence[Prompt]) -> list[Encoded]:
         processor, family, config = self.vlm.processor, self.vlm.family, self.vlm.model.config
         pictures = [[picture] for picture in self.load_images([p.image for p in prompts])]

@@ -2,6 +2,7 @@
 
 python -m common.predict outputs/<run> photo.jpg
 python -m common.predict outputs/<run> photos/ 'more/*.png' list.csv --format csv --output answers.csv
+python -m common.predict outputs/<run> photos/ --format html --output answers.html
 python -m common.predict outputs/<run> photos/ --risk 0.05        says nothing where it would be wrong too often
 """
 
@@ -12,7 +13,7 @@ import csv
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -23,7 +24,7 @@ from common.types import UserError
 if TYPE_CHECKING:
     from common.predict.classifier import Answer
 
-FORMATS = ("table", "jsonl", "csv")
+FORMATS = ("table", "jsonl", "csv", "html")
 COLUMNS = ("image", "label", "confidence", "abstained", "top", "candidates", "reasoning", "trouble")
 
 
@@ -35,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("pictures", nargs="+", help="pictures, folders, patterns, or CSV files with a column path")
     parser.add_argument("--names", help="other class names, separated by commas, for methods that only read them")
+    parser.add_argument("--open", action="store_true", help="list no names: the answer may be any word")
     parser.add_argument("--risk", type=float, help="abstain so that about this share of the answers is wrong")
     parser.add_argument("--format", choices=FORMATS, default="table")
     parser.add_argument("--output", type=Path, help="file to write; otherwise the terminal")
@@ -42,9 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
     # CPU threads that spin while they wait slow two processes on one machine down thirty times (docs/log.md)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        answers = classify(chosen)
+        answers, pictures = classify(chosen)
         with _target(chosen.output) as file:
-            WRITERS[chosen.format](answers, file)
+            WRITERS[chosen.format](answers, pictures, file)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -54,22 +56,42 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if troubled else 0
 
 
-def classify(chosen: argparse.Namespace) -> list[Answer]:
-    """The answers to all pictures of the request."""
+def of_run(values: Sequence[str]) -> list[str]:
+    """What `run.py task=predict` was given, as this command takes it.
+
+    Raises:
+        UserError: A word is no key=value.
+
+    >>> of_run(["run=outputs/a", "pictures=x.png,b/", "risk=0.05", "open=true"])
+    ['outputs/a', 'x.png', 'b/', '--risk', '0.05', '--open']
+    """
+    if wrong := [value for value in values if "=" not in value]:
+        raise UserError(f"task=predict: {wrong[0]} is no key=value; give run=outputs/<run> pictures=<folder>")
+    given = dict(value.split("=", 1) for value in values)
+    words = [given.pop("run", ""), *given.pop("pictures", "").split(",")]
+    if not all(words):
+        raise UserError("task=predict needs run=outputs/<run> and pictures=<files, folders or patterns, by commas>")
+    if given.pop("open", "false") == "true":
+        given["open"] = ""
+    return words + [word for key, value in given.items() for word in (f"--{key}", value) if word]
+
+
+def classify(chosen: argparse.Namespace) -> tuple[list[Answer], dict[str, Path]]:
+    """The answers to all pictures of the request, and these by name."""
     from common.predict.photos import find
 
     pictures = {name: path for what in chosen.pictures for name, path in find(what).items()}
     from common.predict.classifier import Classifier  # torch, some seconds
 
     names = None if chosen.names is None else [name.strip() for name in chosen.names.split(",") if name.strip()]
-    classifier = Classifier.load(chosen.run, names, chosen.risk)
+    classifier = Classifier.load(chosen.run, names, chosen.risk, lists_names=not chosen.open)
     try:
-        return classifier(pictures)
+        return classifier(pictures), pictures
     finally:
         classifier.close()
 
 
-def write_table(answers: Sequence[Answer], file: TextIO) -> None:
+def write_table(answers: Sequence[Answer], pictures: Mapping[str, Path], file: TextIO) -> None:
     """For people."""
     from rich.console import Console
     from rich.table import Table
@@ -84,13 +106,13 @@ def write_table(answers: Sequence[Answer], file: TextIO) -> None:
     Console(file=file, width=None if file.isatty() else 160).print(table)
 
 
-def write_lines(answers: Sequence[Answer], file: TextIO) -> None:
+def write_lines(answers: Sequence[Answer], pictures: Mapping[str, Path], file: TextIO) -> None:
     """One JSON object per line."""
     for answer in answers:
         file.write(json.dumps(vars(answer), ensure_ascii=False) + "\n")
 
 
-def write_csv(answers: Sequence[Answer], file: TextIO) -> None:
+def write_csv(answers: Sequence[Answer], pictures: Mapping[str, Path], file: TextIO) -> None:
     """For spreadsheets."""
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -102,7 +124,14 @@ def write_csv(answers: Sequence[Answer], file: TextIO) -> None:
         writer.writerow(["" if values[name] is None else values[name] for name in COLUMNS])
 
 
-WRITERS = {"table": write_table, "jsonl": write_lines, "csv": write_csv}
+def write_page(answers: Sequence[Answer], pictures: Mapping[str, Path], file: TextIO) -> None:
+    """For a browser: every picture beside its answer."""
+    from common.predict import cards
+
+    file.write(cards.page(answers, pictures))
+
+
+WRITERS = {"table": write_table, "jsonl": write_lines, "csv": write_csv, "html": write_page}
 
 
 @contextmanager

@@ -12,12 +12,12 @@ from common import parsing
 from common.config.schema import Config
 from common.data.loading import Loader, examine
 from common.data.task import Questions
-from common.learner import Build, Learner, Prepares, Restores
+from common.learner import Asks, Build, Learner, Prepares, Restores
 from common.method import Looks, Method
 from common.plugins import locate
 from common.predict.abstain import threshold_of
 from common.predict.photos import Photos, Picture
-from common.predict.trained import SPLIT, Trained, config_of, method_of, questions_of
+from common.predict.trained import SPLIT, Trained, config_of, method_of, questions_of, without_list
 from common.run.checkpoint import Checkpoints
 from common.run.result import Result
 from common.runtime.group import init_process_group
@@ -79,7 +79,9 @@ class Classifier:
         self.learner: Learner | None = None
 
     @classmethod
-    def load(cls, run: str | Path, names: Sequence[str] | None = None, risk: float | None = None) -> Classifier:
+    def load(
+        cls, run: str | Path, names: Sequence[str] | None = None, risk: float | None = None, lists_names: bool = True
+    ) -> Classifier:
         """Take over what a run has trained.
 
         Args:
@@ -87,6 +89,7 @@ class Classifier:
             names: Other class names than the run's own, for methods that only read them.
             risk: Abstain where more than this share of the answers would be wrong, measured on the run's validation
                 images; None: never.
+            lists_names: False: the question lists no names, and the answer may be any word, for methods of CLS-RL.
 
         Raises:
             UserError: The run is not finished, is of another version, or its method cannot do what is asked.
@@ -95,6 +98,8 @@ class Classifier:
         result = Result.load(trained.records)
         threshold = None if risk is None else threshold_of(trained.records, risk)
         config = config_of(trained)
+        if not lists_names:
+            config = without_list(config)
         if config.model.path != str(trained.model):
             return cls(config, trained, names, threshold, began_from=result.weights["sha256"])
         before = None if config.model.freeze_vision else config_of(trained, began=True)
@@ -138,8 +143,8 @@ class Classifier:
 
     def _ready(self, questions: Questions) -> Learner:
         """The learner with these questions. One whose method looks at the pictures first begins anew."""
-        if self.learner is not None and not isinstance(questions.method, (Looks, Prepares)):
-            self.learner.questions = questions  # type: ignore[misc]
+        if isinstance(self.learner, Asks) and not isinstance(questions.method, (Looks, Prepares)):
+            self.learner.ask(questions)
             return self.learner
         if self.learner is not None:
             self.learner.close()

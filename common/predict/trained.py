@@ -82,6 +82,17 @@ def config_of(run: Trained, began: bool = False) -> Config:
     return replace(config, trainer=TrainerConfig(name="none"))
 
 
+def without_list(config: Config) -> Config:
+    """The same, asking without a list of names.
+
+    Raises:
+        UserError: The method always lists some.
+    """
+    if "list_share" not in config.method:
+        raise UserError(f"method={config.method['name']} cannot ask without names; methods of CLS-RL can")
+    return replace(config, method={**config.method, "list_share": 0.0})
+
+
 def method_of(config: Config) -> Method:
     """The method, as the run made it."""
     method: Method = locate(config.method["_target_"], "method._target_")(**composition.method_arguments(config))

@@ -118,9 +118,11 @@ def training_lines(result: Result) -> list[str]:
     if best:
         where = "val" if best["split"] == "val" else f"{best['split']} itself: no validation images"
         tested = result.train.get("tested", result.train["updates"])
+        last = result.train.get("last")  # earlier versions did not say
         lines.append(
             f"trained: update {tested} of {result.train['updates']}; the best evaluation was after update"
-            f" {best['update']} ({percent(best['accuracy'])} % on {where})"
+            f" {best['update']} ({percent(best['accuracy'])} % on {where}"
+            + (f"; after the last one {percent(last['accuracy'])} %)" if last else ")")
         )
     for name, whom in result.train.get("silent_rewards", {}).items():
         lines.append(f"reward '{name}' paid {whom} in all updates: {fix(name, whom)}")

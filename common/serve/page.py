@@ -2,50 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import os
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment
-from PIL import Image
-
+from common.predict import cards
 from common.predict.classifier import Answer
 from common.serve.desk import Desk
 from common.types import UserError
-
-SIDE = 160  # of a thumbnail in pixels
-CARDS = Environment(autoescape=True).from_string("""
-{% for answer, picture in answers %}
-<article class="answer">
-  {% if picture %}<img src="{{ picture }}" alt="">{% endif %}
-  <div>
-    <h3>{{ answer.trouble and "not answered" or answer.abstained and "abstains" or answer.label or "no name" }}</h3>
-    <p class="file">{{ answer.image }}</p>
-    {% if answer.trouble %}<p class="trouble">{{ answer.trouble }}</p>{% endif %}
-    {% for name, share in answer.top %}
-    <div class="bar"><i style="width: {{ (100 * share) | round(1) }}%"></i><span>{{ name }}</span>
-      <b>{{ "%.1f" | format(100 * share) }} %</b></div>
-    {% endfor %}
-    {% if answer.candidates %}<p>Candidates: {{ answer.candidates | join(", ") }}</p>{% endif %}
-    {% if answer.reasoning %}<p class="reasoning">{{ answer.reasoning }}</p>{% endif %}
-  </div>
-</article>
-{% endfor %}
-""")
-STYLE = """
-.answer { display: flex; gap: 1rem; padding: .8rem 0; border-bottom: 1px solid var(--border-color-primary); }
-.answer > div { flex: 1; min-width: 0; }
-.answer img { width: 160px; height: 160px; object-fit: contain; image-rendering: auto; }
-.answer h3 { margin: 0; } .answer .file { margin: 0 0 .4rem; opacity: .7; overflow-wrap: anywhere; }
-.answer .trouble { color: var(--error-text-color, #b00020); }
-.answer .bar { position: relative; display: flex; justify-content: space-between; padding: 0 .4rem; margin: 2px 0; }
-.answer .bar i { position: absolute; inset: 0 auto 0 0; background: var(--primary-200); opacity: .6; }
-.answer .bar span, .answer .bar b { position: relative; }
-.answer .reasoning { white-space: pre-wrap; overflow-wrap: anywhere; }
-"""
 
 
 class Page:
@@ -66,7 +31,12 @@ class Page:
         with gradio.Blocks(title=title, analytics_enabled=False) as self.blocks:
             gradio.Markdown(f"## {title}")
             kept = gradio.State({})
-            files = gradio.File(label="Photos", file_count="multiple", file_types=["image"], height=140)
+            files = gradio.File(
+                label=f"Photos, at most {desk.limits.megabytes:g} MB each",
+                file_count="multiple",
+                file_types=["image"],
+                height=140,
+            )
             answers = gradio.HTML()
             with gradio.Row(visible=False) as correction:
                 which = gradio.Dropdown(label="Picture", choices=[], interactive=True)
@@ -93,7 +63,7 @@ class Page:
             show_error=True,
             footer_links=["api"],
             theme=theme,
-            css=STYLE,
+            css=cards.STYLE,
         )
         return self.blocks
 
@@ -107,9 +77,8 @@ class Page:
         contents = self._read([{"path": path, "orig_name": Path(path).name} for path in paths or []])
         answers = self._answers(contents)
         told = {answer.image: (contents[answer.image], answer.label) for answer in answers if not answer.trouble}
-        cards = CARDS.render(answers=[(each, thumbnail(contents[each.image], each)) for each in answers])
         choices = gradio.Dropdown(choices=list(told), value=next(iter(told), None))
-        return told, None, cards, gradio.Row(visible=bool(told)), choices, ""
+        return told, None, cards.render(answers, contents), gradio.Row(visible=bool(told)), choices, ""
 
     def correct(self, kept: Mapping[str, tuple[bytes, str | None]], which: str | None, label: str | None) -> str:
         """Save a correction and say where."""
@@ -139,15 +108,3 @@ class Page:
             contents[name if name not in contents else f"{name} ({number})"] = path.read_bytes()
             path.unlink(missing_ok=True)
         return contents
-
-
-def thumbnail(content: bytes, answer: Answer) -> str:
-    """A small copy as a data address; empty for what could not be answered."""
-    if answer.trouble:
-        return ""
-    with Image.open(BytesIO(content)) as opened:
-        picture = opened.convert("RGB")
-    picture.thumbnail((SIDE, SIDE))
-    file = BytesIO()
-    picture.save(file, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -88,6 +88,11 @@ class VLMLearner:
         with self._sampling():
             return self.replies(self.rollout, self.questions, split, prompts, scored=limit is None)
 
+    def ask(self, questions: Questions) -> None:
+        """See `Asks`."""
+        self.questions = questions
+        self.encoder.forget()
+
     def train(self, recorder: Recorder) -> int:
         if self.updates:
             self.trainer = self.make_trainer()

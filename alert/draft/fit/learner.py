@@ -94,6 +94,10 @@ class FewShotLearner:
             made, time.perf_counter() - began, probabilities(logits, asked.names, asked.choices), 0.0, columns
         )
 
+    def ask(self, questions: Questions) -> None:
+        """See `Asks`. Pictures are known by their content."""
+        self.questions = questions
+
     def train(self, recorder: Recorder) -> int:
         return self.fit(recorder)
 

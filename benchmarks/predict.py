@@ -1,0 +1,75 @@
+"""Prediction against the evaluation that it repeats: the same pictures, from files and from the dataset.
+
+    python -m benchmarks.predict                     # --images 1000; two minutes
+
+A run without training is made first. Then, by turns: its learner answers the first images of its test set, as the
+pipeline asks it (pictures read and encoded anew), and `Classifier` answers the same pictures as PNG files. Loading the
+model counts for neither. Replies must be equal, up to the order of names in a question, which a file's name decides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from common import Classifier
+from common.data import task as tasks
+from common.data.digits import Digits
+from common.learner import Build
+from common.plugins import locate
+from common.predict.trained import Trained, config_of
+from common.run.checkpoint import Checkpoints
+from common.runtime.group import init_process_group
+
+
+def main() -> None:
+    """Print seconds, images per second, and one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--repetitions", type=int, default=3)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        quick = ["method=zeroshot", "setting.test_per_class=1", "tracking=none", "tracking.report=false"]
+        subprocess.run([sys.executable, "run.py", f"hydra.run.dir={folder / 'run'}", *quick], check=True)
+        config = replace(config_of(Trained.of(folder / "run")))
+        config.setting.test_per_class = None
+        keys = tasks.build(config).evaluation["test"][: options.images]
+        (folder / "photos").mkdir()
+        for prompt in keys:
+            Digits().open(prompt.image).save(folder / "photos" / f"{prompt.image}.png")
+        files = sorted((folder / "photos").iterdir())
+        classifier = Classifier.load(folder / "run")
+        classifier(files[:1])  # loads the model
+        build: Build = locate(config.learner.build, "learner.build")
+        device, seconds = init_process_group(config.gpus), {"evaluation": [], "predict": []}  # type: dict[str, list[float]]
+        for number in range(options.repetitions):
+            questions = tasks.build(config)
+            asked = {"test": questions.evaluation["test"][: options.images]}
+            inner = folder / f"evaluation-{number}"
+            learner = build(config, replace(questions, evaluation=asked), device, inner, Checkpoints(inner, 1))
+            clock = time.perf_counter()
+            learner.predict("test")
+            seconds["evaluation"].append(time.perf_counter() - clock)
+            learner.close()
+            clock = time.perf_counter()
+            answers = classifier(files)
+            seconds["predict"].append(time.perf_counter() - clock)
+            assert len(answers) == len(files) and not any(answer.trouble for answer in answers)
+        classifier.close()
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    for name, value in medians.items():
+        print(f"{name}: {value:.2f} s, {len(files) / value:.0f} images/s")
+    ratio = round(medians["evaluation"] / medians["predict"], 2)
+    print(json.dumps({"images": len(files), "cases": {"predict": {"ratio": ratio, "seconds": seconds}}}))
+
+
+if __name__ == "__main__":
+    main()
