@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from clsrl.method import ClosedFormQuestion
+from common.config.composition import validate
 from common.config.schema_task import DataConfig
 from common.data import digits, settings, source, task
 from common.data.sampling import Sampling
@@ -145,10 +146,12 @@ def test_fewer_images_of_each_class_are_the_same_ones_whatever_is_trained():
 
 
 def test_fewer_test_images_by_configuration(compose):
-    asked = task.build(compose("method=zeroshot", "setting.test_per_class=7", "data=fashion"))
+    asked = task.build(validate(compose("method=zeroshot", "setting.test_per_class=7", "data=fashion")))
     assert {name: len(split.items) for name, split in asked.task.evaluation.items()} == {"val": 40, "test": 70}
     assert asked.manifest["test_per_class"] == 7
-    other = task.build(compose("method=zeroshot", "setting.test_per_class=7", "data=fashion", "seed=3", "shots=1"))
+    other = task.build(
+        validate(compose("method=zeroshot", "setting.test_per_class=7", "data=fashion", "seed=3", "shots=1"))
+    )
     assert other.task.evaluation["test"].items == asked.task.evaluation["test"].items, "whatever the draw is"
     with pytest.raises(UserError, match="setting.test_per_class=0"):
-        compose("setting.test_per_class=0")
+        validate(compose("setting.test_per_class=0"))

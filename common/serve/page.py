@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,8 @@ from common.predict import cards
 from common.predict.classifier import Answer
 from common.serve.desk import Desk
 from common.types import UserError
+
+STALE = 20.0  # seconds since something was written to an upload that nobody has read
 
 
 class Page:
@@ -49,6 +54,7 @@ class Page:
             save.click(self.correct, [kept, which, right], said, api_visibility="private")
             gradio.api(self.classify, api_name="classify")
         self.blocks.queue(default_concurrency_limit=4, max_size=256)
+        threading.Thread(target=self._tidy, daemon=True).start()
 
     def launch(self, host: str, port: int) -> Any:
         """Serve in the background; returns Gradio's server object, whose `local_url` says where."""
@@ -90,6 +96,15 @@ class Page:
         except UserError as error:
             return f"Not saved: {error}"
         return f"Saved. Train on it: `python run.py data=folder data.folder={table}`"
+
+    def _tidy(self) -> None:
+        """Delete what Gradio leaves of uploads that it has refused as too large, and what nobody asked about."""
+        while True:
+            time.sleep(STALE / 4)
+            for path in self.uploads.rglob("*"):
+                with suppress(OSError):  # read and deleted meanwhile
+                    if path.is_file() and time.time() - path.stat().st_mtime > STALE:
+                        path.unlink()
 
     def _answers(self, contents: Mapping[str, bytes]) -> list[Answer]:
         try:
