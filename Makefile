@@ -61,7 +61,7 @@ test-vllm: setup-vllm  ## the tests that need vLLM; the others skip them
 	$(BIN)/python -m pytest tests/test_vllm.py tests/test_vllm_runs.py tests/test_export.py
 
 bench: setup  ## measure against TRL and transformers, one thread (docs/performance.md; half an hour)
-	for name in grpo_step rollout train_loop cost_model loading learners bank; do \
+	for name in grpo_step rollout train_loop cost_model loading learners bank predict; do \
 		OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 site: setup  ## build the documentation as a site, into site/

@@ -4,7 +4,7 @@
 
 A run without training is made first. Then, by turns: its learner answers the first images of its test set, as the
 pipeline asks it (pictures read and encoded anew), and `Classifier` answers the same pictures as PNG files. Loading the
-model counts for neither. Replies must be equal, up to the order of names in a question, which a file's name decides.
+model counts for neither. That the answers are equal is tests/test_predict.py's to show.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> None:
         folder = Path(place)
         quick = ["method=zeroshot", "setting.test_per_class=1", "tracking=none", "tracking.report=false"]
         subprocess.run([sys.executable, "run.py", f"hydra.run.dir={folder / 'run'}", *quick], check=True)
-        config = replace(config_of(Trained.of(folder / "run")))
+        config = config_of(Trained.of(folder / "run"))
         config.setting.test_per_class = None
         keys = tasks.build(config).evaluation["test"][: options.images]
         (folder / "photos").mkdir()
@@ -49,7 +49,8 @@ def main() -> None:
         classifier = Classifier.load(folder / "run")
         classifier(files[:1])  # loads the model
         build: Build = locate(config.learner.build, "learner.build")
-        device, seconds = init_process_group(config.gpus), {"evaluation": [], "predict": []}  # type: dict[str, list[float]]
+        seconds: dict[str, list[float]] = {"evaluation": [], "predict": []}
+        device = init_process_group(config.gpus)
         for number in range(options.repetitions):
             questions = tasks.build(config)
             asked = {"test": questions.evaluation["test"][: options.images]}

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from importlib.util import find_spec
+from types import SimpleNamespace
 
+import httpx
 import pyarrow.parquet
 import pytest
 import torch
@@ -20,7 +24,7 @@ from common.data.digits import Digits
 from common.data.images import resize
 from common.data.loading import Loader
 from common.export import __main__ as command
-from common.export import plain
+from common.export import hub, plain
 from common.export.bundle import ASKING
 from common.models.encoder import Encoder
 from common.models.slots import attach
@@ -133,7 +137,7 @@ RUNS = {
 def test_the_card_of_an_exported_run_works(runner, tmp_path, monkeypatch, capsys, kind):
     """The code of the card, run as it stands, and `Classifier` give the run's own replies."""
     run, folder = tmp_path / "run", tmp_path / "plain"
-    assert runner(run, [*RUNS[kind], *QUICK, "data.root=/nowhere/of/mine"]) == 0
+    assert runner(run, [*RUNS[kind], *QUICK, "data.root=/nowhere/of/mine", "tracking.tags=[my_tag]"]) == 0
     assert command.main([str(run), str(folder), "--push", "me/digits"]) == 0
     said = capsys.readouterr().out
     assert "to https://huggingface.co/me/digits" in said and "nothing was sent" in said and "model.safetensors" in said
@@ -142,7 +146,15 @@ def test_the_card_of_an_exported_run_works(runner, tmp_path, monkeypatch, capsys
     metrics = json.loads((run / "metrics.json").read_text())
     last = (metrics["after"] or metrics["before"])["test"]
     assert f"{100 * last['accuracy']:.2f}" in card and metrics["manifest"] in card and "license: apache-2.0" in card
-    assert not [path.name for path in folder.rglob("*.*") if b"/nowhere/of/mine" in path.read_bytes()]
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    own = [b"/nowhere/of/mine", str(tmp_path).encode(), b"my_tag"]
+    assert not [path.name for path in files if any(word in path.read_bytes() for word in own)]
+    assert command.main([str(run), str(folder), "--push", "me/digits"]) == 0, "what was shown is not written again"
+    metrics["signature"] = "another"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "metrics.json").write_text(json.dumps(metrics))
+    assert command.main([str(tmp_path / "other"), str(folder), "--push", "me/digits", "--yes"]) == 2
+    assert "holds something else than an export of" in capsys.readouterr().err
     of_run, of_export, digits = Classifier.load(run), Classifier.load(folder), Digits()
     monkeypatch.chdir(folder)
     for key in ("5", "77", "300"):
@@ -194,6 +206,36 @@ def test_what_cannot_be_exported_is_named(tmp_path, capsys):
         export.into_vocabulary(None, None, 0, tmp_path / "embeddings", "short")
 
 
+@pytest.mark.slow
+def test_alert_without_training_has_nothing_to_export(runner, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert runner(run, ["method=gemma_1shot", "model=tiny_gemma3", *QUICK, "setting.test_per_class=2"]) == 0
+    assert command.main([str(run), str(tmp_path / "new")]) == 2
+    assert "method=gemma_1shot has trained no category embeddings" in capsys.readouterr().err
+    for kind in ("adapter", "bank"):
+        assert command.main([str(run), str(tmp_path / "new"), "--as", kind]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["run"], "nothing is left of what was refused"
+
+
+@pytest.mark.slow
+def test_an_exported_alert_says_how_to_ask_it(runner, tmp_path):
+    """The card's code runs; the question has the words of two categories; the bank by itself as well."""
+    run, folder = tmp_path / "run", tmp_path / "plain"
+    extra = ["rewards=alert_no_judge", "trainer.updates=2", "setting.test_per_class=2"]
+    assert runner(run, ["method=alert", "model=tiny_gemma3", *QUICK, *extra]) == 0
+    assert command.main([str(run), str(folder)]) == 0 and not (folder / "run").exists()
+    asking = json.loads((folder / ASKING).read_text())
+    (text,) = (part["text"] for part in asking["messages"][-1]["content"] if part["type"] == "text")
+    assert len(asking["words"]) == 10 and sum(word in text for word in asking["words"].values()) == 2
+    assert CATEGORY not in text and "listed" not in text
+    Digits().open("5").save(folder / "photo.jpg", "PNG")
+    (code,) = re.findall("```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+    assert command.main([str(run), str(tmp_path / "bank"), "--as", "bank"]) == 0
+    assert bank_file.read(tmp_path / "bank", list(asking["words"])).shape[0] == 10
+
+
 def test_what_is_sent_to_the_hub(tmp_path, monkeypatch, capsys):
     """Only with --yes, private unless it is said otherwise, and what was shown before is what goes."""
     calls = []
@@ -206,10 +248,22 @@ def test_what_is_sent_to_the_hub(tmp_path, monkeypatch, capsys):
             calls.append(options)
             return "the commit"
 
+        def repo_info(self, name):
+            return SimpleNamespace(private=name != "me/public")
+
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    monkeypatch.setattr(hub, "check_card", lambda folder, run: None)
     (tmp_path / "README.md").write_text("exported before")
     asked = ["no/run", str(tmp_path), "--push", "me/birds"]
     assert command.main(asked) == 0 and not calls
     assert command.main([*asked, "--yes"]) == 0 and "the commit" in capsys.readouterr().out
     assert calls[0] == ("me/birds", {"private": True, "exist_ok": True}) and calls[1]["folder_path"] == tmp_path
     assert command.main([*asked, "--yes", "--public"]) == 0 and calls[2][1]["private"] is False
+    assert command.main(["no/run", str(tmp_path), "--push", "me/public", "--yes"]) == 2
+    assert "it is there already and public" in capsys.readouterr().err and len(calls) == 5, "nothing was sent"
+
+    def unreachable(self, name, **options):
+        raise httpx.ConnectError("no network")
+
+    monkeypatch.setattr(Api, "create_repo", unreachable)
+    assert command.main([*asked, "--yes"]) == 2 and "no network; hf auth login" in capsys.readouterr().err

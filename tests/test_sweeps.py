@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -428,7 +429,9 @@ def test_a_sweep_of_sweeps_runs_each_point_once_and_shows_every_number(tmp_path)
             accuracy = 100 * (results[name]["after"] or results[name]["before"])["test"]["accuracy"]
             assert float(row["ours"]) == pytest.approx(accuracy, abs=1e-4) and f"<bdi>{accuracy:.2f}" in report
             expected += 1
-    assert expected == 4 and "A book of &lt;two&gt; chapters" in report and "What &amp; why." in report
+    assert (
+        expected == 4 and "<h1><bdi>A book of &lt;two&gt; chapters</bdi></h1>" in report and "What &amp; why." in report
+    )
     assert 'href="../book-mine/report.html"' in report and "3 of 3 runs finished" in report
     times = {path: path.stat().st_mtime_ns for path in out.glob("*/metrics.json")}
     assert "3 points, 3 finished" in run(tmp_path, name="book").stdout
@@ -445,12 +448,15 @@ def test_a_sweep_of_sweeps_runs_each_point_once_and_shows_every_number(tmp_path)
         ),
         ({"title": "x"}, r"chapters\[1\].sweep=: there is no such file"),
         ({"sweep": "empty"}, r"chapters\[1\].sweep=empty: .* has no hydra.sweeper.points"),
+        ({"sweep": "more"}, r"chapters\[1\].sweep=more: seed of .* would be lost"),
+        ({"sweep": "mine"}, r"chapters\[2\].sweep=mine: it is a chapter already"),
     ],
 )
 def test_a_wrong_chapter_is_named(tmp_path, chapter, message):
     (tmp_path / "mine.yaml").write_text(MINE)
-    (tmp_path / "empty.yaml").write_text("seed: 1\n")
-    keys = {"params": {}, "tiny": {}, "given": {}, "chapters": [chapter]}
+    (tmp_path / "empty.yaml").write_text("hydra: {}\n")
+    (tmp_path / "more.yaml").write_text(f"{MINE}\nseed: 1\n")
+    keys = {"params": {}, "tiny": {}, "given": {}, "chapters": [*([chapter] * (chapter == {"sweep": "mine"})), chapter]}
     with pytest.raises(UserError, match=message):
         book.read(keys, [tmp_path])
 
@@ -463,6 +469,10 @@ def test_values_of_a_chapter_go_before_the_books_and_after_the_command_lines(tmp
     assert found.values({}) == {"clip": ["tiny"], "shots": ["4", "8"], "on": ["true"], "model": ["tiny_x"]}
     assert found.values({"shots": ["2"], "model": ["large"]}) == {"shots": ["2"], "on": ["true"], "model": ["large"]}
     assert found.spec.params == {"seed": [1], "data": "digits", "clip": "tiny"} and found.page["kind"] == "shots"
+    assert found.methods == {"linear_probe", "tip_adapter_f"}
+    assert book.with_methods([found], ["cafo"]) == [found], "whose error says what it has"
+    other = replace(found, name="other", spec=replace(found.spec, points=[{"method": "cafo"}]))
+    assert book.with_methods([found, other], ["cafo"]) == [other] and len(book.with_methods([found, other], None)) == 2
 
 
 @pytest.mark.faults

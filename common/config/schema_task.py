@@ -66,7 +66,7 @@ class SettingConfig:
 
     build: the function that assembles the splits. list_share: share of the class names that a question lists; 0: the
     question is open. targets: datasets to test on besides; test_on: their names, null: all of them. test_per_class:
-    test on so many images of each class, the same ones whatever is trained; null: on all.
+    test on so many images of each class, the same ones for all seeds but what these train on; null: on all.
     """
 
     name: str = MISSING

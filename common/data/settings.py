@@ -87,14 +87,14 @@ def _nonempty(**splits: Split) -> dict[str, Split]:
 def fewer(split: Split, per_class: int) -> Split:
     """Some images of each class, in the split's order: those of the smallest hashes of their keys.
 
-    So they do not depend on the seed, and of two draws both test what both have not trained on.
+    So they do not depend on the seed but where a draw has trained on some of them.
     """
     by_class: dict[int, list[Item]] = defaultdict(list)
     for item in split.items:
         by_class[item.label].append(item)
     kept = {
-        item.image
+        (item.image, item.label)
         for items in by_class.values()
         for item in sorted(items, key=lambda item: hashlib.sha256(item.image.encode()).digest())[:per_class]
     }
-    return replace(split, items=tuple(item for item in split.items if item.image in kept))
+    return replace(split, items=tuple(item for item in split.items if (item.image, item.label) in kept))

@@ -40,6 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
 
             export(run, folder, chosen.kind, chosen.licence)
             print(f"wrote {folder}; its README.md says how to ask it")
+        else:
+            hub.check_card(folder, run)
         if chosen.push is not None:
             print(hub.plan(folder, chosen.push))
             print(

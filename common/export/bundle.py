@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,6 @@ from common.predict.trained import RECORDS, Trained, config_of, method_of, quest
 from common.run.result import Result
 from common.types import Item, Prompt, UserError
 
-KINDS = ("model", "adapter", "bank")
 ASKING = "asking.json"
 
 
@@ -40,6 +40,7 @@ def export(run: Path, target: Path, kind: str = "model", licence: str | None = N
     Raises:
         UserError: The run is not finished or has nothing of the kind, or the folder exists.
     """
+    target = target.resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists already; give a new folder")
     trained = Trained.of(run)
@@ -50,21 +51,27 @@ def export(run: Path, target: Path, kind: str = "model", licence: str | None = N
             f"method={result.method} is no language model, so there is nothing that transformers or vLLM could load;"
             " Classifier.load asks the run itself"
         )
-    parts = target.with_name(f"{target.name}.part")  # what is half written is not taken for a model
-    shutil.rmtree(parts, ignore_errors=True)
-    parts.mkdir(parents=True)
-    asking = WRITERS[kind](trained, config, parts)
-    write_card(parts, kind, result, config, asking, licence)
-    if target.exists():
-        target.rmdir()
-    parts.rename(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as place:
+        parts = Path(place) / "model"  # what is half written is not taken for a model
+        parts.mkdir()
+        asking = WRITERS[kind](trained, config, parts)
+        write_card(parts, kind, result, began_from(trained), asking, licence)
+        if target.exists():
+            target.rmdir()
+        parts.rename(target)
 
 
 def _model(trained: Trained, config: Config, target: Path) -> dict[str, Any]:
     values = {key: value for key, value in vars(config.model).items() if key != "lora"}
     settings = ModelConfig(**{**values, "lora": LoraConfig(), "load_in_8bit": False})
-    policy = plain.merged(vlm.load(weights_folder(config), settings, torch.device("cpu")))
     method, words = method_of(config), None
+    if isinstance(method, Looks) and not trained.embeddings.is_dir():
+        raise UserError(
+            f"method={config.method['name']} has trained no category embeddings, and without them its model is the one"
+            " that it began from"
+        )
+    policy = plain.merged(vlm.load(weights_folder(config), settings, torch.device("cpu")))
     if isinstance(method, Exports) and trained.embeddings.is_dir():
         words = method.into_vocabulary(policy.model, policy.processor, policy.pad, trained.embeddings)
     never = {*policy.banned, *(() if words is None else words.ids)}
@@ -115,28 +122,51 @@ def _example(trained: Trained, config: Config) -> Prompt:
     return questions.method.evaluation_prompts(task, split)[0]
 
 
+def began_from(trained: Trained) -> Config:
+    """The run's configuration with the model that it began from."""
+    return config_of(trained, began=True)
+
+
+LEFT_OUT: dict[str, Any] = {
+    "rewards": {},
+    "cache_dir": "cache",
+    "label": None,
+    "run_name": "exported",
+}  # say where or whose it was
+
+
 def _write_records(trained: Trained, folder: Path) -> None:
     """What `Classifier` reads, without names of pictures and places of this machine."""
     folder.mkdir()
     values: dict[str, Any] = yaml.safe_load((trained.records / "config.yaml").read_text(encoding="utf-8"))
+    values |= LEFT_OUT
     values["data"] = _anywhere(values["data"])
     values["setting"]["targets"] = {name: _anywhere(one) for name, one in values["setting"]["targets"].items()}
-    values["model"]["path"] = _named(values["model"]["path"])
-    values["cache_dir"] = "cache"
+    values["model"]["path"] = named(values["model"]["path"])
+    values["tracking"] |= {"group": None, "tags": [], "project": values["tracking"]["name"]}
+    for encoder in ("clip", "visual"):
+        values[encoder]["options"] = {}
+    values["few_shot"] = {}
     (folder / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     manifest = json.loads((trained.records / "manifest.json").read_text(encoding="utf-8"))
     splits = {name: {"names": split["names"]} for name, split in manifest["splits"].items()}
     kept = {"splits": splits, "fingerprint": manifest["fingerprint"], "origins": manifest["origins"]}
     (folder / "manifest.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     metrics = json.loads((trained.records / "metrics.json").read_text(encoding="utf-8"))
-    metrics["weights"]["path"] = _named(metrics["weights"]["path"])
+    metrics["weights"]["path"] = named(metrics["weights"]["path"])
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
 
 def _anywhere(data: Mapping[str, Any]) -> dict[str, Any]:
-    return {**data, "root": None, "folder": _named(data["folder"])}
+    return {**data, "root": None, "folder": named(data["folder"]), "aliases": None}
 
 
-def _named(path: str | None) -> str | None:
-    """A folder of this machine by its last name; an id of the hub stays."""
-    return Path(path).name if path is not None and Path(path).expanduser().is_absolute() else path
+def named(path: str | None) -> str | None:
+    """A folder by its last name alone; an id of the hub stays.
+
+    >>> named("/home/me/birds"), named("../birds"), named("~/birds"), named("owner/name"), named("dtd"), named(None)
+    ('birds', 'birds', 'birds', 'owner/name', 'dtd', None)
+    """
+    if path is None or (path.count("/") == 1 and not path.startswith((".", "/", "~"))):
+        return path
+    return Path(path).name

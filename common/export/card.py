@@ -13,7 +13,7 @@ from common.models.files import ADAPTERS
 from common.run.result import Result
 
 PRODUCT = "fewshot-vlm-rl"
-RESIZED = {  # as common/data/images.py does, by model.resize
+RESIZED = {  # by model.resize: as common/data/images.py does, but that crop may differ by a pixel's rounding
     "squash": "photo.resize((size, size), Image.Resampling.LANCZOS)",
     "crop": "ImageOps.fit(photo, (size, size), Image.Resampling.LANCZOS)",
     "pad": "ImageOps.pad(photo, (size, size), Image.Resampling.LANCZOS)",
@@ -45,6 +45,10 @@ HOW = {
     "bank": "ALERT's category embeddings, for the model that they were trained with: `method.bank=<folder>` in"
     f" {PRODUCT}.",
 }
+QUESTION = (
+    "Where a question of the test lists part of the names, or they stand in another order than in `asking.json`, which"
+    " lists all of them, answers can differ."
+)
 WORDS = (
     " Every category is a word of the vocabulary that is read and never said: `asking.json` lists them under `words`,"
     " and its question shows two. Put the candidates of a picture there, the likeliest first."
@@ -60,12 +64,13 @@ def write_card(
         folder: Of the export.
         kind: What it holds, see `bundle.KINDS`.
         result: Of the run.
-        config: Of the run, with what it trained.
+        config: Of the run, with the model that it began from.
         asking: How to ask it; empty where there is nothing to ask.
         licence: Of the weights; None: that of the model that the run began from.
     """
+    path = config.model.path
+    base = None if path is None or Path(path).expanduser().is_dir() else path  # an id of the hub
     licence = licence or config.model.licence or "unknown"
-    base = result.weights["path"]
     tested = [
         EvalResult(
             task_type="image-classification",
@@ -81,7 +86,7 @@ def write_card(
         license=licence,
         library_name="peft" if kind == "adapter" else "transformers",
         pipeline_tag="image-text-to-text",
-        base_model=base if _on_hub(base) else None,
+        base_model=base,
         tags=[PRODUCT, result.method, result.data],
         model_name=f"{result.method}-{result.data}",
         eval_results=tested,
@@ -93,7 +98,7 @@ def write_card(
         title=f"{result.method} on {result.data}",
         method=result.method,
         data=result.data,
-        base=base if _on_hub(base) else Path(base).name,
+        base=base or config.model.name,
         weights=result.weights["sha256"][:12],
         shots=result.shots,
         seed=result.seed,
@@ -108,6 +113,8 @@ def write_card(
         commit=result.git_commit or "none",
         versions=", ".join(f"{name} {version}" for name, version in sorted(result.versions.items())),
         licence=licence,
+        model=config.model.name,
+        question=QUESTION if asking else "",
         pictures=config.data.licence or "unknown",
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
@@ -133,6 +140,7 @@ Setting `$setting`, protocol `$protocol`. Accuracies are the run's, on its test 
 
 $numbers
 $remarks
+$question
 
 ## Where it comes from
 
@@ -145,7 +153,7 @@ $remarks
 
 ## Licences
 
-- Weights: $licence.
+- Weights: $licence (unless it was given, that of `$model`).
 - Pictures that it was trained on (`$data`): $pictures. None is in this folder.
 """.replace("$PRODUCT", PRODUCT)
 )
@@ -161,8 +169,3 @@ def _numbers(result: Result) -> str:
             f"| {split} | {last.n} | {before} | {100 * last.accuracy:.2f} | {100 * low:.2f} – {100 * high:.2f} |"
         )
     return "\n".join(rows)
-
-
-def _on_hub(path: str) -> bool:
-    """Whether the name of the weights is an id of the hub."""
-    return path.count("/") == 1 and not path.startswith((".", "/", "~"))

@@ -16,6 +16,20 @@ def check_name(name: str) -> None:
         raise UserError(f"--push {name}: give the id of a model on the hub, owner/name")
 
 
+def check_card(folder: Path, run: Path) -> None:
+    """Whether a folder holds what was exported from a run.
+
+    Raises:
+        UserError: It holds something else.
+    """
+    from common.predict.trained import Trained  # torch
+    from common.run.result import Result
+
+    signature = Result.load(Trained.of(run).records).signature
+    if f"| configuration | {signature} |" not in (folder / "README.md").read_text(encoding="utf-8"):
+        raise UserError(f"{folder} holds something else than an export of {run}; give a new folder")
+
+
 def plan(folder: Path, name: str) -> str:
     """What would be sent, a line per file, for a dry run."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -30,14 +44,17 @@ def push(folder: Path, name: str, private: bool) -> str:
     Raises:
         UserError: The hub cannot be reached or refuses.
     """
+    from httpx import HTTPError
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         api = HfApi()
         api.create_repo(name, private=private, exist_ok=True)
+        if private and not api.repo_info(name).private:
+            raise UserError(f"--push {name}: it is there already and public; give another name, or --public")
         return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message="Exported"))
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:
         raise UserError(
             f"--push {name}: {' '.join(str(error).split())}; hf auth login gives this machine an account"
         ) from error

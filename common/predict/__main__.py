@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from common.config.checks import one_of
 from common.runtime import utf8
 from common.types import UserError
 
@@ -67,24 +68,27 @@ def of_run(values: Sequence[str]) -> list[str]:
     """
     if wrong := [value for value in values if "=" not in value]:
         raise UserError(f"task=predict: {wrong[0]} is no key=value; give run=outputs/<run> pictures=<folder>")
-    given = dict(value.split("=", 1) for value in values)
+    pairs = [value.split("=", 1) for value in values]
+    given = dict(pairs)
+    if len(given) < len(pairs):
+        raise UserError("task=predict: a key is given twice; separate pictures by commas")
     words = [given.pop("run", ""), *given.pop("pictures", "").split(",")]
     if not all(words):
         raise UserError("task=predict needs run=outputs/<run> and pictures=<files, folders or patterns, by commas>")
-    if given.pop("open", "false") == "true":
+    one_of("task=predict open", asked := given.pop("open", "false"), ("true", "false"))
+    if asked == "true":
         given["open"] = ""
     return words + [word for key, value in given.items() for word in (f"--{key}", value) if word]
 
 
 def classify(chosen: argparse.Namespace) -> tuple[list[Answer], dict[str, Path]]:
     """The answers to all pictures of the request, and these by name."""
-    from common.predict.photos import find
+    from common.predict.photos import find, names_of
 
     pictures = {name: path for what in chosen.pictures for name, path in find(what).items()}
     from common.predict.classifier import Classifier  # torch, some seconds
 
-    names = None if chosen.names is None else [name.strip() for name in chosen.names.split(",") if name.strip()]
-    classifier = Classifier.load(chosen.run, names, chosen.risk, lists_names=not chosen.open)
+    classifier = Classifier.load(chosen.run, names_of(chosen.names), chosen.risk, lists_names=not chosen.open)
     try:
         return classifier(pictures), pictures
     finally:

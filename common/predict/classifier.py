@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -148,7 +149,10 @@ class Classifier:
             return self.learner
         if self.learner is not None:
             self.learner.close()
-        folder = Path(tempfile.mkdtemp(dir=self.workplace.name))
+            self.learner = None
+        folder = Path(self.workplace.name) / "learner"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
         build: Build = locate(self.config.learner.build, "learner.build")
         if self.before is not None and isinstance(questions.method, Looks):
             # the method keeps what it has seen: the run chose its candidates before it trained the vision tower

@@ -45,6 +45,15 @@ def find(what: str) -> dict[str, Path]:
     return found
 
 
+def names_of(text: str | None) -> list[str] | None:
+    """Class names as the command line has them.
+
+    >>> names_of("cat, great tit,"), names_of(None)
+    (['cat', 'great tit'], None)
+    """
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
 def _listed(path: Path) -> dict[str, Path]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file)

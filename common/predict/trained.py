@@ -67,6 +67,8 @@ def config_of(run: Trained, began: bool = False) -> Config:
     values |= {"rewards": {}, "evaluate": "last", "doctor": False, "trainer": {"name": "none"}}
     values["gpus"] = 1 if values["gpus"] and torch.cuda.is_available() else 0  # this process alone
     values["tracking"] = {**values["tracking"], "mode": "disabled"}
+    values["data"] = {**values["data"], "cache_gb": 0.0}  # new pictures are not kept
+    values["model"] = {**values["model"], "feature_cache_gb": 0.0}
     if not began and run.has_weights:
         values["model"] = {**values["model"], "path": str(run.model)}
     if run.embeddings.is_dir() and "bank" in values["method"]:

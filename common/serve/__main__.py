@@ -48,11 +48,11 @@ def main(arguments: list[str] | None = None) -> int:
 def serve(chosen: argparse.Namespace) -> None:
     """Load, serve until Ctrl-C, and leave nothing behind but corrections."""
     from common.predict.classifier import Classifier  # torch, some seconds
+    from common.predict.photos import names_of
     from common.serve.desk import Desk, Limits
     from common.serve.page import Page
 
-    names = None if chosen.names is None else [name.strip() for name in chosen.names.split(",") if name.strip()]
-    classifier = Classifier.load(chosen.run, names, chosen.risk)
+    classifier = Classifier.load(chosen.run, names_of(chosen.names), chosen.risk)
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())

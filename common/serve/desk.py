@@ -6,7 +6,7 @@ import csv
 import hashlib
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -18,16 +18,32 @@ from common.predict.classifier import Answer, Classifier
 from common.types import BadImage, UserError
 
 COLUMNS = ("path", "label", "answered")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # PIL decodes others, such as ICO, before their size is known
 LONGEST = 100  # characters of a class name that somebody types
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one request: bytes and pixels of a picture, and how many there may be."""
+    """Of one request: bytes and pixels of a picture, how many there may be, and their bytes together."""
 
     megabytes: float = 20.0
     megapixels: float = 50.0
     pictures: int = 64
+    together: float = 200.0
+
+    def check(self, sizes: Sequence[int]) -> None:
+        """Before anything is read.
+
+        Args:
+            sizes: Of the files in bytes.
+
+        Raises:
+            UserError: There are too many, or they are too large together.
+        """
+        if len(sizes) > self.pictures:
+            raise UserError(f"{len(sizes)} pictures at once; at most {self.pictures} are answered together")
+        if sum(sizes) > self.together * 1e6:
+            raise UserError(f"{sum(sizes) / 1e6:.0f} MB at once; at most {self.together:g} MB are taken together")
 
 
 class Desk:
@@ -49,8 +65,7 @@ class Desk:
         Raises:
             UserError: There are too many.
         """
-        if len(pictures) > self.limits.pictures:
-            raise UserError(f"{len(pictures)} pictures at once; at most {self.limits.pictures} are answered together")
+        self.limits.check([len(content) for content in pictures.values()])
         refused = {name: why for name, content in pictures.items() if (why := self.refusal(content))}
         good = {name: content for name, content in pictures.items() if name not in refused}
         with self.asking:
@@ -60,14 +75,14 @@ class Desk:
     def refusal(self, content: bytes) -> str:
         """Why a picture is not even decoded; empty: it may be. Reads its header alone."""
         if len(content) > self.limits.megabytes * 1e6:
-            return f"{len(content) / 1e6:.0f} MB are more than {self.limits.megabytes:.0f} MB"
+            return f"{len(content) / 1e6:.3g} MB are more than {self.limits.megabytes:g} MB"
         try:
-            with Image.open(BytesIO(content)) as picture:
+            with Image.open(BytesIO(content), formats=FORMATS) as picture:
                 pixels = picture.width * picture.height
         except Exception:  # PIL's readers raise nearly every kind on files that are no pictures
-            return "not a picture that PIL can read"
+            return f"not a picture that is taken here ({', '.join(FORMATS)})"
         if pixels > self.limits.megapixels * 1e6:
-            return f"{pixels / 1e6:.0f} megapixels are more than {self.limits.megapixels:.0f}"
+            return f"{pixels / 1e6:.3g} megapixels are more than {self.limits.megapixels:g}"
         return ""
 
     def keep(self, content: bytes, label: str, answered: str | None) -> Path:
@@ -95,7 +110,7 @@ class Desk:
             picture = decode(content)
         except BadImage as error:
             raise UserError(str(error)) from error
-        name = f"{hashlib.sha256(picture.tobytes()).hexdigest()[:16]}.png"
+        name = f"{hashlib.sha256(f'{picture.size}'.encode() + picture.tobytes()).hexdigest()[:16]}.png"
         table = self.feedback / "feedback.csv"
         with self.keeping:
             (self.feedback / "pictures").mkdir(parents=True, exist_ok=True)
@@ -113,5 +128,5 @@ class Desk:
     def _rows(self, table: Path) -> dict[str, tuple[str, str]]:
         if not table.is_file():
             return {}
-        with table.open(encoding="utf-8", newline="") as file:
+        with table.open(encoding="utf-8-sig", newline="") as file:  # a spreadsheet may have saved it
             return {row["path"]: (row["label"], row["answered"]) for row in csv.DictReader(file)}

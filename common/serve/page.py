@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,57 @@ from common.predict.classifier import Answer
 from common.serve.desk import Desk
 from common.types import UserError
 
-STALE = 20.0  # seconds since something was written to an upload that nobody has read
+STALE = 3600.0  # seconds after which an upload that nobody has asked about is deleted
+PARTIAL = 120.0  # seconds after which one that did not come through, or was refused as too large, is deleted
+
+
+class Uploads:
+    """What Gradio has received: read once from the disk, and deleted there.
+
+    Gradio keeps equal files of one name once, at `<hash>/<name>`. So who comes second with the same picture finds it
+    here, among those that were read last.
+    """
+
+    def __init__(self, folder: Path, keep_bytes: int) -> None:
+        """
+        Args:
+            folder: Nothing outside is read.
+            keep_bytes: Bound on what is remembered.
+        """
+        self.folder, self.keep_bytes = folder.resolve(), keep_bytes
+        self.read: OrderedDict[Path, bytes] = OrderedDict()
+        self.lock = threading.Lock()
+
+    def __call__(self, paths: Sequence[str], check: Callable[[Sequence[int]], None]) -> list[bytes]:
+        """Contents of some files. `check`: of their sizes, before anything is read.
+
+        Raises:
+            UserError: One is no upload, is not there any more, or the check refuses them.
+        """
+        found = [Path(path).resolve() for path in paths]
+        if not all(path.is_relative_to(self.folder) for path in found):
+            raise UserError("this is no uploaded picture: upload it first")
+        with self.lock:
+            try:
+                check([len(self.read[path]) if path in self.read else path.stat().st_size for path in found])
+                contents = [self.read[path] if path in self.read else path.read_bytes() for path in found]
+            except FileNotFoundError as error:
+                raise UserError("an upload is not there any more: upload it again") from error
+            for path, content in zip(found, contents, strict=True):
+                path.unlink(missing_ok=True)
+                self.read[path] = content
+                self.read.move_to_end(path)
+            while sum(map(len, self.read.values())) > self.keep_bytes:
+                self.read.popitem(last=False)
+        return contents
+
+    def tidy(self, now: float) -> None:
+        """Delete what Gradio leaves of uploads that it has refused, and what nobody asked about. `now`: seconds."""
+        for path in self.folder.rglob("*"):
+            whole = path.parent != self.folder  # Gradio moves what has come through into a folder of its own
+            with suppress(OSError):  # read and deleted meanwhile
+                if path.is_file() and now - path.stat().st_mtime > (STALE if whole else PARTIAL):
+                    path.unlink()
 
 
 class Page:
@@ -32,10 +83,11 @@ class Page:
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         import gradio
 
-        self.desk, self.uploads, self.gradio = desk, uploads.resolve(), gradio
+        self.desk, self.gradio = desk, gradio
+        self.uploads = Uploads(uploads, int(desk.limits.together * 1e6))
         with gradio.Blocks(title=title, analytics_enabled=False) as self.blocks:
             gradio.Markdown(f"## {title}")
-            kept = gradio.State({})
+            kept = gradio.State({}, time_to_live=STALE)
             files = gradio.File(
                 label=f"Photos, at most {desk.limits.megabytes:g} MB each",
                 file_count="multiple",
@@ -52,7 +104,7 @@ class Page:
             said = gradio.Markdown()
             files.upload(self.show, files, [kept, files, answers, correction, which, said], api_visibility="private")
             save.click(self.correct, [kept, which, right], said, api_visibility="private")
-            gradio.api(self.classify, api_name="classify")
+            gradio.api(self.classify, api_name="classify")  # type: ignore[attr-defined]
         self.blocks.queue(default_concurrency_limit=4, max_size=256)
         threading.Thread(target=self._tidy, daemon=True).start()
 
@@ -88,7 +140,7 @@ class Page:
 
     def correct(self, kept: Mapping[str, tuple[bytes, str | None]], which: str | None, label: str | None) -> str:
         """Save a correction and say where."""
-        if which not in kept or not label:
+        if which is None or which not in kept or not label:
             return "Choose a picture and its right name."
         content, answered = kept[which]
         try:
@@ -98,13 +150,9 @@ class Page:
         return f"Saved. Train on it: `python run.py data=folder data.folder={table}`"
 
     def _tidy(self) -> None:
-        """Delete what Gradio leaves of uploads that it has refused as too large, and what nobody asked about."""
         while True:
-            time.sleep(STALE / 4)
-            for path in self.uploads.rglob("*"):
-                with suppress(OSError):  # read and deleted meanwhile
-                    if path.is_file() and time.time() - path.stat().st_mtime > STALE:
-                        path.unlink()
+            time.sleep(PARTIAL / 4)
+            self.uploads.tidy(time.time())
 
     def _answers(self, contents: Mapping[str, bytes]) -> list[Answer]:
         try:
@@ -113,13 +161,13 @@ class Page:
             raise self.gradio.Error(str(error)) from error
 
     def _read(self, files: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
-        """Contents by name; the files are deleted. Only what was uploaded here is read."""
+        """Contents by name."""
+        try:
+            read = self.uploads([str(file.get("path", "")) for file in files], self.desk.limits.check)
+        except UserError as error:
+            raise self.gradio.Error(str(error)) from error
         contents: dict[str, bytes] = {}
-        for number, file in enumerate(files):
-            path = Path(str(file.get("path", ""))).resolve()
-            if not path.is_relative_to(self.uploads) or not path.is_file():
-                raise self.gradio.Error("this is no uploaded picture: upload it first")
-            name = str(file.get("orig_name") or path.name)
-            contents[name if name not in contents else f"{name} ({number})"] = path.read_bytes()
-            path.unlink(missing_ok=True)
+        for number, (file, content) in enumerate(zip(files, read, strict=True)):
+            name = str(file.get("orig_name") or Path(str(file["path"])).name)
+            contents[name if name not in contents else f"{name} ({number})"] = content
         return contents

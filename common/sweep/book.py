@@ -18,7 +18,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from common.sweep.plan import Spec, choices
+from common.sweep.plan import Spec, based, choices
 from common.types import UserError
 
 KEYS = {"sweep", "title", "text", "given"}
@@ -35,6 +35,12 @@ class Chapter:
     title: str = ""
     text: str = ""
     given: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def methods(self) -> set[str]:
+        """Of its points, as far as they stand in its YAML."""
+        rows = [{**self.spec.params, **based(self.spec, row)} for row in self.spec.points]
+        return {method for row in rows for method in choices(row.get("method", ""))}
 
     def values(self, given: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
         """What replaces the sweep's values, `given` on the command line included."""
@@ -58,25 +64,36 @@ def read(keys: Mapping[str, Any], folders: Sequence[Path]) -> list[Chapter]:
     Raises:
         UserError: One is wrong, or its sweep is not there.
     """
-    found = []
+    found: list[Chapter] = []
     for number, each in enumerate(keys["chapters"], 1):
         key = f"hydra.sweeper.chapters[{number}]"
         if unknown := sorted(set(each) - KEYS):
             raise UserError(f"{key}: {unknown[0]} is no key of a chapter; it has {', '.join(sorted(KEYS))}")
         name = str(each.get("sweep", ""))
+        if name in [chapter.name for chapter in found]:
+            raise UserError(f"{key}.sweep={name}: it is a chapter already; give the values of both to one")
         path = next(
             (folder / f"{name}.yaml" for folder in folders if name and (folder / f"{name}.yaml").is_file()), None
         )
         if path is None:
             raise UserError(f"{key}.sweep={name}: there is no such file in {', '.join(map(str, folders))}")
-        own: Any = OmegaConf.to_container(OmegaConf.select(OmegaConf.load(path), "hydra.sweeper") or OmegaConf.create())
-        if not own.get("points"):
-            raise UserError(f"{key}.sweep={name}: {path} has no hydra.sweeper.points")
+        whole: Any = OmegaConf.to_container(OmegaConf.load(path))
+        own = whole.get("hydra", {}).get("sweeper", {})
+        if beside := sorted(set(whole) - {"defaults", "hydra"}):
+            raise UserError(f"{key}.sweep={name}: {beside[0]} of {path} would be lost; move it into its params")
+        if not own.get("points") or not own.get("page"):
+            raise UserError(f"{key}.sweep={name}: {path} has no hydra.sweeper.points or page of its own")
         spec = Spec({**keys["params"], **own.get("params", {})}, own.get("named", {}), own["points"])
         tiny = _texts({**keys["tiny"], **own.get("tiny", {})})
-        given = _texts({**keys["given"], **each.get("given", {})})
+        given = _texts({**keys["given"], **(each.get("given") or {})})
         found.append(Chapter(name, spec, own["page"], tiny, each.get("title", name), each.get("text", ""), given))
     return found
+
+
+def with_methods(chapters: Sequence[Chapter], methods: Sequence[str] | None) -> list[Chapter]:
+    """Chapters that have points of some methods; of all, for None, or if none has any, so that its error says so."""
+    fitting = [chapter for chapter in chapters if methods is None or chapter.methods & set(methods)]
+    return fitting or list(chapters)
 
 
 def _texts(values: Mapping[str, Any]) -> dict[str, list[str]]:

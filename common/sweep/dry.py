@@ -69,7 +69,11 @@ def gpu_hours(values: Mapping[str, Any], cost: Mapping[str, Any]) -> float | Non
     targets = setting["targets"]
     chosen = targets if setting.get("test_on") is None else setting["test_on"]
     others = [targets[name] for name in chosen if name != values["data"]["name"]]
-    tested = counts["test"] + sum(one["published"].get("test", 0) for one in others)
+    most = setting.get("test_per_class")
+    tested = sum(
+        one.get("test", 0) if most is None else min(one.get("test", 0), most * one.get("classes", 0))
+        for one in (counts, *(other["published"] for other in others))
+    )
     times = 2 if seconds else 1  # before and after
     return (seconds + times * tested * cost["test"][method]) / 3600
 

@@ -82,7 +82,7 @@ def expand(spec: Spec, given: Mapping[str, Sequence[str]]) -> list[Point]:
 
 
 def _of_row(spec: Spec, row: Mapping[str, Any], given: Mapping[str, Sequence[str]]) -> list[Point]:
-    merged = {**spec.params, **_based(spec, row)}
+    merged = {**spec.params, **based(spec, row)}
     labels = {str(key): str(value) for key, value in (merged.get("labels") or {}).items()}
     values = {key: choices(value) for key, value in merged.items() if key not in PRIVATE}
     values |= {key: list(texts) for key, texts in given.items()}
@@ -94,7 +94,8 @@ def _of_row(spec: Spec, row: Mapping[str, Any], given: Mapping[str, Sequence[str
     return points
 
 
-def _based(spec: Spec, row: Mapping[str, Any]) -> dict[str, Any]:
+def based(spec: Spec, row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of points with the values of the named one that it begins with."""
     if "use" not in row:
         return dict(row)
     return {**_named(spec, str(row["use"])), **row}
@@ -103,7 +104,7 @@ def _based(spec: Spec, row: Mapping[str, Any]) -> dict[str, Any]:
 def _named(spec: Spec, name: str) -> Mapping[str, Any]:
     if name not in spec.named:
         raise UserError(f"the sweep has no point named {name!r} under hydra.sweeper.named; it has {[*spec.named]}")
-    return _based(spec, spec.named[name])
+    return based(spec, spec.named[name])
 
 
 def _needs(

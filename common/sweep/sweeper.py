@@ -63,9 +63,10 @@ class PaperSweeper(Sweeper):
     """See the head of this module. Its keys: conf/hydra/sweeper/paper.yaml."""
 
     def __init__(self, **keys: Any) -> None:
-        plain = {key: OmegaConf.to_container(OmegaConf.create(value or {})) for key, value in keys.items()}
-        self.keys: dict[str, Any] = plain
-        self.cost: dict[str, Any] = plain["cost"]  # type: ignore[assignment]
+        self.keys: dict[str, Any] = {
+            key: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value for key, value in keys.items()
+        }
+        self.cost: dict[str, Any] = self.keys["cost"]
         self.config: DictConfig | None = None
         self.hydra_context: HydraContext | None = None
         self.launcher: Launcher | None = None
@@ -80,10 +81,10 @@ class PaperSweeper(Sweeper):
         """Run what is not finished, wave by wave, and lay out the page."""
         assert self.config is not None and self.hydra_context is not None
         plugin.unregister(PaperSweeper)
-        chapters = self.chapters()
+        given = self.given(arguments)
+        chapters = book.with_methods(self.chapters(), given.get("method"))
         for chapter in chapters:
             page.check(chapter.page)
-        given = self.given(arguments)
         jobs, shown = self.jobs(chapters, given)
         finished = {job.folder for job in jobs if job.finished}
         if self.config.dry:
@@ -100,8 +101,8 @@ class PaperSweeper(Sweeper):
 
             print(book_page.make(folder, self.keys["title"], chapters, found))
         with result_is_safe("the tracker"):
-            for built, each in zip(found, pages, strict=True):
-                tracked.publish(built, each, self.config.tracking)
+            for built, where in zip(found, pages, strict=True):
+                tracked.publish(built, where, self.config.tracking)
         for each in returns:
             _ = each.return_value  # raises the first failure
         return [returns]
