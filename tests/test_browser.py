@@ -55,7 +55,7 @@ def shown(page):
 
 
 def settle(page, count):
-    sync_api.expect(page.locator("#count")).to_have_text(re.compile(f"^{count} of"))
+    sync_api.expect(page.locator("#count")).to_have_text(re.compile(f"^{count} of"), timeout=20_000)
 
 
 def arrive(page, part):

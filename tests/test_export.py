@@ -133,7 +133,9 @@ RUNS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.faults] * (kind == "whole")) for kind in RUNS])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.faults] * (kind != "adapters")) for kind in RUNS]
+)
 def test_the_card_of_an_exported_run_works(runner, tmp_path, monkeypatch, capsys, kind):
     """The code of the card, run as it stands, and `Classifier` give the run's own replies."""
     run, folder = tmp_path / "run", tmp_path / "plain"
@@ -206,7 +208,7 @@ def test_what_cannot_be_exported_is_named(tmp_path, capsys):
         export.into_vocabulary(None, None, 0, tmp_path / "embeddings", "short")
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_alert_without_training_has_nothing_to_export(runner, tmp_path, capsys):
     run = tmp_path / "run"
     assert runner(run, ["method=gemma_1shot", "model=tiny_gemma3", *QUICK, "setting.test_per_class=2"]) == 0
@@ -217,7 +219,7 @@ def test_alert_without_training_has_nothing_to_export(runner, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["run"], "nothing is left of what was refused"
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_an_exported_alert_says_how_to_ask_it(runner, tmp_path):
     """The card's code runs; the question has the words of two categories; the bank by itself as well."""
     run, folder = tmp_path / "run", tmp_path / "plain"

@@ -94,7 +94,9 @@ def test_all_points_compose(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize(
+    "name", [name if name in MIXED else pytest.param(name, marks=pytest.mark.faults) for name in OWN]
+)
 def test_in_miniature_by_two_overrides(name):
     model = "tiny_gemma3" if name.startswith("alert") else "tiny_qwen2_vl"
     found, *_ = jobs(name, f"model={model}", "data=digits", "seed=1")
@@ -385,7 +387,7 @@ def run(folder, *arguments, name="mine"):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.faults  # what it shows, the sweep of sweeps below shows as well, but for dry runs and mistakes
 def test_a_sweep_of_ones_own_runs_goes_on_and_ends_in_its_page(tmp_path):
     out = tmp_path / "out"
     broken = run(tmp_path, "method=linear_probe,nearest")
