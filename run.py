@@ -148,6 +148,9 @@ def run() -> None:
             sys.exit(predict.main(predict.of_run([word for word in sys.argv[1:] if word != "task=predict"])))
         sys.argv[1:] = literal(sys.argv[1:])
         main()
+    except KeyboardInterrupt:  # between runs, or while other processes run them
+        print("stopped; the same command goes on", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except (UserError, OmegaConfBaseException) as error:
         sys.exit(one_line(error))
     except (HydraException, ValueError, RuntimeError) as error:

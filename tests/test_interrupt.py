@@ -154,6 +154,20 @@ def test_a_request_alone():
             press()
 
 
+def test_a_stop_between_runs_is_one_line_too(monkeypatch, capsys):
+    """While a sweep composes its points, or while other processes run them."""
+    import run
+
+    def main():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "main", main)
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    with pytest.raises(SystemExit) as ended:
+        run.run()
+    assert ended.value.code == 130 and capsys.readouterr().err == "stopped; the same command goes on\n"
+
+
 @pytest.mark.parametrize(
     "stop", [Interrupted("stopped after update 2 of 4"), KeyboardInterrupt()], ids=["asked", "raw"]
 )

@@ -31,7 +31,6 @@ from common.report.paper import page, points
 from common.run.run_folder import RunFolder
 from common.run.safe import result_is_safe
 from common.sweep import book, dry, plugin
-from common.sweep.book import Chapter
 from common.sweep.plan import LATER, RUN, Point, expand
 from common.types import UserError
 
@@ -112,7 +111,7 @@ class PaperSweeper(Sweeper):
         """Whether this sweep is made of others."""
         return bool(self.keys["chapters"])
 
-    def chapters(self) -> list[Chapter]:
+    def chapters(self) -> list[book.Chapter]:
         """Those of a book, or this sweep alone."""
         assert self.config is not None and self.hydra_context is not None
         if self.is_book:
@@ -121,7 +120,7 @@ class PaperSweeper(Sweeper):
         return [book.alone(str(self.config.hydra.job.config_name), self.keys)]
 
     def jobs(
-        self, chapters: Sequence[Chapter], given: Mapping[str, Sequence[str]]
+        self, chapters: Sequence[book.Chapter], given: Mapping[str, Sequence[str]]
     ) -> tuple[list[Job], list[list[points.Shown]]]:
         """The points of all chapters with their folders, each once, those first that others need; and for each chapter
         where its page shows them.
@@ -135,6 +134,7 @@ class PaperSweeper(Sweeper):
         """
         assert self.config is not None and self.hydra_context is not None
         composer = Composer(self.hydra_context.config_loader, self.config)
+        print("composing and checking every point, some in a second", flush=True)
         found: dict[Path, Job] = {}
         shown: list[list[points.Shown]] = []
         for chapter in chapters:
@@ -162,7 +162,7 @@ class PaperSweeper(Sweeper):
         return values
 
     def describe(
-        self, chapters: Sequence[Chapter], shown: Sequence[list[points.Shown]], given: Mapping[str, Sequence[str]]
+        self, chapters: Sequence[book.Chapter], shown: Sequence[list[points.Shown]], given: Mapping[str, Sequence[str]]
     ) -> tuple[Path, list[Path]]:
         """Write down what the pages need. Returns the sweep's folder and its chapters', beside those of the runs."""
         assert self.config is not None
