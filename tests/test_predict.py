@@ -134,6 +134,24 @@ def test_a_folder_with_broken_pictures(runner, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
+def test_new_pictures_are_not_kept(runner, tmp_path):
+    """A run keeps decoded pictures of its dataset; what is asked later is nobody's dataset."""
+    run, folder, cache = tmp_path / "run", tmp_path / "photos", tmp_path / "cache" / "pixels"
+    for name in ("zero", "one"):
+        (folder / name).mkdir(parents=True)
+        for number in range(12):
+            Digits().open(str(number)).save(folder / name / f"{number}.png")
+    asked = ["method=zeroshot", "data=folder", f"data.folder={folder}", f"cache_dir={tmp_path / 'cache'}", "shots=4"]
+    assert runner(run, [*asked, "data.duplicates=ignore", "tracking=none", "tracking.report=false"]) == 0
+    kept = sorted(path.name for path in cache.rglob("*.rgb"))
+    assert kept, "the run has kept its own"
+    classifier = Classifier.load(run)
+    assert classifier({"new": Digits().open("50")})[0].reply
+    classifier.close()
+    assert sorted(path.name for path in cache.rglob("*.rgb")) == kept
+
+
+@pytest.mark.slow
 def test_what_cannot_be_asked_is_one_line(runner, tmp_path, capsys):
     run = tmp_path / "run"
     assert runner(run, ["method=clip_zero_shot", *QUICK]) == 0

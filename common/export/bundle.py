@@ -56,7 +56,7 @@ def export(run: Path, target: Path, kind: str = "model", licence: str | None = N
         parts = Path(place) / "model"  # what is half written is not taken for a model
         parts.mkdir()
         asking = WRITERS[kind](trained, config, parts)
-        write_card(parts, kind, result, began_from(trained), asking, licence)
+        write_card(parts, kind, result, config_of(trained, began=True), asking, licence)
         if target.exists():
             target.rmdir()
         parts.rename(target)
@@ -122,31 +122,18 @@ def _example(trained: Trained, config: Config) -> Prompt:
     return questions.method.evaluation_prompts(task, split)[0]
 
 
-def began_from(trained: Trained) -> Config:
-    """The run's configuration with the model that it began from."""
-    return config_of(trained, began=True)
-
-
-LEFT_OUT: dict[str, Any] = {
-    "rewards": {},
-    "cache_dir": "cache",
-    "label": None,
-    "run_name": "exported",
-}  # say where or whose it was
-
-
 def _write_records(trained: Trained, folder: Path) -> None:
     """What `Classifier` reads, without names of pictures and places of this machine."""
     folder.mkdir()
     values: dict[str, Any] = yaml.safe_load((trained.records / "config.yaml").read_text(encoding="utf-8"))
-    values |= LEFT_OUT
+    # what could say where or whose it was, and what no answer depends on
+    values |= {"rewards": {}, "few_shot": {}, "cache_dir": "cache", "label": None, "run_name": "exported"}
     values["data"] = _anywhere(values["data"])
     values["setting"]["targets"] = {name: _anywhere(one) for name, one in values["setting"]["targets"].items()}
     values["model"]["path"] = named(values["model"]["path"])
     values["tracking"] |= {"group": None, "tags": [], "project": values["tracking"]["name"]}
     for encoder in ("clip", "visual"):
         values[encoder]["options"] = {}
-    values["few_shot"] = {}
     (folder / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     manifest = json.loads((trained.records / "manifest.json").read_text(encoding="utf-8"))
     splits = {name: {"names": split["names"]} for name, split in manifest["splits"].items()}
@@ -158,15 +145,15 @@ def _write_records(trained: Trained, folder: Path) -> None:
 
 
 def _anywhere(data: Mapping[str, Any]) -> dict[str, Any]:
-    return {**data, "root": None, "folder": named(data["folder"]), "aliases": None}
+    return {**data, "root": None, "folder": Path(data["folder"]).name, "aliases": None}
 
 
 def named(path: str | None) -> str | None:
-    """A folder by its last name alone; an id of the hub stays.
+    """A model's folder by its last name alone; an id of the hub stays.
 
-    >>> named("/home/me/birds"), named("../birds"), named("~/birds"), named("owner/name"), named("dtd"), named(None)
-    ('birds', 'birds', 'birds', 'owner/name', 'dtd', None)
+    >>> named("/home/me/birds"), named("../birds"), named("~/birds"), named("owner/name"), named(None)
+    ('birds', 'birds', 'birds', 'owner/name', None)
     """
-    if path is None or (path.count("/") == 1 and not path.startswith((".", "/", "~"))):
+    if path is None or (path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).is_dir()):
         return path
     return Path(path).name

@@ -62,7 +62,7 @@ def write_card(
 
     Args:
         folder: Of the export.
-        kind: What it holds, see `bundle.KINDS`.
+        kind: What it holds, see `bundle.export`.
         result: Of the run.
         config: Of the run, with the model that it began from.
         asking: How to ask it; empty where there is nothing to ask.

@@ -82,7 +82,7 @@ class Desk:
         except Exception:  # PIL's readers raise nearly every kind on files that are no pictures
             return f"not a picture that is taken here ({', '.join(FORMATS)})"
         if pixels > self.limits.megapixels * 1e6:
-            return f"{pixels / 1e6:.3g} megapixels are more than {self.limits.megapixels:g}"
+            return f"{pixels / 1e6:.4g} megapixels are more than {self.limits.megapixels:g}"
         return ""
 
     def keep(self, content: bytes, label: str, answered: str | None) -> Path:

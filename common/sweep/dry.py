@@ -52,6 +52,9 @@ def gpu_hours(values: Mapping[str, Any], cost: Mapping[str, Any]) -> float | Non
     >>> run["setting"] = setting
     >>> gpu_hours({**run, "shots": 4}, cost)  # 400 images x 10 epochs x 18 s, 2 x 6,000 images x 0.3 s
     21.0
+    >>> run["setting"] = {**setting, "test_per_class": 6}  # 2 x 600 images
+    >>> gpu_hours({**run, "shots": 4}, cost)
+    20.1
     """
     method, model = values["method"]["name"], values["model"]["name"]
     counts = values["data"]["published"]

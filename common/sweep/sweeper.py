@@ -134,7 +134,7 @@ class PaperSweeper(Sweeper):
         """
         assert self.config is not None and self.hydra_context is not None
         composer = Composer(self.hydra_context.config_loader, self.config)
-        print("composing and checking every point, some in a second", flush=True)
+        print("composing and checking every point before the first one runs", flush=True)
         found: dict[Path, Job] = {}
         shown: list[list[points.Shown]] = []
         for chapter in chapters:
