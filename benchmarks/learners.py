@@ -1,6 +1,7 @@
 """Few-shot learners at the size of ImageNet, on random features: ours against the formulas as they are written.
 
     python -m benchmarks.learners                    # --images 2048 --betas 4 takes eight minutes
+    python -m benchmarks.learners --whole            # ours alone: 50,000 images, the whole grid; an epoch of CaFo
 
     tip_search      Tip-Adapter's search of alpha and beta: 16,000 keys of 1024 numbers, 1,000 classes. Written out: for
                     every pair of the grid one exponential over all keys and a product with their one-hot labels. Both
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import resource
 import statistics
@@ -26,10 +28,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-from alert.draft.learners import cafo, tip_adapter, zero_shot
+from alert.draft.fit.data import Plan
+from alert.draft.learners import cafo, grid_search, tip_adapter, zero_shot
 
 CLASSES, SHOTS, WIDTH, SECOND, BATCH = 1000, 16, 1024, 2048, 256
 SCALE, STEPS = (7.0, 3.0), 20
@@ -68,13 +71,11 @@ def tip_search(ours: bool, images: int, betas: int) -> Found:
     before, clock = peak(), time.perf_counter()
     if ours:
         kept = tip_adapter.keys_of(keys[None], key_labels, CLASSES)
-
-        def vote(part: slice) -> Any:
-            near = tip_adapter.affinity(asked[part], kept)
-            return lambda beta: tip_adapter.votes(near, beta)
-
         # the first betas of the whole grid: its step is (end - 0.1) / 200
-        found = tip_adapter.search(vote, base, labels, (0.1 + (SCALE[0] - 0.1) * betas / 200, SCALE[1]), (betas, STEPS))
+        scale = (0.1 + (SCALE[0] - 0.1) * betas / 200, SCALE[1])
+        found = grid_search.search_keys(
+            lambda part: tip_adapter.affinity(asked[part], kept), base, labels, scale, (betas, STEPS)
+        )
         alpha, beta, best = found.alpha, found.beta, found.accuracy
     else:
         affinity, best, alpha, beta = asked @ keys.T, 0.0, 0.0, 0.0
@@ -94,7 +95,7 @@ def tip_search(ours: bool, images: int, betas: int) -> Found:
     return Found(seconds, memory, [alpha, beta, best, float(logits.double().norm())])
 
 
-def cafo_batch(ours: bool, images: int, betas: int) -> Found:
+def cafo_batch(ours: bool, images: int, betas: int, batches: int = 2) -> Found:
     """See the top of this file. `images` and `betas` do not matter."""
     labels = torch.arange(BATCH) % CLASSES
     key_labels = torch.arange(CLASSES).repeat_interleave(SHOTS)
@@ -104,12 +105,15 @@ def cafo_batch(ours: bool, images: int, betas: int) -> Found:
     onehot, beta, alpha = torch.eye(CLASSES)[key_labels], 1.0, 0.6
     if ours:
         missing = torch.zeros(CLASSES, SHOTS, dtype=torch.bool)
-        trained = [each.view(CLASSES, SHOTS, -1).clone().requires_grad_(True) for each in keys]
+        trained = [nn.Parameter(each.view(CLASSES, SHOTS, -1).clone()) for each in keys]
     else:
-        trained = [each.clone().requires_grad_(True) for each in keys]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3, eps=1e-4)
+        trained = [nn.Parameter(each.clone()) for each in keys]
+    if ours:
+        optimizer = Plan("adamw", 20, BATCH, 1e-3, 0.01).make(trained)
+    else:
+        optimizer = torch.optim.AdamW(trained, lr=1e-3, eps=1e-4)
     losses, before, clock = [], peak(), time.perf_counter()
-    for _ in range(2):
+    for _ in range(batches):
         if ours:
             near = [tip_adapter.affinity(x, tip_adapter.Keys(k, missing)) for x, k in zip(asked, trained, strict=True)]
             logits = cafo.logits(torch.stack([tip_adapter.votes(each, beta) for each in near]), base, alpha)
@@ -124,7 +128,7 @@ def cafo_batch(ours: bool, images: int, betas: int) -> Found:
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-    return Found((time.perf_counter() - clock) / 2, peak() - before, losses)
+    return Found((time.perf_counter() - clock) / batches, peak() - before, losses)
 
 
 CASES = {"tip_search": tip_search, "cafo_batch": cafo_batch}
@@ -136,13 +140,27 @@ def measure(name: str, ours: bool, images: int, betas: int) -> Found:
         return pool.apply(CASES[name], (ours, images, betas))
 
 
+def whole() -> None:
+    """Ours alone, at the size of ImageNet's validation images and shots."""
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        search = pool.apply(tip_search, (True, 50_000, 200))
+        print(f"tip_search: 50,000 images, 200 betas, 20 alphas: {search.seconds:.0f} s, {search.memory:.0f} MiB")
+        batches = math.ceil(CLASSES * SHOTS / BATCH)
+        batch = pool.apply(cafo_batch, (True, 0, 0, batches))
+        print(f"cafo: an epoch, {batches} batches: {batch.seconds * batches:.0f} s, {batch.memory:.0f} MiB")
+
+
 def main() -> None:
     """Measure both sides alternately, and print a table and one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--betas", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--whole", action="store_true", help="ours alone, all of ImageNet's validation images")
     options = parser.parse_args()
+    if options.whole:
+        whole()
+        return
     cases: dict[str, Any] = {}
     for name in CASES:
         found: dict[bool, list[Found]] = {True: [], False: []}

@@ -15,7 +15,7 @@ from alert.draft.features import tiny
 from alert.draft.fit import adapted, cached, closed, trained
 from alert.draft.fit.data import Pictures, Plan, Support, Text, accuracy, all_logits, batches, fit
 from alert.draft.fit.learner import probabilities
-from alert.draft.learners import tip_adapter, zero_shot
+from alert.draft.learners import grid_search, tip_adapter, zero_shot
 from common.config.composition import validate
 from common.types import Item, Split, Task, UserError
 from tests import encoders
@@ -412,4 +412,4 @@ def test_the_66_published_configurations(compose):
             compared += 1
         betas = published["calip_betas_2_3"][key]
         assert list(cfg.few_shot.calip.betas) == [1, *betas]
-    assert compared == 66 and tuple(tip["search_step"]) == tip_adapter.STEPS
+    assert compared == 66 and tuple(tip["search_step"]) == grid_search.STEPS

@@ -14,6 +14,7 @@ from alert.draft.learners import (
     calip_fs,
     clip_adapter,
     coop,
+    grid_search,
     linear_probe,
     tip_adapter,
     vt_clip,
@@ -129,7 +130,7 @@ def test_missing_keys_neither_vote_nor_learn(images, views, text):
 
 
 def test_the_grid_is_the_published_one():
-    betas, alphas = tip_adapter.grid((7.0, 3.0))
+    betas, alphas = grid_search.grid((7.0, 3.0))
     assert len(betas) == 200 and len(alphas) == 20
     assert (betas[0], alphas[0]) == (0.1, 0.1)
     assert betas[-1] == pytest.approx(0.1 + 199 * 6.9 / 200) and alphas[-1] == pytest.approx(0.1 + 19 * 2.9 / 20)
@@ -152,9 +153,41 @@ def test_search_equals_every_pair_tried_in_order(images, views, text, chunk):
         near = tip_adapter.affinity(images[part], keys)
         return lambda beta: tip_adapter.votes(near, beta)
 
-    found = tip_adapter.search(vote, base, truth, (9.0, 6.0), (12, 5), chunk)
-    assert (found.alpha, found.beta, found.accuracy) == pytest.approx(best)
     assert best[:2] != (0.1, 0.1), "the first pair would be found without a search"
+    for found in (
+        grid_search.search(vote, base, truth, (9.0, 6.0), (12, 5), chunk),
+        grid_search.search_keys(
+            lambda part: tip_adapter.affinity(images[part], keys), base, truth, (9.0, 6.0), (12, 5), chunk
+        ),
+    ):
+        assert (found.alpha, found.beta, found.accuracy) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("end", [12.0, 60.0])
+@pytest.mark.parametrize("spread", [0.0, 0.3, 3.0, 30.0])
+@pytest.mark.parametrize("classes, shots, width", [(2, 1, 2), (7, 3, 4), (150, 2, 3), (40, 5, 16)])
+def test_rivals_alone_decide_as_all_classes_do(classes, shots, width, spread, end):
+    # few dimensions: many classes win somewhere on the grid. Two classes are the same one, some keys are missing
+    generator = torch.Generator().manual_seed(classes)
+    keys = torch.nn.functional.normalize(
+        torch.randn(classes, shots, width, generator=generator, dtype=torch.float64), dim=2
+    )
+    missing = torch.rand(classes, shots, generator=generator) < 0.3
+    missing[:, 0] = False
+    keys[1], missing[1] = keys[0], missing[0]
+    truth = torch.arange(60) % classes
+    images = keys[truth, 0] + 0.6 * torch.randn(60, width, generator=generator, dtype=torch.float64)
+    near = tip_adapter.affinity(images, tip_adapter.Keys(keys, missing))
+    base = spread * torch.randn(60, classes, generator=generator, dtype=torch.float64)
+    base[:, 1] = base[:, 0]
+    betas, alphas = grid_search.grid((end, 5.0), (50, 6))
+    distance = np.where(missing.numpy(), np.inf, 1 - near.numpy())[:, None]
+    votes = np.exp(-np.array(betas)[None, :, None, None] * distance).sum(3)  # [images, betas, classes]
+    mixed = base.numpy()[:, None, None] + np.array(alphas)[:, None] * votes[:, :, None]
+    expected = mixed.argmax(3) == truth.numpy()[:, None, None]
+    found = grid_search.right(near, base, truth, betas, alphas)
+    np.testing.assert_array_equal(found, expected)
+    assert 0 < expected.sum() < expected.size or spread == 30.0 or classes == 2
 
 
 # --- CaFo

@@ -13,34 +13,10 @@ from torch import Tensor, nn
 
 from alert.draft.fit.base import Unfitted, base_logits
 from alert.draft.fit.data import Pictures, Plan, Support, Text, accuracy
+from alert.draft.fit.searched import Searched
 from alert.draft.fit.trained import Trained
-from alert.draft.learners import cafo, tip_adapter
+from alert.draft.learners import cafo, grid_search, tip_adapter
 from common.config.checks import one_of, positive
-from common.types import UserError
-
-Vote = Callable[[Pictures], Callable[[float], Tensor]]  # from pictures to a function from beta to what alpha multiplies
-
-
-class Searched:
-    """Alpha and beta, and their search."""
-
-    def __init__(self, alpha: float, beta: float, search_scale: list[float]) -> None:
-        """
-        Args:
-            alpha: As the fit begins.
-            beta: As the fit begins.
-            search_scale: Ends of beta and alpha in the search.
-        """
-        positive("few_shot: beta", beta)
-        if len(search_scale) != 2 or min(search_scale) <= 0.1:
-            raise UserError(f"few_shot: search_scale={search_scale} must be the ends of beta and alpha, above 0.1")
-        self.alpha, self.beta, self.scale = alpha, beta, (search_scale[0], search_scale[1])
-
-    def search(self, vote: Vote, pictures: Pictures, text: Text) -> tip_adapter.Found:
-        """The pair of the highest accuracy on some pictures."""
-        return tip_adapter.search(
-            lambda part: vote(pictures.take(part)), base_logits(pictures, text), pictures.labels, self.scale
-        )
 
 
 class TipAdapter(Unfitted):
@@ -74,21 +50,18 @@ class TipAdapter(Unfitted):
     def chosen_by_test(self) -> bool:
         return self.test is not None and self.val is None
 
-    def _vote(self, pictures: Pictures) -> Callable[[float], Tensor]:
-        assert self.keys is not None
-        near = tip_adapter.affinity(pictures.images, self.keys)
-        return lambda beta: tip_adapter.votes(near, beta)
-
     def end(self) -> dict[str, Any]:
         if self.searched_on is not None:
-            found = self.mix.search(self._vote, self.searched_on, self.text)
+            assert self.keys is not None
+            found = self.mix.search_keys(self.keys, self.searched_on, self.text)
             self.mix.alpha, self.mix.beta = found.alpha, found.beta
         return {"alpha": self.mix.alpha, "beta": self.mix.beta, "searched": self.searched_on is not None}
 
     def logits(self, pictures: Pictures, text: Text) -> Tensor:
         if self.keys is None:
             return base_logits(pictures, text)
-        return base_logits(pictures, text) + self.mix.alpha * self._vote(pictures)(self.mix.beta)
+        base = base_logits(pictures, text)
+        return tip_adapter.logits(pictures.images, self.keys, base, self.mix.alpha, self.mix.beta)
 
     def state(self) -> dict[str, Any]:
         return {"keys": None if self.keys is None else vars(self.keys), "mix": (self.mix.alpha, self.mix.beta)}
@@ -161,7 +134,11 @@ class TrainedKeys(Trained):
         base = base_logits(pictures, text)
         return base + self.mix.alpha * self.vote(pictures, base)(self.mix.beta)
 
-    def search_keys(self) -> dict[str, Tensor] | None:
+    def search(self, pictures: Pictures) -> grid_search.Found:
+        """Alpha and beta on some pictures, with the keys as they are."""
+        return self.mix.search(lambda p: self.vote(p, base_logits(p, self.text)), pictures, self.text)
+
+    def keys_to_search_with(self) -> dict[str, Tensor] | None:
         """Weights to search alpha and beta with, if they are not the trained ones."""
         return None
 
@@ -170,11 +147,14 @@ class TrainedKeys(Trained):
         assert self.module is not None
         if self.searched_on is None or self.judges is None:
             return facts | {"alpha": self.mix.alpha, "beta": self.mix.beta, "searched": False}
-        trained, other = copy.deepcopy(self.module.state_dict()), self.search_keys() if self.test is not None else None
+        trained, other = (
+            copy.deepcopy(self.module.state_dict()),
+            self.keys_to_search_with() if self.test is not None else None,
+        )
         if other is not None:
             self.module.load_state_dict(other)
         with torch.no_grad():
-            found = self.mix.search(lambda p: self.vote(p, base_logits(p, self.text)), self.searched_on, self.text)
+            found = self.search(self.searched_on)
         self.module.load_state_dict(trained)
         begun, before = (self.mix.alpha, self.mix.beta), accuracy(self, self.judges, self.text)
         self.mix.alpha, self.mix.beta = found.alpha, found.beta
@@ -202,6 +182,10 @@ class TipAdapterF(TrainedKeys):
         assert self.module is not None
         near = tip_adapter.affinity(pictures.images, self.module.keys()[0])
         return lambda beta: tip_adapter.votes(near, beta)
+
+    def search(self, pictures: Pictures) -> grid_search.Found:
+        assert self.module is not None
+        return self.mix.search_keys(self.module.keys()[0], pictures, self.text)
 
 
 class CaFo(TrainedKeys):
@@ -285,7 +269,7 @@ class CaFo(TrainedKeys):
             return lambda beta: cafo.standardized(tip_adapter.votes(near[0], beta))
         return lambda beta: cafo.fused(torch.stack([tip_adapter.votes(each, beta) for each in near]), base)
 
-    def search_keys(self) -> dict[str, Tensor] | None:
+    def keys_to_search_with(self) -> dict[str, Tensor] | None:
         # with validation pictures the authors search before training; without them, on ImageNet, afterwards
         return None if self.val is None else {k: v.to(self.train.seen.images) for k, v in self.begun.items()}
 

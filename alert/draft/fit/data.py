@@ -175,7 +175,7 @@ class Plan:
         """The optimiser."""
         if self.optimizer == "sgd":
             return torch.optim.SGD(parameters, self.learning_rate, momentum=0.9, weight_decay=self.weight_decay)
-        return torch.optim.AdamW(parameters, self.learning_rate, eps=1e-4, weight_decay=self.weight_decay)
+        return torch.optim.AdamW(parameters, self.learning_rate, eps=1e-4, weight_decay=self.weight_decay, fused=True)
 
     def rate(self, epoch: int, number: int, total: int) -> float:
         """Of batch `number` of the fit, in `epoch`; both from 0. total: the batches that the cosine is made for."""

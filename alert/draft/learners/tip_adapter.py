@@ -9,14 +9,11 @@ fewer images is filled up with keys that have no vote. As the authors' code (the
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-
-STEPS = (200, 20)  # of beta and alpha
 
 
 @dataclass(frozen=True)
@@ -97,64 +94,3 @@ def logits(images: Tensor, keys: Keys, zero_shot: Tensor, alpha: float, beta: fl
         Shape: [N, C].
     """
     return zero_shot + alpha * votes(affinity(images, keys), beta)
-
-
-def grid(scale: tuple[float, float], steps: tuple[int, int] = STEPS) -> tuple[list[float], list[float]]:
-    """The betas and alphas that are tried: evenly from 0.1 towards `scale`, which is not reached itself.
-
-    Args:
-        scale: Ends of beta and alpha.
-        steps: How many betas and alphas.
-
-    >>> grid((2.1, 1.1), (2, 2))
-    ([0.1, 1.1], [0.1, 0.6])
-    """
-    betas, alphas = (
-        [i * (end - 0.1) / count + 0.1 for i in range(count)] for end, count in zip(scale, steps, strict=True)
-    )
-    return betas, alphas
-
-
-@dataclass(frozen=True)
-class Found:
-    """Of a search: the best pair and its accuracy."""
-
-    alpha: float
-    beta: float
-    accuracy: float
-
-
-def search(
-    vote: Callable[[slice], Callable[[float], Tensor]],
-    zero_shot: Tensor,
-    labels: Tensor,
-    scale: tuple[float, float],
-    steps: tuple[int, int] = STEPS,
-    chunk: int = 512,
-) -> Found:
-    """The pair of the highest accuracy; of equal ones the first, beta outside and alpha inside, as the authors search.
-
-    Accuracies of all pairs are counted chunk by chunk, so that the images' affinities are never held together, and one
-    exponential per beta serves all alphas.
-
-    Args:
-        vote: From some images to a function from beta to what alpha multiplies. Shape of that: [images, C].
-        zero_shot: Logits of the images. Shape: [N, C].
-        labels: Shape: [N].
-        scale: Ends of beta and alpha.
-        steps: How many betas and alphas.
-        chunk: Images that are held together.
-    """
-    betas, alphas = grid(scale, steps)
-    right = torch.zeros(len(betas), len(alphas), dtype=torch.long, device=labels.device)
-    for start in range(0, len(labels), chunk):
-        part = slice(start, start + chunk)
-        base, truth, voted = zero_shot[part], labels[part], vote(part)
-        mixed = torch.empty_like(base)
-        for row, beta in enumerate(betas):
-            added = voted(beta)
-            for column, alpha in enumerate(alphas):
-                torch.add(base, added, alpha=alpha, out=mixed)
-                right[row, column] += (mixed.argmax(1) == truth).sum()
-    best = int(right.flatten().argmax())  # of equal ones the first
-    return Found(alphas[best % len(alphas)], betas[best // len(alphas)], float(right.flatten()[best]) / len(labels))
