@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections import defaultdict
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -24,10 +25,16 @@ LONG = ("test_end_to_end", "test_ranks", "test_faults", "test_alert", "test_data
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items):
-    """What is long is slow, too. Files that train at length go first, so that the two processes end together."""
+    """What is long is slow, too, and so are the middle cases of what is sampled. Files that train at length go first,
+    so that the two processes end together."""
+    cases = defaultdict(list)
     for item in items:
         if item.get_closest_marker("faults"):
             item.add_marker(pytest.mark.slow)
+        if item.get_closest_marker("sampled"):
+            cases[item.path, item.originalname].append(item)
+    for item in (item for each in cases.values() for item in each[1:-1]):
+        item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
@@ -49,13 +56,19 @@ def initialized():
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
-    from common.config import composition as config
-
-    config.register()
+    registered()
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
         yield lambda *overrides: copy.deepcopy(composed(overrides))
     GlobalHydra.instance().clear()
+
+
+@cache
+def registered():
+    """The schemas stay known to Hydra."""
+    from common.config import composition
+
+    composition.register()
 
 
 @cache

@@ -271,6 +271,7 @@ def drafted(place, task, seed):
     return made
 
 
+@pytest.mark.slow
 def test_a_draft_is_read_before_the_model_is_loaded(compose, digits_task, tmp_path):
     arguments = ["method.draft=file", f"method.draft_file={tmp_path}/SPLIT"]
     with pytest.raises(UserError, match=r"method\.draft_file: .*test\.json cannot be read"):
@@ -288,6 +289,7 @@ def test_a_bank_is_looked_at_before_the_model_is_loaded(compose, tmp_path):
         questions(compose, f"method.bank={tmp_path}")
 
 
+@pytest.mark.slow
 def test_a_run_does_not_continue_with_other_files(compose, digits_task, tmp_path):
     names, place = digits_task.train.names, tmp_path / "bank"
     bank_file.export(place, torch.zeros(10, 4, 8), names, "gemma3")
@@ -334,6 +336,7 @@ def test_prompts_before_the_pictures_are_the_longest(digits_task):
     assert longest >= max(len(p.text) for epoch in range(20) for p in drawn.train_prompts(digits_task, epoch))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -38,6 +38,7 @@ def nothing(samples):
     return [0.0 for _ in samples]
 
 
+@pytest.mark.slow
 def test_the_projects_own_mixes_cannot_be_gamed(run, compose):
     for option in ("nothinking", "clsrl", "alert_no_judge"):
         model = "tiny_gemma3" if option.startswith("alert") else "tiny_qwen2_vl"

@@ -78,6 +78,7 @@ def cells(text):
     return rows, {row["run"]: row for row in rows}
 
 
+@pytest.mark.slow
 def test_seeds_stand_together_and_their_statistics_are_scipys(write, capsys):
     made = [answers(seed, 0.7) for seed in (1, 2, 3)]
     paths = [write(f"run{i}", f"seed={i + 1}", right=right, before=~right) for i, right in enumerate(made)]
@@ -98,6 +99,7 @@ def test_seeds_stand_together_and_their_statistics_are_scipys(write, capsys):
     }
 
 
+@pytest.mark.slow
 def test_what_tells_groups_apart_is_in_their_names(write):
     paths = [
         write("a", right=answers(1, 0.5)),
@@ -114,6 +116,7 @@ def test_what_tells_groups_apart_is_in_their_names(write):
     ]
 
 
+@pytest.mark.slow
 def test_a_difference_is_of_the_same_images(write, capsys):
     first, second = [answers(s, 0.6) for s in (1, 2)], [answers(s + 10, 0.8) for s in (1, 2)]
     paths = [write(f"a{i}", f"seed={i + 1}", right=right) for i, right in enumerate(first)]
@@ -150,6 +153,7 @@ def test_the_bootstrap_covers_the_truth():
     assert inside / 400 >= 0.93
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("seeds", "spread", "images"), [(3, 0.0, 200), (3, 0.05, 200), (2, 0.05, 2000), (3, 0.05, 2000), (5, 0.02, 8000)]
 )

@@ -30,6 +30,7 @@ AS_THEY_ARE = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("file", AS_THEY_ARE)
 def test_every_file_composes_and_validates(compose, file):
     group, name = str(Path(file).parent), Path(file).stem
@@ -62,6 +63,7 @@ COMBINATIONS = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("method", "data", "model"), COMBINATIONS)
 def test_every_method_data_model_composes(compose, method, data, model):
     checked = config.validate(compose(f"method={method}", f"data={data}", f"model={model}"))
@@ -92,23 +94,27 @@ def test_paper_configuration(compose, method, rewards):
     assert set(c.rewards) == rewards and all(entry["weight"] == 1 for entry in c.rewards.values())
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("data", "epochs"), [("imagenet", 10), ("sun397", 25), ("eurosat", 100), ("dtd", 50)])
 @pytest.mark.parametrize("method", ["clsrl", "sft"])
 def test_epochs_of_a_dataset(compose, method, data, epochs):
     assert config.validate(compose(f"method={method}", f"data={data}", "model=qwen2_vl_2b")).trainer.epochs == epochs
 
 
+@pytest.mark.slow
 def test_long_prompts_of_cars(compose):
     limits = [config.validate(compose("data=stanford_cars", f"model={m}")).model for m in ("qwen2_vl_2b", "gemma3_4b")]
     assert [model.max_prompt_tokens for model in limits] == [2048, 8192]
 
 
+@pytest.mark.slow
 def test_method_chooses_trainer_and_rewards(compose):
     assert config.validate(compose("method=sft")).trainer.name == "sft"
     assert config.validate(compose("method=zeroshot")).trainer.name == "none"
     assert set(config.validate(compose("method=clsrl", "rewards=nothinking")).rewards) == {"equality"}
 
 
+@pytest.mark.slow
 def test_protocol_switches_reach_rewards_and_method(compose):
     c = config.validate(compose("method=clsrl", "protocol=official"))
     assert c.rewards["accuracy"]["match"] == c.rewards["format"]["match"] == "official"
@@ -120,6 +126,7 @@ def test_protocol_switches_reach_rewards_and_method(compose):
     assert one_switch.rewards["format"]["match"] == "strict"
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -184,6 +191,7 @@ def test_bad_values_are_named(compose, overrides, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("entry", "named"),
     [
@@ -202,6 +210,7 @@ def test_a_match_that_has_moved_names_its_new_place(compose, entry, named):
     assert message.startswith("rewards.mine.match=") and message.endswith(named) and "\n" not in message
 
 
+@pytest.mark.slow
 def test_the_rewards_that_a_moved_match_names_exist(compose):
     for moved in rewards.MATCHES.values():
         for match, path in moved.items():
@@ -218,6 +227,7 @@ def test_rewards_may_import_their_types_for_checkers_only(compose, tmp_path, mon
     config.validate(compose("+rewards.mine={weight:1,fn:typed_reward.mine,limit:3}"))
 
 
+@pytest.mark.slow
 def test_signature_ignores_where_and_how_it_is_watched(compose):
     base = config.signature(config.plain(compose()))
     assert config.signature(config.plain(compose("tracking=none", "run_name=x", "cache_dir=y"))) == base
@@ -228,6 +238,7 @@ def test_signature_ignores_where_and_how_it_is_watched(compose):
     assert config.signature(config.plain(compose("+rewards.extra={weight:1,fn:common.rewards.accuracy}"))) != base
 
 
+@pytest.mark.slow
 def test_label_scoring_is_on_and_part_of_the_result(compose):
     on, off = compose(), compose("label_scoring=false")
     assert config.validate(on).label_scoring is True and config.validate(off).label_scoring is False

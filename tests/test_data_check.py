@@ -44,6 +44,7 @@ def configured(tree, monkeypatch):
     return get
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", SIZES)
 def test_sizes(configured, name):
     report = check.examine(configured(name, published=SIZES[name]))
@@ -59,6 +60,7 @@ def test_every_dataset_is_found_and_complete(monkeypatch, tree):
     assert {report.data.name: report.origin for report in reports}["fgvc_aircraft"] == "official lists"
 
 
+@pytest.mark.slow
 def test_other_sizes_than_published(configured):
     published = {"classes": 3, "train": 2820, "val": 3, "test": 1692}
     report = check.examine(configured("dtd", published=published))
@@ -80,6 +82,7 @@ def test_missing_and_empty_images_are_counted(configured, tree, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_borrowed_images_belong_to_the_report_of_their_dataset(configured, tree, tmp_path):
     for folder in ("imagenet", "imagenet-adversarial"):
         shutil.copytree(tree / folder, tmp_path / folder)

@@ -107,6 +107,7 @@ ASKED = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("name", "setting"), ASKED)
 def test_every_dataset_in_every_setting_asks_its_questions(name, setting, data_root, compose):
     found = questions(compose, f"data={name}", f"setting={setting}", "shots=1")
@@ -117,6 +118,7 @@ def test_every_dataset_in_every_setting_asks_its_questions(name, setting, data_r
         assert all(prompt.label in prompt.choices for prompt in prompts if setting != "open_set")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", IN_FAST)
 def test_without_data_one_line_names_the_folder_and_the_page(name, tmp_path, compose):
     config = validate(compose(f"data={name}", f"data.root={tmp_path}"))
@@ -136,6 +138,7 @@ def test_without_data_the_command_ends_at_once(tmp_path):
     assert time.perf_counter() - began < 60, "no model was loaded"
 
 
+@pytest.mark.slow
 def test_a_manifest_does_not_depend_on_the_place(data_root, tmp_path, compose):
     here = questions(compose, "data=sun397", "shots=2").manifest
     shutil.copytree(data_root / "sun397", tmp_path / "other" / "sun397")
@@ -152,6 +155,8 @@ def test_a_manifest_is_the_same_everywhere(data_root, compose):
 CHANGES = ["shots=2", "seed=2", "sampler=clsrl", "validation=none", "setting=base_to_new", "method=clsrl", "protocol=official"]  # fmt: skip
 
 
+@pytest.mark.slow
+@pytest.mark.sampled
 @pytest.mark.parametrize("change", CHANGES)
 def test_all_choices_are_in_the_manifest(change, data_root, compose):
     assert (
@@ -179,6 +184,7 @@ def test_the_manifest_is_shown_and_written(data_root, tmp_path):
     assert written["hash"] == manifest.digest(manifest.defining(written))
 
 
+@pytest.mark.slow
 def test_moving_the_data_keeps_the_signature(compose):
     from common.config.composition import plain, signature
 
@@ -186,6 +192,7 @@ def test_moving_the_data_keeps_the_signature(compose):
     assert len(signatures) == 1
 
 
+@pytest.mark.slow
 def test_fallback_splits_are_marked_and_do_not_follow_the_seed(tmp_path, compose):
     root = data_tree.build(tmp_path, missing_split=True)
     chosen = ["data=food101", f"data.root={root}", "data.allow_fallback_split=true", "validation=none", "shots=1"]
@@ -269,12 +276,14 @@ def test_targets_are_chosen_by_name(data_root, compose):
     assert list(found.evaluation) == ["val", "test", "mine"]
 
 
+@pytest.mark.slow
 def test_targets_are_asked_as_they_are_in_their_own_runs(data_root, compose):
     cross = questions(compose, "data=dtd", "setting=cross_dataset", "shots=1")
     alone = questions(compose, "data=ucf101", "shots=1")
     assert cross.evaluation["ucf101"] == alone.evaluation["test"]
 
 
+@pytest.mark.slow
 def test_settings_without_training_images(data_root, compose, tmp_path):
     shutil.copytree(data_root / "imagenetv2", tmp_path / "imagenetv2")
     shutil.copy(data_root / "imagenet" / "classnames.txt", tmp_path / "imagenetv2" / "classnames.txt")

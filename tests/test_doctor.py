@@ -61,12 +61,14 @@ def failed(found, check, message):
         doctor.refuse(findings)
 
 
+@pytest.mark.slow
 def test_greedy_sampling_is_found(examine):
     failed(
         examine(decoding=replace(DECODING, top_k=1)), "sampling", "1.0 different completions of 4.*set rollout.top_k=0"
     )
 
 
+@pytest.mark.slow
 def test_rewards_without_differences_are_found(examine):
     found = examine(rewards={"equality": Reward(1.0, equality)})  # an untrained model is never right
     failed(found, "rewards", "64 of 64 groups without differences.*'equality' paid nobody.*begin with SFT")
@@ -98,6 +100,7 @@ def test_a_wrong_mask_is_found(examine, monkeypatch):
     failed(examine(), "shared against plain forward", "trainer.impl=plain")
 
 
+@pytest.mark.slow
 def test_a_sampler_that_disagrees_is_found(examine):
     class Distorted(HFRollout):
         def generate(self, requests, group_size, decoding):
@@ -118,6 +121,7 @@ def test_the_plain_forward_needs_no_comparison(examine):
     assert "shared against plain forward" not in examine(config=config)[0]
 
 
+@pytest.mark.slow
 def test_few_flat_groups_are_no_verdict(examine):
     asked = []
 

@@ -213,6 +213,7 @@ def test_photos_that_are_not_asked_about_do_not_matter(configured, root):
     assert "duplicates" not in pictures.readable(configured("shots=1")).manifest
 
 
+@pytest.mark.slow
 def test_the_choice_is_no_part_of_the_result(compose):
     choices = ["data.duplicates=refuse", "data.near_duplicates=true", "data.own_photos=true"]
     assert signature(plain(compose())) == signature(plain(compose(*choices)))

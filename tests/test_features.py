@@ -260,6 +260,7 @@ def test_the_tiny_clip_reads_digits_that_it_has_never_seen(digits_task):
 CPU, FP32 = torch.device("cpu"), torch.float32
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -299,6 +300,7 @@ def test_clip_loads_a_local_file(tmp_path):
     assert loaded.look.size == 32 and loaded.texts(["a photo of a cat."]).shape == (1, 64)
 
 
+@pytest.mark.slow
 def test_dino_needs_its_own_file(tmp_path):
     import timm
 

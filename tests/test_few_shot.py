@@ -354,6 +354,7 @@ def test_learners_that_read_refuse_an_encoder_that_only_looks(compose, task):
         settled.check(validate(compose("method=cafo", "clip=none", "visual=none")), "cafo", task())
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [

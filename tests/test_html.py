@@ -149,6 +149,7 @@ def of_page(folder):
     return json.loads(scripts["index"]), rows
 
 
+@pytest.mark.slow
 def test_rows_say_what_the_run_answered(write):
     folder = small(write, keep=["b"])
     assert command.main(["html", str(folder)]) == 0
@@ -280,6 +281,7 @@ def test_many_rows_lie_beside_the_page(write, monkeypatch):
     assert not (folder / "report.unfinished").exists()
 
 
+@pytest.mark.slow
 def test_what_differs_from_the_options_is_listed(write):
     images = ["a", "b"]
     answers = answered(images, ["six", "nine"], ["six", "nine"], NAMES)
@@ -332,6 +334,7 @@ def test_a_run_of_an_earlier_version_has_a_page(write):
     assert (index["before"], index["after"]) == ([1, 0, 1, 1], [1, 1, 0, 0])
 
 
+@pytest.mark.slow
 def test_runs_side_by_side_link_to_their_pages(write, tmp_path):
     images, labels = ["a", "b"], ["six", "nine"]
     one = write("one & only #2?", answered(images, labels, ["six", "nine"], NAMES), None, "seed=1")
@@ -361,6 +364,7 @@ def test_confidences_are_not_rounded_before_they_are_ordered(write):
     assert axis.get_legend_handles_labels()[1] == ["test: ECE 33.3 %, AURC 11.1 %"]
 
 
+@pytest.mark.slow
 def test_pictures_for_print(write):
     folder = small(write)
     assert command.main(["figures", str(folder)]) == 0
@@ -383,6 +387,7 @@ def test_small_copies_show_what_went_wrong_first():
     assert len(thumbnails.choose(*evaluations, [], 3)) == 3
 
 
+@pytest.mark.slow
 def test_pictures_of_names_with_dots_do_not_overwrite_each_other(tmp_path):
     for version in (1, 2):
         style.save(figures.plt.figure(), tmp_path / f"confusion-noise.v{version}")

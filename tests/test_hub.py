@@ -380,6 +380,7 @@ def test_datasets_without_a_known_copy_say_so(compose):
 REAL = Path(__file__).parent.parent.parent / "shared" / "data" / "coop_splits"
 
 
+@pytest.mark.sampled
 @pytest.mark.skipif(not REAL.is_dir(), reason="the published split files are not here")
 @pytest.mark.parametrize(
     ("file", "count"),

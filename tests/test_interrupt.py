@@ -108,6 +108,7 @@ def test_pressed_in_the_last_update_the_run_just_ends(config, tmp_path):
     assert raised is None and trainer.weight == 4
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("patience", "accuracies", "end", "best"),
     [
@@ -168,6 +169,7 @@ def test_a_stop_between_runs_is_one_line_too(monkeypatch, capsys):
     assert ended.value.code == 130 and capsys.readouterr().err == "stopped; the same command goes on\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stop", [Interrupted("stopped after update 2 of 4"), KeyboardInterrupt()], ids=["asked", "raw"]
 )

@@ -145,6 +145,7 @@ def test_the_prompt_is_the_papers_around_the_delimited_reasoning():
     assert after.strip() == "Output only the score (1-10) without formattings and explanations."
 
 
+@pytest.mark.slow
 def test_no_character_of_any_script_becomes_a_bracket_or_stays_invisible():
     every = "".join(neutral(chr(code)) for code in range(sys.maxunicode + 1))
     assert not set(every) & set("<>[]\x00\u200b\u202e\ud800\r")
@@ -167,6 +168,7 @@ ATTACKS = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS.keys())
 def test_the_policy_cannot_speak_to_the_judge(judge, attack):
     # the attack works on a judge that gets the text as it is, as in the paper
@@ -514,6 +516,7 @@ def test_all_that_decides_a_reply_names_it(untrained_folders):
     assert own_judge(None).identity() is None
 
 
+@pytest.mark.slow
 def test_weights_that_compute_otherwise_have_another_name(untrained_folders, compose):
     def name(*overrides, family="gemma3"):
         c = config.validate(compose("gpus=1", *overrides))
@@ -741,6 +744,7 @@ def test_a_perfect_completion_earns_four(judge, compose):
     assert scores.total == [4.0, 3.5]  # the second without the strict format
 
 
+@pytest.mark.slow
 def test_how_the_judge_is_reached_is_not_part_of_the_signature(compose):
     def signature(*overrides):
         return config.signature(config.plain(compose("rewards=alert", *overrides)))
@@ -782,6 +786,7 @@ MISTAKES = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("overrides", "message"), MISTAKES, ids=[m[0][-1].lstrip("+") for m in MISTAKES])
 def test_mistakes_are_named_before_anything_starts(compose, overrides, message):
     with pytest.raises(UserError) as error:

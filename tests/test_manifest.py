@@ -24,6 +24,7 @@ def test_manifest_is_the_same_everywhere(compose):
     assert train["prompts_sha256"] == "1dbc3579231e265b717669ec57610d763a60209e4db08961603ac8b351e64583"
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("change", ["shots=4", "seed=2", "method=clsrl", "data.question=Which digit?"])
 def test_any_change_of_the_task_changes_the_hash(compose, change):
     assert questions(compose).manifest["hash"] != questions(compose, change).manifest["hash"]
@@ -37,6 +38,7 @@ def test_verify_accepts_the_same_task(compose, tmp_path):
     manifest.verify(path, q.manifest)
 
 
+@pytest.mark.slow
 def test_verify_names_what_differs(compose, tmp_path):
     path = tmp_path / "manifest.json"
     manifest.write(questions(compose, "shots=2").manifest, path)

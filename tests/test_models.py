@@ -38,6 +38,7 @@ def stock_inputs(vlm, task, prompts):
     return vlm.processor(text=texts, images=pictures, padding=True, return_tensors="pt")
 
 
+@pytest.mark.slow
 def test_encoding_equals_the_processor(load_vlm, digits_task, think):
     vlm = load_vlm()
     prompts = think.train_prompts(digits_task)[:3]
@@ -267,6 +268,8 @@ def test_weights_hash_follows_the_content(untrained_folder, tmp_path):
     assert files.weights_hash(folder) != files.weights_hash(untrained_folder)
 
 
+@pytest.mark.slow
+@pytest.mark.sampled
 @pytest.mark.parametrize(("model", "family"), [("tiny_qwen2_vl", "qwen2_vl"), ("tiny_gemma3", "gemma3")])
 @pytest.mark.parametrize("recipe", ["", "model.recipe=null"], ids=["beside a recipe", "alone"])
 def test_a_given_checkpoint_goes_before_a_recipe(compose_named, untrained_folders, monkeypatch, model, family, recipe):
@@ -289,6 +292,7 @@ def test_one_rank_hashes_the_weights_for_all(monkeypatch, tmp_path):
     assert build.shared_hash(tmp_path / "nothing to read here") == "by rank 0"
 
 
+@pytest.mark.slow
 def test_a_run_hashes_the_weights_once(monkeypatch, compose, untrained_folder, tmp_path, process_group):
     hashed = []
     monkeypatch.setattr(files, "weights_hash", lambda folder: hashed.append(folder) or "1234")

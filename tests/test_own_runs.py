@@ -91,6 +91,7 @@ def test_replacements_from_a_training_part_are_tried_too(configured, root):
     assert len(left_out) == 9 and len(found.task.evaluation["test"].items) == 2, "no test image was taken"
 
 
+@pytest.mark.slow
 def test_the_field_s_picks_are_not_replaced(tmp_path, compose):
     root = data_tree.build(tmp_path / "data")
     arguments = ["data=dtd", f"data.root={root}", "shots=1", "data.skip_bad=true", f"cache_dir={tmp_path}"]
@@ -139,6 +140,8 @@ def trained_run(found, folder):
     return folder / "model"
 
 
+@pytest.mark.slow
+@pytest.mark.sampled
 @pytest.mark.parametrize("model", ["model", "checkpoints/step-000004/model"])
 def test_a_trained_model_is_not_tested_on_what_it_was_trained_on(configured, tmp_path, model):
     trained = task.build(configured("shots=3", "seed=2"))
@@ -153,6 +156,7 @@ def test_a_trained_model_is_not_tested_on_what_it_was_trained_on(configured, tmp
     assert not {*keys(trained.task.train), *keys(more.train)} & set(keys(more.evaluation["test"]))
 
 
+@pytest.mark.slow
 def test_a_model_of_other_photos_is_tested_on_all(configured, root, tmp_path):
     model = trained_run(task.build(configured("shots=3")), tmp_path / "run")
     (root / "dog/dog0.png").rename(root / "dog/dog99.png")  # other photos, though most have the same names

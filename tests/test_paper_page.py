@@ -43,6 +43,7 @@ def entry(found, **keys):
     return one
 
 
+@pytest.mark.slow
 def test_mean_spread_and_verdict_over_seeds(sweep):
     """75, 85, 80 %: mean 80, s = 5, t(0.975, 2) = 4.303: 80 ± 12.42, and the paper's EuroSAT number is 75.16."""
     folder = sweep([("sft", "eurosat", seed, share(right)) for seed, right in ((1, 15), (2, 17), (3, 16))])
@@ -53,6 +54,7 @@ def test_mean_spread_and_verdict_over_seeds(sweep):
     assert one.verdict == "not comparable: 20 of 8100 test images"
 
 
+@pytest.mark.slow
 def test_a_page_is_drawn_anew_with_its_numbers(sweep):
     folder = sweep([("sft", "eurosat", 1, share(15))])
     assert command.main(["html", str(folder)]) == 0
@@ -111,6 +113,7 @@ def test_averages_come_last_on_every_axis_and_names_that_end_like_them_do_not():
     assert found.axis("rows") == ["ETH", "a", "average"] and found.axis("columns") == ["base", "H"]
 
 
+@pytest.mark.slow
 def test_an_average_is_over_all_datasets_and_only_of_seeds_that_have_them(sweep):
     runs = [("sft", "eurosat", 1, share(10)), ("sft", "dtd", 1, share(16)), ("sft", "eurosat", 2, share(12))]
     runs.append(("sft", "dtd", 2, None))
@@ -163,6 +166,7 @@ def test_h_of_averages_is_the_fields():
     )
 
 
+@pytest.mark.slow
 def test_ranges_over_seeds_and_evaluations(sweep):
     spec = {"rows": ["method"], "columns": ["data", "measure"], "measures": ["accuracy", "lowest", "highest"]}
     folder = sweep([("nothinking", "digits", 1, share(10)), ("nothinking", "digits", 2, share(12))], spec)
@@ -198,6 +202,7 @@ def test_remarks_become_marks(sweep):
     assert any("75.00†" in cell for row in table.rows for cell in row)
 
 
+@pytest.mark.slow
 def test_the_command_writes_tables_and_pictures(sweep, capsys):
     folder = sweep([("sft", "eurosat", 1, share(15)), ("sft", "eurosat", 2, None)])
     assert command.main(["paper", str(folder)]) == 1, "a run is missing"

@@ -121,6 +121,7 @@ def test_a_wrong_target_names_the_key(load_vlm, lora, message):
         load_vlm(freeze_vision=True, lora=lora)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -139,6 +140,7 @@ def test_refused_combinations_name_the_key(compose, values, message):
         validate(compose("method=nothinking", "model.freeze_vision=true", *values))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("preset", "way"), [("alert_projector_lora", "lora"), ("alert_projector_full", "full")])
 @pytest.mark.parametrize("model", ["gemma3_4b", "tiny_gemma3"])
 def test_presets_train_the_projector_alone(compose, load_vlm, preset, way, model):

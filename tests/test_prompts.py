@@ -96,6 +96,8 @@ def test_supervised_baseline_of_a_protocol(compose, protocol, expected):
     assert texts(asked) == {evaluated} and {(p.system, p.image_last) for p in asked} == {(None, False)}
 
 
+@pytest.mark.slow
+@pytest.mark.sampled
 @pytest.mark.parametrize("method", ["clsrl", "nothinking", "zeroshot"])
 def test_the_other_methods_train_alike_in_both_protocols(compose, method):
     found = [
@@ -114,6 +116,7 @@ SWITCHES = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("switch", "expected"), SWITCHES.items(), ids=SWITCHES)
 def test_each_switch_of_the_supervised_baseline_is_one_difference(compose, switch, expected):
     method = ClosedFormQuestion(**method_arguments(validate(compose("method=sft", f"protocol.{switch}"))))

@@ -87,6 +87,7 @@ def test_a_split_on_another_dataset_names_its_origin(compose):
     assert [row(text, name)[2] for name in ("train", "test", "other")] == ["own", "own", "published"]
 
 
+@pytest.mark.slow
 def test_the_job_writes_the_manifest_and_the_run_may_follow(compose, tmp_path, capsys):
     folder, cfg = tmp_path / "run", compose("shots=1", "manifest=true")
     run.job(cfg, folder)

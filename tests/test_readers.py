@@ -355,6 +355,7 @@ def test_fallback_reads_linked_class_folders(tmp_path, bare_tree):
     assert rows(read(tmp_path, "dtd", allow=True).train) == rows(read(bare_tree, "dtd", allow=True).train)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", sorted({*SPLIT_FILES, *IMAGENETS, "fgvc_aircraft", "folder"}))
 def test_fingerprints_do_not_depend_on_the_place(tree, tmp_path, name):
     data_tree.build(tmp_path)
@@ -574,6 +575,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("name", "damage", "message"), REFUSED.values(), ids=REFUSED)
 def test_refused(tmp_path, name, damage, message):
     data_tree.build(tmp_path)
@@ -644,6 +646,7 @@ FALLBACK_REFUSED = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("name", "damage", "message"), FALLBACK_REFUSED.values(), ids=FALLBACK_REFUSED)
 def test_refused_by_fallbacks(tmp_path, name, damage, message):
     data_tree.build(tmp_path, missing_split=True)
@@ -716,6 +719,7 @@ def test_labels_by_line_need_sorted_lines(tree, tmp_path):
         read(tmp_path, "imagenet_v2")
 
 
+@pytest.mark.slow
 def test_targets_do_not_list_training_images(tree):
     for name in ("imagenet", "imagenet_v2", "imagenet_a"):
         data = configured([name], [f"data.root={tree}"])[0]

@@ -66,6 +66,7 @@ def settings(name):
     return OmegaConf.load(REPOSITORY / f"conf/data/{name}.yaml")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_sizes(sources, name):
     source = sources[name]
@@ -92,6 +93,7 @@ def test_published_lists_are_drawn_from_blocks_of_these_sizes(sources, name):
         assert [len(list(block)) for _, block in groupby(part, key=lambda item: item.label)] == sizes_of(runs)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_saved_again_to_the_byte(tmp_path, name):
     reader, location = settings(name).reader, Location(name, tmp_path, tmp_path)

@@ -114,7 +114,11 @@ def test_name_groups():
 # --- frequencies
 
 
-@pytest.fixture(scope="module", params=[NAMES, TWINS], ids=["different names", "shared names"])
+@pytest.fixture(
+    scope="module",
+    params=[NAMES, pytest.param(TWINS, marks=pytest.mark.slow)],
+    ids=["different names", "shared names"],
+)
 def named(request):
     """Names, and a large sample with one and with three references beside the truth (two, where names are shared)."""
     several = 4 if request.param == NAMES else 3
@@ -127,13 +131,11 @@ def others(sample):
     return Counter(frozenset(drawn) - {0} for drawn in sample)
 
 
-@pytest.mark.slow
 def test_first_draw_follows_the_weights(named):
     names, pairs, _, _ = named
     assert p_value(others(pairs), exact(names, 2)) > 0.01
 
 
-@pytest.mark.slow
 def test_a_slightly_different_temperature_would_be_noticed(named):
     names, pairs, sets, several = named
     assert p_value(others(pairs), exact(names, 2, tau=1.1 * TAU)) < 1e-6

@@ -75,6 +75,7 @@ def stock_logps(setup, untrained_folders):
     return score
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("temperature", [0.6, 1.7])
 def test_numbers_are_those_of_the_distribution_at_the_sampling_temperature(setup, stock_logps, temperature):
     vlm, prompts = setup

@@ -20,6 +20,7 @@ from tests.conftest import REPOSITORY
 DEFAULT = "nothinking-digits-few_shot-clean-tiny_qwen2_vl-s16-seed1"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -33,11 +34,13 @@ def test_what_changes_no_result_is_not_in_the_name(compose_named, overrides):
     assert compose_named(*overrides).run_name == DEFAULT
 
 
+@pytest.mark.slow
 def test_what_is_left_out_counts(compose_named):
     names = {compose_named("method=clsrl", f"~rewards.{name}").run_name for name in ("format", "accuracy")}
     assert len(names) == 2 and "clsrl-digits-few_shot-clean-tiny_qwen2_vl-s16-seed1" not in names
 
 
+@pytest.mark.slow
 def test_the_named_choices_need_no_hash(compose_named):
     cfg = compose_named(
         "method=sft", "data=dtd", "setting=open_set", "protocol=official", "model=qwen2_vl_2b", "shots=all"
@@ -86,6 +89,7 @@ def test_names_are_equal_exactly_where_signatures_are(compose_named):
         assert (name == another) == (signature == its) == (one == other), f"{POINTS[one]}, {POINTS[other]}: {name}"
 
 
+@pytest.mark.slow
 def test_a_label_and_a_name_of_ones_own(compose_named):
     assert compose_named("label=lr_sweep").run_name == f"lr_sweep-{DEFAULT}"
     assert compose_named("label=lr_sweep", "shots=4").run_name.startswith("lr_sweep-nothinking-digits")
@@ -95,12 +99,15 @@ def test_a_label_and_a_name_of_ones_own(compose_named):
     ).run_name.replace(f"-{DEFAULT}", "")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("label", ["a/b", "..", "a b", "-x"])
 def test_a_label_that_is_no_part_of_a_folder_name_is_refused(compose_named, label):
     with pytest.raises(UserError, match="^label="):
         config.validate(compose_named(f"label='{label}'"))
 
 
+@pytest.mark.slow
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("chosen", "front"),
     [
@@ -122,6 +129,7 @@ def test_presets_stand_in_front_and_folders_are_named_alike(compose_named, monke
     assert config.decides_result({"label": "x", "run_name": name}) == {}
 
 
+@pytest.mark.slow
 def test_the_points_of_a_sweep_have_folders_of_their_own(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(run, "job", lambda cfg, folder: seen.append((cfg.run_name, folder)))

@@ -81,6 +81,7 @@ def test_what_is_too_much_is_refused_and_the_others_are_answered(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_corrections_are_a_dataset(tmp_path, compose):
     """Written anew without metadata, a later name replaces the earlier, and data=folder reads them."""
     desk, exif = Desk(Echo(), tmp_path / "feedback"), Image.Exif()

@@ -145,6 +145,7 @@ def test_fewer_images_of_each_class_are_the_same_ones_whatever_is_trained():
     assert settings.fewer(whole.evaluation["test"], 20) == whole.evaluation["test"]
 
 
+@pytest.mark.slow
 def test_fewer_test_images_by_configuration(compose):
     asked = task.build(validate(compose("method=zeroshot", "setting.test_per_class=7", "data=fashion")))
     assert {name: len(split.items) for name, split in asked.task.evaluation.items()} == {"val": 40, "test": 70}

@@ -111,6 +111,7 @@ NUMBERS = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("dtype", "image", "checkpointing"), NUMBERS)
 @pytest.mark.parametrize("lora", [LoraConfig(), LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())

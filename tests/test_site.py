@@ -239,6 +239,7 @@ def quoted() -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_every_message_of_the_troubleshooting_page_is_in_the_source():
     messages = quoted()
     assert len(messages) >= 30 and all(len(message.replace("…", "")) > 10 for message in messages)

@@ -83,6 +83,7 @@ def test_without_the_package_the_command_that_installs_it_is_named():
     assert done.returncode == 1 and "uv pip install hydra-submitit-launcher" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_without_a_cluster_it_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     done = sweep(tmp_path, "hydra/launcher=slurm", "seed=1,2")

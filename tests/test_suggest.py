@@ -24,6 +24,7 @@ def default(compose):
     return compose()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("key", "meant"),
     [
@@ -93,6 +94,7 @@ def test_no_deletion_is_suggested_that_would_fail(default):
     assert "trainer.learning_rate" not in suggest.unknown_key("lr", default, ["~lr"])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "works",
     [
@@ -116,6 +118,7 @@ def test_every_alias_is_a_key_or_a_group(compose):
         assert word not in suggest.GROUPS and word not in cfg, f"{word} is a key of ours"
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("argument", "said"),
     [
@@ -146,6 +149,7 @@ def test_a_value_of_the_wrong_type_is_hydras_to_explain(compose):
     assert suggest.explain(error.value, ["trainer.learning_rate=fast"]) is None
 
 
+@pytest.mark.slow
 def test_a_key_in_a_file_of_the_users_own_is_explained(tmp_path, monkeypatch, capsys):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ntrainer: {lr: 1}\n")
@@ -183,6 +187,7 @@ def test_an_old_key_or_option_says_the_new_one(compose, monkeypatch):
         config.validate(compose("+trainer.optimizer.epochs=3"))
 
 
+@pytest.mark.slow
 def test_an_old_dotted_path_says_the_new_one(compose, monkeypatch):
     monkeypatch.setitem(renamed.MOVED, "old.rewards", "common.rewards")
     monkeypatch.setitem(renamed.MOVED, "old.tiny", "common.models.tiny.recipe")

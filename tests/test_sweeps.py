@@ -161,6 +161,7 @@ def test_a_method_on_the_command_line_chooses_points_and_those_that_they_need():
         expand(spec, {"method": ["sft", "cafo"]})
 
 
+@pytest.mark.slow
 def test_a_point_without_shots_does_not_keep_those_of_the_point_before():
     _, _, made = jobs("clsrl_table2", "data=digits", "model=tiny_qwen2_vl", "seed=1", "method=zeroshot")
     points = [{"method": "zeroshot", "shots": 8, "seed": 3}, {"method": "zeroshot"}]
@@ -187,6 +188,7 @@ def made_job(name, *needs, depth=0):
     return Job(point, Path(name), {"label": name}, {}, tuple(map(Path, needs)))
 
 
+@pytest.mark.slow
 def test_waves_run_one_behind_the_other_and_a_failure_stops_only_what_needs_it(capsys):
     _, _, made = jobs("clsrl_fig1", "data=digits", "model=tiny_qwen2_vl", "seed=1")
     made.launcher = Launcher()
@@ -198,6 +200,7 @@ def test_waves_run_one_behind_the_other_and_a_failure_stops_only_what_needs_it(c
     assert capsys.readouterr().err == "one: left out, since broken has no result\n"
 
 
+@pytest.mark.slow
 def test_what_leaves_a_page_the_papers(tmp_path):
     _, shown, made = jobs("clsrl_table2", "data=digits", "model=tiny_qwen2_vl", "seed=1", "method=sft")
     made.config.hydra.sweep.dir = str(tmp_path)
@@ -244,6 +247,7 @@ def test_a_name_that_is_unknown_or_needs_itself(named, expected):
         expand(Spec({}, named, [{"f": "{x}"}]), {})
 
 
+@pytest.mark.slow
 def test_one_mistake_stops_the_sweep_before_its_first_run():
     with pytest.raises(UserError, match="method=nothinking.*prompts_per_update=16 must be divisible by gpus=3"):
         jobs("clsrl_fig3", "data=digits", "model=tiny_qwen2_vl", "method=nothinking", "gpus=3")

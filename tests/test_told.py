@@ -81,6 +81,7 @@ def test_a_continued_training_remembers_what_was_paid_before(caplog):
 # ---- evaluate=best
 
 
+@pytest.mark.slow
 def test_best_needs_evaluations_and_validation_images(compose, tmp_path):
     with pytest.raises(UserError, match="evaluate=best.*trainer.evaluate_every"):
         validate(compose("evaluate=best", "trainer.evaluate_every=0"))

@@ -54,6 +54,7 @@ def test_offline_file_holds_the_run(tmp_path):
     assert staged.count(b"\x89PNG\r\n\x1a\n") >= 2, "images of the table lie inside the run folder"
 
 
+@pytest.mark.slow
 def test_a_page_is_logged_beside_its_runs(tmp_path):
     sweep = points.Sweep("clsrl_table2", {"rows": ["method"], "columns": ["data"]}, {}, [])
     ours = [page.Entry({"method": "sft", "data": "dtd"}, 61.5, None, None, (1,), 9, 60.0, (), (), ())]
@@ -81,6 +82,7 @@ def test_without_a_key_a_dashboard_is_one_line(monkeypatch, capsys):
     assert "log in with wandb login" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_resumed_run_continues_the_same_one(tmp_path):
     config = TrackingConfig(name="wandb", project="p")
     ids = []
@@ -93,6 +95,7 @@ def test_a_resumed_run_continues_the_same_one(tmp_path):
     assert ids[0] == ids[1] != ids[2]
 
 
+@pytest.mark.slow
 def test_the_result_is_summed_up_with_its_predictions_and_confusions(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()

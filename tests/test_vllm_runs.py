@@ -32,6 +32,7 @@ def test_without_vllm_the_command_that_installs_it_is_named(compose, monkeypatch
         check.check(config)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -31,6 +31,7 @@ def photos(folder):
             data_tree.picture(folder / name / f"{number}.png")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("given", ["photos", "./photos", "~/photos", "../work/photos"])
 @pytest.mark.parametrize("data", [True, False], ids=["with $DATA", "without"])
 def test_every_way_to_write_a_folder(here, given, data, compose, monkeypatch):
@@ -49,6 +50,7 @@ def test_the_working_directory_goes_first(here, compose):
     assert source.find(validate(compose(*chosen)).data).folder == here / "work/photos"
 
 
+@pytest.mark.slow
 def test_one_error_names_both_places(here, compose, monkeypatch):
     chosen = ["data=folder", "data.folder=birds"]
     with pytest.raises(UserError, match=f"neither {here}/work/birds nor {here}/data/birds exists.*datasets.md#folder"):
@@ -66,6 +68,7 @@ def test_other_datasets_stay_inside_the_root(here, compose):
         task.build(validate(compose("data=dtd")))
 
 
+@pytest.mark.slow
 def test_the_place_changes_neither_manifest_nor_signature(here, compose):
     found = []
     for root in ("work/photos", "data/else"):
