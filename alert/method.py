@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +102,7 @@ class Alert:
         self.patches = features == "patches"
         self.similarities: Any = None  # [C, C], known once pictures were seen
         self.drafted: dict[str, candidates.Candidates] = {}
+        self.ranks: Callable[[Task, str], candidates.Candidates] | None = None  # pictures that come later
         self.architecture = ""
 
     def sources(self, task: Task) -> dict[str, str]:
@@ -123,9 +124,10 @@ class Alert:
     def prepare(self, config: Config, questions: Questions, device: torch.device, folder: Path) -> None:
         """Fit the few-shot learner that names the candidates, if the draft is one."""
         if self.draft not in DRAFTS:
-            from alert.draft.fit.drafted import candidates_of
+            from alert.draft.fit.drafted import Drafted
 
-            self.drafted = candidates_of(config, questions, self.draft, device, folder / "draft")
+            learner = Drafted(config, questions, self.draft, device, folder / "draft")
+            self.drafted, self.ranks = learner.candidates(), learner.of
 
     def look(self, vision: Vision, task: Task, folder: Path | None = None) -> Embeddings:
         """Similarities of the categories, candidates of the test images, and the bank that training starts from.
@@ -146,10 +148,16 @@ class Alert:
             bank_file.export_begun(folder, entries)
         means = reference.class_means(seen.numpy(), range(count), count)
         self.similarities = reference.similarities(means)
-        for split, asked in task.evaluation.items():
+        for split in task.evaluation:
             if split not in self.drafted:
-                self.drafted[split] = self._candidates(vision, means, task, split, asked)
+                self.ranks = lambda task, split: self._candidates(vision, means, task, split)
+                self.drafted[split] = self._candidates(vision, means, task, split)
         return Embeddings(entries, self.trainable)
+
+    def look_again(self, task: Task, split: str) -> None:
+        self.drafted.pop(split)
+        if self.ranks is not None:
+            self.drafted[split] = self.ranks(task, split)
 
     def train_prompts(self, task: Task, epoch: int = 0) -> list[Prompt]:
         """With other references in every epoch. Before `look`, the longest prompts that there could be."""
@@ -220,7 +228,8 @@ class Alert:
         candidate, or there is none).
         """
         shown = self._shown(task, split, predictions)
-        agrees = [_agrees(p, names) for p, names in zip(predictions, shown, strict=True)]
+        asked = zip(predictions, shown, strict=True)
+        agrees = [accounting.agrees(_text(p), p.answer, names) for p, names in asked]
         return {"candidates": [list(names) for names in shown], "reasoning_agrees": agrees}
 
     def export(self, folder: Path, embeddings: torch.Tensor, task: Task) -> None:
@@ -241,11 +250,11 @@ class Alert:
         drafted, names = self.drafted[split], task.evaluation[split].names
         return [tuple(names[label] for label in drafted.shown(p.image, self.k, self.order)) for p in predictions]
 
-    def _candidates(self, vision: Vision, means: Any, task: Task, split: str, asked: Split) -> candidates.Candidates:
+    def _candidates(self, vision: Vision, means: Any, task: Task, split: str) -> candidates.Candidates:
         """Ranks share the images and rank a batch at a time: ImageNet's test images have 900 GB of patches."""
         shots = len(task.train.items) // len(task.train.names)
         origin = candidates.Origin("class_means", settled.dataset_of(task, split), shots, self.seed)
-        own = categories.train_labels(task, split)
+        asked, own = task.evaluation[split], categories.train_labels(task, split)
         mine, parts = share_of(list(asked.items)), []
         for start in range(0, len(mine), vision.batch):
             items = mine[start : start + vision.batch]
@@ -284,12 +293,6 @@ class Alert:
             categories=entries,
             image_last=True,
         )
-
-
-def _agrees(prediction: Prediction, shown: tuple[str, ...]) -> bool | None:
-    """See `accounting.reasoning_agrees`; None also without a reasoning."""
-    thought = parsing.FORMAT.search(_text(prediction))
-    return accounting.reasoning_agrees(thought["think"], prediction.answer, shown) if thought else None
 
 
 def _text(prediction: Prediction) -> str:

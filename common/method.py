@@ -1,8 +1,9 @@
 """What a paper's method is: how it asks, what a reply looks like, and what it may do beside.
 
 A method is a class with the members of `Method`; `method._target_` names it. One that looks at pictures before it asks
-also has those of `Looks`, one that reads more files or says more about its predictions those of `Accounts`, and one
-whose authors match answers in a way of their own those of `OfficialMatch`.
+also has those of `Looks` (and of `LooksAgain`, to serve without beginning anew), one that reads more files or says more
+about its predictions those of `Accounts`, and one whose authors match answers in a way of their own those of
+`OfficialMatch`.
 """
 
 from __future__ import annotations
@@ -86,6 +87,14 @@ class Looks(Protocol):
 
     def export(self, folder: Path, embeddings: torch.Tensor, task: Task) -> None:
         """Write the embeddings as they are now, in a form that a later run of the method can begin from."""
+
+
+@runtime_checkable
+class LooksAgain(Protocol):
+    """A method that looks, and that can be asked about other pictures without seeing those of the training again."""
+
+    def look_again(self, task: Task, split: str) -> None:
+        """See the pictures of a split that has others now; the rest of the task is as it was in `look`."""
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def test_in_miniature_by_two_overrides(name):
     assert {job.values["clip"]["name"] for job in found if job.values["model"]["name"] == "features"} <= {"tiny"}
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_trainings_are_shared():
     found, *_ = jobs("alert_table5", "model=tiny_gemma3", "data=digits", "seed=1")
     methods = [job.values["method"]["name"] for job in found]

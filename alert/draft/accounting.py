@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common.parsing import normalize
+from common.parsing import FORMAT, normalize
 
 RECALL_AT = (1, 2, 3, 4, 5, 8)
 RIGHT = "right"
@@ -183,6 +183,12 @@ def reasoning_agrees(think: str, answer: str, candidates: Sequence[str]) -> bool
     """
     conclusion = _last_mentioned(normalize(think), {normalize(name) for name in candidates} - {""})
     return None if conclusion is None else conclusion == normalize(answer)
+
+
+def agrees(reply: str, answer: str, candidates: Sequence[str]) -> bool | None:
+    """`reasoning_agrees` of a whole reply; None also without a reasoning."""
+    thought = FORMAT.search(reply)
+    return reasoning_agrees(thought["think"], answer, candidates) if thought else None
 
 
 def _last_mentioned(text: str, names: set[str]) -> str | None:

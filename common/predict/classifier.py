@@ -14,7 +14,7 @@ from common.config.schema import Config
 from common.data.loading import Loader, examine
 from common.data.task import Questions
 from common.learner import Asks, Build, Learner, Prepares, Restores
-from common.method import Looks, Method
+from common.method import Looks, LooksAgain, Method
 from common.plugins import locate
 from common.predict.abstain import threshold_of
 from common.predict.photos import Photos, Picture
@@ -22,7 +22,7 @@ from common.predict.trained import SPLIT, Trained, config_of, method_of, questio
 from common.run.checkpoint import Checkpoints
 from common.run.result import Result
 from common.runtime.group import init_process_group
-from common.types import Answers, Item, UserError
+from common.types import Answers, Item, Task, UserError
 
 TOP = 5
 UNKNOWN = -1  # label of a picture that nobody has named
@@ -78,6 +78,7 @@ class Classifier:
         self.photos = Photos(self.questions.task.images)
         self.began_from, self.before = began_from, before
         self.learner: Learner | None = None
+        self.method = self.questions.method
 
     @classmethod
     def load(
@@ -136,25 +137,27 @@ class Classifier:
         splits = self.questions.task.evaluation  # learners that are fitted anew choose by the validation images
         new = replace(splits[SPLIT], items=tuple(Item(key, UNKNOWN, "") for key in keys))
         task = replace(self.questions.task, evaluation={**splits, SPLIT: new}, images=self.photos)
-        method = method_of(self.config)  # a new one: ALERT's remembers which pictures it has looked at
-        prompts = method.evaluation_prompts(task, SPLIT)
-        asked = replace(self.questions, task=task, method=method, evaluation={SPLIT: prompts})
-        answers = self._ready(asked).predict(SPLIT)
-        return {answer.image: answer for answer in self._read(answers)}
+        return {answer.image: answer for answer in self._read(self._ready(task).predict(SPLIT))}
 
-    def _ready(self, questions: Questions) -> Learner:
-        """The learner with these questions. One whose method looks at the pictures first begins anew."""
-        if isinstance(self.learner, Asks) and not isinstance(questions.method, (Looks, Prepares)):
-            self.learner.ask(questions)
+    def _ready(self, task: Task) -> Learner:
+        """The learner with the pictures of a task. One that cannot be asked about others begins anew."""
+        method = self.method
+        looks, again = isinstance(method, (Looks, Prepares)), isinstance(method, LooksAgain)
+        if isinstance(self.learner, Asks) and (again or not looks):
+            if isinstance(method, LooksAgain):
+                method.look_again(task, SPLIT)
+            self.learner.ask(self._asked(task))
             return self.learner
         if self.learner is not None:
             self.learner.close()
             self.learner = None
+        self.method = method_of(self.config)  # a new one: it remembers what it has looked at
+        questions = self._asked(task)
         folder = Path(self.workplace.name) / "learner"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         build: Build = locate(self.config.learner.build, "learner.build")
-        if self.before is not None and isinstance(questions.method, Looks):
+        if self.before is not None and isinstance(self.method, Looks):
             # the method keeps what it has seen: the run chose its candidates before it trained the vision tower
             build(self.before, questions, self.device, folder, Checkpoints(folder / "before", 1)).close()
         self.learner = build(self.config, questions, self.device, folder, Checkpoints(folder / "checkpoints", 1))
@@ -165,8 +168,12 @@ class Classifier:
             self.learner.take_over(self.run.model)
         return self.learner
 
+    def _asked(self, task: Task) -> Questions:
+        prompts = self.method.evaluation_prompts(task, SPLIT)
+        return replace(self.questions, task=task, method=self.method, evaluation={SPLIT: prompts})
+
     def _read(self, answers: Answers) -> Iterable[Answer]:
-        method, table = self.questions.method, answers.probabilities
+        method, table = self.method, answers.probabilities
         candidates = answers.columns.get("candidates")
         for number, prediction in enumerate(answers.predictions):
             top: list[tuple[str, float]] = []

@@ -21,46 +21,61 @@ from common.run.run_folder import RunFolder
 from common.run.tracking import NullTracker
 from common.runtime.distributed import barrier, gather, rank
 from common.runtime.stopwatch import Stopwatch
+from common.types import Task
 
 
-def candidates_of(
-    config: Config, questions: Questions, name: str, device: torch.device, folder: Path
-) -> dict[str, Candidates]:
-    """The candidates of every split. All ranks call it together.
+class Drafted:
+    """A few-shot learner that names candidates."""
 
-    Args:
-        config: Of the run.
-        questions: Of the run; the candidates are of its images.
-        name: Of the learner, an entry of `few_shot`.
-        device: Of encoders and features.
-        folder: `draft` in the run folder.
-    """
-    splits = list(questions.task.evaluation)
-    if not all(gather(all(_path(folder, split).with_suffix(".json").is_file() for split in splits))):
-        _fit(config, questions, name, device, folder)
-    found = {}
-    for split in splits:
-        asked = questions.task.evaluation[split]
+    def __init__(self, config: Config, questions: Questions, name: str, device: torch.device, folder: Path) -> None:
+        """
+        Args:
+            config: Of the run.
+            questions: Of the run; the candidates are of its images.
+            name: Of the learner, an entry of `few_shot`.
+            device: Of encoders and features.
+            folder: `draft` in the run folder.
+        """
+        self.config, self.questions, self.name = config, questions, name
+        self.device, self.folder = device, folder
+        self.learner: FewShotLearner | None = None
+
+    def candidates(self) -> dict[str, Candidates]:
+        """Of the images of every split. All ranks call it together. The learner is let go, a larger model follows."""
+        splits = list(self.questions.task.evaluation)
+        if not all(gather(all(self._path(split).with_suffix(".json").is_file() for split in splits))):
+            learner = self._fitted()
+            for split in splits:
+                learner.predict(split)
+            learner.close()
+        return {split: self._read(self.questions.task, split) for split in splits}
+
+    def of(self, task: Task, split: str) -> Candidates:
+        """Of images that came later. The learner comes back from its checkpoints once, and stays."""
+        if self.learner is None:
+            self.learner = self._fitted()
+        self.learner.ask(replace(self.questions, task=task))
+        self.learner.predict(split)
+        self.learner.close()
+        return self._read(task, split)
+
+    def _path(self, split: str) -> Path:
+        return self.folder / candidate_file.FOLDER / split
+
+    def _read(self, task: Task, split: str) -> Candidates:
+        asked = task.evaluation[split]
         images = [item.image for item in asked.items]
-        dataset = settled.dataset_of(questions.task, split)
-        found[split] = candidate_file.read(_path(folder, split), images, asked.names, dataset, split)
-    return found
+        dataset = settled.dataset_of(task, split)
+        return candidate_file.read(self._path(split), images, asked.names, dataset, split)
 
-
-def _path(folder: Path, split: str) -> Path:
-    return folder / candidate_file.FOLDER / split
-
-
-def _fit(config: Config, questions: Questions, name: str, device: torch.device, folder: Path) -> None:
-    if rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-    barrier()
-    checkpoints = Checkpoints(folder / "checkpoints", 1)
-    quiet = replace(config, trainer=TrainerConfig(name="none"), evaluate="last", method={"name": name})
-    learner = FewShotLearner(quiet, questions, name, device, folder, checkpoints)
-    recorder = Recorder(RunFolder(folder), NullTracker(), 1, Stopwatch(), checkpoints.state)
-    learner.fit(recorder)
-    for split in questions.task.evaluation:
-        learner.predict(split)
-    recorder.close(failed=False)
-    learner.close()
+    def _fitted(self) -> FewShotLearner:
+        if rank() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        barrier()
+        checkpoints = Checkpoints(self.folder / "checkpoints", 1)
+        quiet = replace(self.config, trainer=TrainerConfig(name="none"), evaluate="last", method={"name": self.name})
+        learner = FewShotLearner(quiet, self.questions, self.name, self.device, self.folder, checkpoints)
+        recorder = Recorder(RunFolder(self.folder), NullTracker(), 1, Stopwatch(), checkpoints.state)
+        learner.fit(recorder)
+        recorder.close(failed=False)
+        return learner
