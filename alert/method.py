@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alert.bank import file as bank_file
-from alert.draft import accounting, candidate_file, candidates, categories, published, settled
+from alert.draft import accounting, candidate_file, candidates, categories, class_means, published, settled
 from alert.draft import references as reference
+from alert.draft.class_means import ClassMeans
 from alert.prompt import INSTRUCTIONS, meta_task
 from alert.rewards import tagged_answer
 from common import parsing
 from common.config.checks import one_of
 from common.method import Embeddings, Words
-from common.runtime.distributed import gather, rank, share_of
+from common.runtime.distributed import gather, rank
 from common.types import Answers, Item, Prediction, Prompt, Split, Task, UserError
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ INITIALISATIONS = ("proposed", "averaging", "random", "one_shot")
 
 class Alert:
     """Asks which of some reference categories an image shows, each given by its name and its embedding."""
+
+    kept = (bank_file.FACTS, bank_file.ENTRIES, class_means.FILE)
 
     def __init__(
         self,
@@ -100,7 +103,8 @@ class Alert:
         self.tau, self.smallest, self.largest = tau, smallest, largest
         self.draft, self.draft_file, self.k, self.order = draft, draft_file, k, order
         self.patches = features == "patches"
-        self.similarities: Any = None  # [C, C], known once pictures were seen
+        self.means: ClassMeans | None = None  # known once pictures were seen
+        self.similarities: Any = None  # [C, C]
         self.drafted: dict[str, candidates.Candidates] = {}
         self.ranks: Callable[[Task, str], candidates.Candidates] | None = None  # pictures that come later
         self.architecture = ""
@@ -138,20 +142,23 @@ class Alert:
 
         train, count = task.train, len(task.train.names)
         known = folder if folder is not None and all(gather((folder / bank_file.BEGUN).is_file())) else None
-        self.architecture, shape = vision.architecture, (count, *bank.shape_of(vision, train.items[0].image))
+        image = next(item.image for split in (train, *task.evaluation.values()) for item in split.items)
+        self.architecture, shape = vision.architecture, (count, *bank.shape_of(vision, image))
         entries = bank_file.known_entries(known, self.bank, train.names, shape, self.architecture)
-        how = self.initialisation if entries is None else None
-        seen, fresh = bank.see(vision, train.items, count, how, self.seed, self.patches)
-        entries = fresh if entries is None else entries
+        if self.means is None:
+            how = self.initialisation if entries is None else None
+            seen, fresh = bank.see(vision, train.items, count, how, self.seed, self.patches)
+            entries = fresh if entries is None else entries
+            self.means = ClassMeans(reference.class_means(seen.numpy(), range(count), count), self.patches)
         assert entries is not None
         if folder is not None and known is None and rank() == 0:
             bank_file.export_begun(folder, entries)
-        means = reference.class_means(seen.numpy(), range(count), count)
-        self.similarities = reference.similarities(means)
+        self.similarities = reference.similarities(self.means.means)
+        means, k = self.means, self.k if self.draft == "oracle_recall" else None
         for split in task.evaluation:
             if split not in self.drafted:
-                self.ranks = lambda task, split: self._candidates(vision, means, task, split)
-                self.drafted[split] = self._candidates(vision, means, task, split)
+                self.ranks = lambda task, split: means.candidates(vision, task, split, self.seed, k)
+                self.drafted[split] = self.ranks(task, split)
         return Embeddings(entries, self.trainable)
 
     def look_again(self, task: Task, split: str) -> None:
@@ -159,16 +166,20 @@ class Alert:
         if self.ranks is not None:
             self.drafted[split] = self.ranks(task, split)
 
+    def recall(self, folder: Path) -> bool:
+        self.means = ClassMeans.load(folder) if self.draft == "class_means" else None
+        return self.means is not None
+
     def train_prompts(self, task: Task, epoch: int = 0) -> list[Prompt]:
         """With other references in every epoch. Before `look`, the longest prompts that there could be."""
         split = task.train
-        categories.check_images(task)
+        self._check_images(task)
         longest = categories.longest(split, self.largest)
         return [self._prompt(item, split, self._references(item, split, longest, epoch)) for item in split.items]
 
     def evaluation_prompts(self, task: Task, split: str) -> list[Prompt]:
         asked = task.evaluation[split]
-        categories.check_images(task)
+        self._check_images(task)
         labels = categories.train_labels(task, split)
         if self.k > len(asked.choices):
             raise UserError(
@@ -234,11 +245,17 @@ class Alert:
 
     def export(self, folder: Path, embeddings: torch.Tensor, task: Task) -> None:
         bank_file.export(folder, embeddings, task.train.names, self.architecture)
+        if self.means is not None:
+            self.means.save(folder)
 
     def into_vocabulary(self, model: Any, processor: Any, silent: int, embeddings: Path) -> Words:
         from alert.export import into_vocabulary
 
         return into_vocabulary(model, processor, silent, embeddings, self.instruction)
+
+    def _check_images(self, task: Task) -> None:
+        if self.means is None:
+            categories.check_images(task)
 
     def _draft_path(self, split: str) -> Path:
         assert self.draft_file is not None
@@ -249,24 +266,6 @@ class Alert:
         """Names of the candidates of every image, in the order of the prompt."""
         drafted, names = self.drafted[split], task.evaluation[split].names
         return [tuple(names[label] for label in drafted.shown(p.image, self.k, self.order)) for p in predictions]
-
-    def _candidates(self, vision: Vision, means: Any, task: Task, split: str) -> candidates.Candidates:
-        """Ranks share the images and rank a batch at a time: ImageNet's test images have 900 GB of patches."""
-        shots = len(task.train.items) // len(task.train.names)
-        origin = candidates.Origin("class_means", settled.dataset_of(task, split), shots, self.seed)
-        asked, own = task.evaluation[split], categories.train_labels(task, split)
-        mine, parts = share_of(list(asked.items)), []
-        for start in range(0, len(mine), vision.batch):
-            items = mine[start : start + vision.batch]
-            images = [item.image for item in items]
-            logits = candidates.class_mean_logits(vision.vectors(images, self.patches).numpy(), means)[:, own]
-            if self.draft == "class_means":
-                parts.append(candidates.rank(images, logits, asked.names, origin))
-            else:
-                truths = [item.label for item in items]
-                parts.append(candidates.oracle_recall(images, logits, truths, self.k, asked.names, origin))
-        batches = [part for of_rank in gather(parts) for part in of_rank]
-        return candidates.join(batches, [item.image for item in asked.items])
 
     def _references(self, item: Item, split: Split, longest: tuple[int, ...], epoch: int) -> tuple[int, ...]:
         if self.similarities is None:

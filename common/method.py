@@ -97,6 +97,19 @@ class LooksAgain(Protocol):
         """See the pictures of a split that has others now; the rest of the task is as it was in `look`."""
 
 
+@runtime_checkable
+class Recalls(Protocol):
+    """A method that keeps beside its embeddings what it saw of the training images, and needs them no more.
+
+    kept: the files of `export` that `recall` reads.
+    """
+
+    kept: tuple[str, ...]
+
+    def recall(self, folder: Path) -> bool:
+        """Take over what `export` wrote. False: something is missing, so the images have to be seen again."""
+
+
 @dataclass(frozen=True)
 class Words:
     """Embeddings that have become words: the ids of these, which are never said; the word that stands for each name;

@@ -239,6 +239,28 @@ def test_an_exported_alert_says_how_to_ask_it(runner, tmp_path):
     assert bank_file.read(tmp_path / "bank", list(asking["words"])).shape[0] == 10
 
 
+@pytest.mark.slow
+def test_an_exported_alert_answers_as_its_run_did_without_the_dataset(runner, tmp_path, monkeypatch):
+    """Candidates, replies and probabilities are the run's evaluation's, from the run's folder and from its export."""
+    run, folder, digits = tmp_path / "run", tmp_path / "plain", Digits()
+    extra = ["rewards=alert_no_judge", "trainer.updates=2", "setting.test_per_class=3", "model.freeze_vision=true"]
+    assert runner(run, ["method=alert", "model=tiny_gemma3", *QUICK, *extra]) == 0
+    assert command.main([str(run), str(folder)]) == 0
+    rows = pyarrow.parquet.read_table(run / "predictions.parquet").to_pylist()
+    rows = [row for row in rows if row["phase"] == "after"]
+    assert len({tuple(row["candidates"]) for row in rows}) > 1 and len({row["completion"] for row in rows}) > 1
+    monkeypatch.setattr("common.data.task.build", lambda config: pytest.fail("the dataset is read again"))
+    for place in (run, folder):
+        classifier = Classifier.load(place)
+        for part in (rows[:20], rows[20:]):
+            answers = classifier({row["image"]: digits.open(row["image"]) for row in part})
+            assert [list(answer.candidates) for answer in answers] == [row["candidates"] for row in part]
+            assert [answer.reply for answer in answers] == [row["completion"] for row in part]
+            sure = [max(value for value in row["probabilities"] if value is not None) for row in part]
+            assert [answer.confidence for answer in answers] == pytest.approx(sure, abs=1e-5)
+        classifier.close()
+
+
 def test_what_is_sent_to_the_hub(tmp_path, monkeypatch, capsys):
     """Only with --yes, private unless it is said otherwise, and what was shown before is what goes."""
     calls = []

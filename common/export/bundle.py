@@ -16,7 +16,7 @@ import yaml
 from common.config.schema import Config, LoraConfig, ModelConfig
 from common.export import plain
 from common.export.card import write_card
-from common.method import Exports, Looks, Words
+from common.method import Exports, Looks, Recalls, Words
 from common.models import vlm
 from common.models.files import ADAPTERS, weights_folder
 from common.models.meter import messages
@@ -65,7 +65,7 @@ def export(run: Path, target: Path, kind: str = "model", licence: str | None = N
 def _model(trained: Trained, config: Config, target: Path) -> dict[str, Any]:
     values = {key: value for key, value in vars(config.model).items() if key != "lora"}
     settings = ModelConfig(**{**values, "lora": LoraConfig(), "load_in_8bit": False})
-    method, words = method_of(config), None
+    (method, looks), words = method_of(trained, config), None
     if isinstance(method, Looks) and not trained.embeddings.is_dir():
         raise UserError(
             f"method={config.method['name']} has trained no category embeddings, and without them its model is the one"
@@ -78,8 +78,14 @@ def _model(trained: Trained, config: Config, target: Path) -> dict[str, Any]:
     plain.save(policy, target, never, config.rollout.max_completion_tokens)
     asking = how_to_ask(trained, config, words)
     (target / ASKING).write_text(json.dumps(asking, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    if not isinstance(method, Looks):
-        _write_records(trained, target / RECORDS)
+    if isinstance(method, Recalls) and not looks and config.model.freeze_vision:
+        kept = target / trained.embeddings.name
+        kept.mkdir()
+        for name in method.kept:
+            shutil.copyfile(trained.embeddings / name, kept / name)
+    elif isinstance(method, Looks):  # nobody else could choose its candidates
+        return asking
+    _write_records(trained, target / RECORDS)
     return asking
 
 

@@ -100,7 +100,10 @@ def load(folder: Path, config: ModelConfig, device: torch.device, train: bool = 
     family = family_of(config.family)
     placeholders = family.placeholder_tokens(model.config)
     pad = processor.tokenizer.pad_token_id
-    banned = tuple(sorted({*placeholders, pad} - set(ends)))  # some models also end with their padding token
+    suppressed = model.generation_config.suppress_tokens or ()
+    banned = tuple(
+        sorted({*placeholders, pad, *suppressed} - set(ends))
+    )  # some models also end with their padding token
     if config.freeze_vision:
         freeze(model, family.vision)
     if config.gradient_checkpointing:

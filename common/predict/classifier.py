@@ -151,7 +151,7 @@ class Classifier:
         if self.learner is not None:
             self.learner.close()
             self.learner = None
-        self.method = method_of(self.config)  # a new one: it remembers what it has looked at
+        self.method, _ = method_of(self.run, self.config)  # a new one: it remembers what it has looked at
         questions = self._asked(task)
         folder = Path(self.workplace.name) / "learner"
         shutil.rmtree(folder, ignore_errors=True)

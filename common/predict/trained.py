@@ -18,7 +18,7 @@ from common.config.schema import Config, TrainerConfig
 from common.data import task as tasks
 from common.data.task import Questions
 from common.learner import Prepares
-from common.method import Looks, Method
+from common.method import Looks, Method, Recalls
 from common.models.files import ADAPTERS
 from common.plugins import locate
 from common.predict.photos import Photos
@@ -94,10 +94,12 @@ def without_list(config: Config) -> Config:
     return replace(config, method={**config.method, "list_share": 0.0})
 
 
-def method_of(config: Config) -> Method:
-    """The method, as the run made it."""
+def method_of(run: Trained, config: Config) -> tuple[Method, bool]:
+    """The method, as the run made it, and whether it has to see the run's pictures again."""
     method: Method = locate(config.method["_target_"], "method._target_")(**composition.method_arguments(config))
-    return method
+    recalls = isinstance(method, Recalls) and run.embeddings.is_dir() and method.recall(run.embeddings)
+    looks = isinstance(method, (Looks, Prepares)) and not recalls
+    return method, looks or config.learner.needs_shots
 
 
 def questions_of(run: Trained, config: Config, names: Sequence[str] | None = None) -> Questions:
@@ -111,9 +113,8 @@ def questions_of(run: Trained, config: Config, names: Sequence[str] | None = Non
     Raises:
         UserError: The method cannot be asked about others.
     """
-    method = method_of(config)
-    looks = isinstance(method, (Looks, Prepares)) or config.learner.needs_shots
-    if looks and names is not None:
+    method, looks = method_of(run, config)
+    if names is not None and (looks or isinstance(method, (Looks, Prepares))):
         raise UserError(
             f"names: the categories of method={config.method['name']} are those that it was trained on:"
             " other names need a method that only reads them, such as clsrl"
@@ -128,5 +129,6 @@ def questions_of(run: Trained, config: Config, names: Sequence[str] | None = Non
     first = next(split for name, split in manifest["splits"].items() if name not in ("train", "val"))
     chosen = tuple(names) if names is not None else tuple(first["names"])
     split = Split((), chosen, config.data.question, config.data.open_question)
-    task = Task(split, {SPLIT: split}, Photos(), manifest["fingerprint"], manifest["origins"])
+    train = replace(split, names=tuple(manifest["splits"]["train"]["names"])) if isinstance(method, Looks) else split
+    task = Task(train, {SPLIT: split}, Photos(), manifest["fingerprint"], manifest["origins"])
     return Questions(task, method, [], {SPLIT: []}, manifest)
