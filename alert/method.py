@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,24 +146,24 @@ class Alert:
         image = next(item.image for split in (train, *task.evaluation.values()) for item in split.items)
         self.architecture, shape = vision.architecture, (count, *bank.shape_of(vision, image))
         entries = bank_file.known_entries(known, self.bank, train.names, shape, self.architecture)
-        if self.means is None:
+        if (means := self.means) is None:
             how = self.initialisation if entries is None else None
             seen, fresh = bank.see(vision, train.items, count, how, self.seed, self.patches)
             entries = fresh if entries is None else entries
-            self.means = ClassMeans(reference.class_means(seen.numpy(), range(count), count), self.patches)
+            means = ClassMeans(reference.class_means(seen.numpy(), range(count), count), self.patches)
+            self.means = None if self.patches else means  # ImageNet's patches are 38 GB
         assert entries is not None
         if folder is not None and known is None and rank() == 0:
             bank_file.export_begun(folder, entries)
-        self.similarities = reference.similarities(self.means.means)
-        means, k = self.means, self.k if self.draft == "oracle_recall" else None
-        for split in task.evaluation:
-            if split not in self.drafted:
-                self.ranks = lambda task, split: means.candidates(vision, task, split, self.seed, k)
-                self.drafted[split] = self.ranks(task, split)
+        self.similarities = reference.similarities(means.means)
+        ranks = partial(means.candidates, vision, self.seed, self.k if self.draft == "oracle_recall" else None)
+        self.drafted |= {split: ranks(task, split) for split in task.evaluation if split not in self.drafted}
+        if folder is None and self.ranks is None and self.draft in ("class_means", "oracle_recall"):
+            self.ranks = ranks  # other pictures may follow: keep what sees them
         return Embeddings(entries, self.trainable)
 
     def look_again(self, task: Task, split: str) -> None:
-        self.drafted.pop(split)
+        self.drafted.pop(split, None)
         if self.ranks is not None:
             self.drafted[split] = self.ranks(task, split)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,14 +22,14 @@ ROWS = {"kind": "table", "rows": ["method"], "columns": ["data"], "average": "da
 def sweep(tmp_path, write):  # noqa: F811
     """A sweep's folder over runs given as (method, data, seed, right, ...)."""
 
-    def make(runs, spec=ROWS, given=None, **options):
+    def make(runs, spec=ROWS, given=None, chosen=None, **options):
         shown = []
         for method, data, seed, right in runs:
             name = f"{method}-{data}-{seed}"
             if right is not None:
                 write(name, f"method={method}", f"data={data}", f"seed={seed}", "shots=4", right=right, **options)
             shown.append(points.Shown(name, seed, {"method": method, "data": data}))
-        points.Sweep("clsrl_table2", dict(spec), given or {}, shown).save(tmp_path / "page")
+        points.Sweep("clsrl_table2", dict(spec), given or {}, shown, chosen or {}).save(tmp_path / "page")
         return tmp_path / "page"
 
     return make
@@ -129,6 +130,39 @@ def test_what_the_command_line_changed_stands_in_the_way_of_a_verdict(sweep):
     assert entry(page.build(folder), method="sft", data="eurosat").verdict.startswith(
         "not comparable: model=tiny_qwen2_vl"
     )
+
+
+def test_a_choice_among_the_papers_runs_is_compared_and_quotes_nothing_else(sweep):
+    folder = sweep([("sft", "eurosat", 1, share(15))], chosen={"data": "eurosat"})
+    found = page.build(folder)
+    assert [e.published for e in found.entries] == [75.16, None], "no other dataset, and no average over eleven"
+    one = entry(found, method="sft", data="eurosat")
+    assert one.published == 75.16 and one.verdict == "not comparable: 20 of 8100 test images"
+    assert "of the paper's runs: data=eurosat" in tables.notes(found)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "images", "reasons"),
+    [
+        ("clean", 8100, []),
+        ("official", 13500, []),  # its scripts test the 5,400 validation images as well
+        ("official", 8100, []),
+        ("clean", 13500, ["13500 of 8100 test images"]),
+    ],
+)
+def test_images_are_counted_by_the_protocol(protocol, images, reasons):
+    eurosat = {"published": {"train": 13500, "val": 5400, "test": 8100}}
+    run = SimpleNamespace(values={"data": eurosat, "setting": {"targets": {}}})
+    found = cells._reasons(run, SimpleNamespace(left_out=0, protocol=protocol), "test", SimpleNamespace(n=images))
+    assert found == reasons
+
+
+def test_times_of_other_machines_are_not_the_papers():
+    train = {"seconds": {"total": 120.0}}
+    for gpus, reasons in ((8, []), (1, ["timed on 1 GPUs instead of 8"]), (0, ["timed on no GPUs instead of 8"])):
+        run, result = SimpleNamespace(values={"gpus": gpus}), SimpleNamespace(after=True, train=train)
+        (number,) = cells._train_minutes(run, result, "test", None)
+        assert (number.value, number.reasons) == (2.0, reasons)
 
 
 def test_differences_are_taken_seed_by_seed():

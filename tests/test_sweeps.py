@@ -188,6 +188,16 @@ def made_job(name, *needs, depth=0):
     return Job(point, Path(name), {"label": name}, {}, tuple(map(Path, needs)))
 
 
+def test_choosing_among_a_sweeps_own_values_keeps_it_the_papers():
+    rows = [{"method": "sft", "shots": 1}, {"method": "clsrl", "shots": [1, 4]}]
+    keys = {"params": {"data": ["dtd", "eurosat"]}, "named": {}, "points": rows, "page": {}, "tiny": {}}
+    chapter = book.alone("any", keys)
+    given = {"data": ["dtd"], "method": ["clsrl"], "shots": ["4"], "model": ["tiny"]}
+    # 4 shots are not all points' own: SFT would run with others than the table's
+    assert chapter.parted(given) == ({"shots": "4", "model": "tiny"}, {"data": "dtd", "method": "clsrl"})
+    assert chapter.parted({"data": ["dtd", "pets"], "shots": ["1"]}) == ({"data": "dtd,pets"}, {"shots": "1"})
+
+
 @pytest.mark.slow
 def test_waves_run_one_behind_the_other_and_a_failure_stops_only_what_needs_it(capsys):
     _, _, made = jobs("clsrl_fig1", "data=digits", "model=tiny_qwen2_vl", "seed=1")

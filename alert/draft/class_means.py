@@ -47,16 +47,16 @@ class ClassMeans:
         return cls(load_file(path)["means"], patches=False) if path.is_file() else None
 
     def candidates(
-        self, vision: Vision, task: Task, split: str, seed: int, k_with_truth: int | None = None
+        self, vision: Vision, seed: int, k_with_truth: int | None, task: Task, split: str
     ) -> candidates.Candidates:
         """Of the images of a split. Ranks share them, and rank a batch at a time: ImageNet's have 900 GB of patches.
 
         Args:
             vision: What the means were seen with.
-            task: With the split.
-            split: Which.
             seed: Of the run, for the record.
             k_with_truth: The truth is put among so many (`oracle_recall`, an upper bound); None: it is not known.
+            task: With the split.
+            split: Which.
         """
         asked, own = task.evaluation[split], categories.train_labels(task, split)
         shots = len(task.train.items) // len(task.train.names)

@@ -117,7 +117,7 @@ class Classifier:
 
         Args:
             pictures: Files, bytes or PIL images; a mapping gives the names that answers carry, otherwise these are the
-                files' own, or numbers.
+                files' own, or #0, #1, …
         """
         given = dict(pictures) if isinstance(pictures, Mapping) else _named(pictures)
         self.photos.show(given)
@@ -160,13 +160,14 @@ class Classifier:
         if self.before is not None and isinstance(self.method, Looks):
             # the method keeps what it has seen: the run chose its candidates before it trained the vision tower
             build(self.before, questions, self.device, folder, Checkpoints(folder / "before", 1)).close()
-        self.learner = build(self.config, questions, self.device, folder, Checkpoints(folder / "checkpoints", 1))
-        if self.began_from is not None and self.learner.weights["sha256"] != self.began_from:
-            path = self.learner.weights["path"]
+        learner = build(self.config, questions, self.device, folder, Checkpoints(folder / "checkpoints", 1))
+        if self.began_from is not None and learner.weights["sha256"] != self.began_from:
+            path = learner.weights["path"]
             raise UserError(f"{self.run.folder} was made with other weights than {path} holds now; make it anew")
-        if isinstance(self.learner, Restores) and self.run.model.is_dir():
-            self.learner.take_over(self.run.model)
-        return self.learner
+        if isinstance(learner, Restores) and self.run.model.is_dir():
+            learner.take_over(self.run.model)
+        self.learner = learner  # at last: what was refused is not asked
+        return learner
 
     def _asked(self, task: Task) -> Questions:
         prompts = self.method.evaluation_prompts(task, SPLIT)
@@ -204,7 +205,7 @@ class Classifier:
 def _named(pictures: Iterable[Picture]) -> dict[str, Picture]:
     found: dict[str, Picture] = {}
     for number, picture in enumerate(pictures):
-        name = str(picture) if isinstance(picture, str | Path) else str(number)
+        name = str(picture) if isinstance(picture, str | Path) else f"#{number}"
         found[name if name not in found else f"{name} ({number})"] = picture
     return found
 

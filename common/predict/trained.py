@@ -124,6 +124,8 @@ def questions_of(run: Trained, config: Config, names: Sequence[str] | None = Non
         splits = questions.task.evaluation
         first = next(split for name, split in splits.items() if name != "val")
         kept = {name: split for name, split in splits.items() if name == "val"}
+        if config.selection == "paper":  # a few-shot learner chooses by its own test images again, not by the new ones
+            kept |= {"chosen by": first}
         return replace(questions, task=replace(questions.task, evaluation={**kept, SPLIT: first}))
     manifest = json.loads((run.records / "manifest.json").read_text(encoding="utf-8"))
     first = next(split for name, split in manifest["splits"].items() if name not in ("train", "val"))

@@ -48,6 +48,17 @@ class Chapter:
         is_tiny = any(name.startswith("tiny_") for name in values.get("model", ()))
         return {**(self.tiny if is_tiny else {}), **values}
 
+    def parted(self, values: Mapping[str, Sequence[str]]) -> tuple[dict[str, str], dict[str, str]]:
+        """What replaces the sweep's values, and what only chooses among those that all of its points have."""
+        rows = [{**self.spec.params, **based(self.spec, row)} for row in self.spec.points]
+        texts = {key: ",".join(each) for key, each in values.items()}
+        chosen = {
+            key: text
+            for key, text in texts.items()
+            if key == "method" or all(key in row and {*values[key]} <= {*choices(row[key])} for row in rows)
+        }
+        return {key: text for key, text in texts.items() if key not in chosen}, chosen
+
 
 def alone(name: str, keys: Mapping[str, Any]) -> Chapter:
     """A sweep by itself. `keys`: of the sweeper, see conf/hydra/sweeper/paper.yaml."""

@@ -115,8 +115,8 @@ class PaperSweeper(Sweeper):
         """Those of a book, or this sweep alone."""
         assert self.config is not None and self.hydra_context is not None
         if self.is_book:
-            sources = self.hydra_context.config_loader.get_sources()
-            return book.read(self.keys, [Path(source.path) for source in sources if source.scheme() == "file"])
+            sources = [each for each in self.hydra_context.config_loader.get_sources() if each.scheme() == "file"]
+            return book.read(self.keys, [Path(source.path) for source in sources])
         return [book.alone(str(self.config.hydra.job.config_name), self.keys)]
 
     def jobs(
@@ -170,10 +170,10 @@ class PaperSweeper(Sweeper):
         said = {key: ",".join(values) for key, values in given.items() if decides(key)}
         pages = []
         for chapter, runs in zip(chapters, shown, strict=True):
-            changed = {key: ",".join(values) for key, values in {**chapter.given, **given}.items() if decides(key)}
-            changed = {key: text for key, text in changed.items() if key not in STILL_THE_PAPERS}
+            values = {key: each for key, each in {**chapter.given, **given}.items() if key not in STILL_THE_PAPERS}
+            changed, chosen = chapter.parted({key: each for key, each in values.items() if decides(key)})
             pages.append(outputs / folder_name(f"{name}-{chapter.name}" if self.is_book else name, said))
-            points.Sweep(chapter.name, chapter.page, changed, runs).save(pages[-1])
+            points.Sweep(chapter.name, chapter.page, changed, runs, chosen).save(pages[-1])
         return outputs / folder_name(name, said), pages
 
     def run(self, jobs: Sequence[Job], finished: set[Path]) -> list[JobReturn]:

@@ -56,7 +56,6 @@ class Drafted:
             self.learner = self._fitted()
         self.learner.ask(replace(self.questions, task=task))
         self.learner.predict(split)
-        self.learner.close()
         return self._read(task, split)
 
     def _path(self, split: str) -> Path:

@@ -88,7 +88,7 @@ def search_keys(
     steps: tuple[int, int] = STEPS,
     chunk: int = 128,
 ) -> Found:
-    """What `search` finds for `tip_adapter.votes`, from the true class and its rivals alone.
+    """What `search` finds for `tip_adapter.votes`, up to rounding, from the true class and its rivals alone.
 
     Args:
         near: From some images to their affinities. Shape of those: [images, C, K].
@@ -171,12 +171,12 @@ def _margin(
         line = torch.lerp(own_votes[:, left, None], own_votes[:, right, None], share)
         gap = (line - own_votes[:, left : right + 1]).amax(1)
         gaps[node], gaps[node + 1] = gaps[node].maximum(gap), gap
-    most = torch.full_like(base, -torch.inf)
+    most, size = torch.full_like(base, -torch.inf), base.abs().amax(1)
     for node, gap in zip(ends, gaps, strict=True):
-        lead = votes(near, betas[node]).sub_(own_votes[:, node, None] - gap[:, None])
-        most = most.maximum(lead)
+        lead = votes(near, betas[node])
+        size = size.maximum(alphas[-1] * lead.amax(1))
+        most = most.maximum(lead.sub_(own_votes[:, node, None] - gap[:, None]))
     # the largest lead serves the last alpha if it is above 0, the first one if below
     reach = torch.where(most > 0, most * alphas[-1], most * alphas[0])
-    # rounding of sums of this size
-    slack = 64 * torch.finfo(base.dtype).eps * (base.abs().amax(1) + alphas[-1] * near.shape[2])
+    slack = 64 * torch.finfo(base.dtype).eps * size  # rounding of sums of this size
     return reach.add_(base - own_base[:, None]).add_(slack[:, None])

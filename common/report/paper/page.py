@@ -157,7 +157,8 @@ def build(folder: Path) -> Page:
     found, runs = numbers.collect(sweep)
     changed = [f"{key}={value}" for key, value in sweep.given.items()]
     theirs = _of_the_same_average(known.numbers, found, sweep.page.get("average"))
-    order = [*found, *([] if changed else (keys for keys in theirs if keys not in found))]
+    partly = changed or sweep.chosen  # then what is published of the rest is left out
+    order = [*found, *([] if partly else (keys for keys in theirs if keys not in found))]
     entries = [_entry(keys, found.get(keys, Cell()), theirs.get(keys), changed) for keys in order]
     return Page(sweep, entries, known.source, runs)
 

@@ -30,13 +30,14 @@ class Sweep:
     """A sweep as it was started.
 
     page: see common/report/paper/page.py. given: values of the command line that replace the sweep's own, but seeds
-    and what no result depends on; with any the page is not the paper's.
+    and what no result depends on; with any the page is not the paper's. chosen: those that only choose among its own.
     """
 
     name: str
     page: dict[str, Any]
     given: dict[str, str]
     runs: list[Shown]
+    chosen: dict[str, str] = field(default_factory=dict)
     folder: Path = field(default_factory=Path)
 
     def save(self, folder: Path) -> None:
@@ -64,6 +65,6 @@ def load(folder: Path) -> Sweep:
     try:
         values: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         runs = [Shown(**each) for each in values["runs"]]
-        return Sweep(values["name"], values["page"], values["given"], runs, folder)
+        return Sweep(values["name"], values["page"], values["given"], runs, values.get("chosen", {}), folder)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged ({error}); the sweep's command writes it again") from error

@@ -78,6 +78,8 @@ def notes(page: Page) -> list[str]:
     if page.sweep.given:
         changed = ", ".join(f"{key}={value}" for key, value in page.sweep.given.items())
         lines.append(f"not the paper's runs: {changed}")
+    if page.sweep.chosen:
+        lines.append("of the paper's runs: " + ", ".join(f"{key}={value}" for key, value in page.sweep.chosen.items()))
     verdicts = [entry.verdict.partition(":")[0] for entry in page.entries]
     lines.append("; ".join(f"{verdicts.count(each)} {each}" for each in dict.fromkeys(verdicts)))
     lines += [f"{run.path.name}: {run.state}, {run.why}" for run in page.unfinished]
