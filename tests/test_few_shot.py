@@ -143,6 +143,13 @@ def test_an_adapter_is_trained_as_a_plain_loop_trains_it(world):
     torch.testing.assert_close(all_logits(learner, test, text), logits(test.images).detach(), atol=2e-3, rtol=1e-4)
 
 
+def test_cafo_without_its_generated_pictures_says_so():
+    """Its published accuracies are with them, so a table has to mark ours."""
+    assert "generated" in cached.CaFo(seed=1, **PLAN, **KEYS).remark
+    assert "generated" in cached.CaFo(seed=1, **PLAN, **KEYS, generated="drawn").remark, "none of a class"
+    assert cached.CaFo(seed=1, **PLAN, **KEYS, generated="drawn", per_class=2).remark == ""
+
+
 @pytest.mark.parametrize("scheduler", ["paper", "proper"])
 def test_generated_pictures_move_the_cosine_as_in_cafos_code(world, scheduler):
     """torch's own schedule, made for the real batches (or all) and stepped on real and generated ones."""

@@ -188,6 +188,9 @@ class TipAdapterF(TrainedKeys):
         return self.mix.search_keys(self.module.keys()[0], pictures, self.text)
 
 
+NOT_GENERATED = "CaFo without generated pictures, which its authors add to the shots"
+
+
 class CaFo(TrainedKeys):
     """CaFo: keys of CLIP and of a visual encoder, weighed for each picture; generated pictures are more shots."""
 
@@ -239,6 +242,7 @@ class CaFo(TrainedKeys):
         one_of("few_shot.cafo.scheduler", scheduler, ("paper", "proper"))
         self.scheduler, self.generated, self.generated_per_class = scheduler, generated, per_class
         self.begun: dict[str, Tensor] = {}
+        self.remark = "" if generated is not None and per_class else NOT_GENERATED
 
     def supports(self) -> list[Support]:
         return [self.train] if self.train.generated is None else [self.train, self.train.generated]

@@ -9,6 +9,7 @@ from common.report.paper.page import Entry, Page
 
 SHORT = {
     "a reconstruction": "reconstruction",
+    "CaFo without generated pictures": "no generated pictures",
     "selected on the test images": "test-selected",
     "lies above recall@": "published above our bound",
 }
