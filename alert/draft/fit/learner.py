@@ -87,12 +87,9 @@ class FewShotLearner:
             Prediction(item.image, item.name, item.label, asked.names[c], bool(c == item.label), bool(c == item.label))
             for item, c in zip(items, chosen.tolist(), strict=True)
         ]
-        columns: dict[str, list[Any]] = {}
-        if limit is None:
-            columns["truth_rank"] = self._write_candidates(split, items, logits)
-        return Answers(
-            made, time.perf_counter() - began, probabilities(logits, asked.names, asked.choices), 0.0, columns
-        )
+        ranks: list[Any] = self._truth_ranks(split, items, logits, write=limit is None)
+        likely = probabilities(logits, asked.names, asked.choices)
+        return Answers(made, time.perf_counter() - began, likely, 0.0, {"truth_rank": ranks})
 
     def ask(self, questions: Questions) -> None:
         """See `Asks`. Pictures are known by their content."""
@@ -182,14 +179,14 @@ class FewShotLearner:
         first = next(split for split in self.questions.task.evaluation if split != "val")
         return self._labelled(first)
 
-    def _write_candidates(self, split: str, items: list[Item], logits: NDArray[np.float32]) -> list[int | None]:
-        """Write the best classes of every picture. Returns the truth's rank among them, from 1, or None."""
+    def _truth_ranks(self, split: str, items: list[Item], logits: NDArray[np.float32], write: bool) -> list[int | None]:
+        """The truth's rank among the best classes of every picture, from 1, or None; `write`: these classes as well."""
         task, config = self.questions.task, self.config
         asked, dataset = task.evaluation[split], settled.dataset_of(task, split)
         origin = candidate.Origin(self.name, dataset, config.shots, config.seed)
         ranked = candidate.rank([item.image for item in items], logits, asked.names, origin)
         truths = [item.label for item in items]
-        if rank() == 0:
+        if write and rank() == 0:
             about = {
                 "manifest": self.questions.manifest["hash"],
                 "selection": config.selection,
