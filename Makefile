@@ -33,7 +33,7 @@ setup-vllm: .venv/installed-$(VLLM)  ## add vLLM for rollout=vllm: the GPU build
 demo: setup  ## train No-Thinking-CLS-RL on real digits (no GPU, no data, no hub)
 	$(BIN)/python run.py
 
-mini-paper: setup  ## both papers in miniature, one report; an hour, or TIER=quick eight minutes; goes on after a stop
+mini-paper: setup  ## both papers in miniature, one report; half an hour, or TIER=quick seven minutes; goes on after a stop
 	$(BIN)/python run.py -cd sweeps -cn mini_paper$(if $(TIER),_$(TIER)) tracking=none
 
 data-check: setup  ## which datasets are there and complete? DATA=/folder (docs/datasets.md)
