@@ -256,8 +256,9 @@ def test_an_exported_alert_answers_as_its_run_did_without_the_dataset(runner, tm
             answers = classifier({row["image"]: digits.open(row["image"]) for row in part})
             assert [list(answer.candidates) for answer in answers] == [row["candidates"] for row in part]
             assert [answer.reply for answer in answers] == [row["completion"] for row in part]
-            sure = [max(value for value in row["probabilities"] if value is not None) for row in part]
-            assert [answer.confidence for answer in answers] == pytest.approx(sure, abs=1e-5)
+            for answer, row in zip(answers, part, strict=True):
+                share = dict(zip(row["choices"], row["probabilities"], strict=True)).get(row["answer"])
+                assert answer.confidence == (None if share is None else pytest.approx(share, abs=1e-5))
         classifier.close()
 
 

@@ -211,7 +211,16 @@ def test_learners_that_read_are_tested_on_new_classes(method, runner, small, cac
 
 def test_watched_while_it_is_fitted(whole, runner, small, cache, tmp_path):
     """Evaluations on the way change nothing of the result, and write no candidates of a part of the images."""
-    watched = [*CAFO, "method=cafo", *CLIP, *SHORT, small, cache, "trainer.evaluate_every=2", "trainer.evaluate_limit=20"]
+    watched = [
+        *CAFO,
+        "method=cafo",
+        *CLIP,
+        *SHORT,
+        small,
+        cache,
+        "trainer.evaluate_every=2",
+        "trainer.evaluate_limit=20",
+    ]
     assert runner(tmp_path / "run", watched) == 0
     log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log if "eval/val/accuracy" in row] == [0, 2, 4, 5]

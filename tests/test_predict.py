@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet
@@ -18,7 +20,8 @@ from common.predict import __main__ as command
 from common.predict import cards, photos
 from common.predict.abstain import choose, threshold_of
 from common.predict.classifier import Answer
-from common.types import BadImage, UserError
+from common.report.html import transcripts
+from common.types import Answers, BadImage, Prediction, Probabilities, Split, UserError
 from tests.test_html import NAMES, answered, write  # noqa: F401
 
 QUICK = [
@@ -79,10 +82,16 @@ def test_answers_are_the_evaluations(runner, tmp_path, method):
     learner = None
     for part in (rows[:25], rows[25:]):
         answers = classifier({row["image"]: digits.open(row["image"]) for row in part})
-        assert [answer.label or "" for answer in answers] == [row["answer"] for row in part]
+        shares = [dict(zip(row["choices"], row["probabilities"], strict=True)) for row in part]
+        said = [
+            (row["answer"], share[row["answer"]]) if row["answer"] in share else (None, None)
+            for row, share in zip(part, shares, strict=True)
+        ]
+        assert [answer.label for answer in answers] == [label for label, _ in said]
         assert [answer.reply for answer in answers] == [row["completion"] or "" for row in part]
-        found = [answer.confidence for answer in answers]
-        assert found == pytest.approx([max(row["probabilities"]) for row in part], abs=1e-6)
+        assert [answer.confidence for answer in answers] == [
+            None if share is None else pytest.approx(share, abs=1e-6) for _, share in said
+        ]
         if part[0].get("candidates") is not None:
             assert [list(answer.candidates) for answer in answers] == [row["candidates"] for row in part]
         assert learner in (None, classifier.learner), "what answers stays loaded"
@@ -219,6 +228,35 @@ def test_a_new_picture_goes_before_the_datasets():
     first = shelf.stamp("0")
     shelf.show({"0": Image.new("RGB", (3, 2), "blue")})
     assert shelf.stamp("0") != first, "other pixels under the same name are decoded anew"
+
+
+@pytest.mark.parametrize("threshold", [None, 0.3, 0.5])
+def test_an_answer_has_its_own_confidence_and_is_one_of_the_names(threshold):
+    """By hand: names boot, bag; the second reply names neither, the third the less probable of both."""
+    said = [("Boot", [0.4, 0.6]), ("one", [0.9, 0.1]), ("boot", [0.2, 0.8])]
+    predictions = [Prediction(str(n), "", -1, answer, False, False) for n, (answer, _) in enumerate(said)]
+    places, values = np.array([[1, 0]] * 3, np.int32), np.array([shares for _, shares in said], np.float32)
+    asked = Classifier.__new__(Classifier)
+    asked.threshold, asked.config = threshold, SimpleNamespace(method={})
+    asked.method = SimpleNamespace(well_formed=lambda reply: False)
+    asked.questions = SimpleNamespace(task=SimpleNamespace(evaluation={"test": Split((), ("boot", "bag"), "?", "?")}))
+    table = Probabilities(("boot", "bag"), places, values)  # the first of each row is the bag's
+    found = list(asked._read(Answers(predictions, 0.0, table)))
+    assert [a.confidence for a in found] == [pytest.approx(0.6), None, pytest.approx(0.8)]
+    assert [a.label for a in found] == ["boot", None, "boot"]
+    assert [a.abstained for a in found] == [False, threshold is not None, False]
+    assert found[0].top[0] == ("boot", pytest.approx(0.6)) and found[1].top[0] == ("bag", pytest.approx(0.9))
+    asked.config = SimpleNamespace(method={"list_share": 0.0})  # the question lists no names: any word is an answer
+    assert [a.label for a in asked._read(Answers(predictions[1:2], 0.0))] == [None if threshold else "one"]
+
+
+def test_what_is_no_class_name_has_no_part_in_the_threshold(write, monkeypatch):  # noqa: F811
+    """0.9 is wrong, 0.7 and 0.6 are right, a sure reply names no class: with a third of risk 0.6 is the threshold."""
+    run = write("run", answered([*"abcd"], ["six"] * 4, ["six", "nine", "six", "horse"], NAMES, [0.6, 0.9, 0.7, 0.1]))
+    rows = list(transcripts.tests(run, {}))
+    assert [row.sureness for row in rows] == [pytest.approx(0.6), pytest.approx(0.9), pytest.approx(0.7), 0.0]
+    monkeypatch.setattr(transcripts, "tests", lambda run, pictures: (replace(row, split="val") for row in rows))
+    assert threshold_of(run, 0.34) == pytest.approx(0.6) and threshold_of(run, 0.0) == float("inf")
 
 
 def test_the_threshold_is_the_lowest_that_keeps_the_risk():

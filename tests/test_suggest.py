@@ -132,6 +132,11 @@ def test_every_alias_is_a_key_or_a_group(compose):
         ),
         ("method=foo", "Could not find 'method/foo'; Available options in 'method': alert "),
         ("model=null", "model=null: give one option: features, "),
+        (
+            "data.question=Which, then?",
+            "data.question: Which, then? are several values because of its comma; quote one",
+        ),
+        ("type", "type: this is no key=value; a value with blanks needs quotes"),
         ("model=[tiny_gemma3]", "model=[tiny_gemma3]: give one option: features, "),
     ],
 )

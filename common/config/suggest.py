@@ -42,6 +42,13 @@ def explain(error: Exception, arguments: Sequence[str]) -> str | None:
     text = f"{error} {error.__cause__ or ''}"
     if "Config group override must be" in text or "Error resolving interpolation" in text:
         return no_option(arguments)
+    if several := re.search(r"Ambiguous value for argument '([^=']+)=(.*?)'\n", text):
+        return (
+            f"{several[1]}: {several[2]} are several values because of its comma; quote one twice:"
+            f""" '{several[1]}="{several[2]}"'; or let a sweep take all: -m"""
+        )
+    if bare := re.search(r"Error parsing override '([^']*)'\s+missing EQUAL", text):
+        return f"{bare[1]}: this is no key=value; a value with blanks needs quotes: 'key=two words'"
     if "Could not load 'hydra/launcher/submitit_" in text:
         return "hydra/launcher=slurm needs a package: uv pip install hydra-submitit-launcher (docs/scaling.md)"
     if isinstance(error, RuntimeError):  # of a launcher, or of what a run does

@@ -151,7 +151,7 @@ def _write_records(trained: Trained, folder: Path) -> None:
 
 
 def _anywhere(data: Mapping[str, Any]) -> dict[str, Any]:
-    return {**data, "root": None, "folder": Path(data["folder"]).name, "aliases": None}
+    return {**data, "root": None, "folder": "", "aliases": None}
 
 
 def named(path: str | None) -> str | None:

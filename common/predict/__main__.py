@@ -52,6 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     troubled = [answer for answer in answers if answer.trouble]
+    if chosen.output is not None:
+        print(f"{chosen.output}: {len(answers) - len(troubled)} answers, {len(troubled)} broken", file=sys.stderr)
     for answer in troubled:
         print(f"{answer.image}: {answer.trouble}", file=sys.stderr)
     return 1 if troubled else 0
@@ -103,7 +105,7 @@ def write_table(answers: Sequence[Answer], pictures: Mapping[str, Path], file: T
 
     table = Table("picture", "answer", "sure", "else", "reasoning")
     for answer in answers:
-        said = answer.trouble or ("(abstains)" if answer.abstained else answer.label or "(no name)")
+        said = answer.trouble or ("(abstains)" if answer.abstained else answer.label or "(none of the names)")
         sure = "" if answer.confidence is None else f"{100 * answer.confidence:.1f} %"
         others = ", ".join(f"{name} {100 * share:.0f} %" for name, share in answer.top[1:3])
         table.add_row(*(Text(text) for text in (answer.image, said, sure, others, answer.reasoning)))

@@ -21,13 +21,14 @@ def threshold_of(run: Path, risk: float) -> float:
     """
     if not 0 <= risk < 1:
         raise UserError(f"risk={risk} must be a share from 0 to below 1, such as 0.05")
-    rows = [row for row in transcripts.tests(run, {}) if row.split == "val" and row.confidence is not None]
+    rows = [row for row in transcripts.tests(run, {}) if row.split == "val" and row.sureness is not None]
     if not rows:
         raise UserError(
             f"risk={risk}: {run} has no validation images with probabilities to choose a threshold by; train with"
             " validation=held_out (or few) and label_scoring=true"
         )
-    return choose([row.confidence or 0.0 for row in rows], [bool(row.after) for row in rows], risk)
+    said = [row for row in rows if row.sureness]  # what is no class name is never given as an answer
+    return choose([row.sureness or 0.0 for row in said], [bool(row.after) for row in said], risk)
 
 
 def choose(confidences: Sequence[float], right: Sequence[bool], risk: float) -> float:

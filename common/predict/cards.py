@@ -34,11 +34,12 @@ CARDS = TEMPLATES.from_string("""
 <article class="answer">
   {% if picture %}<img src="{{ picture }}" alt="">{% endif %}
   <div>
-    <h3>{{ answer.trouble and "not answered" or answer.abstained and "abstains" or answer.label or "no name" }}</h3>
+    <h3>{{ answer.trouble and "not answered" or answer.abstained and "abstains"
+        or answer.label or "none of the names" }}</h3>
     <p class="file">{{ answer.image }}</p>
     {% if answer.trouble %}<p class="trouble">{{ answer.trouble }}</p>{% endif %}
     {% for name, share in answer.top %}
-    <div class="bar"><i style="width: {{ (100 * share) | round(1) }}%"></i><span>{{ name }}</span>
+    <div class="bar"><i style="width: {{ (100 * share) | round(1) }}%"></i><span>{{ name }}&nbsp;</span>
       <b>{{ "%.1f" | format(100 * share) }} %</b></div>
     {% endfor %}
     {% if answer.candidates %}<p>Candidates: {{ answer.candidates | join(", ") }}</p>{% endif %}

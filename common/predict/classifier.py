@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from PIL import Image
 
 from common import parsing
 from common.config.schema import Config
@@ -32,10 +35,10 @@ UNKNOWN = -1  # label of a picture that nobody has named
 class Answer:
     """About one picture.
 
-    label: the name that was answered; None: no name could be read, the model abstains, or the picture is broken.
-    confidence: probability of the most probable name. top: at most five names with their probabilities. reasoning: in
-    the reply, before the answer. candidates: names that a draft had chosen. abstained: below the threshold. trouble:
-    why the picture cannot be used.
+    label: the name that was answered; None: the reply names no class (where the question lists them), the model
+    abstains, or the picture is broken. confidence: probability of that name. top: at most five names with theirs.
+    reasoning: in the reply, before the answer. candidates: names that a draft had chosen. abstained: below the
+    threshold, or no class. trouble: why the picture cannot be used.
     """
 
     image: str
@@ -98,6 +101,8 @@ class Classifier:
         """
         trained = Trained.of(Path(run).expanduser())
         result = Result.load(trained.records)
+        if risk is not None and trained.records != trained.folder:
+            raise UserError(f"risk={risk}: an export has no answers to validation images; ask the run itself")
         threshold = None if risk is None else threshold_of(trained.records, risk)
         config = config_of(trained)
         if not lists_names:
@@ -112,13 +117,15 @@ class Classifier:
         """The class names that it chooses among."""
         return self.questions.task.evaluation[SPLIT].choices
 
-    def __call__(self, pictures: Mapping[str, Picture] | Iterable[Picture]) -> list[Answer]:
-        """Classify pictures; a broken one has an answer that says so.
+    def __call__(self, pictures: Mapping[str, Picture] | Iterable[Picture] | Picture) -> list[Answer]:
+        """Classify pictures, or one; a broken one has an answer that says so.
 
         Args:
             pictures: Files, bytes or PIL images; a mapping gives the names that answers carry, otherwise these are the
                 files' own, or #0, #1, …
         """
+        if isinstance(pictures, str | Path | bytes | Image.Image):
+            pictures = [pictures]
         given = dict(pictures) if isinstance(pictures, Mapping) else _named(pictures)
         self.photos.show(given)
         model = self.config.model
@@ -177,19 +184,20 @@ class Classifier:
         method, table = self.method, answers.probabilities
         candidates = answers.columns.get("candidates")
         for number, prediction in enumerate(answers.predictions):
-            top: list[tuple[str, float]] = []
+            shares: dict[str, float] = {}  # of all names, the most probable first
             if table is not None:
                 classes, values = table.classes[number], table.values[number]
-                order = [place for place in (-values).argsort(kind="stable") if classes[place] >= 0][:TOP]
-                top = [(table.names[classes[place]], float(values[place])) for place in order]
-            confidence = top[0][1] if top else None
-            abstained = self.threshold is not None and confidence is not None and confidence < self.threshold
+                order = [place for place in (-values).argsort(kind="stable") if classes[place] >= 0]
+                shares = {table.names[classes[place]]: float(values[place]) for place in order}
+            label = self._spelt(prediction.answer)
+            confidence = shares.get(label or "")
+            abstained = self.threshold is not None and (confidence is None or confidence < self.threshold)
             reply = prediction.reply.text if prediction.reply else ""
             yield Answer(
                 image=prediction.image,
-                label=None if abstained else self._spelt(prediction.answer),
+                label=None if abstained else label,
                 confidence=confidence,
-                top=tuple(top),
+                top=tuple(itertools.islice(shares.items(), TOP)),
                 reasoning=_reasoning(method, reply),
                 reply=reply,
                 candidates=() if candidates is None else tuple(candidates[number]),
@@ -197,9 +205,10 @@ class Classifier:
             )
 
     def _spelt(self, answer: str) -> str | None:
-        """As the class is written; an answer that is no class name stays as it was given."""
+        """As the class is written; without a list of names any other answer stays as it was given."""
         known = {parsing.normalize(name): name for name in self.names}
-        return known.get(parsing.normalize(answer), answer or None)
+        any_word = self.config.method.get("list_share") == 0
+        return known.get(parsing.normalize(answer), (answer or None) if any_word else None)
 
 
 def _named(pictures: Iterable[Picture]) -> dict[str, Picture]:

@@ -91,6 +91,8 @@ class Result:
         """
         file = Path(path).expanduser()
         file = file / "metrics.json" if file.is_dir() else file
+        if not file.parent.is_dir():
+            raise UserError(f"{file.parent} does not exist; give the folder of a finished run")
         if not file.is_file():
             raise UserError(f"{path} holds no finished run: there is no {file.name}; a run writes it last")
         try:

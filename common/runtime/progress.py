@@ -1,7 +1,8 @@
-"""Progress bars on a terminal, silence elsewhere (logs, CI, ranks other than 0), and lines beside them."""
+"""Progress bars on a terminal, a line a minute elsewhere (logs of a cluster, CI), and lines beside them; of rank 0."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -14,6 +15,7 @@ from rich.text import Text
 from common.runtime.distributed import rank
 
 T = TypeVar("T")
+LINE_EVERY = 60.0  # seconds
 
 
 @cache
@@ -34,7 +36,7 @@ def say(line: str) -> None:
 
 
 class Bar:
-    """A bar with room for a note behind it. Nothing is drawn where nobody looks, nor for nothing to do."""
+    """A bar with room for a note behind it; where nobody looks, a line a minute. Nothing to do is nothing to say."""
 
     def __init__(self, description: str, total: int, done: int = 0) -> None:
         """`done`: by an earlier attempt."""
@@ -46,6 +48,8 @@ class Bar:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}", markup=False),
         )
+        self.description, self.total, self.done, self.first, self.note = description, total, done, done, ""
+        self.begun = self.said = time.monotonic()
         shown = is_shown() and total > done
         self.progress = Progress(*columns, console=console(), disable=not shown)
         self.task = self.progress.add_task(description, total=total, completed=done, note="")
@@ -54,7 +58,18 @@ class Bar:
         """One step further, perhaps with another note."""
         if note is not None:
             self.progress.update(self.task, note=note)
+            self.note = note
         self.progress.advance(self.task)
+        self.done += 1
+        now = time.monotonic()
+        if not is_shown() and now - self.said >= LINE_EVERY:
+            self.said = now
+            say(self._line(now - self.begun))
+
+    def _line(self, seconds: float) -> str:
+        left = seconds * (self.total - self.done) / (self.done - self.first)
+        times = f"{seconds / 60:.0f} min gone, about {left / 60:.0f} min left"
+        return f"{self.description}: {self.done} of {self.total}, {times}" + (f"; {self.note}" if self.note else "")
 
 
 @contextmanager

@@ -147,7 +147,7 @@ class Page:
             table = self.desk.keep(content, label, answered)
         except UserError as error:
             return f"Not saved: {error}"
-        return f"Saved. Train on it: `python run.py data=folder data.folder={table}`"
+        return f"Saved in `{table}`. With nine or more of every class you can train on it (docs/predict.md)"
 
     def _tidy(self) -> None:
         while True:

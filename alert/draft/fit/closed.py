@@ -88,7 +88,7 @@ class LinearProbe(Unfitted):
         if self.strength is None and not there:
             raise UserError(
                 "linear_probe searches its strength on validation images, and there are none; use validation=held_out,"
-                " or few_shot.linear_probe.strength=1"
+                " fewer shots where all pictures are used up, or few_shot.linear_probe.strength=1"
             )
 
     def _fit(self, strength: float) -> linear_probe.Probe:

@@ -51,7 +51,8 @@ class Row:
     """An image in the report.
 
     answer: as a class name of the report, None: no class name. before, after: right or wrong; `after` is the end of the
-    run, `before` None without training. confidence: of the most probable name. detail: what the page shows of it.
+    run, `before` None without training. confidence: of the most probable name. sureness: of the answer; 0 if it is not
+    among the most probable names. detail: what the page shows of it.
     """
 
     split: str
@@ -62,6 +63,7 @@ class Row:
     before: bool | None = None
     after: bool | None = None
     confidence: float | None = None
+    sureness: float | None = None
     flags: int = 0
 
 
@@ -137,6 +139,7 @@ def _tested(before: dict[str, Any], after: dict[str, Any] | None, pictures: Mapp
     detail["picture"] = picture(pictures, final["image"])
     flags = MALFORMED * (final["formatted"] is False) + CUT * bool(final["truncated"])
     flags += DISAGREES * (final.get("reasoning_agrees") is False)
+    said = {normalize(name): share for name, share in final["top"]}
     return Row(
         split=final["split"],
         image=final["image"],
@@ -146,6 +149,7 @@ def _tested(before: dict[str, Any], after: dict[str, Any] | None, pictures: Mapp
         before=None if after is None else before["correct"],
         after=final["correct"],
         confidence=final["top"][0][1] if final["top"] else None,
+        sureness=said.get(normalize(final["answer"] or ""), 0.0) if said else None,
         flags=flags,
     )
 
