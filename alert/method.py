@@ -146,7 +146,7 @@ class Alert:
         image = next(item.image for split in (train, *task.evaluation.values()) for item in split.items)
         self.architecture, shape = vision.architecture, (count, *bank.shape_of(vision, image))
         entries = bank_file.known_entries(known, self.bank, train.names, shape, self.architecture)
-        if (means := self.means) is None:
+        if (means := self.means) is None or entries is None:
             how = self.initialisation if entries is None else None
             seen, fresh = bank.see(vision, train.items, count, how, self.seed, self.patches)
             entries = fresh if entries is None else entries

@@ -158,8 +158,8 @@ def test_images_are_ranked_by_the_batch_as_they_were_all_at_once(draft, features
             return self.hidden(keys).flatten(1) if patches else self.hidden(keys).mean(1)
 
     ranks, parts = iter(range(2)), []
-    monkeypatch.setattr("alert.method.share_of", lambda items: items[next(ranks) :: 2])
-    monkeypatch.setattr("alert.method.gather", lambda part: parts.append(part) or parts)
+    monkeypatch.setattr("alert.draft.class_means.share_of", lambda items: items[next(ranks) :: 2])
+    monkeypatch.setattr("alert.draft.class_means.gather", lambda part: parts.append(part) or parts)
     problem = Task(train, {"x": test}, None, "", {"d": "own", "x": "own"})
     method = Alert(seed=1, features=features, draft=draft, k=3)
     means = np.stack([np.mean([seen[f"{i}"], seen[f"{i + 8}"]], 0, np.float64) for i in range(8)])

@@ -228,7 +228,8 @@ def test_what_leaves_a_page_the_papers(tmp_path):
     assert folder.name == "clsrl_table2-seed1+2-protocolofficial-rolloutvllm-deepspeedzero3"
     other = ["rollout.temperature=0.5", "data=dtd", "trainer.updates=3", "protocol.sampler=clsrl"]
     changed, _ = made.describe(made.chapters(), [shown], made.given(other))
-    assert list(points_of(changed).given) == [each.partition("=")[0] for each in other]
+    assert list(points_of(changed).given) == ["rollout.temperature", "trainer.updates", "protocol.sampler"]
+    assert points_of(changed).chosen == {"data": "dtd"}, "one of the paper's own"
 
 
 def test_a_page_that_cannot_be_laid_out_is_refused_before_its_runs():
