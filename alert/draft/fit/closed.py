@@ -87,8 +87,8 @@ class LinearProbe(Unfitted):
     def check_val(self, there: bool) -> None:
         if self.strength is None and not there:
             raise UserError(
-                "linear_probe searches its strength on validation images, and there are none; use validation=held_out (with"
-                " fewer shots, if they take all pictures), or few_shot.linear_probe.strength=1"
+                "linear_probe searches its strength on validation images, and there are none; use validation=held_out"
+                " (with fewer shots, if they take all pictures), or few_shot.linear_probe.strength=1"
             )
 
     def _fit(self, strength: float) -> linear_probe.Probe:
