@@ -37,7 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
         run, folder = chosen.run.expanduser(), chosen.folder.expanduser()
         if chosen.push is None or not (folder / "README.md").is_file():  # else it was shown before, and is sent now
             from common.export.bundle import export  # torch, some seconds
+            from common.launch import quiet_libraries
 
+            quiet_libraries()
             export(run, folder, chosen.kind, chosen.licence)
             print(f"wrote {folder}; its README.md says how to ask it")
         else:

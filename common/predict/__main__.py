@@ -88,8 +88,10 @@ def classify(chosen: argparse.Namespace) -> tuple[list[Answer], dict[str, Path]]
     from common.predict.photos import find, names_of
 
     pictures = {name: path for what in chosen.pictures for name, path in find(what).items()}
+    from common.launch import quiet_libraries
     from common.predict.classifier import Classifier  # torch, some seconds
 
+    quiet_libraries()
     classifier = Classifier.load(chosen.run, names_of(chosen.names), chosen.risk, lists_names=not chosen.open)
     try:
         return classifier(pictures), pictures
@@ -107,7 +109,8 @@ def write_table(answers: Sequence[Answer], pictures: Mapping[str, Path], file: T
     for answer in answers:
         said = answer.trouble or ("(abstains)" if answer.abstained else answer.label or "(none of the names)")
         sure = "" if answer.confidence is None else f"{100 * answer.confidence:.1f} %"
-        others = ", ".join(f"{name} {100 * share:.0f} %" for name, share in answer.top[1:3])
+        rest = [each for each in answer.top if each[0] != answer.label or answer.abstained]
+        others = ", ".join(f"{name} {100 * share:.0f} %" for name, share in rest[:2])
         table.add_row(*(Text(text) for text in (answer.image, said, sure, others, answer.reasoning)))
     Console(file=file, width=None if file.isatty() else 160).print(table)
 

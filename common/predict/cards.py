@@ -39,7 +39,7 @@ CARDS = TEMPLATES.from_string("""
     <p class="file">{{ answer.image }}</p>
     {% if answer.trouble %}<p class="trouble">{{ answer.trouble }}</p>{% endif %}
     {% for name, share in answer.top %}
-    <div class="bar"><i style="width: {{ (100 * share) | round(1) }}%"></i><span>{{ name }}&nbsp;</span>
+    <div class="bar"><i style="width: {{ (100 * share) | round(1) }}%"></i><span>{{ name }}</span>
       <b>{{ "%.1f" | format(100 * share) }} %</b></div>
     {% endfor %}
     {% if answer.candidates %}<p>Candidates: {{ answer.candidates | join(", ") }}</p>{% endif %}
