@@ -190,6 +190,18 @@ def test_rivals_alone_decide_as_all_classes_do(classes, shots, width, spread, en
     assert 0 < expected.sum() < expected.size or spread == 30.0 or classes == 2
 
 
+@pytest.mark.parametrize("strange", [np.inf, np.nan])
+def test_logits_without_a_value_are_counted_as_argmax_does(draw, strange):
+    """Of one image a rival is infinite or no number: argmax takes it, at every pair."""
+    near, base, truth = draw(8, 3, 2).tanh(), draw(8, 3), torch.arange(8) % 3
+    base[4, 0] = strange  # image 4 is of class 1
+    betas, alphas = grid_search.grid((9.0, 6.0), (20, 4))
+    found = grid_search.right(near, base, truth, betas, alphas)
+    votes = torch.stack([((near - 1) * beta).exp().sum(2) for beta in betas], 1)
+    mixed = base[:, None, None] + torch.tensor(alphas, dtype=base.dtype)[:, None] * votes[:, :, None]
+    assert torch.equal(found, mixed.argmax(3) == truth[:, None, None]) and not found[4].any() and found.any()
+
+
 # --- CaFo
 
 

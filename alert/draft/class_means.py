@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from alert.draft import candidates, categories, settled
 from common.runtime.distributed import gather, share_of
-from common.types import Task
+from common.types import Task, UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,11 +40,21 @@ class ClassMeans:
 
     @classmethod
     def load(cls, folder: Path) -> ClassMeans | None:
-        """What `save` wrote, if it did."""
+        """What `save` wrote, if it did.
+
+        Raises:
+            UserError: It is damaged.
+        """
+        from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
         path = folder / FILE
-        return cls(load_file(path)["means"], patches=False) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            return cls(load_file(path)["means"], patches=False)
+        except (OSError, KeyError, SafetensorError) as error:
+            raise UserError(f"{path} is damaged ({error}); copy it again from the run that trained it") from error
 
     def candidates(
         self, vision: Vision, seed: int, k_with_truth: int | None, task: Task, split: str

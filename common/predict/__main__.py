@@ -88,11 +88,10 @@ def classify(chosen: argparse.Namespace) -> tuple[list[Answer], dict[str, Path]]
     from common.predict.photos import find, names_of
 
     pictures = {name: path for what in chosen.pictures for name, path in find(what).items()}
-    from common.launch import quiet_libraries
     from common.predict.classifier import Classifier  # torch, some seconds
 
-    quiet_libraries()
     classifier = Classifier.load(chosen.run, names_of(chosen.names), chosen.risk, lists_names=not chosen.open)
+    classifier.quieten()
     try:
         return classifier(pictures), pictures
     finally:

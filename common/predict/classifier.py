@@ -13,9 +13,10 @@ from pathlib import Path
 from PIL import Image
 
 from common import parsing
-from common.config.schema import Config
+from common.config.schema import NO_FAMILY, Config
 from common.data.loading import Loader, examine
 from common.data.task import Questions
+from common.launch import quiet_libraries
 from common.learner import Asks, Build, Learner, Prepares, Restores
 from common.method import Looks, LooksAgain, Method
 from common.plugins import locate
@@ -133,6 +134,11 @@ class Classifier:
         good = [key for key in given if key not in broken]
         answers = self._answers(good) if good else {}
         return [Answer(key, trouble=broken[key]) if key in broken else answers[key] for key in given]
+
+    def quieten(self) -> None:
+        """For commands: no progress bars and notices of libraries; few-shot learners need not import them."""
+        if self.config.model.family != NO_FAMILY:
+            quiet_libraries()
 
     def close(self) -> None:
         """Release the model."""

@@ -47,14 +47,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def serve(chosen: argparse.Namespace) -> None:
     """Load, serve until Ctrl-C, and leave nothing behind but corrections."""
-    from common.launch import quiet_libraries
     from common.predict.classifier import Classifier  # torch, some seconds
     from common.predict.photos import names_of
     from common.serve.desk import Desk, Limits
     from common.serve.page import Page
 
-    quiet_libraries()
     classifier = Classifier.load(chosen.run, names_of(chosen.names), chosen.risk)
+    classifier.quieten()
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())

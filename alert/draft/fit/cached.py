@@ -147,10 +147,8 @@ class TrainedKeys(Trained):
         assert self.module is not None
         if self.searched_on is None or self.judges is None:
             return facts | {"alpha": self.mix.alpha, "beta": self.mix.beta, "searched": False}
-        trained, other = (
-            copy.deepcopy(self.module.state_dict()),
-            self.keys_to_search_with() if self.test is not None else None,
-        )
+        trained = copy.deepcopy(self.module.state_dict())
+        other = self.keys_to_search_with() if self.test is not None else None
         if other is not None:
             self.module.load_state_dict(other)
         with torch.no_grad():

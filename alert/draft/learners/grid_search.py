@@ -67,17 +67,18 @@ def search(
         chunk: Images that are held together.
     """
     betas, alphas = grid(scale, steps)
-    right = torch.zeros(len(betas), len(alphas), dtype=torch.long, device=labels.device)
-    for start in range(0, len(labels), chunk):
-        part = slice(start, start + chunk)
+
+    def count(part: slice) -> Tensor:
         base, truth, voted = zero_shot[part], labels[part], vote(part)
-        mixed = torch.empty_like(base)
+        mixed, counts = torch.empty_like(base), truth.new_zeros(len(betas), len(alphas))
         for row, beta in enumerate(betas):
             added = voted(beta)
             for column, alpha in enumerate(alphas):
                 torch.add(base, added, alpha=alpha, out=mixed)
-                right[row, column] += (mixed.argmax(1) == truth).sum()
-    return _best(right, betas, alphas, len(labels))
+                counts[row, column] = (mixed.argmax(1) == truth).sum()
+        return counts
+
+    return _best(count, len(labels), chunk, betas, alphas)
 
 
 def search_keys(
@@ -99,16 +100,19 @@ def search_keys(
         chunk: Images that are held together.
     """
     betas, alphas = grid(scale, steps)
-    count = torch.zeros(len(betas), len(alphas), dtype=torch.long, device=labels.device)
-    for start in range(0, len(labels), chunk):
-        part = slice(start, start + chunk)
-        count += right(near(part), zero_shot[part], labels[part], betas, alphas).sum(0)
-    return _best(count, betas, alphas, len(labels))
+
+    def count(part: slice) -> Tensor:
+        return right(near(part), zero_shot[part], labels[part], betas, alphas).sum(0)
+
+    return _best(count, len(labels), chunk, betas, alphas)
 
 
-def _best(right: Tensor, betas: list[float], alphas: list[float], images: int) -> Found:
-    best = int(right.flatten().argmax())  # of equal ones the first
-    return Found(alphas[best % len(alphas)], betas[best // len(alphas)], float(right.flatten()[best]) / images)
+def _best(count: Callable[[slice], Tensor], images: int, chunk: int, betas: list[float], alphas: list[float]) -> Found:
+    """`count`: how many of some images are right, shape [betas, alphas]."""
+    counts = sum(count(slice(start, start + chunk)) for start in range(0, images, chunk))
+    assert isinstance(counts, Tensor), "there are images"
+    best = int(counts.flatten().argmax())  # of equal ones the first
+    return Found(alphas[best % len(alphas)], betas[best // len(alphas)], float(counts.flatten()[best]) / images)
 
 
 def right(near: Tensor, base: Tensor, truth: Tensor, betas: list[float], alphas: list[float]) -> Tensor:
@@ -128,6 +132,7 @@ def right(near: Tensor, base: Tensor, truth: Tensor, betas: list[float], alphas:
     own, own_base = near[rows, truth], base[rows, truth]
     own_votes = torch.stack([votes(own, beta) for beta in betas], 1)
     margin = _margin(near, base, own_votes, own_base, betas, alphas)
+    margin = margin.nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)  # of these nothing is known
     margin[rows, truth] = -torch.inf
     rivals = (margin >= 0).sum(1)
     # the strongest first: an image that they beat at every pair needs no other
@@ -147,8 +152,8 @@ def right(near: Tensor, base: Tensor, truth: Tensor, betas: list[float], alphas:
             # [images, alphas, rivals]
             mixed = score[:, None] + weight[:, None] * votes(close, beta)[:, None]
             mine = (own_base[here, None] + weight * own_votes[here, row, None])[:, :, None]
-            beaten = (mixed > mine) | ((mixed == mine) & first[:, None])
-            wins[here, row] &= ~beaten.any(2)
+            behind = (mixed < mine) | ((mixed == mine) & ~first[:, None])  # false of NaN, which argmax takes
+            wins[here, row] &= behind.all(2)
     return wins
 
 
