@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from common.config import composition as configuration
 from common.config import suggest
 from common.config.command_line import literal
-from common.runtime import utf8
+from common.runtime import garbage, utf8
 from common.runtime.distributed import adopt_slurm, rank, world
 from common.runtime.interrupt import Interrupted
 from common.runtime.progress import is_shown, say
@@ -40,6 +40,7 @@ INTERRUPTED = 130  # exit code of a program that Ctrl-C has ended
 def main(cfg: DictConfig) -> None:
     """One job; a multirun calls it once per point and goes on with the next when one fails."""
     folder = Path(HydraConfig.get().runtime.output_dir)
+    garbage.rest()
     try:
         job(cfg, folder)
     except UserError as error:
@@ -52,6 +53,7 @@ def main(cfg: DictConfig) -> None:
         print(f"{folder.name}: {message}", file=sys.stderr)
         sys.exit(INTERRUPTED)
     finally:
+        garbage.resume()
         with suppress(OSError):
             folder.rmdir()  # made by Hydra; goes only if it is empty
 

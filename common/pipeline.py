@@ -27,6 +27,7 @@ from common.run.result import Result, describe, paired
 from common.run.run_folder import RunFolder
 from common.run.safe import result_is_safe
 from common.run.tracking import make_tracker
+from common.runtime import garbage
 from common.runtime.distributed import barrier, rank
 from common.runtime.group import init_process_group
 from common.runtime.stopwatch import Stopwatch
@@ -55,8 +56,10 @@ def run(config: Config, values: dict[str, Any], folder: Path, questions: Questio
     clock.earlier = 0.0 if state is None else state.seconds
     with clock.phase("model"):
         build: Build = locate(config.learner.build, "learner.build")
+        garbage.set_aside()
         learner = build(config, questions, device, folder, checkpoints)
     tracker = make_tracker(config, values, folder, questions, None if state is None else state.tracker)
+    garbage.resume()  # everything is imported
     recorder = Recorder(RunFolder(folder), tracker, config.tracking.completions_every, clock, state)
     result = describe(config, values, learner.weights, learner.questions, learner.decoding)
     failed = True

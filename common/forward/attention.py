@@ -47,20 +47,29 @@ def shared_prefix_attention(
             prefix_q, prefix_k, prefix_v, is_causal=True, scale=scaling, enable_gqa=repeat > 1
         )
     else:
-        # with a mask, grouped heads would take the slow kernel on GPUs: repeat the keys and values instead
-        keys, values = (x.repeat_interleave(repeat, 1) for x in (prefix_k, prefix_v))
-        prefix = F.scaled_dot_product_attention(prefix_q, keys, values, attn_mask=mask, scale=scaling)
+        prefix = _masked_attention(prefix_q, prefix_k, prefix_v, mask, scaling)
     suffix_q, suffix_k, suffix_v = (_take(x, layout.suffix_index) for x in (query, key, value))  # [S, heads, R, D]
     visible, mask = layout.suffix_keys(sliding_window)
     if visible is not layout.prefix_index:  # inside a window only the end of the prompt counts
         prefix_k, prefix_v = _take(key, visible), _take(value, visible)
     keys, values = (
-        torch.cat([before[layout.suffix_owner], own], 2).repeat_interleave(repeat, 1)
-        for before, own in ((prefix_k, suffix_k), (prefix_v, suffix_v))
+        torch.cat([before[layout.suffix_owner], own], 2) for before, own in ((prefix_k, suffix_k), (prefix_v, suffix_v))
     )
-    suffix = F.scaled_dot_product_attention(suffix_q, keys, values, attn_mask=mask, scale=scaling)
+    suffix = _masked_attention(suffix_q, keys, values, mask, scaling)
     flat = torch.cat([x.transpose(1, 2).flatten(0, 1) for x in (prefix, suffix)])  # [N P + S R, H, D]
     return flat[layout.restore][None], None
+
+
+def _masked_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float | None
+) -> torch.Tensor:
+    """Shape: query [B, H, Q, D], key and value [B, K, W, D], mask broadcast over [B, H, Q, W] -> [B, H, Q, D]."""
+    repeat = query.shape[1] // key.shape[1]
+    if query.device.type != "cpu":
+        # with a mask, grouped heads take the slow kernel on GPUs; on the CPU copies of the keys are what is slow
+        key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+        repeat = 1
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=repeat > 1)
 
 
 def _take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

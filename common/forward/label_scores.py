@@ -80,7 +80,7 @@ class LabelScorer:
         for row in rows([len(prompt.ids) for prompt in prompts], lengths, self.budget):
             groups = [Group(prompts[number], tuple(replies[number][start:stop])) for number, start, stop in row]
             packed = pack_shared(groups, self.vlm.family, self.vlm.device)
-            logps = self.scorer(packed)[0].double().cpu()  # [T]
+            logps = self.scorer(packed, entropy=False)[0].double().cpu()  # [T]
             sums = torch.zeros(packed.completions, dtype=torch.double).index_add(0, packed.owner.cpu(), logps)  # [S]
             sizes = [len(group.completions) for group in groups]
             for (number, *_), part in zip(row, sums.split(sizes), strict=True):

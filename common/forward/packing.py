@@ -113,44 +113,39 @@ def micro_batches(items: list[T], size: int) -> Iterator[list[T]]:
 
 def pack_shared(groups: Sequence[Group], family: type[Family], device: torch.device) -> Packed:
     """The shared layout of one or several groups."""
-    ids: list[torch.Tensor] = []
-    positions: list[torch.Tensor] = []
-    prefixes: list[torch.Tensor] = []
-    suffixes: list[torch.Tensor] = []
-    suffix_owner: list[int] = []
-    predictors: list[torch.Tensor] = []
-    length = 0
-    for number, group in enumerate(groups):
-        prompt = group.prompt
-        ids.append(prompt.ids)
-        positions.append(prompt.positions)
-        prefixes.append(torch.arange(length, length + len(prompt.ids)))
-        last_row = length = length + len(prompt.ids)
-        for completion in group.completions:
-            rows = torch.arange(length, length + len(completion))
-            ids.append(completion)
-            positions.append(_continue(prompt.positions, len(completion)))
-            suffixes.append(rows)
-            suffix_owner.append(number)
-            predictors.append(torch.cat([torch.tensor([last_row - 1]), rows[:-1]]))
-            length += len(completion)
+    prompts = [group.prompt for group in groups]
+    pieces = [piece for group in groups for piece in (group.prompt.ids, *group.completions)]
+    sizes = torch.tensor([len(piece) for piece in pieces])
+    starts = sizes.cumsum(0) - sizes
+    is_prompt = torch.tensor([piece is None for group in groups for piece in (None, *group.completions)])
+    owner = is_prompt.cumsum(0)[~is_prompt] - 1  # [S]
+    prefix, in_prefix = _padded(starts[is_prompt], sizes[is_prompt])  # [N, P]
+    suffix, in_suffix = _padded(starts[~is_prompt], sizes[~is_prompt])  # [S, R]
+    after = torch.stack([prompt.positions.max() + 1 for prompt in prompts])  # [N]
+    positions = torch.empty(len(prompts[0].positions), int(sizes.sum()), dtype=torch.long)  # [A, L]
+    positions[:, prefix[in_prefix]] = torch.cat([prompt.positions for prompt in prompts], 1)
+    positions[:, suffix[in_suffix]] = (after[owner][:, None] + torch.arange(suffix.shape[1]))[in_suffix]
+    before = suffix - 1
+    before[:, 0] = (starts + sizes - 1)[is_prompt][owner]  # the last row of its prompt
     layout = SharedPrefix(
-        pad_sequence(prefixes, batch_first=True),
-        torch.tensor([len(p) for p in prefixes]),
-        pad_sequence(suffixes, batch_first=True),
-        torch.tensor(suffix_owner),
-        _restore(prefixes, suffixes, length),
-        pad_blocks([group.prompt for group in groups]),
+        prefix,
+        sizes[is_prompt],
+        suffix,
+        owner,
+        _restore(
+            torch.cat([prefix.flatten(), suffix.flatten()]), torch.cat([in_prefix.flatten(), in_suffix.flatten()])
+        ),
+        pad_blocks(prompts),
     )
     inputs = {
-        "input_ids": torch.cat(ids)[None].to(device),
-        "position_ids": family.position_ids(torch.cat(positions, 1)[:, None]).to(device),
+        "input_ids": torch.cat(pieces)[None].to(device),
+        "position_ids": family.position_ids(positions[:, None]).to(device),
         # one entry per kind of layer, so that transformers makes no mask of its own
         "attention_mask": {"full_attention": None, "sliding_attention": None},
         "shared_prefix": layout.to(device),
-        **images([group.prompt for group in groups], family, device),
+        **images(prompts, family, device),
     }
-    return _packed(inputs, predictors, groups, device)
+    return _packed(inputs, before[in_suffix], groups, device)
 
 
 def pack_plain(groups: Sequence[Group], family: type[Family], pad: int, device: torch.device) -> Packed:
@@ -177,7 +172,7 @@ def pack_plain(groups: Sequence[Group], family: type[Family], pad: int, device: 
     blocks = pad_blocks([prompt for prompt, _ in pairs], width)
     if blocks is not None:
         inputs |= family.block_inputs(blocks.to(device))
-    return _packed(inputs, predictors, groups, device)
+    return _packed(inputs, torch.cat(predictors), groups, device)
 
 
 def pad_blocks(prompts: Sequence[Encoded], width: int = 0, left: bool = False) -> torch.Tensor | None:
@@ -224,15 +219,11 @@ def images(prompts: Sequence[Encoded], family: type[Family], device: torch.devic
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
-def _packed(
-    inputs: dict[str, Any], predictors: list[torch.Tensor], groups: Sequence[Group], device: torch.device
-) -> Packed:
+def _packed(inputs: dict[str, Any], predictors: torch.Tensor, groups: Sequence[Group], device: torch.device) -> Packed:
     completions = [completion for group in groups for completion in group.completions]
     lengths = torch.tensor([len(completion) for completion in completions])
     owner = torch.repeat_interleave(torch.arange(len(completions)), lengths)
-    return Packed(
-        inputs, torch.cat(predictors).to(device), torch.cat(completions).to(device), owner.to(device), len(completions)
-    )
+    return Packed(inputs, predictors.to(device), torch.cat(completions).to(device), owner.to(device), len(completions))
 
 
 def _continue(positions: torch.Tensor, count: int) -> torch.Tensor:
@@ -240,13 +231,16 @@ def _continue(positions: torch.Tensor, count: int) -> torch.Tensor:
     return (positions.max() + 1 + torch.arange(count)).expand(len(positions), -1)
 
 
-def _restore(prefixes: list[torch.Tensor], suffixes: list[torch.Tensor], length: int) -> torch.Tensor:
-    """For each token of the row, its index in `cat([padded prefixes, padded suffixes])` flattened. Shape: [L]."""
-    index = torch.empty(length, dtype=torch.long)
-    offset = 0
-    for pieces in (prefixes, suffixes):
-        width = max(len(piece) for piece in pieces)
-        for piece in pieces:
-            index[piece] = offset + torch.arange(len(piece))
-            offset += width
-    return index
+def _padded(starts: torch.Tensor, sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pieces of a row as a batch: indices into the row, padded with 0, and which of them are real. Both [B, W]."""
+    within = torch.arange(int(sizes.max()))
+    real = within < sizes[:, None]
+    return (starts[:, None] + within).where(real, 0), real
+
+
+def _restore(index: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """For each token of the row, where it is among the real ones of `index`. Shape: [B], [B] -> [L]."""
+    places = real.nonzero()[:, 0]
+    restore = torch.empty_like(places)
+    restore[index[places]] = places
+    return restore
