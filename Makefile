@@ -3,7 +3,7 @@ PYTHON ?= python3
 UV_VERSION := 0.13.8
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-# compiled modules are kept, whatever the environment says: without them every process starts several seconds later
+# modules are compiled once, whatever the environment says: else the first process, or every one, starts 10 s later
 export PYTHONDONTWRITEBYTECODE :=
 
 # the build of vLLM that this machine can use
@@ -20,7 +20,7 @@ setup: .venv/installed  ## install the locked versions into .venv (about 6 GB)
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11, 3.12 or 3.13 is needed; name one with make PYTHON=python3.12") if not (3, 11) <= sys.version_info < (3, 14) else None'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirement requirements.lock
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --requirement requirements.lock
 	@touch $@
 
 setup-vllm: .venv/installed-$(VLLM)  ## add vLLM for rollout=vllm: the GPU build where there is one (docs/scaling.md)

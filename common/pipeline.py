@@ -19,7 +19,6 @@ from common.data.task import Questions
 from common.evaluation.evaluate import Evaluation, all_splits, spread, watched
 from common.learner import Build, Learner
 from common.plugins import locate
-from common.report import figures
 from common.run import thumbnails
 from common.run.checkpoint import Checkpoints, read_state
 from common.run.recorder import Recorder
@@ -90,6 +89,8 @@ def run(config: Config, values: dict[str, Any], folder: Path, questions: Questio
         recorder.close(failed)
         learner.close()
     if rank() == 0:
+        from common.report import figures  # draws
+
         figures.of_run(folder, result, after, learner.questions.task)
     return result
 
