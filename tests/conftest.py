@@ -15,6 +15,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 
+from common.runtime import garbage
+
+garbage.rest()  # as run.py does, until all tests are imported
+
 REPOSITORY = Path(__file__).parent.parent
 CACHE = Path(os.environ.get("FEWSHOT_CACHE", REPOSITORY / "cache"))
 
@@ -36,6 +40,11 @@ def pytest_collection_modifyitems(items):
     for item in (item for each in cases.values() for item in each[1:-1]):
         item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
+def pytest_collection_finish():
+    garbage.set_aside()
+    garbage.resume()
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 STEPS = """
@@ -39,6 +41,7 @@ def test_nothing_is_set_aside_where_it_does_not_rest():
     )
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_early_lets_it_collect_again(tmp_path):
     """The process may serve more runs. `dry=true` only looks whether the run is there."""
     arguments = ["run.py", "dry=true", f"hydra.run.dir={tmp_path}/run"]
