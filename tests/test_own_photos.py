@@ -187,7 +187,10 @@ def test_a_class_called_like_a_part_is_a_class(tmp_path):
 ELSEWHERE = {
     "wrapped classes": (["archive/cat", "archive/dog"], r"holds one folder only, archive;.*data.folder=\S*/archive;"),
     "wrapped twice": (["a/b/cat", "a/b/dog"], r"holds one folder only, a;.*cat, dog: give data.folder=\S*/a/b;"),
-    "wrapped parts": (["dataset/train/cat", "dataset/test/cat"], r"seem to be test, train.*data.folder=\S*/dataset;"),
+    "wrapped parts": (
+        ["dataset/train/cat", "dataset/test/cat"],
+        r"the parts seem to be test, train.*data.folder=\S*/dataset;",
+    ),
     "parts beside labels": (["images/train/cat", "images/test/cat", "labels/x"], r"data.folder=\S*/images;"),
     "parts below classes": (["cat/train", "cat/test", "dog/train", "dog/test"], r"parts below the classes.*path,label"),
     "training alone": (["train/cat", "train/dog"], r"none to test on; give data.folder=\S*/train, of which"),

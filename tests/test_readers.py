@@ -439,7 +439,7 @@ def table(content):
 
 
 REFUSED = {
-    "folder missing": ("dtd", gone("dtd"), r"data=dtd: .*/dtd does not exist; docs/datasets.md#dtd says where"),
+    "folder missing": ("dtd", gone("dtd"), r"data=dtd: .*/dtd does not exist; docs/datasets.md#dtd says what"),
     "images missing": ("dtd", gone("dtd/images"), r"data=dtd: .*/dtd/images does not exist; docs/datasets.md#dtd"),
     "split missing": (
         "dtd",
@@ -666,7 +666,7 @@ def test_refused_by_fallbacks(tmp_path, name, damage, message):
         ({"ignored": []}, "data.reader.fallback._target_ is missing"),
         ({"_target_": "common.data.fallback.foldres"}, "data.reader.fallback._target_=.* cannot be imported"),
         ({"_target_": "common.data.fallback.folders", "ignore": []}, "unexpected keyword argument 'ignore'"),
-        (None, "Textures.json does not exist; docs/datasets.md#dtd says where to get it$"),
+        (None, "Textures.json does not exist; docs/datasets.md#dtd says what belongs there$"),
     ],
     ids=["no target", "misspelt target", "misspelt argument", "no fallback"],
 )

@@ -100,6 +100,14 @@ def test_a_run_without_training_has_bars_instead_of_empty_axes(tmp_path):
     ).read_bytes()
 
 
+def test_what_is_fitted_at_once_has_accuracies_alone():
+    """Neither rewards nor losses were logged: no empty axes beside them."""
+    (axis,) = figures.curves([{"step": 0, "eval/val/accuracy": 0.5}, {"step": 1, "eval/val/accuracy": 0.75}]).axes
+    assert axis.get_ylabel() == "accuracy (%)" and list(axis.lines[0].get_ydata()) == [50, 75]
+    left, _ = figures.curves([{"step": 1, "loss": 2.0, "eval/val/accuracy": 0.5}]).axes
+    assert left.get_ylabel() == "loss (nats)" and list(left.lines[0].get_ydata()) == [2]
+
+
 def test_a_remark_marks_every_trained_accuracy():
     shown = result({"test": summary()}, {"test": summary(accuracy=0.75)}, remarks=["selected on the test images"])
     cells = list(tables.result_table(shown).columns[2].cells)

@@ -118,8 +118,9 @@ def _refuse_wrapped(location: Location, folder: Path, listing: Listing) -> None:
         there /= inside.folders[0]
         inside = scan(location, there)
     if there != folder and len(inside.folders) > 1:
+        found = "the parts" if _is_split(inside.folders) else "the classes"
         raise location.error(
-            f"{folder} holds one folder only, {listing.folders[0]}; the classes seem to be {_some(inside.folders)}:"
+            f"{folder} holds one folder only, {listing.folders[0]}; {found} seem to be {_some(inside.folders)}:"
             f" give data.folder={there}"
         )
 

@@ -49,7 +49,7 @@ class Location:
             raise UserError(f"data={self.name}: neither {paths} exists; {self.section} says what belongs there")
         for path in (self.folder, self.folder / relative):
             if not _is_there(path):
-                raise UserError(f"data={self.name}: {path} does not exist; {self.section} says where to get it")
+                raise UserError(f"data={self.name}: {path} does not exist; {self.section} says what belongs there")
         return self.folder / relative
 
     def key(self, relative: str) -> str:

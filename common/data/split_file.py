@@ -47,10 +47,10 @@ def read(
         parts = parse(location, path, images)
         return assemble(location, names_by_label(location, parts, str(path)), parts, "CoOp split")
     if fallback is None:
-        raise UserError(f"data={location.name}: {path} does not exist; {location.section} says where to get it")
+        raise UserError(f"data={location.name}: {path} does not exist; {location.section} says what belongs there")
     if not location.allow_fallback_split:
         raise UserError(
-            f"data={location.name}: {path} does not exist; {location.section} says where to get it, and"
+            f"data={location.name}: {path} does not exist; {location.section} says what belongs there, and"
             " data.allow_fallback_split=true makes a split of our own, with other images than published results have"
         )
     parts = _fall_back(location, images, fallback, random.Random(fallback_seed))

@@ -95,10 +95,15 @@ def accuracies(summaries: Mapping[str, Summary]) -> Figure:
 def curves(metrics: Sequence[dict[str, Any]]) -> Figure:
     """Reward (or loss) and completion length over updates, and every accuracy that was measured.
 
+    What is fitted in one go has neither rewards nor losses: accuracies alone.
+
     `metrics`: lines of metrics.jsonl.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     rows = [row for row in metrics if "loss" in row]
+    figure, axes = plt.subplots(
+        1, 2 if rows else 1, figsize=(10 if rows else 5, 3.6), squeeze=False, layout="constrained"
+    )
+    left, right = axes[0, 0], axes[0, -1]
     rewards = sorted({key for row in rows for key in row if key.startswith("rewards/") and key.endswith("/mean")})
     for name, colour in zip(rewards or ["loss"] * bool(rows), cycle(COLOURS), strict=False):
         # later updates over the same rollout batch have no rewards of their own
@@ -120,10 +125,11 @@ def curves(metrics: Sequence[dict[str, Any]]) -> Figure:
         other.plot(*zip(*lengths, strict=True), color=GREY, linewidth=1, alpha=0.8)
         other.set_ylabel("completion length (tokens)", color=GREY)
         other.set_ylim(bottom=0)
-    for axis in (left, right):
+    for axis in axes[0]:
         axis.grid(alpha=0.25)
         axis.spines[["top"]].set_visible(False)
-        if axis.get_legend_handles_labels()[0]:  # an evaluation alone has no curve on the left
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        if axis.get_legend_handles_labels()[0]:
             axis.legend(frameon=False, loc="lower right")
     return figure
 

@@ -120,7 +120,9 @@ def _pictures(folder: Path, result: Result, counted: Tally) -> list[tuple[str, A
     found = []
     if result.after:
         rows = RunFolder(folder).read_log("metrics.jsonl")
-        found.append(("Rewards, completion lengths and accuracies over the training.", inline(figures.curves(rows))))
+        fitted = not any("loss" in row for row in rows)
+        caption = "Accuracies" if fitted else "Rewards, completion lengths and accuracies"
+        found.append((f"{caption} over the training.", inline(figures.curves(rows))))
     if counted.surest:
         caption = "At the end of the run. Left: reliability, areas by images. Right: errors among the surest images."
         found.append((caption, inline(figures.calibration(counted.surest))))
