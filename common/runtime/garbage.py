@@ -1,7 +1,7 @@
 """Python's garbage collector rests while the first run of a process imports its libraries.
 
-What they make stays for good, yet the collector would walk over it again and again: five of the first twenty seconds
-(docs/log.md).
+What they make stays for good, yet the collector would walk over it again and again, a tenth of the time until the first
+update.
 """
 
 from __future__ import annotations
