@@ -390,6 +390,16 @@ def test_both_fits_reach_scikit_learns_optimum(draw, classes, strength):
         np.testing.assert_allclose(*relative, atol=1e-4)
 
 
+@pytest.mark.parametrize("fit", [linear_probe.fit_torch, linear_probe.fit_sklearn])
+def test_a_solver_that_stopped_at_its_limit_says_so(fit, draw, recwarn, monkeypatch):
+    """And nobody is warned of strengths that a search only tries."""
+    images, labels = clusters(draw, 4)
+    assert fit(images, labels, 4, 1.0).converged
+    monkeypatch.setattr(linear_probe, "ITERATIONS", 3)
+    assert not fit(images, labels, 4, 1.0).converged
+    assert not [each for each in recwarn if "converge" in str(each.message)]
+
+
 def test_the_strength_is_searched_as_published():
     # accuracies by hand: the peak of the coarse list is 1 (1 and 100 are equal, and 1e2 comes first: so it is 1e2)
     asked = []

@@ -100,6 +100,7 @@ class LinearProbe(Unfitted):
     def step(self, number: int) -> dict[str, float]:
         if self.strength is not None:
             self.probe = self._fit(self.strength)
+            self.facts = {"strength": self.strength, "converged": self.probe.converged}
             return {}
         self.check_val(self.val is not None)
         val = self.val  # the authors search on validation pictures, too
@@ -111,7 +112,8 @@ class LinearProbe(Unfitted):
             return float((fitted[strength].logits(val.images).argmax(1) == val.labels).float().mean())
 
         trace = linear_probe.search(judge)
-        self.probe, self.facts = fitted[trace.chosen], {"strength": trace.chosen, "fits": len(fitted)}
+        self.probe = fitted[trace.chosen]
+        self.facts = {"strength": trace.chosen, "fits": len(fitted), "converged": self.probe.converged}
         return {}
 
     def end(self) -> dict[str, Any]:

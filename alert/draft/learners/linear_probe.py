@@ -7,6 +7,7 @@ Multinomial logistic regression on raw features of the test transform: minimises
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -23,10 +24,14 @@ ITERATIONS = 1000
 
 @dataclass(frozen=True)
 class Probe:
-    """logits = images weight^T + bias. Shapes: [C, D], [C]."""
+    """logits = images weight^T + bias. Shapes: [C, D], [C].
+
+    converged: the solver ended before its last iteration. With great strengths it often does not.
+    """
 
     weight: Tensor
     bias: Tensor
+    converged: bool = True
 
     def logits(self, images: Tensor) -> Tensor:
         """From raw features, shape [N, D], to shape [N, C]."""
@@ -43,14 +48,20 @@ def fit_sklearn(images: Tensor, labels: Tensor, classes: int, strength: float, t
         strength: scikit-learn's C.
         tolerance: Of the gradient; the default is scikit-learn's, and the authors'.
     """
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     model = LogisticRegression(C=strength, max_iter=ITERATIONS, tol=tolerance)
-    model.fit(images.cpu().numpy(), labels.cpu().numpy())
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", ConvergenceWarning
+        )  # a search tries strengths that nobody uses; see `converged`
+        model.fit(images.cpu().numpy(), labels.cpu().numpy())
     weight, bias = np.asarray(model.coef_), np.asarray(model.intercept_)
     if classes == 2:  # scikit-learn keeps one row, the log odds of the second class; any split of it gives the same
         weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
-    return Probe(torch.as_tensor(weight).to(images), torch.as_tensor(bias).to(images))
+    converged = bool(model.n_iter_.max() < ITERATIONS)
+    return Probe(torch.as_tensor(weight).to(images), torch.as_tensor(bias).to(images), converged)
 
 
 def fit_torch(images: Tensor, labels: Tensor, classes: int, strength: float) -> Probe:
@@ -77,7 +88,9 @@ def fit_torch(images: Tensor, labels: Tensor, classes: int, strength: float) -> 
         return loss.detach() * scale
 
     optimizer.step(objective)
-    return Probe(weight.detach(), bias.detach())
+    made, limits = optimizer.state[weight], optimizer.param_groups[0]
+    converged = made["n_iter"] < limits["max_iter"] and made["func_evals"] < limits["max_eval"]
+    return Probe(weight.detach(), bias.detach(), converged)
 
 
 @dataclass(frozen=True)
