@@ -10,6 +10,7 @@ import torch
 
 from common.config.schema import LoraConfig
 from common.data.loading import Loader
+from common.forward.attention import masked_attention
 from common.forward.logprobs import PolicyScorer
 from common.forward.packing import Group, pack_plain, pack_shared
 from common.models.encoder import Encoded, Encoder
@@ -193,3 +194,17 @@ def test_docstring_example_of_packing():
     assert plain.inputs["input_ids"].tolist() == [[10, 11, 12, 20, 21], [10, 11, 12, 22, 0]]
     assert plain.predictors.tolist() == [2, 3, 7]
     assert (shared.tokens, plain.tokens) == (6, 10)
+
+
+@pytest.mark.parametrize("grouped", [True, False], ids=["as on the CPU", "as on a GPU"])
+def test_heads_attend_to_the_keys_of_their_group(grouped):
+    """Four heads, two of keys: the first two attend to the first, and only to what the mask lets through."""
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    query, key, value = draw(2, 4, 3, 8), draw(2, 2, 5, 8), draw(2, 2, 5, 8)
+    mask = torch.tensor([[1, 0, 1, 1, 0], [1, 1, 0, 0, 1], [0, 1, 1, 1, 1]], dtype=torch.bool)[None, None]
+    found = masked_attention(query, key, value, mask, 0.3, grouped)
+    for row, head, number in [(0, 0, 0), (0, 1, 2), (1, 2, 1), (1, 3, 2)]:
+        kept = mask[0, 0, number]
+        weights = (0.3 * key[row, head // 2, kept] @ query[row, head, number]).exp()
+        expected = (weights[:, None] * value[row, head // 2, kept]).sum(0) / weights.sum()
+        torch.testing.assert_close(found[row, head, number], expected)

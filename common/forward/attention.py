@@ -39,15 +39,15 @@ def shared_prefix_attention(
     """Transformers' attention signature. Shape: query [1, H, L, D], key and value [1, K, L, D] -> [1, L, H, D]."""
     if shared_prefix is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
-    layout, repeat = shared_prefix, query.shape[1] // key.shape[1]
+    layout, grouped = shared_prefix, query.device.type == "cpu"
     prefix_q, prefix_k, prefix_v = (_take(x, layout.prefix_index) for x in (query, key, value))  # [N, heads, P, D]
     mask = layout.prefix_mask(sliding_window)
     if mask is None:
         prefix = F.scaled_dot_product_attention(
-            prefix_q, prefix_k, prefix_v, is_causal=True, scale=scaling, enable_gqa=repeat > 1
+            prefix_q, prefix_k, prefix_v, is_causal=True, scale=scaling, enable_gqa=query.shape[1] > key.shape[1]
         )
     else:
-        prefix = _masked_attention(prefix_q, prefix_k, prefix_v, mask, scaling)
+        prefix = masked_attention(prefix_q, prefix_k, prefix_v, mask, scaling, grouped)
     suffix_q, suffix_k, suffix_v = (_take(x, layout.suffix_index) for x in (query, key, value))  # [S, heads, R, D]
     visible, mask = layout.suffix_keys(sliding_window)
     if visible is not layout.prefix_index:  # inside a window only the end of the prompt counts
@@ -55,21 +55,31 @@ def shared_prefix_attention(
     keys, values = (
         torch.cat([before[layout.suffix_owner], own], 2) for before, own in ((prefix_k, suffix_k), (prefix_v, suffix_v))
     )
-    suffix = _masked_attention(suffix_q, keys, values, mask, scaling)
+    suffix = masked_attention(suffix_q, keys, values, mask, scaling, grouped)
     flat = torch.cat([x.transpose(1, 2).flatten(0, 1) for x in (prefix, suffix)])  # [N P + S R, H, D]
     return flat[layout.restore][None], None
 
 
-def _masked_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float | None
+def masked_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float | None,
+    grouped: bool,
 ) -> torch.Tensor:
-    """Shape: query [B, H, Q, D], key and value [B, K, W, D], mask broadcast over [B, H, Q, W] -> [B, H, Q, D]."""
-    repeat = query.shape[1] // key.shape[1]
-    if query.device.type != "cpu":
-        # with a mask, grouped heads take the slow kernel on GPUs; on the CPU copies of the keys are what is slow
+    """Attention of H heads to the keys of K, each of which serves H / K consecutive ones.
+
+    `grouped`: without copies of the keys. On the CPU copies are what is slow; on GPUs the kernel that does without them
+    is, where there is a mask.
+
+    Shape: query [B, H, Q, D], key and value [B, K, W, D], mask broadcast over [B, H, Q, W] -> [B, H, Q, D].
+    """
+    if not grouped:
+        repeat = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
-        repeat = 1
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=repeat > 1)
+    shared = query.shape[1] > key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=shared)
 
 
 def _take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -53,9 +53,7 @@ def fit_sklearn(images: Tensor, labels: Tensor, classes: int, strength: float, t
 
     model = LogisticRegression(C=strength, max_iter=ITERATIONS, tol=tolerance)
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", ConvergenceWarning
-        )  # a search tries strengths that nobody uses; see `converged`
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a search tries strengths that nobody uses
         model.fit(images.cpu().numpy(), labels.cpu().numpy())
     weight, bias = np.asarray(model.coef_), np.asarray(model.intercept_)
     if classes == 2:  # scikit-learn keeps one row, the log odds of the second class; any split of it gives the same
