@@ -10,8 +10,9 @@ from functools import cache
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as run.py does, before torch is imported
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one core for each of the processes that share the tests
+# one core for each of the processes that share the tests, and the same rounding for one that runs them all: with more
+# threads it depends on the size of a batch
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 

@@ -236,7 +236,7 @@ def test_without_pictures_to_choose_by_nothing_is_chosen(world):
     train, _, text, _ = world
     learner = LEARNERS["tip_adapter_f"]()
     assert fit(learner, train, None, text) == {"alpha": 2.0, "beta": 1.5, "searched": False}
-    with pytest.raises(UserError, match="validation=held_out .* or few_shot.linear_probe.strength"):
+    with pytest.raises(UserError, match=r"validation=held_out \(with fewer .*\), or few_shot.linear_probe.strength"):
         fit(LEARNERS["linear_probe"](), train, None, text)
 
 
@@ -325,7 +325,7 @@ def test_probabilities_of_one_name_add_up():
 
 def test_a_search_without_validation_pictures_is_refused_at_once(compose, task):
     config = validate(compose("method=linear_probe"))
-    with pytest.raises(UserError, match="validation=held_out .* or few_shot.linear_probe.strength=1"):
+    with pytest.raises(UserError, match=r"validation=held_out \(with fewer .*\), or few_shot.linear_probe.strength=1"):
         settled.check(config, "linear_probe", task())
     settled.check(validate(compose("method=linear_probe", "few_shot.linear_probe.strength=1")), "linear_probe", task())
 

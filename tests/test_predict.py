@@ -90,8 +90,8 @@ def test_answers_are_the_evaluations(runner, tmp_path, method):
         assert [answer.label for answer in answers] == [label for label, _ in said]
         assert [answer.reply for answer in answers] == [row["completion"] or "" for row in part]
         assert [answer.confidence for answer in answers] == [
-            None if share is None else pytest.approx(share, abs=1e-5) for _, share in said
-        ]  # batches of other sizes round in another way; CLIP's logits are a hundred times its cosines
+            None if share is None else pytest.approx(share, abs=1e-6) for _, share in said
+        ]
         if part[0].get("candidates") is not None:
             assert [list(answer.candidates) for answer in answers] == [row["candidates"] for row in part]
         assert learner in (None, classifier.learner), "what answers stays loaded"

@@ -439,7 +439,11 @@ def table(content):
 
 
 REFUSED = {
-    "folder missing": ("dtd", gone("dtd"), r"data=dtd: .*/dtd does not exist; docs/datasets.md#dtd says what"),
+    "folder missing": (
+        "dtd",
+        gone("dtd"),
+        r"data=dtd: .*/dtd does not exist; docs/datasets.md#dtd says what belongs there",
+    ),
     "images missing": ("dtd", gone("dtd/images"), r"data=dtd: .*/dtd/images does not exist; docs/datasets.md#dtd"),
     "split missing": (
         "dtd",

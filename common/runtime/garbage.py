@@ -18,7 +18,7 @@ def rest() -> None:
 def set_aside() -> None:
     """Never look at what exists now again, if the collector rests.
 
-    Call it before a run makes what is its own: what is set aside is not freed where it refers to itself.
+    Call it before a run makes its model: what is set aside is not freed where it refers to itself.
     """
     if not gc.isenabled():
         gc.freeze()
