@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,6 +64,7 @@ def job(cfg: DictConfig, folder: Path) -> None:
     the second shows the questions, the third examines.
     """
     from common import launch
+    from common.data import pictures
     from common.report import tables
     from common.run import preflight
     from common.run.run_folder import RunFolder
@@ -93,6 +93,7 @@ def job(cfg: DictConfig, folder: Path) -> None:
         launch.launch(config, values, folder, questions)
         result = run_folder.finished_result(values)
     else:
+        pictures.check_finished(config, folder / "manifest.json")
         print(f"already finished: {folder}")
     if result is not None and rank() == 0:
         if config.tracking.report:
@@ -111,19 +112,18 @@ def write_page(folder: Path) -> None:
 
 
 def preview(config: Config, folder: RunFolder) -> None:
-    """`manifest=true`: show what the run would ask, and write the whole manifest where the run will.
+    """`manifest=true`: try all pictures, show what the run would ask, and write the whole manifest where the run will.
 
     Raises:
-        UserError: There are several processes, or the folder holds a run that asks something else.
+        UserError: There are several processes, pictures cannot be used, or the folder holds a run that asks something
+            else.
     """
-    from common.data import pictures, task
+    from common.data import pictures
     from common.report import questions
 
     if world() > 1:
         raise UserError(f"manifest=true needs no ranks, but {world()} were started; call run.py by itself")
-    asked = task.build(config)
-    if found := pictures.find_duplicates(config, asked):
-        asked = replace(asked, manifest={**asked.manifest, "duplicates": found})
+    asked = pictures.readable(config)
     questions.show(asked, folder.preview(asked.manifest))
 
 

@@ -26,14 +26,15 @@ class Images(Protocol):
         """
 
     def stamp(self, image: str) -> str:
-        """A text that changes when the picture's bytes may have changed. Decodes nothing.
+        """A text that is another one whenever the picture is another one, wherever and under whatever times it lies:
+        in it is a hash of its bytes. Decodes nothing.
 
         Raises:
             BadImage: There is no such picture, or it has no content.
         """
 
     def size(self, image: str) -> int:
-        """How many bytes the picture has as it is stored. Raises BadImage as `stamp` does."""
+        """How many bytes the picture has as it is stored; reads none of them. Raises BadImage as `stamp` does."""
 
     def content(self, image: str, start: int = 0, length: int | None = None) -> bytes:
         """These bytes, or `length` of them from `start` on. Raises BadImage as `stamp` does."""

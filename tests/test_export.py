@@ -11,9 +11,11 @@ from importlib.util import find_spec
 from types import SimpleNamespace
 
 import httpx
+import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
+from PIL import Image, ImageOps
 
 from alert import export
 from alert.bank import file as bank_file
@@ -21,11 +23,12 @@ from alert.prompt import meta_task
 from common import Classifier
 from common.config.schema import LoraConfig
 from common.data.digits import Digits
-from common.data.images import resize
+from common.data.images import decode, resize
 from common.data.loading import Loader
 from common.export import __main__ as command
 from common.export import hub, plain
 from common.export.bundle import ASKING
+from common.export.card import CODE, RESIZED
 from common.models.encoder import Encoder
 from common.models.slots import attach
 from common.rollout.base import Decoding, requests
@@ -131,6 +134,22 @@ RUNS = {
     "adapters": ["method=clsrl", "model.lora.r=4", "trainer.updates=3"],
     "not trained": ["method=zeroshot"],
 }
+
+
+@pytest.mark.parametrize("background", ["white", "black"])
+def test_the_card_shows_a_picture_as_the_run_does(background, tmp_path, monkeypatch):
+    """Upright, and transparent parts on the same background."""
+    rgba = np.random.default_rng(0).integers(0, 256, (6, 9, 4), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(rgba).save(tmp_path / "photo.jpg", "PNG", exif=exif)
+    code = CODE.substitute(resized=RESIZED["squash"])
+    (start,) = re.findall(r"^photo, size = .*?(?=^\()", code, re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    known = {"asking": {"image": {"size": 4, "background": background}}, "Image": Image, "ImageOps": ImageOps}
+    exec(start, known)
+    assert known["photo"].tobytes() == decode(tmp_path / "photo.jpg", background).tobytes()
+    assert known["photo"].size == (6, 9)
 
 
 @pytest.mark.slow

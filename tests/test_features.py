@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from alert.draft.features import store as store_module
 from alert.draft.features.encoded import Encoded
 from alert.draft.features.store import KEY, Rows, Store, key_of
 from alert.draft.features.views import Look, View, crop_box, see
-from common.types import UserError
+from common.types import BadImage, UserError
 from tests import encoders
 
 
@@ -355,6 +357,24 @@ def test_sentences_of_a_file(tmp_path):
         prompts.of_templates(["ox"], ["a photo"])
 
 
+def test_pictures_that_cannot_be_used_are_named(tmp_path):
+    class Broken(Counting):
+        def open(self, image):
+            if image == "30":
+                raise BadImage("cut")
+            return super().open(image)
+
+        def stamp(self, image):
+            if image == "40":
+                raise BadImage("gone")
+            return super().stamp(image)
+
+    encoded = Encoded(encoders.clip(), tmp_path, "float32", batch=3)
+    for keys, said in ((["10", "40"], "1 of 2 images cannot be used: 40 .gone."), (["10", "30"], "of 2 .*: 30 .cut.")):
+        with pytest.raises(UserError, match=said):
+            encoded.images(Broken(), keys)
+
+
 def test_generated_pictures_from_folders_and_split_files(tmp_path):
     for name in ("king_crab", "ox"):
         (tmp_path / "drawn" / name).mkdir(parents=True)
@@ -363,6 +383,11 @@ def test_generated_pictures_from_folders_and_split_files(tmp_path):
     chosen = generated.pick("k", str(tmp_path / "drawn"), 2, ["ox", "king crab"], seed=1)
     assert [(item.label, item.name) for item in chosen] == [(0, "ox")] * 2 + [(1, "king crab")] * 2
     assert generated.Folder().open(chosen[0].image).size == (4, 4)
+    path = Path(chosen[0].image)
+    before, stamp = path.stat(), generated.Folder().stamp(chosen[0].image)
+    path.write_bytes(path.read_bytes()[:-1] + b"!")  # another picture of the same size and time
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert generated.Folder().stamp(chosen[0].image) != stamp
     split = {"train": [[f"{name}/{number}.png", 7, name] for name in ("king_crab", "ox") for number in range(3)]}
     (tmp_path / "d.json").write_text(json.dumps(split))
     again = generated.pick("k", f"{tmp_path}/d.json:{tmp_path}/drawn", 2, ["ox", "king crab"], seed=1)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +45,13 @@ def location(tmp_path):
 def png(colour=RED):
     file = io.BytesIO()
     Image.new("RGB", (3, 2), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def bmp(colour):
+    """Of one size, whatever the colour."""
+    file = io.BytesIO()
+    Image.new("RGB", (3, 2), colour).save(file, "BMP")
     return file.getvalue()
 
 
@@ -198,6 +207,34 @@ def test_other_data_has_other_stamps(location, tmp_path):
         found.append(source.images.stamp("dtd/hub/train/0"))
         assert source.images == hub.read(location, id=id, parts={"train": "train"}).images
     assert len(set(found)) == 3
+
+
+def test_a_copy_whose_files_keep_size_and_time_is_read_anew(location, tmp_path):
+    """`datasets` itself knows files by path and time of modification."""
+
+    def read(colour, folder):
+        id = write(tmp_path / folder, ["a"], {"train": [0]}, {"train": [bmp(colour)]})
+        return next((tmp_path / folder).rglob("*.parquet")), id
+
+    path, id = read(RED, "repo")
+    first = hub.read(location, id=id, parts={"train": "train"}).images.stamp("dtd/hub/train/0")
+    other, before = read(BLUE, "other")[0].read_bytes(), path.stat()
+    path.write_bytes(other)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    images = hub.read(location, id=id, parts={"train": "train"}).images
+    assert (np.asarray(images.open("dtd/hub/train/0")) == BLUE).all()
+    assert images.stamp("dtd/hub/train/0") == hashlib.sha256(bmp(BLUE)).hexdigest() != first
+
+
+def test_a_picture_between_those_that_are_sampled_has_its_own_stamp(location, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "SAMPLES", 1)
+    found = []
+    for folder, colour in (("one", GREEN), ("two", BLUE)):
+        pictures = [bmp(RED), bmp(colour)]
+        id = write(tmp_path / folder, ["a"], {"train": [0, 0]}, {"train": pictures})
+        images = hub.read(location, id=id, parts={"train": "train"}).images
+        found.append([images.stamp(f"dtd/hub/train/{row}") for row in (0, 1)])
+    assert found[0][0] == found[1][0] and found[0][1] != found[1][1]
 
 
 def test_fingerprint_is_of_names_labels_and_pictures(location, tmp_path):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
 import time
 import warnings
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -43,24 +46,17 @@ def same(picture, expected):
     assert picture.tobytes() == expected.tobytes()
 
 
-def palette_with_transparency():
-    picture = noise(20, 10).quantize(16)
-    picture.info["transparency"] = bytes(range(0, 256, 16))  # one alpha value for every colour
-    return encoded(picture, "PNG")
-
-
 PLAIN = {  # what PIL's convert is enough for
     "jpeg": encoded(noise(30, 20), "JPEG"),
     "greyscale jpeg": encoded(noise(30, 20, 1), "JPEG"),
     "cmyk jpeg": encoded(noise(30, 20, 4).convert("RGB").convert("CMYK"), "JPEG"),
     "png": encoded(noise(30, 20), "PNG"),
     "1-bit png": encoded(noise(30, 20, 1).convert("1"), "PNG"),
-    "greyscale png with alpha": encoded(noise(30, 20, 4).convert("LA"), "PNG"),
-    "png with alpha": encoded(noise(30, 20, 4), "PNG"),
-    "png with a transparent colour": encoded(noise(30, 20), "PNG", transparency=(1, 2, 3)),
+    "png with alpha that hides nothing": encoded(noise(30, 20).convert("RGBA"), "PNG"),
+    "greyscale png with alpha that hides nothing": encoded(noise(30, 20, 1).convert("LA"), "PNG"),
     "palette png": encoded(noise(30, 20).quantize(16), "PNG"),
-    "gif with a transparent colour": encoded(noise(30, 20).quantize(16), "GIF", transparency=3),
-    "webp with alpha": encoded(noise(30, 20, 4), "WEBP", lossless=True),
+    "gif": encoded(noise(30, 20).quantize(16), "GIF"),
+    "webp": encoded(noise(30, 20), "WEBP", lossless=True),
     "bmp": encoded(noise(30, 20), "BMP"),
     "tiff": encoded(noise(30, 20), "TIFF", compression="tiff_lzw"),
     "one pixel": encoded(noise(1, 1), "PNG"),
@@ -75,14 +71,64 @@ def test_decoding_equals_pil(content, tmp_path):
     same(decode(tmp_path / "picture"), expected)
 
 
-def test_decoding_a_palette_with_transparency_keeps_the_colours_and_is_silent():
-    content = palette_with_transparency()
+def palette(alpha):
+    """A picture of 16 colours. alpha: of each of them, or the number of the one that is transparent."""
+    picture = noise(20, 10).quantize(16)
+    picture.info["transparency"] = alpha
+    return picture
+
+
+COLOURS = np.array(palette(0).getpalette(), dtype=np.uint8).reshape(-1, 3)[np.asarray(palette(0))]
+INDEX, ALPHAS = np.asarray(palette(0)), np.arange(0, 256, 16)
+RGBA, LA = np.asarray(noise(20, 10, 4)), np.asarray(noise(20, 10, 4).convert("LA"))
+GREY = np.asarray(noise(20, 10, 1))
+TRANSPARENT = {  # content, colours and alpha
+    "png": (encoded(Image.fromarray(RGBA), "PNG"), RGBA[..., :3], RGBA[..., 3]),
+    "webp": (encoded(Image.fromarray(RGBA), "WEBP", lossless=True, exact=True), RGBA[..., :3], RGBA[..., 3]),
+    "tiff": (encoded(Image.fromarray(RGBA), "TIFF"), RGBA[..., :3], RGBA[..., 3]),
+    "greyscale": (encoded(Image.fromarray(LA), "PNG"), LA[..., :1].repeat(3, 2), LA[..., 1]),
+    "palette with alpha": (encoded(palette(bytes(ALPHAS.tolist())), "PNG"), COLOURS, ALPHAS[INDEX]),
+    "palette with a transparent colour": (encoded(palette(3), "PNG"), COLOURS, 255 * (INDEX != 3)),
+    "gif": (encoded(palette(3), "GIF", transparency=3), COLOURS, 255 * (INDEX != 3)),
+    "transparent colour": (
+        encoded(Image.fromarray(RGBA[..., :3]), "PNG", transparency=tuple(map(int, RGBA[4, 7, :3]))),
+        RGBA[..., :3],
+        255 * (RGBA[..., :3] != RGBA[4, 7, :3]).any(2),
+    ),
+    "transparent grey": (
+        encoded(Image.fromarray(GREY), "PNG", transparency=int(GREY[4, 7])),
+        GREY[..., None].repeat(3, 2),
+        255 * (GREY[4, 7] != GREY),
+    ),
+}
+
+
+@pytest.mark.parametrize(("background", "behind"), [("white", 255), ("black", 0), ("#336699", (0x33, 0x66, 0x99))])
+@pytest.mark.parametrize(("content", "colours", "alpha"), TRANSPARENT.values(), ids=TRANSPARENT)
+def test_transparent_parts_show_the_background(content, colours, alpha, background, behind):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = decode(content)
-    stored = Image.open(io.BytesIO(content))
-    colours = np.array(stored.getpalette(), dtype=np.uint8).reshape(-1, 3)
-    assert np.array_equal(np.asarray(found), colours[np.asarray(stored)])
+        found = decode(content, background)
+    share = alpha[..., None] / 255
+    np.testing.assert_allclose(np.asarray(found), colours * share + behind * (1 - share), atol=1)
+    assert found.info == {"treated": ("transparent",)} and decode(content).mode == "RGB"
+
+
+def test_ink_on_transparent_is_seen_as_on_paper():
+    """White ink and black ink alike were one black picture."""
+    digit = np.zeros((8, 8), np.uint8)
+    digit[2:6, 3:5] = 255
+    black = Image.merge("LA", (Image.new("L", (8, 8), 0), Image.fromarray(digit)))
+    white = Image.merge("LA", (Image.new("L", (8, 8), 255), Image.fromarray(digit)))
+    assert np.array_equal(np.asarray(decode(encoded(black, "PNG")))[..., 0], 255 - digit)
+    assert np.array_equal(np.asarray(decode(encoded(white, "PNG"), "black"))[..., 0], digit)
+
+
+def test_a_picture_of_which_nothing_can_be_seen_is_refused():
+    picture = noise(20, 10, 4)
+    picture.putalpha(0)
+    with pytest.raises(BadImage, match="nothing of it can be seen: all of it is transparent"):
+        decode(encoded(picture, "PNG"))
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
@@ -145,6 +191,32 @@ def test_16_bit_grey_is_scaled_and_not_clipped(kind):
     assert found.tolist() == [[[level] * 3 for level in row] for row in expected]
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize(
+    ("levels", "expected"),
+    [
+        ([[0, 1365, 2730, 4095]], [0, 85, 170, 255]),  # a camera's 12 bits
+        ([[20000, 20200, 20400, 21000]], [0, 51, 102, 255]),  # a thermal image
+        ([[0, 51, 102, 255]], [0, 51, 102, 255]),  # 8 bits
+        ([[7, 7, 7, 32774]], [0, 0, 0, 255]),
+        ([[7, 7, 7, 32775]], [0, 0, 0, 128]),  # half of the range: as it is
+        ([[40000, 40000]], [156, 156]),
+    ],
+    ids=["12 bits", "thermal", "8 bits", "less than half", "half", "flat"],
+)
+def test_16_bit_grey_within_a_part_of_the_range_is_stretched(kind, levels, expected):
+    found = decode(encoded(Image.fromarray(np.array(levels, dtype=np.uint16)), kind))
+    assert np.asarray(found)[0, :, 0].tolist() == expected
+    assert found.info == ({} if expected[-1] < 255 else {"treated": ("stretched",)})
+
+
+def test_a_transparent_level_of_16_bits_is_no_part_of_the_range():
+    levels = Image.fromarray(np.array([[65535, 20000, 20500, 21000]], dtype=np.uint16))
+    found = decode(encoded(levels, "PNG", transparency=65535), "#102030")
+    assert np.asarray(found).tolist() == [[[0x10, 0x20, 0x30], [0] * 3, [128] * 3, [255] * 3]]
+    assert found.info == {"treated": ("stretched", "transparent")}
+
+
 @pytest.mark.parametrize(
     ("levels", "reason"),
     [
@@ -188,8 +260,8 @@ BAD = {
     "jpeg cut in its header": (PLAIN["jpeg"][:100], "."),
     "jpeg cut in half": (PLAIN["jpeg"][: len(PLAIN["jpeg"]) // 2], "truncated"),
     "png cut in half": (PLAIN["png"][: len(PLAIN["png"]) // 2], "truncated"),
-    "gif cut in half": (PLAIN["gif with a transparent colour"][:300], "truncated"),
-    "webp cut in half": (PLAIN["webp with alpha"][:500], "."),
+    "gif cut in half": (PLAIN["gif"][:300], "truncated"),
+    "webp cut in half": (PLAIN["webp"][:500], "."),
     "tiff cut in half": (PLAIN["tiff"][: len(PLAIN["tiff"]) // 2], "."),
     "bmp cut in half": (PLAIN["bmp"][:500], "truncated"),
     "png with damaged pixels": (PLAIN["png"][:100] + bytes(400) + PLAIN["png"][500:], "."),
@@ -317,7 +389,6 @@ def test_file_images_find_files_by_dataset(folder, tmp_path):
     found = FileImages({"pets": folder.parent, "flowers": tmp_path / "flowers"})
     same(found.open(KEYS[1]), Image.open(folder / "b.jpg"))
     same(found.open("flowers/x.png"), noise(30, 20))
-    status = (folder / "b.jpg").stat()
     stored = (folder / "b.jpg").read_bytes()
     assert (found.size(KEYS[1]), found.content(KEYS[1]), found.content(KEYS[1], 3, 5)) == (
         len(stored),
@@ -327,13 +398,15 @@ def test_file_images_find_files_by_dataset(folder, tmp_path):
     for missing in (found.size, found.content):
         with pytest.raises(BadImage, match="no such file"):
             missing("pets/images/zz.jpg")
-    assert found.stamp(KEYS[1]) == f"{folder}/b.jpg:{status.st_size}:{status.st_mtime_ns}"
+    assert found.stamp(KEYS[1]) == hashlib.sha256(stored).hexdigest()
 
 
-def test_stamps_do_not_depend_on_the_working_directory(folder, monkeypatch):
+def test_stamps_do_not_depend_on_the_place(folder, monkeypatch):
     before = FileImages({"pets": folder.parent}).stamp(KEYS[0])
     monkeypatch.chdir(folder.parent.parent)
     assert FileImages({"pets": Path("pets")}).stamp(KEYS[0]) == before
+    shutil.copytree(folder, folder.parent / "elsewhere" / "images")
+    assert FileImages({"pets": folder.parent / "elsewhere"}).stamp(KEYS[0]) == before
 
 
 @pytest.mark.parametrize(
@@ -344,6 +417,8 @@ def test_a_stamp_needs_a_file_with_content(folder, key, reason):
     (folder / "empty.jpg").touch()
     with pytest.raises(BadImage, match=reason):
         FileImages({"pets": folder.parent}).stamp(key)
+    with pytest.raises(BadImage, match=reason):
+        FileImages({"pets": folder.parent}).size(key)
 
 
 def test_several_sources_become_one(folder, tmp_path):
@@ -357,7 +432,7 @@ def test_several_sources_become_one(folder, tmp_path):
     both = combine([(KEYS, FileImages({"pets": folder.parent})), (["digits/0", "digits/1"], Digits())])
     same(both.open(KEYS[0]), Image.open(folder / "a.jpg"))
     assert both.open("digits/1").getpixel((0, 0)) == GREEN
-    assert both.stamp("digits/1") == "digits digits/1" and both.stamp(KEYS[0]).startswith(f"{folder}/a.jpg:")
+    assert both.stamp("digits/1") == "digits digits/1" and len(both.stamp(KEYS[0])) == 64
 
 
 def test_two_datasets_of_one_name_are_refused(folder, tmp_path):
@@ -386,6 +461,37 @@ def test_a_second_run_opens_no_file(make, folder):
     assert again.images.opened == []
 
 
+@pytest.mark.parametrize("limit", [2**20, 0], ids=["cache", "cache of no size"])
+def test_what_was_done_to_pictures_is_remembered(make, folder, limit):
+    """By the cache, and by the notes of an earlier examination where the cache has no room."""
+    levels = Image.fromarray(np.array([[0, 100, 4095]], dtype=np.uint16))
+    (folder / "b.jpg").write_bytes(TRANSPARENT["png"][0])
+    (folder / "c.jpg").write_bytes(encoded(levels, "PNG"))
+    (folder / "d.jpg").write_bytes(encoded(levels, "PNG", transparency=100))
+    expected = {KEYS[1]: ("transparent",), KEYS[2]: ("stretched",), KEYS[3]: ("stretched", "transparent")}
+    for policy in images.POLICIES:
+        for attempt in range(2):
+            loader = make(limit=limit, policy=policy)
+            found = examine(loader, KEYS)
+            assert (set(found.treated), found.bad) == (set(expected), {})
+            assert {key: set(kinds) for key, kinds in found.treated.items()} == {
+                key: set(kinds) for key, kinds in expected.items()
+            }
+            assert len(loader.images.opened) == (0 if attempt else len(KEYS))
+        for key, picture in zip(KEYS, make(limit=limit, policy=policy)(KEYS), strict=True):
+            assert set(loading.treated(picture)) == set(expected.get(key, ()))
+    assert loading.counted(expected, KEYS) == {"transparent": 2, "stretched": 2}
+    assert loading.counted(expected, KEYS[:2]) == {"transparent": 1}
+
+
+def test_another_background_is_another_entry(make, folder):
+    (folder / "a.jpg").write_bytes(TRANSPARENT["png"][0])
+    white, black = (make(), make())
+    black.images.files = FileImages({"pets": folder.parent}, "black")
+    for loader, background in ((white, "white"), (black, "black")):
+        same(loader(KEYS[:1])[0], decode(TRANSPARENT["png"][0], background).resize((16, 16), LANCZOS))
+
+
 @pytest.mark.parametrize("change", [{"size": 24}, {"policy": "crop"}], ids=str)
 def test_another_size_or_policy_is_another_entry(make, change):
     make()(KEYS)
@@ -403,6 +509,37 @@ def test_a_changed_file_is_decoded_anew(make, folder):
     loader = make()
     same(loader(KEYS)[2], expected(folder, KEYS[2]))
     assert loader.images.opened == [KEYS[2]]
+
+
+def replace_unnoticed(path, picture):
+    """Another picture in a file of the same name, size and time of modification, as rsync and unzip leave it."""
+    before, content = path.stat(), encoded(picture, "BMP")
+    assert len(content) == before.st_size
+    path.with_suffix(".new").write_bytes(content)
+    os.replace(path.with_suffix(".new"), path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+
+
+def test_another_picture_of_the_same_size_and_time_is_decoded_anew(make, folder):
+    path = folder / "c.jpg"
+    path.write_bytes(encoded(noise(20, 20, seed=1), "BMP"))
+    make()(KEYS)
+    replace_unnoticed(path, noise(20, 20, seed=2))
+    loader = make()
+    same(loader(KEYS)[2], noise(20, 20, seed=2).resize((16, 16), LANCZOS))
+    assert loader.images.opened == [KEYS[2]]
+
+
+def test_pictures_that_have_moved_are_still_known(make, folder):
+    make()(KEYS)
+    (folder / "a.jpg").rename(folder / "z.jpg")
+    (folder / "b.jpg").rename(folder / "a.jpg")
+    os.utime(folder / "c.jpg", (0, 0))
+    loader = make()
+    same(loader(KEYS[:1])[0], Image.open(folder / "a.jpg").resize((16, 16), LANCZOS))
+    loader(KEYS[2:])
+    assert loader.images.opened == []
 
 
 @pytest.mark.parametrize(
@@ -423,7 +560,7 @@ def test_a_damaged_entry_is_computed_anew(make, folder, tmp_path, damage):
 
 
 def test_the_cache_keeps_its_bound(make, tmp_path):
-    entry = 3 * 16 * 16 + 4
+    entry = bytes_per_picture(16)
     loader = make(limit=5 * entry, workers=1)
     for key in KEYS:
         loader([key])
@@ -485,11 +622,11 @@ from common.data.images import FileImages
 from common.data.loading import Loader, examine
 from common.runtime.disk_cache import DiskCache
 folder, cache = map(Path, sys.argv[1:3])
-loader = Loader(FileImages({"pets": folder}), 16, "squash", DiskCache(cache, 5 * 772, ".rgb"), 2)
+loader = Loader(FileImages({"pets": folder}), 16, "squash", DiskCache(cache, 5 * 773, ".rgb"), 2)
 keys = [f"pets/images/{name}.jpg" for name in "abcdefghijkl"]
 print("ready", flush=True)
 sys.stdin.readline()
-assert examine(loader, keys) == {}
+assert examine(loader, keys).bad == {}
 for _ in range(30):
     for picture, key in zip(loader(keys), keys, strict=True):
         sys.stdout.write(picture.tobytes().hex() + "\\n")
@@ -517,7 +654,7 @@ def test_two_processes_share_a_cache(folder, tmp_path):
         assert (output.splitlines() == rows, errors) == (True, "")
     noted = (tmp_path / "cache" / loading.CHECKED).read_text().split()
     assert len(set(noted)) == 12 and all(re.fullmatch("[0-9a-f]{64}", line) for line in noted)
-    assert sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.rgb")) <= 12 * 772
+    assert sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.rgb")) <= 12 * 773
 
 
 def test_a_bad_picture_among_good_ones_is_named(make, folder):
@@ -533,7 +670,7 @@ def test_examine_finds_what_cannot_be_used(make, folder, monkeypatch, workers):
     (folder / "d.jpg").write_bytes(b"")
     (folder / "a.jpg").write_bytes((folder / "a.jpg").read_bytes()[:400])
     loader = make(workers=workers)
-    bad = examine(loader, [*KEYS, *KEYS])
+    bad = examine(loader, [*KEYS, *KEYS]).bad
     assert list(bad) == [KEYS[0], KEYS[1], KEYS[3]]
     assert bad[KEYS[1]] == "no such file or directory" and bad[KEYS[3]] == "an empty file"
     assert "truncated" in bad[KEYS[0]]
@@ -545,19 +682,19 @@ def test_examine_finds_what_cannot_be_used(make, folder, monkeypatch, workers):
 @pytest.mark.parametrize("limit", [2**20, 0], ids=["cache", "cache of no size"])
 def test_a_second_examination_tries_only_what_is_new(make, folder, tmp_path, limit):
     (folder / "k.jpg").write_text("no picture")
-    assert list(examine(make(limit=limit), KEYS[:-1])) == [KEYS[10]]
+    assert list(examine(make(limit=limit), KEYS[:-1]).bad) == [KEYS[10]]
     for entry in (tmp_path / "cache").glob("*.rgb"):
         entry.unlink()
     (folder / "a.jpg").write_text("replaced")
     again = make(limit=limit)
-    assert list(examine(again, KEYS)) == [KEYS[0], KEYS[10]]
+    assert list(examine(again, KEYS).bad) == [KEYS[0], KEYS[10]]
     assert sorted(again.images.opened) == [KEYS[0], KEYS[10], KEYS[11]]
 
 
 def test_examining_without_a_cache_works_and_remembers_nothing(make):
     for _ in range(2):
         loader = make(limit=None)
-        assert examine(loader, KEYS) == {}
+        assert examine(loader, KEYS).bad == {}
         assert sorted(loader.images.opened) == KEYS
 
 
@@ -579,6 +716,8 @@ def test_examining_holds_no_pictures(make, monkeypatch):
     alive, most = 0, 0
 
     class Held:
+        info: ClassVar = {}
+
         def __init__(self):
             nonlocal alive, most
             alive += 1
@@ -589,7 +728,7 @@ def test_examining_holds_no_pictures(make, monkeypatch):
             alive -= 1
 
     monkeypatch.setattr(Loader, "load", lambda self, key: Held())
-    assert examine(make(workers=2), KEYS) == {}
+    assert examine(make(workers=2), KEYS).bad == {}
     assert alive == 0 and most <= 2
 
 
@@ -622,12 +761,19 @@ def test_resizing_leaves_the_interpreter_to_other_threads():
     [
         ({"a/x.jpg": "an empty file"}, "1 of 3,669 images cannot be used: a/x.jpg (an empty file); repair"),
         (
-            {f"a/{number}.jpg": "no such file" for number in range(1005)},
-            "1,005 of 3,669 images cannot be used: a/0.jpg (no such file), a/1.jpg (no such file), "
-            "a/2.jpg (no such file) and 1,002 more; repair",
+            {f"a/{number}.jpg": f"reason {number}" for number in range(10)},
+            "10 of 3,669 images cannot be used: "
+            + ", ".join(f"a/{number}.jpg (reason {number})" for number in range(10))
+            + "; repair",
+        ),
+        (
+            {f"a/{number}.jpg": "cut" if number == 7 else "no such file" for number in range(1005)},
+            "1,005 of 3,669 images cannot be used: "
+            + ", ".join(f"a/{number}.jpg ({'cut' if number == 7 else 'no such file'})" for number in range(10))
+            + " and 995 more (of all: 1,004 no such file, 1 cut); repair",
         ),
     ],
-    ids=["one", "many"],
+    ids=["one", "ten", "many"],
 )
 def test_the_report_is_one_line_with_the_fix(bad, line):
     text = str(report(bad, 3669))

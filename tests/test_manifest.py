@@ -56,3 +56,34 @@ def test_an_edited_manifest_is_noticed(compose, tmp_path):
     path.write_text(path.read_text().replace(f'["{first}", 0]', f'["{first}", 1]', 1))
     with pytest.raises(UserError, match="was changed after the run began"):
         manifest.verify(path, q.manifest)
+
+
+def test_contents_are_no_part_of_the_hash(compose, tmp_path):
+    found = questions(compose, "shots=2")
+    full = manifest.with_contents(found.manifest, {image: image for image in found.images})
+    assert full["hash"] == found.manifest["hash"] == manifest.digest(manifest.defining(full))
+    manifest.write(full, tmp_path / "manifest.json")
+    assert json.loads((tmp_path / "manifest.json").read_text()) == full
+    manifest.verify(tmp_path / "manifest.json", found.manifest)  # of an earlier version
+    manifest.verify(tmp_path / "manifest.json", full)
+
+
+def test_verify_names_pictures_that_have_changed_under_their_names(compose, tmp_path):
+    found, path = questions(compose, "shots=2"), tmp_path / "manifest.json"
+    stamps = {image: image for image in found.images}
+    manifest.write(manifest.with_contents(found.manifest, stamps), path)
+    first, second = found.images[:2]
+    now = manifest.with_contents(found.manifest, {**stamps, second: "other"})
+    with pytest.raises(UserError, match=f"^1 of 1,797 pictures .first: {second}. has changed since .*run_name=<name>$"):
+        manifest.verify(path, now)
+    now = manifest.with_contents(found.manifest, {**stamps, first: "other", second: "other"})
+    with pytest.raises(
+        UserError, match="the run is finished, but 2 of 1,797 pictures .* have changed since; .*run_name"
+    ):
+        manifest.verify_finished(path, now)
+    del stamps[first]  # it is gone
+    with pytest.raises(UserError, match=f"1 of 1,797 pictures .first: {first}. has changed since"):
+        manifest.verify_finished(path, manifest.with_contents(found.manifest, stamps))
+    other = questions(compose, "shots=2", "seed=2").manifest
+    with pytest.raises(UserError, match="the run is finished, but 'train' has other images or labels now"):
+        manifest.verify_finished(path, other)

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from common.config.composition import validate
+import run
+from common.config.composition import plain, signature, validate
 from common.data import manifest, pictures, task
+from common.run import preflight
+from common.run.result import describe
+from common.run.run_folder import RunFolder
 from common.types import UserError
 from tests import data_tree
 
@@ -57,14 +65,139 @@ def test_photos_that_cannot_be_used_are_replaced_and_named(configured, root, cap
     spoil(root, fresh.image)  # its replacement is no better
     found = pictures.readable(config)
     left_out = found.manifest["left_out"]
-    assert left_out == sorted((bad.image, fresh.image)) == found.manifest["left_out"]
+    assert left_out == sorted((bad.image, fresh.image)) == list(found.manifest["unusable"])
+    assert set(found.manifest["unusable"].values()) == {"not a picture that PIL can read"}
     assert len(found.task.train.items) == 6 and not set(left_out) & set(found.images)
     assert (found.manifest["short_classes"], found.manifest["refilled"]) == ({}, {bad.name: 1})
     assert len(found.task.evaluation["test"].items) == 20 - 6 - 2, "a photo that replaces another is not tested"
-    assert "left out 2 pictures" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"left out 2 pictures that cannot be used: {bad.image} (not a picture that PIL can read), " in said
     # after a resume, on every rank, and before the final evaluation
     assert pictures.readable(config).manifest == found.manifest
     assert task.build(config, left_out).manifest["hash"] == found.manifest["hash"]
+
+
+def test_pictures_that_changed_under_their_names_stop_what_goes_on_with_them(configured, root, tmp_path, capsys):
+    """Of the same size and with the same times, as rsync, unzip and `cp -p` leave them."""
+    config, path = configured("shots=2"), tmp_path / "manifest.json"
+    for number, name in enumerate(CLASSES):  # without compression all have one size
+        for photo in (root / name).iterdir():
+            Image.new("RGB", (8, 8), (number * 100, int(photo.stem[3:]) * 9, 0)).save(photo.with_suffix(".bmp"))
+            photo.unlink()
+    before = pictures.readable(config)
+    assert pictures.readable(config).manifest == before.manifest
+    manifest.write(before.manifest, path)
+    pictures.check_finished(config, path)
+    manifest.verify(path, before.manifest)
+    one, other = (file_of(root, before.task.evaluation["test"].items[number].image) for number in (0, -1))
+    kept = one.stat()
+    one.write_bytes(other.read_bytes())
+    os.utime(one, ns=(kept.st_atime_ns, kept.st_mtime_ns))
+    key = before.task.evaluation["test"].items[0].image
+    with pytest.raises(
+        UserError, match=f"1 of 20 pictures .first: {key}. has changed since .*manifest.json was written"
+    ):
+        manifest.verify(path, pictures.readable(configured("shots=2", "data.duplicates=ignore")).manifest)
+    with pytest.raises(UserError, match=f"the run is finished, but 1 of 20 pictures .first: {key}. has changed since"):
+        pictures.check_finished(config, path)
+    one.unlink()
+    with pytest.raises(UserError, match="the run is finished, but 'train' has other images or labels now, first: "):
+        pictures.check_finished(config, path)
+    (root / "cat").rename(tmp_path / "cat")
+    (root / "dog").rename(tmp_path / "dog")
+    pictures.check_finished(config, path)  # the result can be looked at without the data
+    assert "whether its pictures are still the same cannot be told: data=folder" in capsys.readouterr().err
+
+
+@pytest.fixture
+def troubled(root):
+    """Photos that are empty, cut off and no picture, with what is said of them."""
+    (root / "cat" / "cat0.png").write_bytes(b"")
+    (root / "cat" / "cat1.png").write_bytes(b"no picture")
+    (root / "dog" / "dog0.png").write_bytes((root / "dog" / "dog1.png").read_bytes()[:80])
+    return {
+        "cat/cat0.png": "an empty file",
+        "cat/cat1.png": "not a picture that PIL can read",
+        "dog/dog0.png": "truncated",
+    }
+
+
+def test_all_that_is_wrong_is_said_at_once(compose, configured, troubled):
+    config = configured("method=zeroshot")
+    with pytest.raises(UserError, match="^3 of 20 images cannot be used: ") as before:
+        preflight.check_images(config, task.build(config))
+    for name, reason in troubled.items():
+        assert re.search(f"folder/{name} .[^)]*{reason}", str(before.value))
+
+
+def test_a_preview_opens_the_pictures(compose, configured, root, tmp_path, troubled):
+    asked = [
+        "data=folder",
+        f"data.folder={root}",
+        f"cache_dir={tmp_path / 'cache'}",
+        "method=zeroshot",
+        "manifest=true",
+    ]
+    with pytest.raises(UserError, match="^3 of 20 images cannot be used: .*cat0.png .an empty file"):
+        run.job(compose(*asked), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    run.job(compose(*asked, "data.skip_bad=true"), tmp_path / "run")
+    written = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert written["left_out"] == list(written["unusable"]) == [f"folder/{name}" for name in troubled]
+    assert all(len(row) == 3 and len(row[2]) == 16 for row in written["splits"]["test"]["rows"])
+
+
+def test_a_finished_run_is_shown_only_with_its_pictures(compose, configured, root, tmp_path, capsys):
+    cfg = compose("data=folder", f"data.folder={root}", f"cache_dir={tmp_path / 'cache'}", "method=sft", "shots=2")
+    folder = tmp_path / "run"
+    place = RunFolder(folder)
+    place.claim(plain(cfg))
+    frozen = pictures.readable(validate(cfg))
+    manifest.write(frozen.manifest, folder / "manifest.json")
+    place.write_result(describe(validate(cfg), plain(cfg), {"path": "", "sha256": ""}, frozen, ""))
+    with pytest.raises(KeyError):  # of the table: nothing was measured
+        run.job(cfg, folder)
+    assert f"already finished: {folder}" in capsys.readouterr().out
+    image = frozen.train[0].image
+    data_tree.picture(file_of(root, image), 7)
+    with pytest.raises(
+        UserError, match=f"is finished, but 1 of 20 pictures .first: {image}. has changed since; {folder}"
+    ):
+        run.job(cfg, folder)
+    assert "already finished" not in capsys.readouterr().out
+
+
+def test_transparent_pictures_are_counted_and_said_once(configured, root, capsys):
+    for number in range(3):
+        Image.new("LA", (8, 8), (0, 50 * number)).save(root / "cat" / f"cat{number}.png")
+    Image.new("RGBA", (8, 8), (1, 2, 3, 255)).save(root / "cat" / "cat3.png")
+    Image.fromarray(np.array([[0, 4000]], np.uint16)).save(root / "dog" / "dog0.png")
+    bad = configured("method=zeroshot", "data.skip_bad=true")
+    said = "transparent parts of 2 pictures are shown on white (data.background)"
+    for _ in range(2):  # the second time, nothing is decoded
+        found = pictures.readable(bad)
+        assert found.manifest["treated"] == {"transparent": 2, "stretched": 1}
+        assert found.manifest["unusable"] == {
+            "folder/cat/cat0.png": "nothing of it can be seen: all of it is transparent"
+        }
+        error = capsys.readouterr().err
+        assert error.count(said) == 1 and error.count("16-bit grey levels of 1 picture use a part of their range") == 1
+    assert found.task.images.open("folder/cat/cat1.png").getpixel((0, 0)) == (205, 205, 205)  # 255 * (1 - 50 / 255)
+    black = pictures.readable(configured("method=zeroshot", "data.skip_bad=true", "data.background=black"))
+    assert black.task.images.open("folder/cat/cat1.png").getpixel((0, 0)) == (0, 0, 0)
+    assert black.manifest["hash"] == found.manifest["hash"] and manifest.changed(found.manifest, black.manifest)
+
+
+@pytest.mark.parametrize("value", ["wihte", "'#12345'", "'#ffffff80'"])
+def test_a_background_is_a_colour(configured, value):
+    with pytest.raises(UserError, match="data.background=.* is no colour: give a name such as white"):
+        configured(f"data.background={value}")
+
+
+def test_the_usual_background_is_no_part_of_the_signature(compose):
+    usual, black = (plain(compose("data=folder", *given)) for given in ((), ("data.background=black",)))
+    before = {**usual, "data": {key: value for key, value in usual["data"].items() if key != "background"}}
+    assert signature(before) == signature(usual) != signature(black)
 
 
 def test_replacements_from_a_training_part_are_tried_too(configured, root):

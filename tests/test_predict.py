@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from dataclasses import replace
+from io import BytesIO
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -215,6 +216,46 @@ def test_words_of_run_py_that_are_missing_are_named():
         command.of_run(["run=outputs/a", "photos"])
     with pytest.raises(UserError, match="task=predict needs run="):
         command.of_run(["pictures=a"])
+
+
+def test_new_pictures_are_seen_as_those_of_the_dataset():
+    """From a file, from memory and as an object of PIL, on the run's background."""
+    ink = Image.new("LA", (4, 4), (255, 0))
+    ink.putpixel((1, 1), (255, 255))
+    levels = Image.fromarray(np.array([[0, 4095]], np.uint16))
+    content = BytesIO()
+    ink.save(content, "PNG")
+    given = {"object": ink, "bytes": content.getvalue(), "levels": levels}
+    for background, behind in (("white", 255), ("black", 0)):
+        shelf = photos.Photos(background=background)
+        shelf.show(given)
+        for name in ("object", "bytes"):
+            assert (
+                shelf.open(name).getpixel((0, 0)) == (behind,) * 3 and shelf.open(name).getpixel((1, 1)) == (255,) * 3
+            )
+        assert np.asarray(shelf.open("levels"))[0, :, 0].tolist() == [0, 255]
+    assert ink.mode == "LA" and ink.getpixel((0, 0)) == (255, 0), "what was given stays as it was"
+
+
+@pytest.mark.slow
+def test_a_learner_that_is_fitted_anew_leaves_out_what_its_run_left_out(runner, tmp_path, capsys):
+    run, folder = tmp_path / "run", tmp_path / "photos"
+    for label, name in enumerate(("dark", "light")):
+        (folder / name).mkdir(parents=True)
+        for number in range(8):
+            Image.new("L", (8, 8), 200 * label + number).save(folder / name / f"{number}.png")
+    (folder / "light" / "3.png").write_bytes(b"no picture")
+    Image.new("L", (8, 8), 9).save(new := tmp_path / "new.png")
+    asked = ["method=linear_probe", "clip=none", "visual=pixels", "data=folder", f"data.folder={folder}", "shots=4"]
+    usual = ["data.skip_bad=true", f"cache_dir={tmp_path / 'cache'}", "tracking=none", "tracking.report=false"]
+    assert runner(run, [*asked, *usual]) == 0
+    assert json.loads((run / "manifest.json").read_text())["left_out"] == ["folder/light/3.png"]
+    assert command.main([str(run), str(new), "--format", "jsonl"]) == 0
+    assert json.loads(capsys.readouterr().out)["label"] == "dark"
+    used = next(row[0] for row in json.loads((run / "manifest.json").read_text())["splits"]["train"]["rows"])
+    (folder / used.removeprefix("folder/")).write_bytes(b"")  # since then
+    assert command.main([str(run), str(new)]) == 2
+    assert f"1 of 8 images cannot be used: {used} (an empty file)" in capsys.readouterr().err
 
 
 def test_a_new_picture_goes_before_the_datasets():

@@ -209,11 +209,11 @@ def decides_result(values: dict[str, Any]) -> dict[str, Any]:
     """The part of a plain configuration that a result depends on."""
     kept = {key: value for key, value in values.items() if key not in NOT_IN_SIGNATURE}
     if "data" in kept:
-        kept["data"] = _without(kept["data"], NOT_IN_SIGNATURE_OF_DATA)
+        kept["data"] = _data(kept["data"])
     if "setting" in kept and kept["setting"].get("test_per_class") is None:  # as before there was such a key
         kept["setting"] = _without(kept["setting"], ("test_per_class",))
     if targets := kept.get("setting", {}).get("targets"):
-        targets = {name: _without(one, NOT_IN_SIGNATURE_OF_DATA) for name, one in targets.items()}
+        targets = {name: _data(one) for name, one in targets.items()}
         kept["setting"] = kept["setting"] | {"targets": targets}
     if "model" in kept:
         model = _without(kept["model"], ("licence",))
@@ -228,6 +228,12 @@ def decides_result(values: dict[str, Any]) -> dict[str, Any]:
     if rewards := kept.get("rewards"):
         kept["rewards"] = {name: _without(one, NOT_IN_SIGNATURE_OF_REWARDS) for name, one in rewards.items()}
     return kept
+
+
+def _data(values: dict[str, Any]) -> dict[str, Any]:
+    """What decides of a dataset's configuration; the usual background as before there was such a key."""
+    usual = ("background",) if values.get("background") == "white" else ()
+    return _without(values, (*NOT_IN_SIGNATURE_OF_DATA, *usual))
 
 
 def few_shot_of(values: dict[str, Any]) -> str | None:

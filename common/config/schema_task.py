@@ -24,9 +24,9 @@ class DataConfig:
     `source=hub`, where such an id is known. root: the folder of all datasets. folder: this one's, inside root or
     absolute. cache_gb: disk space for decoded images. aliases: JSON file, class name to other words for it. published:
     the sizes to expect. duplicates: what to do about pictures that are there twice (`warn`, `refuse`, `ignore`).
-    near_duplicates: look for pictures that look alike, too. own_photos: nobody else's picks are to be met, so unusable
-    images are replaced, and the folder may also be inside the working directory. licence: of the pictures, for
-    model cards.
+    near_duplicates: look for pictures that look alike, too. background: colour behind what is transparent, as a name
+    (black) or in hexadecimal ('#80a0ff'). own_photos: nobody else's picks are to be met, so unusable images are
+    replaced, and the folder may also be inside the working directory. licence: of the pictures, for model cards.
     """
 
     name: str = MISSING
@@ -44,6 +44,7 @@ class DataConfig:
     published: dict[str, int] = field(default_factory=dict)
     duplicates: str = "warn"
     near_duplicates: bool = False
+    background: str = "white"
     own_photos: bool = False
     licence: str | None = None
 
@@ -52,12 +53,25 @@ class DataConfig:
         one_of("data.duplicates", self.duplicates, ("warn", "refuse", "ignore"))
         if self.near_duplicates and self.duplicates == "ignore":
             raise UserError("data.near_duplicates=true needs data.duplicates=warn or refuse, not ignore")
+        if self.background != "white":
+            _check_colour("data.background", self.background)
         if self.cache_gb < 0:
             raise UserError(f"data.cache_gb={self.cache_gb} must be 0 (no cache) or a size in GiB")
         if self.source == "hub" and not self.hub:
             raise UserError(
                 f"data={self.name}: no hub id with this dataset's images and names is known; docs/datasets.md"
             )
+
+
+def _check_colour(key: str, value: str) -> None:
+    from PIL import ImageColor
+
+    try:
+        opaque = len(ImageColor.getrgb(value)) == 3
+    except ValueError:
+        opaque = False
+    if not opaque:
+        raise UserError(f"{key}={value} is no colour: give a name such as white, black or grey, or one like '#80a0ff'")
 
 
 @dataclass

@@ -43,7 +43,7 @@ def assemble(
         train=tuple(parts.train),
         val=tuple(parts.val),
         test=tuple(parts.test),
-        images=FileImages(dict(folders or {location.name: location.folder})),
+        images=FileImages(dict(folders or {location.name: location.folder}), location.background, location.contents),
         fingerprint=fingerprint(names, parts),
         origin=origin,
         passed_over=summary(location.passed_over.values()),

@@ -62,7 +62,7 @@ def _missing_images(name: str, source: Source) -> Iterator[str]:
     count, first = 0, ""
     for image in own:
         try:
-            source.images.stamp(image)
+            source.images.size(image)
         except BadImage as error:
             count, first = count + 1, first or f"{image} ({error})"
     if count:

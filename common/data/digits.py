@@ -49,7 +49,7 @@ class Digits:
         return Image.frombytes("L", (SIDE, SIDE), pixels).convert("RGB")
 
     def stamp(self, image: str) -> str:
-        return f"digits {image}"
+        return hashlib.sha256(self.content(image)).hexdigest()
 
     def size(self, image: str) -> int:
         return SIDE * SIDE

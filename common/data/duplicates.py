@@ -1,24 +1,20 @@
 """Pictures that a task has twice: in training and in a test, or under two labels.
 
-Identical ones are found by their files: by size first, then by a few bytes of the middle, and only what is left by a
-hash of the whole, so that most files are never read. Pictures that look alike are found by a difference hash.
+Identical ones are those with the same stamp (`Images.stamp`). Pictures that look alike are found by a difference hash.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common.types import Images, Task
+from common.types import Task
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-V = TypeVar("V")
-SAMPLE = 4096  # bytes
 SIDE = 8  # of a difference hash
 DISTANCE = 4  # bits of 64 in which pictures that look alike may differ: enough for other sizes and stronger compression
 FLAT = 8  # grey levels of 256: a picture within so few has no hash, since all such pictures would look alike
@@ -29,22 +25,6 @@ WORDS = {
     "near_train_and_test": "pictures that look alike in training and test",
     "near_two_labels": "pictures that look alike under two labels",
 }
-
-
-class Apply(Protocol):
-    """Runs a function on keys, wherever that is quickest; keys on which it failed are missing."""
-
-    def __call__(self, work: Callable[[str], V], keys: Sequence[str], /) -> Mapping[str, V]:
-        """The values by key, in the order of the keys."""
-
-
-def identical(images: Images, keys: Sequence[str], apply: Apply) -> list[tuple[str, ...]]:
-    """Groups of pictures with the same bytes, in the order of the keys."""
-    sizes = apply(images.size, keys)
-    rest = _members(equal(sizes))
-    middles = apply(lambda key: _digest(images.content(key, sizes[key] // 2, SAMPLE)), rest)
-    rest = _members(equal({key: (sizes[key], middle) for key, middle in middles.items()}))
-    return equal(apply(lambda key: _digest(images.content(key)), rest))
 
 
 def equal(values: Mapping[str, Hashable]) -> list[tuple[str, ...]]:
@@ -110,11 +90,3 @@ def _disagree(group: Sequence[str], names: Mapping[str, str]) -> bool:
     """Whether one dataset gives a picture two names; two datasets may. (The keys of digits name none.)"""
     answers = {(image.partition("/")[0] if "/" in image else "", names[image]) for image in group}
     return len(answers) > len({dataset for dataset, _ in answers})
-
-
-def _members(groups: Sequence[tuple[str, ...]]) -> list[str]:
-    return [key for group in groups for key in group]
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

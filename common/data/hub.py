@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from common.data import hub_classes
 from common.data.assemble import PARTS, Parts, fingerprint
-from common.data.images import decode
+from common.data.contents import Contents, facts
+from common.data.images import WHITE, decode, on
 from common.data.location import Location
 from common.types import BadImage, Item, Source, UserError
 
@@ -65,13 +66,13 @@ def read(
     hub_names = sorted({name for table in tables.values() for name in _declared(table, label)}.union(*rows.values()))
     classes = hub_classes.match(location, hub_names, wording, renames or {}, drop or ())
     items = Parts(*(_items(location, part, rows.get(part, ()), classes) for part in PARTS))
-    columns = {part: _column(table, image) for part, table in tables.items()}
+    columns = {part: _column(table, image, location.contents) for part, table in tables.items()}
     return Source(
         names=classes.names,
         train=tuple(items.train),
         val=tuple(items.val),
         test=tuple(items.test),
-        images=HubImages(columns),
+        images=HubImages(columns, location.background),
         fingerprint=_digest([fingerprint(classes.names, items), *(column.origin for column in columns.values())]),
         origin="hub split" if classes.canonical else "hub split, classes in the hub's order",
     )
@@ -85,11 +86,15 @@ class Column:
         origin: Hash of what the pictures are known by (see `_column`).
         pictures: Of every row the bytes or, in repositories of plain image files, the path of its file.
         sizes: Of the bytes; null where there are none. They tell an empty row without reading its picture.
+        files: Facts of the files that are mapped (see `contents.facts`), and when the last of them changed.
+        contents: Where hashes of the pictures are kept.
     """
 
     origin: str
     pictures: Any = field(compare=False, repr=False)
     sizes: Any = field(compare=False, repr=False)
+    files: tuple[str, int] | None = field(default=None, compare=False, repr=False)
+    contents: Contents = field(default_factory=Contents, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -97,17 +102,20 @@ class HubImages:
     """The pictures of a hub dataset, decoded when they are asked for. Keys are `<dataset>/hub/<part>/<row>`."""
 
     parts: dict[str, Column]
+    background: str = WHITE
 
     def open(self, image: str) -> Image:
         column, row, path = self._find(image)
-        return decode(path or column.pictures[row]["bytes"].as_py())
+        return decode(path or column.pictures[row]["bytes"].as_py(), self.background)
 
     def stamp(self, image: str) -> str:
         column, row, path = self._find(image)
-        if path is None:
-            return f"{column.origin}:{row}"
-        status = path.stat()
-        return f"{path}:{status.st_size}:{status.st_mtime_ns}"
+        if path is not None:
+            return on(self.background, column.contents.of(path))
+        if column.files is None:  # in memory
+            return on(self.background, self._sha256(image))
+        name, changed = column.files
+        return on(self.background, column.contents.keep(f"{name} {row}", changed, lambda: self._sha256(image)))
 
     def size(self, image: str) -> int:
         column, row, path = self._find(image)
@@ -117,6 +125,9 @@ class HubImages:
         column, row, path = self._find(image)
         stored = column.pictures[row]["bytes"].as_py() if path is None else path.read_bytes()
         return stored[start : None if length is None else start + length]
+
+    def _sha256(self, image: str) -> str:
+        return hashlib.sha256(self.content(image)).hexdigest()
 
     def _find(self, image: str) -> tuple[Column, int, Path | None]:
         """Where a picture is stored; with its path if that is outside the column.
@@ -132,7 +143,8 @@ class HubImages:
         path = Path(stored.get("path") or "")
         if path.is_absolute() and path.is_file() and path.stat().st_size:
             return column, number, path
-        raise BadImage("the hub dataset has no picture in this row")
+        named = f": it names {path}, which is not on this machine" if path.name else ""
+        raise BadImage(f"the hub dataset has no picture in this row{named}")
 
 
 def _load(location: Location, id: str, config: str | None, split: str, revision: str | None) -> Any:
@@ -141,10 +153,27 @@ def _load(location: Location, id: str, config: str | None, split: str, revision:
     from datasets.exceptions import DatasetsError
 
     try:
-        return load_dataset(id, name=config, split=split, revision=revision)
+        cache = _prepared(id, location.contents)
+        return load_dataset(id, name=config, split=split, revision=revision, cache_dir=cache)
     # all that it raises for a missing network, right, repository, file, configuration or split
     except (OSError, RuntimeError, ValueError, DatasetsError, httpx.HTTPError) as error:
         raise UserError(f"data={location.name}: {_advice(id, error)}; see {location.section}") from error
+
+
+def _prepared(id: str, contents: Contents) -> str | None:
+    """Where `datasets` keeps what it prepares of a folder; None: its usual place.
+
+    It knows the files of a folder by path and time of modification alone, so files that were copied over them with the
+    times of others would give the old pictures. Each content has a place of its own.
+    """
+    import datasets
+
+    folder = Path(id)
+    if not folder.is_dir():
+        return None
+    found = ((path.relative_to(folder), path) for path in sorted(folder.rglob("*")) if path.is_file())
+    lines = [f"{name} {contents.of(path)}" for name, path in found if not name.parts[0].startswith(".")]
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / f"folder-{_digest(lines)[:16]}")
 
 
 def _advice(id: str, error: Exception) -> str:
@@ -207,7 +236,7 @@ def _items(location: Location, part: str, names: Sequence[str], classes: hub_cla
     )
 
 
-def _column(table: Any, image: str) -> Column:
+def _column(table: Any, image: str, contents: Contents) -> Column:
     """The pictures, known by the sizes of all and the content of SAMPLES of them: another revision has other ones."""
     import pyarrow.compute as compute
 
@@ -215,7 +244,11 @@ def _column(table: Any, image: str) -> Column:
     sizes = compute.binary_length(compute.struct_field(pictures, "bytes"))
     step = max(1, len(pictures) // SAMPLES)
     some = [hashlib.sha256(pictures[row]["bytes"].as_py() or b"").hexdigest() for row in range(0, len(pictures), step)]
-    return Column(_digest([*map(str, sizes.to_pylist()), *some]), pictures, sizes)
+    origin = _digest([*map(str, sizes.to_pylist()), *some])
+    files = [facts(Path(each["filename"])) for each in table.cache_files]
+    newest = max((changed for _, changed in files), default=0)
+    mapped = ("\n".join([origin, *(name for name, _ in files)]), newest) if files else None
+    return Column(origin, pictures, sizes, mapped, contents)
 
 
 def _digest(parts: Sequence[str]) -> str:

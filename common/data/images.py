@@ -5,17 +5,23 @@ from __future__ import annotations
 import stat
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from common.data.contents import Contents
 from common.data.spelling import on_disk
 from common.types import BadImage, Images, UserError
 
 MAX_PIXELS = 150_000_000  # 430 MiB as RGB
 REASON = 80  # characters of a decoder's message that are kept
+WHITE = "white"  # behind what is transparent, as viewers and browsers show it
+VERSION = 2  # of our own decoding and resizing: count up when pixels change
+TREATED = "treated"  # key of a decoded picture's `info`: what was done to it beyond `convert`, a tuple of these:
+TRANSPARENT, STRETCHED = KINDS = ("transparent", "stretched")
+PART = 2**15  # levels of 16 bits: a picture within fewer uses a part of its range
 LANCZOS = Image.Resampling.LANCZOS
 Turn = Image.Transpose
 UPRIGHT = {  # EXIF 2.32, section 4.6.4: what undoes each orientation
@@ -34,40 +40,92 @@ Image.MAX_IMAGE_PIXELS = None
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
-def decode(source: Path | bytes) -> Image.Image:
+def decode(source: Path | bytes, background: str = WHITE) -> Image.Image:
     """The first frame of a picture, RGB, turned as its EXIF orientation says, without its metadata.
 
-    Alpha is dropped without blending, as PIL's `convert` does in the codes of the field. 16-bit grey levels keep their
-    upper 8 bits; `convert` alone would make everything above 255 white.
+    Args:
+        source: A file or its content.
+        background: Colour behind transparent parts, as PIL's ImageColor spells it.
+
+    Returns:
+        A picture whose `info` holds what was done to it under TREATED, if anything was (see `to_rgb`).
 
     Raises:
-        BadImage: It is missing, damaged, cut off, larger than MAX_PIXELS or no picture.
+        BadImage: It is missing, damaged, cut off, larger than MAX_PIXELS, no picture, or nothing of it can be seen.
     """
     try:
         with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BadImage(f"{image.width} x {image.height} is more than {MAX_PIXELS // 10**6} megapixels")
             image.load()
-            picture, turn = _to_rgb(image), UPRIGHT.get(_orientation(image))
+            picture, turn = to_rgb(image, background), UPRIGHT.get(_orientation(image))
     except (BadImage, MemoryError):
         raise
     except Exception as error:  # PIL's decoders raise nearly every kind on damaged files
         raise BadImage(_reason(error)) from error
-    picture.info = {}  # an orientation that stayed here would be applied again by whoever saves and opens it
     return picture if turn is None else picture.transpose(turn)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, background: str = WHITE) -> Image.Image:
+    """A loaded picture as RGB without metadata; an orientation that stayed would be applied again when it is opened.
+
+    Transparent parts show the background. Dropping alpha, as PIL's `convert` does, would show what lies under them, and
+    that is often black as a whole. 16-bit grey levels keep their upper 8 bits, where `convert` would make everything
+    above 255 white; those of a picture within PART levels (a camera's 12 bits, a thermal image) are stretched from its
+    lowest to its highest. `info` says under TREATED which of both was done.
+
+    Args:
+        image: Of any mode.
+        background: See `decode`.
+
+    Raises:
+        BadImage: Its levels have an unknown range, or all of it is transparent.
+    """
+    treated = []
     if image.mode == "F":
         raise BadImage("floating-point grey levels of unknown range")
     if image.mode.startswith("I"):
-        levels = image.convert("I")
-        lowest, highest = levels.getextrema()
-        if not 0 <= lowest <= highest < 2**16:  # type: ignore[operator]
-            raise BadImage("grey levels beyond 16 bits")
-        image = levels.point(lambda level: level * (1 / 256)).convert("L")
-    image.info.pop("transparency", None)  # dropped with the rest; PIL would warn of it
-    return image.convert("RGB")
+        image, stretched = _eight_bits(image)
+        treated += [STRETCHED] * stretched
+    if image.has_transparency_data:
+        layer = _with_alpha(image)
+        lowest, highest = layer.getchannel("A").getextrema()
+        if highest == 0:
+            raise BadImage("nothing of it can be seen: all of it is transparent")
+        if lowest != 255:
+            layer = Image.alpha_composite(Image.new("RGBA", layer.size, background), layer)
+            treated.append(TRANSPARENT)
+        picture = layer.convert("RGB")
+    else:
+        picture = image.convert("RGB")
+    picture.info = {TREATED: tuple(treated)} if treated else {}
+    return picture
+
+
+def _eight_bits(image: Image.Image) -> tuple[Image.Image, bool]:
+    """16-bit grey levels as 8 bits, with alpha if one level is transparent; and whether they were stretched."""
+    import numpy as np
+
+    levels, hidden = np.asarray(image.convert("I")), image.info.get("transparency")
+    if levels.min() < 0 or levels.max() >= 2**16:
+        raise BadImage("grey levels beyond 16 bits")
+    shown = levels if hidden is None else levels[levels != hidden]
+    lowest, highest = (int(shown.min()), int(shown.max())) if shown.size else (0, 0)
+    stretched = 0 < (width := highest - lowest) < PART
+    grey = np.rint((levels.clip(lowest, highest) - lowest) * (255 / width)) if stretched else levels >> 8
+    picture = Image.fromarray(grey.astype(np.uint8))
+    if hidden is not None:
+        picture.putalpha(Image.fromarray(np.where(levels == hidden, 0, 255).astype(np.uint8)))
+    return picture, stretched
+
+
+def _with_alpha(image: Image.Image) -> Image.Image:
+    """As RGBA. PIL reads 16-bit colours as 8 bits, but not the one of them that is transparent."""
+    hidden = image.info.get("transparency")
+    if image.mode == "RGB" and isinstance(hidden, tuple) and max(hidden) > 255:
+        image = image.copy()
+        image.info["transparency"] = tuple(level >> 8 for level in hidden)
+    return image.convert("RGBA")
 
 
 def _orientation(image: Image.Image) -> int:
@@ -131,32 +189,49 @@ def resize(picture: Image.Image, size: int, policy: str) -> Image.Image:
     return POLICIES[policy](picture, size)
 
 
+def on(background: str, digest: str) -> str:
+    """The stamp of a picture with this hash of its content, seen on a background.
+
+    >>> on("white", "5f1e"), on("black", "5f1e")
+    ('5f1e', '5f1e on black')
+    """
+    return digest if background == WHITE else f"{digest} on {background}"
+
+
 @dataclass(frozen=True)
 class FileImages:
-    """Pictures that lie in folders, one for each dataset. Keys are `<dataset>/<path inside the dataset's folder>`."""
+    """Pictures that lie in folders, one for each dataset. Keys are `<dataset>/<path inside the dataset's folder>`.
+
+    Args:
+        folders: By dataset.
+        background: Colour behind transparent parts.
+        contents: Where the hashes of the files are kept.
+    """
 
     folders: dict[str, Path]
+    background: str = WHITE
+    contents: Contents = field(default_factory=Contents, compare=False, repr=False)
 
     def open(self, image: str) -> Image.Image:
-        return decode(self._path(image))
+        return decode(self._path(image), self.background)
 
     def stamp(self, image: str) -> str:
+        self.size(image)
         try:
-            path = self._path(image)
-            status = path.stat()
+            return on(self.background, self.contents.of(self._path(image)))
+        except OSError as error:
+            raise BadImage(_reason(error)) from error
+
+    def size(self, image: str) -> int:
+        try:
+            status = self._path(image).stat()
         except (OSError, ValueError) as error:  # a value error: the path has a NUL or half a letter
             raise BadImage(_reason(error)) from error
         if not stat.S_ISREG(status.st_mode):
             raise BadImage("not a file")
         if status.st_size == 0:
             raise BadImage("an empty file")
-        return f"{path}:{status.st_size}:{status.st_mtime_ns}"
-
-    def size(self, image: str) -> int:
-        try:
-            return self._path(image).stat().st_size
-        except (OSError, ValueError) as error:
-            raise BadImage(_reason(error)) from error
+        return status.st_size
 
     def content(self, image: str, start: int = 0, length: int | None = None) -> bytes:
         try:
@@ -205,7 +280,7 @@ def combine(images: Sequence[tuple[Iterable[str], Images]]) -> CombinedImages:
     parts: dict[str, Images] = {}
     for keys, part in images:
         for dataset in sorted({key.partition("/")[0] for key in keys}):
-            own = FileImages({dataset: part.folders[dataset]}) if isinstance(part, FileImages) else part
+            own = replace(part, folders={dataset: part.folders[dataset]}) if isinstance(part, FileImages) else part
             if parts.setdefault(dataset, own) != own:
                 raise UserError(f"two datasets are called '{dataset}', so their images have the same keys: rename one")
     return CombinedImages(parts)

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import PIL
 from PIL import Image
 
-from common.data.images import resize
+from common.data.images import KINDS, TREATED, VERSION, resize
 from common.runtime.disk_cache import DiskCache
 from common.runtime.progress import progress
 from common.types import BadImage, Images, UserError
 
 T = TypeVar("T")
 SUFFIX = ".rgb"  # of the cache's files
-CHECKSUM = 4  # bytes after the pixels
-CHECKED = "checked.txt"  # beside them: digests of pictures that were found good, one per line
-VERSION = 1  # of our own decoding and resizing: count up when pixels change
+TAIL = 5  # bytes after the pixels: one with a bit for each of KINDS that was done to them, and a checksum
+CHECKED = "checked.txt"  # beside them: a line per picture that was found good, its digest and what was done to it
 CHUNK = 256  # pictures that are checked before the good ones are written down
-SHOWN = 3  # bad pictures that an error names
+SHOWN = 10  # bad pictures that an error names
 
 
 class Loader:
@@ -60,10 +61,7 @@ class Loader:
         Raises:
             UserError: Some cannot be loaded; names them.
         """
-        pictures = self.attempt(self.load, keys)
-        if bad := {key: str(each) for key, each in zip(keys, pictures, strict=True) if isinstance(each, BadImage)}:
-            raise report(bad, len(keys))
-        return [picture for picture in pictures if not isinstance(picture, BadImage)]
+        return on_all(self.load, keys, self.workers)
 
     def load(self, image: str) -> Image.Image:
         """One picture.
@@ -73,11 +71,11 @@ class Loader:
         """
         if self.cache is None or (self.kept is not None and image not in self.kept):
             return self._decode(image)
-        digest, side = self.digest(image), (self.size, self.size)
-        if (pixels := _unpacked(self.cache.get(digest), 3 * self.size**2)) is not None:
-            return Image.frombytes("RGB", side, pixels)
+        digest = self.digest(image)
+        if (known := _unpacked(self.cache.get(digest), self.size)) is not None:
+            return known
         picture = self._decode(image)
-        self.cache.put(digest, _packed(picture.tobytes()))
+        self.cache.put(digest, _packed(picture))
         return picture
 
     def digest(self, image: str) -> str:
@@ -89,96 +87,151 @@ class Loader:
         facts = (self.images.stamp(image), self.size, self.policy, PIL.__version__, VERSION)
         return hashlib.sha256("|".join(map(str, facts)).encode()).hexdigest()
 
-    def attempt(self, work: Callable[[str], T], keys: Sequence[str]) -> list[T | BadImage]:
-        """`work` on every key, in parallel; its results in the order of the keys, an error where it failed."""
-
-        def one(key: str) -> T | BadImage:
-            try:
-                return work(key)
-            except BadImage as error:
-                return error
-
-        if self.workers == 1 or len(keys) < 2:
-            return [one(key) for key in keys]
-        # threads of this call only: some that stayed would be missing, and waited for, after a fork
-        with ThreadPoolExecutor(min(self.workers, len(keys))) as pool:
-            return list(pool.map(one, keys))
-
     def _decode(self, image: str) -> Image.Image:
-        return resize(self.images.open(image), self.size, self.policy)
+        picture = self.images.open(image)
+        small = resize(picture, self.size, self.policy)
+        small.info = picture.info
+        return small
+
+
+def attempt(work: Callable[[str], T], keys: Sequence[str], workers: int) -> list[T | BadImage]:
+    """`work` on every key, in so many threads; its results in the order of the keys, an error where it failed."""
+
+    def one(key: str) -> T | BadImage:
+        try:
+            return work(key)
+        except BadImage as error:
+            return error
+
+    if workers == 1 or len(keys) < 2:
+        return [one(key) for key in keys]
+    # threads of this call only: some that stayed would be missing, and waited for, after a fork
+    with ThreadPoolExecutor(min(workers, len(keys))) as pool:
+        return list(pool.map(one, keys))
+
+
+def on_all(work: Callable[[str], T], keys: Sequence[str], workers: int) -> list[T]:
+    """As `attempt`, where none may fail.
+
+    Raises:
+        UserError: Some pictures cannot be used; names them.
+    """
+    results = attempt(work, keys, workers)
+    if bad := {key: str(each) for key, each in zip(keys, results, strict=True) if isinstance(each, BadImage)}:
+        raise report(bad, len(keys))
+    return [each for each in results if not isinstance(each, BadImage)]
+
+
+def treated(picture: Image.Image) -> tuple[str, ...]:
+    """What was done to a decoded picture, see `images.to_rgb`."""
+    return tuple(picture.info.get(TREATED, ()))
 
 
 def bytes_per_picture(size: int) -> int:
     """Disk space of one cached picture."""
-    return 3 * size**2 + CHECKSUM
+    return 3 * size**2 + TAIL
 
 
-def _packed(pixels: bytes) -> bytes:
-    return pixels + zlib.crc32(pixels).to_bytes(CHECKSUM, "big")
+def _packed(picture: Image.Image) -> bytes:
+    content = picture.tobytes() + bytes([sum(1 << bit for bit, kind in enumerate(KINDS) if kind in treated(picture))])
+    return content + zlib.crc32(content).to_bytes(TAIL - 1, "big")
 
 
-def _unpacked(entry: bytes | None, size: int) -> memoryview | None:
-    """The pixels of a cache entry; None if there is none or it is damaged (a power cut can leave zeros)."""
-    if entry is None or len(entry) != size + CHECKSUM:
+def _unpacked(entry: bytes | None, size: int) -> Image.Image | None:
+    """The picture of a cache entry; None if there is none or it is damaged (a power cut can leave zeros)."""
+    if entry is None or len(entry) != bytes_per_picture(size):
         return None
-    pixels = memoryview(entry)[:size]
-    return pixels if zlib.crc32(pixels) == int.from_bytes(entry[size:], "big") else None
+    content = memoryview(entry)[: 1 - TAIL]
+    if zlib.crc32(content) != int.from_bytes(entry[1 - TAIL :], "big"):
+        return None
+    picture = Image.frombytes("RGB", (size, size), content[:-1])
+    if kinds := tuple(kind for bit, kind in enumerate(KINDS) if content[-1] >> bit & 1):
+        picture.info[TREATED] = kinds
+    return picture
 
 
-def examine(loader: Loader, keys: Sequence[str]) -> dict[str, str]:
+@dataclass(frozen=True)
+class Examined:
+    """What was found of pictures, in the order of their keys.
+
+    bad: those that cannot be used, with the reason. treated: those that are not shown as they are stored, with what was
+    done to them (see `images.to_rgb`).
+    """
+
+    bad: dict[str, str]
+    treated: dict[str, tuple[str, ...]]
+
+
+def examine(loader: Loader, keys: Sequence[str]) -> Examined:
     """Try every picture once, which also fills the cache.
 
     What was found good is written beside the cache, so that a later run of the same data decodes nothing here.
-
-    Returns:
-        The pictures that cannot be used, with the reason.
 
     Raises:
         UserError: The good ones cannot be written down.
     """
     digests: dict[str, str] = {}
     bad: dict[str, str] = {}
-    for key, result in zip(keys, loader.attempt(loader.digest, keys), strict=True):
-        if isinstance(result, BadImage):
-            bad[key] = str(result)
+    for key, digest in progress(_chunks(loader, loader.digest, keys), "reading images", len(keys)):
+        if isinstance(digest, BadImage):
+            bad[key] = str(digest)
         else:
-            digests[key] = result
+            digests[key] = digest
     notes = None if loader.cache is None else loader.cache.folder / CHECKED
     good = _noted(notes, set(digests.values()))
+    done = {key: good[digest] for key, digest in digests.items() if digest in good}
     waiting = {key: digest for key, digest in digests.items() if digest not in good}
     for key, outcome in progress(_try(loader, waiting, notes), "checking images", len(waiting)):
-        if outcome is not None:
+        if isinstance(outcome, BadImage):
             bad[key] = str(outcome)
-    return {key: bad[key] for key in keys if key in bad}
+        else:
+            done[key] = outcome
+    keys = list(dict.fromkeys(keys))
+    return Examined({key: bad[key] for key in keys if key in bad}, {key: done[key] for key in keys if done.get(key)})
 
 
-def _try(loader: Loader, waiting: dict[str, str], notes: Path | None) -> Iterator[tuple[str, BadImage | None]]:
-    def check(key: str) -> None:  # the picture itself is not kept: there may be more than memory holds
-        loader.load(key)
+def counted(treated: Mapping[str, tuple[str, ...]], images: Iterable[str]) -> dict[str, int]:
+    """How many of the images each kind of treatment was done to (see `Examined`)."""
+    counts = Counter(kind for image in images for kind in treated.get(image, ()))
+    return {kind: counts[kind] for kind in KINDS if counts[kind]}
+
+
+def _chunks(loader: Loader, work: Callable[[str], T], keys: Sequence[str]) -> Iterator[tuple[str, T | BadImage]]:
+    for start in range(0, len(keys), CHUNK):
+        chunk = keys[start : start + CHUNK]
+        yield from zip(chunk, attempt(work, chunk, loader.workers), strict=True)
+
+
+def _try(
+    loader: Loader, waiting: dict[str, str], notes: Path | None
+) -> Iterator[tuple[str, tuple[str, ...] | BadImage]]:
+    def check(key: str) -> tuple[str, ...]:  # the picture itself is not kept: there may be more than memory holds
+        return treated(loader.load(key))
 
     keys = list(waiting)
     for start in range(0, len(keys), CHUNK):
-        chunk = keys[start : start + CHUNK]
-        outcomes = list(zip(chunk, loader.attempt(check, chunk), strict=True))
-        _note(notes, [waiting[key] for key, outcome in outcomes if outcome is None])
+        outcomes = list(_chunks(loader, check, keys[start : start + CHUNK]))
+        lines = [" ".join((waiting[key], *done)) for key, done in outcomes if not isinstance(done, BadImage)]
+        _note(notes, lines)
         yield from outcomes
 
 
-def _noted(notes: Path | None, wanted: set[str]) -> set[str]:
-    """Those of the digests that are written down."""
+def _noted(notes: Path | None, wanted: set[str]) -> dict[str, tuple[str, ...]]:
+    """Those of the digests that are written down, and what was done to their pictures."""
     if notes is None or not notes.exists():
-        return set()
+        return {}
     with notes.open(encoding="utf-8", errors="replace") as lines:
-        return {digest for line in lines if (digest := line.rstrip()) in wanted}
+        words = (line.split() for line in lines)
+        return {each[0]: tuple(each[1:]) for each in words if each and each[0] in wanted and {*each[1:]} <= {*KINDS}}
 
 
-def _note(notes: Path | None, digests: list[str]) -> None:
-    """Write digests down, in one piece for the sake of other processes. Begins a line, should the last be torn."""
-    if notes is None or not digests:
+def _note(notes: Path | None, found: list[str]) -> None:
+    """Write lines down, in one piece for the sake of other processes. Begins a line, should the last be torn."""
+    if notes is None or not found:
         return
     try:
         with notes.open("ab", buffering=0) as file:
-            file.write("\n".join(["", *digests, ""]).encode())
+            file.write("\n".join(["", *found, ""]).encode())
     except OSError as error:
         raise UserError(
             f"cache_dir: {notes} cannot be written ({error.strerror}); make room or choose another"
@@ -187,9 +240,17 @@ def _note(notes: Path | None, digests: list[str]) -> None:
 
 def report(bad: dict[str, str], total: int) -> UserError:
     """One line about pictures that cannot be used, `bad` by reason, among `total`."""
-    shown = ", ".join(f"{image} ({reason})" for image, reason in list(bad.items())[:SHOWN])
-    more = f" and {len(bad) - SHOWN:,} more" if len(bad) > SHOWN else ""
+    everything = "; manifest=true data.skip_bad=true writes down all of them" if len(bad) > SHOWN else ""
     return UserError(
-        f"{len(bad):,} of {total:,} images cannot be used: {shown}{more}; "
-        "repair or restore the files, or leave them out with data.skip_bad=true"
+        f"{len(bad):,} of {total:,} images cannot be used: {worded(bad)}; "
+        f"repair or restore the files, or leave them out with data.skip_bad=true{everything}"
     )
+
+
+def worded(bad: Mapping[str, str]) -> str:
+    """Pictures that cannot be used, each with its reason; of many the first, and how often each reason occurs."""
+    shown = ", ".join(f"{image} ({reason})" for image, reason in list(bad.items())[:SHOWN])
+    if len(bad) <= SHOWN:
+        return shown
+    reasons = Counter(bad.values()).most_common(3)
+    return f"{shown} and {len(bad) - SHOWN:,} more (of all: {', '.join(f'{n:,} {reason}' for reason, n in reasons)})"

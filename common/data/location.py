@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common.data.contents import Contents
 from common.data.spelling import composed, on_disk
 from common.types import UserError
 
@@ -23,6 +24,8 @@ class Location:
         tried: Where the dataset was looked for, if `folder` is not the only choice.
         passed_over: What readers left aside so far, by its path, and why.
         notes: What readers have to say about how they took what they found, each a sentence.
+        background: Colour behind transparent parts of its pictures.
+        contents: Where the hashes of its files are kept.
     """
 
     name: str
@@ -33,6 +36,8 @@ class Location:
     tried: tuple[Path, ...] = ()
     passed_over: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
     notes: list[str] = field(default_factory=list, compare=False, repr=False)
+    background: str = "white"
+    contents: Contents = field(default_factory=Contents, compare=False, repr=False)
 
     @property
     def section(self) -> str:

@@ -15,7 +15,8 @@ from typing import Any
 from common.types import Prompt, Task, UserError
 
 # How the data was read, on this machine and day. It may change without changing the task, so no hash covers it.
-OBSERVED = ("passed_over", "notes", "duplicates")
+OBSERVED = ("passed_over", "notes", "duplicates", "unusable", "treated")
+DIGITS = 16  # of the hash of a picture's content
 
 
 def build(
@@ -44,7 +45,33 @@ def build(
 
 def defining(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What the hash of a manifest covers."""
-    return {key: value for key, value in manifest.items() if key not in ("hash", *OBSERVED)}
+    covered = {key: value for key, value in manifest.items() if key not in ("hash", *OBSERVED)}
+    splits = {name: {**split, "rows": [row[:2] for row in split["rows"]]} for name, split in covered["splits"].items()}
+    return {**covered, "splits": splits}
+
+
+def with_contents(manifest: Mapping[str, Any], stamps: Mapping[str, str]) -> dict[str, Any]:
+    """The manifest whose rows also say what the pictures hold, as a third value; the hash does not cover it.
+
+    Args:
+        manifest: As `build` made it.
+        stamps: By image, see `Images.stamp`; images without one get none.
+    """
+    contents = {image: hashlib.sha256(stamp.encode()).hexdigest()[:DIGITS] for image, stamp in stamps.items()}
+    splits = {
+        name: {**split, "rows": [[*row[:2], contents.get(row[0])] for row in split["rows"]]}
+        for name, split in manifest["splits"].items()
+    }
+    return {**manifest, "splits": splits}
+
+
+def changed(frozen: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
+    """Images of both that hold something else now than they did; earlier versions did not write down what they held."""
+    before, now = (
+        {row[0]: row[2] for split in each["splits"].values() for row in split["rows"] if len(row) > 2}
+        for each in (frozen, manifest)
+    )
+    return [image for image, content in now.items() if before.get(image, content) != content]
 
 
 def digest(content: object) -> str:
@@ -81,15 +108,26 @@ def is_one(path: Path) -> bool:
     return isinstance(found, dict) and {"hash", "splits", "fingerprint"} <= found.keys()
 
 
+def left_out(path: Path) -> list[str]:
+    """The images that a run left out, since they could not be used."""
+    return list(json.loads(path.read_text(encoding="utf-8"))["left_out"])
+
+
 def verify(path: Path, manifest: dict[str, Any]) -> None:
     """Compare the run's manifest with the task that is about to be evaluated.
 
     Raises:
-        UserError: They differ; names the first differing source or split, or the file if it was edited.
+        UserError: They differ; names the first differing source or split, the pictures that hold something else now, or
+            the file if it was edited.
     """
     frozen = json.loads(path.read_text(encoding="utf-8"))
     if frozen["hash"] != digest(defining(frozen)):
         raise UserError(f"{path} was changed after the run began: its content does not match its hash")
+    if others := changed(frozen, manifest):
+        raise UserError(
+            f"{_some(others, manifest)} changed since {path} was written; put the old ones back, or begin anew with"
+            " run_name=<name>"
+        )
     if frozen["hash"] == manifest["hash"]:
         return
     for key, digest_now in manifest.get("sources", {}).items():
@@ -103,6 +141,29 @@ def verify(path: Path, manifest: dict[str, Any]) -> None:
             if before.get(key) != split[key]:
                 raise UserError(f"{path} froze another task: {key} of split '{name}' differs; use another run folder")
     raise UserError(f"{path} froze another task; use another run folder")
+
+
+def verify_finished(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Compare the manifest of a finished run with the images that the same command would train and test on now.
+
+    Raises:
+        UserError: There are others, or some hold something else.
+    """
+    frozen = json.loads(path.read_text(encoding="utf-8"))
+    again = f"; {path.parent} keeps the result of the old ones, begin anew with run_name=<name>"
+    if others := changed(frozen, manifest):
+        raise UserError(f"the run is finished, but {_some(others, manifest)} changed since{again}")
+    for name, split in manifest["splits"].items():
+        old, new = ([tuple(row[:2]) for row in each["rows"]] for each in (frozen["splits"][name], split))
+        if old != new:
+            first = min({*old} ^ {*new}, default=new[0])[0]
+            raise UserError(f"the run is finished, but '{name}' has other images or labels now, first: {first}{again}")
+
+
+def _some(images: Sequence[str], manifest: Mapping[str, Any]) -> str:
+    """How many images of a task, and which is the first."""
+    total = len({row[0] for split in manifest["splits"].values() for row in split["rows"]})
+    return f"{len(images):,} of {total:,} pictures (first: {images[0]}) {'has' if len(images) == 1 else 'have'}"
 
 
 def trained_images(model: Path, data: str, fingerprint: str) -> frozenset[str]:
@@ -119,5 +180,5 @@ def trained_images(model: Path, data: str, fingerprint: str) -> frozenset[str]:
             continue
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["data"] == data and (manifest["fingerprint"] == fingerprint or len(manifest["origins"]) > 1):
-            return frozenset(image for image, _ in manifest["splits"]["train"]["rows"])
+            return frozenset(row[0] for row in manifest["splits"]["train"]["rows"])
     return frozenset()

@@ -32,10 +32,13 @@ class Noisy:
         import numpy as np
         from PIL import Image as Pillow
 
-        pixels = np.asarray(self.images.open(_clean(image)).convert("RGB"), np.float32)
+        clean = self.images.open(_clean(image))
+        pixels = np.asarray(clean.convert("RGB"), np.float32)
         seed = int.from_bytes(hashlib.sha256(f"noise {_clean(image)}".encode()).digest()[:8], "big")
         noise = np.random.Generator(np.random.PCG64(seed)).standard_normal(pixels.shape, np.float32)
-        return Pillow.fromarray((pixels + 255 * SIGMA[self.severity] * noise).round().clip(0, 255).astype(np.uint8))
+        noisy = Pillow.fromarray((pixels + 255 * SIGMA[self.severity] * noise).round().clip(0, 255).astype(np.uint8))
+        noisy.info = clean.info
+        return noisy
 
     def stamp(self, image: str) -> str:
         return f"{self.images.stamp(_clean(image))} noise {self.severity}"

@@ -19,6 +19,21 @@ def passed_over(facts: Mapping[str, Any]) -> list[str]:
     return [f"passed over in the folders of the data: {worded(reasons)}"] if reasons else []
 
 
+def treated(facts: Mapping[str, Any], background: str) -> list[str]:
+    """A line for each kind of pictures that are not shown as they are stored, from a manifest.
+
+    >>> treated({"treated": {"transparent": 1, "stretched": 2}}, "white")  # doctest: +NORMALIZE_WHITESPACE
+    ['transparent parts of 1 picture are shown on white (data.background)',
+     '16-bit grey levels of 2 pictures use a part of their range, and are stretched to the whole']
+    """
+    counts = facts.get("treated", {})
+    said = {
+        "transparent": f"transparent parts of {{}} are shown on {background} (data.background)",
+        "stretched": "16-bit grey levels of {} use a part of their range, and are stretched to the whole",
+    }
+    return [said[kind].format(f"{n:,} picture{'s' * (n != 1)}") for kind, n in counts.items()]
+
+
 def data_lines(facts: Mapping[str, Any]) -> list[str]:
     """All that a reader of a result should know of its data; results of older runs lack some of the entries."""
     lines = passed_over(facts)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from common.config.schema import Config
-from common.data import duplicates, notes, task
-from common.data.loading import SUFFIX, Loader, bytes_per_picture, examine, report
+from common.data import duplicates, manifest, notes, task
+from common.data.loading import SUFFIX, Loader, attempt, bytes_per_picture, counted, examine, report, worded
 from common.data.task import Questions
 from common.runtime.disk_cache import DiskCache
 from common.runtime.distributed import gather, share_of, world
@@ -34,31 +33,58 @@ def readable(config: Config, questions: Questions | None = None) -> Questions:
         UserError: There are such pictures, and `data.skip_bad` does not say to leave them out; or a picture is there
             twice, and `data.duplicates=refuse`.
     """
-    questions, bad = questions or task.build(config), dict[str, str]()
+    questions, bad, treated = questions or task.build(config), dict[str, str](), dict[str, tuple[str, ...]]()
     tried: set[str] = set()
     while new := [image for image in questions.images if image not in tried]:  # others may replace those left out
         tried.update(new)
         parts = gather(examine(make_loader(config, questions), share_of(new)))
-        if not any(parts):
+        found = {image: reason for part in parts for image, reason in part.bad.items()}
+        treated |= {image: kinds for part in parts for image, kinds in part.treated.items()}
+        if not found:
             break
-        bad |= {image: reason for part in parts for image, reason in part.items()}
+        bad |= found
         if not config.data.skip_bad:
-            raise report(bad, len(questions.images))
+            raise report({image: bad[image] for image in new if image in bad}, len(questions.images))
         questions = task.build(config, bad)
+    stamps = _shared(questions.task.images.stamp, questions.images)
+    observed = {"unusable": dict(sorted(bad.items())), "treated": counted(treated, questions.images)}
+    full = manifest.with_contents(questions.manifest, stamps) | {key: value for key, value in observed.items() if value}
+    questions = replace(questions, manifest=full)
     if bad:
-        tell(f"left out {len(bad)} pictures that cannot be decoded; manifest.json names them")
-    for line in (*notes.passed_over(questions.manifest), *questions.manifest.get("notes", [])):
+        tell(f"left out {len(bad)} pictures that cannot be used: {worded(bad)}; manifest.json names all")
+    for line in (*notes.passed_over(full), *full.get("notes", []), *notes.treated(full, config.data.background)):
         tell(line)
-    return _without_surprise(config, questions)
+    return _without_surprise(config, questions, stamps)
 
 
-def _without_surprise(config: Config, questions: Questions) -> Questions:
+def check_finished(config: Config, path: Path) -> None:
+    """Compare a finished run with the pictures that the same command would train and test on now.
+
+    Args:
+        config: Of the run.
+        path: Its manifest.
+
+    Raises:
+        UserError: There are others, or some hold something else.
+    """
+    if not path.is_file():
+        return
+    try:
+        questions = task.build(config, manifest.left_out(path))
+    except UserError as error:
+        say(f"whether its pictures are still the same cannot be told: {error}")
+        return
+    stamps = of_each(questions.task.images.stamp, questions.images)
+    manifest.verify_finished(path, manifest.with_contents(questions.manifest, stamps))
+
+
+def _without_surprise(config: Config, questions: Questions, stamps: Mapping[str, str]) -> Questions:
     """The questions, whose manifest says which pictures are there twice.
 
     Raises:
         UserError: There are such pictures, and `data.duplicates=refuse`.
     """
-    copies = find_duplicates(config, questions)
+    copies = find_duplicates(config, questions, stamps)
     if not copies:
         return questions
     if config.data.duplicates == "refuse":
@@ -70,28 +96,30 @@ def _without_surprise(config: Config, questions: Questions) -> Questions:
     return replace(questions, manifest={**questions.manifest, "duplicates": copies})
 
 
-def find_duplicates(config: Config, questions: Questions) -> dict[str, list[list[str]]]:
+def find_duplicates(config: Config, questions: Questions, stamps: Mapping[str, str]) -> dict[str, list[list[str]]]:
     """The keys of pictures that the task has twice, by the kinds of `duplicates.WORDS`. Ranks share the work."""
     if config.data.duplicates == "ignore":
         return {}
-    load = make_loader(config, questions)
-    apply = partial(_on_all, load)
-    same = duplicates.identical(questions.task.images, questions.images, apply)
+    same = duplicates.equal(stamps)
     copies = duplicates.troubling(questions.task, same)
     if config.data.near_duplicates:
-        hashes = apply(lambda image: duplicates.difference_hash(load.load(image)), questions.images)
+        load = make_loader(config, questions)
+        hashes = _shared(lambda image: duplicates.difference_hash(load.load(image)), questions.images)
         known = {image: group[0] for group in same for image in group}
         pairs = [pair for pair in duplicates.alike(hashes) if len({known.get(image, image) for image in pair}) > 1]
         copies |= duplicates.troubling(questions.task, pairs, "near_")
     return copies
 
 
-def _on_all(load: Loader, work: Callable[[str], T], images: Sequence[str]) -> dict[str, T]:
-    """`work` on every picture, in the order of the keys; those for which it failed are missing. Ranks share them."""
-    mine = share_of(list(images))
-    done = zip(mine, load.attempt(work, mine), strict=True)
-    parts = gather({image: value for image, value in done if not isinstance(value, BadImage)})
-    results = {image: value for part in parts for image, value in part.items()}
+def of_each(work: Callable[[str], T], images: Sequence[str]) -> dict[str, T]:
+    """`work` on pictures, side by side; those for which it failed are missing."""
+    found = zip(images, attempt(work, images, _workers()), strict=True)
+    return {image: value for image, value in found if not isinstance(value, BadImage)}
+
+
+def _shared(work: Callable[[str], T], images: Sequence[str]) -> dict[str, T]:
+    """As `of_each`, shared among the ranks."""
+    results = {image: value for part in gather(of_each(work, share_of(list(images)))) for image, value in part.items()}
     return {image: results[image] for image in images if image in results}
 
 
@@ -108,10 +136,14 @@ def make_loader(config: Config, questions: Questions) -> Loader:
     """
     size, limit = config.model.image_size, int(config.data.cache_gb * 2**30)
     cache = DiskCache(Path(config.cache_dir).resolve() / "pixels", limit, SUFFIX)
-    workers = max(1, min(8, (os.cpu_count() or 1) // world()))
     kept = None
     if len(questions.images) * bytes_per_picture(size) > limit:
         kept = {
             prompt.image for prompts in (questions.train, questions.evaluation.get("val", [])) for prompt in prompts
         }
-    return Loader(questions.task.images, size, config.model.resize, cache, workers, kept)
+    return Loader(questions.task.images, size, config.model.resize, cache, _workers(), kept)
+
+
+def _workers() -> int:
+    """Threads of this rank."""
+    return max(1, min(8, (os.cpu_count() or 1) // world()))

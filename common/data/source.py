@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.config.schema_task import DataConfig
+from common.data.contents import Contents
 from common.data.location import Location
 from common.data.names import display, read_aliases
 from common.data.spelling import on_disk
@@ -39,15 +40,16 @@ class Dataset:
         return Split(tuple(items), names, self.config.question, self.config.open_question, known)
 
 
-def load(data: DataConfig, only_test: bool = False) -> Source:
-    """Read a dataset; names as they are shown to a model. `only_test`: see `Location`.
+def load(data: DataConfig, only_test: bool = False, contents: Contents | None = None) -> Source:
+    """Read a dataset; names as they are shown to a model. `only_test`, `contents`: see `Location`.
 
     Raises:
         UserError: A folder or file is missing, or the files contradict each other.
     """
     entry = data.hub if data.source == "hub" else data.reader
     arguments = {key: value for key, value in entry.items() if key != "_target_"}
-    source: Source = locate(entry["_target_"], "data.reader._target_")(find(data, only_test), **arguments)
+    place = replace(find(data, only_test), background=data.background, contents=contents or Contents())
+    source: Source = locate(entry["_target_"], "data.reader._target_")(place, **arguments)
     source = replace(
         source,
         names=tuple(display(name) for name in source.names),
@@ -60,9 +62,9 @@ def load(data: DataConfig, only_test: bool = False) -> Source:
     return source
 
 
-def load_dataset(data: DataConfig, only_test: bool = False) -> Dataset:
+def load_dataset(data: DataConfig, only_test: bool = False, contents: Contents | None = None) -> Dataset:
     """Read a dataset and the other words for its classes."""
-    source = load(data, only_test)
+    source = load(data, only_test, contents)
     aliases = {} if data.aliases is None else read_aliases(Path(data.aliases).expanduser(), source.names)
     return Dataset(data, source, aliases)
 

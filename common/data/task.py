@@ -17,6 +17,7 @@ from common.config.composition import method_arguments
 from common.config.schema import Config
 from common.config.schema_task import DataConfig
 from common.data import manifest
+from common.data.contents import Contents
 from common.data.images import combine
 from common.data.litter import summary
 from common.data.sampling import Sampling
@@ -119,11 +120,14 @@ def read_datasets(config: Config) -> dict[str, Dataset]:
     chosen = config.setting.targets if config.setting.test_on is None else config.setting.test_on
     if unknown := [name for name in chosen if name not in config.setting.targets]:
         raise _no_target(config, unknown[0])
-    datasets = {config.data.name: load_dataset(config.data)}
+    contents = Contents(Path(config.cache_dir).resolve())
+    datasets = {config.data.name: load_dataset(config.data, contents=contents)}
     for name in chosen:
         if name != config.data.name:
             try:
-                datasets[name] = load_dataset(_like(config.setting.targets[name], config.data), only_test=True)
+                datasets[name] = load_dataset(
+                    _like(config.setting.targets[name], config.data), only_test=True, contents=contents
+                )
             except UserError as error:
                 raise UserError(
                     f"{error} (setting={config.setting.name} tests on it; choose with setting.test_on)"
@@ -172,7 +176,7 @@ def sampling(config: Config, seen: frozenset[str] = frozenset(), unusable: froze
 
 def _like(target: DataConfig, data: DataConfig) -> DataConfig:
     """A target is found where and as the run's own dataset is, unless its configuration says otherwise."""
-    usual = {"root": os.environ.get("DATA"), "source": "local", "allow_fallback_split": False}
+    usual = {"root": os.environ.get("DATA"), "source": "local", "allow_fallback_split": False, "background": "white"}
     shared = {key: getattr(data, key) for key, value in usual.items() if getattr(target, key) in (None, value)}
     return replace(target, **shared)
 

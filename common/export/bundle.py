@@ -116,8 +116,8 @@ def how_to_ask(trained: Trained, config: Config, words: Words | None) -> dict[st
     else:
         prompt = words.example
         facts = {"names": list(words.of_names), "words": words.of_names}
-    resize = {"size": config.model.image_size, "how": config.model.resize}
-    return {**facts, "image": resize, "messages": messages(prompt)}
+    image = {"size": config.model.image_size, "how": config.model.resize, "background": config.data.background}
+    return {**facts, "image": image, "messages": messages(prompt)}
 
 
 def _example(trained: Trained, config: Config) -> Prompt:

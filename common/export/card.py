@@ -27,7 +27,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 folder = Path(".")  # where this file lies
 asking = json.loads((folder / "asking.json").read_text())
 model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
-photo, size = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB"), asking["image"]["size"]
+photo, size = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGBA"), asking["image"]["size"]
+photo = Image.alpha_composite(Image.new("RGBA", photo.size, asking["image"]["background"]), photo).convert("RGB")
 (part,) = (part for turn in asking["messages"] for part in turn["content"] if part["type"] == "image")
 part["image"] = $resized
 inputs = processor.apply_chat_template(

@@ -14,7 +14,8 @@ from PIL import Image
 
 from common import parsing
 from common.config.schema import NO_FAMILY, Config
-from common.data.loading import Loader, examine
+from common.data import notes
+from common.data.loading import Loader, counted, examine
 from common.data.task import Questions
 from common.launch import quiet_libraries
 from common.learner import Asks, Build, Learner, Prepares, Restores
@@ -26,6 +27,7 @@ from common.predict.trained import SPLIT, Trained, config_of, method_of, questio
 from common.run.checkpoint import Checkpoints
 from common.run.result import Result
 from common.runtime.group import init_process_group
+from common.runtime.progress import say
 from common.types import Answers, Item, Task, UserError
 
 TOP = 5
@@ -79,7 +81,7 @@ class Classifier:
         self.workplace = tempfile.TemporaryDirectory(prefix="predict-")
         self.device = init_process_group(config.gpus)
         self.questions = questions_of(run, config, names)
-        self.photos = Photos(self.questions.task.images)
+        self.photos = Photos(self.questions.task.images, config.data.background)
         self.began_from, self.before = began_from, before
         self.learner: Learner | None = None
         self.method = self.questions.method
@@ -114,6 +116,11 @@ class Classifier:
         return cls(config, trained, names, threshold, before=before)
 
     @property
+    def background(self) -> str:
+        """The colour behind transparent parts of pictures."""
+        return self.config.data.background
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The class names that it chooses among."""
         return self.questions.task.evaluation[SPLIT].choices
@@ -130,7 +137,11 @@ class Classifier:
         given = dict(pictures) if isinstance(pictures, Mapping) else _named(pictures)
         self.photos.show(given)
         model = self.config.model
-        broken = examine(Loader(self.photos, model.image_size, model.resize, workers=os.cpu_count() or 1), list(given))
+        load = Loader(self.photos, model.image_size, model.resize, workers=os.cpu_count() or 1)
+        found = examine(load, list(given))
+        for line in notes.treated({"treated": counted(found.treated, given)}, self.background):
+            say(line)
+        broken = found.bad
         good = [key for key in given if key not in broken]
         answers = self._answers(good) if good else {}
         return [Answer(key, trouble=broken[key]) if key in broken else answers[key] for key in given]

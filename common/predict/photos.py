@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from common.data.images import decode
+from common.data.images import WHITE, decode, on, to_rgb
 from common.data.layout import pictures
 from common.data.litter import reason
 from common.types import BadImage, Images, UserError
@@ -66,9 +66,13 @@ def _listed(path: Path) -> dict[str, Path]:
 class Photos:
     """New pictures, and behind them those of the run's dataset (see `Images`)."""
 
-    def __init__(self, others: Images | None = None) -> None:
-        """`others`: pictures of other keys; None: there are none."""
-        self.others = others
+    def __init__(self, others: Images | None = None, background: str = WHITE) -> None:
+        """
+        Args:
+            others: Pictures of other keys; None: there are none.
+            background: Colour behind what is transparent.
+        """
+        self.others, self.background = others, background
         self.pictures: dict[str, Picture] = {}
 
     def show(self, pictures: Mapping[str, Picture]) -> None:
@@ -80,13 +84,13 @@ class Photos:
             return self._others(image).open(image)
         picture = self.pictures[image]
         if isinstance(picture, Image.Image):
-            return picture.convert("RGB")
-        return decode(picture if isinstance(picture, bytes) else Path(picture).expanduser())
+            return to_rgb(picture, self.background)
+        return decode(picture if isinstance(picture, bytes) else Path(picture).expanduser(), self.background)
 
     def stamp(self, image: str) -> str:
         if image not in self.pictures:
             return self._others(image).stamp(image)
-        return hashlib.sha256(self.content(image)).hexdigest()
+        return on(self.background, hashlib.sha256(self.content(image)).hexdigest())
 
     def size(self, image: str) -> int:
         return len(self.content(image)) if image in self.pictures else self._others(image).size(image)

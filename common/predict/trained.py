@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from common.config import composition
 from common.config.schema import Config, TrainerConfig
+from common.data import manifest
 from common.data import task as tasks
 from common.data.task import Questions
 from common.learner import Prepares
@@ -120,17 +121,17 @@ def questions_of(run: Trained, config: Config, names: Sequence[str] | None = Non
             " other names need a method that only reads them, such as clsrl"
         )
     if looks:
-        questions = tasks.build(config)
+        questions = tasks.build(config, manifest.left_out(run.records / "manifest.json"))
         splits = questions.task.evaluation
         first = next(split for name, split in splits.items() if name != "val")
         kept = {name: split for name, split in splits.items() if name == "val"}
         if config.selection == "paper":  # a few-shot learner chooses by its own test images again, not by the new ones
             kept |= {"chosen by": first}
         return replace(questions, task=replace(questions.task, evaluation={**kept, SPLIT: first}))
-    manifest = json.loads((run.records / "manifest.json").read_text(encoding="utf-8"))
-    first = next(split for name, split in manifest["splits"].items() if name not in ("train", "val"))
+    frozen = json.loads((run.records / "manifest.json").read_text(encoding="utf-8"))
+    first = next(split for name, split in frozen["splits"].items() if name not in ("train", "val"))
     chosen = tuple(names) if names is not None else tuple(first["names"])
     split = Split((), chosen, config.data.question, config.data.open_question)
-    train = replace(split, names=tuple(manifest["splits"]["train"]["names"])) if isinstance(method, Looks) else split
-    task = Task(train, {SPLIT: split}, Photos(), manifest["fingerprint"], manifest["origins"])
-    return Questions(task, method, [], {SPLIT: []}, manifest)
+    train = replace(split, names=tuple(frozen["splits"]["train"]["names"])) if isinstance(method, Looks) else split
+    task = Task(train, {SPLIT: split}, Photos(), frozen["fingerprint"], frozen["origins"])
+    return Questions(task, method, [], {SPLIT: []}, frozen)

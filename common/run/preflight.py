@@ -9,11 +9,11 @@ import os
 from pathlib import Path
 
 from common.config.schema import Config
-from common.data import task
-from common.data.loading import report
+from common.data import pictures, task
+from common.data.loading import examine, report
 from common.plugins import locate
 from common.runtime.distributed import started_by_launcher, world
-from common.types import BadImage, UserError
+from common.types import UserError
 
 
 def check(config: Config) -> task.Questions:
@@ -44,15 +44,15 @@ def check_choice(config: Config, questions: task.Questions) -> None:
 
 
 def check_images(config: Config, questions: task.Questions) -> None:
-    """Every picture is there and has content; the ranks try to decode it before they load the model."""
-    bad = {}
-    for image in questions.images:
-        try:
-            questions.task.images.stamp(image)
-        except BadImage as error:
-            bad[image] = str(error)
-    if bad and not config.data.skip_bad:
-        raise report(bad, len(questions.images))
+    """Every picture is there and has content; the ranks try to decode it before they load the model.
+
+    If one is not, all are decoded here, so that the error names whatever else is wrong with the others.
+    """
+    if config.data.skip_bad:
+        return
+    if len(pictures.of_each(questions.task.images.size, questions.images)) < len(questions.images):
+        found = examine(pictures.make_loader(config, questions), questions.images)
+        raise report(found.bad, len(questions.images))
 
 
 def check_devices(config: Config) -> None:

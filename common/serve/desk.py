@@ -107,7 +107,7 @@ class Desk:
         if why := self.refusal(content):
             raise UserError(why)
         try:
-            picture = decode(content)
+            picture = decode(content, self.classifier.background)
         except BadImage as error:
             raise UserError(str(error)) from error
         name = f"{hashlib.sha256(f'{picture.size}'.encode() + picture.tobytes()).hexdigest()[:16]}.png"

@@ -6,7 +6,6 @@ Ranks share what is missing. All ranks call the methods together.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,8 @@ import torch
 from alert.draft.features.encoder import Encoder, TextEncoder
 from alert.draft.features.store import Rows, Store, key_of
 from alert.draft.features.views import TEST, View, see
+from common.data.images import VERSION
+from common.data.loading import on_all
 from common.runtime.distributed import barrier, gather, rank, share_of
 from common.runtime.progress import bar
 from common.types import Images, UserError
@@ -54,7 +55,8 @@ class Encoded:
         store = self.stores.get(kind)
         if store is None:
             store = self.stores[kind] = Store(self.folder / kind, int(np.prod(shape)), self.dtype)
-        named = [key_of(key, images.stamp(key), view.name) for key in keys]
+        stamps = on_all(images.stamp, keys, self.workers)
+        named = [key_of(key, stamp, view.name, str(VERSION)) for key, stamp in zip(keys, stamps, strict=True)]
         where = store.find(named)
         missing = {name: key for name, key, row in zip(named, keys, where[:, 0], strict=True) if row < 0}
         missing = gather(missing if rank() == 0 else None)[0] or {}  # others may write meanwhile: one rank says what
@@ -73,13 +75,13 @@ class Encoded:
         encode = getattr(self.encoder, kind)
         mine = share_of(missing)
 
-        def look(pair: tuple[bytes, str]) -> torch.Tensor:
-            return see(images.open(pair[1]), pair[1], view, self.encoder.look)
+        def look(key: str) -> torch.Tensor:
+            return see(images.open(key), key, view, self.encoder.look)
 
-        with bar(f"encoding pictures ({kind})", len(mine)) as shown, ThreadPoolExecutor(self.workers) as pool:
+        with bar(f"encoding pictures ({kind})", len(mine)) as shown:
             for start in range(0, len(mine), self.batch):
                 part = mine[start : start + self.batch]
-                rows = encode(torch.stack(list(pool.map(look, part))))
+                rows = encode(torch.stack(on_all(look, [key for _, key in part], self.workers)))
                 store.add([name for name, _ in part], rows.flatten(1))
                 for _ in part:
                     shown.advance()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.data.contents import Contents
 from common.types import BadImage, Item, UserError
 
 if TYPE_CHECKING:
@@ -20,6 +20,9 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 class Folder:
     """Pictures by their absolute paths; see `Images`."""
 
+    def __init__(self) -> None:
+        self.contents = Contents()
+
     def open(self, image: str) -> Image:
         from common.data.images import decode
 
@@ -27,10 +30,9 @@ class Folder:
 
     def stamp(self, image: str) -> str:
         try:
-            facts = Path(image).stat()
+            return self.contents.of(Path(image))
         except OSError as error:
-            raise BadImage(str(error.strerror)) from error
-        return f"{facts.st_size}-{facts.st_mtime_ns}"
+            raise BadImage(str(error.strerror).lower()) from error
 
     def size(self, image: str) -> int:
         return Path(image).stat().st_size
@@ -91,10 +93,3 @@ def _of_file(key: str, file: Path, folder: Path) -> dict[str, list[Path]]:
             f'{key}: {file} cannot be read as a split file ({error}); it holds {{"train": [[path, label, class], …]}}'
         ) from error
     return table
-
-
-def identity(items: Sequence[Item]) -> str:
-    """A hash of the pictures that were picked."""
-    images = Folder()
-    text = "\n".join(f"{item.image} {images.stamp(item.image)} {item.label}" for item in items)
-    return hashlib.sha256(text.encode()).hexdigest()
