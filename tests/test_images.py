@@ -7,11 +7,13 @@ import io
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import threading
 import time
 import warnings
+import zlib
 from pathlib import Path
 from typing import ClassVar
 
@@ -214,6 +216,50 @@ def test_a_transparent_level_of_16_bits_is_no_part_of_the_range():
     levels = Image.fromarray(np.array([[65535, 20000, 20500, 21000]], dtype=np.uint16))
     found = decode(encoded(levels, "PNG", transparency=65535), "#102030")
     assert np.asarray(found).tolist() == [[[0x10, 0x20, 0x30], [0] * 3, [128] * 3, [255] * 3]]
+    assert found.info == {"treated": ("stretched", "transparent")}
+
+
+def png16(levels):
+    """PIL cannot write 16-bit colours."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width, channels = levels.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, {3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+def tiff16(levels, order="<"):
+    """One strip without compression, in either order of bytes."""
+    (height, width, _), pixels = levels.shape, levels.astype(f"{order}u2").tobytes()
+    tags = {256: width, 257: height, 258: 0, 259: 1, 262: 2, 273: 0, 277: 3, 278: height, 279: len(pixels)}
+    tags[258] = 8 + 2 + 12 * len(tags) + 4  # where the bits of the three channels stand
+    tags[273] = tags[258] + 6
+    entries = [struct.pack(f"{order}HHII", tag, 4, 3 if tag == 258 else 1, value) for tag, value in tags.items()]
+    entries[2] = struct.pack(f"{order}HHII", 258, 3, 3, tags[258])
+    head = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HIH", 42, 8, len(tags))
+    return head + b"".join(entries) + struct.pack(f"{order}IHHH", 0, 16, 16, 16) + pixels
+
+
+@pytest.mark.parametrize("write", [png16, tiff16, lambda levels: tiff16(levels, ">")], ids=["png", "tiff", "big tiff"])
+def test_16_bit_colours_within_a_part_of_the_range_are_stretched(write):
+    """PIL reads their upper bytes alone: of a camera's 12 bits, 16 levels would be left."""
+    levels = np.random.default_rng(0).integers(300, 4096, (5, 7, 3))
+    found, lowest, highest = decode(write(levels)), levels.min(), levels.max()
+    assert np.array_equal(np.asarray(found), np.rint((levels - lowest) / (highest - lowest) * 255))
+    assert found.info == {"treated": ("stretched",)}
+    levels[0, 0, 0] = highest + 2**15
+    found = decode(write(levels))
+    assert np.array_equal(np.asarray(found), levels >> 8) and not found.info
+
+
+def test_what_is_transparent_is_no_part_of_the_range_of_16_bit_colours():
+    levels = np.array([[[0, 0, 0, 0], [1000, 1500, 2000, 65535], [1000, 1250, 1500, 65535]]])
+    found = decode(png16(levels))
+    assert np.asarray(found).tolist() == [[[255] * 3, [0, 128, 255], [0, 64, 128]]]
     assert found.info == {"treated": ("stretched", "transparent")}
 
 

@@ -181,7 +181,7 @@ def test_transparent_pictures_are_counted_and_said_once(configured, root, capsys
             "folder/cat/cat0.png": "nothing of it can be seen: all of it is transparent"
         }
         error = capsys.readouterr().err
-        assert error.count(said) == 1 and error.count("16-bit grey levels of 1 picture use a part of their range") == 1
+        assert error.count(said) == 1 and error.count("16-bit levels of 1 picture use a part of their range") == 1
     assert found.task.images.open("folder/cat/cat1.png").getpixel((0, 0)) == (205, 205, 205)  # 255 * (1 - 50 / 255)
     black = pictures.readable(configured("method=zeroshot", "data.skip_bad=true", "data.background=black"))
     assert black.task.images.open("folder/cat/cat1.png").getpixel((0, 0)) == (0, 0, 0)

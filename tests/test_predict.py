@@ -253,7 +253,11 @@ def test_a_learner_that_is_fitted_anew_leaves_out_what_its_run_left_out(runner, 
     assert command.main([str(run), str(new), "--format", "jsonl"]) == 0
     assert json.loads(capsys.readouterr().out)["label"] == "dark"
     used = next(row[0] for row in json.loads((run / "manifest.json").read_text())["splits"]["train"]["rows"])
-    (folder / used.removeprefix("folder/")).write_bytes(b"")  # since then
+    path = folder / used.removeprefix("folder/")
+    Image.new("L", (8, 8), 150).save(path)  # since then
+    assert command.main([str(run), str(new)]) == 2
+    assert f"of the pictures that {run} was trained on, 1 changed since, first: {used}; put" in capsys.readouterr().err
+    path.write_bytes(b"")
     assert command.main([str(run), str(new)]) == 2
     assert f"1 of 8 images cannot be used: {used} (an empty file)" in capsys.readouterr().err
 

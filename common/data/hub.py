@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from common.data import hub_classes
 from common.data.assemble import PARTS, Parts, fingerprint
 from common.data.contents import Contents, facts
-from common.data.images import WHITE, decode, on
+from common.data.images import decode, on
 from common.data.location import Location
+from common.data.rgb import WHITE
 from common.types import BadImage, Item, Source, UserError
 
 if TYPE_CHECKING:

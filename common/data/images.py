@@ -10,18 +10,16 @@ from io import BytesIO
 from pathlib import Path
 
 from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 
 from common.data.contents import Contents
+from common.data.rgb import WHITE, has_deep_colours, stretched_colours, take_lower_bytes, to_rgb
 from common.data.spelling import on_disk
 from common.types import BadImage, Images, UserError
 
 MAX_PIXELS = 150_000_000  # 430 MiB as RGB
 REASON = 80  # characters of a decoder's message that are kept
-WHITE = "white"  # behind what is transparent, as viewers and browsers show it
 VERSION = 2  # of our own decoding and resizing: count up when pixels change
-TREATED = "treated"  # key of a decoded picture's `info`: what was done to it beyond `convert`, a tuple of these:
-TRANSPARENT, STRETCHED = KINDS = ("transparent", "stretched")
-PART = 2**15  # levels of 16 bits: a picture within fewer uses a part of its range
 LANCZOS = Image.Resampling.LANCZOS
 Turn = Image.Transpose
 UPRIGHT = {  # EXIF 2.32, section 4.6.4: what undoes each orientation
@@ -54,11 +52,16 @@ def decode(source: Path | bytes, background: str = WHITE) -> Image.Image:
         BadImage: It is missing, damaged, cut off, larger than MAX_PIXELS, no picture, or nothing of it can be seen.
     """
     try:
-        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with _opened(source) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BadImage(f"{image.width} x {image.height} is more than {MAX_PIXELS // 10**6} megapixels")
+            deep, stretched = has_deep_colours(image), None
             image.load()
-            picture, turn = to_rgb(image, background), UPRIGHT.get(_orientation(image))
+            if deep:
+                with _opened(source) as lower:
+                    take_lower_bytes(lower)
+                    stretched = stretched_colours(image, lower)
+            picture, turn = to_rgb(stretched or image, background), UPRIGHT.get(_orientation(image))
     except (BadImage, MemoryError):
         raise
     except Exception as error:  # PIL's decoders raise nearly every kind on damaged files
@@ -66,66 +69,8 @@ def decode(source: Path | bytes, background: str = WHITE) -> Image.Image:
     return picture if turn is None else picture.transpose(turn)
 
 
-def to_rgb(image: Image.Image, background: str = WHITE) -> Image.Image:
-    """A loaded picture as RGB without metadata; an orientation that stayed would be applied again when it is opened.
-
-    Transparent parts show the background. Dropping alpha, as PIL's `convert` does, would show what lies under them, and
-    that is often black as a whole. 16-bit grey levels keep their upper 8 bits, where `convert` would make everything
-    above 255 white; those of a picture within PART levels (a camera's 12 bits, a thermal image) are stretched from its
-    lowest to its highest. `info` says under TREATED which of both was done.
-
-    Args:
-        image: Of any mode.
-        background: See `decode`.
-
-    Raises:
-        BadImage: Its levels have an unknown range, or all of it is transparent.
-    """
-    treated = []
-    if image.mode == "F":
-        raise BadImage("floating-point grey levels of unknown range")
-    if image.mode.startswith("I"):
-        image, stretched = _eight_bits(image)
-        treated += [STRETCHED] * stretched
-    if image.has_transparency_data:
-        layer = _with_alpha(image)
-        lowest, highest = layer.getchannel("A").getextrema()
-        if highest == 0:
-            raise BadImage("nothing of it can be seen: all of it is transparent")
-        if lowest != 255:
-            layer = Image.alpha_composite(Image.new("RGBA", layer.size, background), layer)
-            treated.append(TRANSPARENT)
-        picture = layer.convert("RGB")
-    else:
-        picture = image.convert("RGB")
-    picture.info = {TREATED: tuple(treated)} if treated else {}
-    return picture
-
-
-def _eight_bits(image: Image.Image) -> tuple[Image.Image, bool]:
-    """16-bit grey levels as 8 bits, with alpha if one level is transparent; and whether they were stretched."""
-    import numpy as np
-
-    levels, hidden = np.asarray(image.convert("I")), image.info.get("transparency")
-    if levels.min() < 0 or levels.max() >= 2**16:
-        raise BadImage("grey levels beyond 16 bits")
-    shown = levels if hidden is None else levels[levels != hidden]
-    lowest, highest = (int(shown.min()), int(shown.max())) if shown.size else (0, 0)
-    stretched = 0 < (width := highest - lowest) < PART
-    grey = np.rint((levels.clip(lowest, highest) - lowest) * (255 / width)) if stretched else levels >> 8
-    picture = Image.fromarray(grey.astype(np.uint8))
-    if hidden is not None:
-        picture.putalpha(Image.fromarray(np.where(levels == hidden, 0, 255).astype(np.uint8)))
-    return picture, stretched
-
-
-def _with_alpha(image: Image.Image) -> Image.Image:
-    """As RGBA. PIL reads 16-bit colours as 8 bits, but not the one of them that is transparent."""
-    hidden = image.info.get("transparency")
-    if image.mode == "RGB" and isinstance(hidden, tuple) and max(hidden) > 255:
-        image = image.copy()
-        image.info["transparency"] = tuple(level >> 8 for level in hidden)
-    return image.convert("RGBA")
+def _opened(source: Path | bytes) -> ImageFile:
+    return Image.open(BytesIO(source) if isinstance(source, bytes) else source)
 
 
 def _orientation(image: Image.Image) -> int:

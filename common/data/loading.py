@@ -14,7 +14,8 @@ from typing import TypeVar
 import PIL
 from PIL import Image
 
-from common.data.images import KINDS, TREATED, VERSION, resize
+from common.data.images import VERSION, resize
+from common.data.rgb import KINDS, TREATED
 from common.runtime.disk_cache import DiskCache
 from common.runtime.progress import progress
 from common.types import BadImage, Images, UserError
@@ -123,7 +124,7 @@ def on_all(work: Callable[[str], T], keys: Sequence[str], workers: int) -> list[
 
 
 def treated(picture: Image.Image) -> tuple[str, ...]:
-    """What was done to a decoded picture, see `images.to_rgb`."""
+    """What was done to a decoded picture, see `rgb.to_rgb`."""
     return tuple(picture.info.get(TREATED, ()))
 
 
@@ -155,7 +156,7 @@ class Examined:
     """What was found of pictures, in the order of their keys.
 
     bad: those that cannot be used, with the reason. treated: those that are not shown as they are stored, with what was
-    done to them (see `images.to_rgb`).
+    done to them (see `rgb.to_rgb`).
     """
 
     bad: dict[str, str]

@@ -24,12 +24,12 @@ def treated(facts: Mapping[str, Any], background: str) -> list[str]:
 
     >>> treated({"treated": {"transparent": 1, "stretched": 2}}, "white")  # doctest: +NORMALIZE_WHITESPACE
     ['transparent parts of 1 picture are shown on white (data.background)',
-     '16-bit grey levels of 2 pictures use a part of their range, and are stretched to the whole']
+     '16-bit levels of 2 pictures use a part of their range, and are stretched to the whole']
     """
     counts = facts.get("treated", {})
     said = {
         "transparent": f"transparent parts of {{}} are shown on {background} (data.background)",
-        "stretched": "16-bit grey levels of {} use a part of their range, and are stretched to the whole",
+        "stretched": "16-bit levels of {} use a part of their range, and are stretched to the whole",
     }
     return [said[kind].format(f"{n:,} picture{'s' * (n != 1)}") for kind, n in counts.items()]
 

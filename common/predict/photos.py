@@ -11,9 +11,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from common.data.images import WHITE, decode, on, to_rgb
+from common.data.images import decode, on
 from common.data.layout import pictures
 from common.data.litter import reason
+from common.data.rgb import WHITE, to_rgb
 from common.types import BadImage, Images, UserError
 
 Picture = str | Path | bytes | Image.Image

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from common.config import composition
 from common.config.schema import Config, TrainerConfig
-from common.data import manifest
+from common.data import manifest, pictures
 from common.data import task as tasks
 from common.data.task import Questions
 from common.learner import Prepares
@@ -122,6 +122,7 @@ def questions_of(run: Trained, config: Config, names: Sequence[str] | None = Non
         )
     if looks:
         questions = tasks.build(config, manifest.left_out(run.records / "manifest.json"))
+        _check_pictures(run, questions)
         splits = questions.task.evaluation
         first = next(split for name, split in splits.items() if name != "val")
         kept = {name: split for name, split in splits.items() if name == "val"}
@@ -135,3 +136,20 @@ def questions_of(run: Trained, config: Config, names: Sequence[str] | None = Non
     train = replace(split, names=tuple(frozen["splits"]["train"]["names"])) if isinstance(method, Looks) else split
     task = Task(train, {SPLIT: split}, Photos(), frozen["fingerprint"], frozen["origins"])
     return Questions(task, method, [], {SPLIT: []}, frozen)
+
+
+def _check_pictures(run: Trained, questions: Questions) -> None:
+    """What is fitted anew has to see the pictures that the run saw.
+
+    Raises:
+        UserError: Some that it was trained on, or chosen by, hold something else now.
+    """
+    frozen = json.loads((run.records / "manifest.json").read_text(encoding="utf-8"))
+    seen = [prompt.image for prompt in (*questions.train, *questions.evaluation.get("val", ()))]
+    stamps = pictures.of_each(questions.task.images.stamp, seen)
+    now = manifest.with_contents(questions.manifest, stamps)
+    if others := [image for image in manifest.changed(frozen, now) if image in stamps]:
+        raise UserError(
+            f"of the pictures that {run.folder} was trained on, {len(others)} changed since, first: {others[0]}; put"
+            " the old ones back, or train it again"
+        )

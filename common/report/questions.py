@@ -67,8 +67,8 @@ def overview(manifest: Mapping[str, Any]) -> Table:
     origins = manifest["origins"]
     for name, split in manifest["splits"].items():
         origin = origins.get(name, next(iter(origins.values())))
-        classes = len({label for _, label in split["rows"]})
-        double = sum(image in twice for image, _ in split["rows"])
+        classes = len({row[1] for row in split["rows"]})
+        double = sum(row[0] in twice for row in split["rows"])
         table.add_row(Text(name), f"{split['n']:,}", f"{classes:,}", Text(origin), f"{double:,}" if double else "–")
     return table
 
