@@ -123,7 +123,7 @@ def preview(config: Config, folder: RunFolder) -> None:
 
     if world() > 1:
         raise UserError(f"manifest=true needs no ranks, but {world()} were started; call run.py by itself")
-    asked = pictures.readable(config)
+    asked = pictures.examined(config)
     questions.show(asked, folder.preview(asked.manifest))
 
 

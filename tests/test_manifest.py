@@ -87,3 +87,6 @@ def test_verify_names_pictures_that_have_changed_under_their_names(compose, tmp_
     other = questions(compose, "shots=2", "seed=2").manifest
     with pytest.raises(UserError, match="the run is finished, but 'train' has other images or labels now"):
         manifest.verify_finished(path, other)
+    less = {**found.manifest, "splits": {"train": found.manifest["splits"]["train"]}}
+    with pytest.raises(UserError, match="'test' has other images or labels now, first: "):
+        manifest.verify_finished(path, less)

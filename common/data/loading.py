@@ -15,6 +15,7 @@ import PIL
 from PIL import Image
 
 from common.data.images import VERSION, resize
+from common.data.notes import SHOWN, unusable
 from common.data.rgb import KINDS, TREATED
 from common.runtime.disk_cache import DiskCache
 from common.runtime.progress import progress
@@ -25,7 +26,6 @@ SUFFIX = ".rgb"  # of the cache's files
 TAIL = 5  # bytes after the pixels: one with a bit for each of KINDS that was done to them, and a checksum
 CHECKED = "checked.txt"  # beside them: a line per picture that was found good, its digest and what was done to it
 CHUNK = 256  # pictures that are checked before the good ones are written down
-SHOWN = 10  # bad pictures that an error names
 
 
 class Loader:
@@ -243,15 +243,6 @@ def report(bad: dict[str, str], total: int) -> UserError:
     """One line about pictures that cannot be used, `bad` by reason, among `total`."""
     everything = "; manifest=true data.skip_bad=true writes down all of them" if len(bad) > SHOWN else ""
     return UserError(
-        f"{len(bad):,} of {total:,} images cannot be used: {worded(bad)}; "
+        f"{len(bad):,} of {total:,} images cannot be used: {unusable(bad)}; "
         f"repair or restore the files, or leave them out with data.skip_bad=true{everything}"
     )
-
-
-def worded(bad: Mapping[str, str]) -> str:
-    """Pictures that cannot be used, each with its reason; of many the first, and how often each reason occurs."""
-    shown = ", ".join(f"{image} ({reason})" for image, reason in list(bad.items())[:SHOWN])
-    if len(bad) <= SHOWN:
-        return shown
-    reasons = Counter(bad.values()).most_common(3)
-    return f"{shown} and {len(bad) - SHOWN:,} more (of all: {', '.join(f'{n:,} {reason}' for reason, n in reasons)})"

@@ -15,7 +15,7 @@ from typing import Any
 from common.types import Prompt, Task, UserError
 
 # How the data was read, on this machine and day. It may change without changing the task, so no hash covers it.
-OBSERVED = ("passed_over", "notes", "duplicates", "unusable", "treated")
+OBSERVED = ("passed_over", "notes", "duplicates", "unusable", "treated", "background")
 DIGITS = 16  # of the hash of a picture's content
 
 
@@ -153,10 +153,11 @@ def verify_finished(path: Path, manifest: Mapping[str, Any]) -> None:
     again = f"; {path.parent} keeps the result of the old ones, begin anew with run_name=<name>"
     if others := changed(frozen, manifest):
         raise UserError(f"the run is finished, but {_some(others, manifest)} changed since{again}")
-    for name, split in manifest["splits"].items():
-        old, new = ([tuple(row[:2]) for row in each["rows"]] for each in (frozen["splits"][name], split))
+    for name in dict.fromkeys([*manifest["splits"], *frozen["splits"]]):
+        parts = (each["splits"].get(name, {"rows": []}) for each in (frozen, manifest))
+        old, new = ([tuple(row[:2]) for row in part["rows"]] for part in parts)
         if old != new:
-            first = min({*old} ^ {*new}, default=new[0])[0]
+            first = min({*old} ^ {*new}, default=(*old, *new)[0])[0]
             raise UserError(f"the run is finished, but '{name}' has other images or labels now, first: {first}{again}")
 
 

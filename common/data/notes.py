@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from common.data.duplicates import WORDS
 from common.data.litter import worded
+
+SHOWN = 10  # bad pictures that are named
 
 
 def passed_over(facts: Mapping[str, Any]) -> list[str]:
@@ -19,19 +22,43 @@ def passed_over(facts: Mapping[str, Any]) -> list[str]:
     return [f"passed over in the folders of the data: {worded(reasons)}"] if reasons else []
 
 
-def treated(facts: Mapping[str, Any], background: str) -> list[str]:
-    """A line for each kind of pictures that are not shown as they are stored, from a manifest.
+def unusable(bad: Mapping[str, str]) -> str:
+    """Pictures that cannot be used, each with its reason; of many the first, and how often each reason occurs."""
+    shown = ", ".join(f"{image} ({reason})" for image, reason in list(bad.items())[:SHOWN])
+    if len(bad) <= SHOWN:
+        return shown
+    reasons = Counter(bad.values()).most_common(3)
+    return f"{shown} and {len(bad) - SHOWN:,} more (of all: {', '.join(f'{n:,} {reason}' for reason, n in reasons)})"
 
-    >>> treated({"treated": {"transparent": 1, "stretched": 2}}, "white")  # doctest: +NORMALIZE_WHITESPACE
+
+def treated(counts: Mapping[str, int], background: str) -> list[str]:
+    """A line for each kind of pictures that are not shown as they are stored (see `rgb.to_rgb`).
+
+    >>> treated({"transparent": 1, "stretched": 2}, "white")  # doctest: +NORMALIZE_WHITESPACE
     ['transparent parts of 1 picture are shown on white (data.background)',
      '16-bit levels of 2 pictures use a part of their range, and are stretched to the whole']
     """
-    counts = facts.get("treated", {})
     said = {
         "transparent": f"transparent parts of {{}} are shown on {background} (data.background)",
         "stretched": "16-bit levels of {} use a part of their range, and are stretched to the whole",
     }
-    return [said[kind].format(f"{n:,} picture{'s' * (n != 1)}") for kind, n in counts.items()]
+    return [said[kind].format(_pictures(n)) for kind, n in counts.items()]
+
+
+def _pictures(count: int) -> str:
+    return f"{count:,} picture{'s' * (count != 1)}"
+
+
+def of_manifest(facts: Mapping[str, Any]) -> list[str]:
+    """What a manifest says of how the data was read; which pictures are there twice has a line of its own."""
+    bad = facts.get("unusable", {})
+    left_out = f"left out {_pictures(len(bad))} that cannot be used: {unusable(bad)}; manifest.json names all"
+    return [
+        *([left_out] if bad else []),
+        *passed_over(facts),
+        *facts.get("notes", []),
+        *treated(facts.get("treated", {}), facts.get("background", "")),
+    ]
 
 
 def data_lines(facts: Mapping[str, Any]) -> list[str]:

@@ -7,11 +7,12 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from common.config.schema import Config
 from common.data import duplicates, manifest, notes, task
-from common.data.loading import SUFFIX, Loader, attempt, bytes_per_picture, counted, examine, report, worded
+from common.data.loading import SUFFIX, Loader, attempt, bytes_per_picture, counted, examine, report
+from common.data.rgb import TRANSPARENT
 from common.data.task import Questions
 from common.runtime.disk_cache import DiskCache
 from common.runtime.distributed import gather, share_of, world
@@ -23,38 +24,59 @@ T = TypeVar("T")
 
 
 def readable(config: Config, questions: Questions | None = None) -> Questions:
+    """As `examined`, and says what was found.
+
+    Raises:
+        UserError: Also if a picture is there twice, and `data.duplicates=refuse`.
+    """
+    questions = examined(config, questions)
+    for line in notes.of_manifest(questions.manifest):
+        tell(line)
+    if copies := questions.manifest.get("duplicates"):
+        if config.data.duplicates == "refuse":
+            raise UserError(
+                f"data.duplicates=refuse: {duplicates.worded(copies)}; remove the copies, or go on with"
+                " data.duplicates=warn, which lists all of them in manifest.json"
+            )
+        tell(f"warning: {duplicates.worded(copies)}; manifest.json lists all (data.duplicates=refuse stops here)")
+    return questions
+
+
+def examined(config: Config, questions: Questions | None = None) -> Questions:
     """The task without pictures that cannot be decoded. Every picture is tried once, ranks share them.
+
+    Its manifest also has what the pictures hold, and what was found of them.
 
     Args:
         config: Of the run.
         questions: The whole task, if this process has read it already.
 
     Raises:
-        UserError: There are such pictures, and `data.skip_bad` does not say to leave them out; or a picture is there
-            twice, and `data.duplicates=refuse`.
+        UserError: There are such pictures, and `data.skip_bad` does not say to leave them out.
     """
     questions, bad, treated = questions or task.build(config), dict[str, str](), dict[str, tuple[str, ...]]()
     tried: set[str] = set()
     while new := [image for image in questions.images if image not in tried]:  # others may replace those left out
         tried.update(new)
         parts = gather(examine(make_loader(config, questions), share_of(new)))
-        found = {image: reason for part in parts for image, reason in part.bad.items()}
+        worse = {image: reason for part in parts for image, reason in part.bad.items()}
         treated |= {image: kinds for part in parts for image, kinds in part.treated.items()}
-        if not found:
+        if not worse:
             break
-        bad |= found
+        bad |= worse
         if not config.data.skip_bad:
             raise report({image: bad[image] for image in new if image in bad}, len(questions.images))
         questions = task.build(config, bad)
     stamps = _shared(questions.task.images.stamp, questions.images)
-    observed = {"unusable": dict(sorted(bad.items())), "treated": counted(treated, questions.images)}
-    full = manifest.with_contents(questions.manifest, stamps) | {key: value for key, value in observed.items() if value}
-    questions = replace(questions, manifest=full)
-    if bad:
-        tell(f"left out {len(bad)} pictures that cannot be used: {worded(bad)}; manifest.json names all")
-    for line in (*notes.passed_over(full), *full.get("notes", []), *notes.treated(full, config.data.background)):
-        tell(line)
-    return _without_surprise(config, questions, stamps)
+    observed: dict[str, Any] = {
+        "unusable": dict(sorted(bad.items())),
+        "treated": counted(treated, questions.images),
+        "duplicates": find_duplicates(config, questions, stamps),
+    }
+    if TRANSPARENT in observed["treated"]:
+        observed["background"] = config.data.background
+    found = {key: value for key, value in observed.items() if value}
+    return replace(questions, manifest={**manifest.with_contents(questions.manifest, stamps), **found})
 
 
 def check_finished(config: Config, path: Path) -> None:
@@ -76,24 +98,6 @@ def check_finished(config: Config, path: Path) -> None:
         return
     stamps = of_each(questions.task.images.stamp, questions.images)
     manifest.verify_finished(path, manifest.with_contents(questions.manifest, stamps))
-
-
-def _without_surprise(config: Config, questions: Questions, stamps: Mapping[str, str]) -> Questions:
-    """The questions, whose manifest says which pictures are there twice.
-
-    Raises:
-        UserError: There are such pictures, and `data.duplicates=refuse`.
-    """
-    copies = find_duplicates(config, questions, stamps)
-    if not copies:
-        return questions
-    if config.data.duplicates == "refuse":
-        raise UserError(
-            f"data.duplicates=refuse: {duplicates.worded(copies)}; remove the copies, or go on with"
-            " data.duplicates=warn, which lists all of them in manifest.json"
-        )
-    tell(f"warning: {duplicates.worded(copies)}; manifest.json lists all (data.duplicates=refuse stops here)")
-    return replace(questions, manifest={**questions.manifest, "duplicates": copies})
 
 
 def find_duplicates(config: Config, questions: Questions, stamps: Mapping[str, str]) -> dict[str, list[list[str]]]:

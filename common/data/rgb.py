@@ -105,10 +105,11 @@ def take_lower_bytes(image: ImageFile) -> None:
     image.tile = [tile._replace(args=arguments if rest else arguments[0]) for tile in image.tile]
 
 
-def _layout(image: ImageFile) -> tuple[Any, ...]:
+def _layout(image: ImageFile) -> tuple[str, ...]:
     """How PIL will unpack the pixels, by its own name, and what else the decoder of the file needs."""
     arguments = image.tile[0].args if image.tile else None
-    return arguments if isinstance(arguments, tuple) and arguments else (str(arguments),)
+    name, *rest = arguments if isinstance(arguments, tuple) and arguments else (arguments,)
+    return str(name), *rest
 
 
 def stretched_colours(upper: Image.Image, lower: Image.Image) -> Image.Image | None:

@@ -139,7 +139,7 @@ class Classifier:
         model = self.config.model
         load = Loader(self.photos, model.image_size, model.resize, workers=os.cpu_count() or 1)
         found = examine(load, list(given))
-        for line in notes.treated({"treated": counted(found.treated, given)}, self.background):
+        for line in notes.treated(counted(found.treated, given), self.background):
             say(line)
         broken = found.bad
         good = [key for key in given if key not in broken]

@@ -76,7 +76,7 @@ def overview(manifest: Mapping[str, Any]) -> Table:
 def remarks(questions: Questions) -> list[str]:
     """What the summary does not say: what was passed over, there twice, or is not decided yet."""
     manifest = questions.manifest
-    lines = [*notes.passed_over(manifest), *manifest.get("notes", [])]
+    lines = notes.of_manifest(manifest)
     if found := manifest.get("duplicates"):
         lines.append(duplicates.worded(found))
     if short := manifest["short_classes"]:
