@@ -107,7 +107,7 @@ def take_lower_bytes(image: ImageFile) -> None:
 
 def _layout(image: ImageFile) -> tuple[str, ...]:
     """How PIL will unpack the pixels, by its own name, and what else the decoder of the file needs."""
-    arguments = image.tile[0].args if image.tile else None
+    arguments = image.tile[0][3] if image.tile else None
     name, *rest = arguments if isinstance(arguments, tuple) and arguments else (arguments,)
     return str(name), *rest
 
