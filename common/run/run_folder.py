@@ -14,7 +14,7 @@
     curves.png, confusion-<split>.png, run.log, model/ (weights), wandb/
 
 The signature covers what a result depends on. The same command in a finished folder shows the result, in an unfinished
-one it continues; a different configuration in a used folder is refused.
+one it continues; a different configuration in a used folder is refused, and so are pictures that have changed since.
 """
 
 from __future__ import annotations
