@@ -24,7 +24,7 @@ from common.types import BadImage, Images, UserError
 T = TypeVar("T")
 SUFFIX = ".rgb"  # of the cache's files
 TAIL = 5  # bytes after the pixels: one with a bit for each of KINDS that was done to them, and a checksum
-CHECKED = "checked.txt"  # beside them: a line per picture that was found good, its digest and what was done to it
+CHECKED = "checked.txt"  # beside them: a line per picture that was found good: what was done to it, and its digest
 CHUNK = 256  # pictures that are checked before the good ones are written down
 
 
@@ -212,7 +212,7 @@ def _try(
     keys = list(waiting)
     for start in range(0, len(keys), CHUNK):
         outcomes = list(_chunks(loader, check, keys[start : start + CHUNK]))
-        lines = [" ".join((waiting[key], *done)) for key, done in outcomes if not isinstance(done, BadImage)]
+        lines = [" ".join((*done, waiting[key])) for key, done in outcomes if not isinstance(done, BadImage)]
         _note(notes, lines)
         yield from outcomes
 
@@ -223,7 +223,7 @@ def _noted(notes: Path | None, wanted: set[str]) -> dict[str, tuple[str, ...]]:
         return {}
     with notes.open(encoding="utf-8", errors="replace") as lines:
         words = (line.split() for line in lines)
-        return {each[0]: tuple(each[1:]) for each in words if each and each[0] in wanted and {*each[1:]} <= {*KINDS}}
+        return {each[-1]: tuple(each[:-1]) for each in words if each and each[-1] in wanted}
 
 
 def _note(notes: Path | None, found: list[str]) -> None:
