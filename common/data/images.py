@@ -161,22 +161,14 @@ class FileImages:
         return decode(self._path(image), self.background)
 
     def stamp(self, image: str) -> str:
-        self.size(image)
+        path, _ = self._file(image)
         try:
-            return on(self.background, self.contents.of(self._path(image)))
+            return on(self.background, self.contents.of(path))
         except OSError as error:
             raise BadImage(_reason(error)) from error
 
     def size(self, image: str) -> int:
-        try:
-            status = self._path(image).stat()
-        except (OSError, ValueError) as error:  # a value error: the path has a NUL or half a letter
-            raise BadImage(_reason(error)) from error
-        if not stat.S_ISREG(status.st_mode):
-            raise BadImage("not a file")
-        if status.st_size == 0:
-            raise BadImage("an empty file")
-        return status.st_size
+        return self._file(image)[1]
 
     def content(self, image: str, start: int = 0, length: int | None = None) -> bytes:
         try:
@@ -185,6 +177,19 @@ class FileImages:
                 return file.read(-1 if length is None else length)
         except (OSError, ValueError) as error:
             raise BadImage(_reason(error)) from error
+
+    def _file(self, image: str) -> tuple[Path, int]:
+        """Path and size of a file with content."""
+        try:
+            path = self._path(image)
+            status = path.stat()
+        except (OSError, ValueError) as error:  # a value error: the path has a NUL or half a letter
+            raise BadImage(_reason(error)) from error
+        if not stat.S_ISREG(status.st_mode):
+            raise BadImage("not a file")
+        if status.st_size == 0:
+            raise BadImage("an empty file")
+        return path, status.st_size
 
     def _path(self, image: str) -> Path:
         dataset, _, relative = image.partition("/")
