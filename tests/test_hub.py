@@ -198,6 +198,15 @@ def test_pictures(location, tmp_path):
     assert source.images.stamp(keys[4]) != stamps[2]
 
 
+def test_a_path_of_another_machine_is_named(location, tmp_path):
+    images = [{"bytes": None, "path": "/another/machine/x.png"}, png(RED)]
+    id = write(tmp_path / "repo", ["a"], {"train": [0, 0]}, {"train": images})
+    found = hub.read(location, id=id, parts={"train": "train"}).images
+    for ask in (found.size, found.stamp, found.open):
+        with pytest.raises(BadImage, match="no picture in this row: it names /another/machine/x.png, which is not on"):
+            ask("dtd/hub/train/0")
+
+
 def test_other_data_has_other_stamps(location, tmp_path):
     found = []
     for name, colour in (("one", RED), ("two", BLUE), ("one", GREEN)):
