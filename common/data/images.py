@@ -10,6 +10,7 @@ from io import BytesIO
 from pathlib import Path
 
 from PIL import ExifTags, Image, UnidentifiedImageError
+from pillow_heif import register_heif_opener
 
 from common.data.spelling import on_disk
 from common.types import BadImage, Images, UserError
@@ -32,6 +33,7 @@ UPRIGHT = {  # EXIF 2.32, section 4.6.4: what undoes each orientation
 # that limit such settings are not safe with threads.
 Image.MAX_IMAGE_PIXELS = None
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+register_heif_opener()  # HEIC; it turns pictures as their own header says and resets the EXIF orientation
 
 
 def decode(source: Path | bytes) -> Image.Image:

@@ -18,7 +18,8 @@ from common.predict.classifier import Answer, Classifier
 from common.types import BadImage, UserError
 
 COLUMNS = ("path", "label", "answered")
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # PIL decodes others, such as ICO, before their size is known
+# PIL decodes others, such as ICO, before their size is known.
+FORMATS = ("JPEG", "PNG", "WEBP", "HEIF", "AVIF", "GIF", "BMP", "TIFF")
 LONGEST = 100  # characters of a class name that somebody types
 
 
