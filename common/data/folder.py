@@ -15,9 +15,9 @@ from common.data.layout import PICTURES, parts_of, pictures
 from common.data.listing import scan
 from common.data.litter import summary, worded
 from common.data.location import Location
+from common.data.names import objections
 from common.data.spelling import on_disk
 from common.data.table import Photo, photos_in_table
-from common.parsing import normalize
 from common.types import Item, Source
 
 
@@ -29,7 +29,8 @@ def read(location: Location, *, csv: str | None = None) -> Source:
         csv: A CSV file in that folder.
 
     Raises:
-        UserError: There are fewer than two classes, a class has no photo, or a row of the CSV is wrong.
+        UserError: There are fewer than two classes, a class has no photo or a name that can be no answer, or a row of
+            the CSV is wrong.
     """
     path = location.need(csv or ".")
     base = location.folder.parent if on_disk(location.folder).is_file() else location.folder
@@ -38,27 +39,14 @@ def read(location: Location, *, csv: str | None = None) -> Source:
     names = sorted({photo.name for photo in photos})
     if len(names) < 2:
         raise location.error(f"{path} has {len(names)} classes; a task needs two or more")
-    _check_names(location, names)
+    for objection in objections(names):
+        raise location.error(objection)
     labels = {name: label for label, name in enumerate(names)}
     parts: dict[str, list[Item]] = {part: [] for part in PARTS}
     for photo in photos:
         parts[photo.part].append(Item(location.key(photo.path), labels[photo.name], photo.name))
     origin = "own split" if parts["test"] else "own images"
     return assemble(location, names, Parts(**parts), origin, {location.name: base})
-
-
-def _check_names(location: Location, names: Sequence[str]) -> None:
-    """Names that one answer could mean two of, or that a list could not hold."""
-    known: dict[str, str] = {}
-    for name in names:
-        if known.setdefault(normalize(name), name) != name:
-            raise location.error(
-                f"classes '{known[normalize(name)]}' and '{name}' are one answer; give them other names"
-            )
-        if not normalize(name):
-            raise location.error(f"class '{name}' has no letter; rename it")
-        if "," in name:
-            raise location.error(f"class '{name}' has a comma, which separates the names in a question; rename it")
 
 
 def _photos_in_folders(location: Location, folder: Path) -> Iterator[Photo]:

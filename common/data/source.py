@@ -9,8 +9,8 @@ from pathlib import Path
 
 from common.config.schema_task import DataConfig
 from common.data.location import Location
-from common.data.names import display, read_aliases
-from common.data.spelling import on_disk
+from common.data.names import display, objection, read_aliases
+from common.data.spelling import on_disk, visible
 from common.plugins import locate
 from common.types import Item, Source, Split, UserError
 
@@ -90,6 +90,9 @@ def find(data: DataConfig, only_test: bool = False) -> Location:
 
 def problems(source: Source) -> Iterator[str]:
     """Contradictions in a dataset, each as half a sentence that names what is at fault."""
+    for name in source.names:
+        if why := objection(name):
+            yield f"class '{visible(name)}' {why}; rename it"
     seen: set[str] = set()
     for part in ("train", "val", "test"):
         items: tuple[Item, ...] = getattr(source, part)
