@@ -10,19 +10,21 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from common.data import wordnet
 from common.data.assemble import PARTS, Parts, assemble
 from common.data.layout import PICTURES, parts_of, pictures
 from common.data.listing import scan
 from common.data.litter import summary, worded
 from common.data.location import Location
-from common.data.names import objections
+from common.data.names import objections, remarks
 from common.data.spelling import on_disk
 from common.data.table import Photo, photos_in_table
+from common.parsing import normalize
 from common.types import Item, Source
 
 
 def read(location: Location, *, csv: str | None = None) -> Source:
-    """The photos; labels in the sorted order of class names.
+    """The photos; labels in the sorted order of class names, of which WordNet ids are read as words.
 
     Args:
         location: The folder of photos, or the CSV file itself.
@@ -39,14 +41,33 @@ def read(location: Location, *, csv: str | None = None) -> Source:
     names = sorted({photo.name for photo in photos})
     if len(names) < 2:
         raise location.error(f"{path} has {len(names)} classes; a task needs two or more")
+    labels = {name: label for label, name in enumerate(names)}
+    names = _in_words(location, names)
     for objection in objections(names):
         raise location.error(objection)
-    labels = {name: label for label, name in enumerate(names)}
+    location.notes.extend(remarks(names))
     parts: dict[str, list[Item]] = {part: [] for part in PARTS}
     for photo in photos:
-        parts[photo.part].append(Item(location.key(photo.path), labels[photo.name], photo.name))
+        parts[photo.part].append(Item(location.key(photo.path), labels[photo.name], names[labels[photo.name]]))
     origin = "own split" if parts["test"] else "own images"
     return assemble(location, names, Parts(**parts), origin, {location.name: base})
+
+
+def _in_words(location: Location, names: Sequence[str]) -> list[str]:
+    """The names, of which those that are WordNet ids become words.
+
+    Raises:
+        UserError: A word is the name of another class.
+    """
+    words = wordnet.named(filter(wordnet.WNID.fullmatch, names))
+    known = {normalize(name): name for name in names}
+    for wnid, word in words.items():
+        if other := known.get(normalize(word)):
+            raise location.error(f"classes '{other}' and '{wnid}', which means {word}, are one answer; unite them")
+    if words:
+        first = min(words)
+        location.notes.append(f"{len(words)} WordNet ids are read as words: {first} is '{words[first]}'")
+    return [words.get(name, name) for name in names]
 
 
 def _photos_in_folders(location: Location, folder: Path) -> Iterator[Photo]:

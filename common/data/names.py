@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
@@ -20,6 +21,16 @@ from common.data.spelling import composed, invisible, visible
 from common.parsing import TAG, normalize
 from common.runtime import utf8
 from common.types import CATEGORY, UserError
+
+# Folders of exports for what nobody has labelled, in lower case and without what is no letter.
+UNLABELLED = frozenset(
+    (
+        *("nolabel", "nolabels", "unlabeled", "unlabelled", "notlabeled", "notlabelled", "unannotated", "unassigned"),
+        *("untagged", "unclassified", "unsorted", "uncategorized", "uncategorised", "undefined", "unspecified"),
+        *("unknown", "background", "backgroundgoogle", "none", "null", "nan", "na", "ignore"),
+    )
+)
+CODE = re.compile(r"(?:(?:class|label|category|type|group|cluster|id)[ _.#-]*|[a-z]{0,2}_?)\d[\da-f]*", re.IGNORECASE)
 
 
 def display(raw: str) -> str:
@@ -38,9 +49,10 @@ def objections(names: Iterable[str]) -> Iterator[str]:
         if why := objection(name):
             yield f"class '{visible(name)}' {why}; rename it"
             continue
-        other = known.setdefault(normalize(visible(name)), name)
-        if other != name:
-            yield f"classes '{other}' and '{name}' are one answer; give them other names"
+        key = normalize(visible(name))
+        if key in known:
+            yield f"classes '{known[key]}' and '{name}' are one answer; give them other names"
+        known.setdefault(key, name)
 
 
 def objection(name: str) -> str:
@@ -58,6 +70,25 @@ def objection(name: str) -> str:
     if character := invisible(name):
         return f"has the invisible character {character}"
     return "" if normalize(name) else "has no letter"
+
+
+def remarks(names: Sequence[str]) -> Iterator[str]:
+    """What a user should know of class names that work, but hardly say what they mean; each a sentence.
+
+    >>> list(remarks(["_background_", "cat", "dog"]))
+    ["warning: '_background_' seems to hold what has no label; move it away if it is no class"]
+    >>> list(remarks(["c0", "c1", "dog"]))[0][:57]
+    "warning: 2 of 3 class names look like codes, first 'c0': "
+    """
+    for name in names:
+        if re.sub(r"[\W_]+", "", name.lower()) in UNLABELLED:
+            yield f"warning: '{name}' seems to hold what has no label; move it away if it is no class"
+    codes = [name for name in names if CODE.fullmatch(name)]
+    if 2 * len(codes) >= len(names) or any(map(wordnet.WNID.fullmatch, codes)):
+        yield (
+            f"warning: {len(codes)} of {len(names)} class names look like codes, first '{codes[0]}': no model that"
+            " reads names can guess what they stand for; rename them, unless these are the usual words"
+        )
 
 
 def read_aliases(path: Path, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
