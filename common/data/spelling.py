@@ -23,6 +23,8 @@ MEANT = re.compile(
     r"|(?<=\U0001f3f4)[\U000e0020-\U000e007f]+"
 )
 
+URL = re.compile(r"[a-z][a-z\d+.-]+://|data:", re.IGNORECASE)  # how an address begins that is no path
+
 
 def as_text(name: str) -> str:
     """A name that the file system gave, as text in NFC.
