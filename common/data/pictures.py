@@ -78,7 +78,8 @@ def find_duplicates(config: Config, questions: Questions) -> dict[str, list[list
     apply = partial(_on_all, load)
     same = duplicates.identical(questions.task.images, questions.images, apply)
     copies = duplicates.troubling(questions.task, same)
-    if config.data.near_duplicates:
+    near = config.data.near_duplicates
+    if len(questions.images) <= duplicates.FEW if near is None else near:
         hashes = apply(lambda image: duplicates.difference_hash(load.load(image)), questions.images)
         known = {image: group[0] for group in same for image in group}
         pairs = [pair for pair in duplicates.alike(hashes) if len({known.get(image, image) for image in pair}) > 1]
