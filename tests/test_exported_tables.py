@@ -268,6 +268,15 @@ def test_a_file_that_is_there_is_named(tmp_path, name, content, message):
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("name", ["data.parquet", "List.XLSX"])
+def test_a_file_of_another_kind_that_is_given(tmp_path, name):
+    write(tmp_path / name, "PAR1")
+    with pytest.raises(
+        UserError, match=f"{name} is a file of a kind that is not read; save a CSV file with path,label"
+    ):
+        read(tmp_path, name)
+
+
 def test_a_stray_photo_among_class_folders_reads_no_table_unasked(tmp_path):
     pictures(tmp_path, "cat/1.png", "dog/1.png", "stray.png")
     write(tmp_path / "labels.csv", "path,label\ncat/1.png,cat\n")
@@ -287,6 +296,7 @@ def test_a_stray_photo_among_class_folders_reads_no_table_unasked(tmp_path):
         ("[1]", "is no list of objects"),
         ("[]", "has no column 'path'; its header is ''"),
         ('[{"image": "a.png", "choice": ["cat", "dog"]}]', 'label ."cat", "dog". is not one word'),
+        ('[{"image": "a\\ud800.png", "choice": "cat"}]', "object 1 has half a letter"),
         ('[{"image": "a.png", "choice": null}]', "object 1: label is empty"),
     ],
 )

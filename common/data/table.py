@@ -24,6 +24,7 @@ from common.data.location import Location
 from common.data.spelling import composed, on_disk, readable
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
+UNREAD = (".parquet", ".xlsx", ".xls", ".ods", ".xml", ".arrow")
 SEPARATORS = (",", ";", "\t")
 # What a column is called, in lower case and without blanks, hyphens and underscores.
 COLUMNS = {
@@ -38,6 +39,7 @@ COLUMNS = {
 # of camera traps (the folder, if another column has the file), of Kaggle, and of Label Studio.
 OTHERWISE = {"path": ("relativepath", "imageid", "id"), "label": ("choice", "species", "commonname"), "split": ()}
 NEEDED = ("path", "label")
+HALF = re.compile("[\ud800-\udfff]")
 BEGINNING = 1 << 16  # bytes of a table that are read for its header
 
 
@@ -113,6 +115,8 @@ def lacks(location: Location, path: Path) -> str:
 
 def _rows(location: Location, path: Path, needed: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
     """Rows as `file, row 2` (counted as a spreadsheet does), and cells by the keys of COLUMNS and `folder`."""
+    if path.suffix.lower() in UNREAD:
+        raise location.error(f"{path} is a file of a kind that is not read; save a CSV file with path,label")
     records = _records if path.suffix.lower() in (".json", ".jsonl", ".ndjson") else _lines
     rows = records(location, path)
     header = next(rows, ("", []))[1]
@@ -160,11 +164,14 @@ def _records(location: Location, path: Path) -> Iterator[tuple[str, list[str]]]:
     yield "", header
     for number, each in enumerate(objects, start=1):
         where = f"{path}, object {number}"
-        yield where, [_value(each.get(key)) for key in header]
+        yield where, [_value(location, where, each.get(key)) for key in header]
 
 
-def _value(value: Any) -> str:
-    return "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+def _value(location: Location, where: str, value: Any) -> str:
+    content = "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if HALF.search(content):  # which JSON can write, and neither a path nor UTF-8 can hold
+        raise location.error(f"{where} has half a letter ({HALF.findall(content)[0]!a}); write the file anew")
+    return content
 
 
 def _keys(content: Any) -> list[str]:

@@ -13,12 +13,11 @@ from pathlib import Path, PurePath
 from common.data.layout import parts_by_name, pictures
 from common.data.listing import files, scan
 from common.data.location import Location
-from common.data.table import Photo, lacks, photos_in_table
+from common.data.table import UNREAD, Photo, lacks, photos_in_table
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 READ = (".csv", ".tsv", ".jsonl", ".ndjson")  # by their own names; a JSON file may be large, and is read if it is given
-MENTIONED = (*READ, ".json", ".parquet", ".xlsx", ".xls", ".ods", ".xml", ".arrow")
-UNREAD = (".parquet", ".xlsx", ".xls", ".ods", ".xml", ".arrow")
+MENTIONED = (*READ, ".json", *UNREAD)
 FORM = "submission"  # Kaggle's form for answers has labels for all test images, all of them the same
 
 
