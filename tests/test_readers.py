@@ -563,7 +563,7 @@ REFUSED = {
         r"photos has the folders \(none\)",
     ),
     "table without label": ("folder", table("path,kind\n"), r"has no column 'label'; its header is 'path, kind'"),
-    "table without path": ("folder", table("id;name\na;b\n"), r"has no column 'path'; its header is 'id, name'"),
+    "table without path": ("folder", table("name;label\na;b\n"), r"has no column 'path'; its header is 'name, label'"),
     "table empty": ("folder", table(""), r"has no column 'path'; its header is ''"),
     "table without rows": ("folder", table("path,label\n"), r"photos has 0 classes"),
     "table row short": ("folder", table("path,label\na,b\nc\n"), r"row 3 has 1 cells, but the header has 2"),
