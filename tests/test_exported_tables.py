@@ -43,7 +43,7 @@ def test_a_folder_of_imagefolder(tmp_path, name):
     write(tmp_path / name, objects if name.endswith("l") else "file_name,label\na.png,cat\nb.png,dog\n")
     found = read(tmp_path)
     assert rows(found) == TWO and found.origin == "own images"
-    assert found.notes[0] == f"the photos are those of {tmp_path / name}"
+    assert found.notes[0] == f"the photos are those of {name}"
     assert all(found.images.open(item.image).size == (32, 24) for item in found.train)
 
 
@@ -103,7 +103,7 @@ def test_kaggle(tmp_path, where):
     found = read(tmp_path)
     assert rows(found) == [(f"{where}/1a.jpg", "cat"), (f"{where}/2b.jpg", "dog")]
     assert found.notes == (
-        f"the photos are those of {tmp_path / 'train.csv'}",
+        "the photos are those of train.csv",
         "train.csv: column 'image_id' is the path, column 'label' is the label",
         f"train.csv: pictures were found by their names, 2 in {where}/",
     )
@@ -164,10 +164,8 @@ def test_stations_that_look_like_classes_are_said(tmp_path):
     write(tmp_path / "traps.csv", "relative_path,species\nnorth/1.JPG,fox\nsouth/1.JPG,badger\n")
     found = read(tmp_path)
     assert found.names == ("north", "south")
-    path = tmp_path / "traps.csv"
-    assert found.notes == (
-        f"warning: {path} has labels, too; the folders were read as classes (data.folder={path} reads the file)",
-    )
+    (note,) = found.notes
+    assert note.startswith("warning: traps.csv has labels, too; the folders were read as classes, and data.folder=")
 
 
 STUDIO = ["/data/upload/3/0a1b2c3d-IMG%201.jpg", "/data/local-files/?d=shots/b.jpg"]

@@ -234,7 +234,7 @@ def test_wordnet_ids_are_asked_as_words(tmp_path):
         ("folder/n01440764/1.jpg", "tench"),
         ("folder/n02012849/1.jpg", crane),
     ]
-    assert found.notes == ("3 WordNet ids are read as words: n01440764 is 'tench'",)
+    assert found.notes == ("WordNet ids are read as words (3): n01440764 is 'tench'",)
 
 
 def test_wordnet_ids_in_parts_and_tables(tmp_path):

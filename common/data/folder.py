@@ -81,8 +81,8 @@ def _photos_in(location: Location, folder: Path, base: Path) -> list[Photo]:
     location.notes.extend(aside.notes)
     if tables := usable(location, folder):
         location.notes.append(
-            f"warning: {folder / tables[0]} has labels, too; the folders were read as classes"
-            f" (data.folder={folder / tables[0]} reads the file)"
+            f"warning: {tables[0]} has labels, too; the folders were read as classes, and data.folder=<the file>"
+            " reads it instead"
         )
     return photos
 
@@ -100,7 +100,7 @@ def _in_words(location: Location, names: Sequence[str]) -> list[str]:
             raise location.error(f"classes '{other}' and '{wnid}', which means {word}, are one answer; unite them")
     if words:
         first = min(words)
-        location.notes.append(f"{len(words)} WordNet ids are read as words: {first} is '{words[first]}'")
+        location.notes.append(f"WordNet ids are read as words ({len(words)}): {first} is '{words[first]}'")
     return [words.get(name, name) for name in names]
 
 

@@ -70,7 +70,7 @@ def photos_in_tables(location: Location, folder: Path, tables: Mapping[str, str]
             of its paths does.
         base: The dataset's folder.
     """
-    location.notes.append(f"the photos are those of {', '.join(str(folder / name) for name in tables)}")
+    location.notes.append(f"the photos are those of {', '.join(tables)}")
     photos = []
     for name, part in tables.items():
         found = photos_in_table(location, folder / name, base)
