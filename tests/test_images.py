@@ -168,6 +168,31 @@ def test_the_corner_of_each_orientation():
         assert found.getpixel((x % found.width, y % found.height)) == RED
 
 
+@pytest.mark.parametrize("kind", ["HEIF", "AVIF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photos_of_phones_are_read_upright(kind, orientation, tmp_path):
+    """The red quarter of a picture lies where the orientation puts it: see the corners above."""
+    picture = Image.new("RGB", (64, 32), (0, 0, 255))
+    picture.paste(RED, (0, 0, 32, 16))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "photo"
+    path.write_bytes(encoded(picture, kind, exif=exif.tobytes(), quality=95))
+    found = np.asarray(decode(path)).astype(int)
+    assert found.shape == ((64, 32, 3) if orientation > 4 else (32, 64, 3))
+    rows, columns = np.nonzero(found[..., 0] > 128)
+    at_right, below = orientation in (2, 3, 6, 7), orientation in (3, 4, 7, 8)
+    halves = found.shape[0] // 2, found.shape[1] // 2
+    assert (rows.min(), columns.min()) == (halves[0] * below, halves[1] * at_right)
+
+
+@pytest.mark.parametrize("kind", ["HEIF", "AVIF"])
+def test_a_damaged_photo_of_a_phone_is_a_bad_image(kind):
+    content = encoded(noise(64, 64), kind)
+    with pytest.raises(BadImage):
+        decode(content[: len(content) // 2])
+
+
 CUT_EXIF = b"Exif\0\0MM\0*\0\0\0\x08\0\x05"
 
 

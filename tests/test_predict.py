@@ -196,8 +196,8 @@ def test_pictures_are_found_by_folder_pattern_and_list(tmp_path):
     assert set(photos.find(str(tmp_path / "*.png"))) == {str(tmp_path / "a.png")}
     (tmp_path / "list.csv").write_text("\ufeffpath,label\na.png,x\ndeep/c.webp,\nmissing.png,\n")
     assert photos.find(str(tmp_path / "list.csv"))["deep/c.webp"] == tmp_path / "deep" / "c.webp"
-    (tmp_path / "other.csv").write_text("file\na.png\n")
-    with pytest.raises(UserError, match="has no column path; it has file"):
+    (tmp_path / "other.csv").write_text("picture\na.png\n")
+    with pytest.raises(UserError, match="other.csv has no column 'path'; its header is 'picture', but path is needed$"):
         photos.find(str(tmp_path / "other.csv"))
     with pytest.raises(UserError, match="no picture is there"):
         photos.find(str(tmp_path / "none"))

@@ -73,6 +73,10 @@ def test_what_is_too_much_is_refused_and_the_others_are_answered(tmp_path):
     nested = BytesIO()  # PIL decodes what is inside before it knows how large that is
     Image.new("RGB", (256, 256)).save(nested, "ICO")
     assert desk.refusal(nested.getvalue()).startswith("not a picture that is taken here")
+    for kind in ("HEIF", "AVIF"):  # as phones write them
+        photo = BytesIO()
+        Image.new("RGB", (64, 64)).save(photo, kind)
+        assert desk.refusal(photo.getvalue()) == ""
     with pytest.raises(UserError, match="300 MB at once; at most 200 MB"):
         Limits().check([150_000_000] * 2)
     assert desk.answer({"bomb": bomb()})[0].trouble, "nobody is asked about nothing"

@@ -106,7 +106,8 @@ def find_duplicates(config: Config, questions: Questions, stamps: Mapping[str, s
         return {}
     same = duplicates.equal(stamps)
     copies = duplicates.troubling(questions.task, same)
-    if config.data.near_duplicates:
+    near = config.data.near_duplicates
+    if len(questions.images) <= duplicates.FEW if near is None else near:
         load = make_loader(config, questions)
         hashes = _shared(lambda image: duplicates.difference_hash(load.load(image)), questions.images)
         known = {image: group[0] for group in same for image in group}

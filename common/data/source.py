@@ -10,8 +10,8 @@ from pathlib import Path
 from common.config.schema_task import DataConfig
 from common.data.contents import Contents
 from common.data.location import Location
-from common.data.names import display, read_aliases
-from common.data.spelling import on_disk
+from common.data.names import display, objection, read_aliases
+from common.data.spelling import URL, on_disk, visible
 from common.plugins import locate
 from common.types import Item, Source, Split, UserError
 
@@ -73,8 +73,12 @@ def find(data: DataConfig, only_test: bool = False) -> Location:
     """Where the dataset lies: inside the root, own photos also inside the working directory, which goes first.
 
     Raises:
-        UserError: `data.folder` is inside a root, and no root is given.
+        UserError: `data.folder` is inside a root, and no root is given; or it is a URL.
     """
+    if URL.match(data.folder) and data.source == "local":
+        raise UserError(
+            f"data.folder={data.folder} is a URL, and URLs are not read; download the data, and give its folder"
+        )
     folder = Path(data.folder).expanduser()
     if data.own_photos and data.source == "local":
         roots = [Path.cwd(), *([] if data.root is None else [Path(data.root).expanduser().absolute()])]
@@ -92,6 +96,9 @@ def find(data: DataConfig, only_test: bool = False) -> Location:
 
 def problems(source: Source) -> Iterator[str]:
     """Contradictions in a dataset, each as half a sentence that names what is at fault."""
+    for name in source.names:
+        if why := objection(name):
+            yield f"class '{visible(name)}' {why}; rename it"
     seen: set[str] = set()
     for part in ("train", "val", "test"):
         items: tuple[Item, ...] = getattr(source, part)

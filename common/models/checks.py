@@ -7,10 +7,11 @@ from importlib import import_module
 from importlib.util import find_spec
 
 from common.config.schema import Config
+from common.config.schema_task import DataConfig
 from common.data.task import Questions
 from common.models import files, meter
 from common.runtime.distributed import rank
-from common.types import UserError
+from common.types import CATEGORY, Task, UserError
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +24,7 @@ def check(config: Config, questions: Questions) -> None:
     """
     check_8bit(config)
     measure = check_weights(config)
+    check_words(config, measure, questions.task)
     for prompts in (questions.train, *questions.evaluation.values()):
         if not prompts:
             continue
@@ -32,6 +34,33 @@ def check(config: Config, questions: Questions) -> None:
             raise meter.too_long(lengths[longest], config.model.max_prompt_tokens, prompts[longest])
     if rank() == 0 and (line := unknown_classes(config, questions)):
         log.warning("%s", line)
+
+
+def check_words(config: Config, measure: meter.PromptMeter, task: Task) -> None:
+    """No name and no question has what the tokenizer or the methods read as something else than its letters.
+
+    Raises:
+        UserError: Names the class or the key.
+    """
+    said = {f"data.{key}={text}": text for key, text in _questions(config.data)}
+    for name, target in config.setting.targets.items():
+        if name in task.evaluation:
+            said |= {f"setting.targets.{name}.{key}={text}": text for key, text in _questions(target)}
+    for split in (task.train, *task.evaluation.values()):
+        said |= {f"class '{name}'": name for name in split.names}
+        said |= {f"'{word}', a word for '{name}'": word for name, words in split.aliases.items() for word in words}
+    for what, text in said.items():
+        if token := measure.special_token(text):
+            raise UserError(
+                f"{what}: '{token}' is a special token of model={config.model.name}, which would not read it as text;"
+                " write it differently"
+            )
+        if CATEGORY in text:
+            raise UserError(f"{what}: '{CATEGORY}' marks the place of an embedding; write it differently")
+
+
+def _questions(data: DataConfig) -> tuple[tuple[str, str], ...]:
+    return ("question", data.question), ("open_question", data.open_question)
 
 
 def unknown_classes(config: Config, questions: Questions) -> str | None:

@@ -46,6 +46,7 @@ class PromptMeter:
         )
         environment.globals |= {"raise_exception": _refuse, "bos_token": begin or ""}
         self.template, self.pad = environment.from_string(template), pad
+        self._special: tuple[str, ...] | None = None
 
     def tokens(self, prompts: Iterable[Prompt], image_size: int) -> list[int]:
         """Length of each prompt in tokens, its image and its category embeddings included.
@@ -64,6 +65,16 @@ class PromptMeter:
         extra = self.family.image_tokens(self.config, image_size) - 1  # the template writes one placeholder
         # a category has as many embeddings as an image has tokens
         return [lengths[_conversation(p)] + extra * (1 + len(p.categories)) for p in prompts]
+
+    def special_token(self, text: str) -> str | None:
+        """The first special token of the model that stands in a text, such as `<|im_end|>`; None if there is none.
+
+        The tokenizer would read it as what it stands for: the end of a turn, the place of an image, padding.
+        """
+        if self._special is None:
+            added = self.tokenizer.get_added_tokens_decoder().values()
+            self._special = tuple(token.content for token in added if token.special)
+        return min((token for token in self._special if token in text), key=text.find, default=None)
 
 
 def _refuse(message: str) -> None:

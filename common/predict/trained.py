@@ -17,9 +17,11 @@ from common.config import composition
 from common.config.schema import Config, TrainerConfig
 from common.data import manifest, pictures
 from common.data import task as tasks
+from common.data.names import objections
 from common.data.task import Questions
 from common.learner import Prepares
 from common.method import Looks, Method, Recalls
+from common.models import checks
 from common.models.files import ADAPTERS
 from common.plugins import locate
 from common.predict.photos import Photos
@@ -103,6 +105,18 @@ def method_of(run: Trained, config: Config) -> tuple[Method, bool]:
     return method, looks or config.learner.needs_shots
 
 
+def check_names(names: Sequence[str]) -> None:
+    """Names that somebody gave can be answers, and there is one at least.
+
+    Raises:
+        UserError: Names the first that cannot.
+    """
+    if not names:
+        raise UserError("names: there is none; give class names, separated by commas")
+    for objection in objections(names):
+        raise UserError(f"names: {objection}")
+
+
 def questions_of(run: Trained, config: Config, names: Sequence[str] | None = None) -> Questions:
     """What the run asked. From its manifest, where the method needs no pictures of the dataset.
 
@@ -112,7 +126,7 @@ def questions_of(run: Trained, config: Config, names: Sequence[str] | None = Non
         names: Other class names; None: its own.
 
     Raises:
-        UserError: The method cannot be asked about others.
+        UserError: The method cannot be asked about others, or one of them can be no answer.
     """
     method, looks = method_of(run, config)
     if names is not None and (looks or isinstance(method, (Looks, Prepares))):
@@ -129,12 +143,16 @@ def questions_of(run: Trained, config: Config, names: Sequence[str] | None = Non
         if config.selection == "paper":  # a few-shot learner chooses by its own test images again, not by the new ones
             kept |= {"chosen by": first}
         return replace(questions, task=replace(questions.task, evaluation={**kept, SPLIT: first}))
+    if names is not None:
+        check_names(names)
     frozen = json.loads((run.records / "manifest.json").read_text(encoding="utf-8"))
     first = next(split for name, split in frozen["splits"].items() if name not in ("train", "val"))
     chosen = tuple(names) if names is not None else tuple(first["names"])
     split = Split((), chosen, config.data.question, config.data.open_question)
     train = replace(split, names=tuple(frozen["splits"]["train"]["names"])) if isinstance(method, Looks) else split
     task = Task(train, {SPLIT: split}, Photos(), frozen["fingerprint"], frozen["origins"])
+    if names is not None:
+        checks.check_words(config, checks.check_weights(config), task)
     return Questions(task, method, [], {SPLIT: []}, frozen)
 
 
