@@ -47,6 +47,9 @@ def world():
     train = Support(pictures(labels), views.__getitem__, VIEWS)
     text = Text(NAMES, normalize(centres + 2 * per, dim=1), None)
     val, test = (pictures(torch.arange(C).repeat(20)) for _ in range(2))
+    views += [
+        pictures(labels, maps=False) for _ in range(KEYS["key_views"])
+    ]  # those that keys are made of are no others
     return train, val, text, test
 
 
@@ -108,7 +111,7 @@ def test_keys_are_trained_as_a_plain_loop_trains_them(world):
         return 100 * normalize(images, dim=1) @ text.weights.T + 2.0 * torch.exp(-1.5 * (1 - near)) @ onehot
 
     for epoch in range(4):
-        view = train.view(epoch % VIEWS)
+        view = train.view(2 + epoch % VIEWS)  # the first two are what the keys are made of
         for index in batches(N, 5, 1, epoch):
             loss = cross_entropy(logits(view.images[index]), view.labels[index])
             optimizer.zero_grad()
@@ -118,10 +121,11 @@ def test_keys_are_trained_as_a_plain_loop_trains_them(world):
     torch.testing.assert_close(all_logits(learner, test, text), logits(test.images).detach(), atol=1e-3, rtol=1e-4)
 
 
-def test_an_adapter_is_trained_as_a_plain_loop_trains_it(world):
-    """CLIP-Adapter: SGD with momentum, CoOp's rates by epoch; the first epoch at 1e-5."""
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_an_adapter_is_trained_as_a_plain_loop_trains_it(world, drop_last):
+    """CLIP-Adapter: SGD with momentum, CoOp's rates by epoch; the first epoch at 1e-5; 12 pictures are 5 + 5 (+ 2)."""
     train, _, text, test = world
-    learner = adapted.ClipAdapter(seed=1, **PLAN, ratio=0.3)
+    learner = adapted.ClipAdapter(seed=1, **PLAN, ratio=0.3, drop_last=drop_last)
     fit(learner, train, None, text)
     plain = adapted.ClipAdapter(seed=1, **PLAN, ratio=0.3)
     plain.begin(train, None, text)
@@ -136,7 +140,7 @@ def test_an_adapter_is_trained_as_a_plain_loop_trains_it(world):
         rate = 1e-5 if epoch == 0 else 0.005 * (1 + np.cos(np.pi * (epoch - 1) / 4))
         optimizer.param_groups[0]["lr"] = rate
         view = train.view(epoch % VIEWS)
-        for index in batches(N, 5, 1, epoch):
+        for index in list(batches(N, 5, 1, epoch))[: 2 if drop_last else 3]:
             optimizer.zero_grad()
             cross_entropy(logits(view.images[index]), view.labels[index]).backward()
             optimizer.step()
@@ -214,7 +218,7 @@ def test_the_first_best_epoch_is_kept_with_its_weights(world, monkeypatch):
 
 
 def test_only_what_the_test_pictures_decide_is_said_to_be_decided_by_them(world):
-    """Tip-Adapter's search is on validation pictures where there are some; last epochs and the probe never ask them."""
+    """Tip-Adapter's and the probe's search is on validation pictures where there are some; last epochs never ask them."""
     train, val, text, test = world
     said = {}
     for name, make in LEARNERS.items():
@@ -224,7 +228,7 @@ def test_only_what_the_test_pictures_decide_is_said_to_be_decided_by_them(world)
             said[name, there is not None] = learner.chosen_by_test
             learner.begin(train, there, text)
             assert not learner.chosen_by_test
-    by_test = {("tip_adapter", False)} | {
+    by_test = {("tip_adapter", False), ("linear_probe", False)} | {
         (name, there) for name in ("tip_adapter_f", "cafo") for there in (True, False)
     }
     assert {key for key, value in said.items() if value} == by_test

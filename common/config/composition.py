@@ -69,6 +69,11 @@ def of_shots(shots: int | str, values: list[Any]) -> Any:
     return values[max(0, reached - 1)]
 
 
+def of_selection(selection: str, val: Any, paper: Any) -> Any:
+    """`${of_selection:${selection},…,…}`: a value for `selection=val`, and one for `selection=paper`."""
+    return paper if selection == "paper" else val
+
+
 def register() -> None:
     """Make the schemas known to Hydra."""
     store = ConfigStore.instance()
@@ -265,3 +270,4 @@ def differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> lis
 
 run_name.register(decides_result)  # here, since a launcher's worker imports this module but does not call `register`
 OmegaConf.register_new_resolver("of_shots", of_shots, replace=True)
+OmegaConf.register_new_resolver("of_selection", of_selection, replace=True)

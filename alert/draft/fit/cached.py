@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -48,7 +47,7 @@ class TipAdapter(Unfitted):
 
     @property
     def chosen_by_test(self) -> bool:
-        return self.test is not None and self.val is None
+        return self.searches_test
 
     def end(self) -> dict[str, Any]:
         if self.searched_on is not None:
@@ -115,7 +114,7 @@ class TrainedKeys(Trained):
             alpha: While training.
             beta: While training.
             search_scale: Ends of beta and alpha in the search.
-            key_views: Random views that a key is the mean of, at the start.
+            key_views: Random views that a key is the mean of, at the start; the training shows others.
         """
         super().__init__(seed=seed, plan=Plan("adamw", epochs, batch, learning_rate, weight_decay))
         positive("few_shot: key_views", key_views)
@@ -206,7 +205,7 @@ class CaFo(TrainedKeys):
         beta: float,
         search_scale: list[float],
         key_views: int,
-        scheduler: str = "paper",
+        scheduler: str = "proper",
         generated: str | None = None,
         per_class: int = 0,
     ) -> None:
@@ -247,7 +246,7 @@ class CaFo(TrainedKeys):
 
     def cosine_over(self) -> int:
         counted = self.supports() if self.scheduler == "proper" else self.supports()[:1]
-        return self.plan.epochs * sum(math.ceil(len(each.seen) / self.plan.batch) for each in counted)
+        return self.plan.epochs * sum(self.plan.batches(len(each.seen)) for each in counted)
 
     def build(self) -> nn.Module:
         count, means = len(self.text.names), [support.mean_view(self.key_views) for support in self.supports()]
