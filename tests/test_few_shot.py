@@ -95,6 +95,35 @@ def test_an_interrupted_fit_ends_as_if_nothing_had_happened(world, name, tmp_pat
     assert torch.equal(all_logits(second, test, text), all_logits(whole, test, text))
 
 
+@pytest.mark.parametrize("name", LEARNERS)
+@pytest.mark.parametrize("uneven", [False, True])
+def test_a_head_answers_as_what_it_was_taken_from(world, name, uneven, tmp_path):
+    """Without a picture of the training; read as plain tensors. `uneven`: a class has a picture fewer than the others."""
+    train, val, text, test = world
+    few = slice(1, None) if uneven else slice(None)
+    shots = Support(train.seen.take(few), lambda number: train.view(number).take(few), VIEWS)
+    fitted, asked = LEARNERS[name](), LEARNERS[name]()
+    fit(fitted, shots, val, text)
+    torch.save(fitted.head(), tmp_path / "head.pt")
+    asked.ready(torch.load(tmp_path / "head.pt", weights_only=True), text)
+    assert torch.equal(all_logits(asked, test, text), all_logits(fitted, test, text))
+    if name in ("tip_adapter_f", "cafo", "clip_adapter"):
+        assert "optimizer" not in fitted.head() and "optimizer" in fitted.state()
+
+
+def test_a_head_of_coop_is_its_context_alone():
+    clip, images = encoders.clip(), torch.randn(6, tiny.WIDTH, generator=torch.Generator().manual_seed(2))
+    text, seen = Text(("ox", "green"), None, clip), Pictures(images, torch.arange(6) % 2)
+    plan = {"epochs": 2, "batch": 4, "learning_rate": 0.05, "weight_decay": 0.0, "length": 2}
+    fitted, asked = (adapted.CoOp(seed=1, **plan) for _ in range(2))
+    fit(fitted, Support(seen, lambda number: seen, 1), None, text)
+    assert {name: value.shape for name, value in fitted.head()["module"].items()} == {"context": (2, tiny.WIDTH)}
+    asked.ready(fitted.head(), text)
+    for names in (("ox", "green"), ("green", "red", "ox")):
+        other = Text(names, None, clip)
+        assert torch.equal(all_logits(asked, seen, other), all_logits(fitted, seen, other))
+
+
 def test_keys_are_trained_as_a_plain_loop_trains_them(world):
     """Tip-Adapter-F: AdamW with the authors' eps, a cosine by batch, another view in each epoch."""
     train, _, text, test = world

@@ -215,6 +215,8 @@ def decides_result(values: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in values.items() if key not in NOT_IN_SIGNATURE}
     if "data" in kept:
         kept["data"] = _without(kept["data"], NOT_IN_SIGNATURE_OF_DATA)
+    if "learner" in kept:  # how it is asked afterwards
+        kept["learner"] = _without(kept["learner"], ("asks_alone",))
     if "setting" in kept and kept["setting"].get("test_per_class") is None:  # as before there was such a key
         kept["setting"] = _without(kept["setting"], ("test_per_class",))
     if targets := kept.get("setting", {}).get("targets"):

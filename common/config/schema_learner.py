@@ -13,12 +13,15 @@ from common.types import UserError
 
 @dataclass
 class LearnerConfig:
-    """What is trained and tested (common/learner.py). needs_shots: without a `trainer`, too."""
+    """What is trained and tested (common/learner.py). needs_shots: without a `trainer`, too. asks_alone: a finished one
+    is asked without the pictures that it was trained on.
+    """
 
     name: str = MISSING
     build: str = MISSING
     check: str = MISSING
     needs_shots: bool = True
+    asks_alone: bool = False
 
 
 @dataclass

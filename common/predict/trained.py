@@ -99,7 +99,7 @@ def method_of(run: Trained, config: Config) -> tuple[Method, bool]:
     method: Method = locate(config.method["_target_"], "method._target_")(**composition.method_arguments(config))
     recalls = isinstance(method, Recalls) and run.embeddings.is_dir() and method.recall(run.embeddings)
     looks = isinstance(method, (Looks, Prepares)) and not recalls
-    return method, looks or config.learner.needs_shots
+    return method, looks or (config.learner.needs_shots and not config.learner.asks_alone)
 
 
 def questions_of(run: Trained, config: Config, names: Sequence[str] | None = None) -> Questions:
@@ -114,7 +114,7 @@ def questions_of(run: Trained, config: Config, names: Sequence[str] | None = Non
         UserError: The method cannot be asked about others.
     """
     method, looks = method_of(run, config)
-    if names is not None and (looks or isinstance(method, (Looks, Prepares))):
+    if names is not None and (config.learner.needs_shots or isinstance(method, (Looks, Prepares))):
         raise UserError(
             f"names: the categories of method={config.method['name']} are those that it was trained on:"
             " other names need a method that only reads them, such as clsrl"
@@ -131,6 +131,7 @@ def questions_of(run: Trained, config: Config, names: Sequence[str] | None = Non
     first = next(split for name, split in manifest["splits"].items() if name not in ("train", "val"))
     chosen = tuple(names) if names is not None else tuple(first["names"])
     split = Split((), chosen, config.data.question, config.data.open_question)
-    train = replace(split, names=tuple(manifest["splits"]["train"]["names"])) if isinstance(method, Looks) else split
+    trained = isinstance(method, Looks) or config.learner.needs_shots
+    train = replace(split, names=tuple(manifest["splits"]["train"]["names"])) if trained else split
     task = Task(train, {SPLIT: split}, Photos(), manifest["fingerprint"], manifest["origins"])
     return Questions(task, method, [], {SPLIT: []}, manifest)

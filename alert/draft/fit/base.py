@@ -73,11 +73,17 @@ class Unfitted:
     def logits(self, pictures: Pictures, text: Text) -> Tensor:
         return base_logits(pictures, text)
 
-    def state(self) -> dict[str, Any]:
+    def head(self) -> dict[str, Any]:
         return {}
 
+    def ready(self, head: dict[str, Any], text: Text) -> None:
+        self.text = text
+
+    def state(self) -> dict[str, Any]:
+        return self.head()
+
     def restore(self, state: dict[str, Any]) -> None:
-        pass
+        self.ready(state, self.text)
 
 
 def maps_of(pictures: Pictures) -> Tensor:

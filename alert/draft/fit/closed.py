@@ -56,11 +56,12 @@ class NearestMean(Unfitted):
     def logits(self, pictures: Pictures, text: Text) -> Tensor:
         return base_logits(pictures, text) if self.means is None else zero_shot.logits(pictures.images, self.means)
 
-    def state(self) -> dict[str, Any]:
+    def head(self) -> dict[str, Any]:
         return {"means": self.means}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        self.means = state["means"]
+    def ready(self, head: dict[str, Any], text: Text) -> None:
+        super().ready(head, text)
+        self.means = head["means"]
 
 
 class LinearProbe(Unfitted):
@@ -131,14 +132,15 @@ class LinearProbe(Unfitted):
     def logits(self, pictures: Pictures, text: Text) -> Tensor:
         return base_logits(pictures, text) if self.probe is None else self.probe.logits(pictures.images)
 
-    def state(self) -> dict[str, Any]:
+    def head(self) -> dict[str, Any]:
         probe = self.probe
         kept = {"weight": None, "bias": None} if probe is None else {"weight": probe.weight, "bias": probe.bias}
         return {**kept, "facts": self.facts}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        self.facts = state["facts"]
-        self.probe = None if state["weight"] is None else linear_probe.Probe(state["weight"], state["bias"])
+    def ready(self, head: dict[str, Any], text: Text) -> None:
+        super().ready(head, text)
+        self.facts = head["facts"]
+        self.probe = None if head["weight"] is None else linear_probe.Probe(head["weight"], head["bias"])
 
 
 def some_of_each(pictures: Pictures, count: int, seed: int) -> Pictures:

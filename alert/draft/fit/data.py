@@ -143,11 +143,22 @@ class FewShot(Protocol):
     def logits(self, pictures: Pictures, text: Text) -> Tensor:
         """Shape: [N, C]. Before the fit: as it begins."""
 
+    def head(self) -> dict[str, Any]:
+        """Everything that `logits` depends on beside the encoders, as `torch.save` takes it."""
+
+    def ready(self, head: dict[str, Any], text: Text) -> None:
+        """Take over the head of a finished fit, to be asked alone. Needs no pictures: `begin` need not come before.
+
+        Args:
+            head: Of a learner with the same arguments.
+            text: Of the classes that it was fitted on.
+        """
+
     def state(self) -> dict[str, Any]:
-        """Everything that later steps and `logits` depend on, as `torch.save` takes it."""
+        """The head, and what later steps depend on."""
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take over a state; `begin` came before if it shall be fitted on."""
+        """Take over a state, after `begin`, to be fitted on."""
 
 
 def fit(

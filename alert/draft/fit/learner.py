@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from common.run.checkpoint import Checkpoints
 from common.run.recorder import Recorder
 from common.runtime.distributed import barrier, rank
 from common.training.base import Step
-from common.types import Answers, Item, Prediction, Probabilities
+from common.types import Answers, Item, Prediction, Probabilities, UserError
 
 log = logging.getLogger(__name__)
 STATE = "few_shot.pt"
@@ -99,10 +100,14 @@ class FewShotLearner:
         return self.fit(recorder)
 
     def take_over(self, folder: Path) -> None:
-        if self.learner.steps:
-            self._begin()
-            self.learner.restore(torch.load(folder / STATE, map_location=self.bench.device))
-            self.learner.end()
+        try:
+            head = torch.load(folder / STATE, map_location=self.bench.device, weights_only=True)
+            self.learner.ready(head, self._text(self.questions.task.train.names))
+        except (OSError, RuntimeError, KeyError, UnpicklingError) as error:
+            raise UserError(
+                f"{folder / STATE} is damaged, or of a version that kept less of {self.name} ({error}); fit it again"
+                " under another run_name"
+            ) from error
 
     def _begin(self) -> None:
         learner, task = self.learner, self.questions.task
@@ -118,7 +123,7 @@ class FewShotLearner:
         self._begin()
         if self.checkpoints.resumed is not None:
             learner.restore(torch.load(self.checkpoints.resumed / STATE, map_location=self.bench.device))
-        made = loop.train(self, self, learner.steps, self.config, self.checkpoints, recorder, self.save)
+        made = loop.train(self, self, learner.steps, self.config, self.checkpoints, recorder, self._save_state)
         self.facts = learner.end()
         log.info("%s chose %s", self.name, self.facts)
         if isinstance(self.questions.method, Classify):
@@ -131,9 +136,15 @@ class FewShotLearner:
         return Step(metrics, {"fitting": time.perf_counter() - clock}, [])
 
     def save(self, folder: Path) -> None:
+        self._write(folder, self.learner.head())
+
+    def _save_state(self, folder: Path) -> None:
+        self._write(folder, self.learner.state())
+
+    def _write(self, folder: Path, values: dict[str, Any]) -> None:
         if rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            torch.save(self.learner.state(), folder / STATE)
+            torch.save(values, folder / STATE)
         barrier()
 
     @contextmanager

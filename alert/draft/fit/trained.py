@@ -99,13 +99,22 @@ class Trained(Unfitted, ABC):
     def logits(self, pictures: Pictures, text: Text) -> Tensor:
         return base_logits(pictures, text) if self.module is None else self.forward(pictures, text)
 
+    def head(self) -> dict[str, Any]:
+        assert self.module is not None, "it was fitted"
+        return {"module": self.module.state_dict()}
+
+    def ready(self, head: dict[str, Any], text: Text) -> None:
+        super().ready(head, text)
+        with torch.random.fork_rng(devices=[]):
+            self.module = self.shaped_as(head["module"]).to(next(iter(head["module"].values())).device)
+        self.module.load_state_dict(head["module"])
+
+    def shaped_as(self, weights: dict[str, Tensor]) -> nn.Module:
+        """A module that such weights fit into."""
+        return self.build()
+
     def state(self) -> dict[str, Any]:
-        module = self.module
-        return {
-            "module": None if module is None else module.state_dict(),
-            "optimizer": self.optimizer.state_dict() if module is not None and hasattr(self, "optimizer") else None,
-            "chosen": self.chosen,
-        }
+        return self.head() | {"optimizer": self.optimizer.state_dict(), "chosen": self.chosen}
 
     def restore(self, state: dict[str, Any]) -> None:
         assert self.module is not None, "begin comes first"
