@@ -75,6 +75,10 @@ class FewShotLearner:
         return f"the highest of {self.name}'s logits"
 
     @property
+    def blank(self) -> bool:
+        return self.learner.steps > 0 and self.bench.clip is None
+
+    @property
     def remarks(self) -> list[str]:
         by_test = "selected on the test images" if self.begun and self.learner.chosen_by_test else ""
         return [each for each in (self.learner.remark, by_test) if each]
