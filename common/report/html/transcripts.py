@@ -90,9 +90,10 @@ def tests(folder: Path, pictures: Mapping[str, bytes]) -> Iterator[Row]:
         if head is not None:
             phase = head["phase"][0].as_py()
             parts.setdefault(head["split"][0].as_py(), {})[FORMER.get(phase, phase)] = number
+    nothing: list[dict[str, Any]] = []
     for phases in parts.values():
-        first, last = (_pieces(file, phases[p]) if p in phases else iter(()) for p in ("before", "after"))
-        for early, late in zip_longest(first, last, fillvalue=[]):
+        first, last = (_pieces(file, phases.get(phase)) for phase in ("before", "after"))
+        for early, late in zip_longest(first, last, fillvalue=nothing):
             assert not early or not late or len(early) == len(late)
             for before, after in zip_longest(early, late):
                 yield _tested(before, after, pictures)
@@ -111,8 +112,10 @@ def _predictions(folder: Path) -> pyarrow.parquet.ParquetFile:
     return file
 
 
-def _pieces(file: pyarrow.parquet.ParquetFile, number: int) -> Iterator[list[dict[str, Any]]]:
-    """The rows of one phase and split; of many probabilities only the largest."""
+def _pieces(file: pyarrow.parquet.ParquetFile, number: int | None) -> Iterator[list[dict[str, Any]]]:
+    """The rows of one phase and split, None: none; of many probabilities only the largest."""
+    if number is None:
+        return
     known = [name for name in file.schema_arrow.names if name != "probabilities_raw"]
     for batch in file.iter_batches(PIECE, [number], known):
         names = [name for name in known if name not in ("probabilities", "choices")]
