@@ -86,6 +86,15 @@ class Restores(Protocol):
 
 
 @runtime_checkable
+class BeginsBlank(Protocol):
+    """A learner that may know nothing before its training, so that there is nothing to measure before it."""
+
+    @property
+    def blank(self) -> bool:
+        """Whether all its answers before the training would be one class, whatever the image."""
+
+
+@runtime_checkable
 class Asks(Protocol):
     """A learner that can be asked about pictures that it did not know when it was built."""
 

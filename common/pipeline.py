@@ -17,7 +17,7 @@ from common.data import manifest
 from common.data.pictures import readable
 from common.data.task import Questions
 from common.evaluation.evaluate import Evaluation, all_splits, spread, watched
-from common.learner import Build, Learner
+from common.learner import BeginsBlank, Build, Learner
 from common.plugins import locate
 from common.run import thumbnails
 from common.run.checkpoint import Checkpoints, read_state
@@ -64,8 +64,9 @@ def run(config: Config, values: dict[str, Any], folder: Path, questions: Questio
     failed = True
     try:
         with clock.phase("evaluation before"):
-            before = after = all_splits(learner, "before", recorder)
-        if state is None:
+            blank = isinstance(learner, BeginsBlank) and learner.blank
+            before = after = None if blank else all_splits(learner, "before", recorder)
+        if state is None and before is not None:
             recorder.evaluation(0, before)
         updates = learner.train(recorder)
         if updates:
@@ -74,6 +75,7 @@ def run(config: Config, values: dict[str, Any], folder: Path, questions: Questio
             with clock.phase("evaluation after"):
                 after = all_splits(learner, "after", recorder)
             recorder.evaluation(updates, after)
+        assert after is not None, "who knows nothing is trained"
         conclude(result, before, after, updates)
         if updates:
             rows = recorder.files.read_log("metrics.jsonl")
@@ -116,22 +118,25 @@ def freeze(questions: Questions, folder: Path) -> None:
     manifest.verify(path, questions.manifest)
 
 
-def keep_thumbnails(config: Config, learner: Learner, before: Evaluation, after: Evaluation, folder: Path) -> None:
+def keep_thumbnails(
+    config: Config, learner: Learner, before: Evaluation | None, after: Evaluation, folder: Path
+) -> None:
     """Small copies of some pictures, for the run's report."""
     if rank() == 0 and config.tracking.thumbnails:
         with result_is_safe("thumbnails"):
             asked = dict.fromkeys(prompt.image for prompt in learner.questions.train)
-            chosen = thumbnails.choose(before, after, list(asked), config.tracking.thumbnails)
+            chosen = thumbnails.choose(before or after, after, list(asked), config.tracking.thumbnails)
             thumbnails.write(folder, learner.questions.task.images, chosen)
 
 
-def conclude(result: Result, before: Evaluation, after: Evaluation, updates: int) -> None:
-    """Put the evaluations into the result."""
-    result.before, result.overall = before.summary, {"before": before.overall}
+def conclude(result: Result, before: Evaluation | None, after: Evaluation, updates: int) -> None:
+    """Put the evaluations into the result; there is none before the training of a learner that knew nothing."""
+    if before is not None:
+        result.before, result.overall["before"] = before.summary, before.overall
     result.train = {"updates": updates, "paired": {}}
     if updates:
         result.after, result.overall["after"] = after.summary, after.overall
-        result.train["paired"] = paired(before, after)
+        result.train["paired"] = {} if before is None else paired(before, after)
 
 
 def best_evaluation(

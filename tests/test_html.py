@@ -64,14 +64,16 @@ def answered(images, labels, said, names, confidences=None, texts=None, **column
 
 @pytest.fixture
 def write(compose, tmp_path):
-    """Write a finished run's folder from its answers before and after training."""
+    """Write a finished run's folder from its answers before (None: it knew nothing) and after training."""
 
     def make(name, before, after=None, *overrides, names=NAMES, samples=(), keep=(), **said):
         values = composition.plain(compose(*overrides))
         folder = RunFolder(tmp_path / name)
         folder.claim(values)
-        (folder.path / "manifest.json").write_text(json.dumps({"splits": {"test": {"n": len(before.predictions)}}}))
-        phases = {"before": before} | ({} if after is None else {"after": after})
+        (folder.path / "manifest.json").write_text(
+            json.dumps({"splits": {"test": {"n": len((before or after).predictions)}}})
+        )
+        phases = {phase: each for phase, each in (("before", before), ("after", after)) if each is not None}
         for phase, answers in phases.items():
             folder.write_predictions(phase, "test", answers)
         folder.merge_predictions()
@@ -429,3 +431,15 @@ def test_a_drawing_takes_the_pages_colour():
         '<?xml version="1.0"?><svg width="1"><metadata>x</metadata><path style="stroke: #000000"/></svg>'
     )
     assert svg == '<svg role="img" width="1"><path style="stroke: currentColor"/></svg>'
+
+
+def test_a_run_that_knew_nothing_before_shows_what_it_answers_now(write):
+    after = answered(["a", "b"], ["six", "nine"], ["six", "six"], NAMES, [0.9, 0.7])
+    run = write("run", None, after)
+    rows = list(transcripts.tests(run, {}))
+    assert [(row.before, row.after, row.sureness) for row in rows] == [
+        (None, True, pytest.approx(0.9)),
+        (None, False, pytest.approx(0.7)),
+    ]
+    assert [set(row.detail) & {"before", "after"} for row in rows] == [{"after"}] * 2
+    assert rows[1].last["correct"] is False and transcripts.tally(run).wrong["test"] == 1

@@ -22,6 +22,7 @@ from common.predict import cards, photos
 from common.predict.abstain import choose, threshold_of
 from common.predict.classifier import Answer
 from common.report.html import transcripts
+from common.run.result import Result
 from common.types import Answers, BadImage, Prediction, Probabilities, Split, UserError
 from tests.test_html import NAMES, answered, write  # noqa: F401
 
@@ -69,14 +70,23 @@ def expected(run):
     return [row for row in rows if (row["phase"], row["split"]) == (last, "test")]
 
 
+def refuse(*arguments, **named):
+    raise AssertionError("not needed")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "method", [pytest.param(name, marks=[pytest.mark.faults] * (name not in USUAL)) for name in METHODS]
 )
-def test_answers_are_the_evaluations(runner, tmp_path, method):
-    """Names, replies and probabilities, in two calls; the run's folder is left as it was."""
+def test_answers_are_the_evaluations(runner, tmp_path, method, monkeypatch):
+    """Names, replies and probabilities, in two calls; the run's folder is left as it was. A few-shot learner is neither
+    fitted again nor given the dataset.
+    """
     run = tmp_path / "run"
     assert runner(run, [*QUICK, *METHODS[method]]) == 0
+    if Result.load(run).model == "features":
+        for path in ("common.predict.trained.tasks.build", "alert.draft.fit.learner.FewShotLearner._begin"):
+            monkeypatch.setattr(path, refuse)
     before = sorted((path.name, path.stat().st_mtime_ns) for path in run.rglob("*"))
     rows, digits = expected(run)[:60], Digits()
     classifier = Classifier.load(run)
@@ -290,6 +300,11 @@ def test_an_answer_has_its_own_confidence_and_is_one_of_the_names(threshold):
     assert [a.confidence for a in found] == [pytest.approx(0.6), None, pytest.approx(0.8)]
     assert [a.label for a in found] == ["boot", None, "boot"]
     assert [a.abstained for a in found] == [False, threshold is not None, False]
+    asked.threshold = found[0].confidence  # `choose` gives one that an answer has: it is still given
+    assert [a.abstained for a in asked._read(Answers(predictions, 0.0, table))] == [False, True, False]
+    asked.threshold = float(np.nextafter(found[0].confidence, 1))
+    assert [a.abstained for a in asked._read(Answers(predictions, 0.0, table))] == [True, True, False]
+    asked.threshold = threshold
     assert found[0].top[0] == ("boot", pytest.approx(0.6)) and found[1].top[0] == ("bag", pytest.approx(0.9))
     asked.config = SimpleNamespace(method={"list_share": 0.0})  # the question lists no names: any word is an answer
     assert [a.label for a in asked._read(Answers(predictions[1:2], 0.0))] == [None if threshold else "one"]

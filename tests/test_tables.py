@@ -6,6 +6,7 @@ from dataclasses import MISSING, fields
 
 from common.evaluation.summary import ProbabilitySummary, Summary
 from common.report import figures, tables
+from common.run import tracking
 from common.run.result import Result
 
 
@@ -114,3 +115,15 @@ def test_a_remark_marks_every_trained_accuracy():
     assert cells == ["50.00", "75.00 †"]
     assert tables.overall_lines(shown)[0] == "†: selected on the test images"
     assert list(tables.result_table(result({"test": summary()}, {})).columns[2].cells) == ["50.00"]
+
+
+def test_who_knew_nothing_before_has_no_row_of_it():
+    """Its answers would be the first class, and its gain what that class is not."""
+    said = {"after": {"harmonic_mean": 0.75}}
+    blank = result({}, {"new": scored(0.7, 0.9, 0.1)}, overall=said, train={"updates": 1, "paired": {}})
+    assert [row[0] for row in tables.result_cells(blank)[1]] == ["new, trained"]
+    assert tables.probability_lines(blank) == ["new, most probable name: trained 70.00 % (top-5 90.00, ECE 10.00)"]
+    assert tables.overall_lines(blank) == ["harmonic mean: trained 75.00 %"] and tables.paired_lines(blank) == []
+    assert tracking.numbers(blank) == {"after/new": 50.0, "after/harmonic_mean": 75.0}
+    both = result({"new": summary()}, {"new": summary(accuracy=0.75)}, overall={})
+    assert tracking.numbers(both) == {"before/new": 50.0, "after/new": 75.0, "gain/new": 25.0}

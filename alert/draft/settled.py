@@ -59,7 +59,7 @@ def check(config: Config, name: str, task: Task) -> None:
             prompts.of_templates(names, config.clip.templates)
         else:
             prompts.of_file(Path(config.clip.prompts).expanduser(), names)
-    learner.check_val("val" in task.evaluation)
+    learner.check_val("val" in task.evaluation or config.selection == "paper")
     if learner.generated is not None and learner.generated_per_class:
         key = f"few_shot.{name}.generated"
         generated.pick(key, learner.generated, learner.generated_per_class, task.train.names, config.seed)

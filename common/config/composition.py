@@ -69,6 +69,11 @@ def of_shots(shots: int | str, values: list[Any]) -> Any:
     return values[max(0, reached - 1)]
 
 
+def of_selection(selection: str, val: Any, paper: Any) -> Any:
+    """`${of_selection:${selection},…,…}`: a value for `selection=val`, and one for `selection=paper`."""
+    return paper if selection == "paper" else val
+
+
 def register() -> None:
     """Make the schemas known to Hydra."""
     store = ConfigStore.instance()
@@ -210,6 +215,8 @@ def decides_result(values: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in values.items() if key not in NOT_IN_SIGNATURE}
     if "data" in kept:
         kept["data"] = _data(kept["data"])
+    if "learner" in kept:  # how it is asked afterwards
+        kept["learner"] = _without(kept["learner"], ("asks_alone",))
     if "setting" in kept and kept["setting"].get("test_per_class") is None:  # as before there was such a key
         kept["setting"] = _without(kept["setting"], ("test_per_class",))
     if targets := kept.get("setting", {}).get("targets"):
@@ -271,3 +278,4 @@ def differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> lis
 
 run_name.register(decides_result)  # here, since a launcher's worker imports this module but does not call `register`
 OmegaConf.register_new_resolver("of_shots", of_shots, replace=True)
+OmegaConf.register_new_resolver("of_selection", of_selection, replace=True)

@@ -102,7 +102,7 @@ def method_of(run: Trained, config: Config) -> tuple[Method, bool]:
     method: Method = locate(config.method["_target_"], "method._target_")(**composition.method_arguments(config))
     recalls = isinstance(method, Recalls) and run.embeddings.is_dir() and method.recall(run.embeddings)
     looks = isinstance(method, (Looks, Prepares)) and not recalls
-    return method, looks or config.learner.needs_shots
+    return method, looks or (config.learner.needs_shots and not config.learner.asks_alone)
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -129,7 +129,7 @@ def questions_of(run: Trained, config: Config, names: Sequence[str] | None = Non
         UserError: The method cannot be asked about others, or one of them can be no answer.
     """
     method, looks = method_of(run, config)
-    if names is not None and (looks or isinstance(method, (Looks, Prepares))):
+    if names is not None and (config.learner.needs_shots or isinstance(method, (Looks, Prepares))):
         raise UserError(
             f"names: the categories of method={config.method['name']} are those that it was trained on:"
             " other names need a method that only reads them, such as clsrl"
@@ -149,7 +149,8 @@ def questions_of(run: Trained, config: Config, names: Sequence[str] | None = Non
     first = next(split for name, split in frozen["splits"].items() if name not in ("train", "val"))
     chosen = tuple(names) if names is not None else tuple(first["names"])
     split = Split((), chosen, config.data.question, config.data.open_question)
-    train = replace(split, names=tuple(frozen["splits"]["train"]["names"])) if isinstance(method, Looks) else split
+    trained = isinstance(method, Looks) or config.learner.needs_shots
+    train = replace(split, names=tuple(frozen["splits"]["train"]["names"])) if trained else split
     task = Task(train, {SPLIT: split}, Photos(), frozen["fingerprint"], frozen["origins"])
     if names is not None:
         checks.check_words(config, checks.check_weights(config), task)

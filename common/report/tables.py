@@ -14,6 +14,7 @@ from common.evaluation.summary import Summary
 from common.run.result import Result
 from common.training.silent import fix
 
+PHASES = (("zero-shot", "before"), ("trained", "after"))  # what they are called, and their names in a result
 REMARK = " †"  # behind an accuracy that a line below the table says more about
 
 
@@ -29,9 +30,9 @@ def interval(summary: Summary) -> str:
 
 
 def phases(result: Result, split: str) -> list[tuple[str, Summary]]:
-    """The summaries of a split by what they are called: before training, and after it if there was any."""
-    summaries = [("zero-shot", result.before[split])]
-    return [*summaries, ("trained", result.after[split])] if result.after else summaries
+    """The summaries of a split by what they are called: before training, if something was known then, and after it."""
+    measured = ((said, getattr(result, phase)) for said, phase in PHASES)
+    return [(said, summaries[split]) for said, summaries in measured if split in summaries]
 
 
 def result_table(result: Result) -> Table:
@@ -60,7 +61,7 @@ def result_cells(result: Result) -> tuple[list[str], list[list[str]]]:
         "tokens": lambda s: "–" if s.mean_tokens is None else f"{s.mean_tokens:.1f}",
         "seconds": lambda s: f"{s.seconds:.1f}",
     }
-    summaries = [summary for split in result.before for _, summary in phases(result, split)]
+    summaries = [summary for split in result.final for _, summary in phases(result, split)]
     about = {"official match %": "accuracy_official", "well-formed %": "well_formed", "tokens": "mean_tokens"}
     shown = {
         name: text
@@ -68,7 +69,7 @@ def result_cells(result: Result) -> tuple[list[str], list[list[str]]]:
         if name not in about or any(getattr(summary, about[name]) is not None for summary in summaries)
     }
     rows = []
-    for split in result.before:
+    for split in result.final:
         for phase, summary in phases(result, split):
             mark = REMARK if result.remarks and (phase == "trained" or not result.after) else ""
             cells = {name: text(summary) + (mark if name == "accuracy %" else "") for name, text in shown.items()}
@@ -79,7 +80,7 @@ def result_cells(result: Result) -> tuple[list[str], list[list[str]]]:
 def probability_lines(result: Result) -> list[str]:
     """How often the most probable name is right, one line per split; none without label scoring."""
     lines = []
-    for split in result.before:
+    for split in result.final:
         texts = [
             f"{phase} {percent(p.top1)} % (top-5 {percent(p.top5)}, ECE {percent(p.ece)})"
             for phase, summary in phases(result, split)
@@ -93,10 +94,11 @@ def probability_lines(result: Result) -> list[str]:
 def overall_lines(result: Result) -> list[str]:
     """One number for several splits, and what was left out."""
     lines = [f"†: {remark}" for remark in result.remarks]
-    for name, before in result.overall["before"].items():
-        after = f", trained {percent(result.overall['after'][name])} %" if result.after else ""
-        lines.append(f"{name.replace('_', ' ')}: zero-shot {percent(before)} %{after}")
-    for split in result.before:
+    measured = [(said, result.overall[phase]) for said, phase in PHASES if phase in result.overall]
+    for name in measured[-1][1]:
+        shown = ", ".join(f"{said} {percent(numbers[name])} %" for said, numbers in measured)
+        lines.append(f"{name.replace('_', ' ')}: {shown}")
+    for split in result.final:
         accuracies = [
             (phase, s.accuracy_aliases) for phase, s in phases(result, split) if s.accuracy_aliases is not None
         ]

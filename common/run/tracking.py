@@ -160,11 +160,10 @@ class WandbTracker:
 def numbers(result: Result) -> dict[str, float]:
     """What a table of runs compares, by split: accuracy before and after training in percent, the gain in points."""
     metrics: dict[str, float] = {}
-    for split, summary in result.before.items():
-        metrics[f"before/{split}"] = 100 * summary.accuracy
-        if split in result.after:
-            metrics[f"after/{split}"] = 100 * result.after[split].accuracy
-            metrics[f"gain/{split}"] = 100 * (result.after[split].accuracy - summary.accuracy)
+    for phase, summaries in (("before", result.before), ("after", result.after)):
+        metrics |= {f"{phase}/{split}": 100 * summary.accuracy for split, summary in summaries.items()}
+    for split in result.before.keys() & result.after.keys():
+        metrics[f"gain/{split}"] = metrics[f"after/{split}"] - metrics[f"before/{split}"]
     for phase, values in result.overall.items():
         metrics |= {f"{phase}/{name}": 100 * value for name, value in values.items()}
     return metrics

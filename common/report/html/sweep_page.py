@@ -133,7 +133,7 @@ def _examples(page: Page) -> Iterator[dict[str, Any]]:
 
 
 def _reply(row: transcripts.Row) -> dict[str, Any]:
-    reply = row.detail.get("after", row.detail["before"])
+    reply = row.last
     return {
         "image": row.image,
         "label": row.label,
