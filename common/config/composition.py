@@ -56,6 +56,7 @@ SCHEMAS = {
 NOT_IN_SIGNATURE = ("tracking", "label", "run_name", "gpus", "cache_dir", "checkpoint", "doctor", "manifest", "dry")
 # The manifest says which pictures were left out, so a run that met bad ones, or doubles, may continue.
 NOT_IN_SIGNATURE_OF_DATA = ("root", "cache_gb", "skip_bad", "duplicates", "near_duplicates", "own_photos", "licence")
+NOT_IN_SIGNATURE_OF_MODEL = ("licence", "max_prompt_tokens")  # a prompt is refused or asked whole
 NOT_IN_SIGNATURE_OF_REWARDS = ("runtime",)  # of a reward that is computed elsewhere: address, patience, cache
 
 
@@ -216,7 +217,7 @@ def decides_result(values: dict[str, Any]) -> dict[str, Any]:
         targets = {name: _without(one, NOT_IN_SIGNATURE_OF_DATA) for name, one in targets.items()}
         kept["setting"] = kept["setting"] | {"targets": targets}
     if "model" in kept:
-        model = _without(kept["model"], ("licence",))
+        model = _without(kept["model"], NOT_IN_SIGNATURE_OF_MODEL)
         kept["model"] = model if model.get("path") is None else model | {"recipe": None}  # not used then
     if (trainer := kept.get("trainer", {})).get("patience") == 0:  # likewise
         kept["trainer"] = _without(trainer, ("patience",))
@@ -243,7 +244,18 @@ def _without(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 
 def signature(values: dict[str, Any]) -> str:
     """Twelve hex digits that name a configuration; equal for equal results."""
-    text = json.dumps(decides_result(values), sort_keys=True, default=str)
+    return _digits(decides_result(values))
+
+
+def signed(values: dict[str, Any], digits: str) -> bool:
+    """Whether these are the signature of the values, also as it was while `model.max_prompt_tokens` counted."""
+    kept, limit = decides_result(values), values.get("model", {}).get("max_prompt_tokens")
+    former = kept | {"model": kept.get("model", {}) | {"max_prompt_tokens": limit}}
+    return digits in (_digits(kept), _digits(former))
+
+
+def _digits(kept: dict[str, Any]) -> str:
+    text = json.dumps(kept, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -271,10 +271,12 @@ def decides(key: str) -> bool:
 
     >>> [decides(key) for key in ("gpus", "tracking.mode", "data.root", "data", "rollout.temperature")]
     [False, False, False, True, True]
+    >>> [decides(f"model.{key}") for key in ("max_prompt_tokens", "path")]
+    [False, True]
     """
     first, *rest = key.lstrip("+~").split("@")[0].replace("/", ".").split(".")
-    of_data = first == "data" and bool(rest) and rest[0] in composition.NOT_IN_SIGNATURE_OF_DATA
-    return first not in composition.NOT_IN_SIGNATURE and not of_data
+    parts = {"data": composition.NOT_IN_SIGNATURE_OF_DATA, "model": composition.NOT_IN_SIGNATURE_OF_MODEL}
+    return first not in composition.NOT_IN_SIGNATURE and rest[:1] not in [[name] for name in parts.get(first, ())]
 
 
 def _task(cfg: DictConfig) -> DictConfig:

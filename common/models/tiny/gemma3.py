@@ -157,4 +157,5 @@ def meter(corpus: Corpus = wordings.corpus) -> PromptMeter:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(build_tokenizer(corpus)._tokenizer.to_str())
-    return PromptMeter("gemma3", {"mm_tokens_per_image": IMAGE_TOKENS}, tokenizer, CHAT_TEMPLATE, BEGIN, PAD)
+    config = {"mm_tokens_per_image": IMAGE_TOKENS, "text_config": TEXT}
+    return PromptMeter("gemma3", config, tokenizer, CHAT_TEMPLATE, BEGIN, PAD)

@@ -162,4 +162,5 @@ def build_model(tokenizer: Any, seed: int) -> Any:
 
 def meter() -> PromptMeter:
     """Measures prompts for this model without building it."""
-    return PromptMeter("qwen2_vl", {"vision_config": ARCHITECTURE["vision"]}, train_tokenizer(), CHAT_TEMPLATE)
+    config = {"vision_config": ARCHITECTURE["vision"], "text_config": ARCHITECTURE["text"]}
+    return PromptMeter("qwen2_vl", config, train_tokenizer(), CHAT_TEMPLATE)
