@@ -57,14 +57,13 @@ class LoraConfig:
 
 @dataclass
 class ModelConfig:
-    """A model: a folder (whole or adapters) or hub id (`path`); without one, what a module with `build` and
-    `meter` makes (`recipe`).
+    """A model: a folder (whole or adapters) or hub id (`path`); without one, what the module `recipe` makes.
 
     resize: how an image becomes image_size x image_size: `squash`, `crop` (shorter side, then the centre) or `pad`.
-    max_prompt_tokens: longer prompts are refused, since none is cut; null: as long as the model can read.
-    image_attention: `family` (the architecture's own) or `causal`. freeze_vision: tower and projector, but for what
-    `lora.projector` trains. feature_cache_gb: disk space for the image features of a frozen vision tower, 0: no cache.
-    load_in_8bit: bitsandbytes' LLM.int8(), for the base of adapters or without training. licence: of the weights.
+    max_prompt_tokens: longer prompts are refused; null: those that the model cannot read. image_attention: `family`
+    (the architecture's own) or `causal`. freeze_vision: tower and projector, but for what `lora.projector` trains.
+    feature_cache_gb: disk space for image features of a frozen tower, 0: no cache. load_in_8bit: bitsandbytes'
+    LLM.int8(), for the base of adapters or without training. licence: of the weights.
     """
 
     name: str = MISSING
@@ -93,8 +92,6 @@ class ModelConfig:
             raise UserError("model.feature_cache_gb needs model.freeze_vision=true: features of a trained tower change")
         if self.feature_cache_gb > 0 and self.lora.projector != "none":
             raise UserError("model.feature_cache_gb must be 0: it keeps what model.lora.projector changes")
-        if self.max_prompt_tokens is not None:
-            positive("model.max_prompt_tokens", self.max_prompt_tokens)
         if self.path is None and self.recipe is None and self.family != NO_FAMILY:
             raise UserError("model.path and model.recipe are null: set model.path=<folder or hub id>")
 

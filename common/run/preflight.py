@@ -31,8 +31,15 @@ def check(config: Config) -> task.Questions:
 
 
 def check_choice(config: Config, questions: task.Questions) -> None:
-    """The best evaluation is chosen on images that no result is reported on, and its checkpoint has to be kept."""
-    if config.evaluate != "best" or config.trainer.name == "none":
+    """What evaluations decide, they decide on images that no result is reported on; the best checkpoint is kept."""
+    if config.trainer.name == "none":
+        return
+    if (patience := config.trainer.patience) and "val" not in questions.evaluation:
+        raise UserError(
+            f"trainer.patience={patience} stops by validation images, and data={config.data.name} has none in this"
+            " setting; set validation=held_out, where there is one, or trainer.patience=0"
+        )
+    if config.evaluate != "best":
         return
     if "val" not in questions.evaluation:
         raise UserError(

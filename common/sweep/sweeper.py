@@ -167,11 +167,11 @@ class PaperSweeper(Sweeper):
         """Write down what the pages need. Returns the sweep's folder and its chapters', beside those of the runs."""
         assert self.config is not None
         name, outputs = str(self.config.hydra.job.config_name), Path(self.config.hydra.sweep.dir)
-        said = {key: ",".join(values) for key, values in given.items() if decides(key)}
+        said = {key: ",".join(values) for key, values in given.items() if composition.decides(key)}
         pages = []
         for chapter, runs in zip(chapters, shown, strict=True):
             values = {key: each for key, each in {**chapter.given, **given}.items() if key not in STILL_THE_PAPERS}
-            changed, chosen = chapter.parted({key: each for key, each in values.items() if decides(key)})
+            changed, chosen = chapter.parted({key: each for key, each in values.items() if composition.decides(key)})
             pages.append(outputs / folder_name(f"{name}-{chapter.name}" if self.is_book else name, said))
             points.Sweep(chapter.name, chapter.page, changed, runs, chosen).save(pages[-1])
         return outputs / folder_name(name, said), pages
@@ -264,19 +264,6 @@ def folder_name(sweep: str, given: Mapping[str, str]) -> str:
     words = [text if key in ("model", "data") else f"{key}{text}" for key, text in given.items()]
     name = re.sub(r"[^\w.+-]", "_", "-".join([sweep, *words]).replace(",", "+"))
     return name if len(name) <= LONGEST else f"{name[:LONGEST]}-{sha256(name.encode()).hexdigest()[:6]}"
-
-
-def decides(key: str) -> bool:
-    """Whether a result depends on an override's key.
-
-    >>> [decides(key) for key in ("gpus", "tracking.mode", "data.root", "data", "rollout.temperature")]
-    [False, False, False, True, True]
-    >>> [decides(f"model.{key}") for key in ("max_prompt_tokens", "path")]
-    [False, True]
-    """
-    first, *rest = key.lstrip("+~").split("@")[0].replace("/", ".").split(".")
-    parts = {"data": composition.NOT_IN_SIGNATURE_OF_DATA, "model": composition.NOT_IN_SIGNATURE_OF_MODEL}
-    return first not in composition.NOT_IN_SIGNATURE and rest[:1] not in [[name] for name in parts.get(first, ())]
 
 
 def _task(cfg: DictConfig) -> DictConfig:
