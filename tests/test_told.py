@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
 from dataclasses import MISSING, fields, replace
 from types import SimpleNamespace
 
@@ -209,6 +210,30 @@ def test_the_doctor_names_what_is_cut_before_what_follows_from_it():
     some = doctor.check_rewards([0.0, 1.0], {"format": [0.0, 1.0]}, 2, cut=0.2, limit=64)
     assert some.verdict == "warning" and some.seen.startswith("20 % of completions were cut")
     assert doctor.check_rewards([0.0, 1.0], {"format": [0.0, 1.0]}, 2, cut=0.05, limit=64).verdict == "ok"
+
+
+# ---- numbers that are none
+
+
+def test_a_reward_that_is_no_number_is_named_and_not_the_learning_rate():
+    rows = [{"image": f"{n}.png", "completion": "six", "rewards/fair": 1.0, "rewards/mine": n} for n in (3.0, math.nan)]
+    rows.insert(0, {**rows[0], "rewards/mine": None})  # of a judge that did not answer
+    values = {"loss": math.nan, "rewards/fair/mean": 1.0, "rewards/mine/mean": math.nan, "reward": math.nan}
+    with pytest.raises(UserError) as error:
+        loop.check_finite(values, 3, rows)
+    message = str(error.value)
+    assert message.startswith("update 3: loss, reward, rewards/mine/mean not finite")
+    assert "reward 'mine': it gave nan for 'six' to image nan.png" in message and "rewards.mine.fn" in message
+    assert "learning_rate" not in message and "fair" not in message
+    with pytest.raises(UserError, match=r"update 3: grad_norm not finite.*Lower trainer.learning_rate"):
+        loop.check_finite({**dict.fromkeys(values, 1.0), "grad_norm": math.inf}, 3, rows)
+    loop.check_finite(dict.fromkeys(values, 1.0), 3, rows)
+
+
+def test_the_doctor_names_a_reward_that_is_no_number():
+    finding = doctor.check_rewards([math.nan, 1.0], {"fair": [0.0, 1.0], "mine": [math.nan, 0.0]}, 2)
+    assert finding.verdict == "failed" and "'mine' gave nan for 1 of 2 completions" in finding.seen
+    assert "rewards.mine.fn" in finding.fix
 
 
 # ---- patience

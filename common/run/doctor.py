@@ -9,6 +9,7 @@ Shapes: n sampled prompts, G completions each.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -171,6 +172,10 @@ def check_rewards(
         cut: Share of completions that were cut.
         limit: Tokens at which they were, `rollout.max_completion_tokens`.
     """
+    for name, values in parts.items():
+        if strange := [value for value in values if not math.isfinite(value)]:
+            seen = f"'{name}' gave {strange[0]} for {len(strange)} of {len(values)} completions"
+            return Finding("rewards", "failed", seen, f"correct the function that rewards.{name}.fn names")
     groups = len(total) // group_size
     flat = len(without_differences(total, group_size))
     seen = f"{flat} of {groups} groups without differences; mean reward {statistics.fmean(total):.3f}"

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from common.config.schema import Config, GRPOConfig
 from common.evaluation.evaluate import Evaluation, Predictor, during_training, spread, watched
@@ -76,7 +77,7 @@ def train(
     with bar(f"training ({config.method['name']})", updates, done) as shown, requested() as interruption:
         for number in range(done + 1, updates + 1):
             step = trainer.step(number - 1)
-            check_finite(step.metrics, number)
+            check_finite(step.metrics, number, step.rows)
             last, evaluation = number == updates, None
             if is_due(config, number, last):
                 evaluation = _evaluate(predictor, step, config.trainer.evaluate_limit)
@@ -200,14 +201,27 @@ def _evaluate(predictor: Predictor, step: Step, limit: int | None) -> Evaluation
     return evaluation
 
 
-def check_finite(metrics: dict[str, float], number: int) -> None:
+def check_finite(metrics: dict[str, float], number: int, rows: Sequence[Mapping[str, Any]] = ()) -> None:
     """Stop at the first NaN or infinity; nothing of that update is recorded, and the last checkpoint stays as it is.
 
+    Args:
+        metrics: Of the update.
+        number: Of the update.
+        rows: Its completions.
+
     Raises:
-        UserError: Names the update and the metrics.
+        UserError: Names the update, the metrics, and the reward that gave such a value, if one did.
     """
-    if bad := sorted(name for name, value in metrics.items() if not math.isfinite(value)):
+    bad = sorted(name for name, value in metrics.items() if not math.isfinite(value))
+    if not bad:
+        return
+    stopped = f"update {number}: {', '.join(bad)} not finite; training stopped, checkpoints before it are good."
+    if culprits := [name.split("/")[1] for name in bad if name.startswith("rewards/") and name.endswith("/mean")]:
+        key = f"rewards/{culprits[0]}"
+        row = next(row for row in rows if row[key] is not None and not math.isfinite(row[key]))
         raise UserError(
-            f"update {number}: {', '.join(bad)} not finite; training stopped, checkpoints before it are good. Lower"
-            " trainer.learning_rate or trainer.grad_clip, or use model.dtype=float32, under another run_name"
+            f"{stopped} The cause is reward '{culprits[0]}': it gave {row[key]} for {row['completion'][:80]!r} to image"
+            f" {row['image']}; correct the function that rewards.{culprits[0]}.fn names"
         )
+    fix = "Lower trainer.learning_rate or trainer.grad_clip, or use model.dtype=float32, under another run_name"
+    raise UserError(f"{stopped} {fix}")

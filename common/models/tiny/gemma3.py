@@ -157,5 +157,4 @@ def meter(corpus: Corpus = wordings.corpus) -> PromptMeter:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(build_tokenizer(corpus)._tokenizer.to_str())
-    config = {"mm_tokens_per_image": IMAGE_TOKENS, "text_config": TEXT}
-    return PromptMeter("gemma3", config, tokenizer, CHAT_TEMPLATE, BEGIN, PAD)
+    return PromptMeter("gemma3", {"mm_tokens_per_image": IMAGE_TOKENS}, tokenizer, CHAT_TEMPLATE, BEGIN, PAD)

@@ -162,5 +162,4 @@ def build_model(tokenizer: Any, seed: int) -> Any:
 
 def meter() -> PromptMeter:
     """Measures prompts for this model without building it."""
-    config = {"vision_config": ARCHITECTURE["vision"], "text_config": ARCHITECTURE["text"]}
-    return PromptMeter("qwen2_vl", config, train_tokenizer(), CHAT_TEMPLATE)
+    return PromptMeter("qwen2_vl", {"vision_config": ARCHITECTURE["vision"]}, train_tokenizer(), CHAT_TEMPLATE)
