@@ -69,7 +69,8 @@ def job(cfg: DictConfig, folder: Path) -> None:
     from common.run import preflight
     from common.run.run_folder import RunFolder
 
-    config = configuration.validate(cfg)
+    typed = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
+    config = configuration.validate(cfg, typed)
     values = configuration.plain(cfg)
     if config.dry:
         found = RunFolder(folder).finished_result(values)

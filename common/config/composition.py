@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -77,8 +77,12 @@ def register() -> None:
         store.store(group="schema", name=name, node=schema)
 
 
-def validate(cfg: DictConfig) -> Config:
+def validate(cfg: DictConfig, typed: Sequence[str] = ()) -> Config:
     """Check a composed configuration and return it as plain dataclasses.
+
+    Args:
+        cfg: Without Hydra's own part.
+        typed: The overrides that a user gave, which must have an effect.
 
     Raises:
         UserError: With the key at fault.
@@ -120,6 +124,7 @@ def validate(cfg: DictConfig) -> Config:
     consistency.check_overlap(config)
     consistency.check_deepspeed(config.deepspeed)
     _check_calls(config, cfg)
+    consistency.check_typed(config, typed)
     return config
 
 

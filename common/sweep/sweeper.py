@@ -244,7 +244,7 @@ class Composer:
             texts = literal([f"{key}={value}" for key, value in overrides.items()])
             cfg = self.loader.load_sweep_config(self.master, texts)
             try:
-                composition.validate(_task(cfg))
+                composition.validate(_task(cfg), texts)
             except UserError as error:
                 raise UserError(f"{' '.join(texts)}: {error}") from error
             self.composed[fixed] = cfg

@@ -125,7 +125,7 @@ class Signs:
             return (
                 "the rewards have risen meanwhile, so they pay for something else than right answers; read completions"
             )
-        return f"{RATE}; evaluate=best tests the best evaluation"
+        return f"{RATE}; with validation images, evaluate=best tests the best evaluation"
 
 
 def at(update: int) -> str:
