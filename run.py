@@ -61,8 +61,8 @@ def main(cfg: DictConfig) -> None:
 def job(cfg: DictConfig, folder: Path) -> None:
     """Check, run, show. A folder that already holds this configuration's result only shows it.
 
-    With `dry=true`, `manifest=true` or `doctor=true` nothing is trained: the first says whether the run is finished,
-    the second shows the questions, the third examines.
+    With `dry=true`, `manifest=true` or `doctor=true` nothing is trained: the first says whether the run is finished, or
+    would be refused, the second shows the questions, the third examines.
     """
     from common import launch
     from common.report import tables
@@ -75,6 +75,9 @@ def job(cfg: DictConfig, folder: Path) -> None:
     if config.dry:
         found = RunFolder(folder).finished_result(values)
         print(f"{folder}: {'to run' if found is None else 'finished'}")
+        for look in (preflight.check_asked, preflight.check_devices) if found is None else ():
+            if reason := preflight.refusal(look, config):
+                print(f"it would be refused: {reason}")
         return
     if config.manifest:
         preview(config, RunFolder(folder))

@@ -6,6 +6,7 @@ Everything here raises `UserError`: one line that names the key, file or class a
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from common.config.schema import Config
@@ -23,6 +24,23 @@ def check(config: Config) -> task.Questions:
         What the run asks, so that nobody in this process has to read the data again.
     """
     check_devices(config)
+    return check_asked(config)
+
+
+def refusal(look: Callable[[Config], object], config: Config) -> str | None:
+    """What one of these checks, `check_asked` or `check_devices`, refuses of a run, in its words; None: nothing.
+
+    No weights are loaded; what the hub has of a tokenizer is fetched.
+    """
+    try:
+        look(config)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def check_asked(config: Config) -> task.Questions:
+    """All checks but that of the devices. Returns what the run asks."""
     questions = task.build(config)
     check_choice(config, questions)
     check_images(config, questions)

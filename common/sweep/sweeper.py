@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from common.config import composition
 from common.config.command_line import literal
+from common.config.schema import Config
 from common.report.paper import page, points
 from common.run.run_folder import RunFolder
 from common.run.safe import result_is_safe
@@ -47,6 +48,14 @@ class Job:
     overrides: dict[str, str]
     values: dict[str, Any]
     needs: tuple[Path, ...]
+    config: Config | None = None
+
+    def shown(self, finished: bool) -> dry.Run:
+        """As `dry=true` shows it."""
+        alike = tuple(each for each in self.overrides.items() if each[0] not in LATER)
+        needs = [path.name for path in self.needs]
+        assert self.config is not None
+        return dry.Run(self.folder.name, self.values, self.config, finished, alike, needs)
 
     @property
     def finished(self) -> bool:
@@ -87,7 +96,8 @@ class PaperSweeper(Sweeper):
         jobs, shown = self.jobs(chapters, given)
         finished = {job.folder for job in jobs if job.finished}
         if self.config.dry:
-            dry.show([(job.folder.name, job.values, job.folder in finished) for job in jobs], self.cost)
+            here = "slurm" not in str(self.config.hydra.launcher.get("_target_", "")).lower()
+            dry.show([job.shown(job.folder in finished) for job in jobs], self.cost, here)
             return None
         folder, pages = self.describe(chapters, shown, given)
         print(f"{folder}: {len(jobs)} points, {len(finished)} finished")
@@ -219,11 +229,10 @@ class Composer:
             overrides.pop("model", None)
         cfg = self.compose(overrides)
         folder = Path(cfg.hydra.sweep.dir) / cfg.hydra.sweep.subdir
-        values = composition.plain(_task(cfg))
-        return [
-            *(job for jobs in needed.values() for job in jobs),
-            Job(point, folder, overrides, values, tuple(folders.values())),
-        ]
+        task = _task(cfg)
+        config: Any = OmegaConf.to_object(task)
+        job = Job(point, folder, overrides, composition.plain(task), tuple(folders.values()), config)
+        return [*(job for jobs in needed.values() for job in jobs), job]
 
     def few_shot(self, method: str | None) -> bool:
         """Whether a method is a learner on frozen features."""
