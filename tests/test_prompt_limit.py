@@ -15,6 +15,7 @@ from common.config.composition import validate
 from common.models import checks, meter
 from common.models.tiny import qwen2_vl
 from common.run.run_folder import RunFolder
+from common.sweep.plan import decides
 from common.types import Item, Prompt, Split, Task, UserError
 from common.vlm import build
 from tests.conftest import REPOSITORY
@@ -122,9 +123,7 @@ def test_a_limit_by_hand_is_the_same_run(compose, setting):
     chosen = ["method=clsrl", "data=dtd", f"setting={setting}", "model=qwen2_vl_2b"]
     values = [composition.plain(compose(*chosen, *more)) for more in ((), ("model.max_prompt_tokens=4096",))]
     assert composition.signature(values[0]) == composition.signature(values[1])
-    assert not composition.decides("model.max_prompt_tokens") and composition.decides("model.image_size"), (
-        "so numbers stay comparable"
-    )
+    assert not decides("model.max_prompt_tokens") and decides("model.image_size"), "so numbers stay comparable"
 
 
 def test_a_folder_of_the_time_when_the_limit_counted_is_continued(tmp_path):

@@ -236,19 +236,6 @@ def decides_result(values: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def decides(key: str) -> bool:
-    """Whether a result depends on an override's key.
-
-    >>> [decides(key) for key in ("gpus", "tracking.mode", "data.root", "data", "rollout.temperature")]
-    [False, False, False, True, True]
-    >>> [decides(f"model.{key}") for key in ("max_prompt_tokens", "path")]
-    [False, True]
-    """
-    first, *rest = key.lstrip("+~").split("@")[0].replace("/", ".").split(".")
-    parts = {"data": NOT_IN_SIGNATURE_OF_DATA, "model": NOT_IN_SIGNATURE_OF_MODEL}
-    return first not in NOT_IN_SIGNATURE and rest[:1] not in [[name] for name in parts.get(first, ())]
-
-
 def few_shot_of(values: dict[str, Any]) -> str | None:
     """The few-shot learner that a run fits: its method's own, or the draft of its method; None: none."""
     method = values.get("method", {})

@@ -32,7 +32,7 @@ from common.report.paper import page, points
 from common.run.run_folder import RunFolder
 from common.run.safe import result_is_safe
 from common.sweep import book, dry, plugin
-from common.sweep.plan import LATER, RUN, Point, expand
+from common.sweep.plan import LATER, RUN, Point, decides, expand
 from common.types import UserError
 
 LONGEST = 120  # characters of a sweep's folder
@@ -177,11 +177,11 @@ class PaperSweeper(Sweeper):
         """Write down what the pages need. Returns the sweep's folder and its chapters', beside those of the runs."""
         assert self.config is not None
         name, outputs = str(self.config.hydra.job.config_name), Path(self.config.hydra.sweep.dir)
-        said = {key: ",".join(values) for key, values in given.items() if composition.decides(key)}
+        said = {key: ",".join(values) for key, values in given.items() if decides(key)}
         pages = []
         for chapter, runs in zip(chapters, shown, strict=True):
             values = {key: each for key, each in {**chapter.given, **given}.items() if key not in STILL_THE_PAPERS}
-            changed, chosen = chapter.parted({key: each for key, each in values.items() if composition.decides(key)})
+            changed, chosen = chapter.parted({key: each for key, each in values.items() if decides(key)})
             pages.append(outputs / folder_name(f"{name}-{chapter.name}" if self.is_book else name, said))
             points.Sweep(chapter.name, chapter.page, changed, runs, chosen).save(pages[-1])
         return outputs / folder_name(name, said), pages
