@@ -8,12 +8,14 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from clsrl.method import ClosedFormQuestion
 from common.config import composition
 from common.config.composition import validate
 from common.models import checks, meter
 from common.models.tiny import qwen2_vl
+from common.predict.trained import Trained, config_of
 from common.run.run_folder import RunFolder
 from common.sweep.plan import decides
 from common.types import Item, Prompt, Split, Task, UserError
@@ -127,8 +129,6 @@ def test_a_limit_by_hand_is_the_same_run(compose, setting):
 
 
 def test_a_folder_of_the_time_when_the_limit_counted_is_continued(tmp_path):
-    import yaml
-
     model = {"name": "m", "path": None, "recipe": "r", "max_prompt_tokens": 512}
     old = {"shots": 4, "model": model}
     former = composition._digits(composition.decides_result(old) | {"model": {k: model[k] for k in model}})
@@ -140,6 +140,14 @@ def test_a_folder_of_the_time_when_the_limit_counted_is_continued(tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"signature": "0" * 12, **old}))
     with pytest.raises(UserError, match="the file was edited"):
         RunFolder(tmp_path).finished_result(now)
+
+
+def test_questions_about_new_pictures_may_be_longer(compose, tmp_path):
+    """Where nobody knows the truth, all names are listed."""
+    values = composition.plain(compose("rollout=vllm", "model.max_prompt_tokens=100"))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    config = config_of(Trained.of(tmp_path))
+    assert config.model.max_prompt_tokens is None and config.rollout.options["prompt_tokens"] is None
 
 
 def test_an_engine_gets_room_for_the_questions(compose):
