@@ -30,7 +30,9 @@ from common.runtime import garbage
 from common.runtime.distributed import barrier, rank
 from common.runtime.group import init_process_group
 from common.runtime.stopwatch import Stopwatch
-from common.training.silent import silent_rewards
+from common.training.schedule import total_updates
+from common.training.signs import Signs
+from common.training.silent import CUT, silent_rewards
 
 
 def run(config: Config, values: dict[str, Any], folder: Path, questions: Questions | None = None) -> Result:
@@ -81,6 +83,7 @@ def run(config: Config, values: dict[str, Any], folder: Path, questions: Questio
             rows = recorder.files.read_log("metrics.jsonl")
             result.train |= best_evaluation(config, learner, checkpoints, after, updates, rows)
             result.train["silent_rewards"] = silent_rewards(rows)
+            result.train |= told(config, learner, updates, rows)
         result.remarks = list(learner.remarks)
         result.train["seconds"] = clock.split(recorder.seconds())
         keep_thumbnails(config, learner, before, after, folder)
@@ -137,6 +140,24 @@ def conclude(result: Result, before: Evaluation | None, after: Evaluation, updat
     if updates:
         result.after, result.overall["after"] = after.summary, after.overall
         result.train["paired"] = {} if before is None else paired(before, after)
+
+
+def told(config: Config, learner: Learner, updates: int, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Signs that the training went wrong (`signs`), the share of completions that were cut (`cut`), if it is large, and
+    how many updates were planned (`planned`), if patience has ended it.
+
+    Args:
+        config: Of the run.
+        learner: With the questions.
+        updates: How many were made.
+        rows: Of metrics.jsonl.
+    """
+    if config.trainer.name == "none":
+        return {}
+    limit = config.rollout.max_completion_tokens
+    signs, planned = Signs(rows, limit), total_updates(config.trainer, len(learner.questions.train))
+    cut = {"cut": {"share": signs.cut, "limit": limit}} if signs.cut >= CUT else {}
+    return {**cut, "signs": signs.found, **({"planned": planned} if planned > updates else {})}
 
 
 def best_evaluation(

@@ -25,13 +25,7 @@ def check(config: Config, questions: Questions) -> None:
     check_8bit(config)
     measure = check_weights(config)
     check_words(config, measure, questions.task)
-    for prompts in (questions.train, *questions.evaluation.values()):
-        if not prompts:
-            continue
-        lengths = measure.tokens(prompts, config.model.image_size)
-        longest = max(range(len(lengths)), key=lengths.__getitem__)
-        if lengths[longest] > config.model.max_prompt_tokens:
-            raise meter.too_long(lengths[longest], config.model.max_prompt_tokens, prompts[longest])
+    check_lengths(config, questions, measure)
     if rank() == 0 and (line := unknown_classes(config, questions)):
         log.warning("%s", line)
 
@@ -61,6 +55,28 @@ def check_words(config: Config, measure: meter.PromptMeter, task: Task) -> None:
 
 def _questions(data: DataConfig) -> tuple[tuple[str, str], ...]:
     return ("question", data.question), ("open_question", data.open_question)
+
+
+def check_lengths(config: Config, questions: Questions, measure: meter.PromptMeter) -> None:
+    """Every prompt is within the limit, if there is one, and leaves the model its completion."""
+    limit, completion = config.model.max_prompt_tokens, config.rollout.max_completion_tokens
+    bounds = [limit] if limit is not None else []
+    if measure.context is not None:
+        bounds.append(measure.context - completion)
+    if not bounds:
+        return
+    for prompts in (questions.train, *questions.evaluation.values()):
+        if (found := measure.over(prompts, config.model.image_size, min(bounds))) is None:
+            continue
+        length, prompt = found
+        if limit is not None and length > limit:
+            raise meter.too_long(length, limit, prompt)
+        raise UserError(
+            f"the prompt of image {prompt.image} has {length} tokens, and with"
+            f" rollout.max_completion_tokens={completion} that is more than the {measure.context} that"
+            f" model={config.model.name} can read: lower rollout.max_completion_tokens, or list fewer names"
+            " (setting.list_share)"
+        )
 
 
 def unknown_classes(config: Config, questions: Questions) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,26 @@ class PromptMeter:
             self._special = tuple(token.content for token in added if token.special)
         return min((token for token in self._special if token in text), key=text.find, default=None)
 
+    @property
+    def context(self) -> int | None:
+        """Tokens of prompt and completion together that the model was made for; None: its config.json does not say."""
+        values = {**self.config, **self.config.get("text_config", {})}
+        return values.get("max_position_embeddings")
+
+    def over(self, prompts: Sequence[Prompt], image_size: int, limit: int) -> tuple[int, Prompt] | None:
+        """The longest prompt and its length in tokens, if that is over the limit.
+
+        A byte is a token at most, so only texts that could be too long are tokenized.
+        """
+        kinds = list({(prompt.system, prompt.image_last): prompt for prompt in prompts}.values())
+        around = max(self.tokens(kinds, image_size), default=0)  # what the template adds to a text is less than this
+        category = self.family.image_tokens(self.config, image_size)
+        most = [around + len(p.text.encode()) + category * len(p.categories) for p in prompts]
+        long = [prompt for prompt, tokens in zip(prompts, most, strict=True) if tokens > limit]
+        found = zip(self.tokens(long, image_size), long, strict=True)
+        longest = max(found, key=lambda each: each[0], default=None)
+        return longest if longest is not None and longest[0] > limit else None
+
 
 def _refuse(message: str) -> None:
     raise UserError(f"the model's chat template refuses this prompt: {message}")
@@ -134,6 +154,21 @@ def messages(prompt: Prompt) -> list[dict[str, Any]]:
 def _conversation(prompt: Prompt) -> tuple[str | None, str, bool]:
     """What `messages` reads of a prompt."""
     return prompt.system, prompt.text, prompt.image_last
+
+
+def room(longest: int, completion: int, context: int | None) -> int:
+    """Tokens that an engine sets aside for a prompt: a power of two, so that questions of other lengths fit as well.
+
+    Args:
+        longest: Tokens of the longest prompt that is known.
+        completion: Tokens of the longest completion.
+        context: See `PromptMeter.context`.
+
+    >>> room(700, 64, None), room(1178, 1024, 32768), room(1178, 64, 2048)
+    (1024, 2048, 1984)
+    """
+    size = max(1024, 1 << (longest - 1).bit_length())
+    return size if context is None else max(longest, min(size, context - completion))
 
 
 def too_long(length: int, limit: int, prompt: Prompt) -> UserError:

@@ -71,6 +71,9 @@ def config_of(run: Trained, began: bool = False) -> Config:
     values["gpus"] = 1 if values["gpus"] and torch.cuda.is_available() else 0  # this process alone
     values["tracking"] = {**values["tracking"], "mode": "disabled"}
     values["data"] = {**values["data"], "cache_gb": 0.0}  # new pictures are not kept
+    values["model"] = {**values["model"], "max_prompt_tokens": None}  # without the truth, a question lists all names
+    if values["rollout"]["options"].get("prompt_tokens"):
+        values["rollout"]["options"]["prompt_tokens"] = None
     if not began and run.has_weights:
         values["model"] = {**values["model"], "path": str(run.model)}
     if run.embeddings.is_dir() and "bank" in values["method"]:

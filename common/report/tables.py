@@ -12,7 +12,8 @@ from rich.text import Text
 from common.data.notes import data_lines
 from common.evaluation.summary import Summary
 from common.run.result import Result
-from common.training.silent import fix
+from common.training.signs import at
+from common.training.silent import CUT, cut_line, fix
 
 PHASES = (("zero-shot", "before"), ("trained", "after"))  # what they are called, and their names in a result
 REMARK = " †"  # behind an accuracy that a line below the table says more about
@@ -93,7 +94,7 @@ def probability_lines(result: Result) -> list[str]:
 
 def overall_lines(result: Result) -> list[str]:
     """One number for several splits, and what was left out."""
-    lines = [f"†: {remark}" for remark in result.remarks]
+    lines = cut_replies(result) + [f"†: {remark}" for remark in result.remarks]
     measured = [(said, result.overall[phase]) for said, phase in PHASES if phase in result.overall]
     for name in measured[-1][1]:
         shown = ", ".join(f"{said} {percent(numbers[name])} %" for said, numbers in measured)
@@ -114,20 +115,37 @@ def overall_lines(result: Result) -> list[str]:
     return lines
 
 
+def cut_replies(result: Result) -> list[str]:
+    """Where many replies of an evaluation were cut: an answer that is cut off is wrong."""
+    return [
+        cut_line(summary.truncated, None, f"the replies to {split}, {phase},")
+        for split in result.before
+        for phase, summary in phases(result, split)
+        if summary.truncated is not None and summary.truncated >= CUT
+    ]
+
+
 def training_lines(result: Result) -> list[str]:
     """Which update "trained" is, and which rewards taught nothing."""
     best, lines = result.train.get("best"), []
+    cut = result.train.get("cut")
+    if cut:
+        lines.append(cut_line(cut["share"], cut["limit"]))
+    if planned := result.train.get("planned"):
+        lines.append(f"stopped by patience after {result.train['updates']} of {planned} updates")
     if best:
         where = "val" if best["split"] == "val" else f"{best['split']} itself: no validation images"
         tested = result.train.get("tested", result.train["updates"])
         last = result.train.get("last")  # earlier versions did not say
         lines.append(
-            f"trained: update {tested} of {result.train['updates']}; the best evaluation was after update"
-            f" {best['update']} ({percent(best['accuracy'])} % on {where}"
+            f"trained: update {tested} of {result.train['updates']}; the best evaluation was {at(best['update'])}"
+            f" ({percent(best['accuracy'])} % on {where}"
             + (f"; after the last one {percent(last['accuracy'])} %)" if last else ")")
         )
+    lines += [line for name, line in result.train.get("signs", {}).items() if not (cut and name == "cut")]
+    share = cut["share"] if cut else 0.0
     for name, whom in result.train.get("silent_rewards", {}).items():
-        lines.append(f"reward '{name}' paid {whom} in all updates: {fix(name, whom)}")
+        lines.append(f"reward '{name}' paid {whom} in all updates: {fix(name, whom, share)}")
     return lines
 
 

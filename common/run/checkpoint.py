@@ -36,7 +36,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class State:
-    """What state.json holds. best: update and accuracy (a share of 1) of the best evaluation so far.
+    """What state.json holds. best: update and accuracy (a share of 1) of the best evaluation so far, the one
+    before training (0) among them.
 
     began_from: SHA-256 of the weights that the run loads, the frozen ones among them, which no checkpoint repeats.
     lines: bytes of metrics.jsonl and timings.jsonl at this update; what follows them is computed again. seconds: spent
@@ -160,7 +161,7 @@ class Checkpoints:
         complete = self._complete()
         kept, best = {complete[-1]}, read_state(complete[-1]).best
         if best is not None and self.at_most > 1:
-            kept.add(self.folder / f"step-{best[0]:06d}")
+            kept.update(path for path in complete if path.name == f"step-{best[0]:06d}")  # the untrained one has none
         for path in reversed(complete):
             if len(kept) < self.at_most:
                 kept.add(path)

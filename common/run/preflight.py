@@ -6,6 +6,7 @@ Everything here raises `UserError`: one line that names the key, file or class a
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from common.config.schema import Config
@@ -23,6 +24,23 @@ def check(config: Config) -> task.Questions:
         What the run asks, so that nobody in this process has to read the data again.
     """
     check_devices(config)
+    return check_asked(config)
+
+
+def refusal(look: Callable[[Config], object], config: Config) -> str | None:
+    """What one of these checks, `check_asked` or `check_devices`, refuses of a run, in its words; None: nothing.
+
+    No weights are loaded; what the hub has of a tokenizer is fetched.
+    """
+    try:
+        look(config)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def check_asked(config: Config) -> task.Questions:
+    """All checks but that of the devices. Returns what the run asks."""
     questions = task.build(config)
     check_choice(config, questions)
     check_images(config, questions)
@@ -31,8 +49,15 @@ def check(config: Config) -> task.Questions:
 
 
 def check_choice(config: Config, questions: task.Questions) -> None:
-    """The best evaluation is chosen on images that no result is reported on, and its checkpoint has to be kept."""
-    if config.evaluate != "best" or config.trainer.name == "none":
+    """What evaluations decide, they decide on images that no result is reported on; the best checkpoint is kept."""
+    if config.trainer.name == "none":
+        return
+    if (patience := config.trainer.patience) and "val" not in questions.evaluation:
+        raise UserError(
+            f"trainer.patience={patience} stops by validation images, and data={config.data.name} has none in this"
+            " setting; set validation=held_out, where there is one, or trainer.patience=0"
+        )
+    if config.evaluate != "best":
         return
     if "val" not in questions.evaluation:
         raise UserError(

@@ -27,11 +27,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from common.config import composition
 from common.config.command_line import literal
+from common.config.schema import Config
 from common.report.paper import page, points
 from common.run.run_folder import RunFolder
 from common.run.safe import result_is_safe
 from common.sweep import book, dry, plugin
-from common.sweep.plan import LATER, RUN, Point, expand
+from common.sweep.plan import LATER, RUN, Point, decides, expand
 from common.types import UserError
 
 LONGEST = 120  # characters of a sweep's folder
@@ -47,6 +48,14 @@ class Job:
     overrides: dict[str, str]
     values: dict[str, Any]
     needs: tuple[Path, ...]
+    config: Config | None = None
+
+    def shown(self, finished: bool) -> dry.Run:
+        """As `dry=true` shows it."""
+        alike = tuple(each for each in self.overrides.items() if each[0] not in LATER)
+        needs = [path.name for path in self.needs]
+        assert self.config is not None
+        return dry.Run(self.folder.name, self.values, self.config, finished, alike, needs)
 
     @property
     def finished(self) -> bool:
@@ -87,7 +96,8 @@ class PaperSweeper(Sweeper):
         jobs, shown = self.jobs(chapters, given)
         finished = {job.folder for job in jobs if job.finished}
         if self.config.dry:
-            dry.show([(job.folder.name, job.values, job.folder in finished) for job in jobs], self.cost)
+            here = "slurm" not in str(self.config.hydra.launcher.get("_target_", "")).lower()
+            dry.show([job.shown(job.folder in finished) for job in jobs], self.cost, here)
             return None
         folder, pages = self.describe(chapters, shown, given)
         print(f"{folder}: {len(jobs)} points, {len(finished)} finished")
@@ -219,11 +229,10 @@ class Composer:
             overrides.pop("model", None)
         cfg = self.compose(overrides)
         folder = Path(cfg.hydra.sweep.dir) / cfg.hydra.sweep.subdir
-        values = composition.plain(_task(cfg))
-        return [
-            *(job for jobs in needed.values() for job in jobs),
-            Job(point, folder, overrides, values, tuple(folders.values())),
-        ]
+        task = _task(cfg)
+        config: Any = OmegaConf.to_object(task)
+        job = Job(point, folder, overrides, composition.plain(task), tuple(folders.values()), config)
+        return [*(job for jobs in needed.values() for job in jobs), job]
 
     def few_shot(self, method: str | None) -> bool:
         """Whether a method is a learner on frozen features."""
@@ -244,7 +253,7 @@ class Composer:
             texts = literal([f"{key}={value}" for key, value in overrides.items()])
             cfg = self.loader.load_sweep_config(self.master, texts)
             try:
-                composition.validate(_task(cfg))
+                composition.validate(_task(cfg), texts)
             except UserError as error:
                 raise UserError(f"{' '.join(texts)}: {error}") from error
             self.composed[fixed] = cfg
@@ -264,17 +273,6 @@ def folder_name(sweep: str, given: Mapping[str, str]) -> str:
     words = [text if key in ("model", "data") else f"{key}{text}" for key, text in given.items()]
     name = re.sub(r"[^\w.+-]", "_", "-".join([sweep, *words]).replace(",", "+"))
     return name if len(name) <= LONGEST else f"{name[:LONGEST]}-{sha256(name.encode()).hexdigest()[:6]}"
-
-
-def decides(key: str) -> bool:
-    """Whether a result depends on an override's key.
-
-    >>> [decides(key) for key in ("gpus", "tracking.mode", "data.root", "data", "rollout.temperature")]
-    [False, False, False, True, True]
-    """
-    first, *rest = key.lstrip("+~").split("@")[0].replace("/", ".").split(".")
-    of_data = first == "data" and bool(rest) and rest[0] in composition.NOT_IN_SIGNATURE_OF_DATA
-    return first not in composition.NOT_IN_SIGNATURE and not of_data
 
 
 def _task(cfg: DictConfig) -> DictConfig:
