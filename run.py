@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from common.config import composition as configuration
 from common.config import suggest
 from common.config.command_line import literal
-from common.runtime import garbage, utf8
+from common.runtime import garbage, threads, utf8
 from common.runtime.distributed import adopt_slurm, rank, world
 from common.runtime.interrupt import Interrupted
 from common.runtime.progress import is_shown, say
@@ -140,8 +140,7 @@ def run() -> None:
     """Entry point: mistakes in the request become one line and exit code 1, anything else a traceback."""
     utf8.ensure()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that errors reach this function and not Hydra's own printer
-    # CPU threads that spin while they wait slow two runs on one machine down thirty times (docs/log.md)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    threads.settle()
     adopt_slurm()
     try:
         if "task=predict" in sys.argv[1:]:  # nothing is composed: the run has its configuration
