@@ -1,4 +1,6 @@
-"""`hydra/launcher=slurm`: what is submitted, and a sweep that submitit runs on this machine."""
+"""SLURM: what `hydra/launcher=slurm` submits, a sweep that submitit runs on this machine, and tasks of a job. A real one:
+tests/test_slurm_jobs.py.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +8,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
+from common.runtime import slurm
 from tests.conftest import REPOSITORY, initialized
 
 DEBUG = """
@@ -138,3 +142,46 @@ hydra:
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "out" / "mine" / "table.csv").is_file()
     assert results(tmp_path / "out") == [1, 1, 2, 2]
+
+
+@pytest.mark.slow
+def test_a_first_node_without_an_address_is_one_line(tmp_path):
+    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7"}
+    environment = {name: value for name, value in os.environ.items() if name not in ("MASTER_ADDR", "RANK")}
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "run.py", f"hydra.run.dir={tmp_path / 'run'}"],
+        cwd=REPOSITORY,
+        env=environment | step | {"SLURM_STEP_NODELIST": "nowhere.invalid,other"},
+        capture_output=True,
+        text=True,
+    )
+    (line,) = done.stderr.strip().splitlines()
+    assert done.returncode == 1 and line.startswith(
+        "error: the job's first node nowhere.invalid, where its 2 tasks meet"
+    )
+    assert "MASTER_ADDR" in line and time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize(
+    ("shown", "again"),
+    [
+        ("JobState=RUNNING Requeue=1 PreemptTime=2026-01-01T10:00:00", True),
+        ("JobState=RUNNING Requeue=0 PreemptTime=2026-01-01T10:00:00", False),
+        ("JobState=CANCELLED Requeue=1 PreemptEligibleTime=2026-01-01T10:00:00 PreemptTime=None", False),
+    ],
+    ids=["preempted", "no requeue", "cancelled"],
+)
+def test_a_preempted_job_is_queued_again(monkeypatch, tmp_path, shown, again):
+    """SLURM itself does so only with jobs that it has to kill."""
+    tool = tmp_path / "scontrol"
+    tool.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/asked\n[ "$1" = requeue ] || echo "{shown}"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert not slurm.requeue_if_preempted() and not (tmp_path / "asked").exists()
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert slurm.requeue_if_preempted() is again
+    assert ("requeue 7" in (tmp_path / "asked").read_text().splitlines()) is again
+    monkeypatch.setenv("RANK", "1")
+    assert not slurm.requeue_if_preempted(), "one rank asks for all"
