@@ -89,7 +89,7 @@ def test_without_the_package_the_command_that_installs_it_is_named():
 
 @pytest.mark.slow
 def test_without_a_cluster_it_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.setenv("PATH", str(tmp_path))
     done = sweep(tmp_path, "hydra/launcher=slurm", "seed=1,2")
     assert done.returncode == 1 and "there is no srun here" in done.stderr.splitlines()[-1]
 

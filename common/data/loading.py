@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import zlib
 from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from common.runtime.disk_cache import DiskCache
 from common.runtime.progress import progress
 from common.types import BadImage, Images, UserError
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 SUFFIX = ".rgb"  # of the cache's files
 CHECKSUM = 4  # bytes after the pixels
@@ -132,9 +134,6 @@ def examine(loader: Loader, keys: Sequence[str]) -> dict[str, str]:
 
     Returns:
         The pictures that cannot be used, with the reason.
-
-    Raises:
-        UserError: The good ones cannot be written down.
     """
     digests: dict[str, str] = {}
     bad: dict[str, str] = {}
@@ -160,7 +159,7 @@ def _try(loader: Loader, waiting: dict[str, str], notes: Path | None) -> Iterato
     for start in range(0, len(keys), CHUNK):
         chunk = keys[start : start + CHUNK]
         outcomes = list(zip(chunk, loader.attempt(check, chunk), strict=True))
-        _note(notes, [waiting[key] for key, outcome in outcomes if outcome is None])
+        notes = _note(notes, [waiting[key] for key, outcome in outcomes if outcome is None])
         yield from outcomes
 
 
@@ -172,17 +171,21 @@ def _noted(notes: Path | None, wanted: set[str]) -> set[str]:
         return {digest for line in lines if (digest := line.rstrip()) in wanted}
 
 
-def _note(notes: Path | None, digests: list[str]) -> None:
-    """Write digests down, in one piece for the sake of other processes. Begins a line, should the last be torn."""
+def _note(notes: Path | None, digests: list[str]) -> Path | None:
+    """Write digests down, in one piece for the sake of other processes. Begins a line, should the last be torn.
+
+    Returns:
+        Where to write more; None where nothing can be written.
+    """
     if notes is None or not digests:
-        return
+        return notes
     try:
         with notes.open("ab", buffering=0) as file:
             file.write("\n".join(["", *digests, ""]).encode())
     except OSError as error:
-        raise UserError(
-            f"cache_dir: {notes} cannot be written ({error.strerror}); make room or choose another"
-        ) from error
+        log.warning("%s cannot be written: %s (cache_dir); images are checked again", notes, error.strerror)
+        return None
+    return notes
 
 
 def report(bad: dict[str, str], total: int) -> UserError:
