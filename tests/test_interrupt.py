@@ -136,6 +136,17 @@ def test_what_nohup_ignores_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
+def test_a_forked_child_ends_by_the_signal():
+    """A process that a library starts meanwhile, and ends with SIGTERM."""
+    for asked in (heeded, requested):
+        with heeded(), asked():
+            child = os.fork()
+            if not child:
+                press(signal.SIGTERM)
+                os._exit(1)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+
+
 def test_an_update_without_end_is_given_up(monkeypatch):
     monkeypatch.setattr(interrupt, "LONGEST_UPDATE", 1)
     began = time.monotonic()

@@ -156,3 +156,14 @@ def _handling(handler: Callable[[int, FrameType | None], None], numbers: Sequenc
     finally:
         for number, earlier in before.items():
             signal.signal(number, earlier)
+
+
+def _leave() -> None:
+    """A forked child ends by SIGTERM, as who starts it expects."""
+    for number in BESIDE_CTRL_C:
+        handler = signal.getsignal(number)
+        if isinstance(handler, _Once) or isinstance(getattr(handler, "__self__", None), Request):
+            signal.signal(number, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_leave)
