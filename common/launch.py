@@ -59,16 +59,30 @@ def start_ranks(count: int, config: Config, values: dict[str, Any], folder: Path
     )
     with left_to_ranks() as request:
         try:
-            elastic_launch(elastic, worker)(config, values, folder)
+            elastic_launch(elastic, as_rank)(config, values, folder)
         except ChildFailedError as error:
             failure = error.get_first_failure()[1].message  # a dict where the rank could write its error file
             cause = str(failure["message"] if isinstance(failure, dict) else failure)
-            for kind in (UserError, Interrupted):
-                if cause.startswith(f"{kind.__name__}: "):
-                    raise kind(cause.removeprefix(f"{kind.__name__}: ")) from None
+            for raised, kind in ((UserError, UserError), (RankStopped, Interrupted)):
+                if cause.startswith(f"{raised.__name__}: "):
+                    raise kind(cause.removeprefix(f"{raised.__name__}: ")) from None
             if request.made:  # a rank that had only begun
                 raise Interrupted("stopped; the same command goes on from the last checkpoint") from None
             raise
+
+
+class RankStopped(Exception):
+    """What `Interrupted` is between a rank and the process that started it."""
+
+
+def as_rank(config: Config, values: dict[str, Any], folder: Path) -> None:
+    """`worker` for torch elastic, which takes a KeyboardInterrupt for an end without error, and then waits for ever for
+    what the rank returns.
+    """
+    try:
+        worker(config, values, folder)
+    except Interrupted as stop:
+        raise RankStopped(str(stop)) from None
 
 
 def worker(config: Config, values: dict[str, Any], folder: Path, questions: Questions | None = None) -> None:

@@ -330,6 +330,19 @@ def test_a_rank_leaves_the_message_to_its_catcher(monkeypatch, compose, tmp_path
     assert set(logging.getLogger().handlers) == set(handlers)
 
 
+def test_a_stopped_rank_is_no_success_to_torch_elastic(monkeypatch, tmp_path):
+    """It passes over a KeyboardInterrupt and waits for what the rank returns."""
+
+    from common import launch
+
+    def stopped(*_):
+        raise Interrupted("stopped after update 3 of 9")
+
+    monkeypatch.setattr(launch, "worker", stopped)
+    with pytest.raises(Exception, match="after update 3 of 9"):  # no KeyboardInterrupt
+        launch.as_rank(None, {}, tmp_path)
+
+
 @pytest.mark.faults
 def test_ctrl_c_on_the_command_line(untrained_folder, tmp_path):
     folder = tmp_path / "run"

@@ -181,7 +181,7 @@ def test_a_job_at_its_time_limit_is_queued_again_and_goes_on(partitions, tmp_pat
     assert_same(folder, whole)
 
 
-@pytest.mark.parametrize("mistake", ["partition", "time", "memory"])
+@pytest.mark.parametrize("mistake", ["partition", "time"])
 def test_an_array_that_can_never_start_is_one_line(partitions, tmp_path, mistake):
     low = partitions[0]
     if mistake == "time" and low["MaxTime"] == "UNLIMITED":
@@ -192,7 +192,6 @@ def test_an_array_that_can_never_start_is_one_line(partitions, tmp_path, mistake
             ["hydra.launcher.timeout_min=99999"],
             "never start job .*PartitionTimeLimit.*timeout_min|no such job .*time limit",
         ),
-        "memory": (["hydra.launcher.cpus_per_task=99999"], "SLURM takes no such job"),
     }[mistake]
     partition = f"hydra.launcher.partition={low['PartitionName']}"
     began = time.monotonic()
