@@ -72,7 +72,7 @@ def ask(array: str) -> list[tuple[str, str, str]]:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0 and "Invalid job id" not in done.stderr:
         raise ConnectionError(done.stderr.strip())
-    found = (line.strip().split("|") for line in done.stdout.splitlines())
+    found = (line.strip().split("|") for line in done.stdout.splitlines() if line.strip())
     return [(job, state, reason) for job, state, reason in found]
 
 

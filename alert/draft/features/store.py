@@ -14,6 +14,7 @@ import hashlib
 import logging
 import uuid
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO
 
@@ -44,12 +45,12 @@ class Store:
         """
         self.folder, self.width, self.dtype = folder, width, np.dtype(dtype)
         self.writable = True
+        self.writer: tuple[IO[bytes], IO[bytes]] | None = None
         self.kept: list[tuple[NDArray[np.bytes_], NDArray[np.generic]]] = []  # in memory
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             self._give_up(error)
-        self.writer: tuple[IO[bytes], IO[bytes]] | None = None
         self.tables: dict[str, NDArray[np.generic]] = {}  # by file; the order stays, so that places stay
         self.refresh()
 
@@ -107,6 +108,9 @@ class Store:
 
     def _give_up(self, error: OSError) -> None:
         self.writable = False
+        with suppress(OSError):  # what it still holds goes nowhere
+            self.close()
+        self.writer = None
         log.warning("features are kept in memory, not in %s: %s (cache_dir)", self.folder, error.strerror)
 
     def read(self, where: NDArray[np.int64]) -> torch.Tensor:
@@ -120,8 +124,9 @@ class Store:
     def close(self) -> None:
         """End this process's files."""
         if self.writer is not None:
-            for file in self.writer:
-                file.close()
+            with ExitStack() as files:
+                for file in self.writer:
+                    files.callback(file.close)
             self.writer = None
 
 
