@@ -52,5 +52,5 @@ def fix_order() -> None:
     """Let CPU threads add up in one order: PyTorch's gradient of `x[rows]`, where a row is read several times, is
     otherwise a sum in the order in which they come. On GPUs it has one anyway.
     """
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a check, which costs time
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # only to find mistakes
     torch.use_deterministic_algorithms(True, warn_only=True)
