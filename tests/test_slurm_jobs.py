@@ -16,7 +16,7 @@ import pytest
 from tests.conftest import CACHE, REPOSITORY
 from tests.test_slurm import results
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
 PATIENCE = 600  # seconds
 TRAINING = [
     "trainer.evaluate_every=0",
