@@ -21,9 +21,9 @@ from omegaconf.errors import OmegaConfBaseException
 from common.config import composition as configuration
 from common.config import suggest
 from common.config.command_line import literal
-from common.runtime import garbage, utf8
-from common.runtime.distributed import adopt_slurm, rank, world
-from common.runtime.interrupt import Interrupted
+from common.runtime import garbage, slurm, threads, utf8
+from common.runtime.distributed import rank, world
+from common.runtime.interrupt import Interrupted, heeded
 from common.runtime.progress import is_shown, say
 from common.types import UserError
 
@@ -40,21 +40,23 @@ def main(cfg: DictConfig) -> None:
     """One job; a multirun calls it once per point and goes on with the next when one fails."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     garbage.rest()
-    try:
-        job(cfg, folder)
-    except UserError as error:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            print(f"{folder.name}: {one_line(error)}", file=sys.stderr)  # Hydra itself only reports the first
-            raise
-        sys.exit(one_line(error))
-    except KeyboardInterrupt as stop:
-        message = str(stop) if isinstance(stop, Interrupted) else "stopped; the same command goes on"
-        print(f"{folder.name}: {message}", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-    finally:
-        garbage.resume()
-        with suppress(OSError):
-            folder.rmdir()  # made by Hydra; goes only if it is empty
+    with heeded():
+        try:
+            job(cfg, folder)
+        except UserError as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                print(f"{folder.name}: {one_line(error)}", file=sys.stderr)  # Hydra itself only reports the first
+                raise
+            sys.exit(one_line(error))
+        except KeyboardInterrupt as stop:
+            message = str(stop) if isinstance(stop, Interrupted) else "stopped; the same command goes on"
+            message += "; SLURM has queued the job again" if slurm.requeue_if_preempted() else ""
+            print(f"{folder.name}: {message}", file=sys.stderr)
+            sys.exit(INTERRUPTED)
+        finally:
+            garbage.resume()
+            with suppress(OSError):
+                folder.rmdir()  # made by Hydra; goes only if it is empty
 
 
 def job(cfg: DictConfig, folder: Path) -> None:
@@ -144,10 +146,9 @@ def run() -> None:
     """Entry point: mistakes in the request become one line and exit code 1, anything else a traceback."""
     utf8.ensure()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that errors reach this function and not Hydra's own printer
-    # CPU threads that spin while they wait slow two runs on one machine down thirty times (docs/log.md)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    adopt_slurm()
+    threads.settle()
     try:
+        slurm.adopt()
         if "task=predict" in sys.argv[1:]:  # nothing is composed: the run has its configuration
             from common.predict import __main__ as predict
 

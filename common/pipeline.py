@@ -8,6 +8,7 @@ What is trained and tested is a `Learner` (common/learner.py); here is only the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -25,7 +26,7 @@ from common.run.recorder import Recorder
 from common.run.result import Result, describe, paired
 from common.run.run_folder import RunFolder
 from common.run.safe import result_is_safe
-from common.run.tracking import make_tracker
+from common.run.tracking import make_tracker, settled_mode
 from common.runtime import garbage
 from common.runtime.distributed import barrier, rank
 from common.runtime.group import init_process_group
@@ -48,6 +49,7 @@ def run(config: Config, values: dict[str, Any], folder: Path, questions: Questio
         The result, as written to metrics.json.
     """
     clock = Stopwatch()
+    config = replace(config, tracking=replace(config.tracking, mode=settled_mode(config.tracking.mode)))
     device = init_process_group(config.gpus)
     with clock.phase("data"):
         questions = readable(config, questions)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 
 from rich.console import Console
 from rich.table import Table
@@ -176,5 +177,6 @@ def show(result: Result, folder: Path, console: Console | None = None) -> None:
     console.print(Text(f"run folder: {folder}"), soft_wrap=True)
     if (folder / "report.html").is_file():
         console.print(Text(f"every reply, to look at: {folder / 'report.html'}"), soft_wrap=True)
-    if offline := sorted((folder / "wandb").glob("**/offline-run-*")):
-        console.print(Text(f"W&B was offline; upload it with: wandb sync {offline[-1]}"), soft_wrap=True)
+    if offline := sorted((folder / "wandb").glob("**/offline-run-*")):  # one of every attempt
+        paths = " ".join(quote(str(path)) for path in offline)
+        console.print(Text(f"W&B was offline; upload it with: wandb sync {paths}"), soft_wrap=True)
