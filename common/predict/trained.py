@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from common.config import composition
+from common.config import composition, trust
 from common.config.schema import Config, TrainerConfig
 from common.data import task as tasks
 from common.data.task import Questions
@@ -30,18 +29,23 @@ RECORDS = "run"  # of an exported model: configuration, manifest and result of i
 
 @dataclass(frozen=True)
 class Trained:
-    """folder: as it was given. records: with config.yaml, manifest.json, metrics.json. model: with the weights."""
+    """folder: as it was given. records: with config.yaml, manifest.json, metrics.json. model: with the weights.
+
+    trust_code: the configuration may name code of any package. data: where the dataset lies now, if it was moved.
+    """
 
     folder: Path
     records: Path
     model: Path
+    trust_code: bool = False
+    data: Path | None = None
 
     @classmethod
-    def of(cls, folder: Path) -> Trained:
+    def of(cls, folder: Path, trust_code: bool = False, data: Path | None = None) -> Trained:
         """Of a run's folder, or of a model that was exported from one."""
         if (folder / RECORDS / "config.yaml").is_file():
-            return cls(folder, folder / RECORDS, folder)
-        return cls(folder, folder, folder / "model")
+            return cls(folder, folder / RECORDS, folder, trust_code, data)
+        return cls(folder, folder, folder / "model", trust_code, data)
 
     @property
     def has_weights(self) -> bool:
@@ -60,27 +64,46 @@ def config_of(run: Trained, began: bool = False) -> Config:
     `began`: with the weights that it began from.
 
     Raises:
-        UserError: This version cannot read it.
+        UserError: This version cannot read it, or it names foreign code (common/config/trust.py).
     """
-    values: dict[str, Any] = yaml.safe_load((run.records / "config.yaml").read_text(encoding="utf-8"))
+    file = run.records / "config.yaml"
+    values = trust.read(file)
     values.pop("signature", None)
     values |= {"rewards": {}, "evaluate": "last", "doctor": False, "trainer": {"name": "none"}}
-    values["gpus"] = 1 if values["gpus"] and torch.cuda.is_available() else 0  # this process alone
-    values["tracking"] = {**values["tracking"], "mode": "disabled"}
-    values["data"] = {**values["data"], "cache_gb": 0.0}  # new pictures are not kept
-    if not began and run.has_weights:
-        values["model"] = {**values["model"], "path": str(run.model)}
-    if run.embeddings.is_dir() and "bank" in values["method"]:
-        values["method"] = {**values["method"], "bank": str(run.embeddings)}
+    other = f"{file} is of another version ({{}}); train it again with this one"
+    try:
+        values["gpus"] = 1 if values["gpus"] and torch.cuda.is_available() else 0  # this process alone
+        values["tracking"] = {**values["tracking"], "mode": "disabled"}
+        values["data"] = {**values["data"], "cache_gb": 0.0}  # new pictures are not kept
+        if run.data is not None:
+            values["data"] |= _moved(values["data"], run.data)
+        if not began and run.has_weights:
+            values["model"] = {**values["model"], "path": str(run.model)}
+        if run.embeddings.is_dir() and "bank" in values["method"]:
+            values["method"] = {**values["method"], "bank": str(run.embeddings)}
+    except (KeyError, TypeError) as error:
+        raise UserError(other.format(f"lacks or misuses {error}")) from error
+    trust.check(values, file, run.trust_code)
     try:
         cfg = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(values))
         config = composition.validate(cfg)  # type: ignore[arg-type]
     except OmegaConfBaseException as error:
-        text = " ".join(str(error).split())
-        raise UserError(
-            f"{run.records}/config.yaml is of another version ({text}); train it again with this one"
-        ) from error
+        raise UserError(other.format(" ".join(str(error).split()))) from error
     return replace(config, trainer=TrainerConfig(name="none"))
+
+
+def _moved(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The values of a dataset that lies elsewhere now.
+
+    Raises:
+        UserError: Nothing is there.
+    """
+    folder = folder.expanduser().absolute()
+    if not folder.exists():
+        raise UserError(f"data={folder} does not exist; give the folder in which the run's images lie now")
+    if data["source"] == "hub":
+        return {"hub": {**data["hub"], "id": str(folder)}}
+    return {"root": str(folder.parent), "folder": str(folder)}
 
 
 def without_list(config: Config) -> Config:
@@ -120,17 +143,52 @@ def questions_of(run: Trained, config: Config, names: Sequence[str] | None = Non
             " other names need a method that only reads them, such as clsrl"
         )
     if looks:
-        questions = tasks.build(config)
+        questions = _asked_again(run, config)
         splits = questions.task.evaluation
         first = next(split for name, split in splits.items() if name != "val")
         kept = {name: split for name, split in splits.items() if name == "val"}
         if config.selection == "paper":  # a few-shot learner chooses by its own test images again, not by the new ones
             kept |= {"chosen by": first}
         return replace(questions, task=replace(questions.task, evaluation={**kept, SPLIT: first}))
-    manifest = json.loads((run.records / "manifest.json").read_text(encoding="utf-8"))
+    manifest = _manifest(run)
     first = next(split for name, split in manifest["splits"].items() if name not in ("train", "val"))
     chosen = tuple(names) if names is not None else tuple(first["names"])
     split = Split((), chosen, config.data.question, config.data.open_question)
     train = replace(split, names=tuple(manifest["splits"]["train"]["names"])) if isinstance(method, Looks) else split
     task = Task(train, {SPLIT: split}, Photos(), manifest["fingerprint"], manifest["origins"])
     return Questions(task, method, [], {SPLIT: []}, manifest)
+
+
+def _asked_again(run: Trained, config: Config) -> Questions:
+    """The task of a run with its images, read anew.
+
+    Raises:
+        UserError: They are not where they were, or those that the method is fitted by are others now.
+    """
+    frozen = _manifest(run)
+    try:
+        questions = tasks.build(config, frozen["left_out"])
+    except UserError as error:
+        if run.data is not None:
+            raise
+        raise UserError(
+            f"{error}. method={config.method['name']} looks at the run's training images again: if they lie elsewhere"
+            " now, say where with --data <folder> (in Python data=...)"
+        ) from error
+    first = next(name for name in questions.task.evaluation if name != "val")
+    for split in ("train", "val", *([first] if config.selection == "paper" else [])):
+        before, now = (each["splits"].get(split, {"rows": [], "names": []}) for each in (frozen, questions.manifest))
+        if (before["names"], before["rows"]) != (now["names"], now["rows"]):
+            rows = [tuple(row) for row in before["rows"]]
+            other = next((key for key, label in map(tuple, now["rows"]) if (key, label) not in set(rows)), None)
+            what = f"has {len(now['rows'])} images instead of {len(rows)}" if other is None else f"has {other}"
+            raise UserError(
+                f"the images are not those that {run.records / 'manifest.json'} names: {split} {what}; give the folder"
+                " of the run's own images with --data <folder>"
+            )
+    return questions
+
+
+def _manifest(run: Trained) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run.records / "manifest.json").read_text(encoding="utf-8"))
+    return found
