@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import ast
 import json
+import os
+import pickle
+import random
+import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 from common import Classifier
 from common.config import composition, trust
 from common.export import __main__ as export
+from common.export import hub
+from common.models import files, meter
+from common.models import vlm as vlms
 from common.predict import __main__ as predict
 from common.predict.trained import Trained, config_of
 from common.report import __main__ as report
 from common.run.run_folder import RunFolder
 from common.serve import __main__ as serve
-from common.types import UserError
+from common.types import Prompt, UserError
 from tests.test_html import NAMES, answered, write  # noqa: F401
+from tests.test_shared_prefix import LORA
 
 ROOT = Path(__file__).parent.parent
 
@@ -246,3 +256,224 @@ def test_a_configuration_that_is_none_is_one_line(foreign, text):
     (folder / "config.yaml").write_text(text)
     with pytest.raises(UserError, match=r"was not written by a run|is of another version"):
         config_of(Trained.of(folder))
+
+
+class Bomb:
+    """What unpickling it calls leaves a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.fixture
+def bomb(tmp_path):
+    return Bomb(tmp_path / "it ran")
+
+
+def test_random_states_of_a_resumed_run_are_plain_values(tmp_path, bomb):
+    from common.run.checkpoint import Checkpoints, State, seed_generators
+
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 2)
+    seed_generators(7)
+    state = State(1, 0.0, None, 1, 7, None, "", {}, 0.0)
+    checkpoints.write(state, lambda folder: None)
+    drawn = random.random(), numpy.random.rand(3).tolist(), torch.rand(3).tolist()
+    checkpoints.restore_generators(7)
+    assert drawn == (random.random(), numpy.random.rand(3).tolist(), torch.rand(3).tolist())
+    torch.save({"python": bomb}, checkpoints.latest() / "random-0.pt")
+    with pytest.raises(UserError, match=r"random-0.pt holds more than tensors and plain values"):
+        checkpoints.restore_generators(7)
+    assert not bomb.path.exists()
+    torch.load(checkpoints.latest() / "random-0.pt", weights_only=False)
+    assert bomb.path.exists(), "the payload is a live one"
+
+
+@pytest.mark.parametrize("name", ["deepspeed/mp_rank_00_model_states.pt", "universal/zero/w/fp32.pt"])
+def test_a_checkpoint_of_deepspeed_is_looked_at_before_deepspeed_loads_it(tmp_path, bomb, process_group, name):
+    from common.config.schema import TrainerConfig
+    from common.training.engine import Engine
+
+    settings = {"zero_optimization": {"stage": 2}}
+    trainer = TrainerConfig(name="sft", learning_rate=0.1, epochs=1.0)
+    engine = Engine(torch.nn.Linear(2, 2), trainer, settings, 4)
+    for update in (0, 1):
+        engine.backward(engine(torch.ones(1, 2)).sum(), last=True)
+        engine.step(update)
+        if update == 0:
+            engine.save(tmp_path / "deepspeed")
+            kept = engine.engine.module.weight.detach().clone()
+    engine.restore(tmp_path / "deepspeed")
+    assert torch.equal(engine.engine.module.weight, kept), "what DeepSpeed writes itself is loaded"
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"module": bomb}, path)
+    with pytest.raises(UserError, match=f"{path.name} holds more than tensors and plain values"):
+        engine.restore(path.parents[name.count("/") - 1])
+    engine.close()
+    assert not bomb.path.exists()
+
+
+def test_a_few_shot_learners_state_is_plain_values(tmp_path, bomb):
+    from common.runtime import saved
+
+    torch.save({"means": torch.ones(2), "mix": (1.0, 2)}, tmp_path / "good.pt")
+    assert saved.load(tmp_path / "good.pt")["mix"] == (1.0, 2)
+    for write_it in (lambda path: torch.save(bomb, path), lambda path: path.write_bytes(pickle.dumps(bomb))):
+        write_it(tmp_path / "few_shot.pt")
+        with pytest.raises(UserError, match=r"few_shot.pt (holds more than|cannot be read)"):
+            saved.load(tmp_path / "few_shot.pt")
+    (tmp_path / "few_shot.pt").write_bytes(b"PK cut off")
+    with pytest.raises(UserError, match=r"few_shot.pt (holds more than|cannot be read)"):
+        saved.load(tmp_path / "few_shot.pt")
+    assert not bomb.path.exists()
+
+
+def test_nothing_else_unpickles():
+    """Every call of `torch.load` and `numpy.load` says so itself; pickle is used nowhere."""
+    for path in (path for package in trust.OWN for path in (ROOT / package).rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        imported = {
+            alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+            for alias in node.names
+        }
+        assert not imported & {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}, path
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            name, words = ast.unparse(call.func), {each.arg: ast.unparse(each.value) for each in call.keywords}
+            if name == "torch.load":
+                assert words.get("weights_only") == "True", path
+            if name in ("np.load", "numpy.load"):
+                assert words.get("allow_pickle") == "False", path
+            assert name not in ("yaml.unsafe_load", "yaml.full_load", "torch.jit.load"), path
+            assert words.get("trust_remote_code", "False") == "False", path
+
+
+def test_candidates_of_somebody_else_are_arrays_of_numbers(tmp_path, bomb):
+    from alert.draft import candidate_file
+    from alert.draft.candidates import Candidates, Origin
+
+    found = Candidates(("a",), numpy.zeros((1, 1), int), numpy.zeros((1, 1)), Origin("coop", "dtd", 1, 1, False))
+    candidate_file.write(tmp_path / "test", found, ["one"], [0])
+    assert candidate_file.read(tmp_path / "test", ["a"], ["one"], "dtd", "test").images == ("a",)
+    numpy.savez(tmp_path / "test.npz", image_id=numpy.array([bomb], object), topk_idx=[[0]], topk_logit=[[0.0]])
+    with pytest.raises(UserError, match=r"test.npz is no .npz file or"):
+        candidate_file.read(tmp_path / "test", ["a"], ["one"], "dtd", "test")
+    assert not bomb.path.exists()
+
+
+def test_a_bank_of_somebody_else_is_tensors(tmp_path, bomb):
+    from alert.bank import file as bank_file
+
+    bank_file.export(tmp_path, torch.ones(2, 1, 3), ["a", "b"], "qwen2_vl")
+    assert bank_file.read(tmp_path, ["a", "b"]).shape == (2, 1, 3)
+    for name, read in (
+        ("bank", lambda: bank_file.read(tmp_path, ["a", "b"])),
+        ("begun", lambda: bank_file.read_begun(tmp_path)),
+    ):
+        torch.save(bomb, tmp_path / f"{name}.safetensors")
+        with pytest.raises(UserError, match=f"{name}.safetensors is damaged"):
+            read()
+    assert not bomb.path.exists()
+
+
+def test_adapters_import_nothing(load_vlm, model_config, tmp_path, evil, bomb):
+    """PEFT imports what an entry of adapter_config.json names, and would load weights that are pickled."""
+    folder = tmp_path / "adapters"
+    load_vlm(lora=LORA).model.save_pretrained(folder)
+    config, path = model_config(path=str(folder)), folder / "adapter_config.json"
+    torch.save(bomb, folder / "adapter_model.bin")
+    vlms.load(folder, config, torch.device("cpu"))
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"megatron_config": {"x": 1}, "megatron_core": "evil"}))
+    with pytest.raises(UserError, match="the adapters in .* do not load"):
+        vlms.load(folder, config, torch.device("cpu"))
+    path.write_text(json.dumps(values))
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match="adapter_model.safetensors is missing"):
+        files.find(str(folder), None)
+    assert not evil() and not bomb.path.exists()
+
+
+@pytest.fixture
+def model(untrained_folder, tmp_path, evil):
+    """A model's folder that brings Python along: its configurations ask for it, as those of the hub do."""
+    folder = tmp_path / "model"
+    shutil.copytree(untrained_folder, folder)
+    shutil.copy(tmp_path / "packages" / "evil.py", folder / "modeling_evil.py")
+    (folder / "custom_generate").mkdir()
+    shutil.copy(tmp_path / "packages" / "evil.py", folder / "custom_generate" / "generate.py")
+    kinds = ("AutoConfig", "AutoModelForImageTextToText", "AutoProcessor", "AutoTokenizer", "AutoImageProcessor")
+    for name in ("config.json", "processor_config.json", "tokenizer_config.json"):
+        values = json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
+        values["auto_map"] = {kind: "modeling_evil.attack" for kind in kinds}
+        (folder / name).write_text(json.dumps(values))
+    return folder
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["a known architecture", "one of its own"])
+def test_python_files_of_a_model_folder_are_not_run(model, model_config, evil, monkeypatch, known):
+    monkeypatch.setattr("builtins.input", lambda question: "y")
+    config = model_config(path=str(model))
+    if known:
+        assert meter.of_folder(model, "qwen2_vl").tokenizer is not None
+        assert vlms.load(model, config, torch.device("cpu")).model.config.model_type == "qwen2_vl"
+    else:
+        values = json.loads((model / "config.json").read_text()) | {"model_type": "evil", "architectures": ["Evil"]}
+        (model / "config.json").write_text(json.dumps(values))
+        with pytest.raises(UserError, match=f"model {model} does not load"):
+            vlms.load(model, config, torch.device("cpu"))
+    assert not evil()
+
+
+def test_a_chat_template_reaches_for_nothing(model, model_config, tmp_path):
+    payload = "{{ cycler.__init__.__globals__.os.mkdir('%s') }}" % (tmp_path / "it ran")
+    for text, said in ((payload, "unsafe"), ("{% if %}", "Expected")):
+        (model / "chat_template.jinja").write_text(text)
+        with pytest.raises(UserError, match=f"chat template cannot be used.*{said}"):
+            meter.of_folder(model, "qwen2_vl").tokens([Prompt("a", "?", "b")], 32)
+        with pytest.raises(UserError, match=f"chat template cannot be used.*{said}"):
+            vlms.load(model, model_config(path=str(model)), torch.device("cpu"))
+    assert not (tmp_path / "it ran").exists()
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/secret.safetensors"])
+def test_an_index_of_weights_names_files_of_its_folder(tmp_path, name):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
+    with pytest.raises(UserError, match=f"names {name}, which is no file of this folder"):
+        files.weight_files(tmp_path)
+
+
+def test_links_out_of_a_folder_are_not_given_away(foreign, tmp_path, capsys):
+    (tmp_path / "secret").write_text("mine")
+    folder = foreign()
+    (folder / "model").mkdir()
+    (folder / "model" / "notes.txt").symlink_to(tmp_path / "secret")
+    (folder / "model" / "same.txt").symlink_to("other.txt")
+    for kind in ("model", "adapter", "bank"):
+        assert export.main([str(folder), str(tmp_path / "new"), "--as", kind]) == 2
+        assert f"notes.txt is a link to {tmp_path / 'secret'}, outside of" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"notes.txt is a link"):
+        hub.plan(folder / "model", "me/birds")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_clip_is_one_of_the_librarys_own_names(tmp_path):
+    clip = pytest.importorskip("alert.draft.features.clip")
+    for name in (f"local-dir:{tmp_path}", "hf-hub:owner/name"):
+        with pytest.raises(UserError, match=f"clip.options.model={name} is no name of open_clip's own models"):
+            clip.load("clip", torch.device("cpu"), tmp_path, torch.float32, name, pretrained="openai")
+
+
+def test_a_cache_of_another_machine_is_replaced_by_this_ones(foreign, monkeypatch, tmp_path):
+    monkeypatch.setenv("FEWSHOT_CACHE", str(tmp_path))
+    folder = foreign(cache_dir="/of/another/machine")
+    assert config_of(Trained.of(folder)).cache_dir == str(tmp_path)
+    (tmp_path / "export").mkdir()
+    (folder / "config.yaml").write_text((folder / "config.yaml").read_text().replace("/of/another/machine", "/"))
+    assert config_of(Trained.of(folder)).cache_dir == "/", "the run's own, where it is there"
+    folder.rename(tmp_path / "export" / "run")
+    assert config_of(Trained.of(tmp_path / "export")).cache_dir == str(tmp_path), "an export has none"

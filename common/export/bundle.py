@@ -19,7 +19,7 @@ from common.export import plain
 from common.export.card import write_card
 from common.method import Exports, Looks, Recalls, Words
 from common.models import vlm
-from common.models.files import ADAPTERS, weights_folder
+from common.models.files import ADAPTERS, check_links, weights_folder
 from common.models.meter import messages
 from common.predict.trained import RECORDS, Trained, config_of, method_of, questions_of
 from common.run.result import Result
@@ -46,6 +46,7 @@ def export(run: Path, target: Path, kind: str = "model", licence: str | None = N
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists already; give a new folder")
     trained = Trained.of(run, trust_code)
+    check_links(trained.model)
     result = Result.load(trained.records)
     config = config_of(trained)
     if config.model.family == "none":

@@ -28,6 +28,7 @@ from common.evaluation.evaluate import spread
 from common.run import loop
 from common.run.checkpoint import Checkpoints
 from common.run.recorder import Recorder
+from common.runtime import saved
 from common.runtime.distributed import barrier, rank
 from common.training.base import Step
 from common.types import Answers, Item, Prediction, Probabilities
@@ -101,7 +102,7 @@ class FewShotLearner:
     def take_over(self, folder: Path) -> None:
         if self.learner.steps:
             self._begin()
-            self.learner.restore(torch.load(folder / STATE, map_location=self.bench.device))
+            self.learner.restore(saved.load(folder / STATE, self.bench.device))
             self.learner.end()
 
     def _begin(self) -> None:
@@ -117,7 +118,7 @@ class FewShotLearner:
             return 0
         self._begin()
         if self.checkpoints.resumed is not None:
-            learner.restore(torch.load(self.checkpoints.resumed / STATE, map_location=self.bench.device))
+            learner.restore(saved.load(self.checkpoints.resumed / STATE, self.bench.device))
         made = loop.train(self, self, learner.steps, self.config, self.checkpoints, recorder, self.save)
         self.facts = learner.end()
         log.info("%s chose %s", self.name, self.facts)
@@ -141,7 +142,7 @@ class FewShotLearner:
         yield
 
     def restore(self, folder: Path, done: int) -> None:
-        self.learner.restore(torch.load(folder / STATE, map_location=self.bench.device))
+        self.learner.restore(saved.load(folder / STATE, self.bench.device))
 
     def close(self) -> None:
         self.bench.close()
