@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,6 +76,8 @@ def config_of(run: Trained, began: bool = False) -> Config:
         values["gpus"] = 1 if values["gpus"] and torch.cuda.is_available() else 0  # this process alone
         values["tracking"] = {**values["tracking"], "mode": "disabled"}
         values["data"] = {**values["data"], "cache_gb": 0.0}  # new pictures are not kept
+        if run.records != run.folder or not Path(values["cache_dir"]).is_dir():  # of another machine
+            values["cache_dir"] = os.environ.get("FEWSHOT_CACHE", "cache")
         if run.data is not None:
             values["data"] |= _moved(values["data"], run.data)
         if not began and run.has_weights:
@@ -178,13 +181,13 @@ def _asked_again(run: Trained, config: Config) -> Questions:
     first = next(name for name in questions.task.evaluation if name != "val")
     for split in ("train", "val", *([first] if config.selection == "paper" else [])):
         before, now = (each["splits"].get(split, {"rows": [], "names": []}) for each in (frozen, questions.manifest))
-        if (before["names"], before["rows"]) != (now["names"], now["rows"]):
-            rows = [tuple(row) for row in before["rows"]]
-            other = next((key for key, label in map(tuple, now["rows"]) if (key, label) not in set(rows)), None)
-            what = f"has {len(now['rows'])} images instead of {len(rows)}" if other is None else f"has {other}"
+        old, new = ([tuple(row[:2]) for row in each["rows"]] for each in (before, now))
+        if (before["names"], old) != (now["names"], new):
+            others = [image for image, label in new if (image, label) not in set(old)]
+            what = f"has {others[0]}" if others else f"lacks some of its {len(old)} images, or has other classes"
             raise UserError(
-                f"the images are not those that {run.records / 'manifest.json'} names: {split} {what}; give the folder"
-                " of the run's own images with --data <folder>"
+                f"these are not the images that {run.records / 'manifest.json'} names: {split} {what}; give the folder"
+                " of the run's own with --data <folder> (in Python data=...)"
             )
     return questions
 
