@@ -13,7 +13,7 @@ import torch
 from common.types import UserError
 
 # What pickles an array of numbers: beside PyTorch's own kinds the generators of NumPy are kept as one.
-ARRAY = (np.empty(0).__reduce__()[0], np.ndarray, np.dtype, type(np.dtype(np.uint32)))
+ARRAY: tuple[Any, ...] = (np.empty(0).__reduce__()[0], np.ndarray, np.dtype, type(np.dtype(np.uint32)))
 
 
 def load(path: Path, device: torch.device | str = "cpu", also: Sequence[Any] = (), mmap: bool = False) -> Any:
