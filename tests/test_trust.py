@@ -144,6 +144,7 @@ def test_reports_and_resuming_only_read_it(foreign, evil, capsys, compose):
         ("model.recipe", "shutil", "is not of this project"),
         ("few_shot.coop._target_", "common.models.host_rows.HostRows", "is no few-shot learner"),
         ("rewards.x.fn", "common.models.host_rows.HostRows", "is no reward"),
+        ("rewards.x.fn", "common.models.hosted_slots.HostedSlots", "is no reward"),
         ("few_shot.coop.extra._target_", "os.system", "is not of this project"),
         ("method._target_", ["os", "system"], "is not of this project"),
         ("method._target_", "common", "is not of this project"),

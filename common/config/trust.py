@@ -29,8 +29,8 @@ class Kind:
     """What a place of the configuration takes.
 
     members: that a class has, itself or from its bases. parameters: the first ones of a function, by name. returns: its
-    annotation; None: any. Where both are given, a class or a function will do. module: it is a module with these
-    functions.
+    annotation; None: any. Where members and parameters are given, it is a function, or a class whose objects are called
+    so. module: it is a module with these functions.
     """
 
     what: str
@@ -163,10 +163,17 @@ def _is_own(thing: object) -> bool:
 def _fits(thing: Any, kind: Kind) -> bool:
     if isinstance(thing, type):
         own = {name for each in thing.__mro__ if each is not object for name in vars(each)}
-        return bool(kind.members) and own.issuperset(kind.members)
-    signature = inspect.signature(thing)
-    first = tuple(signature.parameters)[: len(kind.parameters)]
-    return bool(kind.parameters) and first == kind.parameters and kind.returns in (None, signature.return_annotation)
+        if not kind.members or not own.issuperset(kind.members):
+            return False
+        return not kind.parameters or _first(thing.__call__, 1 + len(kind.parameters))[1:] == kind.parameters
+    if not kind.parameters or _first(thing, len(kind.parameters)) != kind.parameters:
+        return False
+    return kind.returns in (None, inspect.signature(thing).return_annotation)
+
+
+def _first(function: Any, count: int) -> tuple[str, ...]:
+    """The names of its first parameters."""
+    return tuple(inspect.signature(function).parameters)[:count]
 
 
 def _interpolations(values: Any, path: str = "") -> Iterator[str]:
