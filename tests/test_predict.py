@@ -12,15 +12,19 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow.parquet
 import pytest
+import yaml
 from PIL import Image
 
 import run as run_py
 from common import Classifier
+from common.config import composition
+from common.data import manifest, task
 from common.data.digits import Digits
 from common.predict import __main__ as command
 from common.predict import cards, photos
 from common.predict.abstain import choose, threshold_of
 from common.predict.classifier import Answer
+from common.predict.trained import Trained, config_of, questions_of
 from common.report.html import transcripts
 from common.run.result import Result
 from common.types import Answers, BadImage, Prediction, Probabilities, Split, UserError
@@ -337,3 +341,76 @@ def test_a_run_without_validation_images_has_no_threshold(write):  # noqa: F811
         threshold_of(run, 0.05)
     with pytest.raises(UserError, match="risk=1.5 must be a share"):
         threshold_of(run, 1.5)
+
+
+@pytest.fixture
+def moved(compose, tmp_path):
+    """A run of ALERT over a few-shot draft, which looks at its training images again, and its photos."""
+    folder, run = tmp_path / "photos", tmp_path / "run"
+    for label, name in enumerate(("dark", "light")):
+        (folder / name).mkdir(parents=True)
+        for number in range(8):
+            Image.new("L", (8, 8), 200 * label + number).save(folder / name / f"{number}.png")
+    asked = ["method=alert", "model=tiny_gemma3", "method.draft=linear_probe", "rewards=alert_no_judge"]
+    cfg = compose(*asked, "data=folder", f"data.folder={folder}", "shots=2", "validation=few", "tracking=none")
+    run.mkdir()
+    (run / "config.yaml").write_text(yaml.safe_dump(composition.plain(cfg)))
+    manifest.write(task.build(composition.validate(cfg)).manifest, run / "manifest.json")
+    return run, folder
+
+
+def asked_again(run, data=None):
+    trained = Trained.of(run, data=data)
+    return questions_of(trained, config_of(trained))
+
+
+def test_a_dataset_that_was_moved_is_read_where_it_is_now(moved, tmp_path):
+    run, folder = moved
+    before = asked_again(run).manifest
+    (tmp_path / "elsewhere").mkdir()
+    now = folder.rename(tmp_path / "elsewhere" / "mine")
+    with pytest.raises(UserError, match=r"looks at the run's training images again.*--data <folder>"):
+        asked_again(run)
+    with pytest.raises(UserError, match=r"data=.*nowhere does not exist"):
+        asked_again(run, tmp_path / "nowhere")
+    again = asked_again(run, now)
+    assert again.manifest["splits"] == before["splits"] and again.task.images.open(again.train[0].image).size == (8, 8)
+
+
+@pytest.mark.parametrize("change", ["another image", "an image less", "another class"])
+def test_other_images_than_the_runs_are_refused(moved, change):
+    """They would be fitted without a word: the folder is there, and holds pictures."""
+    run, folder = moved
+    rows = json.loads((run / "manifest.json").read_text())["splits"]["train"]["rows"]
+    used = folder / rows[0][0].removeprefix("folder/")
+    if change == "another image":
+        used.rename(used.with_name("other.png"))
+    elif change == "an image less":
+        used.unlink()
+    else:
+        (folder / "light").rename(folder / "bright")
+    with pytest.raises(
+        UserError, match=r"these are not the images that .*manifest.json names: (train|val) (has|lacks)"
+    ):
+        asked_again(run, folder)
+
+
+@pytest.mark.slow
+def test_a_few_shot_run_answers_from_where_its_photos_are_now(runner, moved, tmp_path, capsys):
+    run, folder = tmp_path / "probe", moved[1]
+    asked = ["method=linear_probe", "clip=none", "visual=pixels", "data=folder", f"data.folder={folder}", "shots=4"]
+    assert runner(run, [*asked, f"cache_dir={tmp_path / 'cache'}", "tracking=none", "tracking.report=false"]) == 0
+    Image.new("L", (8, 8), 9).save(new := tmp_path / "new.png")
+    said = []
+    for words in ([], ["--data", str(folder.with_name("now"))]):
+        assert command.main([str(run), str(new), "--format", "jsonl", *words]) == 0
+        said.append(json.loads(capsys.readouterr().out))
+        folder.exists() and folder.rename(folder.with_name("now"))
+    assert said[0] == said[1] and said[0]["label"] == "dark"
+
+
+def test_words_of_run_py_that_say_yes_or_no():
+    words = command.of_run(["run=a", "pictures=b", "trust_code=true", "open=false", "data=/now"])
+    assert words == ["a", "b", "--data", "/now", "--trust-code"]
+    with pytest.raises(UserError, match="trust_code=maybe"):
+        command.of_run(["run=a", "pictures=b", "trust_code=maybe"])

@@ -15,7 +15,7 @@ import yaml
 from hydra.core.utils import JobReturn, JobStatus
 
 from common.config import composition
-from common.report.paper import page, pictures, published
+from common.report.paper import curves, page, pictures, published
 from common.report.paper.points import load as points_of
 from common.sweep import book, plugin
 from common.sweep.plan import Point, Spec, expand
@@ -272,6 +272,53 @@ def test_every_file_of_published_numbers_is_shown_and_found():
     assert {path.stem for path in published.FOLDER.glob("*.csv")} == shown - {None}
     for path in published.FOLDER.glob("*.csv"):
         assert published.load(path.stem).source.startswith(("ALERT, ", "CLS-RL (arXiv 2503.16188), "))
+
+
+def written(name):
+    """A sweep's text, and its points."""
+    text = (REPOSITORY / "sweeps" / f"{name}.yaml").read_text()
+    keys = yaml.safe_load(text)["hydra"]["sweeper"]
+    return text, expand(Spec({"seed": [1], **keys["params"]}, keys.get("named", {}), keys["points"]), {})
+
+
+@papers
+def test_figure_1_has_the_datasets_of_its_captions():
+    lines = (PAPERS / "CLS-RL.txt").read_text().splitlines()
+    captions = [lines[lines.index("(a) StanfordCars") + number] for number in range(3)]
+    assert captions == ["(a) StanfordCars", "(b) SUN397", "(c) DescribableTextures"]
+    _, points = written("clsrl_fig1")
+    assert [point.overrides["data"] for point in points] == ["stanford_cars", "sun397", "dtd"]
+
+
+def test_figure_3_shows_accuracies_of_the_test_images():
+    """Without validation images these are what an evaluation during training watches."""
+    _, points = written("clsrl_fig3")
+    assert {point.overrides["validation"] for point in points} == {"none"}
+    lines = [{"step": step, "eval/test/accuracy": 0.5} for step in (10, 20)]
+    assert curves.series(lines, "test_accuracy") == {10: 50.0, 20: 50.0}
+
+
+def test_one_published_number_is_compared_with_one_model():
+    """Tables 1 and 2 print the same accuracy of Gemma, so ours has the same draft in both: CaFo's with one shot."""
+    numbers = {dict(keys)["method"]: value for keys, value in published.load("alert_table1").numbers.items()}
+    again = published.load("alert_table2").numbers
+    assert {value for keys, value in again.items() if set(dict(keys).values()) == {"gemma_1shot", "imagenet"}} == {
+        numbers["gemma_1shot"]
+    }
+    found = []
+    for name in ("alert_table1", "alert_table2"):
+        (point,) = [each for each in written(name)[1] if each.overrides.get("method") == "gemma_1shot"]
+        draft = point.needs["cafo"].overrides
+        found.append((point.overrides["shots"], *(draft[key] for key in ("method", "shots", "clip", "visual"))))
+    assert found == [("1", "cafo", "1", "rn50", "dino_rn50")] * 2
+
+
+def test_what_the_paper_does_not_say_is_marked():
+    asked = [name for name in OWN if any(p.overrides.get("method") == "zeroshot" for p in written(name)[1])]
+    assert asked == ["clsrl_fig2", "clsrl_table1", "clsrl_table2", "clsrl_table4"]
+    assert all("(no_think)" in written(name)[0] and "our choice" in written(name)[0] for name in asked)
+    for document in ("papers.md", "protocols.md"):
+        assert "method.instruction=" in (REPOSITORY / "docs" / document).read_text()
 
 
 @papers

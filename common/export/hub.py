@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from common.models.files import check_links
 from common.types import UserError
 
 
@@ -31,7 +32,12 @@ def check_card(folder: Path, run: Path) -> None:
 
 
 def plan(folder: Path, name: str) -> str:
-    """What would be sent, a line per file, for a dry run."""
+    """What would be sent, a line per file, for a dry run.
+
+    Raises:
+        UserError: A link leads out of the folder.
+    """
+    check_links(folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     lines = [f"  {path.stat().st_size / 1e6:10.3f} MB  {path.relative_to(folder).as_posix()}" for path in files]
     total = sum(path.stat().st_size for path in files) / 1e6

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,9 @@ class PromptMeter:
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         environment.globals |= {"raise_exception": _refuse, "bos_token": begin or ""}
-        self.template, self.pad = environment.from_string(template), pad
+        with _template():
+            self.template = environment.from_string(template)
+        self.pad = pad
         self._special: tuple[str, ...] | None = None
 
     def tokens(self, prompts: Iterable[Prompt], image_size: int) -> list[int]:
@@ -58,7 +61,8 @@ class PromptMeter:
         lengths: dict[tuple[str | None, str, bool], int] = {}
         for start in range(0, len(distinct), CHUNK):
             part = distinct[start : start + CHUNK]
-            rendered = (self.template.render(messages=messages(p), add_generation_prompt=True) for p in part)
+            with _template():
+                rendered = [self.template.render(messages=messages(p), add_generation_prompt=True) for p in part]
             texts = [self.family.image_text(text).replace(CATEGORY, self.pad) for text in rendered]
             encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
             lengths |= {_conversation(p): len(each.ids) for p, each in zip(part, encodings, strict=True)}
@@ -95,6 +99,17 @@ class PromptMeter:
         found = zip(self.tokens(long, image_size), long, strict=True)
         longest = max(found, key=lambda each: each[0], default=None)
         return longest if longest is not None and longest[0] > limit else None
+
+
+@contextmanager
+def _template() -> Iterator[None]:
+    """Errors of a template inside: a mistake in it, or something that a template may not reach for."""
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except TemplateError as error:
+        raise UserError(f"the model's chat template cannot be used: {error}") from error
 
 
 def _refuse(message: str) -> None:

@@ -39,6 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--names", help="other class names, separated by commas, for methods that only read them")
     parser.add_argument("--open", action="store_true", help="list no names: the answer may be any word")
     parser.add_argument("--risk", type=float, help="abstain so that about this share of the answers is wrong")
+    parser.add_argument("--data", type=Path, help="folder in which the run's own dataset lies now, if it was moved")
+    parser.add_argument("--trust-code", action="store_true", help="run code of other packages that the folder names")
     parser.add_argument("--format", choices=FORMATS, default="table")
     parser.add_argument("--output", type=Path, help="file to write; otherwise the terminal")
     chosen = parser.parse_args(arguments)
@@ -77,9 +79,10 @@ def of_run(values: Sequence[str]) -> list[str]:
     words = [given.pop("run", ""), *given.pop("pictures", "").split(",")]
     if not all(words):
         raise UserError("task=predict needs run=outputs/<run> and pictures=<files, folders or patterns, by commas>")
-    one_of("task=predict open", asked := given.pop("open", "false"), ("true", "false"))
-    if asked == "true":
-        given["open"] = ""
+    for name in ("open", "trust_code"):
+        one_of(f"task=predict {name}", asked := given.pop(name, "false"), ("true", "false"))
+        if asked == "true":
+            given[name.replace("_", "-")] = ""
     return words + [word for key, value in given.items() for word in (f"--{key}", value) if word]
 
 
@@ -90,7 +93,14 @@ def classify(chosen: argparse.Namespace) -> tuple[list[Answer], dict[str, Path]]
     pictures = {name: path for what in chosen.pictures for name, path in find(what).items()}
     from common.predict.classifier import Classifier  # torch, some seconds
 
-    classifier = Classifier.load(chosen.run, names_of(chosen.names), chosen.risk, lists_names=not chosen.open)
+    classifier = Classifier.load(
+        chosen.run,
+        names_of(chosen.names),
+        chosen.risk,
+        lists_names=not chosen.open,
+        trust_code=chosen.trust_code,
+        data=chosen.data,
+    )
     classifier.quieten()
     try:
         return classifier(pictures), pictures

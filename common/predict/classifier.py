@@ -88,7 +88,13 @@ class Classifier:
 
     @classmethod
     def load(
-        cls, run: str | Path, names: Sequence[str] | None = None, risk: float | None = None, lists_names: bool = True
+        cls,
+        run: str | Path,
+        names: Sequence[str] | None = None,
+        risk: float | None = None,
+        lists_names: bool = True,
+        trust_code: bool = False,
+        data: str | Path | None = None,
     ) -> Classifier:
         """Take over what a run has trained.
 
@@ -98,11 +104,14 @@ class Classifier:
             risk: Abstain where more than this share of the answers would be wrong, measured on the run's validation
                 images; None: never.
             lists_names: False: the question lists no names, and the answer may be any word, for methods of CLS-RL.
+            trust_code: The folder's configuration may name code of other packages than this project's, which is run.
+            data: Folder in which the run's dataset lies now, for methods that look at its images again.
 
         Raises:
-            UserError: The run is not finished, is of another version, or its method cannot do what is asked.
+            UserError: The run is not finished, is of another version, names foreign code, or its method cannot do what
+                is asked.
         """
-        trained = Trained.of(Path(run).expanduser())
+        trained = Trained.of(Path(run).expanduser(), trust_code, None if data is None else Path(data))
         result = Result.load(trained.records)
         if risk is not None and trained.records != trained.folder:
             raise UserError(f"risk={risk}: an export has no answers to validation images; ask the run itself")

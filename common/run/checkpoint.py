@@ -28,6 +28,7 @@ import numpy
 import torch
 from safetensors import SafetensorError
 
+from common.runtime import saved
 from common.runtime.distributed import barrier, rank, world
 from common.types import UserError
 
@@ -139,7 +140,7 @@ class Checkpoints:
         latest = self._complete()[-1]
         before = read_state(latest).ranks
         if before == world():
-            _set_generators(torch.load(latest / f"random-{rank()}.pt", weights_only=False))
+            _set_generators(saved.load(latest / f"random-{rank()}.pt"))
         else:
             log.info("generators of %d ranks are not those of %d: seeded anew", before, world())
             seed_generators(seed)

@@ -28,6 +28,7 @@ from typing import IO, Any
 
 import yaml
 
+from common.config import trust
 from common.config.composition import decides_result, differences, signature, signed
 from common.data import manifest
 from common.run import predictions
@@ -58,8 +59,8 @@ class RunFolder:
         if not config.is_file():
             self._check_free()
             return None
-        old = yaml.safe_load(config.read_text(encoding="utf-8"))
-        if not isinstance(old, dict) or "signature" not in old:
+        old = trust.read(config)
+        if "signature" not in old:
             raise UserError(f"{config} was not written by a run; choose another folder")
         digits = old.pop("signature")
         changed = differences(decides_result(old), decides_result(values))

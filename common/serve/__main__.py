@@ -28,6 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("--names", help="other class names, separated by commas, for methods that only read them")
     parser.add_argument("--risk", type=float, help="abstain so that about this share of the answers is wrong")
+    parser.add_argument("--data", type=Path, help="folder in which the run's own dataset lies now, if it was moved")
+    parser.add_argument("--trust-code", action="store_true", help="run code of other packages that the folder names")
     parser.add_argument("--feedback", type=Path, default=Path("feedback"), help="folder of corrected pictures")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine alone)")
     parser.add_argument("--port", type=int, default=7860)
@@ -52,7 +54,9 @@ def serve(chosen: argparse.Namespace) -> None:
     from common.serve.desk import Desk, Limits
     from common.serve.page import Page
 
-    classifier = Classifier.load(chosen.run, names_of(chosen.names), chosen.risk)
+    classifier = Classifier.load(
+        chosen.run, names_of(chosen.names), chosen.risk, trust_code=chosen.trust_code, data=chosen.data
+    )
     classifier.quieten()
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from common.evaluation.evaluate import spread
 from common.run import loop
 from common.run.checkpoint import Checkpoints
 from common.run.recorder import Recorder
+from common.runtime import saved
 from common.runtime.distributed import barrier, rank
 from common.training.base import Step
 from common.types import Answers, Item, Prediction, Probabilities, UserError
@@ -104,13 +104,13 @@ class FewShotLearner:
         return self.fit(recorder)
 
     def take_over(self, folder: Path) -> None:
+        head = saved.load(folder / STATE, self.bench.device)
         try:
-            head = torch.load(folder / STATE, map_location=self.bench.device, weights_only=True)
             self.learner.ready(head, self._text(self.questions.task.train.names))
-        except (OSError, RuntimeError, KeyError, UnpicklingError) as error:
+        except (RuntimeError, KeyError) as error:
             raise UserError(
-                f"{folder / STATE} is damaged, or of a version that kept less of {self.name} ({error}); fit it again"
-                " under another run_name"
+                f"{folder / STATE} is of a version that kept less of {self.name} ({error}); fit it again under another"
+                " run_name"
             ) from error
 
     def _begin(self) -> None:
@@ -126,7 +126,7 @@ class FewShotLearner:
             return 0
         self._begin()
         if self.checkpoints.resumed is not None:
-            learner.restore(torch.load(self.checkpoints.resumed / STATE, map_location=self.bench.device))
+            learner.restore(saved.load(self.checkpoints.resumed / STATE, self.bench.device))
         made = loop.train(self, self, learner.steps, self.config, self.checkpoints, recorder, self._save_state)
         self.facts = learner.end()
         log.info("%s chose %s", self.name, self.facts)
@@ -156,7 +156,7 @@ class FewShotLearner:
         yield
 
     def restore(self, folder: Path, done: int) -> None:
-        self.learner.restore(torch.load(folder / STATE, map_location=self.bench.device))
+        self.learner.restore(saved.load(folder / STATE, self.bench.device))
 
     def close(self) -> None:
         self.bench.close()

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from common.config import trust
 from common.config.composition import decides_result, differences, register
 from common.config.run_name import usual
 from common.data.notes import data_lines
@@ -41,7 +42,7 @@ def make(folder: Path) -> Path:
         UserError: The folder holds no finished run.
     """
     result = Result.load(folder)
-    values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    values = trust.read(folder / "config.yaml")
     pictures = thumbnails.read(folder)
     names = transcripts.class_names(folder)
     pieces = Pieces(folder / FOLDER, names)
