@@ -18,6 +18,7 @@ from scipy import stats
 from statsmodels.stats.proportion import confint_proportions_2indep
 
 from common.config import composition
+from common.evaluation import metrics
 from common.report import __main__ as command
 from common.report import compare, folders, groups, paired
 from common.run.result import FORMAT
@@ -124,52 +125,136 @@ def test_a_difference_is_of_the_same_images(write, capsys):
     assert command.main(["compare", "--format", "csv", "--against", "nothinking", *map(str, paths)]) == 0
     _, by_name = cells(capsys.readouterr().out)
     row = by_name["sft · digits · tiny_qwen2_vl · 16 shots"]
-    better = sum(int((b & ~a).sum()) for a, b in zip(first, second, strict=True))
-    worse = sum(int((a & ~b).sum()) for a, b in zip(first, second, strict=True))
+    changes = [b.astype(int) - a for a, b in zip(first, second, strict=True)]
     assert (
         row["difference"] == f"{100 * np.mean([b.mean() - a.mean() for a, b in zip(first, second, strict=True)]):+.2f}"
     )
-    assert float(row["p"]) == pytest.approx(stats.binomtest(better, better + worse).pvalue, rel=0.05)
+    assert float(row["p"]) == pytest.approx(paired.over_seeds(np.array(changes))[2], rel=0.05)
     low, high = (float(bound) for bound in row["95 % interval of it"].split(" – "))
     assert low < float(row["difference"]) < high
 
 
-def test_the_bootstrap_is_scipys_for_one_seed():
-    """Resampling images: scipy's percentile interval of the mean, up to the noise of the draws."""
-    changes = np.random.default_rng(0).choice(np.array([-1, 0, 1], np.int8), 400, p=[0.1, 0.6, 0.3])
-    found = paired.bootstrap([changes], draws=20_000)
-    expected = stats.bootstrap((changes,), np.mean, method="percentile", n_resamples=20_000, rng=1)
-    assert found == pytest.approx(tuple(expected.confidence_interval), abs=4e-3)
+# --- seeds on the same images
+
+KINDS = np.array([-1.0, 0.0, 1.0])
 
 
-def test_the_bootstrap_covers_the_truth():
-    """Of 400 pairs of classifiers on 300 images, whose true difference is 0.2."""
-    generator = np.random.default_rng(1)
-    inside = 0
-    for number in range(400):
-        drawn = generator.choice(np.array([-1, 0, 1], np.int8), 300, p=[0.1, 0.6, 0.3])
-        low, high = paired.bootstrap([drawn], draws=600, seed=number)
-        inside += low <= 0.2 <= high
-    assert inside / 400 >= 0.93
+def drawn(generator, pairs, images, correlation, shares, seeds=3):
+    """Changes of `pairs` pairs of classifiers; an image has one outcome for all seeds with probability `correlation`."""
+    own, common = (
+        np.searchsorted(np.cumsum(shares)[:2], generator.random((pairs, each, images), np.float32), "right")
+        for each in (seeds, 1)
+    )
+    return KINDS[np.where(generator.random((pairs, 1, images), np.float32) < correlation, common, own)]
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("correlation", [0, 0.5, 0.8, 1])
+def test_seeds_of_one_image_are_no_independent_tests(correlation):
+    """Of 2,000 pairs of equal classifiers few are called different, and of unequal ones the interval holds the truth."""
+    generator = np.random.default_rng(3)
+    called = [paired.over_seeds(each)[2] for each in drawn(generator, 2000, 1000, correlation, (0.15, 0.7, 0.15))]
+    assert 0.03 <= np.mean(np.array(called) < 0.05) <= 0.065
+    held = [paired.over_seeds(each)[1] for each in drawn(generator, 1000, 1000, correlation, (0.12, 0.68, 0.2))]
+    assert 0.93 <= np.mean([low <= 0.08 <= high for low, high in held]) <= 0.98
 
 
 @pytest.mark.sampled
 @pytest.mark.parametrize(
-    ("seeds", "spread", "images"), [(3, 0.0, 200), (3, 0.05, 200), (2, 0.05, 2000), (3, 0.05, 2000), (5, 0.02, 8000)]
+    ("seeds", "spread", "images"),
+    [(1, 0.0, 300), (3, 0.0, 200), (3, 0.05, 200), (2, 0.05, 2000), (3, 0.05, 2000), (5, 0.02, 8000)],
 )
-def test_the_bootstrap_covers_the_truth_over_seeds(seeds, spread, images):
-    """Of 300 pairs of methods, whose difference is 0.08 on average and another one with each seed."""
+@pytest.mark.parametrize("correlation", [0, 0.8])
+def test_seeds_that_differ_are_a_sample_too(seeds, spread, images, correlation):
+    """Of 500 pairs of methods, whose difference is 0.08 on average and another one with each seed."""
     generator = np.random.default_rng(2)
     inside = 0
-    for number in range(300):
-        changes = []
-        for shift in generator.normal(0, spread, seeds) / 2:
-            better, worse = max(0.2 + shift, 0), max(0.12 - shift, 0)
-            p = [worse, 1 - better - worse, better]
-            changes.append(generator.choice(np.array([-1, 0, 1], np.int8), images, p=p))
-        low, high = paired.bootstrap(changes, draws=600, seed=number)
+    for shifts in generator.normal(0, spread, (500, seeds)):
+        common, changes = generator.random(images), []
+        for shift in shifts:
+            better, worse = max(0.2 + shift / 2, 0), max(0.12 - shift / 2, 0)
+            number = np.where(generator.random(images) < correlation, common, generator.random(images))
+            changes.append(KINDS[np.searchsorted([worse, 1 - better], number, "right")])
+        _, (low, high), _ = paired.over_seeds(np.array(changes))
         inside += low <= 0.08 <= high
-    assert inside / 300 >= 0.93
+    assert inside / 500 >= 0.93
+
+
+def changes_of(seed, images=400):
+    return np.random.default_rng(seed).choice(KINDS, images, p=[0.14, 0.7, 0.16])
+
+
+def test_one_seed_is_the_paired_test_of_a_run():
+    one = changes_of(0)
+    expected = metrics.paired_test([change < 0 for change in one], [change > 0 for change in one])
+    mean, interval, p = paired.over_seeds(one[None])
+    assert mean == pytest.approx(expected["difference"]) and p == expected["p_value"]
+    assert interval == pytest.approx(expected["ci95"])
+
+
+def test_a_seed_that_repeats_another_adds_nothing():
+    one = changes_of(0)
+    mean, interval, p = paired.over_seeds(np.array([one] * 3))
+    once = paired.over_seeds(one[None])
+    assert mean == pytest.approx(once[0]) and interval == pytest.approx(once[1])
+    assert p == pytest.approx(stats.chi2.sf((one.sum() / np.sqrt((one**2).sum())) ** 2, 1), rel=0.2), "McNemar's"
+
+
+def test_seeds_on_images_of_their_own_are_students():
+    """Up to the two images that every seed has more."""
+    rows = [{f"{seed}-{i}": int(change) for i, change in enumerate(changes_of(seed, 20_000))} for seed in range(4)]
+    table = paired.aligned(rows)
+    assert table.shape == (4, 80_000) and np.isnan(table).sum() == 3 * 80_000
+    mean, interval, p = paired.over_seeds(table)
+    means = [np.mean([*row.values()]) for row in rows]
+    expected = stats.ttest_1samp(means, 0)
+    assert mean == pytest.approx(np.mean(means)) and p == pytest.approx(expected.pvalue, rel=0.02)
+    assert interval == pytest.approx(tuple(expected.confidence_interval()), rel=0.02)
+
+
+def test_seeds_that_are_equal_on_average_alone_are_independent_images():
+    """Each has 30 up and 30 down of 300, on images of its own: two sums of 62 squares over 302 images."""
+    table = np.zeros((2, 300))
+    table[0, :30], table[0, 30:60], table[1, 100:130], table[1, 130:160] = 1, -1, 1, -1
+    mean, interval, p = paired.over_seeds(table)
+    half = 1.959964 * np.sqrt(2 * 62 / 302**2 / 4)
+    assert (mean, p) == (0, 1) and interval == pytest.approx((-half, half))
+
+
+def test_seeds_and_images_are_the_two_ways_of_an_analysis_of_variance():
+    """The squared standard error is (MS of seeds + MS of images - MS of the rest) / SN; here images count most."""
+    common = changes_of(1, 3000)
+    table = np.array(
+        [np.where(np.random.default_rng(9 + s).random(3000) < 0.9, common, changes_of(s, 3000)) for s in (2, 3, 4)]
+    )
+    more = np.hstack([table, np.ones((3, 1)), -np.ones((3, 1))])
+    seeds, images = more.mean(1, keepdims=True), more.mean(0, keepdims=True)
+    of_seeds = 3002 * ((seeds - more.mean()) ** 2).sum() / 2
+    of_images = 3 * ((images - more.mean()) ** 2).sum() / 3001
+    rest = ((more - seeds - images + more.mean()) ** 2).sum() / (2 * 3001)
+    error = np.sqrt((of_seeds + of_images - rest) / (3 * 3002))
+    freedom = (of_seeds + of_images - rest) ** 2 / (of_seeds**2 / 2)
+    _, (low, high), p = paired.over_seeds(table)
+    assert (high - low) / 2 == pytest.approx(stats.t.ppf(0.975, freedom) * error, rel=1e-3)
+    assert p == pytest.approx(2 * stats.t.sf(abs(more.mean()) / error, freedom), rel=1e-2)
+
+
+@pytest.mark.parametrize(("second", "spread"), [((9, 7), False), ((10, 6), True)])
+def test_on_other_images_two_seeds_are_as_many_images_as_one_has(write, second, spread):
+    """30 and 26 of 40 against 9 and 7 of 20 are 28 of 40 against 8 of 20, as the images say, and never surer than the
+    two seeds' differences are: 30 and 30 points, or 25 and 35.
+    """
+    rights = {("nothinking", 40): (30, 26), ("sft", 20): second}
+    paths = [
+        write(f"{method}{seed}", f"method={method}", f"seed={seed}", right=np.arange(images) < both[seed - 1])
+        for (method, images), both in rights.items()
+        for seed in (1, 2)
+    ]
+    found = paired.compare(*groups.group(folders.find(paths)), "test")
+    newcombe = confint_proportions_2indep(28, 40, 8, 20, method="newcomb", compare="diff")
+    student = stats.t.interval(0.95, 1, loc=0.3, scale=stats.sem([0.25, 0.35]))
+    assert found.p is None and found.difference == pytest.approx(0.3)
+    assert found.interval == pytest.approx(student if spread else newcombe)
 
 
 def test_on_other_images_the_difference_has_newcombes_interval(write, capsys):
