@@ -45,3 +45,12 @@ def init_process_group(gpus: int) -> torch.device:
         if world() == 1:  # torch has put [rank0] before every line of a traceback
             sys.excepthook = sys.__excepthook__
     return device
+
+
+def model_of(device: torch.device) -> str:
+    """What a device is sold as, such as `NVIDIA A100-SXM4-80GB`.
+
+    >>> model_of(torch.device("cpu"))
+    'CPU'
+    """
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
