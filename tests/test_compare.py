@@ -6,6 +6,7 @@ import csv
 import fcntl
 import io
 import json
+import pickle
 import subprocess
 import sys
 
@@ -14,22 +15,26 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 import yaml
+from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import OmegaConf
 from scipy import stats
-from statsmodels.stats.proportion import confint_proportions_2indep
+from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
 
 from common.config import composition
 from common.evaluation import metrics
 from common.report import __main__ as command
-from common.report import compare, folders, groups, paired
+from common.report import callback, compare, folders, groups, paired
 from common.run.result import FORMAT
 from tests.conftest import REPOSITORY
 
 
 @pytest.fixture
 def write(compose, tmp_path):
-    """Write a run folder by its overrides; `right`: of each test image, after training; `before`: before it."""
+    """Write a run folder by its overrides; `right`: of each test image, after training; `before`: before it; `known`:
+    of the result, in place of what it would say.
+    """
 
-    def make(name, *overrides, right, before=None, remarks=()):
+    def make(name, *overrides, right, before=None, remarks=(), **known):
         values = composition.plain(compose(*overrides))
         folder = tmp_path / name
         folder.mkdir()
@@ -37,9 +42,8 @@ def write(compose, tmp_path):
         phases = {"before": right if before is None else before, **({} if before is None else {"after": right})}
 
         def summary(answers):
-            share = float(np.mean(answers))
-            low, high = 0.25, 0.75
-            return {"n": len(answers), "accuracy": share, "ci95": [low, high], "per_class": {}, "seconds": 1.0}
+            share, bounds = float(np.mean(answers)), metrics.wilson_interval(int(sum(answers)), len(answers))
+            return {"n": len(answers), "accuracy": share, "ci95": [*bounds], "per_class": {}, "seconds": 1.0}
 
         result = {
             **{key: values[key]["name"] for key in ("method", "data", "setting", "protocol", "model")},
@@ -57,6 +61,7 @@ def write(compose, tmp_path):
             "after": {},
             **{phase: {"test": summary(answers)} for phase, answers in phases.items()},
             "train": {"updates": 5, "seconds": {"model": 100.0, "update": 3.0, "saving": 2.0}},
+            **known,
         }
         (folder / "metrics.json").write_text(json.dumps(result))
         rows = [(phase, f"{i}.png", bool(r)) for phase, answers in phases.items() for i, r in enumerate(answers)]
@@ -87,7 +92,9 @@ def test_seeds_stand_together_and_their_statistics_are_scipys(write, capsys):
     rows, _ = cells(capsys.readouterr().out)
     shares = [right.mean() for right in made]
     low, high = stats.t.interval(0.95, 2, loc=np.mean(shares), scale=stats.sem(shares))
-    assert len(rows) == 1 and rows[0]["run"] == "nothinking · digits · tiny_qwen2_vl · 16 shots"
+    wilson = [proportion_confint(right.sum(), 40, method="wilson") for right in made]
+    low, high = min(low, np.mean([each[0] for each in wilson])), max(high, np.mean([each[1] for each in wilson]))
+    assert len(rows) == 1 and rows[0]["run"] == "nothinking (run0, run1, run2) · digits · tiny_qwen2_vl · 16 shots"
     assert rows[0] == {
         **rows[0],
         "seeds": "1, 2, 3",
@@ -100,11 +107,25 @@ def test_seeds_stand_together_and_their_statistics_are_scipys(write, capsys):
     }
 
 
+def test_the_mean_of_classes_has_a_column_where_classes_are_uneven(write, capsys):
+    even = write("even", "method=sft", right=answers(1, 0.5))
+    assert "mean of classes" not in compare.build(groups.group(folders.find([even]))).columns
+    summary = {"n": 40, "accuracy": 0.9, "ci95": [0.8, 0.95], "per_class": {}, "seconds": 1.0}
+    paths = [
+        write(
+            f"uneven{seed}", f"seed={seed}", right=answers(1, 0.5), after={"test": {**summary, "accuracy_macro": macro}}
+        )
+        for seed, macro in ((1, 0.5), (2, 0.7))
+    ]
+    assert command.main(["compare", "--format", "csv", str(even), *map(str, paths)]) == 0
+    assert {row["mean of classes"] for row in cells(capsys.readouterr().out)[0]} == {"–", "60.00"}
+
+
 @pytest.mark.slow
 def test_what_tells_groups_apart_is_in_their_names(write):
     paths = [
-        write("a", right=answers(1, 0.5)),
-        write("b", "trainer.learning_rate=1e-4", right=answers(1, 0.5)),
+        write("nothinking-digits-1", right=answers(1, 0.5)),
+        write("nothinking-digits-2", "trainer.learning_rate=1e-4", right=answers(1, 0.5)),
         write("c", "method=sft", "setting=base_to_new", right=answers(1, 0.5)),
         write("shuffled_rewards-nothinking-digits-few_shot", "shots=4", right=answers(1, 0.5)),
     ]
@@ -112,7 +133,7 @@ def test_what_tells_groups_apart_is_in_their_names(write):
     assert names == [
         "nothinking · digits · tiny_qwen2_vl · 16 shots trainer.learning_rate=0.001",
         "nothinking · digits · tiny_qwen2_vl · 16 shots trainer.learning_rate=0.0001",
-        "sft · digits · base_to_new · tiny_qwen2_vl · 16 shots",
+        "sft (c) · digits · base_to_new · tiny_qwen2_vl · 16 shots",
         "nothinking (shuffled_rewards) · digits · tiny_qwen2_vl · 4 shots",
     ]
 
@@ -124,7 +145,7 @@ def test_a_difference_is_of_the_same_images(write, capsys):
     paths += [write(f"b{i}", f"seed={i + 1}", "method=sft", right=right) for i, right in enumerate(second)]
     assert command.main(["compare", "--format", "csv", "--against", "nothinking", *map(str, paths)]) == 0
     _, by_name = cells(capsys.readouterr().out)
-    row = by_name["sft · digits · tiny_qwen2_vl · 16 shots"]
+    row = by_name["sft (b0, b1) · digits · tiny_qwen2_vl · 16 shots"]
     changes = [b.astype(int) - a for a, b in zip(first, second, strict=True)]
     assert (
         row["difference"] == f"{100 * np.mean([b.mean() - a.mean() for a, b in zip(first, second, strict=True)]):+.2f}"
@@ -263,7 +284,7 @@ def test_on_other_images_the_difference_has_newcombes_interval(write, capsys):
     many = write("many", "method=sft", right=np.arange(20) < 8)
     assert command.main(["compare", "--format", "csv", "--against", "sft", str(few), str(many)]) == 0
     _, by_name = cells(capsys.readouterr().out)
-    row = by_name["nothinking · digits · tiny_qwen2_vl · 16 shots"]
+    row = by_name["nothinking (few) · digits · tiny_qwen2_vl · 16 shots"]
     low, high = confint_proportions_2indep(28, 40, 8, 20, method="newcomb", compare="diff")
     assert (row["difference"], row["p"]) == ("+30.00", "other images")
     assert row["95 % interval of it"] == f"{100 * low:+.2f} – {100 * high:+.2f}"
@@ -306,8 +327,57 @@ def test_folders_without_a_result_are_named_and_the_exit_code_says_so(write, tmp
     assert "1, (2), (3), (4)" in shown
     assert f"{half}: unfinished, after 7 updates" in shown and f"{running}: running" in shown
     assert f"{damaged}: damaged" in shown and f"{foreign}: foreign" in shown and "multirun" not in shown
-    assert "sft · digits · tiny_qwen2_vl · 16 shots: no run of seed 2, 3, 4" in shown
+    assert "sft (lone) · digits · tiny_qwen2_vl · 16 shots: no run of seed 2, 3, 4" in shown
     assert "50" in shown and " †" in shown and "†: test-selected" in shown
+
+
+def test_a_seed_that_was_run_twice_is_no_second_seed(write, capsys):
+    """The folders of one configuration, three seeds, and the first seed once more."""
+    names = ["nothinking-digits-1", "nothinking-digits-2", "nothinking-digits-3", "nothinking-digits-again"]
+    paths = [
+        write(name, f"seed={seed}", right=answers(seed, 0.7)) for name, seed in zip(names, (1, 2, 3, 1), strict=True)
+    ]
+    assert command.main(["compare", "--format", "csv", *map(str, paths)]) == 0
+    first, again = cells(capsys.readouterr().out)[0]
+    assert (first["seeds"], again["seeds"], again["± std"]) == ("1, 2, 3", "1", "–")
+    assert again["95 % interval"].endswith("(of images)")
+    assert str(paths[0]) in first["run"] and again["run"].endswith(f"in {paths[3]}")
+    (note,) = [line for line in compare.build(groups.group(folders.find(paths))).notes if "times" in line]
+    assert note.startswith("seed 1 was run 2 times") and note.endswith(f"{paths[0]}, {paths[3]}")
+
+
+def test_a_folder_that_is_given_twice_is_one_run(write, tmp_path):
+    path = write("a", right=answers(1, 0.5))
+    (tmp_path / "link").symlink_to(path)
+    assert [run.path for run in folders.find([path, path, tmp_path / "link"])] == [path]
+
+
+@pytest.mark.parametrize(
+    ("second", "shown"),
+    [
+        ("data.folder=tulips", ["folder (garden)", "folder (tulips)"]),
+        ("data.folder=old/garden", ["folder (new/garden)", "folder (old/garden)"]),
+        ("data.folder=new/garden", ["folder (garden)", "folder (garden)"]),
+    ],
+)
+def test_own_photos_are_called_by_their_folder(write, second, shown):
+    """Over shots, too, where nothing else tells two sets apart."""
+    common = ("method=linear_probe", "clip=none", "data=folder")
+    paths = [
+        write("linear_probe-folder-a", *common, "data.folder=new/garden", "shots=4", right=answers(1, 0.5)),
+        write("linear_probe-folder-b", *common, second, "shots=8", right=answers(1, 0.5)),
+    ]
+    found = [each.label.split(" · ") for each in groups.group(folders.find(paths))]
+    assert [label[1] for label in found] == shown and [label[-1] for label in found] == ["4 shots", "8 shots"]
+
+
+def test_what_manifest_true_wrote_is_no_foreign_folder(write, tmp_path, capsys):
+    done, asked = write("a", right=answers(1, 0.5)), tmp_path / "asked"
+    asked.mkdir()
+    (asked / "manifest.json").write_text(json.dumps({"hash": "0", "splits": {}, "fingerprint": {}}))
+    assert command.main(["compare", "--format", "markdown", str(done), str(asked)]) == 0
+    shown = capsys.readouterr().out
+    assert f"{asked}: asked, manifest=true showed its questions" in shown and "foreign" not in shown
 
 
 @pytest.mark.parametrize("against", ["unknown", "digits"])
@@ -334,6 +404,24 @@ def test_a_multirun_ends_with_its_runs_side_by_side(tmp_path):
     mean = np.mean([(result["after"] or result["before"])["test"]["accuracy"] for result in shares])
     last = next(line for line in reversed(done.stdout.splitlines()) if "linear_probe · digits" in line)
     assert "1, 2" in last and f"{100 * mean:.2f}" in last
+
+
+def test_jobs_in_other_processes_are_in_the_table_too(write, tmp_path, capsys):
+    """joblib and SLURM run them with copies of what Hydra calls."""
+    paths = [write(f"nothinking-digits-{seed}", f"seed={seed}", right=answers(seed, 0.5)) for seed in (1, 2)]
+    ours = callback.Comparison()
+    ours.on_multirun_start(OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}, "sweeper": {}}}))
+    statuses = (JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.COMPLETED)
+    for number, (path, status) in enumerate(zip([paths[0], tmp_path / "failed", paths[1]], statuses, strict=True)):
+        job = {"runtime": {"output_dir": str(path)}, "job": {"num": number}}
+        theirs = pickle.loads(pickle.dumps(ours))
+        theirs.on_job_end(OmegaConf.create({"hydra": job}), JobReturn(status=status))
+    ours.show()
+    said = capsys.readouterr().out
+    assert "1, 2" in said and "nothinking · digits" in said and "failed: failed" in said
+    assert not list(tmp_path.glob(".multirun*")), "notes are read once"
+    ours.show()
+    assert capsys.readouterr().out == ""
 
 
 def test_it_needs_neither_torch_nor_data(write):
