@@ -109,7 +109,7 @@ def test_seeds_stand_together_and_their_statistics_are_scipys(write, capsys):
 
 def test_the_mean_of_classes_has_a_column_where_classes_are_uneven(write, capsys):
     even = write("even", "method=sft", right=answers(1, 0.5))
-    assert "mean of classes" not in compare.build(groups.group(folders.find([even]))).columns
+    assert "class mean" not in compare.build(groups.group(folders.find([even]))).columns
     summary = {"n": 40, "accuracy": 0.9, "ci95": [0.8, 0.95], "per_class": {}, "seconds": 1.0}
     paths = [
         write(
@@ -118,7 +118,7 @@ def test_the_mean_of_classes_has_a_column_where_classes_are_uneven(write, capsys
         for seed, macro in ((1, 0.5), (2, 0.7))
     ]
     assert command.main(["compare", "--format", "csv", str(even), *map(str, paths)]) == 0
-    assert {row["mean of classes"] for row in cells(capsys.readouterr().out)[0]} == {"–", "60.00"}
+    assert {row["class mean"] for row in cells(capsys.readouterr().out)[0]} == {"–", "60.00"}
 
 
 @pytest.mark.slow

@@ -83,9 +83,9 @@ def test_the_table_has_columns_for_what_there_is_to_say():
 def test_the_mean_of_classes_stands_beside_the_accuracy_where_they_are_uneven():
     shown = result({"test": summary(accuracy=0.9, accuracy_macro=0.5)}, {"test": summary(accuracy=0.8)})
     names, rows = tables.result_cells(shown)
-    assert names[2:5] == ["accuracy %", "95 % interval", "mean of classes %"]
+    assert names[2:5] == ["accuracy %", "95 % interval", "class mean %"]
     assert [row[4] for row in rows] == ["50.00", "–"]
-    assert "mean of classes %" not in tables.result_cells(result({"test": summary()}, {}))[0]
+    assert "class mean %" not in tables.result_cells(result({"test": summary()}, {}))[0]
 
 
 def test_many_classes_show_their_confusions():

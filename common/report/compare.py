@@ -12,7 +12,7 @@ from common.report.groups import Group, configuration, interval, mean_std
 from common.report.paired import compare
 from common.types import UserError
 
-MACRO = "mean of classes"  # a column where a row has classes of unequal sizes
+MACRO = "class mean"  # a column where a row has classes of unequal sizes
 COLUMNS = (
     "run",
     "split",

@@ -57,7 +57,7 @@ def result_cells(result: Result) -> tuple[list[str], list[list[str]]]:
         "images": lambda s: str(s.n),
         "accuracy %": lambda s: percent(s.accuracy),
         "95 % interval": interval,
-        "mean of classes %": lambda s: percent(s.accuracy_macro),
+        "class mean %": lambda s: percent(s.accuracy_macro),
         "official match %": lambda s: percent(s.accuracy_official),
         "well-formed %": lambda s: percent(s.well_formed),
         "tokens": lambda s: "–" if s.mean_tokens is None else f"{s.mean_tokens:.1f}",
@@ -65,7 +65,7 @@ def result_cells(result: Result) -> tuple[list[str], list[list[str]]]:
     }
     summaries = [summary for split in result.before for _, summary in phases(result, split)]
     about = {
-        "mean of classes %": "accuracy_macro",
+        "class mean %": "accuracy_macro",
         "official match %": "accuracy_official",
         "well-formed %": "well_formed",
         "tokens": "mean_tokens",
