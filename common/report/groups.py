@@ -88,7 +88,7 @@ def preset(run: Run) -> str:
     """
     own = f"{run.values['method']['name']}-{run.values['data']['name']}-"
     before, found, _ = run.path.name.partition(own)
-    return before.rstrip("-") if found else run.path.name
+    return before.rstrip("-") if found else run.path.absolute().name
 
 
 def photos(values: Mapping[str, Any]) -> str:
@@ -114,7 +114,7 @@ def labels(groups: Sequence[Sequence[Run]], repeated: Sequence[bool]) -> list[st
 
     Args:
         groups: Their runs.
-        repeated: Whether another group has the same configuration; then its folders tell it apart.
+        repeated: Whether another group has the same configuration; then folders tell them apart.
     """
     configurations = [runs[0].values for runs in groups]
     datasets = _datasets(configurations)
@@ -128,11 +128,8 @@ def labels(groups: Sequence[Sequence[Run]], repeated: Sequence[bool]) -> list[st
         telling = [key for key in keys if len({str(own[number].get(key)) for number in numbers}) > 1]
         for number in numbers:
             parts = [f"{key}={str(own[number][key])[:LONG]}" for key in telling if key in own[number]]
-            parts += (
-                [f"in {', '.join(str(run.path) for run in groups[number])}"]
-                if repeated[number] and len(numbers) > 1
-                else []
-            )
+            if repeated[number] and len(numbers) > 1:
+                parts.append(f"in {', '.join(str(run.path) for run in groups[number])}")
             names[number] = " ".join([name, *parts])
     return names
 

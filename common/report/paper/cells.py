@@ -174,7 +174,7 @@ def _lacking(values: Mapping[str, Any]) -> str:
     own = values["few_shot"]["cafo"]
     there = {
         "generated pictures": own.get("generated") and own.get("per_class"),
-        "sentences": values["clip"]["prompts"],
+        "sentences": values["clip"].get("prompts"),
     }
     return " and ".join(name for name, given in there.items() if not given)
 
