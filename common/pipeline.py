@@ -29,7 +29,7 @@ from common.run.safe import result_is_safe
 from common.run.tracking import make_tracker, settled_mode
 from common.runtime import garbage
 from common.runtime.distributed import barrier, rank
-from common.runtime.group import init_process_group
+from common.runtime.group import init_process_group, model_of
 from common.runtime.stopwatch import Stopwatch
 from common.training.schedule import total_updates
 from common.training.signs import Signs
@@ -65,6 +65,7 @@ def run(config: Config, values: dict[str, Any], folder: Path, questions: Questio
     garbage.resume()  # everything is imported
     recorder = Recorder(RunFolder(folder), tracker, config.tracking.completions_every, clock, state)
     result = describe(config, values, learner.weights, learner.questions, learner.decoding)
+    result.device = model_of(device)
     failed = True
     try:
         with clock.phase("evaluation before"):

@@ -12,6 +12,7 @@ import pyarrow.parquet as parquet
 import pytest
 import yaml
 from PIL import Image
+from statsmodels.stats.proportion import proportion_confint
 
 from common.config import composition
 from common.evaluation import metrics
@@ -177,6 +178,22 @@ def test_confusions_are_counted_by_hand(write):
     pairs = transcripts.tally(folder).pairs["test"]
     found = prints.confusion(pairs, transcripts.class_names(folder))
     assert found == ([[2, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]], list(NAMES))
+
+
+def test_every_class_has_its_accuracy_and_of_how_many_images(write):
+    folder = small(write)
+    ((split, table),) = run_page.class_tables(Result.load(folder))
+    assert split == "test" and table.columns == ("class", "images", "zero-shot %", "trained %", "95 % interval")
+    assert [row[:4] for row in table.rows] == [
+        ("nine", "1", "100.00", "0.00"),
+        ("two", "1", "100.00", "0.00"),
+        ("six", "2", "50.00", "100.00"),
+    ]
+    low, high = proportion_confint(2, 2, method="wilson")
+    assert table.rows[2][4] == f"{100 * low:.2f} – {100 * high:.2f}"
+    text = run_page.make(folder).read_text()
+    assert '<section id="classes">' in text and "3 classes, the least accurate first" in text
+    assert "class mean %" in text and "<td><bdi>33.33</bdi></td>" in text, "1, 0 and 0"
 
 
 def test_many_classes_have_their_most_frequent_confusions():

@@ -108,6 +108,7 @@ def test_submitit_runs_three_jobs_on_this_machine(tmp_path):
     done = sweep(tmp_path, "hydra/launcher=submitit_local", "seed=1,2,3")
     assert done.returncode == 0, done.stderr[-3000:]
     assert results(tmp_path) == [1, 2, 3]
+    assert "1, 2, 3" in done.stdout and "95 % interval" in done.stdout, "it ends with its table"
 
 
 @pytest.mark.faults

@@ -226,6 +226,14 @@ def test_what_leaves_a_page_the_papers(tmp_path):
     folder, _ = made.describe(made.chapters(), [shown], made.given(same))
     assert points_of(folder).given == {}
     assert folder.name == "clsrl_table2-seed1+2-protocolofficial-rolloutvllm-deepspeedzero3"
+    closer = [
+        "selection=paper",
+        "clip.prompts=cupl.json",
+        "+few_shot.cafo.generated=dalle",
+        "few_shot.cafo.per_class=8",
+    ]
+    folder, _ = made.describe(made.chapters(), [shown], made.given(closer))
+    assert points_of(folder).given == {}, "CaFo's authors have these"
     other = ["rollout.temperature=0.5", "data=dtd", "trainer.updates=3", "protocol.sampler=clsrl"]
     changed, _ = made.describe(made.chapters(), [shown], made.given(other))
     assert list(points_of(changed).given) == ["rollout.temperature", "trainer.updates", "protocol.sampler"]

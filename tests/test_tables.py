@@ -81,6 +81,14 @@ def test_the_table_has_columns_for_what_there_is_to_say():
     assert columns(result({"test": summary()}, {})) == ["split", "images", "accuracy %", "95 % interval", "seconds"]
 
 
+def test_the_mean_of_classes_stands_beside_the_accuracy_where_they_are_uneven():
+    shown = result({"test": summary(accuracy=0.9, accuracy_macro=0.5)}, {"test": summary(accuracy=0.8)})
+    names, rows = tables.result_cells(shown)
+    assert names[2:5] == ["accuracy %", "95 % interval", "class mean %"]
+    assert [row[4] for row in rows] == ["50.00", "–"]
+    assert "class mean %" not in tables.result_cells(result({"test": summary()}, {}))[0]
+
+
 def test_many_classes_show_their_confusions():
     names = [f"class {i}" for i in range(50)]
     table = [[9 if x == y else 0 for x in range(51)] for y in range(50)]

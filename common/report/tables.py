@@ -12,6 +12,8 @@ from rich.text import Text
 
 from common.data.notes import data_lines
 from common.evaluation.summary import Summary
+from common.report import folders
+from common.report.groups import photos
 from common.run.result import Result
 from common.training.signs import at
 from common.training.silent import CUT, cut_line, fix
@@ -37,9 +39,9 @@ def phases(result: Result, split: str) -> list[tuple[str, Summary]]:
     return [(said, summaries[split]) for said, summaries in measured if split in summaries]
 
 
-def result_table(result: Result) -> Table:
-    """Before and after training, per split."""
-    title = f"{result.method} · {result.data} · {result.model} · {result.shots} shots · seed {result.seed}"
+def result_table(result: Result, data: str | None = None) -> Table:
+    """Before and after training, per split. `data`: what to call the dataset, else by its name."""
+    title = f"{result.method} · {data or result.data} · {result.model} · {result.shots} shots · seed {result.seed}"
     where = "" if result.setting == "few_shot" else f" · {result.setting}"
     splits = " / ".join(dict.fromkeys(result.origins.values()))
     title = f"{title}{where} · {result.protocol} · {splits}"
@@ -58,13 +60,19 @@ def result_cells(result: Result) -> tuple[list[str], list[list[str]]]:
         "images": lambda s: str(s.n),
         "accuracy %": lambda s: percent(s.accuracy),
         "95 % interval": interval,
+        "class mean %": lambda s: percent(s.accuracy_macro),
         "official match %": lambda s: percent(s.accuracy_official),
         "well-formed %": lambda s: percent(s.well_formed),
         "tokens": lambda s: "–" if s.mean_tokens is None else f"{s.mean_tokens:.1f}",
         "seconds": lambda s: f"{s.seconds:.1f}",
     }
     summaries = [summary for split in result.final for _, summary in phases(result, split)]
-    about = {"official match %": "accuracy_official", "well-formed %": "well_formed", "tokens": "mean_tokens"}
+    about = {
+        "class mean %": "accuracy_macro",
+        "official match %": "accuracy_official",
+        "well-formed %": "well_formed",
+        "tokens": "mean_tokens",
+    }
     shown = {
         name: text
         for name, text in columns.items()
@@ -170,7 +178,8 @@ def time_line(result: Result) -> str:
 def show(result: Result, folder: Path, console: Console | None = None) -> None:
     """Print the result of a run to standard output."""
     console = console or Console(width=None if Console().is_terminal else 120)
-    console.print(result_table(result))
+    values = folders.read(folder).values
+    console.print(result_table(result, photos(values) if values else None))
     lines = [*overall_lines(result), *data_lines(vars(result)), *probability_lines(result), *paired_lines(result)]
     for line in [*lines, time_line(result)]:
         console.print(Text(line))  # names are no markup

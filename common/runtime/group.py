@@ -54,3 +54,12 @@ def fix_order() -> None:
     """
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # only to find mistakes
     torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def model_of(device: torch.device) -> str:
+    """What a device is sold as, such as `NVIDIA A100-SXM4-80GB`.
+
+    >>> model_of(torch.device("cpu"))
+    'CPU'
+    """
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

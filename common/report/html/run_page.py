@@ -14,7 +14,8 @@ from common.config import trust
 from common.config.composition import decides_result, differences, register
 from common.config.run_name import usual
 from common.data.notes import data_lines
-from common.report import figures, tables
+from common.evaluation import metrics
+from common.report import figures, groups, tables
 from common.report.compare import Table
 from common.report.html import transcripts
 from common.report.html.pieces import Pieces
@@ -29,6 +30,7 @@ PARTS = {
     "results": "Results",
     "pictures": "Curves",
     "confusions": "Confusions",
+    "classes": "Classes",
     "replies": "Replies",
     "configuration": "Configuration",
     "environment": "Environment",
@@ -54,12 +56,14 @@ def make(folder: Path) -> Path:
         "run.html",
         "report.js",
         pieces.outside,
-        title=f"{result.method} · {result.data}",
-        subtitle=f"{result.model}, {result.setting}, {result.protocol}, {result.shots} shots, seed {result.seed}",
+        title=f"{result.method} · {groups.photos(values)}",
+        subtitle=f"{result.model}, {result.setting}, {result.protocol}, {result.shots} shots, seed {result.seed};"
+        f" {folder.resolve().name}",
         parts=PARTS.items(),
         results=Table(*tables.result_cells(result), _notes(result)),
         pictures=_pictures(folder, result, counted),
         confusions=confusion_tables(counted, names),
+        classes=class_tables(result),
         differences=changed or [],
         differences_note=_about(changed),
         config=yaml.safe_dump(values, sort_keys=False, allow_unicode=True),
@@ -101,6 +105,28 @@ def confusion_tables(counted: Tally, names: Mapping[str, str]) -> list[dict[str,
             errors = sorted((-count, *pair) for pair, count in counts.items() if pair[0] != pair[1])
             cells = [_cell(counts, label, answer, shown) for _, label, answer in errors[: figures.PAIRS]]
             found.append(table | {"grid": None, "pairs": cells})
+    return found
+
+
+def class_tables(result: Result) -> list[tuple[str, Table]]:
+    """Per split: how often each class is right, of how many images, before and after training; the worst first."""
+    found = []
+    for split, last in result.final.items():
+        shown = tables.phases(result, split)
+        columns = ("class", "images", *(f"{phase} %" for phase, _ in shown), "95 % interval")
+        rows = []
+        for name in sorted(last.per_class, key=lambda name: last.per_class[name]):
+            n = last.images_per_class.get(name)  # results of earlier versions do not say
+            interval = None if n is None else metrics.wilson_interval(round(last.per_class[name] * n), n)
+            rows.append(
+                (
+                    name,
+                    "–" if n is None else str(n),
+                    *(tables.percent(summary.per_class.get(name)) for _, summary in shown),
+                    "–" if interval is None else " – ".join(map(tables.percent, interval)),
+                )
+            )
+        found.append((split, Table(columns, rows, [])))
     return found
 
 
@@ -157,6 +183,7 @@ def _environment(folder: Path, result: Result) -> list[tuple[str, str]]:
     splits = ", ".join(f"{name} {split['n']}" for name, split in manifest.get("splits", {}).items())
     return [
         ("weights", f"{result.weights.get('path', '–')} (SHA-256 {result.weights.get('sha256', '–')})"),
+        ("device", result.device or "–"),
         ("decoding", result.decoding),
         ("commit", result.git_commit or "none: not a git checkout"),
         ("packages", ", ".join(f"{name} {version}" for name, version in sorted(result.versions.items()))),

@@ -51,7 +51,7 @@ def of_runs(paths: Sequence[Path]) -> Path:
     Raises:
         UserError: There is no such folder, or none holds a run.
     """
-    runs = folders.find(paths)
+    runs = [run for run in folders.find(paths) if run.state != folders.ASKED]
     if not any(run.values for run in runs):
         raise UserError(f"{paths[0]}{' and the others hold' if len(paths) > 1 else ' holds'} no run")
     together = Path(os.path.commonpath([path.resolve().parent for path in paths]))
