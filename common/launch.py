@@ -20,6 +20,7 @@ from common.config.schema import NO_FAMILY, Config
 from common.data.task import Questions
 from common.runtime.distributed import forget_group_alone, rank, started_by_launcher
 from common.runtime.interrupt import Interrupted, left_to_ranks
+from common.runtime.progress import SOON, quiet, watched
 from common.types import UserError
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ def start_ranks(count: int, config: Config, values: dict[str, Any], folder: Path
         signals_to_handle="SIGTERM,SIGHUP,SIGQUIT",  # Ctrl-C is the ranks' own: they write a checkpoint first
     )
     try:
-        with left_to_ranks():
+        with left_to_ranks(), quiet():
             elastic_launch(elastic, worker)(config, values, folder)
     except ChildFailedError as error:
         failure = error.get_first_failure()[1].message  # a dict where the rank could write its error file
@@ -78,7 +79,8 @@ def worker(config: Config, values: dict[str, Any], folder: Path, questions: Ques
     """
     quiet_libraries()
     logging.getLogger("common").setLevel(logging.INFO)
-    with logged(None if rank() > 0 or config.doctor is True else folder / "run.log"):
+    kept = None if rank() > 0 or config.doctor is True else folder / "run.log"
+    with logged(kept), watched(f"{folder.name}: running", SOON):
         from safetensors import SafetensorError
 
         from common.pipeline import examine, run

@@ -24,6 +24,7 @@ from common.data.settings import Splits, fewer
 from common.data.source import Dataset, load_dataset
 from common.method import Accounts, Looks, Method
 from common.plugins import locate
+from common.runtime.progress import doing
 from common.types import Images, Prompt, Task, UserError
 
 
@@ -119,11 +120,13 @@ def read_datasets(config: Config) -> dict[str, Dataset]:
     chosen = config.setting.targets if config.setting.test_on is None else config.setting.test_on
     if unknown := [name for name in chosen if name not in config.setting.targets]:
         raise _no_target(config, unknown[0])
-    datasets = {config.data.name: load_dataset(config.data)}
+    with doing(f"reading {config.data.name}"):
+        datasets = {config.data.name: load_dataset(config.data)}
     for name in chosen:
         if name != config.data.name:
             try:
-                datasets[name] = load_dataset(_like(config.setting.targets[name], config.data), only_test=True)
+                with doing(f"reading {name}"):
+                    datasets[name] = load_dataset(_like(config.setting.targets[name], config.data), only_test=True)
             except UserError as error:
                 raise UserError(
                     f"{error} (setting={config.setting.name} tests on it; choose with setting.test_on)"

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from common.config.checks import one_of
+from common.counted import counted
 from common.runtime import utf8
+from common.runtime.progress import doing, say, watched
 from common.types import UserError
 
 if TYPE_CHECKING:
@@ -45,7 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
     # CPU threads that spin while they wait slow two processes on one machine down thirty times (docs/log.md)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        answers, pictures = classify(chosen)
+        with watched(f"looking for pictures, then {chosen.run} is loaded"):
+            answers, pictures = classify(chosen)
         with _target(chosen.output) as file:
             WRITERS[chosen.format](answers, pictures, file)
     except UserError as error:
@@ -53,7 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     troubled = [answer for answer in answers if answer.trouble]
     if chosen.output is not None:
-        print(f"{chosen.output}: {len(answers) - len(troubled)} answers, {len(troubled)} broken", file=sys.stderr)
+        answered = counted(len(answers) - len(troubled), "answer")
+        print(f"{chosen.output}: {answered}, {len(troubled)} broken", file=sys.stderr)
     for answer in troubled:
         print(f"{answer.image}: {answer.trouble}", file=sys.stderr)
     return 1 if troubled else 0
@@ -88,12 +92,15 @@ def classify(chosen: argparse.Namespace) -> tuple[list[Answer], dict[str, Path]]
     from common.predict.photos import find, names_of
 
     pictures = {name: path for what in chosen.pictures for name, path in find(what).items()}
-    from common.predict.classifier import Classifier  # torch, some seconds
+    say(f"{counted(len(pictures), 'picture')}; loading {chosen.run}")
+    with doing(f"loading {chosen.run}"):
+        from common.predict.classifier import Classifier  # torch, some seconds
 
-    classifier = Classifier.load(chosen.run, names_of(chosen.names), chosen.risk, lists_names=not chosen.open)
-    classifier.quieten()
+        classifier = Classifier.load(chosen.run, names_of(chosen.names), chosen.risk, lists_names=not chosen.open)
+        classifier.quieten()
     try:
-        return classifier(pictures), pictures
+        with doing("answering"):
+            return classifier(pictures), pictures
     finally:
         classifier.close()
 

@@ -11,6 +11,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from common.runtime.distributed import rank
+from common.runtime.progress import say, turn_to
 
 
 class Comparison(Callback):
@@ -28,6 +29,8 @@ class Comparison(Callback):
         """Have the table printed."""
         if rank() == 0 and "points" not in config.hydra.sweeper:  # the papers' sweeper has a page of its own
             atexit.register(self.show)
+            say("multirun: composing every run before the first one begins")
+        turn_to("multirun")
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **options: Any) -> None:
         """Remember where the job has written, and whether it failed."""

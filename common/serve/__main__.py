@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from common.runtime import utf8
+from common.runtime.progress import watched
 from common.types import UserError
 
 
@@ -47,13 +48,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def serve(chosen: argparse.Namespace) -> None:
     """Load, serve until Ctrl-C, and leave nothing behind but corrections."""
-    from common.predict.classifier import Classifier  # torch, some seconds
-    from common.predict.photos import names_of
-    from common.serve.desk import Desk, Limits
-    from common.serve.page import Page
+    with watched(f"loading {chosen.run}"):
+        from common.predict.classifier import Classifier  # torch, some seconds
+        from common.predict.photos import names_of
+        from common.serve.desk import Desk, Limits
+        from common.serve.page import Page
 
-    classifier = Classifier.load(chosen.run, names_of(chosen.names), chosen.risk)
-    classifier.quieten()
+        classifier = Classifier.load(chosen.run, names_of(chosen.names), chosen.risk)
+        classifier.quieten()
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())

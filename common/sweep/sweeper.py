@@ -30,6 +30,7 @@ from common.config.command_line import literal
 from common.report.paper import page, points
 from common.run.run_folder import RunFolder
 from common.run.safe import result_is_safe
+from common.runtime.progress import bar, doing
 from common.sweep import book, dry, plugin
 from common.sweep.plan import LATER, RUN, Point, expand
 from common.types import UserError
@@ -137,14 +138,17 @@ class PaperSweeper(Sweeper):
         print("composing and checking every point before the first one runs", flush=True)
         found: dict[Path, Job] = {}
         shown: list[list[points.Shown]] = []
-        for chapter in chapters:
-            shown.append([])
-            for point in expand(chapter.spec, chapter.values(given)):
-                jobs = composer.jobs(point)
-                for job in jobs:
-                    found.setdefault(job.folder, job)
-                seed, where = int(jobs[-1].values["seed"]), keys(jobs[-1], chapter.page)
-                shown[-1].append(points.Shown(jobs[-1].folder.name, seed, where))
+        expanded = [expand(chapter.spec, chapter.values(given)) for chapter in chapters]
+        with bar("composing", sum(map(len, expanded))) as composed:
+            for chapter, of_chapter in zip(chapters, expanded, strict=True):
+                shown.append([])
+                for point in of_chapter:
+                    jobs = composer.jobs(point)
+                    for job in jobs:
+                        found.setdefault(job.folder, job)
+                    seed, where = int(jobs[-1].values["seed"]), keys(jobs[-1], chapter.page)
+                    shown[-1].append(points.Shown(jobs[-1].folder.name, seed, where))
+                    composed.advance()
         return sorted(found.values(), key=lambda job: job.point.depth), shown
 
     def given(self, arguments: Sequence[str]) -> dict[str, list[str]]:
@@ -190,7 +194,8 @@ class PaperSweeper(Sweeper):
             if not wave:
                 continue
             batch = [literal([f"{key}={value}" for key, value in self.tagged(job.overrides)]) for job in wave]
-            done = self.launcher.launch(batch, initial_job_idx=len(returns))
+            with doing(f"{len(wave)} of {len(left)} runs"):
+                done = self.launcher.launch(batch, initial_job_idx=len(returns))
             returns.extend(done)
             ready |= {job.folder for job, each in zip(wave, done, strict=True) if each.status == JobStatus.COMPLETED}
         return returns
