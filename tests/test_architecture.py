@@ -28,6 +28,7 @@ FLOORS = (
     *(
         "types",
         "method",
+        "counted",
         "renamed",
         "plugins",
         "parsing",
@@ -115,6 +116,7 @@ LIGHT = (
     "common.evaluation.metrics",
     "common.evaluation.summary",
     "common.launch",
+    "common.learner",
     "common.models.checks",
     "common.parsing",
     "common.report.figures",
@@ -124,6 +126,7 @@ LIGHT = (
     "common.run.preflight",
     "common.run.result",
     "common.run.run_folder",
+    "common.vlm.check",
     *(name for name in MODULES if name.split(".")[0] in PAPERS and not name.startswith(HEAVY_PARTS)),
     "alert.bank.file",
 )

@@ -13,7 +13,7 @@ import csv
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -25,6 +25,7 @@ from common.runtime.progress import doing, say, watched
 from common.types import UserError
 
 if TYPE_CHECKING:
+    from common.predict.cards import About
     from common.predict.classifier import Answer
 
 FORMATS = ("table", "jsonl", "csv", "html")
@@ -48,9 +49,14 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         with watched(f"looking for pictures, then {chosen.run} is loaded"):
-            answers, pictures = classify(chosen)
+            answers, pictures, about = classify(chosen)
         with _target(chosen.output) as file:
-            WRITERS[chosen.format](answers, pictures, file)
+            if chosen.format == "html":  # for a browser: every picture beside its answer
+                from common.predict import cards
+
+                file.write(cards.page(answers, pictures, about))
+            else:
+                WRITERS[chosen.format](answers, file)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -87,8 +93,8 @@ def of_run(values: Sequence[str]) -> list[str]:
     return words + [word for key, value in given.items() for word in (f"--{key}", value) if word]
 
 
-def classify(chosen: argparse.Namespace) -> tuple[list[Answer], dict[str, Path]]:
-    """The answers to all pictures of the request, and these by name."""
+def classify(chosen: argparse.Namespace) -> tuple[list[Answer], dict[str, Path], About]:
+    """The answers to all pictures of the request, these by name, and what a reader must know of the run."""
     from common.predict.photos import find, names_of
 
     pictures = {name: path for what in chosen.pictures for name, path in find(what).items()}
@@ -100,12 +106,12 @@ def classify(chosen: argparse.Namespace) -> tuple[list[Answer], dict[str, Path]]
         classifier.quieten()
     try:
         with doing("answering"):
-            return classifier(pictures), pictures
+            return classifier(pictures), pictures, classifier.about(chosen.risk)
     finally:
         classifier.close()
 
 
-def write_table(answers: Sequence[Answer], pictures: Mapping[str, Path], file: TextIO) -> None:
+def write_table(answers: Sequence[Answer], file: TextIO) -> None:
     """For people."""
     from rich.console import Console
     from rich.table import Table
@@ -121,13 +127,13 @@ def write_table(answers: Sequence[Answer], pictures: Mapping[str, Path], file: T
     Console(file=file, width=None if file.isatty() else 160).print(table)
 
 
-def write_lines(answers: Sequence[Answer], pictures: Mapping[str, Path], file: TextIO) -> None:
+def write_lines(answers: Sequence[Answer], file: TextIO) -> None:
     """One JSON object per line."""
     for answer in answers:
         file.write(json.dumps(vars(answer), ensure_ascii=False) + "\n")
 
 
-def write_csv(answers: Sequence[Answer], pictures: Mapping[str, Path], file: TextIO) -> None:
+def write_csv(answers: Sequence[Answer], file: TextIO) -> None:
     """For spreadsheets."""
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -139,14 +145,7 @@ def write_csv(answers: Sequence[Answer], pictures: Mapping[str, Path], file: Tex
         writer.writerow(["" if values[name] is None else values[name] for name in COLUMNS])
 
 
-def write_page(answers: Sequence[Answer], pictures: Mapping[str, Path], file: TextIO) -> None:
-    """For a browser: every picture beside its answer."""
-    from common.predict import cards
-
-    file.write(cards.page(answers, pictures))
-
-
-WRITERS = {"table": write_table, "jsonl": write_lines, "csv": write_csv, "html": write_page}
+WRITERS = {"table": write_table, "jsonl": write_lines, "csv": write_csv}
 
 
 @contextmanager

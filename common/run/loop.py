@@ -9,14 +9,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from common.config.schema import Config, GRPOConfig
+from common.data.task import Questions
 from common.evaluation.evaluate import Evaluation, Predictor, during_training, watched
+from common.models.checks import INSTEAD, unknown_classes
 from common.run.checkpoint import Checkpoints, State, seed_generators
 from common.run.recorder import Recorder
 from common.runtime.distributed import gather, rank, world
 from common.runtime.interrupt import Interrupted, requested
 from common.runtime.progress import bar
 from common.training.base import Step, Trainer
-from common.training.silent import fix, silent_rewards
+from common.training.silent import fix, hardly_paid, silent_rewards
 from common.types import UserError
 
 log = logging.getLogger(__name__)
@@ -49,7 +51,7 @@ def train(
         checkpoints.restore_generators(config.seed)
         done, best, trainer.tokens = state.update, state.best, state.tokens
     iterations = config.trainer.num_iterations if isinstance(config.trainer, GRPOConfig) else 1
-    watch = Watch(recorder.files.read_log("metrics.jsonl"))
+    watch = Watch(recorder.files.read_log("metrics.jsonl"), is_stranger(config, predictor.questions))
     if is_over(config, done, best):  # an earlier attempt ended here, and stopped before its result
         return done
     with bar(f"training ({config.method['name']})", updates, done) as shown, requested() as interruption:
@@ -120,19 +122,42 @@ def note(metrics: dict[str, float], best: tuple[int, float] | None, silent: Mapp
     return " · ".join(said + [f"{name} paid {whom}" for name, whom in (silent or {}).items()])
 
 
+def is_stranger(config: Config, questions: Questions) -> bool:
+    """Whether a model that was never taught the classes of a user's own photos is to stop where it earns nothing."""
+    return config.data.own_photos and config.doctor is not False and unknown_classes(config, questions) is not None
+
+
+def hopeless(poor: Mapping[str, float]) -> str:
+    """Why a stranger's training stops, and what to do instead. `poor`: from `hardly_paid`."""
+    paid = ", ".join(f"reward '{name}' paid {100 * mean:.1f} %" for name, mean in poor.items())
+    return (
+        f"the training has stopped: in {WARN_AFTER} updates {paid} of the completions, and the model was never taught"
+        f" these classes. Instead, {INSTEAD}; or train it all the same with doctor=false"
+    )
+
+
 class Watch:
     """Warns once, after WARN_AFTER batches of completions, of rewards that paid nobody or everybody so far.
 
     silent: those that still do; empty before.
     """
 
-    def __init__(self, earlier: Sequence[dict[str, float]]) -> None:
-        """`earlier`: what the updates of earlier attempts reported."""
+    def __init__(self, earlier: Sequence[dict[str, float]], is_stranger: bool = False) -> None:
+        """
+        Args:
+            earlier: What the updates of earlier attempts reported.
+            is_stranger: The model was never taught the classes: if it earns nothing, that will not change.
+        """
+        self.is_stranger = is_stranger
         self.seen = [row for row in earlier if "reward" in row]
         self.silent = silent_rewards(self.seen) if len(self.seen) >= WARN_AFTER else {}
 
     def see(self, metrics: dict[str, float]) -> None:
-        """One update."""
+        """One update.
+
+        Raises:
+            UserError: A stranger has earned next to nothing.
+        """
         if "reward" not in metrics:  # it repeats a batch
             return
         self.seen.append(metrics)
@@ -140,6 +165,8 @@ class Watch:
             still = silent_rewards([self.seen[0], metrics])
             self.silent = {name: whom for name, whom in self.silent.items() if name in still}
         elif len(self.seen) == WARN_AFTER:
+            if self.is_stranger and (poor := hardly_paid(self.seen)):
+                raise UserError(hopeless(poor))
             self.silent = silent_rewards(self.seen)
             for name, whom in self.silent.items() if rank() == 0 else ():
                 log.warning("reward '%s' paid %s in %d updates: %s", name, whom, WARN_AFTER, fix(name, whom))

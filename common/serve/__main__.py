@@ -20,6 +20,8 @@ from common.runtime import utf8
 from common.runtime.progress import watched
 from common.types import UserError
 
+LOCAL = ("127.0.0.1", "localhost", "::1")  # nobody else reaches these
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0 after Ctrl-C, 2 for a mistake in the request."""
@@ -61,7 +63,7 @@ def serve(chosen: argparse.Namespace) -> None:
         signal.signal(number, lambda *_: ended.set())
     with tempfile.TemporaryDirectory(prefix="uploads-") as uploads:
         desk = Desk(classifier, chosen.feedback.expanduser(), Limits(chosen.max_mb))
-        page = Page(desk, chosen.run.expanduser().resolve().name, Path(uploads))
+        page = Page(desk, classifier.about(chosen.risk), Path(uploads), is_local=chosen.host in LOCAL)
         try:
             server = page.launch(chosen.host, chosen.port)
         except OSError as error:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hydra.core.config_loader import ConfigLoader
 from omegaconf import OmegaConf
 
 from common.sweep.plan import Spec, based, choices
@@ -58,6 +59,22 @@ class Chapter:
             if key == "method" or all(key in row and {*values[key]} <= {*choices(row[key])} for row in rows)
         }
         return {key: text for key, text in texts.items() if key not in chosen}, chosen
+
+
+def folders(loader: ConfigLoader) -> list[Path]:
+    """Where Hydra looks for configurations, in its order."""
+    return [Path(source.path) for source in loader.get_sources() if source.scheme() == "file"]
+
+
+def only_lays_out(name: str, loader: ConfigLoader) -> bool:
+    """Whether a sweep's YAML has nothing of its own for its runs: `config` and Hydra's part alone."""
+    path = next((path for folder in folders(loader) if (path := folder / f"{name}.yaml").is_file()), None)
+    whole: Any = {} if path is None else OmegaConf.to_container(OmegaConf.load(path))
+    defaults = [next(iter(each)) if isinstance(each, dict) else each for each in whole.get("defaults", ())]
+    of_others = [
+        each for each in defaults if each not in ("config", "_self_") and not each.startswith("override hydra/")
+    ]
+    return whole.keys() == {"defaults", "hydra"} and "config" in defaults and not of_others
 
 
 def alone(name: str, keys: Mapping[str, Any]) -> Chapter:

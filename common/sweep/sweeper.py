@@ -25,12 +25,12 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from common.config import composition
+from common.config import composition, run_name
 from common.config.command_line import literal
 from common.report.paper import page, points
 from common.run.run_folder import RunFolder
 from common.run.safe import result_is_safe
-from common.runtime.progress import bar, doing
+from common.runtime.progress import doing, progress
 from common.sweep import book, dry, plugin
 from common.sweep.plan import LATER, RUN, Point, expand
 from common.types import UserError
@@ -116,8 +116,7 @@ class PaperSweeper(Sweeper):
         """Those of a book, or this sweep alone."""
         assert self.config is not None and self.hydra_context is not None
         if self.is_book:
-            sources = [each for each in self.hydra_context.config_loader.get_sources() if each.scheme() == "file"]
-            return book.read(self.keys, [Path(source.path) for source in sources])
+            return book.read(self.keys, book.folders(self.hydra_context.config_loader))
         return [book.alone(str(self.config.hydra.job.config_name), self.keys)]
 
     def jobs(
@@ -137,18 +136,14 @@ class PaperSweeper(Sweeper):
         composer = Composer(self.hydra_context.config_loader, self.config)
         print("composing and checking every point before the first one runs", flush=True)
         found: dict[Path, Job] = {}
-        shown: list[list[points.Shown]] = []
-        expanded = [expand(chapter.spec, chapter.values(given)) for chapter in chapters]
-        with bar("composing", sum(map(len, expanded))) as composed:
-            for chapter, of_chapter in zip(chapters, expanded, strict=True):
-                shown.append([])
-                for point in of_chapter:
-                    jobs = composer.jobs(point)
-                    for job in jobs:
-                        found.setdefault(job.folder, job)
-                    seed, where = int(jobs[-1].values["seed"]), keys(jobs[-1], chapter.page)
-                    shown[-1].append(points.Shown(jobs[-1].folder.name, seed, where))
-                    composed.advance()
+        shown: list[list[points.Shown]] = [[] for _ in chapters]
+        asked = [(n, point) for n, one in enumerate(chapters) for point in expand(one.spec, one.values(given))]
+        for number, point in progress(asked, "composing", len(asked)):
+            jobs = composer.jobs(point)
+            for job in jobs:
+                found.setdefault(job.folder, job)
+            seed, where = int(jobs[-1].values["seed"]), keys(jobs[-1], chapters[number].page)
+            shown[number].append(points.Shown(jobs[-1].folder.name, seed, where))
         return sorted(found.values(), key=lambda job: job.point.depth), shown
 
     def given(self, arguments: Sequence[str]) -> dict[str, list[str]]:
@@ -212,7 +207,8 @@ class Composer:
 
     def __init__(self, loader: ConfigLoader, master: DictConfig) -> None:
         self.loader, self.master = loader, master
-        self.composed: dict[tuple[tuple[str, str], ...], DictConfig] = {}
+        self.composed: dict[tuple[tuple[str, str], ...], tuple[DictConfig, DictConfig]] = {}
+        self.is_plain = book.only_lays_out(str(master.hydra.job.config_name), loader)
         self.learners: dict[str | None, str] = {}
 
     def jobs(self, point: Point) -> list[Job]:
@@ -222,9 +218,9 @@ class Composer:
         overrides = {key: RUN.sub(lambda found: str(folders[found[1]]), v) for key, v in point.overrides.items()}
         if self.few_shot(overrides.get("method")):  # has no language model to choose
             overrides.pop("model", None)
-        cfg = self.compose(overrides)
+        cfg, task = self.compose(overrides)
         folder = Path(cfg.hydra.sweep.dir) / cfg.hydra.sweep.subdir
-        values = composition.plain(_task(cfg))
+        values = composition.plain(task)
         return [
             *(job for jobs in needed.values() for job in jobs),
             Job(point, folder, overrides, values, tuple(folders.values())),
@@ -237,8 +233,8 @@ class Composer:
             self.learners[method] = str(cfg.learner.name)
         return self.learners[method] == "few_shot"
 
-    def compose(self, overrides: Mapping[str, str]) -> DictConfig:
-        """The configuration of a run, Hydra's part included.
+    def compose(self, overrides: Mapping[str, str]) -> tuple[DictConfig, DictConfig]:
+        """The configuration of a run, Hydra's part included, and as the run gets it, but for its name.
 
         Raises:
             UserError: It is not valid.
@@ -248,16 +244,19 @@ class Composer:
         if fixed not in self.composed:
             texts = literal([f"{key}={value}" for key, value in overrides.items()])
             cfg = self.loader.load_sweep_config(self.master, texts)
+            task = _task(cfg)
             try:
-                composition.validate(_task(cfg))
+                composition.validate(task)
             except UserError as error:
                 raise UserError(f"{' '.join(texts)}: {error}") from error
-            self.composed[fixed] = cfg
-        cfg = self.composed[fixed]
-        for key in LATER:
-            if key in overrides:
-                cfg[key] = int(overrides[key]) if overrides[key].isdecimal() else overrides[key]
-        return cfg
+            if self.is_plain and overrides.keys() <= {*run_name.NAMED, *LATER}:
+                run_name.already_composed(task.copy())
+            self.composed[fixed] = cfg, task
+        for each in (both := self.composed[fixed]):
+            for key in LATER:
+                if key in overrides:
+                    each[key] = int(overrides[key]) if overrides[key].isdecimal() else overrides[key]
+        return both
 
 
 def folder_name(sweep: str, given: Mapping[str, str]) -> str:
