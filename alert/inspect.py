@@ -21,6 +21,7 @@ from rich.text import Text
 
 from alert.bank import embeddings as bank
 from alert.bank import file as bank_file
+from common.counted import counted
 from common.report.figures import literal_text
 from common.runtime import utf8
 from common.types import UserError
@@ -48,7 +49,9 @@ def rows(folder: Path) -> list[tuple[str, float, float, str, float]]:
 
 def table(categories: Sequence[tuple[str, float, float, str, float]]) -> Table:
     """The categories that moved most."""
-    shown = Table(title=f"{min(SHOWN, len(categories))} of {len(categories)} categories, the most moved first")
+    shown = Table(
+        title=f"{min(SHOWN, len(categories))} of {counted(len(categories), 'category')}, the most moved first"
+    )
     shown.add_column("category")
     for name in ("norm", "moved %", "nearest", "cosine"):
         shown.add_column(name, justify="right")

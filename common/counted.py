@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 
-def counted(number: int, noun: str) -> str:
-    """A number and its noun, with a comma at the thousands.
+def counted(number: int | str, noun: str) -> str:
+    """A number (or `all`) and its noun, with a comma at the thousands.
 
-    >>> counted(1, "class"), counted(2000, "class"), counted(0, "picture"), counted(3, "category"), counted(2, "day")
-    ('1 class', '2,000 classes', '0 pictures', '3 categories', '2 days')
+    >>> counted(1, "class"), counted(2000, "class"), counted(0, "picture"), counted("all", "shot")
+    ('1 class', '2,000 classes', '0 pictures', 'all shots')
     """
-    return f"{number:,} {noun if number == 1 else plural(noun)}"
+    return f"{number if isinstance(number, str) else f'{number:,}'} {noun if number == 1 else plural(noun)}"
 
 
 def plural(noun: str) -> str:
     """The regular plural, of the last word.
 
-    >>> plural("test image"), plural("class"), plural("batch"), plural("box"), plural("copy")
-    ('test images', 'classes', 'batches', 'boxes', 'copies')
+    >>> plural("test image"), plural("class"), plural("batch"), plural("box"), plural("copy"), plural("day")
+    ('test images', 'classes', 'batches', 'boxes', 'copies', 'days')
     """
     if noun.endswith(("s", "x", "ch", "sh")):
         return f"{noun}es"
@@ -25,10 +25,10 @@ def plural(noun: str) -> str:
     return f"{noun}s"
 
 
-def is_or_are(number: int) -> str:
-    """The verb to a number.
+def agree(number: int, one: str, many: str) -> str:
+    """The form of a word that belongs to a number.
 
-    >>> is_or_are(1), is_or_are(0)
+    >>> agree(1, "is", "are"), agree(0, "is", "are")
     ('is', 'are')
     """
-    return "is" if number == 1 else "are"
+    return one if number == 1 else many

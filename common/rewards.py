@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 from common import parsing
+from common.counted import counted
 from common.plugins import locate
 from common.types import Sample, UserError
 
@@ -136,7 +137,9 @@ def score(samples: Sequence[Sample], rewards: dict[str, Reward]) -> Scores:
     parts = {name: [float(value) for value in reward.function(samples)] for name, reward in rewards.items()}
     for name, values in parts.items():
         if len(values) != len(samples):
-            raise ValueError(f"reward '{name}' returned {len(values)} values for {len(samples)} samples")
+            raise ValueError(
+                f"reward '{name}' returned {counted(len(values), 'value')} for {counted(len(samples), 'sample')}"
+            )
     weights = {name: reward.weight for name, reward in rewards.items()}
     functions: dict[str, object] = {name: reward.function for name, reward in rewards.items()}
     said = {name: list(each.said) for name, each in functions.items() if isinstance(each, Explained)}

@@ -539,7 +539,7 @@ REFUSED = {
     "one class": (
         "folder",
         lambda root: [gone(f"photos/{name}")(root) for name in ("my cat", "teapot")],
-        r"photos has 1 classes",
+        r"photos has 1 class;",
     ),
     "class without photo": (
         "folder",

@@ -23,6 +23,7 @@ from rich.text import Text
 from common.config import composition as config
 from common.config.command_line import literal
 from common.config.schema_task import DataConfig
+from common.counted import agree, counted
 from common.data.source import find, load
 from common.runtime import utf8
 from common.runtime.progress import bar, doing, watched
@@ -67,7 +68,7 @@ def _missing_images(name: str, source: Source) -> Iterator[str]:
         except BadImage as error:
             count, first = count + 1, first or f"{image} ({error})"
     if count:
-        yield f"{count:,} of {len(own):,} images are missing or empty, first: {first}"
+        yield f"{count:,} of {counted(len(own), 'image')} {agree(count, 'is', 'are')} missing or empty, first: {first}"
 
 
 def _differences(published: dict[str, int], sizes: dict[str, int]) -> Iterator[str]:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from common.counted import counted
 from common.data.assemble import PARTS, Parts, assemble
 from common.data.layout import PICTURES, parts_of, pictures
 from common.data.listing import scan
@@ -37,7 +38,7 @@ def read(location: Location, *, csv: str | None = None) -> Source:
     photos = photos_in_table(location, path, base) if is_table else list(_photos_in_folders(location, path))
     names = sorted({photo.name for photo in photos})
     if len(names) < 2:
-        raise location.error(f"{path} has {len(names)} classes; a task needs two or more")
+        raise location.error(f"{path} has {counted(len(names), 'class')}; a task needs two or more")
     _check_names(location, names)
     labels = {name: label for label, name in enumerate(names)}
     parts: dict[str, list[Item]] = {part: [] for part in PARTS}
@@ -66,7 +67,7 @@ def _photos_in_folders(location: Location, folder: Path) -> Iterator[Photo]:
         here = folder / part.folder
         listing = scan(location, here)
         if stray := pictures(listing.files):
-            raise location.error(f"{here / stray[0]} is in no class folder ({len(stray)} such photos)")
+            raise location.error(f"{here / stray[0]} is in no class folder ({counted(len(stray), 'such photo')})")
         _pass_over(location, here, listing.files)
         for name in listing.folders:
             paths = _pictures_below(location, folder, here / name)

@@ -12,6 +12,7 @@ from typing import TypeVar
 import PIL
 from PIL import Image
 
+from common.counted import counted
 from common.data.images import resize
 from common.runtime.disk_cache import DiskCache
 from common.runtime.progress import progress
@@ -190,6 +191,6 @@ def report(bad: dict[str, str], total: int) -> UserError:
     shown = ", ".join(f"{image} ({reason})" for image, reason in list(bad.items())[:SHOWN])
     more = f" and {len(bad) - SHOWN:,} more" if len(bad) > SHOWN else ""
     return UserError(
-        f"{len(bad):,} of {total:,} images cannot be used: {shown}{more}; "
+        f"{len(bad):,} of {counted(total, 'image')} cannot be used: {shown}{more}; "
         "repair or restore the files, or leave them out with data.skip_bad=true"
     )

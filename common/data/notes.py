@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from common.counted import agree, counted
 from common.data.duplicates import WORDS
 from common.data.litter import worded
 
@@ -24,7 +25,8 @@ def data_lines(facts: Mapping[str, Any]) -> list[str]:
     lines = passed_over(facts)
     if replaced := sum(facts.get("refilled", {}).values()):
         lines.append(
-            f"{replaced} training pictures were replaced by others of their class, since they cannot be decoded"
+            f"{counted(replaced, 'training picture')} {agree(replaced, 'was', 'were')} replaced by others of the class,"
+            " since they cannot be decoded"
         )
     for kind, count in facts.get("duplicates", {}).items():
         lines.append(f"{WORDS[kind]}: {count} (manifest.json lists them)")

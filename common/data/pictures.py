@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from common.config.schema import Config
+from common.counted import counted
 from common.data import duplicates, notes, task
 from common.data.loading import SUFFIX, Loader, bytes_per_picture, examine, report
 from common.data.task import Questions
@@ -46,7 +47,7 @@ def readable(config: Config, questions: Questions | None = None) -> Questions:
             raise report(bad, len(questions.images))
         questions = task.build(config, bad)
     if bad:
-        tell(f"left out {len(bad)} pictures that cannot be decoded; manifest.json names them")
+        tell(f"left out {counted(len(bad), 'picture')} that cannot be decoded; manifest.json names them")
     for line in (*notes.passed_over(questions.manifest), *questions.manifest.get("notes", [])):
         tell(line)
     return _without_surprise(config, questions)

@@ -16,6 +16,7 @@ from typing import Any, cast
 from common.config.composition import method_arguments
 from common.config.schema import Config
 from common.config.schema_task import DataConfig
+from common.counted import agree, counted
 from common.data import manifest
 from common.data.images import combine
 from common.data.litter import summary
@@ -96,7 +97,8 @@ def _observed(datasets: dict[str, Dataset], seen: int) -> dict[str, Any]:
     reasons = [reason for one in datasets.values() for reason in Counter(one.source.passed_over).elements()]
     notes = [f"data={name}: {note}" for name, one in datasets.items() for note in one.source.notes]
     if seen:
-        notes.append(f"{seen} images that the model was trained on are not tested")
+        many, are = counted(seen, "image"), agree(seen, "is", "are")
+        notes.append(f"{many} that the model was trained on {are} not tested")
     return {"passed_over": summary(reasons)} | ({"notes": notes} if notes else {})
 
 
@@ -212,6 +214,7 @@ def _check_enough(config: Config, task: Task) -> None:
     for name, split in task.evaluation.items():
         if shared := trained.intersection(item.image for item in split.items):
             raise UserError(
-                f"data={config.data.name}: {len(shared)} training images are also in {name}, first: {min(shared)}; let"
+                f"data={config.data.name}: {counted(len(shared), 'training image')} {agree(len(shared), 'is', 'are')}"
+                f" also in {name}, first: {min(shared)}; let"
                 " each image belong to one part"
             )

@@ -156,7 +156,9 @@ class About:
             threshold: Of the confidence, chosen for that risk.
         """
         result = Result.load(records)
-        title = f"{result.method} · {result.data} · {result.model} · {result.shots} shots · seed {result.seed}"
+        title = (
+            f"{result.method} · {result.data} · {result.model} · {counted(result.shots, 'shot')} · seed {result.seed}"
+        )
         summaries = result.after or result.before
         split, summary = next((name, one) for name, one in summaries.items() if name != "val" or len(summaries) == 1)
         low, high = (f"{100 * bound:.1f}" for bound in summary.ci95)

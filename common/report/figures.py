@@ -12,6 +12,7 @@ from typing import Any
 
 import matplotlib
 
+from common.counted import counted
 from common.evaluation.evaluate import Evaluation
 from common.evaluation.metrics import calibration_error, reliability, selective_risks
 from common.evaluation.metrics import confusion as confusion_counts
@@ -46,7 +47,7 @@ def of_run(folder: Path, result: Result, evaluation: Evaluation, task: Task) -> 
         evaluation: Its last one.
         task: With the names of the classes.
     """
-    title = f"{result.method}, {result.data}, {result.setting}, {result.shots} shots, seed {result.seed}"
+    title = f"{result.method}, {result.data}, {result.setting}, {counted(result.shots, 'shot')}, seed {result.seed}"
     title += f"\n{result.model}, {result.protocol}, {', '.join(dict.fromkeys(result.origins.values()))}"
     rows = RunFolder(folder).read_log("metrics.jsonl")
     drawings: dict[str, Callable[[], Figure]] = {

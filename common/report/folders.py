@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from common.config.composition import decides_result
+from common.counted import counted
 from common.report.paper.points import FILE
 from common.run.result import Result
 from common.run.run_folder import LOCK
@@ -49,7 +50,7 @@ def read(path: Path) -> Run:
     values = decides_result(values)
     if not (path / "metrics.json").is_file():
         state = "running" if _is_locked(path / LOCK) else "unfinished"
-        return Run(path, state, f"after {_updates(path)} updates", values)
+        return Run(path, state, f"after {counted(_updates(path), 'update')}", values)
     try:
         return Run(path, "finished", "", values, Result.load(path))
     except UserError as error:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from common.counted import counted
 from common.evaluation.summary import Summary
 from common.report.folders import Run
 
@@ -96,7 +97,7 @@ def _name(values: Mapping[str, Any], before: str) -> str:
     own = {key: values[key]["name"] for key in ("method", "data", "setting", "protocol", "model")}
     parts = [name for key, name in own.items() if USUAL.get(key) != name]
     parts[0] += f" ({before})" if before else ""
-    return " · ".join([*parts, f"{values['shots']} shots"])
+    return " · ".join([*parts, counted(values["shots"], "shot")])
 
 
 def leaves(values: Any, path: str = "") -> Iterable[tuple[str, Any]]:

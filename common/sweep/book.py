@@ -11,8 +11,10 @@ A chapter is a YAML beside the book's. What is given replaces its values, as the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from omegaconf import OmegaConf
 from common.sweep.plan import Spec, based, choices
 from common.types import UserError
 
+LONGEST = 120  # characters of a sweep's folder
 KEYS = {"sweep", "title", "text", "given"}
 
 
@@ -126,3 +129,14 @@ def with_methods(chapters: Sequence[Chapter], methods: Sequence[str] | None) -> 
 
 def _texts(values: Mapping[str, Any]) -> dict[str, list[str]]:
     return {key: choices(value) for key, value in values.items()}
+
+
+def folder_name(sweep: str, given: Mapping[str, str]) -> str:
+    """A sweep's folder: its name and what the command line changed of it, so that no other page is written over.
+
+    >>> folder_name("clsrl_table2", {"model": "tiny_qwen2_vl", "data": "digits,fashion", "seed": "1"})
+    'clsrl_table2-tiny_qwen2_vl-digits+fashion-seed1'
+    """
+    words = [text if key in ("model", "data") else f"{key}{text}" for key, text in given.items()]
+    name = re.sub(r"[^\w.+-]", "_", "-".join([sweep, *words]).replace(",", "+"))
+    return name if len(name) <= LONGEST else f"{name[:LONGEST]}-{sha256(name.encode()).hexdigest()[:6]}"

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from common.counted import counted
+
 ADAPTERS = 0.1  # gigabytes of LoRA's matrices and a bank, rounded up
 
 
@@ -37,7 +39,7 @@ def show(jobs: Sequence[tuple[str, dict[str, Any], bool]], cost: Mapping[str, An
     known, disk = sum(filter(None, hours)), sum(filter(None, sizes))
     unknown = sum(hour is None for hour in hours)
     console.print(
-        f"{len(hours)} of {len(jobs)} runs to do: about {known:.1f} GPU-hours of an A100 and {disk:.0f} GB"
+        f"{len(hours)} of {counted(len(jobs), 'run')} to do: about {known:.1f} GPU-hours of an A100 and {disk:.0f} GB"
         + (f"; {unknown} of unknown cost" if unknown else "")
     )
 

@@ -8,11 +8,9 @@ out, and one that fails stops only what needs it.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from common.config import composition, run_name
 from common.config.command_line import literal
+from common.counted import counted
 from common.report.paper import page, points
 from common.run.run_folder import RunFolder
 from common.run.safe import result_is_safe
@@ -35,7 +34,6 @@ from common.sweep import book, dry, plugin
 from common.sweep.plan import LATER, RUN, Point, expand
 from common.types import UserError
 
-LONGEST = 120  # characters of a sweep's folder
 STILL_THE_PAPERS = ("seed", "protocol", "rollout", "deepspeed")  # another choice of these is still the paper's table
 
 
@@ -91,7 +89,7 @@ class PaperSweeper(Sweeper):
             dry.show([(job.folder.name, job.values, job.folder in finished) for job in jobs], self.cost)
             return None
         folder, pages = self.describe(chapters, shown, given)
-        print(f"{folder}: {len(jobs)} points, {len(finished)} finished")
+        print(f"{folder}: {counted(len(jobs), 'point')}, {len(finished)} finished")
         returns = self.run(jobs, finished)
         from common.report.paper import tracked, writing  # matplotlib, a second
 
@@ -171,9 +169,9 @@ class PaperSweeper(Sweeper):
         for chapter, runs in zip(chapters, shown, strict=True):
             values = {key: each for key, each in {**chapter.given, **given}.items() if key not in STILL_THE_PAPERS}
             changed, chosen = chapter.parted({key: each for key, each in values.items() if decides(key)})
-            pages.append(outputs / folder_name(f"{name}-{chapter.name}" if self.is_book else name, said))
+            pages.append(outputs / book.folder_name(f"{name}-{chapter.name}" if self.is_book else name, said))
             points.Sweep(chapter.name, chapter.page, changed, runs, chosen).save(pages[-1])
-        return outputs / folder_name(name, said), pages
+        return outputs / book.folder_name(name, said), pages
 
     def run(self, jobs: Sequence[Job], finished: set[Path]) -> list[JobReturn]:
         """Launch the rest. A point whose needs have no result is named and left out."""
@@ -189,7 +187,7 @@ class PaperSweeper(Sweeper):
             if not wave:
                 continue
             batch = [literal([f"{key}={value}" for key, value in self.tagged(job.overrides)]) for job in wave]
-            with doing(f"{len(wave)} of {len(left)} runs"):
+            with doing(f"{len(wave)} of {counted(len(left), 'run')}"):
                 done = self.launcher.launch(batch, initial_job_idx=len(returns))
             returns.extend(done)
             ready |= {job.folder for job, each in zip(wave, done, strict=True) if each.status == JobStatus.COMPLETED}
@@ -257,17 +255,6 @@ class Composer:
                 if key in overrides:
                     each[key] = int(overrides[key]) if overrides[key].isdecimal() else overrides[key]
         return both
-
-
-def folder_name(sweep: str, given: Mapping[str, str]) -> str:
-    """A sweep's folder: its name and what the command line changed of it, so that no other page is written over.
-
-    >>> folder_name("clsrl_table2", {"model": "tiny_qwen2_vl", "data": "digits,fashion", "seed": "1"})
-    'clsrl_table2-tiny_qwen2_vl-digits+fashion-seed1'
-    """
-    words = [text if key in ("model", "data") else f"{key}{text}" for key, text in given.items()]
-    name = re.sub(r"[^\w.+-]", "_", "-".join([sweep, *words]).replace(",", "+"))
-    return name if len(name) <= LONGEST else f"{name[:LONGEST]}-{sha256(name.encode()).hexdigest()[:6]}"
 
 
 def decides(key: str) -> bool:

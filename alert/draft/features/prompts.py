@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.counted import counted
 from common.types import UserError
 
 KEY = "clip.prompts"
@@ -58,7 +59,7 @@ def of_file(path: Path, names: Sequence[str]) -> list[list[str]]:
     if missing := [name for name in dict.fromkeys(wanted) if name not in content]:
         shown = ", ".join(f"'{name}'" for name in missing[:5]) + (", …" if len(missing) > 5 else "")
         raise UserError(
-            f"{KEY}={path} lacks {len(missing)} of {len(set(wanted))} classes: {shown}"
+            f"{KEY}={path} lacks {len(missing)} of {counted(len(set(wanted)), 'class')}: {shown}"
             "; keys are the class names of the run, letter by letter"
         )
     for name in wanted:

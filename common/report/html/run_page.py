@@ -12,6 +12,7 @@ import yaml
 
 from common.config.composition import decides_result, differences, register
 from common.config.run_name import usual
+from common.counted import agree, counted
 from common.data.notes import data_lines
 from common.report import figures, tables
 from common.report.compare import Table
@@ -54,7 +55,8 @@ def make(folder: Path) -> Path:
         "report.js",
         pieces.outside,
         title=f"{result.method} · {result.data}",
-        subtitle=f"{result.model}, {result.setting}, {result.protocol}, {result.shots} shots, seed {result.seed}",
+        subtitle=f"{result.model}, {result.setting}, {result.protocol},"
+        f" {counted(result.shots, 'shot')}, seed {result.seed}",
         parts=PARTS.items(),
         results=Table(*tables.result_cells(result), _notes(result)),
         pictures=_pictures(folder, result, counted),
@@ -147,7 +149,7 @@ def _changed(values: dict[str, Any]) -> list[tuple[str, str, str]] | None:
 def _about(changed: list[tuple[str, str, str]] | None) -> str:
     if changed is None:
         return "Its options are none of this version's, so what differs from them is not known."
-    many = "1 value differs" if len(changed) == 1 else f"{len(changed) or 'No'} values differ"
+    many = f"{counted(len(changed) or 'No', 'value')} {agree(len(changed), 'differs', 'differ')}"
     return f"{many} from what the named options, shots and seed give by themselves."
 
 

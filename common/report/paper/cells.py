@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean, harmonic_mean
 from typing import Any
 
+from common.counted import counted
 from common.evaluation.summary import Summary
 from common.report import folders
 from common.report.folders import Run
@@ -135,7 +136,7 @@ def accuracy(run: Run, result: Result, split: str, summary: Summary) -> Number:
 
 def _reasons(run: Run, result: Result, split: str, summary: Summary) -> list[str]:
     """Why the images are not the paper's."""
-    reasons = [f"{result.left_out} images left out"] if result.left_out else []
+    reasons = [f"{counted(result.left_out, 'image')} left out"] if result.left_out else []
     targets = {one["name"]: one for one in run.values["setting"]["targets"].values()}
     data = run.values["data"] if split == "test" else targets.get(split)
     published = (data or {}).get("published", {})
@@ -149,7 +150,7 @@ def _reasons(run: Run, result: Result, split: str, summary: Summary) -> list[str
 def _as_fast(run: Run) -> list[str]:
     """Why times are not the paper's, which were taken on eight A100 (CLS-RL, section 5.1)."""
     gpus = run.values.get("gpus", 0)
-    return [] if gpus == PAPERS_GPUS else [f"timed on {gpus or 'no'} GPUs instead of {PAPERS_GPUS}"]
+    return [] if gpus == PAPERS_GPUS else [f"timed on {counted(gpus or 'no', 'GPU')} instead of {PAPERS_GPUS}"]
 
 
 def _train_minutes(run: Run, result: Result, split: str, summary: Summary) -> Iterator[Number]:
