@@ -46,8 +46,8 @@ def make(folder: Path) -> Path:
     pictures = thumbnails.read(folder)
     names = transcripts.class_names(folder)
     pieces = Pieces(folder / FOLDER, names)
-    counted = Tally()
-    pieces.add(counted(transcripts.tests(folder, pictures)))
+    tally = Tally()
+    pieces.add(tally(transcripts.tests(folder, pictures)))
     pieces.add(transcripts.training(folder, pictures))
     changed, data = _changed(values), pieces.finish()
     page = render(
@@ -59,8 +59,8 @@ def make(folder: Path) -> Path:
         f" {counted(result.shots, 'shot')}, seed {result.seed}",
         parts=PARTS.items(),
         results=Table(*tables.result_cells(result), _notes(result)),
-        pictures=_pictures(folder, result, counted),
-        confusions=confusion_tables(counted, names),
+        pictures=_pictures(folder, result, tally),
+        confusions=confusion_tables(tally, names),
         differences=changed or [],
         differences_note=_about(changed),
         config=yaml.safe_dump(values, sort_keys=False, allow_unicode=True),
@@ -76,21 +76,21 @@ def _notes(result: Result) -> list[str]:
     return [*lines, *tables.paired_lines(result), tables.time_line(result)]
 
 
-def confusion_tables(counted: Tally, names: Mapping[str, str]) -> list[dict[str, Any]]:
+def confusion_tables(tally: Tally, names: Mapping[str, str]) -> list[dict[str, Any]]:
     """Per split: a grid of few classes, the most frequent confusions of many.
 
     Args:
-        counted: The tested images.
+        tally: Of the tested images.
         names: Of the classes, by what answers are compared with; buttons call them by their numbers.
     """
     places = {name: number for number, name in enumerate(names)}
     found = []
-    for split, pairs in counted.pairs.items():
+    for split, pairs in tally.pairs.items():
         counts: Counter[tuple[int, int]] = Counter()
         for (label, answer), count in pairs.items():
             counts[places[label], places.get(answer, -1)] += count
         seen = sorted({label for label, _ in counts})
-        images, wrong = counted.images[split], counted.wrong[split]
+        images, wrong = tally.images[split], tally.wrong[split]
         named = wrong - (images - sum(counts[n, n] for n in seen))
         table = {"split": split, "images": images, "wrong": wrong, "named": named}
         shown = list(names.values())
@@ -118,16 +118,16 @@ def _cell(counts: Counter[tuple[int, int]], label: int, answer: int, names: Sequ
     }
 
 
-def _pictures(folder: Path, result: Result, counted: Tally) -> list[tuple[str, Any]]:
+def _pictures(folder: Path, result: Result, tally: Tally) -> list[tuple[str, Any]]:
     found = []
     if result.after:
         rows = RunFolder(folder).read_log("metrics.jsonl")
         fitted = not any("loss" in row for row in rows)
         caption = "Accuracies" if fitted else "Rewards, completion lengths and accuracies"
         found.append((f"{caption} over the training.", inline(figures.curves(rows))))
-    if counted.surest:
+    if tally.surest:
         caption = "At the end of the run. Left: reliability, areas by images. Right: errors among the surest images."
-        found.append((caption, inline(figures.calibration(counted.surest))))
+        found.append((caption, inline(figures.calibration(tally.surest))))
     return found
 
 
