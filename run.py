@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -151,7 +151,8 @@ def run() -> None:
 
             sys.exit(predict.main(predict.of_run([word for word in sys.argv[1:] if word != "task=predict"])))
         sys.argv[1:] = literal(sys.argv[1:])
-        with watched("composing the configuration", SOON):
+        completes = {"-sc", "--shell-completion"} & set(sys.argv)  # where a line beside the choices is in the way
+        with nullcontext() if completes else watched("composing the configuration", SOON):
             main()
     except KeyboardInterrupt:  # between runs, or while other processes run them
         print("stopped; the same command goes on", file=sys.stderr)

@@ -172,7 +172,7 @@ def test_commands_speak_before_they_are_slow(name, monkeypatch, capsys):
     with pytest.raises(Slow):
         module.main(arguments)
     ((what, first),) = asked
-    assert what.startswith(line) and first <= 1.0
+    assert what.startswith(line) and first <= 0.5
 
 
 SCRIPT = """

@@ -22,7 +22,7 @@ from common.runtime.distributed import rank
 
 T = TypeVar("T")
 LINE_EVERY = 60.0  # seconds
-SOON = 1.0  # seconds after which a command that may be quick says what it does
+SOON = 0.5  # seconds after which a command that may be quick says what it does
 
 
 @dataclass(eq=False)
