@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
+from common.counted import counted
 from common.data.assemble import PARTS
 from common.data.layout import parts_by_name
 from common.data.listing import text
@@ -76,7 +77,7 @@ def _rows(location: Location, path: Path) -> Iterator[tuple[str, dict[str, str]]
         columns = _columns(location, path, header, separator)
         for where, cells in rows:
             if len(cells) < len(_trimmed(header)) or len(_trimmed(cells)) > len(header):
-                raise location.error(f"{where} has {len(cells)} cells, but the header has {len(header)}")
+                raise location.error(f"{where} has {counted(len(cells), 'cell')}, but the header has {len(header)}")
             yield where, {key: cells[column].strip() for key, column in columns.items()}
     except csv.Error as error:
         raise location.error(f"{path} is not a CSV file ({error}, line {table.line_num})") from error
