@@ -21,7 +21,6 @@ from alert.prompt import INSTRUCTIONS, meta_task
 from alert.rewards import tagged_answer
 from common import parsing
 from common.config.checks import one_of
-from common.counted import counted
 from common.method import Embeddings, Words
 from common.runtime.distributed import gather, rank
 from common.types import Answers, Item, Prediction, Prompt, Split, Task, UserError
@@ -185,8 +184,7 @@ class Alert:
         labels = categories.train_labels(task, split)
         if self.k > len(asked.choices):
             raise UserError(
-                f"method.k={self.k}, but '{split}' has {counted(len(asked.choices), 'class name')}; use fewer"
-                " candidates"
+                f"method.k={self.k}, but '{split}' has only {len(asked.choices)} to choose among; use fewer candidates"
             )
         if self.draft == "file" and split not in self.drafted:
             # before the model is loaded: a file that does not fit costs a second then

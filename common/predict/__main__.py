@@ -49,12 +49,12 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         with watched(f"looking for pictures, then {chosen.run} is loaded"):
-            answers, pictures, about = classify(chosen)
+            answers, pictures, known = classify(chosen)
         with _target(chosen.output) as file:
             if chosen.format == "html":  # for a browser: every picture beside its answer
                 from common.predict import cards
 
-                file.write(cards.page(answers, pictures, about))
+                file.write(cards.page(answers, pictures, known))
             else:
                 WRITERS[chosen.format](answers, file)
     except UserError as error:
@@ -100,13 +100,14 @@ def classify(chosen: argparse.Namespace) -> tuple[list[Answer], dict[str, Path],
     pictures = {name: path for what in chosen.pictures for name, path in find(what).items()}
     say(f"{counted(len(pictures), 'picture')}; loading {chosen.run}")
     with doing(f"loading {chosen.run}"):
+        from common.predict.cards import about
         from common.predict.classifier import Classifier  # torch, some seconds
 
         classifier = Classifier.load(chosen.run, names_of(chosen.names), chosen.risk, lists_names=not chosen.open)
         classifier.quieten()
     try:
         with doing("answering"):
-            return classifier(pictures), pictures, classifier.about(chosen.risk)
+            return classifier(pictures), pictures, about(classifier, chosen.risk)
     finally:
         classifier.close()
 

@@ -20,7 +20,7 @@ from common.data.images import decode
 from common.run.result import Result
 
 if TYPE_CHECKING:
-    from common.predict.classifier import Answer
+    from common.predict.classifier import Answer, Classifier
 
 SIDE = 160  # of a thumbnail in pixels
 FEW = 12  # class names that are shown without being asked for
@@ -172,6 +172,12 @@ class About:
             abstains = f"answers from {100 * threshold:.1f} % on, for a risk of {100 * risk:g} % wrong answers"
         name = folder.expanduser().resolve().name
         return cls(name, title, tuple(classes), measured, abstains)
+
+
+def about(classifier: Classifier, risk: float | None) -> About:
+    """Of a loaded model. `risk`: for which its threshold was chosen."""
+    run = classifier.run
+    return About.of(run.folder, run.records, classifier.names, risk, classifier.threshold)
 
 
 def render(answers: Sequence[Answer], pictures: Mapping[str, bytes | Path]) -> str:

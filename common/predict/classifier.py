@@ -21,7 +21,6 @@ from common.learner import Asks, Build, Learner, Prepares, Restores
 from common.method import Looks, LooksAgain, Method
 from common.plugins import locate
 from common.predict.abstain import threshold_of
-from common.predict.cards import About
 from common.predict.photos import Photos, Picture
 from common.predict.trained import SPLIT, Trained, config_of, method_of, questions_of, without_list
 from common.run.checkpoint import Checkpoints
@@ -135,10 +134,6 @@ class Classifier:
         good = [key for key in given if key not in broken]
         answers = self._answers(good) if good else {}
         return [Answer(key, trouble=broken[key]) if key in broken else answers[key] for key in given]
-
-    def about(self, risk: float | None) -> About:
-        """What a reader of answers must know. `risk`: for which the threshold was chosen."""
-        return About.of(self.run.folder, self.run.records, self.names, risk, self.threshold)
 
     def quieten(self) -> None:
         """For commands: no progress bars and notices of libraries; few-shot learners need not import them."""

@@ -51,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
 def serve(chosen: argparse.Namespace) -> None:
     """Load, serve until Ctrl-C, and leave nothing behind but corrections."""
     with watched(f"loading {chosen.run}"):
+        from common.predict.cards import about
         from common.predict.classifier import Classifier  # torch, some seconds
         from common.predict.photos import names_of
         from common.serve.desk import Desk, Limits
@@ -63,7 +64,7 @@ def serve(chosen: argparse.Namespace) -> None:
         signal.signal(number, lambda *_: ended.set())
     with tempfile.TemporaryDirectory(prefix="uploads-") as uploads:
         desk = Desk(classifier, chosen.feedback.expanduser(), Limits(chosen.max_mb))
-        page = Page(desk, classifier.about(chosen.risk), Path(uploads), is_local=chosen.host in LOCAL)
+        page = Page(desk, about(classifier, chosen.risk), Path(uploads), is_local=chosen.host in LOCAL)
         try:
             server = page.launch(chosen.host, chosen.port)
         except OSError as error:
