@@ -19,6 +19,7 @@ from common.data import wordnet
 from common.data.spelling import composed
 from common.parsing import normalize
 from common.runtime import utf8
+from common.runtime.progress import SOON, watched
 from common.types import UserError
 
 
@@ -136,7 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     aliases.add_argument("--subset", choices=sorted(wordnet.SUBSETS), default="imagenet", help="of which dataset")
     given = parser.parse_args(arguments)
     try:
-        names = imagenet_names()
+        with watched("reading WordNet", SOON):
+            names = imagenet_names()
         if given.command == "classnames":
             write_classnames(given.file, names)
         else:
