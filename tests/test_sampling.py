@@ -283,7 +283,7 @@ def test_a_part_that_cannot_be_used_at_all_is_refused(part):
     data = replace(source(), test=tuple(replace(item, image=f"t{item.image}") for item in TRAIN))
     whole = sampling.draw(data, Sampling(1, 1))
     gone = frozenset(item.image for item in getattr(whole, part))
-    with pytest.raises(UserError, match=f"leave out all {len(gone)} images of a part, first: .*; repair"):
+    with pytest.raises(UserError, match=rf"leave out all of a part \({len(gone)} images\), first: .*; repair"):
         sampling.draw(data, Sampling(1, 1, unusable=gone))
 
 

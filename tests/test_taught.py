@@ -91,7 +91,8 @@ def test_a_stranger_that_earns_nothing_stops():
 
 def test_well_formed_answers_are_not_right_ones():
     """CLS-RL's format can be earned without knowing a class; a length that takes away says nothing either way."""
-    rows = {"rewards/format/mean": 0.9, "rewards/length/mean": -0.01}
+    rows = {"rewards/format/mean": 0.9, "rewards/format/std": 0.1}
+    rows |= {"rewards/length/mean": -0.01, "rewards/length/std": 0.1}
     watch = loop.Watch([paid(0.5, **rows)] * 9, is_stranger=True)
     watch.see(paid(0.5, **rows))
     with pytest.raises(UserError, match="reward 'equality' paid 0.0 %"):

@@ -126,7 +126,7 @@ def draw(source: Source, how: Sampling) -> Picks:
 def _usable(items: Sequence[Item], how: Sampling) -> list[Item]:
     if items and how.unusable.issuperset(item.image for item in items):
         raise UserError(
-            f"data.skip_bad=true would leave out {counted(len(items), 'image')}, all of a part, first:"
+            f"data.skip_bad=true would leave out all of a part ({counted(len(items), 'image')}), first:"
             f" {items[0].image}; repair or"
             " restore them"
         )
