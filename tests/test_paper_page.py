@@ -159,7 +159,7 @@ def test_images_are_counted_by_the_protocol(protocol, images, reasons):
 
 def test_times_of_other_machines_are_not_the_papers():
     train = {"seconds": {"total": 120.0}}
-    for gpus, reasons in ((8, []), (1, ["timed on 1 GPUs instead of 8"]), (0, ["timed on no GPUs instead of 8"])):
+    for gpus, reasons in ((8, []), (1, ["timed on 1 GPU instead of 8"]), (0, ["timed on no GPUs instead of 8"])):
         run, result = SimpleNamespace(values={"gpus": gpus}), SimpleNamespace(after=True, train=train)
         (number,) = cells._train_minutes(run, result, "test", None)
         assert (number.value, number.reasons) == (2.0, reasons)
