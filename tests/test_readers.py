@@ -464,7 +464,7 @@ REFUSED = {
     "label too high": (
         "dtd",
         first_row(["a.jpg", 3, "dots"]),
-        r"1 labels, which must be 0 to 0, but 0 does not .* 3 \('dots'\)",
+        r"1 label, which must be 0 to 0, but 0 does not .* 3 \('dots'\)",
     ),
     "label below 0": ("dtd", first_row(["a.jpg", -1, "dots"]), r"but 0 does not occur and -1 \('dots'\) does"),
     "variants missing": (
