@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,7 @@ from common.config.command_line import literal
 from common.runtime import garbage, slurm, threads, utf8
 from common.runtime.distributed import rank, world
 from common.runtime.interrupt import Interrupted, heeded
-from common.runtime.progress import is_shown, say
+from common.runtime.progress import SOON, watched
 from common.types import UserError
 
 if TYPE_CHECKING:
@@ -81,22 +81,24 @@ def job(cfg: DictConfig, folder: Path) -> None:
             if reason := preflight.refusal(look, config):
                 print(f"it would be refused: {reason}")
         return
+    begins = f"{folder.name}: reading {config.data.name}"
     if config.manifest:
-        preview(config, RunFolder(folder))
+        with watched(begins):
+            preview(config, RunFolder(folder))
         return
     if config.doctor is True:
-        preflight.check(config)
-        launch.launch(config, values, folder)
+        with watched(begins):
+            preflight.check(config)
+            launch.launch(config, values, folder)
         return
     run_folder = RunFolder(folder)
     result = run_folder.finished_result(values)
     if result is None:
-        if is_shown():
-            say(f"{folder.name}: reading {config.data.name}, then {config.model.name} is loaded")
-        questions = preflight.check(config)
-        if rank() == 0:
-            run_folder.claim(values)
-        launch.launch(config, values, folder, questions)
+        with watched(begins):
+            questions = preflight.check(config)
+            if rank() == 0:
+                run_folder.claim(values)
+            launch.launch(config, values, folder, questions)
         result = run_folder.finished_result(values)
     else:
         pictures.check_finished(config, folder / "manifest.json")
@@ -154,7 +156,9 @@ def run() -> None:
 
             sys.exit(predict.main(predict.of_run([word for word in sys.argv[1:] if word != "task=predict"])))
         sys.argv[1:] = literal(sys.argv[1:])
-        main()
+        completes = {"-sc", "--shell-completion"} & set(sys.argv)  # where a line beside the choices is in the way
+        with nullcontext() if completes else watched("composing the configuration", SOON):
+            main()
     except KeyboardInterrupt:  # between runs, or while other processes run them
         print("stopped; the same command goes on", file=sys.stderr)
         sys.exit(INTERRUPTED)

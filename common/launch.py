@@ -20,6 +20,7 @@ from common.config.schema import NO_FAMILY, Config
 from common.data.task import Questions
 from common.runtime.distributed import forget_group_alone, rank, started_by_launcher
 from common.runtime.interrupt import Interrupted, heeded, left_to_ranks
+from common.runtime.progress import SOON, watched
 from common.types import UserError
 
 log = logging.getLogger(__name__)
@@ -94,7 +95,8 @@ def worker(config: Config, values: dict[str, Any], folder: Path, questions: Ques
     """
     quiet_libraries()
     logging.getLogger("common").setLevel(logging.INFO)
-    with heeded(), logged(None if rank() > 0 or config.doctor is True else folder / "run.log"):
+    kept = None if rank() > 0 or config.doctor is True else folder / "run.log"
+    with heeded(), logged(kept), watched(f"{folder.name}: running", SOON):
         from safetensors import SafetensorError
 
         from common.pipeline import examine, run

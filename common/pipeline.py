@@ -30,6 +30,7 @@ from common.run.tracking import make_tracker, settled_mode
 from common.runtime import garbage
 from common.runtime.distributed import barrier, rank
 from common.runtime.group import init_process_group, model_of
+from common.runtime.progress import doing
 from common.runtime.stopwatch import Stopwatch
 from common.training.schedule import total_updates
 from common.training.signs import Signs
@@ -57,7 +58,7 @@ def run(config: Config, values: dict[str, Any], folder: Path, questions: Questio
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.max_checkpoints)
     state = checkpoints.state
     clock.earlier = 0.0 if state is None else state.seconds
-    with clock.phase("model"):
+    with clock.phase("model"), doing(f"{folder.name}: loading {config.model.path or config.model.name}"):
         build: Build = locate(config.learner.build, "learner.build")
         garbage.set_aside()
         learner = build(config, questions, device, folder, checkpoints)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +16,7 @@ from common.data.listing import files, subfolders
 from common.data.litter import reason
 from common.data.location import Location
 from common.data.names import objections
+from common.models import checks
 from common.types import UserError
 
 
@@ -215,7 +219,7 @@ def test_the_path_that_was_meant_is_named(tmp_path, folders, message):
 
 
 def test_one_class_alone_is_no_wrapping(tmp_path):
-    with pytest.raises(UserError, match="has 1 classes"):
+    with pytest.raises(UserError, match="has 1 class;"):
         read(photos(tmp_path, "cat/1.jpg", "cat/2.jpg"))
 
 
@@ -307,3 +311,13 @@ def test_such_a_line_reaches_the_manifest_whatever_the_method(tmp_path, compose,
     config = validate(compose("data=folder", f"data.folder={tmp_path}", "shots=1", learner))
     (note,) = task.build(config).manifest["notes"]
     assert note.startswith("data=folder: warning: 2 of 2 class names look like codes")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md"])
+def test_the_first_command_for_own_photos_works_on_a_laptop(compose, page):
+    """A linear probe on the network that is installed with this: no hub, no GPU, and no model that cannot know them."""
+    text = (Path(__file__).parent.parent / page).read_text(encoding="utf-8")
+    command = re.search(r"^python run\.py (data=folder (?:.*\\\n)*.*)", text, re.MULTILINE)[1]
+    config = validate(compose(*shlex.split(command.replace("\\\n", " "), comments=True)))
+    assert (config.method["name"], config.clip.name, config.visual.name) == ("linear_probe", "none", "lite0")
+    assert config.gpus == 0 and "method=linear_probe clip=none visual=lite0" in checks.INSTEAD

@@ -315,7 +315,7 @@ def test_images_are_counted_by_the_protocol(protocol, images, reasons):
         (8, "NVIDIA A100-PCIE-40GB", []),
         (8, "NVIDIA H100 80GB HBM3", ["timed on NVIDIA H100 80GB HBM3 instead of A100"]),
         (8, "", ["timed on an unknown GPU instead of A100"]),
-        (1, "NVIDIA A100-SXM4-80GB", ["timed on 1 GPUs instead of 8"]),
+        (1, "NVIDIA A100-SXM4-80GB", ["timed on 1 GPU instead of 8"]),
         (0, "CPU", ["timed on no GPUs instead of 8"]),
     ],
 )

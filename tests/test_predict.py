@@ -221,8 +221,36 @@ def test_what_a_page_of_answers_says_is_escaped(tmp_path):
     Image.new("RGB", (400, 200), "red").save(tmp_path / "a.png")
     bad = "<script>alert(1)</script>"
     answers = [Answer(bad, label=bad, top=((bad, 0.25),), reasoning=bad, candidates=(bad,)), Answer("b", trouble=bad)]
-    page = cards.page(answers, {bad: tmp_path / "a.png", "b": b""})
-    assert "<script" not in page and page.count("&lt;script&gt;") == 6 and "width: 25.0%" in page
+    about = cards.About(bad, bad, (bad, bad), bad, bad)
+    page = cards.page(answers, {bad: tmp_path / "a.png", "b": b""}, about)
+    head, _, rest = page.partition("<form")
+    assert page.count("<script") == 1 and "alert(1)</script>" not in page
+    assert head.count("&lt;script&gt;") == 7, "run (twice), title, two classes, measured, threshold"
+    assert rest.count("&lt;script&gt;") == 9 and "width: 25.0%" in rest
+
+
+def test_a_page_of_answers_says_how_far_to_trust_them(write, tmp_path):  # noqa: F811
+    """45 images of which 35 are right after training, as its metrics.json says."""
+    images, labels = [f"x/{n}" for n in range(45)], [NAMES[n % 3] for n in range(45)]
+    wrong = dict(zip(NAMES, NAMES[1:] + NAMES[:1], strict=True))
+    said = [wrong[name] if n < 10 else name for n, name in enumerate(labels)]
+    run = write("birds", answered(images, labels, labels, NAMES), answered(images, labels, said, NAMES))
+    about = cards.About.of(run, run, ("a", "b"), None, None)
+    assert about.run == "birds" and about.classes == ("a", "b") and about.title.count(" · ") == 4
+    assert about.measured.startswith("77.8 % right on 45 test images of its own data (95 % interval ")
+    assert about.abstains == "none: it always answers (--risk sets one)"
+    assert "answers from 43.2 % on, for a risk of 5 %" in cards.About.of(run, run, (), 0.05, 0.432).abstains
+    assert "no answer at all" in cards.About.of(run, run, (), 0.05, float("inf")).abstains
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    answers = [
+        Answer("1", label="a", confidence=0.9, top=(("a", 0.9), ("b", 0.1))),
+        Answer("2", abstained=True, confidence=0.3),
+        Answer("3", trouble="cut"),
+        Answer("4"),
+    ]
+    page = cards.page(answers, dict.fromkeys("1234", tmp_path / "a.png"), about)
+    assert "4: 1 answered, 1 abstained, 1 none of the names, 1 cannot be read" in page
+    assert '<option value="a">' in page and '<option value="b">' not in page, "a filter of what was answered"
 
 
 def test_words_of_run_py_that_are_missing_are_named():

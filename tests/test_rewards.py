@@ -247,7 +247,7 @@ def test_score_weighs_and_keeps_components():
 
 
 def test_score_refuses_a_reward_of_another_length():
-    with pytest.raises(ValueError, match="'short' returned 1 values for 2 samples"):
+    with pytest.raises(ValueError, match="'short' returned 1 value for 2 samples"):
         score([sample("a"), sample("b")], {"short": Reward(1.0, lambda samples: [1.0])})
 
 

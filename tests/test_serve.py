@@ -20,6 +20,7 @@ from common import Classifier
 from common.data.digits import Digits
 from common.data.source import load_dataset
 from common.predict.classifier import Answer
+from common.run.result import Result
 from common.serve import __main__ as command
 from common.serve.desk import Desk, Limits
 from common.serve.page import Uploads
@@ -221,6 +222,11 @@ def test_in_a_browser(served, known, tmp_path):
         page.on("request", lambda request: foreign.append(request.url) if address not in request.url else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(address)
+        about = page.locator(".about")
+        expect(about).to_contain_text("They stay on this machine")
+        expect(about).to_contain_text("10: zero, one, two, three, four, five, six, seven, eight, nine")
+        summary = Result.load(folder / "run").before["test"]
+        expect(about).to_contain_text(f"{100 * summary.accuracy:.1f} % right on {summary.n} test images")
         page.set_input_files("input[type=file]", [tmp_path / name for name in files])
         cards = page.locator(".answer")
         expect(cards).to_have_count(3, timeout=60_000)

@@ -9,12 +9,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from hydra.core.utils import JobReturn, JobStatus
 
-from common.config import composition
+from common.config import composition, run_name
 from common.report.paper import curves, page, pictures, published
 from common.report.paper.points import load as points_of
 from common.sweep import book, plugin
@@ -555,3 +556,39 @@ def test_every_point_of_the_papers_in_miniature_composes(name):
     assert len({job.folder for job in found}) == len(found) > 50 and len(shown) == len(made.chapters()) > 6
     assert {job.values["model"]["name"] for job in found} == {"tiny_qwen2_vl", "tiny_gemma3", "features"}
     assert {job.values["data"]["name"] for job in found} == {"digits", "fashion"}
+
+
+@pytest.mark.slow
+def test_a_point_of_named_options_is_composed_once(monkeypatch):
+    """Names and values are those that a second composition gives; a sweep with a value of its own keeps that."""
+    made = []
+    compose = run_name.hydra.compose
+    monkeypatch.setattr(run_name.hydra, "compose", lambda *given: made.append(given) or compose(*given))
+    found = {}
+    for is_plain in (True, False):
+        run_name._composed.clear()
+        run_name._usual.cache_clear()
+        made.clear()
+        if not is_plain:
+            monkeypatch.setattr(book, "only_lays_out", lambda *_: False)
+        one, *_ = jobs("clsrl_table2", "data=dtd", "method=sft,nothinking", "seed=1,2")
+        found[is_plain] = [(job.folder.name, job.values) for job in one]
+        assert len(made) == (0 if is_plain else 2)
+    assert found[True] == found[False]
+    assert found[True][0][0] == "sft-dtd-few_shot-clean-qwen2_vl_2b-s4-seed1"
+
+
+def test_which_sweeps_have_values_of_their_own(tmp_path):
+    loader = SimpleNamespace(get_sources=lambda: [SimpleNamespace(scheme=lambda: "file", path=str(tmp_path))])
+    head = "defaults: [config, {override hydra/sweeper: paper}, _self_]\nhydra: {mode: MULTIRUN}\n"
+    others = {
+        "plain": (head, True),
+        "a value": (head + "shots: 4\n", False),
+        "an option": (head.replace("_self_", "{override trainer: sft}, _self_"), False),
+        "a file": (head.replace("config,", "config, mine,"), False),
+        "no config": (head.replace("config, ", ""), False),
+    }
+    for name, (text, is_plain) in others.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+        assert book.only_lays_out(name, loader) is is_plain, name
+    assert not book.only_lays_out("nowhere", loader)

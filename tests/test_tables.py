@@ -60,7 +60,7 @@ def test_several_splits_have_one_number():
         "harmonic mean: zero-shot 50.00 %, trained 62.50 %",
         "new, other words accepted: zero-shot 50.00 %, trained 75.00 %",
         "trained: update 3 of 3; the best evaluation was after update 2 (100.00 % on base itself: no validation images)",
-        "1 classes have fewer training images than shots, first: 'a' has 1",
+        "1 class has fewer training images than shots, first: 'a' has 1",
         "2 pictures that cannot be decoded were left out (manifest.json names them)",
     ]
     assert tables.overall_lines(result({"test": summary()}, {}, train={"updates": 0})) == []
@@ -135,3 +135,15 @@ def test_who_knew_nothing_before_has_no_row_of_it():
     assert tracking.numbers(blank) == {"after/new": 50.0, "after/harmonic_mean": 75.0}
     both = result({"new": summary()}, {"new": summary(accuracy=0.75)}, overall={})
     assert tracking.numbers(both) == {"before/new": 50.0, "after/new": 75.0, "gain/new": 25.0}
+
+
+def test_names_that_no_font_has_are_spelt_out(tmp_path, recwarn):
+    """Emoji, Chinese and a very long name: a picture that leaves room for its cells, and nothing is warned of."""
+    names = ["🎉 jeans", "summer dress 👗", "猫", "shoes with a name that is longer than any picture is wide"]
+    figures.save(figure := figures.confusion([[1] * 5] * 4, names), tmp_path / "matrix.png", "🎉 birds")
+    (axis,) = figure.axes
+    shown = [label.get_text() for label in axis.get_yticklabels()]
+    assert shown[:3] == ["(party popper) jeans", "summer dress (dress)", "(U+732B)"]
+    assert shown[3].startswith("shoes with a name") and len(shown[3]) <= figures.WIDEST
+    assert axis.get_position().width > 0.3 and axis.get_position().height > 0.3
+    assert not [each for each in recwarn if "Glyph" in str(each.message) or "layout" in str(each.message)]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.config.schema import Config
+from common.counted import agree
 from common.plugins import check_call, locate
 from common.types import Task, UserError
 
@@ -77,7 +78,8 @@ def check_classes(name: str, learner: FewShot, task: Task) -> None:
     present = {item.label for item in task.train.items}
     if missing := [each for label, each in enumerate(task.train.names) if label not in present]:
         raise UserError(
-            f"{name} needs a picture of every class, but {len(missing)} have none, first: '{missing[0]}'; use more"
+            f"{name} needs a picture of every class, but {len(missing)} {agree(len(missing), 'has', 'have')} none,"
+            f" first: '{missing[0]}'; use more"
             " shots"
         )
     if learner.fixed_classes:

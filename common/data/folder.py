@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from common.counted import counted
 from common.data import wordnet
 from common.data.assemble import PARTS, Parts, assemble
 from common.data.layout import PICTURES, parts_of, pictures
@@ -109,7 +110,7 @@ def _photos_in_folders(location: Location, folder: Path) -> Iterator[Photo]:
         here = folder / part.folder
         listing = scan(location, here)
         if stray := pictures(listing.files):
-            raise location.error(f"{here / stray[0]} is in no class folder ({len(stray)} such photos)")
+            raise location.error(f"{here / stray[0]} is in no class folder ({counted(len(stray), 'such photo')})")
         _pass_over(location, here, listing.files)
         for name in listing.folders:
             paths = _pictures_below(location, folder, here / name)

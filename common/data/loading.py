@@ -15,6 +15,7 @@ from typing import TypeVar
 import PIL
 from PIL import Image
 
+from common.counted import counted
 from common.data.images import VERSION, resize
 from common.data.notes import SHOWN, unusable
 from common.data.rgb import KINDS, TREATED
@@ -191,7 +192,7 @@ def examine(loader: Loader, keys: Sequence[str]) -> Examined:
     return Examined({key: bad[key] for key in keys if key in bad}, {key: done[key] for key in keys if done.get(key)})
 
 
-def counted(treated: Mapping[str, tuple[str, ...]], images: Iterable[str]) -> dict[str, int]:
+def count_treated(treated: Mapping[str, tuple[str, ...]], images: Iterable[str]) -> dict[str, int]:
     """How many of the images each kind of treatment was done to (see `Examined`)."""
     counts = Counter(kind for image in images for kind in treated.get(image, ()))
     return {kind: counts[kind] for kind in KINDS if counts[kind]}
@@ -247,6 +248,6 @@ def report(bad: dict[str, str], total: int) -> UserError:
     """One line about pictures that cannot be used, `bad` by reason, among `total`."""
     everything = "; manifest=true data.skip_bad=true writes down all of them" if len(bad) > SHOWN else ""
     return UserError(
-        f"{len(bad):,} of {total:,} images cannot be used: {unusable(bad)}; "
+        f"{len(bad):,} of {counted(total, 'image')} cannot be used: {unusable(bad)}; "
         f"repair or restore the files, or leave them out with data.skip_bad=true{everything}"
     )

@@ -20,6 +20,7 @@ from common.data import wordnet
 from common.data.spelling import composed, invisible, visible
 from common.parsing import TAG, normalize
 from common.runtime import utf8
+from common.runtime.progress import SOON, watched
 from common.types import CATEGORY, UserError
 
 # Folders of exports for what nobody has labelled, in lower case and without what is no letter.
@@ -199,7 +200,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     aliases.add_argument("--subset", choices=sorted(wordnet.SUBSETS), default="imagenet", help="of which dataset")
     given = parser.parse_args(arguments)
     try:
-        names = imagenet_names()
+        with watched("reading WordNet", SOON):
+            names = imagenet_names()
         if given.command == "classnames":
             write_classnames(given.file, names)
         else:

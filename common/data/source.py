@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.config.schema_task import DataConfig
+from common.counted import agree, counted
 from common.data.contents import Contents
 from common.data.location import Location
 from common.data.names import display, objection, read_aliases
@@ -103,7 +104,8 @@ def problems(source: Source) -> Iterator[str]:
     for part in ("train", "val", "test"):
         items: tuple[Item, ...] = getattr(source, part)
         if wrong := next((item for item in items if not 0 <= item.label < len(source.names)), None):
-            yield f"{wrong.image} has label {wrong.label}, but there are {len(source.names)} classes"
+            classes = f"there {agree(len(source.names), 'is', 'are')} {counted(len(source.names), 'class')}"
+            yield f"{wrong.image} has label {wrong.label}, but {classes}"
             return
         if wrong := next((item for item in items if item.name != source.names[item.label]), None):
             names = f"'{source.names[wrong.label]}' and '{wrong.name}'"
@@ -121,7 +123,8 @@ def _missing_classes(source: Source) -> Iterator[str]:
         present = {item.label for item in items}
         missing = [name for label, name in enumerate(source.names) if label not in present]
         if items and missing:
-            yield f"{len(missing)} classes have no image in {part}, first: '{missing[0]}'"
+            many = f"{counted(len(missing), 'class')} {agree(len(missing), 'has', 'have')}"
+            yield f"{many} no image in {part}, first: '{missing[0]}'"
 
 
 def _displayed(items: Sequence[Item]) -> tuple[Item, ...]:

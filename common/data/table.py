@@ -16,6 +16,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from common.counted import counted
 from common.data.assemble import PARTS
 from common.data.finder import Finder
 from common.data.layout import parts_by_name
@@ -139,7 +140,7 @@ def _lines(location: Location, path: Path) -> Iterator[tuple[str, list[str]]]:
             if not header:
                 header = cells
             elif len(cells) < len(_trimmed(header)) or len(_trimmed(cells)) > len(header):
-                raise location.error(f"{where} has {len(cells)} cells, but the header has {len(header)}")
+                raise location.error(f"{where} has {counted(len(cells), 'cell')}, but the header has {len(header)}")
             yield where, cells
     except csv.Error as error:
         raise location.error(f"{path} is not a CSV file ({error}, line {table.line_num})") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from common.counted import counted
 from common.models.files import check_links
 from common.types import UserError
 
@@ -41,7 +42,7 @@ def plan(folder: Path, name: str) -> str:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     lines = [f"  {path.stat().st_size / 1e6:10.3f} MB  {path.relative_to(folder).as_posix()}" for path in files]
     total = sum(path.stat().st_size for path in files) / 1e6
-    return "\n".join([f"to https://huggingface.co/{name}, {len(files)} files, {total:.1f} MB:", *lines])
+    return "\n".join([f"to https://huggingface.co/{name}, {counted(len(files), 'file')}, {total:.1f} MB:", *lines])
 
 
 def push(folder: Path, name: str, private: bool) -> str:

@@ -14,6 +14,9 @@ from common.runtime.distributed import rank
 from common.types import CATEGORY, Task, UserError
 
 log = logging.getLogger(__name__)
+INSTEAD = (  # of a tiny model, on photos
+    "on a laptop take method=linear_probe clip=none visual=lite0, on a GPU another model, such as model=qwen2_vl_2b"
+)
 
 
 def check(config: Config, questions: Questions) -> None:
@@ -94,7 +97,7 @@ def unknown_classes(config: Config, questions: Questions) -> str | None:
     return (
         f"model={config.model.name} was taught {len(known)} classes only ({', '.join(sorted(known)[:3])}, …); of"
         f" data={config.data.name} it cannot know {len(unknown)} of {len(names)}, first: '{unknown[0]}'. It will hardly"
-        " earn a reward there; use another model, such as model=qwen2_vl_2b"
+        f" earn a reward there; {INSTEAD}"
     )
 
 

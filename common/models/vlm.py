@@ -14,6 +14,7 @@ from jinja2 import TemplateError
 from safetensors import SafetensorError
 
 from common.config.schema import ModelConfig
+from common.counted import counted
 from common.models import adapters
 from common.models.families import Family
 from common.models.families import family as family_of
@@ -149,11 +150,12 @@ def whole(kind: Any, folder: Path, name: str, **options: Any) -> Any:
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "use_safetensors": True}
     model, report = loaded(kind, folder, name, **options)
     if missing := sorted(report["missing_keys"]):
-        raise UserError(f"{name} lacks {len(missing)} weights of its architecture, first: {missing[0]}")
+        raise UserError(f"{name} lacks {counted(len(missing), 'weight')} of its architecture, first: {missing[0]}")
     if differing := sorted(report["mismatched_keys"]):
         weight, shape, expected = differing[0]
         raise UserError(
-            f"{name} has {len(differing)} weights of another shape than its config.json asks for, first: {weight}"
+            f"{name} has {counted(len(differing), 'weight')} of another shape than its config.json asks for, first:"
+            f" {weight}"
             f" ({list(shape)} instead of {list(expected)})"
         )
     return model

@@ -15,7 +15,7 @@ from PIL import Image
 from common import parsing
 from common.config.schema import NO_FAMILY, Config
 from common.data import notes
-from common.data.loading import Loader, counted, examine
+from common.data.loading import Loader, count_treated, examine
 from common.data.task import Questions
 from common.launch import quiet_libraries
 from common.learner import Asks, Build, Learner, Prepares, Restores
@@ -148,7 +148,7 @@ class Classifier:
         model = self.config.model
         load = Loader(self.photos, model.image_size, model.resize, workers=os.cpu_count() or 1)
         found = examine(load, list(given))
-        for line in notes.treated(counted(found.treated, given), self.background):
+        for line in notes.treated(count_treated(found.treated, given), self.background):
             say(line)
         broken = found.bad
         good = [key for key in given if key not in broken]

@@ -17,6 +17,7 @@ from pathlib import Path
 from common.report import compare, folders, groups
 from common.report.console import show
 from common.runtime import utf8
+from common.runtime.progress import SOON, watched
 from common.types import UserError
 
 
@@ -50,7 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
     audit.set_defaults(run_it=_audit)
     chosen = parser.parse_args(arguments)
     try:
-        return int(chosen.run_it(chosen))
+        with watched(f"{chosen.command}: reading what the runs have written", SOON):
+            return int(chosen.run_it(chosen))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

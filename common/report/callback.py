@@ -14,6 +14,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from common.runtime.distributed import rank
+from common.runtime.progress import say, turn_to
 
 
 class Comparison(Callback):
@@ -31,6 +32,8 @@ class Comparison(Callback):
         if rank() == 0 and "points" not in config.hydra.sweeper:  # the papers' sweeper has a page of its own
             self.notes = Path(config.hydra.sweep.dir).absolute() / f".multirun-{uuid.uuid4().hex[:8]}"
             atexit.register(self.show)
+            say("multirun: composing every run before the first one begins")
+        turn_to("multirun")
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **options: Any) -> None:
         """Note where the job has written, and whether it failed."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from common.config import trust
 from common.config.composition import decides_result
+from common.counted import counted
 from common.data import manifest
 from common.report.paper.points import FILE
 from common.run.result import Result
@@ -54,7 +55,7 @@ def read(path: Path) -> Run:
     values = decides_result(values)
     if not (path / "metrics.json").is_file():
         state = "running" if _is_locked(path / LOCK) else "unfinished"
-        return Run(path, state, f"after {_updates(path)} updates", values, gpus=gpus)
+        return Run(path, state, f"after {counted(_updates(path), 'update')}", values, gpus=gpus)
     try:
         return Run(path, "finished", "", values, Result.load(path), gpus)
     except UserError as error:

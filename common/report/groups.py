@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
+from common.counted import counted
 from common.evaluation.summary import Summary
 from common.report.folders import Run
 
@@ -154,7 +155,7 @@ def _name(runs: Sequence[Run], data: str) -> str:
     parts = [name for key, name in own.items() if USUAL.get(key) != name]
     before = ", ".join(dict.fromkeys(filter(None, map(preset, runs))))
     parts[0] += f" ({before[:LONG]})" if before else ""
-    return " · ".join([*parts, f"{values['shots']} shots"])
+    return " · ".join([*parts, counted(values["shots"], "shot")])
 
 
 def leaves(values: Any, path: str = "") -> Iterable[tuple[str, Any]]:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from common.counted import agree, counted
 from common.data.notes import data_lines
 from common.evaluation.summary import Summary
 from common.report import folders
@@ -41,7 +42,8 @@ def phases(result: Result, split: str) -> list[tuple[str, Summary]]:
 
 def result_table(result: Result, data: str | None = None) -> Table:
     """Before and after training, per split. `data`: what to call the dataset, else by its name."""
-    title = f"{result.method} · {data or result.data} · {result.model} · {result.shots} shots · seed {result.seed}"
+    shots = counted(result.shots, "shot")
+    title = f"{result.method} · {data or result.data} · {result.model} · {shots} · seed {result.seed}"
     where = "" if result.setting == "few_shot" else f" · {result.setting}"
     splits = " / ".join(dict.fromkeys(result.origins.values()))
     title = f"{title}{where} · {result.protocol} · {splits}"
@@ -118,9 +120,11 @@ def overall_lines(result: Result) -> list[str]:
     lines += training_lines(result)
     if short := result.short_classes:
         name, count = next(iter(short.items()))
-        lines.append(f"{len(short)} classes have fewer training images than shots, first: '{name}' has {count}")
+        many = f"{counted(len(short), 'class')} {agree(len(short), 'has', 'have')}"
+        lines.append(f"{many} fewer training images than shots, first: '{name}' has {count}")
     if result.left_out:
-        lines.append(f"{result.left_out} pictures that cannot be decoded were left out (manifest.json names them)")
+        many, were = counted(result.left_out, "picture"), agree(result.left_out, "was", "were")
+        lines.append(f"{many} that cannot be decoded {were} left out (manifest.json names them)")
     return lines
 
 

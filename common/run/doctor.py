@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from common.config.schema import GRPOConfig, TrainerConfig
+from common.counted import counted
 from common.forward.logprobs import PolicyScorer
 from common.forward.packing import Group, pack_plain, pack_shared, shared_tokens, within_budget
 from common.models.encoder import Encoded, Encoder
@@ -178,7 +179,7 @@ def check_rewards(
             return Finding("rewards", "failed", seen, f"correct the function that rewards.{name}.fn names")
     groups = len(total) // group_size
     flat = len(without_differences(total, group_size))
-    seen = f"{flat} of {groups} groups without differences; mean reward {statistics.fmean(total):.3f}"
+    seen = f"{flat} of {counted(groups, 'group')} without differences; mean reward {statistics.fmean(total):.3f}"
     help = "raise trainer.group_size or rollout.temperature, or add a reward in which completions differ"
     spread = {name: (statistics.fmean(values), statistics.pstdev(values)) for name, values in parts.items()}
     silent = silent_rewards([{f"rewards/{n}/mean": mean, f"rewards/{n}/std": std} for n, (mean, std) in spread.items()])

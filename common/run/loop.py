@@ -11,7 +11,9 @@ from statistics import fmean
 from typing import Any
 
 from common.config.schema import Config, GRPOConfig
+from common.data.task import Questions
 from common.evaluation.evaluate import Evaluation, Predictor, during_training, spread, watched
+from common.models.checks import INSTEAD, unknown_classes
 from common.run.checkpoint import Checkpoints, State, seed_generators
 from common.run.recorder import Recorder
 from common.runtime.distributed import gather, rank, world
@@ -19,7 +21,7 @@ from common.runtime.interrupt import Interrupted, requested
 from common.runtime.progress import bar
 from common.training.base import Step, Trainer
 from common.training.signs import WINDOW, Signs, at
-from common.training.silent import CUT, fix, silent_rewards
+from common.training.silent import CUT, fix, hardly_paid, silent_rewards
 from common.types import UserError
 
 log = logging.getLogger(__name__)
@@ -53,7 +55,8 @@ def train(
         checkpoints.restore_generators(config.seed)
         done, best, trainer.tokens = state.update, state.best, state.tokens
     iterations = config.trainer.num_iterations if isinstance(config.trainer, GRPOConfig) else 1
-    watch = Watch(recorder.files.read_log("metrics.jsonl"), config.rollout.max_completion_tokens)
+    limit, stranger = config.rollout.max_completion_tokens, is_stranger(config, predictor.questions)
+    watch = Watch(recorder.files.read_log("metrics.jsonl"), limit, stranger)
     if is_over(config, done, best):  # an earlier attempt ended here, and stopped before its result
         return done
 
@@ -155,6 +158,20 @@ def note(
     return " · ".join(said + [f"{name} paid {whom}" for name, whom in (silent or {}).items()])
 
 
+def is_stranger(config: Config, questions: Questions) -> bool:
+    """Whether a model that was never taught the classes of a user's own photos is to stop where it earns nothing."""
+    return config.data.own_photos and config.doctor is not False and unknown_classes(config, questions) is not None
+
+
+def hopeless(poor: Mapping[str, float]) -> str:
+    """Why a stranger's training stops, and what to do instead. `poor`: from `hardly_paid`."""
+    paid = ", ".join(f"reward '{name}' paid {100 * mean:.1f} %" for name, mean in poor.items())
+    return (
+        f"the training has stopped: in {WINDOW} updates {paid} of the completions, and the model was never taught"
+        f" these classes. Instead, {INSTEAD}; or train it all the same with doctor=false"
+    )
+
+
 class Watch:
     """Warns once of every sign that the training goes wrong, and, after WINDOW batches of completions, of rewards that
     paid nobody or everybody so far.
@@ -162,18 +179,25 @@ class Watch:
     silent: those that still do; empty before.
     """
 
-    def __init__(self, earlier: Sequence[dict[str, float]], limit: int | None = None) -> None:
+    def __init__(
+        self, earlier: Sequence[dict[str, float]], limit: int | None = None, is_stranger: bool = False
+    ) -> None:
         """
         Args:
             earlier: What was reported so far, by earlier attempts as well.
             limit: `rollout.max_completion_tokens`.
+            is_stranger: The model was never taught the classes: if it earns nothing, that will not change.
         """
-        self.signs = Signs(earlier, limit)
+        self.signs, self.is_stranger = Signs(earlier, limit), is_stranger
         self.seen = [row for row in earlier if "reward" in row]
         self.silent = silent_rewards(self.seen) if len(self.seen) >= WINDOW else {}
 
     def see(self, metrics: dict[str, float]) -> None:
-        """One update, or one evaluation."""
+        """One update, or one evaluation.
+
+        Raises:
+            UserError: A stranger has earned next to nothing.
+        """
         for line in self.signs.see(metrics).values():
             _warn(line)
         if "reward" not in metrics:  # it repeats a batch
@@ -183,6 +207,8 @@ class Watch:
             still = silent_rewards([self.seen[0], metrics])
             self.silent = {name: whom for name, whom in self.silent.items() if name in still}
         elif len(self.seen) == WINDOW:
+            if self.is_stranger and (poor := hardly_paid(self.seen)):
+                raise UserError(hopeless(poor))
             self.silent = silent_rewards(self.seen)
             for name, whom in self.silent.items():
                 _warn(f"reward '{name}' paid {whom} in {WINDOW} updates: {fix(name, whom, self.signs.cut)}")

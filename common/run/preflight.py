@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common.config.schema import Config
+from common.counted import counted
 from common.data import pictures, task
 from common.data.loading import examine, report
 from common.plugins import locate
@@ -84,11 +85,13 @@ def check_devices(config: Config) -> None:
     """More GPUs than the machine has, or other ranks than expected, would only fail minutes later, inside a rank."""
     if started_by_launcher():
         if config.gpus > 0 and world() != config.gpus:
-            raise UserError(f"gpus={config.gpus}, but the launcher started {world()} processes; use gpus={world()}")
+            raise UserError(
+                f"gpus={config.gpus}, but the launcher started {counted(world(), 'process')}; use gpus={world()}"
+            )
         if config.trainer.name != "none" and config.trainer.prompts_per_update % world():
             raise UserError(
                 f"trainer.prompts_per_update={config.trainer.prompts_per_update} must be divisible by the"
-                f" {world()} processes that the launcher started"
+                f" {counted(world(), 'process')} that the launcher started"
             )
         return
     if config.gpus > 0 and (count := visible_gpus()) < config.gpus:

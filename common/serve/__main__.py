@@ -17,7 +17,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from common.runtime import utf8
+from common.runtime.progress import watched
 from common.types import UserError
+
+LOCAL = ("127.0.0.1", "localhost", "::1")  # nobody else reaches these
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -49,21 +52,23 @@ def main(arguments: list[str] | None = None) -> int:
 
 def serve(chosen: argparse.Namespace) -> None:
     """Load, serve until Ctrl-C, and leave nothing behind but corrections."""
-    from common.predict.classifier import Classifier  # torch, some seconds
-    from common.predict.photos import names_of
-    from common.serve.desk import Desk, Limits
-    from common.serve.page import Page
+    with watched(f"loading {chosen.run}"):
+        from common.predict.cards import about
+        from common.predict.classifier import Classifier  # torch, some seconds
+        from common.predict.photos import names_of
+        from common.serve.desk import Desk, Limits
+        from common.serve.page import Page
 
-    classifier = Classifier.load(
-        chosen.run, names_of(chosen.names), chosen.risk, trust_code=chosen.trust_code, data=chosen.data
-    )
-    classifier.quieten()
+        classifier = Classifier.load(
+            chosen.run, names_of(chosen.names), chosen.risk, trust_code=chosen.trust_code, data=chosen.data
+        )
+        classifier.quieten()
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
     with tempfile.TemporaryDirectory(prefix="uploads-") as uploads:
         desk = Desk(classifier, chosen.feedback.expanduser(), Limits(chosen.max_mb))
-        page = Page(desk, chosen.run.expanduser().resolve().name, Path(uploads))
+        page = Page(desk, about(classifier, chosen.risk), Path(uploads), is_local=chosen.host in LOCAL)
         try:
             server = page.launch(chosen.host, chosen.port)
         except OSError as error:

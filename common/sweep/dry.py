@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.config.schema import Config
+from common.counted import counted
 from common.run import preflight
 from common.runtime.progress import bar
 
@@ -98,7 +99,7 @@ def show(runs: Sequence[Run], cost: Mapping[str, Any], here: bool = True) -> Non
     known, disk = sum(filter(None, hours)), sum(filter(None, sizes))
     unknown = sum(hour is None for hour in hours)
     console.print(
-        f"{len(hours)} of {len(runs)} runs to do: about {known:.1f} GPU-hours of an A100 and {disk:.0f} GB"
+        f"{len(hours)} of {counted(len(runs), 'run')} to do: about {known:.1f} GPU-hours of an A100 and {disk:.0f} GB"
         + (f"; {unknown} of unknown cost" if unknown else "")
     )
     reasons = Counter(refused.values())

@@ -8,11 +8,9 @@ out, and one that fails stops only what needs it.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +23,18 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from common.config import composition
+from common.config import composition, run_name
 from common.config.command_line import literal
 from common.config.schema import Config
+from common.counted import counted
 from common.report.paper import page, points
 from common.run.run_folder import RunFolder
 from common.run.safe import result_is_safe
+from common.runtime.progress import doing, progress
 from common.sweep import book, dry, plugin
 from common.sweep.plan import LATER, RUN, Point, decides, expand
 from common.types import UserError
 
-LONGEST = 120  # characters of a sweep's folder
 # Another choice of these is still the paper's table; what a row must have of them: common/report/paper/cells.py.
 STILL_THE_PAPERS = (
     *("seed", "protocol", "rollout", "deepspeed", "selection"),
@@ -104,7 +103,7 @@ class PaperSweeper(Sweeper):
             dry.show([job.shown(job.folder in finished) for job in jobs], self.cost, here)
             return None
         folder, pages = self.describe(chapters, shown, given)
-        print(f"{folder}: {len(jobs)} points, {len(finished)} finished")
+        print(f"{folder}: {counted(len(jobs), 'point')}, {len(finished)} finished")
         returns = self.run(jobs, finished)
         from common.report.paper import tracked, writing  # matplotlib, a second
 
@@ -129,8 +128,7 @@ class PaperSweeper(Sweeper):
         """Those of a book, or this sweep alone."""
         assert self.config is not None and self.hydra_context is not None
         if self.is_book:
-            sources = [each for each in self.hydra_context.config_loader.get_sources() if each.scheme() == "file"]
-            return book.read(self.keys, [Path(source.path) for source in sources])
+            return book.read(self.keys, book.folders(self.hydra_context.config_loader))
         return [book.alone(str(self.config.hydra.job.config_name), self.keys)]
 
     def jobs(
@@ -150,15 +148,14 @@ class PaperSweeper(Sweeper):
         composer = Composer(self.hydra_context.config_loader, self.config)
         print("composing and checking every point before the first one runs", flush=True)
         found: dict[Path, Job] = {}
-        shown: list[list[points.Shown]] = []
-        for chapter in chapters:
-            shown.append([])
-            for point in expand(chapter.spec, chapter.values(given)):
-                jobs = composer.jobs(point)
-                for job in jobs:
-                    found.setdefault(job.folder, job)
-                seed, where = int(jobs[-1].values["seed"]), keys(jobs[-1], chapter.page)
-                shown[-1].append(points.Shown(jobs[-1].folder.name, seed, where))
+        shown: list[list[points.Shown]] = [[] for _ in chapters]
+        asked = [(n, point) for n, one in enumerate(chapters) for point in expand(one.spec, one.values(given))]
+        for number, point in progress(asked, "composing", len(asked)):
+            jobs = composer.jobs(point)
+            for job in jobs:
+                found.setdefault(job.folder, job)
+            seed, where = int(jobs[-1].values["seed"]), keys(jobs[-1], chapters[number].page)
+            shown[number].append(points.Shown(jobs[-1].folder.name, seed, where))
         return sorted(found.values(), key=lambda job: job.point.depth), shown
 
     def given(self, arguments: Sequence[str]) -> dict[str, list[str]]:
@@ -188,9 +185,9 @@ class PaperSweeper(Sweeper):
                 key: each for key, each in {**chapter.given, **given}.items() if key.lstrip("+") not in STILL_THE_PAPERS
             }
             changed, chosen = chapter.parted({key: each for key, each in values.items() if decides(key)})
-            pages.append(outputs / folder_name(f"{name}-{chapter.name}" if self.is_book else name, said))
+            pages.append(outputs / book.folder_name(f"{name}-{chapter.name}" if self.is_book else name, said))
             points.Sweep(chapter.name, chapter.page, changed, runs, chosen).save(pages[-1])
-        return outputs / folder_name(name, said), pages
+        return outputs / book.folder_name(name, said), pages
 
     def run(self, jobs: Sequence[Job], finished: set[Path]) -> list[JobReturn]:
         """Launch the rest. A point whose needs have no result is named and left out."""
@@ -206,7 +203,8 @@ class PaperSweeper(Sweeper):
             if not wave:
                 continue
             batch = [literal([f"{key}={value}" for key, value in self.tagged(job.overrides)]) for job in wave]
-            done = self.launcher.launch(batch, initial_job_idx=len(returns))
+            with doing(f"{len(wave)} of {counted(len(left), 'run')}"):
+                done = self.launcher.launch(batch, initial_job_idx=len(returns))
             returns.extend(done)
             ready |= {job.folder for job, each in zip(wave, done, strict=True) if each.status == JobStatus.COMPLETED}
         return returns
@@ -223,7 +221,8 @@ class Composer:
 
     def __init__(self, loader: ConfigLoader, master: DictConfig) -> None:
         self.loader, self.master = loader, master
-        self.composed: dict[tuple[tuple[str, str], ...], DictConfig] = {}
+        self.composed: dict[tuple[tuple[str, str], ...], tuple[DictConfig, DictConfig]] = {}
+        self.is_plain = book.only_lays_out(str(master.hydra.job.config_name), loader)
         self.learners: dict[str | None, str] = {}
 
     def jobs(self, point: Point) -> list[Job]:
@@ -233,9 +232,8 @@ class Composer:
         overrides = {key: RUN.sub(lambda found: str(folders[found[1]]), v) for key, v in point.overrides.items()}
         if self.few_shot(overrides.get("method")):  # has no language model to choose
             overrides.pop("model", None)
-        cfg = self.compose(overrides)
+        cfg, task = self.compose(overrides)
         folder = Path(cfg.hydra.sweep.dir) / cfg.hydra.sweep.subdir
-        task = _task(cfg)
         config: Any = OmegaConf.to_object(task)
         job = Job(point, folder, overrides, composition.plain(task), tuple(folders.values()), config)
         return [*(job for jobs in needed.values() for job in jobs), job]
@@ -247,8 +245,8 @@ class Composer:
             self.learners[method] = str(cfg.learner.name)
         return self.learners[method] == "few_shot"
 
-    def compose(self, overrides: Mapping[str, str]) -> DictConfig:
-        """The configuration of a run, Hydra's part included.
+    def compose(self, overrides: Mapping[str, str]) -> tuple[DictConfig, DictConfig]:
+        """The configuration of a run, Hydra's part included, and as the run gets it, but for its name.
 
         Raises:
             UserError: It is not valid.
@@ -258,27 +256,19 @@ class Composer:
         if fixed not in self.composed:
             texts = literal([f"{key}={value}" for key, value in overrides.items()])
             cfg = self.loader.load_sweep_config(self.master, texts)
+            task = _task(cfg)
             try:
-                composition.validate(_task(cfg), texts)
+                composition.validate(task, texts)
             except UserError as error:
                 raise UserError(f"{' '.join(texts)}: {error}") from error
-            self.composed[fixed] = cfg
-        cfg = self.composed[fixed]
-        for key in LATER:
-            if key in overrides:
-                cfg[key] = int(overrides[key]) if overrides[key].isdecimal() else overrides[key]
-        return cfg
-
-
-def folder_name(sweep: str, given: Mapping[str, str]) -> str:
-    """A sweep's folder: its name and what the command line changed of it, so that no other page is written over.
-
-    >>> folder_name("clsrl_table2", {"model": "tiny_qwen2_vl", "data": "digits,fashion", "seed": "1"})
-    'clsrl_table2-tiny_qwen2_vl-digits+fashion-seed1'
-    """
-    words = [text if key in ("model", "data") else f"{key}{text}" for key, text in given.items()]
-    name = re.sub(r"[^\w.+-]", "_", "-".join([sweep, *words]).replace(",", "+"))
-    return name if len(name) <= LONGEST else f"{name[:LONGEST]}-{sha256(name.encode()).hexdigest()[:6]}"
+            if self.is_plain and overrides.keys() <= {*run_name.NAMED, *LATER}:
+                run_name.already_composed(task.copy())
+            self.composed[fixed] = cfg, task
+        for each in (both := self.composed[fixed]):
+            for key in LATER:
+                if key in overrides:
+                    each[key] = int(overrides[key]) if overrides[key].isdecimal() else overrides[key]
+        return both
 
 
 def _task(cfg: DictConfig) -> DictConfig:

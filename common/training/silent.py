@@ -6,7 +6,9 @@ A reward's metrics are its mean and deviation over the samples of an update (`re
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 
+HARDLY = 0.02  # of a reward's 1: about one completion of fifty was right
 CUT = 0.1  # share of completions cut at the limit from which on it is said
 MOSTLY = 0.5  # and from which on it explains a reward that pays nobody
 FIX = {
@@ -34,6 +36,19 @@ def silent_rewards(updates: Sequence[Mapping[str, float]]) -> dict[str, str]:
         if all(deviation == 0 for _, deviation in rows) and len({mean for mean, _ in rows}) == 1:
             silent[name] = "everybody" if rows[0][0] else "nobody"
     return silent
+
+
+def hardly_paid(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Rewards that paid next to nothing in these updates, with their mean. One that also takes away is none of them.
+
+    >>> hardly_paid([{"rewards/equality/mean": 0.03}, {"rewards/equality/mean": 0.0}]), hardly_paid([{"loss": 1.0}])
+    ({'equality': 0.015}, {})
+    >>> hardly_paid([{"rewards/format/mean": 0.9, "rewards/length/mean": -0.1}])
+    {}
+    """
+    keys = sorted({key for row in updates for key in row if key.startswith("rewards/") and key.endswith("/mean")})
+    means = {key.split("/")[1]: fmean(row[key] for row in updates if key in row) for key in keys}
+    return {name: mean for name, mean in means.items() if 0 <= mean < HARDLY}
 
 
 def fix(name: str, whom: str, cut: float = 0.0) -> str:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.counted import counted
 from common.data.spelling import invisible, visible
 from common.types import UserError
 
@@ -67,7 +68,7 @@ def of_file(path: Path, names: Sequence[str]) -> list[list[str]]:
             (f"; its key '{name}' has the invisible character {alike[name]}" for name in missing if name in alike), ""
         )
         raise UserError(
-            f"{KEY}={path} lacks {len(missing)} of {len(set(wanted))} classes: {shown}"
+            f"{KEY}={path} lacks {len(missing)} of {counted(len(set(wanted)), 'class')}: {shown}"
             "; keys are the class names of the run, letter by letter"
         )
     for name in wanted:

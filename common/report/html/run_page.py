@@ -13,6 +13,7 @@ import yaml
 from common.config import trust
 from common.config.composition import decides_result, differences, register
 from common.config.run_name import usual
+from common.counted import agree, counted
 from common.data.notes import data_lines
 from common.evaluation import metrics
 from common.report import figures, groups, tables
@@ -48,8 +49,8 @@ def make(folder: Path) -> Path:
     pictures = thumbnails.read(folder)
     names = transcripts.class_names(folder)
     pieces = Pieces(folder / FOLDER, names)
-    counted = Tally()
-    pieces.add(counted(transcripts.tests(folder, pictures)))
+    tally = Tally()
+    pieces.add(tally(transcripts.tests(folder, pictures)))
     pieces.add(transcripts.training(folder, pictures))
     changed, data = _changed(values), pieces.finish()
     page = render(
@@ -57,12 +58,12 @@ def make(folder: Path) -> Path:
         "report.js",
         pieces.outside,
         title=f"{result.method} · {groups.photos(values)}",
-        subtitle=f"{result.model}, {result.setting}, {result.protocol}, {result.shots} shots, seed {result.seed};"
-        f" {folder.resolve().name}",
+        subtitle=f"{result.model}, {result.setting}, {result.protocol}, {counted(result.shots, 'shot')},"
+        f" seed {result.seed}; {folder.resolve().name}",
         parts=PARTS.items(),
         results=Table(*tables.result_cells(result), _notes(result)),
-        pictures=_pictures(folder, result, counted),
-        confusions=confusion_tables(counted, names),
+        pictures=_pictures(folder, result, tally),
+        confusions=confusion_tables(tally, names),
         classes=class_tables(result),
         differences=changed or [],
         differences_note=_about(changed),
@@ -79,21 +80,21 @@ def _notes(result: Result) -> list[str]:
     return [*lines, *tables.paired_lines(result), tables.time_line(result)]
 
 
-def confusion_tables(counted: Tally, names: Mapping[str, str]) -> list[dict[str, Any]]:
+def confusion_tables(tally: Tally, names: Mapping[str, str]) -> list[dict[str, Any]]:
     """Per split: a grid of few classes, the most frequent confusions of many.
 
     Args:
-        counted: The tested images.
+        tally: Of the tested images.
         names: Of the classes, by what answers are compared with; buttons call them by their numbers.
     """
     places = {name: number for number, name in enumerate(names)}
     found = []
-    for split, pairs in counted.pairs.items():
+    for split, pairs in tally.pairs.items():
         counts: Counter[tuple[int, int]] = Counter()
         for (label, answer), count in pairs.items():
             counts[places[label], places.get(answer, -1)] += count
         seen = sorted({label for label, _ in counts})
-        images, wrong = counted.images[split], counted.wrong[split]
+        images, wrong = tally.images[split], tally.wrong[split]
         named = wrong - (images - sum(counts[n, n] for n in seen))
         table = {"split": split, "images": images, "wrong": wrong, "named": named}
         shown = list(names.values())
@@ -143,16 +144,16 @@ def _cell(counts: Counter[tuple[int, int]], label: int, answer: int, names: Sequ
     }
 
 
-def _pictures(folder: Path, result: Result, counted: Tally) -> list[tuple[str, Any]]:
+def _pictures(folder: Path, result: Result, tally: Tally) -> list[tuple[str, Any]]:
     found = []
     if result.after:
         rows = RunFolder(folder).read_log("metrics.jsonl")
         fitted = not any("loss" in row for row in rows)
         caption = "Accuracies" if fitted else "Rewards, completion lengths and accuracies"
         found.append((f"{caption} over the training.", inline(figures.curves(rows))))
-    if counted.surest:
+    if tally.surest:
         caption = "At the end of the run. Left: reliability, areas by images. Right: errors among the surest images."
-        found.append((caption, inline(figures.calibration(counted.surest))))
+        found.append((caption, inline(figures.calibration(tally.surest))))
     return found
 
 
@@ -174,7 +175,7 @@ def _changed(values: dict[str, Any]) -> list[tuple[str, str, str]] | None:
 def _about(changed: list[tuple[str, str, str]] | None) -> str:
     if changed is None:
         return "Its options are none of this version's, so what differs from them is not known."
-    many = "1 value differs" if len(changed) == 1 else f"{len(changed) or 'No'} values differ"
+    many = f"{counted(len(changed) or 'No', 'value')} {agree(len(changed), 'differs', 'differ')}"
     return f"{many} from what the named options, shots and seed give by themselves."
 
 

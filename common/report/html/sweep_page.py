@@ -15,6 +15,7 @@ import matplotlib
 import yaml
 from markupsafe import Markup
 
+from common.counted import counted
 from common.report import compare, folders, groups
 from common.report.folders import Run
 from common.report.groups import Group
@@ -69,7 +70,7 @@ def _make(folder: Path, name: str, runs: Sequence[Run], page: Page | None) -> Pa
         "sweep.html",
         "",
         title=name,
-        subtitle=f"{sum(run.result is not None for run in runs)} of {len(runs)} runs finished",
+        subtitle=f"{sum(run.result is not None for run in runs)} of {counted(len(runs), 'run')} finished",
         parts=[(part, part.capitalize()) for part, value in there.items() if value],
         paper=None if page is None else _paper(folder, page),
         verdicts={} if numbers is None else _verdicts(numbers),

@@ -14,6 +14,7 @@ from statistics import fmean, harmonic_mean
 from typing import Any
 
 from common.config.composition import few_shot_of
+from common.counted import counted
 from common.evaluation.metrics import reach
 from common.evaluation.summary import Summary
 from common.report import folders
@@ -182,7 +183,7 @@ def _lacking(values: Mapping[str, Any]) -> str:
 def _reasons(run: Run, result: Result, split: str, summary: Summary) -> list[str]:
     """Why the images or what is made of them are not the paper's."""
     values = run.values
-    reasons = [f"{result.left_out} images left out"] if result.left_out else []
+    reasons = [f"{counted(result.left_out, 'image')} left out"] if result.left_out else []
     targets = {one["name"]: one for one in values["setting"]["targets"].values()}
     halves = [result.final[half].n for half in HALVES if half in result.final]
     own = split == "test" or split in HALVES
@@ -203,7 +204,9 @@ def _reasons(run: Run, result: Result, split: str, summary: Summary) -> list[str
 
 def _as_fast(run: Run, result: Result) -> list[str]:
     """Why times are not the paper's, which were taken on eight A100."""
-    reasons = [] if run.gpus == PAPERS_GPUS else [f"timed on {run.gpus or 'no'} GPUs instead of {PAPERS_GPUS}"]
+    reasons = []
+    if run.gpus != PAPERS_GPUS:
+        reasons.append(f"timed on {counted(run.gpus or 'no', 'GPU')} instead of {PAPERS_GPUS}")
     if run.gpus and PAPERS_GPU not in result.device:
         reasons.append(f"timed on {result.device or 'an unknown GPU'} instead of {PAPERS_GPU}")
     return reasons
