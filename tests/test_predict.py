@@ -18,10 +18,11 @@ from PIL import Image
 import run as run_py
 from common import Classifier
 from common.config import composition
-from common.data import manifest, task
+from common.config.composition import validate
+from common.data import manifest, pictures, task
 from common.data.digits import Digits
 from common.predict import __main__ as command
-from common.predict import cards, photos
+from common.predict import cards, photos, trained
 from common.predict.abstain import choose, threshold_of
 from common.predict.classifier import Answer
 from common.predict.trained import Trained, config_of, questions_of
@@ -294,14 +295,30 @@ def test_a_learner_that_is_fitted_anew_leaves_out_what_its_run_left_out(runner, 
     assert json.loads((run / "manifest.json").read_text())["left_out"] == ["folder/light/3.png"]
     assert command.main([str(run), str(new), "--format", "jsonl"]) == 0
     assert json.loads(capsys.readouterr().out)["label"] == "dark"
-    used = next(row[0] for row in json.loads((run / "manifest.json").read_text())["splits"]["train"]["rows"])
-    path = folder / used.removeprefix("folder/")
-    Image.new("L", (8, 8), 150).save(path)  # since then
-    assert command.main([str(run), str(new)]) == 2
-    assert f"of the pictures that {run} was trained on, 1 changed since, first: {used}; put" in capsys.readouterr().err
-    path.write_bytes(b"")
-    assert command.main([str(run), str(new)]) == 2
-    assert f"1 of 8 images cannot be used: {used} (an empty file)" in capsys.readouterr().err
+
+
+def test_what_is_fitted_anew_needs_the_pictures_that_its_run_saw(compose, tmp_path, monkeypatch):
+    folder = tmp_path / "photos"
+    for label, name in enumerate(("dark", "light")):
+        (folder / name).mkdir(parents=True)
+        for number in range(8):
+            Image.new("L", (8, 8), 200 * label + number).save(folder / name / f"{number}.bmp")
+    (folder / "light" / "3.bmp").write_bytes(b"no picture")
+    asked = ["method=linear_probe", "clip=none", "visual=pixels", "data=folder", f"data.folder={folder}", "shots=3"]
+    config = validate(compose(*asked, "data.skip_bad=true", f"cache_dir={tmp_path / 'cache'}"))
+    frozen = pictures.readable(config)
+    manifest.write(frozen.manifest, tmp_path / "manifest.json")
+    run, method_of = Trained(tmp_path, tmp_path, tmp_path / "model"), trained.method_of
+    monkeypatch.setattr(trained, "method_of", lambda *arguments: (method_of(*arguments)[0], True))
+    questions = trained.questions_of(run, config)
+    assert [item.image for item in questions.task.train.items] == [prompt.image for prompt in frozen.train]
+    assert frozen.manifest["left_out"] == ["folder/light/3.bmp"] and "folder/light/3.bmp" not in questions.images
+    tested, used = frozen.evaluation["test"][0].image, frozen.train[0].image
+    Image.new("L", (8, 8), 150).save(folder / tested.removeprefix("folder/"))
+    trained.questions_of(run, config)  # a test image has no part in it
+    Image.new("L", (8, 8), 150).save(folder / used.removeprefix("folder/"))
+    with pytest.raises(UserError, match=f"that {tmp_path} was trained on, 1 changed since, first: {used}; put"):
+        trained.questions_of(run, config)
 
 
 def test_a_new_picture_goes_before_the_datasets():
