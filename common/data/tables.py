@@ -34,7 +34,7 @@ def metadata(location: Location, folder: Path) -> dict[str, str]:
         UserError: There are two in one folder.
     """
     parts = parts_by_name(scan(location, folder).folders)
-    found = {}
+    found: dict[str, str] = {}
     for inside, part in {"": "", **{f"{name}/": part for name, part in parts.items()}}.items():
         names = [name for name in usable(location, folder / inside) if name.lower() in METADATA]
         if len(names) > 1:
