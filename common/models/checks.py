@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from importlib import import_module
 from importlib.util import find_spec
 
 from common.config.schema import Config
 from common.data.task import Questions
 from common.models import files, meter
-from common.runtime.distributed import rank
+from common.runtime.progress import say
 from common.types import UserError
 
-log = logging.getLogger(__name__)
 INSTEAD = (  # of a tiny model, on photos
     "on a laptop take method=linear_probe clip=none visual=lite0, on a GPU another model, such as model=qwen2_vl_2b"
 )
@@ -33,8 +31,8 @@ def check(config: Config, questions: Questions) -> None:
         longest = max(range(len(lengths)), key=lengths.__getitem__)
         if lengths[longest] > config.model.max_prompt_tokens:
             raise meter.too_long(lengths[longest], config.model.max_prompt_tokens, prompts[longest])
-    if rank() == 0 and (line := unknown_classes(config, questions)):
-        log.warning("%s", line)
+    if line := unknown_classes(config, questions):
+        say(f"warning: {line}")
 
 
 def unknown_classes(config: Config, questions: Questions) -> str | None:
