@@ -356,13 +356,13 @@ def test_whatever_a_decoder_raises_is_a_bad_image(monkeypatch):
         def load(self):
             raise ZeroDivisionError("a long\nmessage " + "x" * 200)
 
-    monkeypatch.setattr(images.Image, "open", lambda _: Plugin(io.BytesIO(PLAIN["png"])))
+    monkeypatch.setattr(images.Image, "open", lambda _, formats: Plugin(io.BytesIO(PLAIN["png"])))
     with pytest.raises(BadImage, match="^a long message x{65}$"):
         decode(b"")
 
 
 def test_lack_of_memory_is_no_fault_of_the_picture(monkeypatch):
-    def fail(_):
+    def fail(_, formats):
         raise MemoryError
 
     monkeypatch.setattr(images.Image, "open", fail)
@@ -863,3 +863,17 @@ def test_only_the_pictures_that_are_kept_are_cached(tmp_path):
     load = Loader(FileImages({"d": tmp_path}), 8, "squash", cache, 1, kept={"d/b.png"})
     assert len(load(["d/a.png", "d/b.png"])) == 2
     assert [path.stat().st_size for path in cache.folder.glob(f"*{SUFFIX}")] == [bytes_per_picture(8)]
+
+
+def test_no_picture_starts_a_program(monkeypatch):
+    """PIL hands EPS to Ghostscript; a file called .jpg may be one."""
+    from PIL import EpsImagePlugin
+
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *given, **options: started.append(given))
+    content = io.BytesIO()
+    noise(20, 10).save(content, "EPS")
+    assert Image.open(io.BytesIO(content.getvalue())).format == "EPS", "PIL itself would"
+    with pytest.raises(BadImage):
+        decode(content.getvalue())
+    assert started == []

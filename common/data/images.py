@@ -37,6 +37,7 @@ UPRIGHT = {  # EXIF 2.32, section 4.6.4: what undoes each orientation
 # that limit such settings are not safe with threads.
 Image.MAX_IMAGE_PIXELS = None
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+PROGRAMS = ("EPS", "WMF")  # kinds that are programs: PIL would hand them to Ghostscript or to the system
 register_heif_opener()  # HEIC; it turns pictures as their own header says and resets the EXIF orientation
 
 
@@ -72,7 +73,10 @@ def decode(source: Path | bytes, background: str = WHITE) -> Image.Image:
 
 
 def _opened(source: Path | bytes) -> ImageFile:
-    return Image.open(BytesIO(source) if isinstance(source, bytes) else source)
+    """A picture of any kind that a library decodes. Content decides, whatever the file is called."""
+    Image.init()
+    kinds = [kind for kind in Image.OPEN if kind not in PROGRAMS]
+    return Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=kinds)
 
 
 def _orientation(image: Image.Image) -> int:
