@@ -222,7 +222,10 @@ def test_evaluation_scores_the_offered_names(evaluator, digits_task):
     assert summary.probability.top1 == pytest.approx(right / 12) and summary.probability.seconds > 0
     assert [p.label_index for p in answers.predictions] == [digits.NAMES.index(label) for label in labels]
     assert found.scalars == {
-        **{f"eval/test/{key}": getattr(summary, key) for key in ("accuracy", "accuracy_official", "n")},
+        **{
+            f"eval/test/{key}": getattr(summary, key)
+            for key in ("accuracy", "accuracy_macro", "accuracy_official", "n")
+        },
         "eval/test/probability_accuracy": summary.probability.top1,
         "eval/test/top5_accuracy": summary.probability.top5,
         "eval/test/ece": summary.probability.ece,

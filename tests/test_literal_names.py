@@ -93,7 +93,7 @@ def test_notes_on_the_data_stand_below_the_table(monkeypatch, tmp_path):
     found = {"passed_over": {"litter": 3}, "refilled": {"cat": 2, "dog": 1}, "duplicates": {"train_and_test": 4}}
     result = result_with({}, {}, **found)
     for name in ("result_table", "time_line"):
-        monkeypatch.setattr(tables, name, lambda _: "")
+        monkeypatch.setattr(tables, name, lambda *_: "")
     for name in ("overall_lines", "probability_lines", "paired_lines"):
         monkeypatch.setattr(tables, name, lambda _: [])
     shown = console()

@@ -19,7 +19,7 @@ PLAIN = "common.models.tiny.recipe"
 def asked(*names):
     """Questions whose training split has the first half of the names, the test the others."""
     half = len(names) // 2
-    parts = [SimpleNamespace(names=part) for part in (names[:half], names[half:])]
+    parts = [SimpleNamespace(names=part, aliases={}) for part in (names[:half], names[half:])]
     return SimpleNamespace(train=[], evaluation={}, task=SimpleNamespace(train=parts[0], evaluation={"test": parts[1]}))
 
 

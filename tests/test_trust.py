@@ -121,7 +121,8 @@ def test_reports_and_resuming_only_read_it(foreign, evil, capsys, compose):
     )
     report.main(["compare", str(folder)])
     report.main(["html", str(folder)])
-    assert RunFolder(folder).finished_result(composition.plain(compose())) is not None, "the same command shows it"
+    with pytest.raises(UserError, match="already holds a run with other values.*evil.attack"):
+        RunFolder(folder).finished_result(composition.plain(compose()))
     assert (folder / "report.html").is_file() and not evil()
     (folder / "manifest.json").write_text(json.dumps({"splits": {"train": {"names": ["a", "b"]}}}))
     assert report.main(["audit", str(folder)]) == 2

@@ -107,7 +107,7 @@ def overall_lines(result: Result) -> list[str]:
     """One number for several splits, and what was left out."""
     lines = cut_replies(result) + [f"†: {remark}" for remark in result.remarks]
     measured = [(said, result.overall[phase]) for said, phase in PHASES if phase in result.overall]
-    for name in measured[-1][1]:
+    for name in measured[-1][1] if measured else ():
         shown = ", ".join(f"{said} {percent(numbers[name])} %" for said, numbers in measured)
         lines.append(f"{name.replace('_', ' ')}: {shown}")
     for split in result.final:
