@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -292,3 +293,33 @@ def test_a_run_without_validation_images_has_no_threshold(write):  # noqa: F811
         threshold_of(run, 0.05)
     with pytest.raises(UserError, match="risk=1.5 must be a share"):
         threshold_of(run, 1.5)
+
+
+def test_the_garbage_collector_rests_only_while_libraries_are_imported(monkeypatch):
+    """A command's first answer waits for imports, a sixth of which the collector would take."""
+    steps = []
+    for name in ("rest", "resume"):
+        monkeypatch.setattr(command.garbage, name, partial(steps.append, name))
+    monkeypatch.setattr(photos, "find", lambda what: {what: what})
+
+    class Asked:
+        def quieten(self):
+            steps.append("loaded")
+
+        def __call__(self, pictures):
+            return []
+
+        def close(self):
+            steps.append("closed")
+
+    monkeypatch.setattr(Classifier, "load", lambda *_, **__: Asked())
+    command.classify(SimpleNamespace(pictures=["a.png"], run="x", names=None, risk=None, open=False))
+    assert steps == ["rest", "loaded", "closed", "resume"]
+    with pytest.raises(UserError, match="nothing"):
+        monkeypatch.setattr(photos, "find", refused)
+        command.classify(SimpleNamespace(pictures=["a.png"]))
+    assert steps[4:] == ["rest", "resume"]
+
+
+def refused(what):
+    raise UserError("nothing")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from common.config.checks import one_of
-from common.runtime import utf8
+from common.runtime import garbage, utf8
 from common.types import UserError
 
 if TYPE_CHECKING:
@@ -85,6 +85,14 @@ def of_run(values: Sequence[str]) -> list[str]:
 
 def classify(chosen: argparse.Namespace) -> tuple[list[Answer], dict[str, Path]]:
     """The answers to all pictures of the request, and these by name."""
+    garbage.rest()
+    try:
+        return _classified(chosen)
+    finally:
+        garbage.resume()  # where a request was refused before its model was there
+
+
+def _classified(chosen: argparse.Namespace) -> tuple[list[Answer], dict[str, Path]]:
     from common.predict.photos import find, names_of
 
     pictures = {name: path for what in chosen.pictures for name, path in find(what).items()}
