@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from dataclasses import replace
+from functools import partial
 from io import BytesIO
 from itertools import pairwise
 from types import SimpleNamespace
@@ -459,3 +460,35 @@ def test_words_of_run_py_that_say_yes_or_no():
     assert words == ["a", "b", "--data", "/now", "--trust-code"]
     with pytest.raises(UserError, match="trust_code=maybe"):
         command.of_run(["run=a", "pictures=b", "trust_code=maybe"])
+
+
+def test_the_garbage_collector_rests_only_while_libraries_are_imported(monkeypatch):
+    """A command's first answer waits for imports, a sixth of which the collector would take."""
+    steps = []
+    for name in ("rest", "resume"):
+        monkeypatch.setattr(command.garbage, name, partial(steps.append, name))
+    monkeypatch.setattr(photos, "find", lambda what: {what: what})
+
+    class Asked:
+        def quieten(self):
+            steps.append("loaded")
+
+        def __call__(self, pictures):
+            return []
+
+        def close(self):
+            steps.append("closed")
+
+    monkeypatch.setattr(cards, "about", lambda *_: None)
+    monkeypatch.setattr(Classifier, "load", lambda *_, **__: Asked())
+    asked = SimpleNamespace(pictures=["a.png"], run="x", names=None, risk=None, open=False, trust_code=False, data=None)
+    command.classify(asked)
+    assert steps == ["rest", "loaded", "closed", "resume"]
+    with pytest.raises(UserError, match="nothing"):
+        monkeypatch.setattr(photos, "find", refused)
+        command.classify(SimpleNamespace(pictures=["a.png"]))
+    assert steps[4:] == ["rest", "resume"]
+
+
+def refused(what):
+    raise UserError("nothing")

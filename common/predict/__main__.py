@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from common.config.checks import one_of
 from common.counted import counted
-from common.runtime import utf8
+from common.runtime import garbage, utf8
 from common.runtime.progress import doing, say, watched
 from common.types import UserError
 
@@ -98,6 +98,14 @@ def of_run(values: Sequence[str]) -> list[str]:
 
 def classify(chosen: argparse.Namespace) -> tuple[list[Answer], dict[str, Path], About]:
     """The answers to all pictures of the request, these by name, and what a reader must know of the run."""
+    garbage.rest()
+    try:
+        return _classified(chosen)
+    finally:
+        garbage.resume()  # where a request was refused before its model was there
+
+
+def _classified(chosen: argparse.Namespace) -> tuple[list[Answer], dict[str, Path], About]:
     from common.predict.photos import find, names_of
 
     pictures = {name: path for what in chosen.pictures for name, path in find(what).items()}

@@ -26,6 +26,7 @@ from common.predict.photos import Photos, Picture
 from common.predict.trained import SPLIT, Trained, config_of, method_of, questions_of, without_list
 from common.run.checkpoint import Checkpoints
 from common.run.result import Result
+from common.runtime import garbage
 from common.runtime.group import init_process_group
 from common.runtime.progress import say
 from common.types import Answers, Item, Task, UserError
@@ -194,6 +195,7 @@ class Classifier:
             # the method keeps what it has seen: the run chose its candidates before it trained the vision tower
             build(self.before, questions, self.device, folder, Checkpoints(folder / "before", 1)).close()
         learner = build(self.config, questions, self.device, folder, Checkpoints(folder / "checkpoints", 1))
+        garbage.resume()  # everything is imported
         if self.began_from is not None and learner.weights["sha256"] != self.began_from:
             path = learner.weights["path"]
             raise UserError(f"{self.run.folder} was made with other weights than {path} holds now; make it anew")
