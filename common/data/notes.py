@@ -66,11 +66,9 @@ def data_lines(facts: Mapping[str, Any]) -> list[str]:
     """All that a reader of a result should know of its data; results of older runs lack some of the entries."""
     lines = passed_over(facts)
     if replaced := sum(facts.get("refilled", {}).values()):
-        lines.append(
-            f"{counted(replaced, 'training picture')} {agree(replaced, 'was', 'were')} replaced by "
-            + agree(replaced, "another of its class, since it", "others of their class, since they")
-            + " cannot be decoded"
-        )
+        many, were = counted(replaced, "training picture"), agree(replaced, "was", "were")
+        others = agree(replaced, "another of its class, since it", "others of their class, since they")
+        lines.append(f"{many} {were} replaced by {others} cannot be decoded")
     for kind, count in facts.get("duplicates", {}).items():
         lines.append(f"{WORDS[kind]}: {count} (manifest.json lists them)")
     return lines
