@@ -18,6 +18,7 @@ from statsmodels.stats.proportion import confint_proportions_2indep, proportion_
 from common.evaluation import metrics
 from common.evaluation.evaluate import Evaluation
 from common.evaluation.summary import Summary
+from common.report.intervals import newcombe_interval
 from common.types import Answers, Prediction, Probabilities, Reply
 
 NAMES = ["one", "six", "nine"]
@@ -53,7 +54,7 @@ def test_newcombes_interval_equals_statsmodels():
         n, m = (int(count) for count in generator.integers(2, 3000, 2))
         right, other = int(generator.integers(n + 1)), int(generator.integers(m + 1))
         expected = confint_proportions_2indep(right, n, other, m, method="newcomb", compare="diff")
-        assert metrics.newcombe_interval((right, n), (other, m)) == pytest.approx(expected, abs=1e-9)
+        assert newcombe_interval((right, n), (other, m)) == pytest.approx(expected, abs=1e-9)
 
 
 def test_wilson_and_mcnemar_equal_statsmodels():

@@ -11,7 +11,7 @@ import pytest
 from common.evaluation.metrics import wilson_interval
 from common.report import __main__ as command
 from common.report import folders
-from common.report.paper import cells, curves, page, points, tables
+from common.report.paper import cells, comparable, curves, page, points, tables
 from common.report.paper.cells import Cell
 from common.types import UserError
 from tests.test_compare import write  # noqa: F401
@@ -123,7 +123,7 @@ def test_a_verdict_that_needs_an_interval_says_why_there_is_none():
 
 def reasons_of(path, split="test"):
     run = folders.read(path)
-    return cells._reasons(run, run.result, split, run.result.final[split])
+    return comparable.reasons(run, run.result, split, run.result.final[split])
 
 
 CAFO = ("method=cafo", "data=dtd", "clip=rn50", "visual=dino_rn50")
@@ -153,7 +153,7 @@ def test_other_learners_numbers_are_without_sentences(write):  # noqa: F811
 
 def marks_of(path):
     run = folders.read(path)
-    return cells._marks(run, run.result, run.result.final["test"])
+    return comparable.marks(run, run.result, run.result.final["test"])
 
 
 def test_candidates_of_less_than_cafo_are_marked(write):  # noqa: F811
@@ -305,7 +305,7 @@ def test_images_are_counted_by_the_protocol(protocol, images, reasons):
     eurosat = {"published": {"train": 13500, "val": 5400, "test": 8100}}
     run = SimpleNamespace(values={"data": eurosat, "setting": {"targets": {}}, "method": {}})
     result = SimpleNamespace(left_out=0, protocol=protocol, final={})
-    assert cells._reasons(run, result, "test", SimpleNamespace(n=images)) == reasons
+    assert comparable.reasons(run, result, "test", SimpleNamespace(n=images)) == reasons
 
 
 @pytest.mark.parametrize(

@@ -35,47 +35,6 @@ def wilson_interval(successes: int, total: int, z: float = 1.959963984540054) ->
     return max(0.0, centre - half) if successes else 0.0, min(1.0, centre + half) if successes < total else 1.0
 
 
-def newcombe_interval(first: tuple[int, int], second: tuple[int, int]) -> tuple[float, float]:
-    """The 95 % interval of the difference of two independent proportions (Newcombe 1998, method 10).
-
-    Args:
-        first: Successes and total.
-        second: Those that are subtracted.
-
-    Newcombe's Table II (a), 56 of 70 less 48 of 80:
-
-    >>> [round(bound, 4) for bound in newcombe_interval((56, 70), (48, 80))]
-    [0.0524, 0.3339]
-    """
-    parts = [(right / n, wilson_interval(right, n)) for right, n in (first, second)]
-    below, above = reach(parts, (1.0, -1.0))
-    difference = parts[0][0] - parts[1][0]
-    return difference - below, difference + above
-
-
-def reach(parts: Sequence[tuple[float, tuple[float, float]]], slopes: Sequence[float]) -> tuple[float, float]:
-    """How far below and above itself the interval of a number reaches that is computed from independent others.
-
-    The squared distances of their own intervals add up (Zou and Donner 2008); of a function that is no sum, to first
-    order.
-
-    Args:
-        parts: The others with their intervals.
-        slopes: How much the number grows with each of them.
-
-    The mean of two numbers:
-
-    >>> reach([(5.0, (2.0, 6.0)), (7.0, (3.0, 9.0))], (0.5, 0.5))
-    (2.5, 1.118033988749895)
-    """
-    down, up = [], []
-    for (value, (low, high)), slope in zip(parts, slopes, strict=True):
-        ends = sorted((slope * (low - value), slope * (high - value)))
-        down.append(ends[0])
-        up.append(ends[1])
-    return math.hypot(*down), math.hypot(*up)
-
-
 def overall(accuracies: Mapping[str, float]) -> dict[str, float]:
     """One number for several splits: harmonic mean of base and new (Xian et al. 2017), mean over other datasets.
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from common.report.folders import ASKED, Run
-from common.report.groups import Group, configuration, interval, mean_std
+from common.report.groups import Group, configuration
+from common.report.intervals import interval, mean_std
 from common.report.paired import compare
 from common.types import UserError
 

@@ -1,13 +1,8 @@
-"""Runs that differ by their seed alone belong together: what a group is called, and its numbers over the seeds.
-
-Shapes: S seeds.
-"""
+"""Runs that differ by their seed alone belong together: what a group is called, and its numbers over the seeds."""
 
 from __future__ import annotations
 
 import json
-import math
-import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -165,41 +160,3 @@ def leaves(values: Any, path: str = "") -> Iterable[tuple[str, Any]]:
             yield from leaves(value, f"{path}.{key}" if path else str(key))
     else:
         yield path, values
-
-
-def mean_std(numbers: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and standard deviation over seeds (S - 1 in the denominator); None of one.
-
-    >>> mean_std([1.0, 3.0]), mean_std([2.0])
-    ((2.0, 1.4142135623730951), (2.0, None))
-    """
-    return statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else None
-
-
-def interval(numbers: Sequence[float], images: Sequence[tuple[float, float]] = ()) -> tuple[float, float] | None:
-    """The 95 % interval of the mean over seeds: Student's and that of the images, whichever reaches further.
-
-    Seeds that agree to the last image leave the images a sample; seeds mostly share theirs, so the mean is no surer of
-    them than one seed. None: of one seed without images.
-
-    Args:
-        numbers: One per seed. Length: S.
-        images: What each seed's images leave open, in the same unit; empty: the numbers are not of images. Length: S.
-
-    >>> interval([0.5, 0.5, 0.5], [(0.25, 0.75)] * 3), interval([0.5], [(0.25, 0.75)]), interval([3.0])
-    ((0.25, 0.75), (0.25, 0.75), None)
-    """
-    bounds = [t_interval(numbers)] if len(numbers) > 1 else []
-    if images:
-        bounds.append((statistics.fmean(low for low, _ in images), statistics.fmean(high for _, high in images)))
-    return (min(low for low, _ in bounds), max(high for _, high in bounds)) if bounds else None
-
-
-def t_interval(numbers: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of the mean over seeds, by Student's t with S - 1 degrees of freedom."""
-    from scipy.stats import t  # a second to import
-
-    mean, std = mean_std(numbers)
-    assert std is not None, "one seed has no interval over seeds"
-    half = float(t.ppf(0.975, len(numbers) - 1)) * std / math.sqrt(len(numbers))
-    return mean - half, mean + half

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from common.evaluation.metrics import exact_p, newcombe_interval
-from common.report.groups import Group, photos, t_interval
+from common.evaluation.metrics import exact_p
+from common.report.groups import Group, photos
+from common.report.intervals import newcombe_interval, t_interval
 from common.run.result import FORMER
 
 OWN = ("val", "test", "base", "new")  # splits of the dataset that was trained on; others are called by their own

@@ -26,6 +26,11 @@ from common.types import UserError
 
 LONGEST = 120  # characters of a sweep's folder
 KEYS = {"sweep", "title", "text", "given"}
+# Another choice of these is still the paper's table; what a row must have of them: common/report/paper/comparable.py.
+STILL_THE_PAPERS = (
+    *("seed", "protocol", "rollout", "deepspeed", "selection"),
+    *("clip.prompts", "few_shot.cafo.generated", "few_shot.cafo.per_class", "clip.options.file", "visual.options.file"),
+)
 
 
 @dataclass(frozen=True)
@@ -53,9 +58,11 @@ class Chapter:
         return {**(self.tiny if is_tiny else {}), **values}
 
     def parted(self, values: Mapping[str, Sequence[str]]) -> tuple[dict[str, str], dict[str, str]]:
-        """What replaces the sweep's values, and what only chooses among those that all of its points have."""
+        """What replaces the sweep's values so that the table is not the paper's, and what only chooses among those that
+        all of its points have.
+        """
         rows = [{**self.spec.params, **based(self.spec, row)} for row in self.spec.points]
-        texts = {key: ",".join(each) for key, each in values.items()}
+        texts = {key: ",".join(each) for key, each in values.items() if key.lstrip("+") not in STILL_THE_PAPERS}
         chosen = {
             key: text
             for key, text in texts.items()

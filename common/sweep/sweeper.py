@@ -35,12 +35,6 @@ from common.sweep import book, dry, plugin
 from common.sweep.plan import LATER, RUN, Point, decides, expand
 from common.types import UserError
 
-# Another choice of these is still the paper's table; what a row must have of them: common/report/paper/cells.py.
-STILL_THE_PAPERS = (
-    *("seed", "protocol", "rollout", "deepspeed", "selection"),
-    *("clip.prompts", "few_shot.cafo.generated", "few_shot.cafo.per_class", "clip.options.file", "visual.options.file"),
-)
-
 
 @dataclass(frozen=True)
 class Job:
@@ -181,9 +175,7 @@ class PaperSweeper(Sweeper):
         said = {key: ",".join(values) for key, values in given.items() if decides(key)}
         pages = []
         for chapter, runs in zip(chapters, shown, strict=True):
-            values = {
-                key: each for key, each in {**chapter.given, **given}.items() if key.lstrip("+") not in STILL_THE_PAPERS
-            }
+            values = {**chapter.given, **given}
             changed, chosen = chapter.parted({key: each for key, each in values.items() if decides(key)})
             pages.append(outputs / book.folder_name(f"{name}-{chapter.name}" if self.is_book else name, said))
             points.Sweep(chapter.name, chapter.page, changed, runs, chosen).save(pages[-1])

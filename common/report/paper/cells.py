@@ -13,22 +13,18 @@ from pathlib import Path
 from statistics import fmean, harmonic_mean
 from typing import Any
 
-from common.config.composition import few_shot_of
-from common.counted import counted
-from common.evaluation.metrics import reach
 from common.evaluation.summary import Summary
 from common.report import folders
 from common.report.folders import Run
+from common.report.intervals import reach
+from common.report.paper import comparable
 from common.report.paper.points import Sweep
 from common.run.result import Result
 from common.run.run_folder import RunFolder
 
 Keys = tuple[tuple[str, str], ...]  # sorted by key
 AVERAGE, HARMONIC = "average", "H"
-HALVES = ("base", "new")
 BY_RESULT = {"split", "measure"}  # keys that a run has only once it has a result
-PAPERS_GPUS, PAPERS_GPU = 8, "A100"  # CLS-RL, implementation details
-CACHED = ("tip_adapter", "tip_adapter_f", "cafo")  # whose authors chose by the test images
 NO_TRAINING = ("data", "model", "evaluation before", "evaluation after", "saving")
 
 
@@ -128,7 +124,8 @@ def numbers(run: Run, result: Result, page: Mapping[str, Any]) -> Iterator[tuple
             continue
         name = result.data if split == "test" and run.values["setting"]["targets"] else split
         extra = {"split": name} if by_split else {}
-        marks, reasons = _marks(run, result, summary), _reasons(run, result, split, summary)
+        marks = comparable.marks(run, result, summary)
+        reasons = comparable.reasons(run, result, split, summary)
         for measure in page.get("measures") or ("",):
             for number in MEASURES[measure or "accuracy"](run, result, split, summary):
                 keys = {**extra, "measure": measure} if measure else extra
@@ -143,88 +140,19 @@ def _accuracy(run: Run, result: Result, split: str, summary: Summary) -> Iterato
     yield Number(100 * share, summary.n, (100 * interval[0], 100 * interval[1]))
 
 
-def _marks(run: Run, result: Result, summary: Summary) -> list[str]:
-    """What a reader must know: how it was made, and where the paper's number was made otherwise."""
-    values, marks = run.values, list(result.remarks)
-    draft = summary.facts.get("draft", {})
-    marks += [draft["published_above_bound"]] if "published_above_bound" in draft else []
-    if values.get("learner", {}).get("name") == "vlm" and values["rollout"]["name"] == "vllm":
-        marks.append("replies sampled by vLLM, whose arithmetic is not the trainer's")
-    if values["method"].get("learner") in CACHED and values.get("selection") == "val":
-        marks.append("chosen by validation images; the published number by the test images")
-    drafted = _draft(run)
-    if values["method"].get("learner") is None and (lacking := _lacking(drafted)):
-        marks.append(f"over candidates of CaFo without {lacking}")
-    return marks
-
-
-def _draft(run: Run) -> Mapping[str, Any]:
-    """The configuration that a run's candidates come from; empty: they come from no learner of ours."""
-    draft = run.values["method"].get("draft")
-    if draft != "file":
-        return run.values if draft else {}
-    other = Path(run.values["method"]["draft_file"])
-    beside = run.path.parent / other.name  # a sweep's runs lie side by side, wherever they have been taken since
-    return folders.read(beside if beside.is_dir() else other).values
-
-
-def _lacking(values: Mapping[str, Any]) -> str:
-    """What CaFo's authors give it and this configuration does not; empty: nothing, or it is no CaFo."""
-    if few_shot_of({**values}) != "cafo":
-        return ""
-    own = values["few_shot"]["cafo"]
-    there = {
-        "generated pictures": own.get("generated") and own.get("per_class"),
-        "sentences": values["clip"].get("prompts"),
-    }
-    return " and ".join(name for name, given in there.items() if not given)
-
-
-def _reasons(run: Run, result: Result, split: str, summary: Summary) -> list[str]:
-    """Why the images or what is made of them are not the paper's."""
-    values = run.values
-    reasons = [f"{counted(result.left_out, 'image')} left out"] if result.left_out else []
-    targets = {one["name"]: one for one in values["setting"]["targets"].values()}
-    halves = [result.final[half].n for half in HALVES if half in result.final]
-    own = split == "test" or split in HALVES
-    data = values["data"] if own else targets.get(split)
-    tested = sum(halves) if split in HALVES else summary.n  # no paper says how many either half has
-    published = (data or {}).get("published", {})
-    test = published.get("test")
-    with_val = test and test + published.get("val", 0)  # the authors' scripts test the validation images, too
-    if test and tested not in (test, with_val if result.protocol == "official" else test):
-        reasons.append(f"{tested} of {test} test images")
-    learner = values["method"].get("learner")
-    if learner == "cafo" and (lacking := _lacking(values)):
-        reasons.append(f"CaFo without {lacking}")
-    if learner not in (None, "cafo") and values.get("clip", {}).get("prompts"):
-        reasons.append("sentences of clip.prompts, which the published number has not")
-    return reasons
-
-
-def _as_fast(run: Run, result: Result) -> list[str]:
-    """Why times are not the paper's, which were taken on eight A100."""
-    reasons = []
-    if run.gpus != PAPERS_GPUS:
-        reasons.append(f"timed on {counted(run.gpus or 'no', 'GPU')} instead of {PAPERS_GPUS}")
-    if run.gpus and PAPERS_GPU not in result.device:
-        reasons.append(f"timed on {result.device or 'an unknown GPU'} instead of {PAPERS_GPU}")
-    return reasons
-
-
 def _train_minutes(run: Run, result: Result, split: str, summary: Summary) -> Iterator[Number]:
     seconds = result.train.get("seconds", {})
     if result.after and "total" in seconds:
         minutes = (seconds["total"] - sum(seconds.get(phase, 0.0) for phase in NO_TRAINING)) / 60
-        yield Number(minutes, percent=False, reasons=_as_fast(run, result))
+        yield Number(minutes, percent=False, reasons=comparable.as_fast(run, result))
 
 
 def _inference_minutes(run: Run, result: Result, split: str, summary: Summary) -> Iterator[Number]:
-    yield Number(summary.seconds / 60, summary.n, percent=False, reasons=_as_fast(run, result))
+    yield Number(summary.seconds / 60, summary.n, percent=False, reasons=comparable.as_fast(run, result))
 
 
 def _milliseconds(run: Run, result: Result, split: str, summary: Summary) -> Iterator[Number]:
-    yield Number(1000 * summary.seconds / summary.n, summary.n, percent=False, reasons=_as_fast(run, result))
+    yield Number(1000 * summary.seconds / summary.n, summary.n, percent=False, reasons=comparable.as_fast(run, result))
 
 
 def _lowest(run: Run, result: Result, split: str, summary: Summary) -> Iterator[Number]:

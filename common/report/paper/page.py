@@ -25,7 +25,7 @@ from typing import Any
 
 from common.config.checks import one_of
 from common.report.folders import Run
-from common.report.groups import interval, mean_std
+from common.report.intervals import interval, mean_std
 from common.report.paper import cells as numbers
 from common.report.paper import points, published
 from common.report.paper.cells import AVERAGE, HARMONIC, Cell, Keys
