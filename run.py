@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,10 +21,10 @@ from omegaconf.errors import OmegaConfBaseException
 from common.config import composition as configuration
 from common.config import suggest
 from common.config.command_line import literal
-from common.runtime import garbage, utf8
-from common.runtime.distributed import adopt_slurm, rank, world
-from common.runtime.interrupt import Interrupted
-from common.runtime.progress import is_shown, say
+from common.runtime import garbage, slurm, threads, utf8
+from common.runtime.distributed import rank, world
+from common.runtime.interrupt import Interrupted, heeded
+from common.runtime.progress import SOON, watched
 from common.types import UserError
 
 if TYPE_CHECKING:
@@ -40,28 +40,30 @@ def main(cfg: DictConfig) -> None:
     """One job; a multirun calls it once per point and goes on with the next when one fails."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     garbage.rest()
-    try:
-        job(cfg, folder)
-    except UserError as error:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            print(f"{folder.name}: {one_line(error)}", file=sys.stderr)  # Hydra itself only reports the first
-            raise
-        sys.exit(one_line(error))
-    except KeyboardInterrupt as stop:
-        message = str(stop) if isinstance(stop, Interrupted) else "stopped; the same command goes on"
-        print(f"{folder.name}: {message}", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-    finally:
-        garbage.resume()
-        with suppress(OSError):
-            folder.rmdir()  # made by Hydra; goes only if it is empty
+    with heeded():
+        try:
+            job(cfg, folder)
+        except UserError as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                print(f"{folder.name}: {one_line(error)}", file=sys.stderr)  # Hydra itself only reports the first
+                raise
+            sys.exit(one_line(error))
+        except KeyboardInterrupt as stop:
+            message = str(stop) if isinstance(stop, Interrupted) else "stopped; the same command goes on"
+            message += "; SLURM has queued the job again" if slurm.requeue_if_preempted() else ""
+            print(f"{folder.name}: {message}", file=sys.stderr)
+            sys.exit(INTERRUPTED)
+        finally:
+            garbage.resume()
+            with suppress(OSError):
+                folder.rmdir()  # made by Hydra; goes only if it is empty
 
 
 def job(cfg: DictConfig, folder: Path) -> None:
     """Check, run, show. A folder that already holds this configuration's result only shows it.
 
-    With `dry=true`, `manifest=true` or `doctor=true` nothing is trained: the first says whether the run is finished,
-    the second shows the questions, the third examines.
+    With `dry=true`, `manifest=true` or `doctor=true` nothing is trained: the first says whether the run is finished, or
+    would be refused, the second shows the questions, the third examines.
     """
     from common import launch
     from common.data import pictures
@@ -69,28 +71,34 @@ def job(cfg: DictConfig, folder: Path) -> None:
     from common.run import preflight
     from common.run.run_folder import RunFolder
 
-    config = configuration.validate(cfg)
+    typed = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
+    config = configuration.validate(cfg, typed)
     values = configuration.plain(cfg)
     if config.dry:
         found = RunFolder(folder).finished_result(values)
         print(f"{folder}: {'to run' if found is None else 'finished'}")
+        for look in (preflight.check_asked, preflight.check_devices) if found is None else ():
+            if reason := preflight.refusal(look, config):
+                print(f"it would be refused: {reason}")
         return
+    begins = f"{folder.name}: reading {config.data.name}"
     if config.manifest:
-        preview(config, RunFolder(folder))
+        with watched(begins):
+            preview(config, RunFolder(folder))
         return
     if config.doctor is True:
-        preflight.check(config)
-        launch.launch(config, values, folder)
+        with watched(begins):
+            preflight.check(config)
+            launch.launch(config, values, folder)
         return
     run_folder = RunFolder(folder)
     result = run_folder.finished_result(values)
     if result is None:
-        if is_shown():
-            say(f"{folder.name}: reading {config.data.name}, then {config.model.name} is loaded")
-        questions = preflight.check(config)
-        if rank() == 0:
-            run_folder.claim(values)
-        launch.launch(config, values, folder, questions)
+        with watched(begins):
+            questions = preflight.check(config)
+            if rank() == 0:
+                run_folder.claim(values)
+            launch.launch(config, values, folder, questions)
         result = run_folder.finished_result(values)
     else:
         pictures.check_finished(config, folder / "manifest.json")
@@ -140,16 +148,17 @@ def run() -> None:
     """Entry point: mistakes in the request become one line and exit code 1, anything else a traceback."""
     utf8.ensure()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that errors reach this function and not Hydra's own printer
-    # CPU threads that spin while they wait slow two runs on one machine down thirty times (docs/log.md)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    adopt_slurm()
+    threads.settle()
     try:
+        slurm.adopt()
         if "task=predict" in sys.argv[1:]:  # nothing is composed: the run has its configuration
             from common.predict import __main__ as predict
 
             sys.exit(predict.main(predict.of_run([word for word in sys.argv[1:] if word != "task=predict"])))
         sys.argv[1:] = literal(sys.argv[1:])
-        main()
+        completes = {"-sc", "--shell-completion"} & set(sys.argv)  # where a line beside the choices is in the way
+        with nullcontext() if completes else watched("composing the configuration", SOON):
+            main()
     except KeyboardInterrupt:  # between runs, or while other processes run them
         print("stopped; the same command goes on", file=sys.stderr)
         sys.exit(INTERRUPTED)

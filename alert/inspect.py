@@ -21,8 +21,10 @@ from rich.text import Text
 
 from alert.bank import embeddings as bank
 from alert.bank import file as bank_file
-from common.report.figures import literal_text
+from common.counted import counted
+from common.report.figures import drawable, literal_text
 from common.runtime import utf8
+from common.runtime.progress import SOON, watched
 from common.types import UserError
 
 SHOWN = 40  # categories in the table: those that moved most
@@ -48,7 +50,9 @@ def rows(folder: Path) -> list[tuple[str, float, float, str, float]]:
 
 def table(categories: Sequence[tuple[str, float, float, str, float]]) -> Table:
     """The categories that moved most."""
-    shown = Table(title=f"{min(SHOWN, len(categories))} of {len(categories)} categories, the most moved first")
+    shown = Table(
+        title=f"{min(SHOWN, len(categories))} of {counted(len(categories), 'category')}, the most moved first"
+    )
     shown.add_column("category")
     for name in ("norm", "moved %", "nearest", "cosine"):
         shown.add_column(name, justify="right")
@@ -63,7 +67,7 @@ def figure(categories: Sequence[tuple[str, float, float, str, float]], path: Pat
     picture, axis = plt.subplots(figsize=(6.5, 4.5), layout="constrained")
     axis.scatter([row[4] for row in categories], [100 * row[2] for row in categories], s=18, color="#2f6db3", alpha=0.7)
     for name, _, moved, _, cosine in categories[:10]:
-        axis.annotate(name, (cosine, 100 * moved), fontsize=7, xytext=(4, 2), textcoords="offset points")
+        axis.annotate(drawable(name), (cosine, 100 * moved), fontsize=7, xytext=(4, 2), textcoords="offset points")
     axis.set(xlabel="cosine to the nearest other category", ylabel="moved since the beginning (% of the norm)")
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25)
@@ -77,7 +81,8 @@ def main(arguments: Sequence[str]) -> None:
         sys.exit("error: give one folder: python -m alert.inspect <run>/model/embeddings")
     folder = Path(arguments[0]).expanduser()
     try:
-        categories = rows(folder)
+        with watched(f"reading {folder}", SOON):
+            categories = rows(folder)
     except UserError as error:
         sys.exit(f"error: {error}")
     Console().print(table(categories))

@@ -184,7 +184,7 @@ class Alert:
         labels = categories.train_labels(task, split)
         if self.k > len(asked.choices):
             raise UserError(
-                f"method.k={self.k}, but '{split}' has {len(asked.choices)} class names; use fewer candidates"
+                f"method.k={self.k}, but '{split}' has only {len(asked.choices)} to choose among; use fewer candidates"
             )
         if self.draft == "file" and split not in self.drafted:
             # before the model is loaded: a file that does not fit costs a second then

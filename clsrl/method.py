@@ -11,7 +11,7 @@ from dataclasses import replace
 from clsrl import matching, prompts
 from common import parsing
 from common.config.checks import one_of
-from common.types import Prompt, Split, Task
+from common.types import Prompt, Split, Task, UserError
 
 
 class ClosedFormQuestion:
@@ -93,6 +93,11 @@ class ClosedFormQuestion:
     def _prompts(self, split: Split, instruction: str) -> list[Prompt]:
         names = split.choices
         size = prompts.class_list_size(len(names), self.list_share, self.list_all_below, self.list_at_most)
+        if size and (several := next((name for name in names if "," in name), None)):
+            raise UserError(
+                f"class '{several}' has a comma, which separates the names that a question lists; rename it, or ask"
+                " without a list: setting=open_set"
+            )
         built = []
         for item in split.items:
             listed = size if item.name or not size else len(names)  # nobody knows the truth: it is among all names

@@ -19,7 +19,8 @@ from typing import Any
 from common.config.schema import NO_FAMILY, Config
 from common.data.task import Questions
 from common.runtime.distributed import forget_group_alone, rank, started_by_launcher
-from common.runtime.interrupt import Interrupted, left_to_ranks
+from common.runtime.interrupt import Interrupted, heeded, left_to_ranks
+from common.runtime.progress import SOON, watched
 from common.types import UserError
 
 log = logging.getLogger(__name__)
@@ -55,18 +56,34 @@ def start_ranks(count: int, config: Config, values: dict[str, Any], folder: Path
         rdzv_endpoint="127.0.0.1:0",
         max_restarts=0,
         start_method="spawn",
-        signals_to_handle="SIGTERM,SIGHUP,SIGQUIT",  # Ctrl-C is the ranks' own: they write a checkpoint first
+        signals_to_handle="SIGQUIT",  # the others are the ranks' own: they write a checkpoint first
     )
+    with left_to_ranks() as request:
+        try:
+            elastic_launch(elastic, as_rank)(config, values, folder)
+        except ChildFailedError as error:
+            failure = error.get_first_failure()[1].message  # a dict where the rank could write its error file
+            cause = str(failure["message"] if isinstance(failure, dict) else failure)
+            for raised, kind in ((UserError, UserError), (RankStopped, Interrupted)):
+                if cause.startswith(f"{raised.__name__}: "):
+                    raise kind(cause.removeprefix(f"{raised.__name__}: ")) from None
+            if request.made:  # a rank that had only begun
+                raise Interrupted("stopped; the same command goes on from the last checkpoint") from None
+            raise
+
+
+class RankStopped(Exception):
+    """What `Interrupted` is between a rank and the process that started it."""
+
+
+def as_rank(config: Config, values: dict[str, Any], folder: Path) -> None:
+    """`worker` for torch elastic, which takes a KeyboardInterrupt for an end without error, and then waits for ever for
+    what the rank returns.
+    """
     try:
-        with left_to_ranks():
-            elastic_launch(elastic, worker)(config, values, folder)
-    except ChildFailedError as error:
-        failure = error.get_first_failure()[1].message  # a dict where the rank could write its error file
-        cause = str(failure["message"] if isinstance(failure, dict) else failure)
-        for kind in (UserError, Interrupted):
-            if cause.startswith(f"{kind.__name__}: "):
-                raise kind(cause.removeprefix(f"{kind.__name__}: ")) from None
-        raise
+        worker(config, values, folder)
+    except Interrupted as stop:
+        raise RankStopped(str(stop)) from None
 
 
 def worker(config: Config, values: dict[str, Any], folder: Path, questions: Questions | None = None) -> None:
@@ -78,7 +95,8 @@ def worker(config: Config, values: dict[str, Any], folder: Path, questions: Ques
     """
     quiet_libraries()
     logging.getLogger("common").setLevel(logging.INFO)
-    with logged(None if rank() > 0 or config.doctor is True else folder / "run.log"):
+    kept = None if rank() > 0 or config.doctor is True else folder / "run.log"
+    with heeded(), logged(kept), watched(f"{folder.name}: running", SOON):
         from safetensors import SafetensorError
 
         from common.pipeline import examine, run

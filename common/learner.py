@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from common.config.schema import Config
 from common.data.task import Questions
 from common.evaluation.evaluate import Predictor
-from common.run.checkpoint import Checkpoints
-from common.run.recorder import Recorder
 from common.types import Task
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # checks of a configuration import this module, and need no torch
     import torch
+
+    from common.run.checkpoint import Checkpoints
+    from common.run.recorder import Recorder
 
 
 class Learner(Predictor, Protocol):
@@ -83,6 +84,15 @@ class Restores(Protocol):
 
     def take_over(self, folder: Path) -> None:
         """Load what `save` of a finished run wrote, instead of training."""
+
+
+@runtime_checkable
+class BeginsBlank(Protocol):
+    """A learner that may know nothing before its training, so that there is nothing to measure before it."""
+
+    @property
+    def blank(self) -> bool:
+        """Whether all its answers before the training would be one class, whatever the image."""
 
 
 @runtime_checkable

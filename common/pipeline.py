@@ -8,6 +8,7 @@ What is trained and tested is a `Learner` (common/learner.py); here is only the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,7 +18,7 @@ from common.data import manifest
 from common.data.pictures import readable
 from common.data.task import Questions
 from common.evaluation.evaluate import Evaluation, all_splits, spread, watched
-from common.learner import Build, Learner
+from common.learner import BeginsBlank, Build, Learner
 from common.plugins import locate
 from common.run import thumbnails
 from common.run.checkpoint import Checkpoints, read_state
@@ -25,12 +26,15 @@ from common.run.recorder import Recorder
 from common.run.result import Result, describe, paired
 from common.run.run_folder import RunFolder
 from common.run.safe import result_is_safe
-from common.run.tracking import make_tracker
+from common.run.tracking import make_tracker, settled_mode
 from common.runtime import garbage
 from common.runtime.distributed import barrier, rank
-from common.runtime.group import init_process_group
+from common.runtime.group import init_process_group, model_of
+from common.runtime.progress import doing
 from common.runtime.stopwatch import Stopwatch
-from common.training.silent import silent_rewards
+from common.training.schedule import total_updates
+from common.training.signs import Signs
+from common.training.silent import CUT, silent_rewards
 
 
 def run(config: Config, values: dict[str, Any], folder: Path, questions: Questions | None = None) -> Result:
@@ -46,6 +50,7 @@ def run(config: Config, values: dict[str, Any], folder: Path, questions: Questio
         The result, as written to metrics.json.
     """
     clock = Stopwatch()
+    config = replace(config, tracking=replace(config.tracking, mode=settled_mode(config.tracking.mode)))
     device = init_process_group(config.gpus)
     with clock.phase("data"):
         questions = readable(config, questions)
@@ -53,7 +58,7 @@ def run(config: Config, values: dict[str, Any], folder: Path, questions: Questio
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.max_checkpoints)
     state = checkpoints.state
     clock.earlier = 0.0 if state is None else state.seconds
-    with clock.phase("model"):
+    with clock.phase("model"), doing(f"{folder.name}: loading {config.model.path or config.model.name}"):
         build: Build = locate(config.learner.build, "learner.build")
         garbage.set_aside()
         learner = build(config, questions, device, folder, checkpoints)
@@ -61,11 +66,13 @@ def run(config: Config, values: dict[str, Any], folder: Path, questions: Questio
     garbage.resume()  # everything is imported
     recorder = Recorder(RunFolder(folder), tracker, config.tracking.completions_every, clock, state)
     result = describe(config, values, learner.weights, learner.questions, learner.decoding)
+    result.device = model_of(device)
     failed = True
     try:
         with clock.phase("evaluation before"):
-            before = after = all_splits(learner, "before", recorder)
-        if state is None:
+            blank = isinstance(learner, BeginsBlank) and learner.blank
+            before = after = None if blank else all_splits(learner, "before", recorder)
+        if state is None and before is not None:
             recorder.evaluation(0, before)
         updates = learner.train(recorder)
         if updates:
@@ -74,11 +81,13 @@ def run(config: Config, values: dict[str, Any], folder: Path, questions: Questio
             with clock.phase("evaluation after"):
                 after = all_splits(learner, "after", recorder)
             recorder.evaluation(updates, after)
+        assert after is not None, "who knows nothing is trained"
         conclude(result, before, after, updates)
         if updates:
             rows = recorder.files.read_log("metrics.jsonl")
             result.train |= best_evaluation(config, learner, checkpoints, after, updates, rows)
             result.train["silent_rewards"] = silent_rewards(rows)
+            result.train |= told(config, learner, updates, rows)
         result.remarks = list(learner.remarks)
         result.train["seconds"] = clock.split(recorder.seconds())
         keep_thumbnails(config, learner, before, after, folder)
@@ -116,22 +125,43 @@ def freeze(questions: Questions, folder: Path) -> None:
     manifest.verify(path, questions.manifest)
 
 
-def keep_thumbnails(config: Config, learner: Learner, before: Evaluation, after: Evaluation, folder: Path) -> None:
+def keep_thumbnails(
+    config: Config, learner: Learner, before: Evaluation | None, after: Evaluation, folder: Path
+) -> None:
     """Small copies of some pictures, for the run's report."""
     if rank() == 0 and config.tracking.thumbnails:
         with result_is_safe("thumbnails"):
             asked = dict.fromkeys(prompt.image for prompt in learner.questions.train)
-            chosen = thumbnails.choose(before, after, list(asked), config.tracking.thumbnails)
+            chosen = thumbnails.choose(before or after, after, list(asked), config.tracking.thumbnails)
             thumbnails.write(folder, learner.questions.task.images, chosen)
 
 
-def conclude(result: Result, before: Evaluation, after: Evaluation, updates: int) -> None:
-    """Put the evaluations into the result."""
-    result.before, result.overall = before.summary, {"before": before.overall}
+def conclude(result: Result, before: Evaluation | None, after: Evaluation, updates: int) -> None:
+    """Put the evaluations into the result; there is none before the training of a learner that knew nothing."""
+    if before is not None:
+        result.before, result.overall["before"] = before.summary, before.overall
     result.train = {"updates": updates, "paired": {}}
     if updates:
         result.after, result.overall["after"] = after.summary, after.overall
-        result.train["paired"] = paired(before, after)
+        result.train["paired"] = {} if before is None else paired(before, after)
+
+
+def told(config: Config, learner: Learner, updates: int, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Signs that the training went wrong (`signs`), the share of completions that were cut (`cut`), if it is large, and
+    how many updates were planned (`planned`), if patience has ended it.
+
+    Args:
+        config: Of the run.
+        learner: With the questions.
+        updates: How many were made.
+        rows: Of metrics.jsonl.
+    """
+    if config.trainer.name == "none":
+        return {}
+    limit = config.rollout.max_completion_tokens
+    signs, planned = Signs(rows, limit), total_updates(config.trainer, len(learner.questions.train))
+    cut = {"cut": {"share": signs.cut, "limit": limit}} if signs.cut >= CUT else {}
+    return {**cut, "signs": signs.found, **({"planned": planned} if planned > updates else {})}
 
 
 def best_evaluation(

@@ -132,15 +132,27 @@ def score(samples: Sequence[Sample], rewards: dict[str, Reward]) -> Scores:
     """Evaluate every reward on every sample and add them up by weight.
 
     With accuracy 1 and format 0 at weights 1.0 and 0.5, the total is 1.0.
+
+    Raises:
+        UserError: A reward gives something else than numbers.
+        ValueError: A reward gives more or fewer of them than there are samples.
     """
-    parts = {name: [float(value) for value in reward.function(samples)] for name, reward in rewards.items()}
-    for name, values in parts.items():
-        if len(values) != len(samples):
-            raise ValueError(f"reward '{name}' returned {len(values)} values for {len(samples)} samples")
+    parts = {name: _numbers(name, reward.function(samples), len(samples)) for name, reward in rewards.items()}
     weights = {name: reward.weight for name, reward in rewards.items()}
     functions: dict[str, object] = {name: reward.function for name, reward in rewards.items()}
     said = {name: list(each.said) for name, each in functions.items() if isinstance(each, Explained)}
     return Scores(parts, weighted(parts, weights) if parts else [0.0] * len(samples), said=said)
+
+
+def _numbers(name: str, values: Sequence[Any], count: int) -> list[float]:
+    """What a reward gave, as floats."""
+    try:
+        numbers = [float(value) for value in values]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"reward '{name}' gave what is no number ({error}); correct rewards.{name}.fn") from error
+    if len(numbers) != count:
+        raise ValueError(f"reward '{name}' returned {len(numbers)} values for {count} samples")
+    return numbers
 
 
 def weighted(parts: dict[str, list[float]], weights: dict[str, float]) -> list[float]:

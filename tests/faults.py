@@ -74,9 +74,9 @@ def job(folder: Path, overrides: list[str], kill: Kill | None, environment: dict
     from common.config import composition as configuration
     from common.launch import launch
     from common.run.run_folder import RunFolder
-    from common.runtime.distributed import adopt_slurm
+    from common.runtime import slurm
 
-    adopt_slurm()
+    slurm.adopt()
     torch.set_num_threads(1)
     configuration.register()
     with hydra.initialize_config_dir(str(Path(__file__).parent.parent / "conf"), version_base="1.3"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pyarrow.parquet
@@ -16,6 +17,7 @@ from common.forward.logprobs import PolicyScorer
 from common.forward.packing import pack_plain
 from common.models import checks, files, meter, vlm
 from common.models.encoder import Encoder
+from common.rollout.vllm.weights import hub_name, named
 from common.run.result import Result
 from common.types import UserError
 from common.vlm.learner import VLMLearner
@@ -228,3 +230,31 @@ def predictions(folder, phase):
     """Answers, and probabilities to the bit."""
     rows = pyarrow.parquet.read_table(folder / "predictions.parquet").to_pylist()
     return [{k: v for k, v in row.items() if k != "phase"} for row in rows if row["phase"] == phase]
+
+
+def test_an_engine_beside_is_pushed_the_weights_under_adapters_again(load_vlm):
+    """They need no gradient themselves, but what stands on them has moved: base + B A alpha / r, under the hub's name."""
+    policy, plain = trained(load_vlm(lora=LORA), seed=1), load_vlm()
+    base = {hub_name(name): value.detach() for name, value in plain.model.named_parameters()}
+    layers = {name: layer for name, layer in policy.model.named_modules() if hasattr(layer, "lora_A")}
+    pushed, everything = dict(named(policy.model, trained=True)), dict(named(policy.model))
+    assert pushed.keys() == {hub_name(name.removeprefix("base_model.model.")) + ".weight" for name in layers} != set()
+    assert everything.keys() == base.keys()
+    for name, layer in layers.items():
+        own = hub_name(name.removeprefix("base_model.model.")) + ".weight"
+        moved = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * LORA.alpha / LORA.r
+        torch.testing.assert_close(pushed[own], (base[own] + moved).detach(), atol=1e-6, rtol=1e-5)
+        assert float((pushed[own] - base[own]).abs().max()) > 1e-3
+        assert torch.equal(everything[own], pushed[own])
+    assert all(torch.equal(everything[name], base[name]) for name in base.keys() - pushed.keys())
+
+
+def test_an_engine_beside_is_pushed_what_is_trained_whole(load_vlm):
+    """Without adapters all weights; with a projector of its own, that one and what stands under the adapters."""
+    whole = load_vlm()
+    assert dict(named(whole.model, trained=True)).keys() == dict(named(whole.model)).keys()
+    wrapped = load_vlm(lora=replace(LORA, projector="full"))
+    pushed = dict(named(wrapped.model, trained=True))
+    projector = {name for name, value in wrapped.model.named_parameters() if "modules_to_save" in name}
+    assert projector and all(any(part in name for part in ("_proj.", "merger")) for name in pushed)
+    assert sum("merger" in name for name in pushed) == len(projector)

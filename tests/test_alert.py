@@ -343,7 +343,7 @@ def test_prompts_before_the_pictures_are_the_longest(digits_task):
         (["method.initialisation=best"], "method.initialisation=best: choose one of proposed"),
         (["method.draft=file"], "method.draft=file needs method.draft_file"),
         (["method.smallest=9"], "2 <= smallest <= largest"),
-        (["method.k=11"], "method.k=11, but 'test' has 10 class names"),
+        (["method.k=11"], "method.k=11, but 'test' has only 10 to choose among"),
         (["setting=base_to_new"], "ALERT knows only categories with training images.*first: 'five'"),
     ],
     ids=["initialisation", "draft", "references", "k", "new classes"],

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,7 @@ FLOORS = (
     *(
         "types",
         "method",
+        "counted",
         "renamed",
         "plugins",
         "parsing",
@@ -115,6 +118,7 @@ LIGHT = (
     "common.evaluation.metrics",
     "common.evaluation.summary",
     "common.launch",
+    "common.learner",
     "common.models.checks",
     "common.parsing",
     "common.report.figures",
@@ -124,6 +128,7 @@ LIGHT = (
     "common.run.preflight",
     "common.run.result",
     "common.run.run_folder",
+    "common.vlm.check",
     *(name for name in MODULES if name.split(".")[0] in PAPERS and not name.startswith(HEAVY_PARTS)),
     "alert.bank.file",
 )
@@ -165,3 +170,28 @@ def unencoded(path: Path) -> list[str]:
 
 def test_text_files_are_utf8_under_every_locale():
     assert not {name: calls for name, path in MODULES.items() if (calls := unencoded(path))}
+
+
+NOUNS = (
+    "classes|images|pictures|photos|shots|runs|files|updates|points|values|groups|names|labels|tokens|processes|ranks|"
+    "folders|questions|columns|rows|weights|samples|seeds|categories|candidates|prompts|replies|cells"
+)
+COUNTED = re.compile(rf" (?:test |training |class )?(?:{NOUNS})\b")
+NEVER_ONE = {  # bounds, whole data sets, and sizes that are refused below two
+    *("len(choices)", "len(known)", "WINDOW", "candidates.DEPTH", "each", "test", "classes"),
+    *("len(names)", "length", "longest", "len(row)", "len(sizes)", "updates", "min(stale)", "len(self.images)"),
+    *("100 * test['difference']", "world()"),
+}
+
+
+def test_one_of_a_thing_has_no_plural():
+    """Messages say numbers with `counted` (common/counted.py); those that remain cannot be one."""
+    found = []
+    for name, path in MODULES.items():
+        for text in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.JoinedStr)):
+            for value, after in pairwise(text.values):
+                if isinstance(value, ast.FormattedValue) and isinstance(after, ast.Constant):
+                    counts = ast.unparse(value.value)
+                    if COUNTED.match(after.value) and counts not in NEVER_ONE | {"part", "key", "name"}:
+                        found.append(f"{name}: {{{counts}}}{after.value[:30]}")
+    assert found == []

@@ -61,19 +61,19 @@ def test_totals_are_weighted(run):
 
 def test_a_reward_that_looks_for_the_name_anywhere_is_found_out(run, capsys):
     folder = run(match={"weight": 1.0, "fn": "tests.test_audit.contains"})
-    _, cheats = audit(folder)
+    _, cheats = audit(folder, trust_code=True)
     assert {"hedged, tagged", "all names, bare", "nested tags", "right in its thoughts, wrong answer"} <= set(cheats)
     assert {"empty", "wrong, bare", "look-alike letters"}.isdisjoint(cheats)
-    assert command.main(["audit", str(folder)]) == 1
+    assert command.main(["audit", str(folder), "--trust-code"]) == 1
     assert "hedged, bare: earns as much as the right answer" in capsys.readouterr().out
 
 
 def test_one_that_pays_for_silence_is_found_out(run):
-    assert "empty" in audit(run(match={"weight": 1.0, "fn": "tests.test_audit.prefix"}))[1]
+    assert "empty" in audit(run(match={"weight": 1.0, "fn": "tests.test_audit.prefix"}), trust_code=True)[1]
 
 
 def test_one_that_pays_nobody_says_so(run):
-    table, cheats = audit(run(match={"weight": 1.0, "fn": "tests.test_audit.nothing"}))
+    table, cheats = audit(run(match={"weight": 1.0, "fn": "tests.test_audit.nothing"}), trust_code=True)
     assert cheats == ["nothing is paid"] and "these rewards teach nothing" in " ".join(table.notes)
 
 

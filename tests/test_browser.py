@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 import shutil
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
 import pytest
+from PIL import Image
 
+from common.predict import cards
+from common.predict.classifier import Answer
 from common.report.html import run_page
 from tests.test_html import HOSTILE, NAMES, answered, write  # noqa: F401
 
@@ -98,6 +102,51 @@ def test_a_page_opens_and_nothing_overflows(browser, folder, width, scheme):
         assert page.locator("figure svg").count() == 2
         ink = page.evaluate("getComputedStyle(document.body).color")
         assert (ink == "rgb(28, 36, 48)") == (scheme == "light")
+        assert page.get_by_text("Wide tables scroll sideways.").is_visible() == (width == 390)
+        row = page.locator("#results tr", has_text="test, trained")
+        assert row.locator("td").nth(2).inner_text().count("–") == 1, "the interval"
+        box = row.locator("td").nth(2).bounding_box()
+        assert box["x"] + box["width"] <= width, "is seen without scrolling"
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (390, "dark")])
+def test_a_page_of_answers(browser, tmp_path, width, scheme):
+    """Its filter, its bars (a name, a bar, a number, none over the other), and nothing overflows."""
+    names = ("a <name> that is long enough to need two lines, or three, on a telephone", "🎉 b")
+    Image.new("RGB", (300, 200), "red").save(tmp_path / "x.png")
+    answers = [
+        Answer("1.png", label=names[0], confidence=0.7, top=((names[0], 0.7), (names[1], 0.3)), reasoning="red"),
+        Answer("2.png", label=names[1], confidence=0.9, top=((names[1], 0.9), (names[0], 0.1))),
+        Answer("3.png", abstained=True, confidence=0.4, top=((names[1], 0.4),)),
+        Answer("4.png", trouble="not a picture"),
+    ]
+    pictures = {answer.image: tmp_path / "x.png" for answer in answers}
+    about = cards.About("birds-7", "probe", names, "70 % right", "answers from 50 % on")
+    (tmp_path / "page.html").write_text(cards.page(answers, pictures, about), encoding="utf-8")
+    troubles = []
+    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    page.on("console", lambda message: troubles.append(message.text))
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.goto((tmp_path / "page.html").as_uri())
+    assert page.locator("h1").inner_text() == "Answers of birds-7" and "70 % right" in page.inner_text("header")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for bar in page.locator(".bar").all():
+        places = [bar.locator(f"> {part}").bounding_box() for part in ("span", "i", "b")]
+        for left, right in pairwise(places):
+            assert left["x"] + left["width"] < right["x"]
+
+    def seen(**given):
+        for name, value in given.items():
+            field = page.locator(f"#{name}")
+            field.select_option(value) if name in ("kind", "class") else field.fill(value)
+        return [text.removesuffix(".png") for text in page.locator(".answer:visible .file").all_inner_texts()]
+
+    assert seen() == ["1", "2", "3", "4"] and page.inner_text("#shown") == "4 of 4 shown"
+    assert seen(kind="abstained") == ["3"] and seen(kind="broken") == ["4"] and seen(kind="answered") == ["1", "2"]
+    assert seen(**{"class": names[1]}) == ["2"] and seen(**{"class": ""}, words="RED") == ["1"]
+    assert seen(words="", below="90") == ["1"] and seen(kind="") == ["1", "3", "4"]
+    assert page.inner_text("#shown") == "3 of 4 shown" and troubles == []
+    page.close()
 
 
 def test_filters(browser, folder):

@@ -252,7 +252,7 @@ DAMAGE = {
     "json without seed": (lambda data, text: damage_json(text, seed=None), "test.v2.json lacks 'seed'"),
     "other dataset": (lambda data, text: damage_json(text, dataset="dtd"), "is for data=dtd, not digits"),
     "other name": (lambda data, text: damage_json(text, names=["w", "q", "y", "z"]), "calls class 1 'q', the run 'x'"),
-    "fewer names": (lambda data, text: damage_json(text, names=["w"]), "has 1 classes, the run 4"),
+    "fewer names": (lambda data, text: damage_json(text, names=["w"]), "has 1 class, the run 4"),
 }
 
 
@@ -272,7 +272,7 @@ def test_missing_images_are_counted_and_the_first_is_named(saved):
 
 
 def test_images_to_watch_need_candidates_too(saved):
-    with pytest.raises(UserError, match=r"1 of 1 images of 'val' are missing\).* SPLIT .*validation=none"):
+    with pytest.raises(UserError, match=r"1 of 1 image of 'val' is missing\).* SPLIT .*validation=none"):
         read(saved[0], ("d/c.png",), "wxyz", "digits", "val")
     with pytest.raises(UserError, match=r"val\.json is missing; .* watch none with validation=none"):
         read(saved[0].with_name("val"), ("d/c.png",), "wxyz", "digits", "val")

@@ -19,6 +19,8 @@ pytestmark = pytest.mark.slow
 
 @dataclass(frozen=True)
 class Done:
+    """stderr: without what a run says of its progress (tests/test_progress.py)."""
+
     returncode: int
     stdout: str
     stderr: str
@@ -40,7 +42,9 @@ def run(*arguments: str, folder=None) -> Done:
                 print(stop.code, file=err)  # as the interpreter does
         finally:
             GlobalHydra.instance().clear()
-    return Done(code, out.getvalue(), err.getvalue())
+    progress = ("composing the configuration\n", "run: reading digits\n")
+    errors = [line for line in err.getvalue().splitlines(keepends=True) if line not in progress]
+    return Done(code, out.getvalue(), "".join(errors))
 
 
 BAD = {

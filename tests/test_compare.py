@@ -6,6 +6,7 @@ import csv
 import fcntl
 import io
 import json
+import pickle
 import subprocess
 import sys
 
@@ -14,21 +15,26 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 import yaml
+from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import OmegaConf
 from scipy import stats
-from statsmodels.stats.proportion import confint_proportions_2indep
+from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
 
 from common.config import composition
+from common.evaluation import metrics
 from common.report import __main__ as command
-from common.report import compare, folders, groups, paired
+from common.report import callback, compare, folders, groups, paired
 from common.run.result import FORMAT
 from tests.conftest import REPOSITORY
 
 
 @pytest.fixture
 def write(compose, tmp_path):
-    """Write a run folder by its overrides; `right`: of each test image, after training; `before`: before it."""
+    """Write a run folder by its overrides; `right`: of each test image, after training; `before`: before it; `known`:
+    of the result, in place of what it would say.
+    """
 
-    def make(name, *overrides, right, before=None, remarks=()):
+    def make(name, *overrides, right, before=None, remarks=(), **known):
         values = composition.plain(compose(*overrides))
         folder = tmp_path / name
         folder.mkdir()
@@ -36,9 +42,8 @@ def write(compose, tmp_path):
         phases = {"before": right if before is None else before, **({} if before is None else {"after": right})}
 
         def summary(answers):
-            share = float(np.mean(answers))
-            low, high = 0.25, 0.75
-            return {"n": len(answers), "accuracy": share, "ci95": [low, high], "per_class": {}, "seconds": 1.0}
+            share, bounds = float(np.mean(answers)), metrics.wilson_interval(int(sum(answers)), len(answers))
+            return {"n": len(answers), "accuracy": share, "ci95": [*bounds], "per_class": {}, "seconds": 1.0}
 
         result = {
             **{key: values[key]["name"] for key in ("method", "data", "setting", "protocol", "model")},
@@ -56,6 +61,7 @@ def write(compose, tmp_path):
             "after": {},
             **{phase: {"test": summary(answers)} for phase, answers in phases.items()},
             "train": {"updates": 5, "seconds": {"model": 100.0, "update": 3.0, "saving": 2.0}},
+            **known,
         }
         (folder / "metrics.json").write_text(json.dumps(result))
         rows = [(phase, f"{i}.png", bool(r)) for phase, answers in phases.items() for i, r in enumerate(answers)]
@@ -86,7 +92,9 @@ def test_seeds_stand_together_and_their_statistics_are_scipys(write, capsys):
     rows, _ = cells(capsys.readouterr().out)
     shares = [right.mean() for right in made]
     low, high = stats.t.interval(0.95, 2, loc=np.mean(shares), scale=stats.sem(shares))
-    assert len(rows) == 1 and rows[0]["run"] == "nothinking · digits · tiny_qwen2_vl · 16 shots"
+    wilson = [proportion_confint(right.sum(), 40, method="wilson") for right in made]
+    low, high = min(low, np.mean([each[0] for each in wilson])), max(high, np.mean([each[1] for each in wilson]))
+    assert len(rows) == 1 and rows[0]["run"] == "nothinking (run0, run1, run2) · digits · tiny_qwen2_vl · 16 shots"
     assert rows[0] == {
         **rows[0],
         "seeds": "1, 2, 3",
@@ -99,11 +107,25 @@ def test_seeds_stand_together_and_their_statistics_are_scipys(write, capsys):
     }
 
 
+def test_the_mean_of_classes_has_a_column_where_classes_are_uneven(write, capsys):
+    even = write("even", "method=sft", right=answers(1, 0.5))
+    assert "class mean" not in compare.build(groups.group(folders.find([even]))).columns
+    summary = {"n": 40, "accuracy": 0.9, "ci95": [0.8, 0.95], "per_class": {}, "seconds": 1.0}
+    paths = [
+        write(
+            f"uneven{seed}", f"seed={seed}", right=answers(1, 0.5), after={"test": {**summary, "accuracy_macro": macro}}
+        )
+        for seed, macro in ((1, 0.5), (2, 0.7))
+    ]
+    assert command.main(["compare", "--format", "csv", str(even), *map(str, paths)]) == 0
+    assert {row["class mean"] for row in cells(capsys.readouterr().out)[0]} == {"–", "60.00"}
+
+
 @pytest.mark.slow
 def test_what_tells_groups_apart_is_in_their_names(write):
     paths = [
-        write("a", right=answers(1, 0.5)),
-        write("b", "trainer.learning_rate=1e-4", right=answers(1, 0.5)),
+        write("nothinking-digits-1", right=answers(1, 0.5)),
+        write("nothinking-digits-2", "trainer.learning_rate=1e-4", right=answers(1, 0.5)),
         write("c", "method=sft", "setting=base_to_new", right=answers(1, 0.5)),
         write("shuffled_rewards-nothinking-digits-few_shot", "shots=4", right=answers(1, 0.5)),
     ]
@@ -111,7 +133,7 @@ def test_what_tells_groups_apart_is_in_their_names(write):
     assert names == [
         "nothinking · digits · tiny_qwen2_vl · 16 shots trainer.learning_rate=0.001",
         "nothinking · digits · tiny_qwen2_vl · 16 shots trainer.learning_rate=0.0001",
-        "sft · digits · base_to_new · tiny_qwen2_vl · 16 shots",
+        "sft (c) · digits · base_to_new · tiny_qwen2_vl · 16 shots",
         "nothinking (shuffled_rewards) · digits · tiny_qwen2_vl · 4 shots",
     ]
 
@@ -123,53 +145,137 @@ def test_a_difference_is_of_the_same_images(write, capsys):
     paths += [write(f"b{i}", f"seed={i + 1}", "method=sft", right=right) for i, right in enumerate(second)]
     assert command.main(["compare", "--format", "csv", "--against", "nothinking", *map(str, paths)]) == 0
     _, by_name = cells(capsys.readouterr().out)
-    row = by_name["sft · digits · tiny_qwen2_vl · 16 shots"]
-    better = sum(int((b & ~a).sum()) for a, b in zip(first, second, strict=True))
-    worse = sum(int((a & ~b).sum()) for a, b in zip(first, second, strict=True))
+    row = by_name["sft (b0, b1) · digits · tiny_qwen2_vl · 16 shots"]
+    changes = [b.astype(int) - a for a, b in zip(first, second, strict=True)]
     assert (
         row["difference"] == f"{100 * np.mean([b.mean() - a.mean() for a, b in zip(first, second, strict=True)]):+.2f}"
     )
-    assert float(row["p"]) == pytest.approx(stats.binomtest(better, better + worse).pvalue, rel=0.05)
+    assert float(row["p"]) == pytest.approx(paired.over_seeds(np.array(changes))[2], rel=0.05)
     low, high = (float(bound) for bound in row["95 % interval of it"].split(" – "))
     assert low < float(row["difference"]) < high
 
 
-def test_the_bootstrap_is_scipys_for_one_seed():
-    """Resampling images: scipy's percentile interval of the mean, up to the noise of the draws."""
-    changes = np.random.default_rng(0).choice(np.array([-1, 0, 1], np.int8), 400, p=[0.1, 0.6, 0.3])
-    found = paired.bootstrap([changes], draws=20_000)
-    expected = stats.bootstrap((changes,), np.mean, method="percentile", n_resamples=20_000, rng=1)
-    assert found == pytest.approx(tuple(expected.confidence_interval), abs=4e-3)
+# --- seeds on the same images
+
+KINDS = np.array([-1.0, 0.0, 1.0])
 
 
-def test_the_bootstrap_covers_the_truth():
-    """Of 400 pairs of classifiers on 300 images, whose true difference is 0.2."""
-    generator = np.random.default_rng(1)
-    inside = 0
-    for number in range(400):
-        drawn = generator.choice(np.array([-1, 0, 1], np.int8), 300, p=[0.1, 0.6, 0.3])
-        low, high = paired.bootstrap([drawn], draws=600, seed=number)
-        inside += low <= 0.2 <= high
-    assert inside / 400 >= 0.93
+def drawn(generator, pairs, images, correlation, shares, seeds=3):
+    """Changes of `pairs` pairs of classifiers; an image has one outcome for all seeds with probability `correlation`."""
+    own, common = (
+        np.searchsorted(np.cumsum(shares)[:2], generator.random((pairs, each, images), np.float32), "right")
+        for each in (seeds, 1)
+    )
+    return KINDS[np.where(generator.random((pairs, 1, images), np.float32) < correlation, common, own)]
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("correlation", [0, 0.5, 0.8, 1])
+def test_seeds_of_one_image_are_no_independent_tests(correlation):
+    """Of 2,000 pairs of equal classifiers few are called different, and of unequal ones the interval holds the truth."""
+    generator = np.random.default_rng(3)
+    called = [paired.over_seeds(each)[2] for each in drawn(generator, 2000, 1000, correlation, (0.15, 0.7, 0.15))]
+    assert 0.03 <= np.mean(np.array(called) < 0.05) <= 0.065
+    held = [paired.over_seeds(each)[1] for each in drawn(generator, 1000, 1000, correlation, (0.12, 0.68, 0.2))]
+    assert 0.93 <= np.mean([low <= 0.08 <= high for low, high in held]) <= 0.98
 
 
 @pytest.mark.sampled
 @pytest.mark.parametrize(
-    ("seeds", "spread", "images"), [(3, 0.0, 200), (3, 0.05, 200), (2, 0.05, 2000), (3, 0.05, 2000), (5, 0.02, 8000)]
+    ("seeds", "spread", "images"),
+    [(1, 0.0, 300), (3, 0.0, 200), (3, 0.05, 200), (2, 0.05, 2000), (3, 0.05, 2000), (5, 0.02, 8000)],
 )
-def test_the_bootstrap_covers_the_truth_over_seeds(seeds, spread, images):
-    """Of 300 pairs of methods, whose difference is 0.08 on average and another one with each seed."""
+@pytest.mark.parametrize("correlation", [0, 0.8])
+def test_seeds_that_differ_are_a_sample_too(seeds, spread, images, correlation):
+    """Of 500 pairs of methods, whose difference is 0.08 on average and another one with each seed."""
     generator = np.random.default_rng(2)
     inside = 0
-    for number in range(300):
-        changes = []
-        for shift in generator.normal(0, spread, seeds) / 2:
-            better, worse = max(0.2 + shift, 0), max(0.12 - shift, 0)
-            p = [worse, 1 - better - worse, better]
-            changes.append(generator.choice(np.array([-1, 0, 1], np.int8), images, p=p))
-        low, high = paired.bootstrap(changes, draws=600, seed=number)
+    for shifts in generator.normal(0, spread, (500, seeds)):
+        common, changes = generator.random(images), []
+        for shift in shifts:
+            better, worse = max(0.2 + shift / 2, 0), max(0.12 - shift / 2, 0)
+            number = np.where(generator.random(images) < correlation, common, generator.random(images))
+            changes.append(KINDS[np.searchsorted([worse, 1 - better], number, "right")])
+        _, (low, high), _ = paired.over_seeds(np.array(changes))
         inside += low <= 0.08 <= high
-    assert inside / 300 >= 0.93
+    assert inside / 500 >= 0.93
+
+
+def changes_of(seed, images=400):
+    return np.random.default_rng(seed).choice(KINDS, images, p=[0.14, 0.7, 0.16])
+
+
+def test_one_seed_is_the_paired_test_of_a_run():
+    one = changes_of(0)
+    expected = metrics.paired_test([change < 0 for change in one], [change > 0 for change in one])
+    mean, interval, p = paired.over_seeds(one[None])
+    assert mean == pytest.approx(expected["difference"]) and p == expected["p_value"]
+    assert interval == pytest.approx(expected["ci95"])
+
+
+def test_a_seed_that_repeats_another_adds_nothing():
+    one = changes_of(0)
+    mean, interval, p = paired.over_seeds(np.array([one] * 3))
+    once = paired.over_seeds(one[None])
+    assert mean == pytest.approx(once[0]) and interval == pytest.approx(once[1])
+    assert p == pytest.approx(stats.chi2.sf((one.sum() / np.sqrt((one**2).sum())) ** 2, 1), rel=0.2), "McNemar's"
+
+
+def test_seeds_on_images_of_their_own_are_students():
+    """Up to the two images that every seed has more."""
+    rows = [{f"{seed}-{i}": int(change) for i, change in enumerate(changes_of(seed, 20_000))} for seed in range(4)]
+    table = paired.aligned(rows)
+    assert table.shape == (4, 80_000) and np.isnan(table).sum() == 3 * 80_000
+    mean, interval, p = paired.over_seeds(table)
+    means = [np.mean([*row.values()]) for row in rows]
+    expected = stats.ttest_1samp(means, 0)
+    assert mean == pytest.approx(np.mean(means)) and p == pytest.approx(expected.pvalue, rel=0.02)
+    assert interval == pytest.approx(tuple(expected.confidence_interval()), rel=0.02)
+
+
+def test_seeds_that_are_equal_on_average_alone_are_independent_images():
+    """Each has 30 up and 30 down of 300, on images of its own: two sums of 62 squares over 302 images."""
+    table = np.zeros((2, 300))
+    table[0, :30], table[0, 30:60], table[1, 100:130], table[1, 130:160] = 1, -1, 1, -1
+    mean, interval, p = paired.over_seeds(table)
+    half = 1.959964 * np.sqrt(2 * 62 / 302**2 / 4)
+    assert (mean, p) == (0, 1) and interval == pytest.approx((-half, half))
+
+
+def test_seeds_and_images_are_the_two_ways_of_an_analysis_of_variance():
+    """The squared standard error is (MS of seeds + MS of images - MS of the rest) / SN; here images count most."""
+    common = changes_of(1, 3000)
+    table = np.array(
+        [np.where(np.random.default_rng(9 + s).random(3000) < 0.9, common, changes_of(s, 3000)) for s in (2, 3, 4)]
+    )
+    more = np.hstack([table, np.ones((3, 1)), -np.ones((3, 1))])
+    seeds, images = more.mean(1, keepdims=True), more.mean(0, keepdims=True)
+    of_seeds = 3002 * ((seeds - more.mean()) ** 2).sum() / 2
+    of_images = 3 * ((images - more.mean()) ** 2).sum() / 3001
+    rest = ((more - seeds - images + more.mean()) ** 2).sum() / (2 * 3001)
+    error = np.sqrt((of_seeds + of_images - rest) / (3 * 3002))
+    freedom = (of_seeds + of_images - rest) ** 2 / (of_seeds**2 / 2)
+    _, (low, high), p = paired.over_seeds(table)
+    assert (high - low) / 2 == pytest.approx(stats.t.ppf(0.975, freedom) * error, rel=1e-3)
+    assert p == pytest.approx(2 * stats.t.sf(abs(more.mean()) / error, freedom), rel=1e-2)
+
+
+@pytest.mark.parametrize(("second", "spread"), [((9, 7), False), ((10, 6), True)])
+def test_on_other_images_two_seeds_are_as_many_images_as_one_has(write, second, spread):
+    """30 and 26 of 40 against 9 and 7 of 20 are 28 of 40 against 8 of 20, as the images say, and never surer than the
+    two seeds' differences are: 30 and 30 points, or 25 and 35.
+    """
+    rights = {("nothinking", 40): (30, 26), ("sft", 20): second}
+    paths = [
+        write(f"{method}{seed}", f"method={method}", f"seed={seed}", right=np.arange(images) < both[seed - 1])
+        for (method, images), both in rights.items()
+        for seed in (1, 2)
+    ]
+    found = paired.compare(*groups.group(folders.find(paths)), "test")
+    newcombe = confint_proportions_2indep(28, 40, 8, 20, method="newcomb", compare="diff")
+    student = stats.t.interval(0.95, 1, loc=0.3, scale=stats.sem([0.25, 0.35]))
+    assert found.p is None and found.difference == pytest.approx(0.3)
+    assert found.interval == pytest.approx(student if spread else newcombe)
 
 
 def test_on_other_images_the_difference_has_newcombes_interval(write, capsys):
@@ -178,7 +284,7 @@ def test_on_other_images_the_difference_has_newcombes_interval(write, capsys):
     many = write("many", "method=sft", right=np.arange(20) < 8)
     assert command.main(["compare", "--format", "csv", "--against", "sft", str(few), str(many)]) == 0
     _, by_name = cells(capsys.readouterr().out)
-    row = by_name["nothinking · digits · tiny_qwen2_vl · 16 shots"]
+    row = by_name["nothinking (few) · digits · tiny_qwen2_vl · 16 shots"]
     low, high = confint_proportions_2indep(28, 40, 8, 20, method="newcomb", compare="diff")
     assert (row["difference"], row["p"]) == ("+30.00", "other images")
     assert row["95 % interval of it"] == f"{100 * low:+.2f} – {100 * high:+.2f}"
@@ -221,8 +327,57 @@ def test_folders_without_a_result_are_named_and_the_exit_code_says_so(write, tmp
     assert "1, (2), (3), (4)" in shown
     assert f"{half}: unfinished, after 7 updates" in shown and f"{running}: running" in shown
     assert f"{damaged}: damaged" in shown and f"{foreign}: foreign" in shown and "multirun" not in shown
-    assert "sft · digits · tiny_qwen2_vl · 16 shots: no run of seed 2, 3, 4" in shown
+    assert "sft (lone) · digits · tiny_qwen2_vl · 16 shots: no run of seed 2, 3, 4" in shown
     assert "50" in shown and " †" in shown and "†: test-selected" in shown
+
+
+def test_a_seed_that_was_run_twice_is_no_second_seed(write, capsys):
+    """The folders of one configuration, three seeds, and the first seed once more."""
+    names = ["nothinking-digits-1", "nothinking-digits-2", "nothinking-digits-3", "nothinking-digits-again"]
+    paths = [
+        write(name, f"seed={seed}", right=answers(seed, 0.7)) for name, seed in zip(names, (1, 2, 3, 1), strict=True)
+    ]
+    assert command.main(["compare", "--format", "csv", *map(str, paths)]) == 0
+    first, again = cells(capsys.readouterr().out)[0]
+    assert (first["seeds"], again["seeds"], again["± std"]) == ("1, 2, 3", "1", "–")
+    assert again["95 % interval"].endswith("(of images)")
+    assert str(paths[0]) in first["run"] and again["run"].endswith(f"in {paths[3]}")
+    (note,) = [line for line in compare.build(groups.group(folders.find(paths))).notes if "times" in line]
+    assert note.startswith("seed 1 was run 2 times") and note.endswith(f"{paths[0]}, {paths[3]}")
+
+
+def test_a_folder_that_is_given_twice_is_one_run(write, tmp_path):
+    path = write("a", right=answers(1, 0.5))
+    (tmp_path / "link").symlink_to(path)
+    assert [run.path for run in folders.find([path, path, tmp_path / "link"])] == [path]
+
+
+@pytest.mark.parametrize(
+    ("second", "shown"),
+    [
+        ("data.folder=tulips", ["folder (garden)", "folder (tulips)"]),
+        ("data.folder=old/garden", ["folder (new/garden)", "folder (old/garden)"]),
+        ("data.folder=new/garden", ["folder (garden)", "folder (garden)"]),
+    ],
+)
+def test_own_photos_are_called_by_their_folder(write, second, shown):
+    """Over shots, too, where nothing else tells two sets apart."""
+    common = ("method=linear_probe", "clip=none", "data=folder")
+    paths = [
+        write("linear_probe-folder-a", *common, "data.folder=new/garden", "shots=4", right=answers(1, 0.5)),
+        write("linear_probe-folder-b", *common, second, "shots=8", right=answers(1, 0.5)),
+    ]
+    found = [each.label.split(" · ") for each in groups.group(folders.find(paths))]
+    assert [label[1] for label in found] == shown and [label[-1] for label in found] == ["4 shots", "8 shots"]
+
+
+def test_what_manifest_true_wrote_is_no_foreign_folder(write, tmp_path, capsys):
+    done, asked = write("a", right=answers(1, 0.5)), tmp_path / "asked"
+    asked.mkdir()
+    (asked / "manifest.json").write_text(json.dumps({"hash": "0", "splits": {}, "fingerprint": {}}))
+    assert command.main(["compare", "--format", "markdown", str(done), str(asked)]) == 0
+    shown = capsys.readouterr().out
+    assert f"{asked}: asked, manifest=true showed its questions" in shown and "foreign" not in shown
 
 
 @pytest.mark.parametrize("against", ["unknown", "digits"])
@@ -249,6 +404,24 @@ def test_a_multirun_ends_with_its_runs_side_by_side(tmp_path):
     mean = np.mean([(result["after"] or result["before"])["test"]["accuracy"] for result in shares])
     last = next(line for line in reversed(done.stdout.splitlines()) if "linear_probe · digits" in line)
     assert "1, 2" in last and f"{100 * mean:.2f}" in last
+
+
+def test_jobs_in_other_processes_are_in_the_table_too(write, tmp_path, capsys):
+    """joblib and SLURM run them with copies of what Hydra calls."""
+    paths = [write(f"nothinking-digits-{seed}", f"seed={seed}", right=answers(seed, 0.5)) for seed in (1, 2)]
+    ours = callback.Comparison()
+    ours.on_multirun_start(OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}, "sweeper": {}}}))
+    statuses = (JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.COMPLETED)
+    for number, (path, status) in enumerate(zip([paths[0], tmp_path / "failed", paths[1]], statuses, strict=True)):
+        job = {"runtime": {"output_dir": str(path)}, "job": {"num": number}}
+        theirs = pickle.loads(pickle.dumps(ours))
+        theirs.on_job_end(OmegaConf.create({"hydra": job}), JobReturn(status=status))
+    ours.show()
+    said = capsys.readouterr().out
+    assert "1, 2" in said and "nothinking · digits" in said and "failed: failed" in said
+    assert not list(tmp_path.glob(".multirun*")), "notes are read once"
+    ours.show()
+    assert capsys.readouterr().out == ""
 
 
 def test_it_needs_neither_torch_nor_data(write):

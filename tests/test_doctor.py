@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -47,9 +48,17 @@ def examine(load_vlm, digits_task, think):
     return run
 
 
+class Ending(HFRollout):
+    """An untrained model hardly ever ends its reply by itself."""
+
+    def generate(self, requests, group_size, decoding):
+        found = super().generate(requests, group_size, decoding)
+        return [[replace(c, truncated=False) for c in group] for group in found]
+
+
 @pytest.mark.parametrize("family", ["qwen2_vl", "gemma3"])
 def test_a_sound_training_passes(examine, family):
-    verdicts, findings = examine(family)
+    verdicts, findings = examine(family, Ending)
     assert set(verdicts.values()) == {"ok"} and len(verdicts) == 7
     doctor.refuse(findings)
 
@@ -119,6 +128,14 @@ def test_a_sampler_that_disagrees_is_found(examine):
 def test_the_plain_forward_needs_no_comparison(examine):
     config = GRPOConfig("grpo", 1e-3, epochs=1.0, group_size=4, beta=0.0, epsilon=0.2, impl="plain")
     assert "shared against plain forward" not in examine(config=config)[0]
+
+
+@pytest.mark.slow
+def test_cut_completions_are_named_first(examine):
+    verdicts, findings = examine()
+    assert verdicts["rewards"] == "warning"
+    seen = next(finding.seen for finding in findings if finding.check == "rewards")
+    assert re.match(r"\d\d % of completions were cut at rollout.max_completion_tokens=12; ", seen)
 
 
 @pytest.mark.slow

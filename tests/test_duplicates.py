@@ -144,7 +144,7 @@ def configured(compose, root, tmp_path):
 
 
 def test_a_run_warns_and_its_manifest_names_all(configured, capsys, tmp_path):
-    found = pictures.readable(configured())
+    found = pictures.readable(configured("data.near_duplicates=false"))
     bad = found.manifest["left_out"]
     assert found.manifest["duplicates"] == {"train_and_test": [TRAIN_AND_TEST], "two_labels": [TWO_LABELS]} and not bad
     (line,) = capsys.readouterr().err.splitlines()
@@ -155,13 +155,26 @@ def test_a_run_warns_and_its_manifest_names_all(configured, capsys, tmp_path):
     manifest.verify(path, task.build(configured()).manifest)  # what was found is no part of the task
 
 
-def test_pictures_that_look_alike_are_an_option(configured):
-    found = pictures.readable(configured("data.near_duplicates=true")).manifest["duplicates"]
-    assert found == {
-        "train_and_test": [TRAIN_AND_TEST],
-        "two_labels": [TWO_LABELS],
-        "near_train_and_test": [LOOK_ALIKE],
-    }
+def test_pictures_that_look_alike_are_found_among_few_own_photos_and_by_choice_among_many(configured, monkeypatch):
+    exact = {"train_and_test": [TRAIN_AND_TEST], "two_labels": [TWO_LABELS]}
+    found = pictures.readable(configured()).manifest["duplicates"]
+    assert found == exact | {"near_train_and_test": [LOOK_ALIKE]}
+    monkeypatch.setattr(duplicates, "FEW", 18)  # of 19
+    assert pictures.readable(configured()).manifest["duplicates"] == exact
+    assert pictures.readable(configured("data.near_duplicates=true")).manifest["duplicates"] == found
+
+
+@pytest.mark.parametrize("name", ["IMG_1-edited.jpg", "IMG_1 (1).jpg", "IMG_1(1).jpg", "COPY_IMG_1.webp"])
+def test_copies_of_photo_services_are_found(configured, root, name):
+    """Edited a little brighter, or saved once more in another size: a test photo that was trained on."""
+    edited = photo(2).point(lambda level: min(255, level * 1.2 + 5)) if "edited" in name else photo(2).resize((60, 40))
+    edited.save(root / "test/cat" / name, quality=60)
+    found = pictures.readable(configured()).manifest["duplicates"]["near_train_and_test"]
+    assert ["folder/train/cat/2.png", f"folder/test/cat/{name}"] in found
+
+
+def test_published_data_is_compared_by_content_alone(compose):
+    assert compose("data=dtd").data.near_duplicates is False and compose("data=folder").data.near_duplicates is None
 
 
 def test_a_run_can_refuse(configured):

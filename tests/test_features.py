@@ -117,6 +117,28 @@ def test_what_a_kill_left_half_written_does_not_count(tmp_path, suffix, lost):
     assert again.find(keys)[:, 0].tolist() == [0, -1] and again.read(again.find(keys[:1]))[0, 0] == 7
 
 
+@pytest.mark.parametrize("trouble", ["full disk", "folder cannot be made"])
+def test_where_nothing_can_be_written_rows_stay_in_memory(tmp_path, caplog, trouble):
+    keys, rows = [key_of(name) for name in "abcde"], torch.arange(15.0).view(5, 3)
+    if trouble == "full disk":
+        store = Store(tmp_path, 3, "float32")
+        store.add(keys[:2], rows[:2])
+        store.close()
+        store.writer = open("/dev/full", "ab"), open("/dev/full", "ab")  # noqa: SIM115
+    else:
+        (tmp_path / "file").touch()
+        store = Store(tmp_path / "file" / "features", 3, "float32")
+        store.add(keys[:2], rows[:2])
+    for part in (slice(2, 4), slice(4, 5)):
+        store.refresh()
+        before = store.find(keys[:2])
+        store.add(keys[part], rows[part])
+    store.refresh()
+    assert torch.equal(store.read(store.find(keys)), rows) and torch.equal(store.read(before), rows[:2])
+    (record,) = caplog.records
+    assert "kept in memory" in record.getMessage() and "cache_dir" in record.getMessage()
+
+
 def test_half_precision_takes_half_the_room(tmp_path):
     store, value = Store(tmp_path, 3, "float16"), 1 / 3
     store.add([key_of("a")], rows(value))

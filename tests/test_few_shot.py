@@ -47,6 +47,9 @@ def world():
     train = Support(pictures(labels), views.__getitem__, VIEWS)
     text = Text(NAMES, normalize(centres + 2 * per, dim=1), None)
     val, test = (pictures(torch.arange(C).repeat(20)) for _ in range(2))
+    views += [
+        pictures(labels, maps=False) for _ in range(KEYS["key_views"])
+    ]  # those that keys are made of are no others
     return train, val, text, test
 
 
@@ -92,6 +95,35 @@ def test_an_interrupted_fit_ends_as_if_nothing_had_happened(world, name, tmp_pat
     assert torch.equal(all_logits(second, test, text), all_logits(whole, test, text))
 
 
+@pytest.mark.parametrize("name", LEARNERS)
+@pytest.mark.parametrize("uneven", [False, True])
+def test_a_head_answers_as_what_it_was_taken_from(world, name, uneven, tmp_path):
+    """Without a picture of the training; read as plain tensors. `uneven`: a class has a picture fewer than the others."""
+    train, val, text, test = world
+    few = slice(1, None) if uneven else slice(None)
+    shots = Support(train.seen.take(few), lambda number: train.view(number).take(few), VIEWS)
+    fitted, asked = LEARNERS[name](), LEARNERS[name]()
+    fit(fitted, shots, val, text)
+    torch.save(fitted.head(), tmp_path / "head.pt")
+    asked.ready(torch.load(tmp_path / "head.pt", weights_only=True), text)
+    assert torch.equal(all_logits(asked, test, text), all_logits(fitted, test, text))
+    if name in ("tip_adapter_f", "cafo", "clip_adapter"):
+        assert "optimizer" not in fitted.head() and "optimizer" in fitted.state()
+
+
+def test_a_head_of_coop_is_its_context_alone():
+    clip, images = encoders.clip(), torch.randn(6, tiny.WIDTH, generator=torch.Generator().manual_seed(2))
+    text, seen = Text(("ox", "green"), None, clip), Pictures(images, torch.arange(6) % 2)
+    plan = {"epochs": 2, "batch": 4, "learning_rate": 0.05, "weight_decay": 0.0, "length": 2}
+    fitted, asked = (adapted.CoOp(seed=1, **plan) for _ in range(2))
+    fit(fitted, Support(seen, lambda number: seen, 1), None, text)
+    assert {name: value.shape for name, value in fitted.head()["module"].items()} == {"context": (2, tiny.WIDTH)}
+    asked.ready(fitted.head(), text)
+    for names in (("ox", "green"), ("green", "red", "ox")):
+        other = Text(names, None, clip)
+        assert torch.equal(all_logits(asked, seen, other), all_logits(fitted, seen, other))
+
+
 def test_keys_are_trained_as_a_plain_loop_trains_them(world):
     """Tip-Adapter-F: AdamW with the authors' eps, a cosine by batch, another view in each epoch."""
     train, _, text, test = world
@@ -108,7 +140,7 @@ def test_keys_are_trained_as_a_plain_loop_trains_them(world):
         return 100 * normalize(images, dim=1) @ text.weights.T + 2.0 * torch.exp(-1.5 * (1 - near)) @ onehot
 
     for epoch in range(4):
-        view = train.view(epoch % VIEWS)
+        view = train.view(2 + epoch % VIEWS)  # the first two are what the keys are made of
         for index in batches(N, 5, 1, epoch):
             loss = cross_entropy(logits(view.images[index]), view.labels[index])
             optimizer.zero_grad()
@@ -118,10 +150,11 @@ def test_keys_are_trained_as_a_plain_loop_trains_them(world):
     torch.testing.assert_close(all_logits(learner, test, text), logits(test.images).detach(), atol=1e-3, rtol=1e-4)
 
 
-def test_an_adapter_is_trained_as_a_plain_loop_trains_it(world):
-    """CLIP-Adapter: SGD with momentum, CoOp's rates by epoch; the first epoch at 1e-5."""
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_an_adapter_is_trained_as_a_plain_loop_trains_it(world, drop_last):
+    """CLIP-Adapter: SGD with momentum, CoOp's rates by epoch; the first epoch at 1e-5; 12 pictures are 5 + 5 (+ 2)."""
     train, _, text, test = world
-    learner = adapted.ClipAdapter(seed=1, **PLAN, ratio=0.3)
+    learner = adapted.ClipAdapter(seed=1, **PLAN, ratio=0.3, drop_last=drop_last)
     fit(learner, train, None, text)
     plain = adapted.ClipAdapter(seed=1, **PLAN, ratio=0.3)
     plain.begin(train, None, text)
@@ -136,7 +169,7 @@ def test_an_adapter_is_trained_as_a_plain_loop_trains_it(world):
         rate = 1e-5 if epoch == 0 else 0.005 * (1 + np.cos(np.pi * (epoch - 1) / 4))
         optimizer.param_groups[0]["lr"] = rate
         view = train.view(epoch % VIEWS)
-        for index in batches(N, 5, 1, epoch):
+        for index in list(batches(N, 5, 1, epoch))[: 2 if drop_last else 3]:
             optimizer.zero_grad()
             cross_entropy(logits(view.images[index]), view.labels[index]).backward()
             optimizer.step()
@@ -214,7 +247,7 @@ def test_the_first_best_epoch_is_kept_with_its_weights(world, monkeypatch):
 
 
 def test_only_what_the_test_pictures_decide_is_said_to_be_decided_by_them(world):
-    """Tip-Adapter's search is on validation pictures where there are some; last epochs and the probe never ask them."""
+    """Tip-Adapter's and the probe's search is on validation pictures where there are some; last epochs never ask them."""
     train, val, text, test = world
     said = {}
     for name, make in LEARNERS.items():
@@ -224,7 +257,7 @@ def test_only_what_the_test_pictures_decide_is_said_to_be_decided_by_them(world)
             said[name, there is not None] = learner.chosen_by_test
             learner.begin(train, there, text)
             assert not learner.chosen_by_test
-    by_test = {("tip_adapter", False)} | {
+    by_test = {("tip_adapter", False), ("linear_probe", False)} | {
         (name, there) for name in ("tip_adapter_f", "cafo") for there in (True, False)
     }
     assert {key for key, value in said.items() if value} == by_test

@@ -15,7 +15,7 @@ from rich.console import Console
 from alert.draft import candidate_file
 from common.data import idx
 from common.data.location import Location
-from common.report import tables
+from common.report import compare, folders, groups, tables
 from common.run.result import Result
 from tests.faults import Kill
 
@@ -242,3 +242,21 @@ def test_selection_by_the_test_images_is_said(runner, small, cache, tmp_path):
     ]
     assert runner(tmp_path / "run", [*arguments, cache]) == 0
     assert Result.load(tmp_path / "run").remarks == ["selected on the test images"]
+
+
+def test_a_learner_that_knows_nothing_before_its_fit_has_no_row_of_it(runner, small, cache, tmp_path):
+    """Without CLIP every answer would be the first class; then the fit would be "+x points" better than that."""
+    arguments = ["method=nearest_mean", "clip=none", "visual=pixels", *SHORT, small, cache]
+    assert runner(tmp_path / "run", [*arguments, "tracking.thumbnails=5"]) == 0
+    result = Result.load(tmp_path / "run")
+    assert result.before == {} and result.overall.keys() == {"after"} and result.train["paired"] == {}
+    assert set(result.after) == {"val", "test"} and result.after["test"].accuracy > 0.5
+    assert {row["phase"] for row in predictions(tmp_path / "run")} == {"after"}
+    assert (tmp_path / "run" / "report.html").is_file() and (tmp_path / "run" / "thumbnails.parquet").is_file()
+    log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == [1, 1], "the fit, and what it is worth"
+    tables.show(result, tmp_path / "run", console := Console(record=True, width=120))
+    said = console.export_text()
+    assert "zero-shot" not in said and "McNemar" not in said and "test, trained" in said
+    (row,) = [row for row in compare.build(groups.group([folders.read(tmp_path / "run")])).rows if "test" in row]
+    assert row[compare.COLUMNS.index("before")] == "–"

@@ -12,6 +12,7 @@ import pyarrow.parquet as parquet
 import pytest
 import yaml
 from PIL import Image
+from statsmodels.stats.proportion import proportion_confint
 
 from common.config import composition
 from common.evaluation import metrics
@@ -64,14 +65,16 @@ def answered(images, labels, said, names, confidences=None, texts=None, **column
 
 @pytest.fixture
 def write(compose, tmp_path):
-    """Write a finished run's folder from its answers before and after training."""
+    """Write a finished run's folder from its answers before (None: it knew nothing) and after training."""
 
     def make(name, before, after=None, *overrides, names=NAMES, samples=(), keep=(), **said):
         values = composition.plain(compose(*overrides))
         folder = RunFolder(tmp_path / name)
         folder.claim(values)
-        (folder.path / "manifest.json").write_text(json.dumps({"splits": {"test": {"n": len(before.predictions)}}}))
-        phases = {"before": before} | ({} if after is None else {"after": after})
+        (folder.path / "manifest.json").write_text(
+            json.dumps({"splits": {"test": {"n": len((before or after).predictions)}}})
+        )
+        phases = {phase: each for phase, each in (("before", before), ("after", after)) if each is not None}
         for phase, answers in phases.items():
             folder.write_predictions(phase, "test", answers)
         folder.merge_predictions()
@@ -175,6 +178,22 @@ def test_confusions_are_counted_by_hand(write):
     pairs = transcripts.tally(folder).pairs["test"]
     found = prints.confusion(pairs, transcripts.class_names(folder))
     assert found == ([[2, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]], list(NAMES))
+
+
+def test_every_class_has_its_accuracy_and_of_how_many_images(write):
+    folder = small(write)
+    ((split, table),) = run_page.class_tables(Result.load(folder))
+    assert split == "test" and table.columns == ("class", "images", "zero-shot %", "trained %", "95 % interval")
+    assert [row[:4] for row in table.rows] == [
+        ("nine", "1", "100.00", "0.00"),
+        ("two", "1", "100.00", "0.00"),
+        ("six", "2", "50.00", "100.00"),
+    ]
+    low, high = proportion_confint(2, 2, method="wilson")
+    assert table.rows[2][4] == f"{100 * low:.2f} – {100 * high:.2f}"
+    text = run_page.make(folder).read_text()
+    assert '<section id="classes">' in text and "3 classes, the least accurate first" in text
+    assert "class mean %" in text and "<td><bdi>33.33</bdi></td>" in text, "1, 0 and 0"
 
 
 def test_many_classes_have_their_most_frequent_confusions():
@@ -429,3 +448,15 @@ def test_a_drawing_takes_the_pages_colour():
         '<?xml version="1.0"?><svg width="1"><metadata>x</metadata><path style="stroke: #000000"/></svg>'
     )
     assert svg == '<svg role="img" width="1"><path style="stroke: currentColor"/></svg>'
+
+
+def test_a_run_that_knew_nothing_before_shows_what_it_answers_now(write):
+    after = answered(["a", "b"], ["six", "nine"], ["six", "six"], NAMES, [0.9, 0.7])
+    run = write("run", None, after)
+    rows = list(transcripts.tests(run, {}))
+    assert [(row.before, row.after, row.sureness) for row in rows] == [
+        (None, True, pytest.approx(0.9)),
+        (None, False, pytest.approx(0.7)),
+    ]
+    assert [set(row.detail) & {"before", "after"} for row in rows] == [{"after"}] * 2
+    assert rows[1].last["correct"] is False and transcripts.tally(run).wrong["test"] == 1

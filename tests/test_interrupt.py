@@ -1,9 +1,12 @@
-"""Ctrl-C: the first press ends a run after its update and the same command goes on, the second stops at once."""
+"""Being asked to stop: the first Ctrl-C, SIGTERM or SIGHUP ends a run after its update and the same command goes on, a
+second Ctrl-C stops at once.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -20,28 +23,32 @@ from common.run.checkpoint import Checkpoints, read_state
 from common.run.recorder import Recorder
 from common.run.run_folder import RunFolder
 from common.run.tracking import NullTracker
-from common.runtime.interrupt import Interrupted, requested
+from common.runtime import interrupt
+from common.runtime.interrupt import Interrupted, heeded, left_to_ranks, requested
 from common.runtime.stopwatch import Stopwatch
 from common.training.base import Step
 from common.types import UserError
 from tests.conftest import REPOSITORY
 
 
-def press():
-    signal.raise_signal(signal.SIGINT)
+def press(number=signal.SIGINT):
+    signal.raise_signal(number)
+
+
+OTHERS = pytest.mark.parametrize("number", interrupt.BESIDE_CTRL_C, ids=lambda number: number.name)
 
 
 class Counting:
-    """A trainer whose only weight is the number of its updates; Ctrl-C comes during update `at`, `times` times."""
+    """A trainer whose only weight is the number of its updates; a signal comes during update `at`, `times` times."""
 
-    def __init__(self, done=0, at=0, times=1):
-        self.tokens, self.weight, self.at, self.times = 0.0, done, at, times
+    def __init__(self, done=0, at=0, times=1, number=signal.SIGINT):
+        self.tokens, self.weight, self.at, self.times, self.number = 0.0, done, at, times, number
 
     def step(self, update):
         assert update == self.weight, "updates follow each other"
         if update + 1 == self.at:
             for _ in range(self.times):
-                press()
+                press(self.number)
         self.weight, self.tokens = update + 1, 10.0 * (update + 1)
         return Step({"reward": 0.5, "num_tokens": self.tokens}, {"update": 0.0}, [])
 
@@ -94,6 +101,108 @@ def test_pressed_twice_the_run_stops_at_once(config, tmp_path):
     raised, trainer, checkpoints = attempt(config, tmp_path / "run", at=2, times=2)
     assert "at once" in str(raised) and trainer.weight == 1, "the second update was not finished"
     assert checkpoints.latest() is None
+
+
+@OTHERS
+def test_other_signals_stop_it_after_the_update_however_often_they_come(config, tmp_path, number, capsys):
+    """SLURM repeats its SIGTERM when the time of grace is over, and torchrun passes it on."""
+    with heeded():
+        raised, trainer, checkpoints = attempt(config, tmp_path / "run", at=2, times=3, number=number)
+        press(number)  # while the run ends
+    assert "update 2 of 4" in str(raised) and trainer.weight == 2
+    assert checkpoints.latest().name == "step-000002"
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line == f"{number.name}: stopping after this update"
+    assert signal.getsignal(number) == signal.SIG_DFL, "as it was before"
+
+
+@OTHERS
+def test_outside_a_training_they_interrupt_once(number):
+    with heeded():
+        with heeded():  # a run in the process that started it
+            with pytest.raises(KeyboardInterrupt):
+                press(number)
+            press(number)
+        press(number)
+
+
+def test_what_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with heeded(), requested() as request:
+            press(signal.SIGHUP)
+            assert not request.made
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_forked_child_ends_by_the_signal():
+    """A process that a library starts meanwhile, and ends with SIGTERM."""
+    for asked in (heeded, requested):
+        with heeded(), asked():
+            child = os.fork()
+            if not child:
+                press(signal.SIGTERM)
+                os._exit(1)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+
+
+def test_an_update_without_end_is_given_up(monkeypatch):
+    monkeypatch.setattr(interrupt, "LONGEST_UPDATE", 1)
+    began = time.monotonic()
+    with pytest.raises(Interrupted, match="at once"), requested():
+        press(signal.SIGTERM)
+        while time.monotonic() < began + 20:
+            time.sleep(0.02)
+    assert time.monotonic() - began < 10
+    with requested():
+        press(signal.SIGTERM)
+    assert signal.alarm(0) == 0, "no alarm is left behind"
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_submitits_warning_reaches_it_once_the_checkpoint_is_written(config, tmp_path, last):
+    """It queues the job again, and ends the process."""
+    found = []
+
+    def requeue(number, frame):
+        found.extend(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+        sys.exit(-1)
+
+    before = signal.signal(signal.SIGUSR2, requeue)
+    try:
+        with heeded(), pytest.raises(SystemExit):
+            attempt(config, tmp_path / "run", at=4 if last else 2, number=signal.SIGUSR2)
+        assert found == ["step-000004" if last else "step-000002"]
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+def wait_as_a_rank(ready, asked):
+    with heeded(), requested() as request:
+        ready.set()
+        until = time.monotonic() + 30
+        while not request.made and time.monotonic() < until:
+            time.sleep(0.02)
+        asked.put(request.by)
+
+
+@pytest.mark.slow
+def test_a_launcher_passes_it_on_to_all_ranks():
+    context = multiprocessing.get_context("spawn")
+    ready, asked = [context.Event() for _ in range(2)], context.Queue()
+    ranks = [context.Process(target=wait_as_a_rank, args=(each, asked)) for each in ready]
+    for rank in ranks:
+        rank.start()
+    assert all(each.wait(60) for each in ready)
+    with left_to_ranks() as request:
+        press(signal.SIGTERM)
+        assert [asked.get(timeout=30) for _ in ranks] == [signal.SIGTERM] * 2 and request.made
+        for rank in ranks:
+            rank.join(30)
+    with pytest.raises(Interrupted), left_to_ranks():
+        press(signal.SIGTERM)  # there are none to wait for
 
 
 def test_a_batch_that_is_half_used_is_finished_first(config, tmp_path):
@@ -219,6 +328,19 @@ def test_a_rank_leaves_the_message_to_its_catcher(monkeypatch, compose, tmp_path
     logged = (tmp_path / "run.log").read_text()
     assert "ERROR" in logged and "Traceback" not in logged
     assert set(logging.getLogger().handlers) == set(handlers)
+
+
+def test_a_stopped_rank_is_no_success_to_torch_elastic(monkeypatch, tmp_path):
+    """It passes over a KeyboardInterrupt and waits for what the rank returns."""
+
+    from common import launch
+
+    def stopped(*_):
+        raise Interrupted("stopped after update 3 of 9")
+
+    monkeypatch.setattr(launch, "worker", stopped)
+    with pytest.raises(Exception, match="after update 3 of 9"):  # no KeyboardInterrupt
+        launch.as_rank(None, {}, tmp_path)
 
 
 @pytest.mark.faults

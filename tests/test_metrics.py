@@ -11,23 +11,27 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 from sklearn.calibration import calibration_curve
-from sklearn.metrics import brier_score_loss, confusion_matrix, top_k_accuracy_score
+from sklearn.metrics import balanced_accuracy_score, brier_score_loss, confusion_matrix, top_k_accuracy_score
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
 
 from common.evaluation import metrics
+from common.evaluation.evaluate import Evaluation
 from common.evaluation.summary import Summary
 from common.types import Answers, Prediction, Probabilities, Reply
+
+NAMES = ["one", "six", "nine"]
 
 
 def prediction(label: str, answer: str, correct: bool | None = None) -> Prediction:
     right = label == answer if correct is None else correct
-    return Prediction("0", label, 0, answer, right, right, Reply(answer, 2, False, True, right))
+    place = NAMES.index(label) if label in NAMES else 0
+    return Prediction("0", label, place, answer, right, right, Reply(answer, 2, False, True, right))
 
 
 def summarize(predictions, probabilities=None, scoring=0.0):
     answers = Answers(predictions, 1.5, probabilities, scoring)
-    return metrics.summarize(answers, ["one", "six", "nine"])
+    return metrics.summarize(answers, NAMES)
 
 
 @pytest.mark.parametrize(("successes", "total"), [(0, 10), (1, 7), (50, 100), (1442, 1637), (10, 10)])
@@ -130,6 +134,27 @@ def test_summarize():
     assert (summary.n, summary.accuracy, summary.seconds, summary.accuracy_official) == (4, 0.75, 1.5, 0.75)
     assert list(summary.per_class.items()) == [("one", 1.0), ("six", 0.5)]
     assert (summary.well_formed, summary.mean_tokens, summary.truncated) == (1.0, 2.0, 0.0)
+
+
+def test_classes_of_unequal_sizes_have_a_mean_of_their_own():
+    """Ten of a class that is always named are 10 of 13 right, and one class and a third of two."""
+    pairs = [("one", "one")] * 10 + [("six", "one"), ("nine", "one"), ("nine", "nine")]
+    summary = summarize([prediction(*pair) for pair in pairs])
+    assert summary.accuracy_macro == pytest.approx(balanced_accuracy_score(*zip(*pairs, strict=True)))
+    assert summary.accuracy_macro == pytest.approx((1 + 0 + 0.5) / 3) and summary.accuracy == pytest.approx(11 / 13)
+    assert summary.images_per_class == {"one": 10, "six": 1, "nine": 2}
+    scalars = Evaluation({}, {"test": summary}).scalars
+    assert scalars["eval/test/accuracy_macro"] == summary.accuracy_macro and scalars["eval/test/n"] == 13
+    even = summarize([prediction("one", "one"), prediction("six", "one")])
+    assert even.accuracy_macro is None and "accuracy_macro" not in even.to_json()
+    assert "eval/test/accuracy_macro" not in Evaluation({}, {"test": even}).scalars
+
+
+def test_two_classes_of_one_name_are_two():
+    """As many images of each class, though twice as many of the name."""
+    first = [replace(prediction("one", "one"), label_index=label) for label in (0, 1)]
+    summary = summarize([*first, replace(prediction("six", "six"), label_index=2)])
+    assert summary.accuracy_macro is None and summary.images_per_class == {"one": 2, "six": 1}
 
 
 def test_a_classifier_has_no_replies_to_sum_up():

@@ -243,7 +243,7 @@ def test_missing_weights_are_not_replaced_by_random_ones(untrained_folder, tmp_p
     save_file(
         {name: value for name, value in weights.items() if name != gone}, folder / "model.safetensors", {"format": "pt"}
     )
-    with pytest.raises(UserError, match="lacks 1 weights of its architecture"):
+    with pytest.raises(UserError, match="lacks 1 weight of its architecture"):
         vlm.load(folder, model_config(), torch.device("cpu"))
 
 
@@ -254,7 +254,7 @@ def test_weights_that_do_not_fit_the_configuration_are_named(untrained_folder, t
     settings = json.loads((folder / "config.json").read_text())
     (settings.get("text_config") or settings)["vocab_size"] = 10
     (folder / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(UserError, match=r"1 weights of another shape than its config.json.*embed_tokens.*of \[10, "):
+    with pytest.raises(UserError, match=r"1 weight of another shape than its config.json.*embed_tokens.*of \[10, "):
         vlm.load(folder, model_config(), torch.device("cpu"))
 
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 
-from common.data import folder, imagenet
+from common.config.composition import validate
+from common.data import folder, imagenet, task, wordnet
 from common.data.layout import parts_by_name
 from common.data.listing import files, subfolders
 from common.data.litter import reason
 from common.data.location import Location
+from common.data.names import objections
+from common.models import checks
 from common.types import UserError
 
 
@@ -213,7 +219,7 @@ def test_the_path_that_was_meant_is_named(tmp_path, folders, message):
 
 
 def test_one_class_alone_is_no_wrapping(tmp_path):
-    with pytest.raises(UserError, match="has 1 classes"):
+    with pytest.raises(UserError, match="has 1 class;"):
         read(photos(tmp_path, "cat/1.jpg", "cat/2.jpg"))
 
 
@@ -221,3 +227,97 @@ def test_one_class_alone_is_no_wrapping(tmp_path):
 def test_a_class_without_a_letter_is_refused(tmp_path, name):
     with pytest.raises(UserError, match=f"class '{name}' has no letter"):
         read(photos(tmp_path, *CLASSES, f"{name}/1.jpg"))
+
+
+def test_wordnet_ids_are_asked_as_words(tmp_path):
+    """ImageNet's subsets have folders of ids; no model would answer n01440764. The order of the classes stays."""
+    found = read(photos(tmp_path, "n02012849/1.jpg", "n01440764/1.jpg", "n03126707/1.jpg", "zebu/1.jpg"))
+    crane = "crane (large long-necked wading bird of marshes and plains in many parts of the world)"
+    assert found.names == ("tench", crane, "crane (lifts and moves heavy objects)", "zebu")
+    assert [(item.image, item.name) for item in found.train][:2] == [
+        ("folder/n01440764/1.jpg", "tench"),
+        ("folder/n02012849/1.jpg", crane),
+    ]
+    assert found.notes == ("WordNet ids are read as words (3): n01440764 is 'tench'",)
+
+
+def test_wordnet_ids_in_parts_and_tables(tmp_path):
+    photos(tmp_path, *(f"{part}/{name}/1.jpg" for part in ("train", "test") for name in ("n01440764", "n02124075")))
+    assert read(tmp_path).names == ("tench", "Egyptian cat")
+    (tmp_path / "a.csv").write_text("path,label\na.png,n01440764\nb.png,n02124075\n")
+    assert folder.read(Location("folder", tmp_path, tmp_path / "a.csv")).names == ("tench", "Egyptian cat")
+
+
+def test_a_wordnet_id_beside_its_word(tmp_path):
+    with pytest.raises(UserError, match="classes 'Tench' and 'n01440764', which means tench, are one answer"):
+        read(photos(tmp_path, "n01440764/1.jpg", "Tench/1.jpg"))
+
+
+def test_all_of_imagenet_and_all_of_wordnet_have_names_of_their_own():
+    for ids in (wordnet.wnids(), sorted(wordnet._all("lemma"))):
+        named = wordnet.named(ids)
+        assert list(named) == list(ids) and list(objections(named.values())) == []
+        assert not any("," in name for name in named.values()), "a list would separate them there"
+
+
+CODES = ["n99999999", "0", "007", "c3", "class_1", "Label 12", "id-7", "1a2b", "A320"]
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_codes_for_names_are_said(tmp_path, code):
+    (note,) = read(photos(tmp_path, f"{code}/1.jpg", "cat/1.jpg")).notes
+    assert note.startswith(f"warning: 1 of 2 class names look like codes, first '{code}': no model that reads names")
+
+
+def test_one_unknown_wordnet_id_among_many_is_said(tmp_path):
+    (note,) = read(photos(tmp_path, "n99999999/1.jpg", *(f"{name}/1.jpg" for name in ("cat", "dog", "fox")))).notes
+    assert note.startswith("warning: 1 of 4 class names look like codes, first 'n99999999'")
+
+
+@pytest.mark.parametrize(
+    "name", ["F-16A", "707-320", "2012 Audi TTS", "ox", "7 Up can", "\u732b", "\u0422-34", "B&W", "\U0001f415"]
+)
+def test_names_of_few_letters_are_no_codes(tmp_path, name):
+    assert read(photos(tmp_path, f"{name}/1.jpg", "cat/1.jpg")).notes == ()
+
+
+EXPORTED = [
+    "no_label",
+    "No Label",
+    "unlabeled",
+    "Unlabelled",
+    "_background_",
+    "BACKGROUND_Google",
+    "__ignore__",
+    "not-labeled",
+]
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_folders_of_what_has_no_label_are_named(tmp_path, name):
+    found = read(photos(tmp_path, *CLASSES, f"{name}/1.jpg"))
+    assert found.notes == (f"warning: '{name}' seems to hold what has no label; move it away if it is no class",)
+    assert len(found.names) == 3
+
+
+@pytest.mark.parametrize("name", ["label", "backgrounds of cats", "other", "empty", "labels", "nonesuch"])
+def test_similar_names_are_classes(tmp_path, name):
+    assert read(photos(tmp_path, *CLASSES, f"{name}/1.jpg")).notes == ()
+
+
+@pytest.mark.parametrize("learner", ["method=clsrl", "method=linear_probe"])
+def test_such_a_line_reaches_the_manifest_whatever_the_method(tmp_path, compose, learner):
+    photos(tmp_path, *(f"{name}/{number}.jpg" for name in ("c0", "c1") for number in range(3)))
+    config = validate(compose("data=folder", f"data.folder={tmp_path}", "shots=1", learner))
+    (note,) = task.build(config).manifest["notes"]
+    assert note.startswith("data=folder: warning: 2 of 2 class names look like codes")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md"])
+def test_the_first_command_for_own_photos_works_on_a_laptop(compose, page):
+    """A linear probe on the network that is installed with this: no hub, no GPU, and no model that cannot know them."""
+    text = (Path(__file__).parent.parent / page).read_text(encoding="utf-8")
+    command = re.search(r"^python run\.py (data=folder (?:.*\\\n)*.*)", text, re.MULTILINE)[1]
+    config = validate(compose(*shlex.split(command.replace("\\\n", " "), comments=True)))
+    assert (config.method["name"], config.clip.name, config.visual.name) == ("linear_probe", "none", "lite0")
+    assert config.gpus == 0 and "method=linear_probe clip=none visual=lite0" in checks.INSTEAD

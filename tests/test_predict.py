@@ -12,19 +12,22 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow.parquet
 import pytest
+import yaml
 from PIL import Image
 
 import run as run_py
 from common import Classifier
+from common.config import composition
 from common.config.composition import validate
-from common.data import manifest, pictures
+from common.data import manifest, pictures, task
 from common.data.digits import Digits
 from common.predict import __main__ as command
 from common.predict import cards, photos, trained
 from common.predict.abstain import choose, threshold_of
 from common.predict.classifier import Answer
-from common.predict.trained import Trained
+from common.predict.trained import Trained, config_of, questions_of
 from common.report.html import transcripts
+from common.run.result import Result
 from common.types import Answers, BadImage, Prediction, Probabilities, Split, UserError
 from tests.test_html import NAMES, answered, write  # noqa: F401
 
@@ -72,14 +75,23 @@ def expected(run):
     return [row for row in rows if (row["phase"], row["split"]) == (last, "test")]
 
 
+def refuse(*arguments, **named):
+    raise AssertionError("not needed")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "method", [pytest.param(name, marks=[pytest.mark.faults] * (name not in USUAL)) for name in METHODS]
 )
-def test_answers_are_the_evaluations(runner, tmp_path, method):
-    """Names, replies and probabilities, in two calls; the run's folder is left as it was."""
+def test_answers_are_the_evaluations(runner, tmp_path, method, monkeypatch):
+    """Names, replies and probabilities, in two calls; the run's folder is left as it was. A few-shot learner is neither
+    fitted again nor given the dataset.
+    """
     run = tmp_path / "run"
     assert runner(run, [*QUICK, *METHODS[method]]) == 0
+    if Result.load(run).model == "features":
+        for path in ("common.predict.trained.tasks.build", "alert.draft.fit.learner.FewShotLearner._begin"):
+            monkeypatch.setattr(path, refuse)
     before = sorted((path.name, path.stat().st_mtime_ns) for path in run.rglob("*"))
     rows, digits = expected(run)[:60], Digits()
     classifier = Classifier.load(run)
@@ -199,8 +211,8 @@ def test_pictures_are_found_by_folder_pattern_and_list(tmp_path):
     assert set(photos.find(str(tmp_path / "*.png"))) == {str(tmp_path / "a.png")}
     (tmp_path / "list.csv").write_text("\ufeffpath,label\na.png,x\ndeep/c.webp,\nmissing.png,\n")
     assert photos.find(str(tmp_path / "list.csv"))["deep/c.webp"] == tmp_path / "deep" / "c.webp"
-    (tmp_path / "other.csv").write_text("file\na.png\n")
-    with pytest.raises(UserError, match="has no column path; it has file"):
+    (tmp_path / "other.csv").write_text("picture\na.png\n")
+    with pytest.raises(UserError, match="other.csv has no column 'path'; its header is 'picture', but path is needed$"):
         photos.find(str(tmp_path / "other.csv"))
     with pytest.raises(UserError, match="no picture is there"):
         photos.find(str(tmp_path / "none"))
@@ -210,8 +222,36 @@ def test_what_a_page_of_answers_says_is_escaped(tmp_path):
     Image.new("RGB", (400, 200), "red").save(tmp_path / "a.png")
     bad = "<script>alert(1)</script>"
     answers = [Answer(bad, label=bad, top=((bad, 0.25),), reasoning=bad, candidates=(bad,)), Answer("b", trouble=bad)]
-    page = cards.page(answers, {bad: tmp_path / "a.png", "b": b""})
-    assert "<script" not in page and page.count("&lt;script&gt;") == 6 and "width: 25.0%" in page
+    about = cards.About(bad, bad, (bad, bad), bad, bad)
+    page = cards.page(answers, {bad: tmp_path / "a.png", "b": b""}, about)
+    head, _, rest = page.partition("<form")
+    assert page.count("<script") == 1 and "alert(1)</script>" not in page
+    assert head.count("&lt;script&gt;") == 7, "run (twice), title, two classes, measured, threshold"
+    assert rest.count("&lt;script&gt;") == 9 and "width: 25.0%" in rest
+
+
+def test_a_page_of_answers_says_how_far_to_trust_them(write, tmp_path):  # noqa: F811
+    """45 images of which 35 are right after training, as its metrics.json says."""
+    images, labels = [f"x/{n}" for n in range(45)], [NAMES[n % 3] for n in range(45)]
+    wrong = dict(zip(NAMES, NAMES[1:] + NAMES[:1], strict=True))
+    said = [wrong[name] if n < 10 else name for n, name in enumerate(labels)]
+    run = write("birds", answered(images, labels, labels, NAMES), answered(images, labels, said, NAMES))
+    about = cards.About.of(run, run, ("a", "b"), None, None)
+    assert about.run == "birds" and about.classes == ("a", "b") and about.title.count(" · ") == 4
+    assert about.measured.startswith("77.8 % right on 45 test images of its own data (95 % interval ")
+    assert about.abstains == "none: it always answers (--risk sets one)"
+    assert "answers from 43.2 % on, for a risk of 5 %" in cards.About.of(run, run, (), 0.05, 0.432).abstains
+    assert "no answer at all" in cards.About.of(run, run, (), 0.05, float("inf")).abstains
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    answers = [
+        Answer("1", label="a", confidence=0.9, top=(("a", 0.9), ("b", 0.1))),
+        Answer("2", abstained=True, confidence=0.3),
+        Answer("3", trouble="cut"),
+        Answer("4"),
+    ]
+    page = cards.page(answers, dict.fromkeys("1234", tmp_path / "a.png"), about)
+    assert "4: 1 answered, 1 abstained, 1 none of the names, 1 cannot be read" in page
+    assert '<option value="a">' in page and '<option value="b">' not in page, "a filter of what was answered"
 
 
 def test_words_of_run_py_that_are_missing_are_named():
@@ -241,7 +281,7 @@ def test_new_pictures_are_seen_as_those_of_the_dataset():
 
 
 @pytest.mark.slow
-def test_a_learner_that_is_fitted_anew_leaves_out_what_its_run_left_out(runner, tmp_path, capsys):
+def test_a_few_shot_run_that_left_out_pictures_can_be_asked(runner, tmp_path, capsys):
     run, folder = tmp_path / "run", tmp_path / "photos"
     for label, name in enumerate(("dark", "light")):
         (folder / name).mkdir(parents=True)
@@ -309,6 +349,11 @@ def test_an_answer_has_its_own_confidence_and_is_one_of_the_names(threshold):
     assert [a.confidence for a in found] == [pytest.approx(0.6), None, pytest.approx(0.8)]
     assert [a.label for a in found] == ["boot", None, "boot"]
     assert [a.abstained for a in found] == [False, threshold is not None, False]
+    asked.threshold = found[0].confidence  # `choose` gives one that an answer has: it is still given
+    assert [a.abstained for a in asked._read(Answers(predictions, 0.0, table))] == [False, True, False]
+    asked.threshold = float(np.nextafter(found[0].confidence, 1))
+    assert [a.abstained for a in asked._read(Answers(predictions, 0.0, table))] == [True, True, False]
+    asked.threshold = threshold
     assert found[0].top[0] == ("boot", pytest.approx(0.6)) and found[1].top[0] == ("bag", pytest.approx(0.9))
     asked.config = SimpleNamespace(method={"list_share": 0.0})  # the question lists no names: any word is an answer
     assert [a.label for a in asked._read(Answers(predictions[1:2], 0.0))] == [None if threshold else "one"]
@@ -341,3 +386,76 @@ def test_a_run_without_validation_images_has_no_threshold(write):  # noqa: F811
         threshold_of(run, 0.05)
     with pytest.raises(UserError, match="risk=1.5 must be a share"):
         threshold_of(run, 1.5)
+
+
+@pytest.fixture
+def moved(compose, tmp_path):
+    """A run of ALERT over a few-shot draft, which looks at its training images again, and its photos."""
+    folder, run = tmp_path / "photos", tmp_path / "run"
+    for label, name in enumerate(("dark", "light")):
+        (folder / name).mkdir(parents=True)
+        for number in range(8):
+            Image.new("L", (8, 8), 200 * label + number).save(folder / name / f"{number}.png")
+    asked = ["method=alert", "model=tiny_gemma3", "method.draft=linear_probe", "rewards=alert_no_judge"]
+    cfg = compose(*asked, "data=folder", f"data.folder={folder}", "shots=2", "validation=few", "tracking=none")
+    run.mkdir()
+    (run / "config.yaml").write_text(yaml.safe_dump(composition.plain(cfg)))
+    manifest.write(task.build(composition.validate(cfg)).manifest, run / "manifest.json")
+    return run, folder
+
+
+def asked_again(run, data=None):
+    trained = Trained.of(run, data=data)
+    return questions_of(trained, config_of(trained))
+
+
+def test_a_dataset_that_was_moved_is_read_where_it_is_now(moved, tmp_path):
+    run, folder = moved
+    before = asked_again(run).manifest
+    (tmp_path / "elsewhere").mkdir()
+    now = folder.rename(tmp_path / "elsewhere" / "mine")
+    with pytest.raises(UserError, match=r"looks at the run's training images again.*--data <folder>"):
+        asked_again(run)
+    with pytest.raises(UserError, match=r"data=.*nowhere does not exist"):
+        asked_again(run, tmp_path / "nowhere")
+    again = asked_again(run, now)
+    assert again.manifest["splits"] == before["splits"] and again.task.images.open(again.train[0].image).size == (8, 8)
+
+
+@pytest.mark.parametrize("change", ["another image", "an image less", "another class"])
+def test_other_images_than_the_runs_are_refused(moved, change):
+    """They would be fitted without a word: the folder is there, and holds pictures."""
+    run, folder = moved
+    rows = json.loads((run / "manifest.json").read_text())["splits"]["train"]["rows"]
+    used = folder / rows[0][0].removeprefix("folder/")
+    if change == "another image":
+        used.rename(used.with_name("other.png"))
+    elif change == "an image less":
+        used.unlink()
+    else:
+        (folder / "light").rename(folder / "bright")
+    with pytest.raises(
+        UserError, match=r"these are not the images that .*manifest.json names: (train|val) (has|lacks)"
+    ):
+        asked_again(run, folder)
+
+
+@pytest.mark.slow
+def test_a_few_shot_run_answers_from_where_its_photos_are_now(runner, moved, tmp_path, capsys):
+    run, folder = tmp_path / "probe", moved[1]
+    asked = ["method=linear_probe", "clip=none", "visual=pixels", "data=folder", f"data.folder={folder}", "shots=4"]
+    assert runner(run, [*asked, f"cache_dir={tmp_path / 'cache'}", "tracking=none", "tracking.report=false"]) == 0
+    Image.new("L", (8, 8), 9).save(new := tmp_path / "new.png")
+    said = []
+    for words in ([], ["--data", str(folder.with_name("now"))]):
+        assert command.main([str(run), str(new), "--format", "jsonl", *words]) == 0
+        said.append(json.loads(capsys.readouterr().out))
+        folder.exists() and folder.rename(folder.with_name("now"))
+    assert said[0] == said[1] and said[0]["label"] == "dark"
+
+
+def test_words_of_run_py_that_say_yes_or_no():
+    words = command.of_run(["run=a", "pictures=b", "trust_code=true", "open=false", "data=/now"])
+    assert words == ["a", "b", "--data", "/now", "--trust-code"]
+    with pytest.raises(UserError, match="trust_code=maybe"):
+        command.of_run(["run=a", "pictures=b", "trust_code=maybe"])

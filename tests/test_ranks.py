@@ -292,6 +292,24 @@ def test_ranks_end_with_the_process_that_started_them(two_ranks, job, tmp_path):
     assert gone(alive)
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_asked_to_stop_all_ranks_stop_at_one_update_and_the_launcher_ends(two_ranks, job, tmp_path, number):
+    start, alive = two_ranks
+    process = start(*job, "trainer.updates=100000", "checkpoint.every=0", "trainer.evaluate_every=0")
+    log = tmp_path / "two" / "metrics.jsonl"
+    while process.poll() is None and not (log.is_file() and log.read_text().count("\n") > 2):
+        time.sleep(0.2)
+    told = [process.pid] if number == signal.SIGTERM else alive()  # a terminal reaches all
+    for pid in told:
+        os.kill(pid, number)
+    _, said = process.communicate(timeout=120)
+    assert "Interrupted: stopped after update" in said.strip().splitlines()[-1], said[-3000:]
+    (kept,) = (tmp_path / "two" / "checkpoints").iterdir()
+    assert kept.name == f"step-{json.loads(log.read_text().splitlines()[-1])['step']:06d}"
+    assert gone(alive)
+
+
 def test_slurm_tasks_form_one_run(runner, job, tmp_path):
     shared = {
         "SLURM_STEP_NUM_TASKS": "2",

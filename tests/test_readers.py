@@ -464,7 +464,7 @@ REFUSED = {
     "label too high": (
         "dtd",
         first_row(["a.jpg", 3, "dots"]),
-        r"1 labels, which must be 0 to 0, but 0 does not .* 3 \('dots'\)",
+        r"1 label, which must be 0 to 0, but 0 does not .* 3 \('dots'\)",
     ),
     "label below 0": ("dtd", first_row(["a.jpg", -1, "dots"]), r"but 0 does not occur and -1 \('dots'\) does"),
     "variants missing": (
@@ -492,12 +492,12 @@ REFUSED = {
     "class without folder": (
         "imagenet",
         gone(f"{VAL}/n03773504"),
-        r"val/n03773504 does not exist \(1 class folders are missing\)",
+        r"val/n03773504 does not exist \(1 class folder is missing\)",
     ),
     "class without training folder": (
         "imagenet",
         gone("imagenet/images/train/n03773504"),
-        r"train/n03773504 does not exist \(1 class folders are missing\)",
+        r"train/n03773504 does not exist \(1 class folder is missing\)",
     ),
     "folder without class": ("imagenet", written(f"{VAL}/n999/x.JPEG", ""), r"val/n999 is not in classnames.txt"),
     "class names without blank": (
@@ -513,12 +513,12 @@ REFUSED = {
     "V2 folder missing": (
         "imagenet_v2",
         gone("imagenetv2/imagenetv2-matched-frequency-format-val/3"),
-        r"format-val/3 does not exist \(1 class folders",
+        r"format-val/3 does not exist \(1 class folder",
     ),
     "V2 folder too many": (
         "imagenet_v2",
         written("imagenetv2/imagenetv2-matched-frequency-format-val/5/x.jpeg", ""),
-        r"format-val/5 has no class \(1 folders are too many\)",
+        r"format-val/5 has no class \(1 folder too many\)",
     ),
     "sketch class missing": (
         "imagenet_sketch",
@@ -539,7 +539,7 @@ REFUSED = {
     "one class": (
         "folder",
         lambda root: [gone(f"photos/{name}")(root) for name in ("my cat", "teapot")],
-        r"photos has 1 classes",
+        r"photos has 1 class;",
     ),
     "class without photo": (
         "folder",
@@ -549,7 +549,7 @@ REFUSED = {
     "stray photo": (
         "folder",
         written("photos/lost.jpg", "x"),
-        r"photos/lost.jpg is in no class folder \(1 such photos\)",
+        r"photos/lost.jpg is in no class folder \(1 such photo\)",
     ),
     "no test part": (
         "folder",
@@ -562,11 +562,11 @@ REFUSED = {
         lambda root: only_parts()(root) or (root / "photos").mkdir(),
         r"photos has the folders \(none\)",
     ),
-    "table without label": ("folder", table("path,kind\n"), r"has no column 'label'; its header is 'path,kind'"),
-    "table without path": ("folder", table("id;label\na;b\n"), r"has no column 'path'; its header is 'id;label'"),
+    "table without label": ("folder", table("path,kind\n"), r"has no column 'label'; its header is 'path, kind'"),
+    "table without path": ("folder", table("name;label\na;b\n"), r"has no column 'path'; its header is 'name, label'"),
     "table empty": ("folder", table(""), r"has no column 'path'; its header is ''"),
     "table without rows": ("folder", table("path,label\n"), r"photos has 0 classes"),
-    "table row short": ("folder", table("path,label\na,b\nc\n"), r"row 3 has 1 cells, but the header has 2"),
+    "table row short": ("folder", table("path,label\na,b\nc\n"), r"row 3 has 1 cell, but the header has 2"),
     "table label empty": ("folder", table("path,label\na,b\n\nc, \n"), r"row 4: label is empty"),
     "table split unknown": (
         "folder",
@@ -701,10 +701,9 @@ def test_the_tree_has_the_shots_it_was_asked_for(tmp_path, shots):
     [
         (["train/a", "test/a", "extra"], "has the folders train and test, but also extra"),
         (["my_cat", "My cat"], "classes 'My cat' and 'my_cat' are one answer"),
-        (["cat, black", "dog"], "class 'cat, black' has a comma"),
         ([b"caf\xe9", b"bar"], "which is not UTF-8"),
     ],
-    ids=["stray folder", "same answer", "comma", "latin-1"],
+    ids=["stray folder", "same answer", "latin-1"],
 )
 def test_own_photos_that_cannot_be_asked_about(tmp_path, folders, message):
     for name in folders:

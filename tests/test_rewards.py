@@ -247,7 +247,7 @@ def test_score_weighs_and_keeps_components():
 
 
 def test_score_refuses_a_reward_of_another_length():
-    with pytest.raises(ValueError, match="'short' returned 1 values for 2 samples"):
+    with pytest.raises(ValueError, match="'short' returned 1 value for 2 samples"):
         score([sample("a"), sample("b")], {"short": Reward(1.0, lambda samples: [1.0])})
 
 
@@ -296,3 +296,9 @@ def test_a_class_is_built_once_and_keeps_its_state():
 def test_a_class_that_refuses_is_named_by_its_key(kind, message):
     with pytest.raises(UserError, match=message):
         build_rewards(entry(kind, **({"limit": -1} if kind == "Counting" else {})))
+
+
+def test_what_is_no_number_is_named_with_its_reward():
+    for value in (None, "high"):
+        with pytest.raises(UserError, match="reward 'mine' gave what is no number .*correct rewards.mine.fn"):
+            score([sample("six")], {"mine": Reward(1.0, lambda samples, value=value: [value])})

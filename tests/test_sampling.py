@@ -283,13 +283,13 @@ def test_a_part_that_cannot_be_used_at_all_is_refused(part):
     data = replace(source(), test=tuple(replace(item, image=f"t{item.image}") for item in TRAIN))
     whole = sampling.draw(data, Sampling(1, 1))
     gone = frozenset(item.image for item in getattr(whole, part))
-    with pytest.raises(UserError, match=f"leave out all {len(gone)} images of a part, first: .*; repair"):
+    with pytest.raises(UserError, match=rf"leave out all of a part \({len(gone)} images\), first: .*; repair"):
         sampling.draw(data, Sampling(1, 1, unusable=gone))
 
 
 def test_a_class_of_one_image_gets_advice_that_can_be_followed():
     with pytest.raises(
-        UserError, match="'a' has only 1 images.*; add images of this class, or.*method=zeroshot"
+        UserError, match="'a' has only 1 image .*; add images of this class, or.*method=zeroshot"
     ) as error:
         sampling.draw(pool(POOL[5:]), Sampling(1, 1))
     assert "shots=0" not in str(error.value)

@@ -20,6 +20,7 @@ from common import Classifier
 from common.data.digits import Digits
 from common.data.source import load_dataset
 from common.predict.classifier import Answer
+from common.run.result import Result
 from common.serve import __main__ as command
 from common.serve.desk import Desk, Limits
 from common.serve.page import Uploads
@@ -73,6 +74,10 @@ def test_what_is_too_much_is_refused_and_the_others_are_answered(tmp_path):
     nested = BytesIO()  # PIL decodes what is inside before it knows how large that is
     Image.new("RGB", (256, 256)).save(nested, "ICO")
     assert desk.refusal(nested.getvalue()).startswith("not a picture that is taken here")
+    for kind in ("HEIF", "AVIF"):  # as phones write them
+        photo = BytesIO()
+        Image.new("RGB", (64, 64)).save(photo, kind)
+        assert desk.refusal(photo.getvalue()) == ""
     with pytest.raises(UserError, match="300 MB at once; at most 200 MB"):
         Limits().check([150_000_000] * 2)
     assert desk.answer({"bomb": bomb()})[0].trouble, "nobody is asked about nothing"
@@ -217,6 +222,11 @@ def test_in_a_browser(served, known, tmp_path):
         page.on("request", lambda request: foreign.append(request.url) if address not in request.url else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(address)
+        about = page.locator(".about")
+        expect(about).to_contain_text("They stay on this machine")
+        expect(about).to_contain_text("10: zero, one, two, three, four, five, six, seven, eight, nine")
+        summary = Result.load(folder / "run").before["test"]
+        expect(about).to_contain_text(f"{100 * summary.accuracy:.1f} % right on {summary.n} test images")
         page.set_input_files("input[type=file]", [tmp_path / name for name in files])
         cards = page.locator(".answer")
         expect(cards).to_have_count(3, timeout=60_000)

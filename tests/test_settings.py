@@ -63,7 +63,7 @@ def test_cross_dataset_asks_each_about_its_own_names():
 
 def test_shift_refuses_classes_that_were_not_trained():
     target = dataset("others", "o/", names=("c", "x"), train=(), val=(), test=(Item("1", 0, "c"), Item("2", 1, "x")))
-    with pytest.raises(UserError, match="setting=shift: 1 classes of others are none of data=letters, first: 'x'"):
+    with pytest.raises(UserError, match="setting=shift: 1 class of others is none of data=letters, first: 'x'"):
         settings.shift(dataset(), {"others": target}, Sampling(1, 1))
     fewer = dataset("others", "o/", names=("c",), train=(), val=(), test=(Item("1", 0, "c"),))
     assert settings.shift(dataset(), {"others": fewer}, Sampling(1, 1)).evaluation["others"].names == ("c",)
@@ -107,8 +107,8 @@ GOOD = Source(("a", "b"), ITEMS, (), tuple(replace(i, image=f"t{i.image}") for i
         ({"val": (Item("1", 0, "a"),)}, "1 is listed twice, the second time in val"),
         ({"train": (*ITEMS, Item("3", 1, "c"))}, "label 1 has two names, 'b' and 'c' (at 3)"),
         ({"train": (*ITEMS, Item("3", 2, "c"))}, "3 has label 2, but there are 2 classes"),
-        ({"test": (Item("t1", 0, "a"),)}, "1 classes have no image in test, first: 'b'"),
-        ({"train": (Item("1", 0, "a"),)}, "1 classes have no image in train, first: 'b'"),
+        ({"test": (Item("t1", 0, "a"),)}, "1 class has no image in test, first: 'b'"),
+        ({"train": (Item("1", 0, "a"),)}, "1 class has no image in train, first: 'b'"),
     ],
     ids=["twice", "in two parts", "two names", "label", "missing in test", "missing in train"],
 )

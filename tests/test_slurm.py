@@ -1,4 +1,6 @@
-"""`hydra/launcher=slurm`: what is submitted, and a sweep that submitit runs on this machine."""
+"""SLURM: what `hydra/launcher=slurm` submits, a sweep that submitit runs on this machine, and tasks of a job. A real one:
+tests/test_slurm_jobs.py.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +8,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
+from common.config import suggest
+from common.runtime import slurm
+from common.types import UserError
 from tests.conftest import REPOSITORY, initialized
 
 DEBUG = """
@@ -85,7 +91,7 @@ def test_without_the_package_the_command_that_installs_it_is_named():
 
 @pytest.mark.slow
 def test_without_a_cluster_it_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.setenv("PATH", str(tmp_path))
     done = sweep(tmp_path, "hydra/launcher=slurm", "seed=1,2")
     assert done.returncode == 1 and "there is no srun here" in done.stderr.splitlines()[-1]
 
@@ -102,6 +108,7 @@ def test_submitit_runs_three_jobs_on_this_machine(tmp_path):
     done = sweep(tmp_path, "hydra/launcher=submitit_local", "seed=1,2,3")
     assert done.returncode == 0, done.stderr[-3000:]
     assert results(tmp_path) == [1, 2, 3]
+    assert "1, 2, 3" in done.stdout and "95 % interval" in done.stdout, "it ends with its table"
 
 
 @pytest.mark.faults
@@ -138,3 +145,140 @@ hydra:
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "out" / "mine" / "table.csv").is_file()
     assert results(tmp_path / "out") == [1, 1, 2, 2]
+
+
+@pytest.mark.slow
+def test_a_first_node_without_an_address_is_one_line(tmp_path):
+    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7"}
+    environment = {name: value for name, value in os.environ.items() if name not in ("MASTER_ADDR", "RANK")}
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "run.py", f"hydra.run.dir={tmp_path / 'run'}"],
+        cwd=REPOSITORY,
+        env=environment | step | {"SLURM_STEP_NODELIST": "nowhere.invalid,other"},
+        capture_output=True,
+        text=True,
+    )
+    (line,) = done.stderr.strip().splitlines()
+    assert done.returncode == 1 and line.startswith(
+        "error: the job's first node nowhere.invalid, where its 2 tasks meet"
+    )
+    assert "MASTER_ADDR" in line and time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize(
+    ("shown", "again"),
+    [
+        ("JobState=RUNNING Requeue=1 PreemptTime=2026-01-01T10:00:00", True),
+        ("JobState=RUNNING Requeue=0 PreemptTime=2026-01-01T10:00:00", False),
+        ("JobState=CANCELLED Requeue=1 PreemptEligibleTime=2026-01-01T10:00:00 PreemptTime=None", False),
+    ],
+    ids=["preempted", "no requeue", "cancelled"],
+)
+def test_a_preempted_job_is_queued_again(monkeypatch, tmp_path, shown, again):
+    """SLURM itself does so only with jobs that it has to kill."""
+    tool = tmp_path / "scontrol"
+    tool.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/asked\n[ "$1" = requeue ] || echo "{shown}"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert not slurm.requeue_if_preempted() and not (tmp_path / "asked").exists()
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert slurm.requeue_if_preempted() is again
+    assert ("requeue 7" in (tmp_path / "asked").read_text().splitlines()) is again
+    monkeypatch.setenv("RANK", "1")
+    assert not slurm.requeue_if_preempted(), "one rank asks for all"
+
+
+@pytest.fixture
+def tools(monkeypatch, tmp_path):
+    """`tools("squeue", "lines")`: programs of SLURM; what they were asked is in the file `asked`."""
+
+    def make(name, printed, code=0, error=""):
+        tool = tmp_path / name
+        tool.write_text(
+            f"#!/bin/sh\necho {name} $* >> {tmp_path}/asked\necho '{printed}'\necho '{error}' >&2\nexit {code}\n"
+        )
+        tool.chmod(0o755)
+
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    make("scancel", "")
+    return make
+
+
+def looked(*jobs):
+    """The states of jobs after a look at the queue."""
+    from common.sweep.queue import Queue
+
+    found = Queue()
+    found._registered = set(jobs)
+    found.update()
+    return {job: (found.get_state(job, mode="cache"), found.is_done(job, mode="cache")) for job in jobs}
+
+
+def test_the_queue_says_where_jobs_stand_without_accounting(tools, capsys):
+    states = "7_0|COMPLETED|None\n7_1|RUNNING|None\n7_2|PENDING|Resources\n7_3|PENDING|Resources\n7_4|SUSPENDED|None"
+    tools("squeue", states)
+    assert looked(*(f"7_{number}" for number in range(6))) == {
+        "7_0": ("COMPLETED", True),
+        "7_1": ("RUNNING", False),
+        "7_2": ("PENDING", False),
+        "7_3": ("PENDING", False),
+        "7_4": ("RUNNING", False),
+        "7_5": ("ENDED", True),  # SLURM has forgotten it
+    }
+    assert capsys.readouterr().err == "job 7_2 waits: Resources\n", "each reason once"
+    tools("squeue", "", code=1, error="slurm_load_jobs error: Invalid job id specified")
+    assert looked("7") == {"7": ("ENDED", True)}
+    tools("squeue", "", code=1, error="slurm_load_jobs error: Unable to contact slurm controller")
+    assert looked("7") == {"7": ("UNKNOWN", False)}, "the controller is away for a moment"
+
+
+@pytest.mark.parametrize(
+    ("reason", "key"),
+    [
+        ("PartitionTimeLimit", "hydra.launcher.timeout_min"),
+        ("PartitionNodeLimit", "hydra.launcher.nodes"),
+        ("QOSMaxCpuPerJobLimit", "the values of hydra.launcher"),
+        ("AssocMaxWallDurationPerJobLimit", "the values of hydra.launcher"),
+        ("AccountNotAllowed", "the values of hydra.launcher"),
+        ("Priority", None),
+        ("BeginTime", None),
+        ("QOSGrpCpuLimit", None),  # until others end
+    ],
+)
+def test_what_can_never_start_is_said_and_cancelled(tools, tmp_path, reason, key):
+    tools("squeue", f"7_0|PENDING|{reason}\n7_1|PENDING|{reason}")
+    if key is None:
+        assert looked("7_0", "7_1")["7_0"] == ("PENDING", False)
+    else:
+        with pytest.raises(UserError) as error:
+            looked("7_0", "7_1")
+        assert f"never start job 7_0 ({reason})" in str(error.value) and str(error.value).endswith(f"change {key}")
+    assert ("scancel 7" in (tmp_path / "asked").read_text()) is (key is not None)
+
+
+def test_what_sbatch_refuses_is_one_line():
+    refused = RuntimeError(
+        "sbatch: error: invalid partition specified: nope\nsbatch: error: Batch job submission failed"
+    )
+    said = suggest.explain(refused, [])
+    assert said.startswith("SLURM takes no such job (invalid partition specified: nope; Batch job") and "\n" not in said
+    assert suggest.explain(RuntimeError("of something else"), []) is None
+
+
+def test_only_slurms_launcher_is_watched(monkeypatch):
+    from omegaconf import OmegaConf
+
+    from common.sweep import queue
+    from common.sweep.callback import Papers
+
+    seen = []
+    monkeypatch.setattr(queue, "watch", lambda: seen.append(True))
+    for launcher, watched in (("slurm", 1), ("submitit_local", 1), ("basic", 1)):
+        with initialized() as _:
+            from hydra import compose
+
+            cfg = compose("config", [f"hydra/launcher={launcher}"], return_hydra_config=True)
+        Papers().on_multirun_start(OmegaConf.create({"hydra": OmegaConf.to_container(cfg.hydra, resolve=False)}))
+        assert len(seen) == watched

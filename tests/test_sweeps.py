@@ -9,13 +9,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from hydra.core.utils import JobReturn, JobStatus
 
-from common.config import composition
-from common.report.paper import page, pictures, published
+from common.config import composition, run_name
+from common.report.paper import curves, page, pictures, published
 from common.report.paper.points import load as points_of
 from common.sweep import book, plugin
 from common.sweep.plan import Point, Spec, expand
@@ -226,6 +227,14 @@ def test_what_leaves_a_page_the_papers(tmp_path):
     folder, _ = made.describe(made.chapters(), [shown], made.given(same))
     assert points_of(folder).given == {}
     assert folder.name == "clsrl_table2-seed1+2-protocolofficial-rolloutvllm-deepspeedzero3"
+    closer = [
+        "selection=paper",
+        "clip.prompts=cupl.json",
+        "+few_shot.cafo.generated=dalle",
+        "few_shot.cafo.per_class=8",
+    ]
+    folder, _ = made.describe(made.chapters(), [shown], made.given(closer))
+    assert points_of(folder).given == {}, "CaFo's authors have these"
     other = ["rollout.temperature=0.5", "data=dtd", "trainer.updates=3", "protocol.sampler=clsrl"]
     changed, _ = made.describe(made.chapters(), [shown], made.given(other))
     assert list(points_of(changed).given) == ["rollout.temperature", "trainer.updates", "protocol.sampler"]
@@ -272,6 +281,53 @@ def test_every_file_of_published_numbers_is_shown_and_found():
     assert {path.stem for path in published.FOLDER.glob("*.csv")} == shown - {None}
     for path in published.FOLDER.glob("*.csv"):
         assert published.load(path.stem).source.startswith(("ALERT, ", "CLS-RL (arXiv 2503.16188), "))
+
+
+def written(name):
+    """A sweep's text, and its points."""
+    text = (REPOSITORY / "sweeps" / f"{name}.yaml").read_text()
+    keys = yaml.safe_load(text)["hydra"]["sweeper"]
+    return text, expand(Spec({"seed": [1], **keys["params"]}, keys.get("named", {}), keys["points"]), {})
+
+
+@papers
+def test_figure_1_has_the_datasets_of_its_captions():
+    lines = (PAPERS / "CLS-RL.txt").read_text().splitlines()
+    captions = [lines[lines.index("(a) StanfordCars") + number] for number in range(3)]
+    assert captions == ["(a) StanfordCars", "(b) SUN397", "(c) DescribableTextures"]
+    _, points = written("clsrl_fig1")
+    assert [point.overrides["data"] for point in points] == ["stanford_cars", "sun397", "dtd"]
+
+
+def test_figure_3_shows_accuracies_of_the_test_images():
+    """Without validation images these are what an evaluation during training watches."""
+    _, points = written("clsrl_fig3")
+    assert {point.overrides["validation"] for point in points} == {"none"}
+    lines = [{"step": step, "eval/test/accuracy": 0.5} for step in (10, 20)]
+    assert curves.series(lines, "test_accuracy") == {10: 50.0, 20: 50.0}
+
+
+def test_one_published_number_is_compared_with_one_model():
+    """Tables 1 and 2 print the same accuracy of Gemma, so ours has the same draft in both: CaFo's with one shot."""
+    numbers = {dict(keys)["method"]: value for keys, value in published.load("alert_table1").numbers.items()}
+    again = published.load("alert_table2").numbers
+    assert {value for keys, value in again.items() if set(dict(keys).values()) == {"gemma_1shot", "imagenet"}} == {
+        numbers["gemma_1shot"]
+    }
+    found = []
+    for name in ("alert_table1", "alert_table2"):
+        (point,) = [each for each in written(name)[1] if each.overrides.get("method") == "gemma_1shot"]
+        draft = point.needs["cafo"].overrides
+        found.append((point.overrides["shots"], *(draft[key] for key in ("method", "shots", "clip", "visual"))))
+    assert found == [("1", "cafo", "1", "rn50", "dino_rn50")] * 2
+
+
+def test_what_the_paper_does_not_say_is_marked():
+    asked = [name for name in OWN if any(p.overrides.get("method") == "zeroshot" for p in written(name)[1])]
+    assert asked == ["clsrl_fig2", "clsrl_table1", "clsrl_table2", "clsrl_table4"]
+    assert all("(no_think)" in written(name)[0] and "our choice" in written(name)[0] for name in asked)
+    for document in ("papers.md", "protocols.md"):
+        assert "method.instruction=" in (REPOSITORY / "docs" / document).read_text()
 
 
 @papers
@@ -500,3 +556,39 @@ def test_every_point_of_the_papers_in_miniature_composes(name):
     assert len({job.folder for job in found}) == len(found) > 50 and len(shown) == len(made.chapters()) > 6
     assert {job.values["model"]["name"] for job in found} == {"tiny_qwen2_vl", "tiny_gemma3", "features"}
     assert {job.values["data"]["name"] for job in found} == {"digits", "fashion"}
+
+
+@pytest.mark.slow
+def test_a_point_of_named_options_is_composed_once(monkeypatch):
+    """Names and values are those that a second composition gives; a sweep with a value of its own keeps that."""
+    made = []
+    compose = run_name.hydra.compose
+    monkeypatch.setattr(run_name.hydra, "compose", lambda *given: made.append(given) or compose(*given))
+    found = {}
+    for is_plain in (True, False):
+        run_name._composed.clear()
+        run_name._usual.cache_clear()
+        made.clear()
+        if not is_plain:
+            monkeypatch.setattr(book, "only_lays_out", lambda *_: False)
+        one, *_ = jobs("clsrl_table2", "data=dtd", "method=sft,nothinking", "seed=1,2")
+        found[is_plain] = [(job.folder.name, job.values) for job in one]
+        assert len(made) == (0 if is_plain else 2)
+    assert found[True] == found[False]
+    assert found[True][0][0] == "sft-dtd-few_shot-clean-qwen2_vl_2b-s4-seed1"
+
+
+def test_which_sweeps_have_values_of_their_own(tmp_path):
+    loader = SimpleNamespace(get_sources=lambda: [SimpleNamespace(scheme=lambda: "file", path=str(tmp_path))])
+    head = "defaults: [config, {override hydra/sweeper: paper}, _self_]\nhydra: {mode: MULTIRUN}\n"
+    others = {
+        "plain": (head, True),
+        "a value": (head + "shots: 4\n", False),
+        "an option": (head.replace("_self_", "{override trainer: sft}, _self_"), False),
+        "a file": (head.replace("config,", "config, mine,"), False),
+        "no config": (head.replace("config, ", ""), False),
+    }
+    for name, (text, is_plain) in others.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+        assert book.only_lays_out(name, loader) is is_plain, name
+    assert not book.only_lays_out("nowhere", loader)

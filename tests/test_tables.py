@@ -6,6 +6,7 @@ from dataclasses import MISSING, fields
 
 from common.evaluation.summary import ProbabilitySummary, Summary
 from common.report import figures, tables
+from common.run import tracking
 from common.run.result import Result
 
 
@@ -59,7 +60,7 @@ def test_several_splits_have_one_number():
         "harmonic mean: zero-shot 50.00 %, trained 62.50 %",
         "new, other words accepted: zero-shot 50.00 %, trained 75.00 %",
         "trained: update 3 of 3; the best evaluation was after update 2 (100.00 % on base itself: no validation images)",
-        "1 classes have fewer training images than shots, first: 'a' has 1",
+        "1 class has fewer training images than shots, first: 'a' has 1",
         "2 pictures that cannot be decoded were left out (manifest.json names them)",
     ]
     assert tables.overall_lines(result({"test": summary()}, {}, train={"updates": 0})) == []
@@ -78,6 +79,14 @@ def test_the_table_has_columns_for_what_there_is_to_say():
     ]
     assert columns(result({"test": summary(**said)}, {}))[4:] == ["well-formed %", "tokens", "seconds"]
     assert columns(result({"test": summary()}, {})) == ["split", "images", "accuracy %", "95 % interval", "seconds"]
+
+
+def test_the_mean_of_classes_stands_beside_the_accuracy_where_they_are_uneven():
+    shown = result({"test": summary(accuracy=0.9, accuracy_macro=0.5)}, {"test": summary(accuracy=0.8)})
+    names, rows = tables.result_cells(shown)
+    assert names[2:5] == ["accuracy %", "95 % interval", "class mean %"]
+    assert [row[4] for row in rows] == ["50.00", "–"]
+    assert "class mean %" not in tables.result_cells(result({"test": summary()}, {}))[0]
 
 
 def test_many_classes_show_their_confusions():
@@ -114,3 +123,27 @@ def test_a_remark_marks_every_trained_accuracy():
     assert cells == ["50.00", "75.00 †"]
     assert tables.overall_lines(shown)[0] == "†: selected on the test images"
     assert list(tables.result_table(result({"test": summary()}, {})).columns[2].cells) == ["50.00"]
+
+
+def test_who_knew_nothing_before_has_no_row_of_it():
+    """Its answers would be the first class, and its gain what that class is not."""
+    said = {"after": {"harmonic_mean": 0.75}}
+    blank = result({}, {"new": scored(0.7, 0.9, 0.1)}, overall=said, train={"updates": 1, "paired": {}})
+    assert [row[0] for row in tables.result_cells(blank)[1]] == ["new, trained"]
+    assert tables.probability_lines(blank) == ["new, most probable name: trained 70.00 % (top-5 90.00, ECE 10.00)"]
+    assert tables.overall_lines(blank) == ["harmonic mean: trained 75.00 %"] and tables.paired_lines(blank) == []
+    assert tracking.numbers(blank) == {"after/new": 50.0, "after/harmonic_mean": 75.0}
+    both = result({"new": summary()}, {"new": summary(accuracy=0.75)}, overall={})
+    assert tracking.numbers(both) == {"before/new": 50.0, "after/new": 75.0, "gain/new": 25.0}
+
+
+def test_names_that_no_font_has_are_spelt_out(tmp_path, recwarn):
+    """Emoji, Chinese and a very long name: a picture that leaves room for its cells, and nothing is warned of."""
+    names = ["🎉 jeans", "summer dress 👗", "猫", "shoes with a name that is longer than any picture is wide"]
+    figures.save(figure := figures.confusion([[1] * 5] * 4, names), tmp_path / "matrix.png", "🎉 birds")
+    (axis,) = figure.axes
+    shown = [label.get_text() for label in axis.get_yticklabels()]
+    assert shown[:3] == ["(party popper) jeans", "summer dress (dress)", "(U+732B)"]
+    assert shown[3].startswith("shoes with a name") and len(shown[3]) <= figures.WIDEST
+    assert axis.get_position().width > 0.3 and axis.get_position().height > 0.3
+    assert not [each for each in recwarn if "Glyph" in str(each.message) or "layout" in str(each.message)]

@@ -1,4 +1,5 @@
-"""The tiny models were taught digits and garments: on other data a run says so before it begins, once."""
+"""The tiny models were taught digits and garments: on other data a run says so before it begins, once, and on a user's
+own photos it stops where it earns nothing."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ import pytest
 
 from common.config.composition import validate
 from common.models import checks
+from common.run import loop
+from common.types import UserError
 
 PLAIN = "common.models.tiny.recipe"
 
@@ -37,7 +40,8 @@ def warnings(compose, caplog):
 def test_other_names_are_warned_of_once(warnings, model):
     (line,) = warnings(asked("zero", "cat", "dog", "One"), f"model={model}", "data=folder", "data.folder=/x")
     assert f"model={model}" in line and "data=folder" in line and "'cat'" in line
-    assert "2 of 4" in line and "use another model" in line
+    assert "2 of 4" in line
+    assert "on a laptop take method=linear_probe clip=none visual=lite0, on a GPU another model" in line
 
 
 @pytest.mark.parametrize("model", ["tiny_qwen2_vl", "tiny_gemma3"])
@@ -61,3 +65,49 @@ def test_a_recipe_that_does_not_say_is_believed(warnings, monkeypatch):
 def test_one_rank_speaks_for_all(warnings, monkeypatch):
     monkeypatch.setattr(checks, "rank", lambda: 1)
     assert warnings(asked("cat", "dog")) == []
+
+
+def paid(mean, **others):
+    return {"reward": mean, "rewards/equality/mean": mean, "rewards/equality/std": 0.1, **others}
+
+
+def test_a_stranger_that_earns_nothing_stops():
+    """10 updates: 0.019 on average is next to nothing, 0.02 is one of fifty, and before the tenth nobody knows."""
+    watch = loop.Watch([], is_stranger=True)
+    for mean in [0.0] * 5 + [0.038] * 4:
+        watch.see(paid(mean))
+    with pytest.raises(UserError, match="in 10 updates reward 'equality' paid 1.9 % of the completions") as stop:
+        watch.see(paid(0.038))
+    for way_out in ("method=linear_probe clip=none visual=lite0", "model=qwen2_vl_2b", "doctor=false"):
+        assert way_out in str(stop.value)
+    for given in ({"is_stranger": False}, {}):
+        watch = loop.Watch([], **given)
+        for _ in range(20):
+            watch.see(paid(0.0))
+    watch = loop.Watch([], is_stranger=True)
+    for mean in [0.0] * 5 + [0.04] * 5 + [0.0] * 9:
+        watch.see(paid(mean))
+
+
+def test_well_formed_answers_are_not_right_ones():
+    """CLS-RL's format can be earned without knowing a class; a length that takes away says nothing either way."""
+    rows = {"rewards/format/mean": 0.9, "rewards/format/std": 0.1}
+    rows |= {"rewards/length/mean": -0.01, "rewards/length/std": 0.1}
+    watch = loop.Watch([paid(0.5, **rows)] * 9, is_stranger=True)
+    watch.see(paid(0.5, **rows))
+    with pytest.raises(UserError, match="reward 'equality' paid 0.0 %"):
+        loop.Watch([paid(0.0, **rows)] * 9, is_stranger=True).see(paid(0.0, **rows))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "names", "stranger"),
+    [
+        (["data=folder"], ("cat", "dog"), True),
+        (["data=folder"], ("Bag", "coat"), False),
+        (["data=folder", "doctor=false"], ("cat", "dog"), False),
+        (["data=dtd"], ("cat", "dog"), False),
+    ],
+    ids=["own photos", "known names", "all the same", "a benchmark"],
+)
+def test_who_is_a_stranger(compose, overrides, names, stranger):
+    assert loop.is_stranger(validate(compose(*overrides)), asked(*names)) is stranger

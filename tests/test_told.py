@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
 from dataclasses import MISSING, fields, replace
 from types import SimpleNamespace
 
@@ -13,12 +14,14 @@ from rich.console import Console
 
 from common import pipeline
 from common.config.composition import validate
+from common.config.schema import TrainerConfig
 from common.data import task
 from common.report import tables
 from common.run import doctor, loop, preflight
 from common.run.checkpoint import Checkpoints, State
 from common.run.result import FORMAT, Result
 from common.runtime import progress, stopwatch
+from common.training.signs import Signs
 from common.types import Answers, Prediction, UserError
 from tests import data_tree
 from tests.test_tables import result, summary
@@ -76,6 +79,201 @@ def test_a_continued_training_remembers_what_was_paid_before(caplog):
     for _ in range(9):
         watch.see(metrics(0.0))
     assert not caplog.records, "the first update paid somebody"
+
+
+# ---- signs that a training goes wrong
+
+
+def updates(rewards, flat=0.0, cut=0.0, **others):
+    """What updates report that earned these rewards."""
+    shares = {"frac_reward_zero_std": flat, "completions/clipped_ratio": cut}
+    return [
+        {"reward": reward, **shares, "entropy": 0.5, "completions/mean_length": 30.0, **others} for reward in rewards
+    ]
+
+
+def evaluation(step, accuracy, n=200):
+    return {"step": step, "eval/val/accuracy": accuracy, "eval/val/n": n}
+
+
+RATE = "trainer.learning_rate is probably too high"
+SIGNS = {
+    "it learns": (updates([0.2] * 10 + [0.5] * 20), {}),
+    "groups that never differed": (updates([0.0] * 10, flat=1.0), {"flat": "raise trainer.group_size"}),
+    "nine such updates": (updates([0.0] * 9, flat=1.0), {}),
+    "one group differs": (updates([0.3] * 5) + updates([0.1] * 30, flat=15 / 16), {}),
+    "they differ no more": (updates([0.4] * 5) + updates([0.1] * 10, flat=1.0), {"flat": f"0.400 to 0.100; {RATE}"}),
+    "nothing left to learn": (
+        updates([0.4] * 5) + updates([1.0] * 10, flat=1.0),
+        {"flat": "0.400 to 1.000, so there is little left"},
+    ),
+    "an interruption of it": (
+        updates([0.4] * 5) + updates([0.1] * 9, flat=1.0) + updates([0.1]) + updates([0.1] * 9, flat=1.0),
+        {},
+    ),
+    "cut, and so never paid": (
+        updates([0.0] * 10, flat=1.0, cut=0.92),
+        {"cut": "92 % of completions were cut at rollout.max_completion_tokens=64", "flat": "raise rollout.max_comp"},
+    ),
+    "few are cut": (updates([0.2] * 30, cut=0.09), {}),
+    "cut later on": (updates([0.2] * 20) + updates([0.2] * 10, cut=0.5), {"cut": "1"}),
+    "surer without earning more": (
+        updates([0.4] * 10) + updates([0.4] * 10, entropy=0.04),
+        {"entropy": "the entropy of the tokens fell from 0.5 to 0.04"},
+    ),
+    "surer and earning more": (updates([0.4] * 10) + updates([0.5] * 10, entropy=0.04), {}),
+    "a little surer": (updates([0.4] * 10) + updates([0.4] * 10, entropy=0.06), {}),
+    "chaos": (
+        updates([0.4] * 10) + updates([0.2] * 10, entropy=1.6),
+        {"entropy": f"jumped from 0.5 to 1.6, and the mean reward went from 0.400 to 0.200; {RATE}"},
+    ),
+    "short without earning more": (
+        updates([0.4] * 10) + updates([0.3] * 10, **{"completions/mean_length": 9.0}),
+        {"completions/mean_length": "the length of completions fell from 30 to 9"},
+    ),
+    "long without earning more": (
+        updates([0.4] * 10) + updates([0.4] * 10, **{"completions/mean_length": 91.0}),
+        {"completions/mean_length": "jumped from 30 to 91"},
+    ),
+    "accuracy falls": (
+        [evaluation(0, 0.4875), *updates([0.4] + [0.1] * 19), evaluation(20, 0.0)],
+        {"eval/val/accuracy": f"on val fell from 48.75 % before training to 0.00 % after update 20: {RATE}"},
+    ),
+    "accuracy falls while rewards rise": (
+        [evaluation(0, 0.5), *updates([0.4] + [0.8] * 19), evaluation(20, 0.2)],
+        {"eval/val/accuracy": "pay for something else than right answers"},
+    ),
+    "accuracy of few images falls": ([evaluation(0, 0.5, 20), *updates([0.4] * 20), evaluation(20, 0.3, 20)], {}),
+    "accuracy falls a little": ([evaluation(0, 0.5, 9000), evaluation(20, 0.41, 9000)], {}),
+    "supervised, and falling": ([evaluation(0, 0.5), {"loss": 1.0}, evaluation(20, 0.1)], {"eval/val/accuracy": RATE}),
+    "repeated batches": ([row for row in updates([0.0] * 6, flat=1.0) for row in (row, {"loss": 0.0})], {}),
+}
+
+
+@pytest.mark.parametrize(("rows", "expected"), SIGNS.values(), ids=SIGNS.keys())
+def test_signs_with_their_causes(rows, expected):
+    found = Signs(rows, 64).found
+    assert found.keys() == expected.keys()
+    for name, text in expected.items():
+        assert text in found[name] and "\n" not in found[name]
+
+
+def test_a_sign_is_told_once_also_to_a_training_that_goes_on(caplog):
+    rows = [evaluation(0, 0.5), *updates([0.4] * 5), *updates([0.1] * 20, flat=1.0), evaluation(25, 0.1)]
+    watch = loop.Watch(rows[:1], 64)
+    with caplog.at_level(logging.WARNING):
+        for row in rows[1:]:
+            watch.see(row)
+        assert len(caplog.records) == 2 and watch.signs.flat == 20
+        assert "no group's completions have differed" in caplog.records[0].getMessage()
+        assert "accuracy on val fell" in caplog.records[1].getMessage()
+        again = loop.Watch(rows, 64)
+        for row in updates([0.1] * 20, flat=1.0):
+            again.see(row)
+    assert len(caplog.records) == 2 and again.signs.flat == 40
+
+
+def test_what_is_cut_is_named_before_what_follows_from_it(caplog):
+    rows = [{**metrics(0.0), "frac_reward_zero_std": 1.0, "completions/clipped_ratio": 0.92}] * 10
+    watch = loop.Watch([], 64)
+    with caplog.at_level(logging.WARNING):
+        for row in rows:
+            watch.see(row)
+    first, *_, last = [record.getMessage() for record in caplog.records]
+    assert first.startswith("92 % of completions were cut at rollout.max_completion_tokens=64: raise it")
+    assert "'format' paid nobody" in last and "raise rollout.max_completion_tokens first" in last
+    assert loop.note(rows[0], None, watch.silent).startswith("92 % cut at max_completion_tokens · reward")
+    learner = SimpleNamespace(questions=SimpleNamespace(train=[0] * 40))
+    config = SimpleNamespace(
+        trainer=TrainerConfig("grpo", 1e-3, updates=10), rollout=SimpleNamespace(max_completion_tokens=64)
+    )
+    told = pipeline.told(config, learner, 10, rows)
+    assert told["cut"] == {"share": pytest.approx(0.92), "limit": 64} and "planned" not in told
+    before = {"test": summary(accuracy=0.0, truncated=0.95), "val": summary(accuracy=0.0, truncated=0.01)}
+    train = {"updates": 10, "silent_rewards": {"format": "nobody"}, **told}
+    lines = tables.overall_lines(result(before, {}, train=train))
+    assert lines[0].startswith(
+        "95 % of the replies to test, zero-shot, were cut at rollout.max_completion_tokens: raise"
+    )
+    assert lines[1].startswith("92 % of completions were cut at rollout.max_completion_tokens=64")
+    assert "raise rollout.max_completion_tokens first; if they do end, the model never" in lines[-1]
+    assert sum("92 %" in line for line in lines) == 1
+
+
+def test_the_doctor_names_what_is_cut_before_what_follows_from_it():
+    finding = doctor.check_rewards([0.0] * 4, {"format": [0.0] * 4}, 2, cut=0.92, limit=64)
+    with pytest.raises(UserError) as error:
+        doctor.refuse([finding])
+    message = str(error.value)
+    assert message.startswith("doctor: rewards: 92 % of completions were cut at rollout.max_completion_tokens=64")
+    assert ". Raise rollout.max_completion_tokens; 'format': most completions are cut" in message
+    some = doctor.check_rewards([0.0, 1.0], {"format": [0.0, 1.0]}, 2, cut=0.2, limit=64)
+    assert some.verdict == "warning" and some.seen.startswith("20 % of completions were cut")
+    assert doctor.check_rewards([0.0, 1.0], {"format": [0.0, 1.0]}, 2, cut=0.05, limit=64).verdict == "ok"
+
+
+# ---- numbers that are none
+
+
+def test_a_reward_that_is_no_number_is_named_and_not_the_learning_rate():
+    rows = [{"image": f"{n}.png", "completion": "six", "rewards/fair": 1.0, "rewards/mine": n} for n in (3.0, math.nan)]
+    rows.insert(0, {**rows[0], "rewards/mine": None})  # of a judge that did not answer
+    values = {"loss": math.nan, "rewards/fair/mean": 1.0, "rewards/mine/mean": math.nan, "reward": math.nan}
+    with pytest.raises(UserError) as error:
+        loop.check_finite(values, 3, rows)
+    message = str(error.value)
+    assert message.startswith("update 3: loss, reward, rewards/mine/mean not finite")
+    assert "reward 'mine': it gave nan for 'six' to image nan.png" in message and "rewards.mine.fn" in message
+    assert "learning_rate" not in message and "fair" not in message
+    with pytest.raises(UserError, match=r"update 3: grad_norm not finite.*Lower trainer.learning_rate"):
+        loop.check_finite({**dict.fromkeys(values, 1.0), "grad_norm": math.inf}, 3, rows)
+    loop.check_finite(dict.fromkeys(values, 1.0), 3, rows)
+
+
+def test_the_doctor_names_a_reward_that_is_no_number():
+    finding = doctor.check_rewards([math.nan, 1.0], {"fair": [0.0, 1.0], "mine": [math.nan, 0.0]}, 2)
+    assert finding.verdict == "failed" and "'mine' gave nan for 1 of 2 completions" in finding.seen
+    assert "rewards.mine.fn" in finding.fix
+
+
+# ---- patience
+
+
+def test_patience_needs_validation_images():
+    config = SimpleNamespace(
+        evaluate="last", trainer=SimpleNamespace(name="grpo", patience=2), data=SimpleNamespace(name="dtd")
+    )
+    with pytest.raises(UserError, match="trainer.patience=2 .*data=dtd has none.*trainer.patience=0"):
+        preflight.check_choice(config, SimpleNamespace(evaluation={"test": []}))
+    preflight.check_choice(config, SimpleNamespace(evaluation={"val": [], "test": []}))
+    config.trainer.name = "none"
+    preflight.check_choice(config, SimpleNamespace(evaluation={"test": []}))
+
+
+def test_a_training_that_patience_has_ended_says_so():
+    config = SimpleNamespace(
+        trainer=TrainerConfig("sft", 1e-3, updates=8), rollout=SimpleNamespace(max_completion_tokens=64)
+    )
+    told = pipeline.told(config, SimpleNamespace(questions=SimpleNamespace(train=[0] * 16)), 2, [])
+    assert told["planned"] == 8
+    best = {"best": {"update": 0, "accuracy": 0.4875, "split": "val"}, "tested": 2}
+    lines = tables.training_lines(result({}, {}, train={"updates": 2, **told, **best}))
+    assert lines[0] == "stopped by patience after 2 of 8 updates"
+    assert "the best evaluation was before training (48.75 % on val" in lines[1]
+
+
+def test_the_untrained_model_is_the_first_that_can_be_the_best(process_group):
+    right = [Prediction(str(i), "x", 0, "x", good, good) for i, good in enumerate((True, False, True, True))]
+    recorder = SimpleNamespace(
+        kept=lambda phase, split: Answers(right, 0.0) if (phase, split) == ("before", "val") else 1
+    )
+    predictor = SimpleNamespace(questions=SimpleNamespace(evaluation={"val": [], "test": []}))
+    config = SimpleNamespace(trainer=SimpleNamespace(evaluate_every=5, evaluate_limit=None))
+    assert loop.untrained(predictor, config, recorder) == (0, 0.75)
+    config.trainer.evaluate_limit = 2  # the images that are watched
+    assert loop.untrained(predictor, config, recorder) == (0, 1.0)
+    config.trainer.evaluate_every = 0
+    assert loop.untrained(predictor, config, recorder) is None
 
 
 # ---- evaluate=best
@@ -261,14 +459,17 @@ def test_a_run_tests_its_best_update_and_tells_all(runner, untrained_folder, tmp
     arguments += ["evaluate=best", "trainer.evaluate_every=1", "trainer.learning_rate=1e-3", "label_scoring=false"]
     assert runner(folder, [*arguments, "trainer.prompts_per_update=2", "tracking=none"]) == 0
     found = Result.load(folder)
-    # an untrained model is never right, so no later evaluation is better than the first
-    assert found.train["tested"] == 1 and found.train["best"] == {"update": 1, "accuracy": 0.0, "split": "val"}
+    # this model is never right, so no evaluation is better than the one before training
+    assert found.train["tested"] == 0 and found.train["best"] == {"update": 0, "accuracy": 0.0, "split": "val"}
+    assert "update 0 of 2; the best evaluation was before training (0.00 % on val" in "".join(
+        tables.training_lines(found)
+    )
     assert found.train["silent_rewards"] == {"equality": "nobody"}
     seconds = found.train["seconds"]
     assert sum(value for phase, value in seconds.items() if phase != "total") == pytest.approx(seconds["total"])
     assert {"data", "model", "rollout", "update", "evaluation before", "evaluation after"} <= seconds.keys()
     best, last, tested = (
         (folder / name / "model.safetensors").read_bytes()
-        for name in ("checkpoints/step-000001/model", "checkpoints/step-000002/model", "model")
+        for name in ("checkpoints/step-000000/model", "checkpoints/step-000002/model", "model")
     )
     assert tested == best != last

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
+import socket
+import threading
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
+from common.config.composition import validate
 from common.config.schema import TrackingConfig
 from common.data.digits import Digits
 from common.evaluation.evaluate import Evaluation
 from common.report import __main__ as command
+from common.report import tables
 from common.report.paper import page, points, tracked
 from common.run import tracking
 from common.types import Answers, Prediction, Reply
@@ -113,7 +121,7 @@ def test_the_result_is_summed_up_with_its_predictions_and_confusions(tmp_path):
     tracker.close(failed=False)
     (file,) = folder.rglob("*.wandb")
     found = summary_of(file)
-    assert found["summary"]["before/test"] == 25 and found["summary"]["gain/test"] == pytest.approx(100 / 3 - 25)
+    assert found["summary"]["before/test"] == 0.25 and found["summary"]["gain/test"] == pytest.approx(1 / 3 - 0.25)
     tables = [json.loads(path.read_text()) for path in folder.rglob("*.table.json")]
     (shown,) = [table["data"] for table in tables if "reply" in table["columns"]]
     assert [(row[1], row[2]) for row in shown] == [("six", "Zero"), ("zero", "a heart")], "the wrong ones first"
@@ -147,3 +155,152 @@ def test_key_in_netrc_counts(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password k")
     assert tracking.resolve_mode("auto") == "online"
+
+
+@contextmanager
+def server(status, body):
+    """W&B's, on this machine; what it was asked with is in `asked`."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append(self.headers["Authorization"])
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_):
+            return
+
+    asked = []
+    with HTTPServer(("127.0.0.1", 0), Handler) as listening:
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{listening.server_port}", asked
+        listening.shutdown()
+
+
+@pytest.fixture
+def with_key(monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "trouble"),
+    [
+        (200, '{"data": {"viewer": {"id": "me"}}}', None),
+        (200, '{"data": {"viewer": null}}', "does not know the API key"),
+        (401, "", "does not take the API key"),  # a malformed one
+        (503, "", "503"),
+        (200, "<html>log in to this hotel", "does not answer as W&B does"),
+        (200, "[]", "does not answer as W&B does"),
+    ],
+)
+def test_online_only_where_the_server_takes_the_key(monkeypatch, with_key, caplog, status, body, trouble):
+    with server(status, body) as (address, asked), caplog.at_level(logging.WARNING):
+        monkeypatch.setenv("WANDB_BASE_URL", address)
+        mode = tracking.settled_mode("auto")
+    assert len(asked) == 1
+    if trouble is None:
+        assert mode == "online" and not caplog.records
+    else:
+        (record,) = caplog.records
+        assert mode == "offline" and trouble in record.message and "tracked offline, `wandb sync`" in record.message
+
+
+def test_without_a_network_it_is_offline_within_seconds(monkeypatch, with_key, caplog):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{probe.getsockname()[1]}")
+        assert tracking.settled_mode("auto") == "offline" and "cannot be reached" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(tracking, "LONGEST_ANSWER", 0.2)
+    monkeypatch.setattr(tracking, "_asked", lambda *_: time.sleep(5))  # as looking up a name may
+    began = time.monotonic()
+    assert tracking.settled_mode("online") == "offline" and "does not answer" in caplog.text
+    assert time.monotonic() - began < 2
+
+
+def test_nobody_is_asked_who_need_not_be(monkeypatch, with_key, tmp_path, caplog):
+    monkeypatch.setattr(tracking, "_asked", lambda *_: pytest.fail("asked"))
+    assert [tracking.settled_mode(mode) for mode in ("offline", "disabled")] == ["offline", "disabled"]
+    monkeypatch.setenv("RANK", "1")
+    assert tracking.settled_mode("online") == "online", "rank 0 tracks"
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WANDB_API_KEY")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert tracking.settled_mode("online") == "offline" and "there is no API key" in caplog.text
+
+
+def test_the_mode_is_settled_before_the_model_is_loaded(monkeypatch, compose, tmp_path, process_group):
+    from common import pipeline
+
+    class Loaded(Exception):
+        pass
+
+    def build(config, *_):
+        assert config.tracking.mode == "offline"
+        raise Loaded
+
+    monkeypatch.setattr(pipeline, "settled_mode", lambda mode: "offline")
+    monkeypatch.setattr(pipeline, "locate", lambda *_: build)
+    config = validate(compose("tracking.mode=online", "shots=170"))
+    (tmp_path / "run").mkdir()
+    with pytest.raises(Loaded):
+        pipeline.run(config, {}, tmp_path / "run")
+    assert config.tracking.mode == "online", "the request stays as it was given"
+
+
+@pytest.mark.slow
+def test_a_server_that_takes_the_key_and_no_run_costs_a_warning(monkeypatch, tmp_path, caplog):
+    import wandb
+
+    begin, modes = wandb.init, []
+
+    def refuse(**arguments):
+        modes.append(arguments["mode"])
+        if arguments["mode"] == "online":
+            raise wandb.errors.CommError("permission\ndenied")
+        return begin(**arguments)
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    config = TrackingConfig(name="wandb", project="p", mode="online")
+    tracker = tracking.WandbTracker(config, tmp_path, "train", [], {}, ["test"], Digits().open)
+    tracker.log({"reward": 0.5}, 1)
+    tracker.close(failed=False)
+    assert modes == ["online", "offline"] and "permission denied; the run is tracked offline" in caplog.text
+    (file,) = tmp_path.rglob("*.wandb")
+    assert summary_of(file)["exit"] == 0
+
+
+def test_a_group_holds_what_differs_in_its_seed_alone(compose_named):
+    """docs/runs.md: two runs are in one group where their configurations differ in nothing else that decides a result."""
+    group = {
+        change: compose_named(*change.split()).tracking.group
+        for change in (
+            "seed=1",
+            "seed=2",
+            "gpus=2",
+            "method=clsrl",
+            "model=qwen2_vl_2b",
+            "protocol=official",
+            "trainer.learning_rate=1e-5",
+            "rewards.accuracy.weight=2",
+            "data=folder data.folder=/photos/a",
+            "data=folder data.folder=/photos/b",
+            "label=mine",
+        )
+    }
+    assert group["seed=1"] == group["seed=2"] == group["gpus=2"]
+    assert len(set(group.values())) == len(group) - 2, group
+
+
+def test_every_attempt_that_was_offline_is_uploaded(tmp_path, capsys):
+    folder = tmp_path / "my run"
+    for day in ("20260101_100000-a", "20260102_100000-a"):
+        (folder / "wandb" / f"offline-run-{day}").mkdir(parents=True)
+    tables.show(result_with({"test": summary_with(accuracy=0.25)}, {}), folder)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "wandb sync" in line]
+    where = folder / "wandb" / "offline-run-"
+    assert line.endswith(f"wandb sync '{where}20260101_100000-a' '{where}20260102_100000-a'")

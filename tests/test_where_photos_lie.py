@@ -127,7 +127,12 @@ def test_values_that_cannot_be_read_name_their_key(value):
 
 
 def test_the_command_line_quotes(monkeypatch):
-    for name in ("HYDRA_FULL_ERROR", "OMP_WAIT_POLICY"):  # set by the entry point, restored after the test
+    for name in (
+        "HYDRA_FULL_ERROR",
+        "OMP_WAIT_POLICY",
+        "MKL_DYNAMIC",
+        "OMP_DYNAMIC",
+    ):  # set by the entry point, restored after the test
         monkeypatch.setenv(name, "")
     monkeypatch.setattr(sys, "argv", ["run.py", "data=folder", "data.folder=~/photos"])
     monkeypatch.setattr(run, "main", lambda: None)

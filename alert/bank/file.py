@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.counted import counted
 from common.types import UserError
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def check_fits(path: Path, entries: torch.Tensor, shape: Sequence[int], fix: str
         categories, tokens, width = shape
         raise UserError(
             f"{path} holds embeddings of shape {list(entries.shape)} instead of {list(shape)}"
-            f" ({categories} categories, {tokens} tokens of an image, width {width}); {fix}"
+            f" ({counted(categories, 'category')}, {counted(tokens, 'token')} of an image, width {width}); {fix}"
         )
 
 

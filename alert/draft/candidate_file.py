@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from alert.draft.accounting import RECALL_AT, place_of, recall
 from alert.draft.candidates import DEPTH, Candidates, Origin
 from alert.draft.references import name_groups
+from common.counted import agree, counted
 from common.data.manifest import digest
 from common.types import UserError
 
@@ -194,7 +195,7 @@ def _read_arrays(path: Path) -> list[NDArray[Any]]:
 def _check_names(path: Path, written: list[str], names: list[str]) -> None:
     if len(written) != len(names):
         raise UserError(
-            f"method.draft_file: {path} has {len(written)} classes, the run {len(names)}; give the right file"
+            f"method.draft_file: {path} has {counted(len(written), 'class')}, the run {len(names)}; give the right file"
         )
     for label, (there, here) in enumerate(zip(written, names, strict=True)):
         if there != here:
@@ -206,8 +207,9 @@ def _rows(path: Path, known: list[str], images: Sequence[str], split: str) -> li
     if missing := [image for image in images if image not in rows]:
         instead = ", or watch no images with validation=none" if split == "val" else ""
         raise UserError(
-            f"method.draft_file: {path} has no candidates for {missing[0]} ({len(missing):,} of {len(images):,} images"
-            f" of '{split}' are missing); write it for all of them, or give each split a file of its own: SPLIT in"
+            f"method.draft_file: {path} has no candidates for {missing[0]} ({len(missing):,} of"
+            f" {counted(len(images), 'image')} of '{split}' {agree(len(missing), 'is', 'are')} missing); write it for"
+            " all of them, or give each split a file of its own: SPLIT in"
             f" method.draft_file stands for its name{instead}"
         )
     return [rows[image] for image in images]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from common.counted import agree
 from common.types import Split, Task, UserError
 
 
@@ -14,7 +15,8 @@ def check_images(task: Task) -> None:
     present = {item.label for item in task.train.items}
     if missing := [name for label, name in enumerate(task.train.names) if label not in present]:
         raise UserError(
-            f"ALERT begins every category from its training images, but {len(missing)} have none, first: '{missing[0]}'"
+            f"ALERT begins every category from its training images, but {len(missing)}"
+            f" {agree(len(missing), 'has', 'have')} none, first: '{missing[0]}'"
             "; use more shots, or put the dataset's training images into its folder"
         )
 
@@ -29,7 +31,8 @@ def train_labels(task: Task, split: str) -> list[int]:
     names = task.evaluation[split].names
     if missing := [name for name in names if name not in trained]:
         raise UserError(
-            f"ALERT knows only categories with training images, but {len(missing)} of '{split}' have none, first:"
+            f"ALERT knows only categories with training images, but {len(missing)} of '{split}'"
+            f" {agree(len(missing), 'has', 'have')} none, first:"
             f" '{missing[0]}'; use setting=few_shot or shift"
         )
     if names == task.train.names:

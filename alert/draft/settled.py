@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.config.schema import Config
+from common.counted import agree
 from common.plugins import check_call, locate
 from common.types import Task, UserError
 
@@ -59,7 +60,7 @@ def check(config: Config, name: str, task: Task) -> None:
             prompts.of_templates(names, config.clip.templates)
         else:
             prompts.of_file(Path(config.clip.prompts).expanduser(), names)
-    learner.check_val("val" in task.evaluation)
+    learner.check_val("val" in task.evaluation or config.selection == "paper")
     if learner.generated is not None and learner.generated_per_class:
         key = f"few_shot.{name}.generated"
         generated.pick(key, learner.generated, learner.generated_per_class, task.train.names, config.seed)
@@ -77,7 +78,8 @@ def check_classes(name: str, learner: FewShot, task: Task) -> None:
     present = {item.label for item in task.train.items}
     if missing := [each for label, each in enumerate(task.train.names) if label not in present]:
         raise UserError(
-            f"{name} needs a picture of every class, but {len(missing)} have none, first: '{missing[0]}'; use more"
+            f"{name} needs a picture of every class, but {len(missing)} {agree(len(missing), 'has', 'have')} none,"
+            f" first: '{missing[0]}'; use more"
             " shots"
         )
     if learner.fixed_classes:

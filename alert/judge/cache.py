@@ -19,10 +19,7 @@ class Replies:
     """Replies by judge and prompt. Each file also holds the prompt: a reader can see what was asked."""
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
-        """
-        Raises:
-            UserError: The folder cannot be made.
-        """
+        """`folder`: made if it is not there. `limit_bytes`: 0: nothing is kept."""
         self.cache = DiskCache(folder, limit_bytes, ".json")
 
     @staticmethod

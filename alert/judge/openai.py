@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from alert.judge.base import JudgeUnavailable, Keep, Model, Runtime, check_server, forget
 from alert.judge.prompt import judge_prompt, neutral, uncut
+from common.counted import counted
 from common.types import UserError
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ class OpenAIServer:
         if failures:
             where = f"{self.model} at {self.runtime.base_url}"
             raise JudgeUnavailable(
-                f"{where} left {len(failures)} of {len(prompts)} questions open: {failures[0].reason}", answers
+                f"{where} left {len(failures)} of {counted(len(prompts), 'question')} open: {failures[0].reason}",
+                answers,
             )
         return [answer for answer in answers if answer is not None]
 

@@ -26,7 +26,9 @@ knows = frozenset(CLASSES)  # classes whose pictures it was pre-trained on
 
 def meter() -> PromptMeter:
     """Measures prompts for this model without building it."""
-    return tiny_gemma3.meter(corpus)
+    measure = tiny_gemma3.meter(corpus)
+    measure.config["text_config"] = tiny_gemma3.TEXT  # how much it reads
+    return measure
 
 
 def cached_folder(cache_dir: Path) -> Path:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -56,6 +56,7 @@ SCHEMAS = {
 NOT_IN_SIGNATURE = ("tracking", "label", "run_name", "gpus", "cache_dir", "checkpoint", "doctor", "manifest", "dry")
 # The manifest says which pictures were left out, so a run that met bad ones, or doubles, may continue.
 NOT_IN_SIGNATURE_OF_DATA = ("root", "cache_gb", "skip_bad", "duplicates", "near_duplicates", "own_photos", "licence")
+NOT_IN_SIGNATURE_OF_MODEL = ("licence", "max_prompt_tokens")  # a prompt is refused or asked whole
 NOT_IN_SIGNATURE_OF_REWARDS = ("runtime",)  # of a reward that is computed elsewhere: address, patience, cache
 
 
@@ -69,6 +70,11 @@ def of_shots(shots: int | str, values: list[Any]) -> Any:
     return values[max(0, reached - 1)]
 
 
+def of_selection(selection: str, val: Any, paper: Any) -> Any:
+    """`${of_selection:${selection},…,…}`: a value for `selection=val`, and one for `selection=paper`."""
+    return paper if selection == "paper" else val
+
+
 def register() -> None:
     """Make the schemas known to Hydra."""
     store = ConfigStore.instance()
@@ -76,8 +82,12 @@ def register() -> None:
         store.store(group="schema", name=name, node=schema)
 
 
-def validate(cfg: DictConfig) -> Config:
+def validate(cfg: DictConfig, typed: Sequence[str] = ()) -> Config:
     """Check a composed configuration and return it as plain dataclasses.
+
+    Args:
+        cfg: Without Hydra's own part.
+        typed: The overrides that a user gave, which must have an effect.
 
     Raises:
         UserError: With the key at fault.
@@ -119,6 +129,7 @@ def validate(cfg: DictConfig) -> Config:
     consistency.check_overlap(config)
     consistency.check_deepspeed(config.deepspeed)
     _check_calls(config, cfg)
+    consistency.check_typed(config, typed)
     return config
 
 
@@ -210,13 +221,15 @@ def decides_result(values: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in values.items() if key not in NOT_IN_SIGNATURE}
     if "data" in kept:
         kept["data"] = _data(kept["data"])
+    if "learner" in kept:  # how it is asked afterwards
+        kept["learner"] = _without(kept["learner"], ("asks_alone",))
     if "setting" in kept and kept["setting"].get("test_per_class") is None:  # as before there was such a key
         kept["setting"] = _without(kept["setting"], ("test_per_class",))
     if targets := kept.get("setting", {}).get("targets"):
         targets = {name: _data(one) for name, one in targets.items()}
         kept["setting"] = kept["setting"] | {"targets": targets}
     if "model" in kept:
-        model = _without(kept["model"], ("licence",))
+        model = _without(kept["model"], NOT_IN_SIGNATURE_OF_MODEL)
         kept["model"] = model if model.get("path") is None else model | {"recipe": None}  # not used then
     if (trainer := kept.get("trainer", {})).get("patience") == 0:  # likewise
         kept["trainer"] = _without(trainer, ("patience",))
@@ -249,7 +262,18 @@ def _without(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 
 def signature(values: dict[str, Any]) -> str:
     """Twelve hex digits that name a configuration; equal for equal results."""
-    text = json.dumps(decides_result(values), sort_keys=True, default=str)
+    return _digits(decides_result(values))
+
+
+def signed(values: dict[str, Any], digits: str) -> bool:
+    """Whether these are the signature of the values, also as it was while `model.max_prompt_tokens` counted."""
+    kept, limit = decides_result(values), values.get("model", {}).get("max_prompt_tokens")
+    former = kept | {"model": kept.get("model", {}) | {"max_prompt_tokens": limit}}
+    return digits in (_digits(kept), _digits(former))
+
+
+def _digits(kept: dict[str, Any]) -> str:
+    text = json.dumps(kept, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -271,3 +295,4 @@ def differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> lis
 
 run_name.register(decides_result)  # here, since a launcher's worker imports this module but does not call `register`
 OmegaConf.register_new_resolver("of_shots", of_shots, replace=True)
+OmegaConf.register_new_resolver("of_selection", of_selection, replace=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from common.config.schema import Config, GRPOConfig
@@ -57,3 +60,99 @@ def check_deepspeed(values: dict[str, Any]) -> None:
     stage = values.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise UserError(f"deepspeed.zero_optimization.stage={stage}: choose 0, 1, 2 or 3")
+
+
+@dataclass(frozen=True)
+class Overruled:
+    """A key that another value makes meaningless.
+
+    key: it, and all below it. by: what goes first, from the configuration: `key=value`; None: the key counts. fix: what
+    would give it an effect.
+    """
+
+    key: str
+    by: Callable[[Config], str | None]
+    fix: str
+
+
+def _if(key: str, holds: Callable[[Any], bool]) -> Callable[[Config], str | None]:
+    """`key=value` of a configuration, if that holds for the value; None where there is no such key."""
+
+    def by(config: Config) -> str | None:
+        value: Any = config
+        for part in key.split("."):
+            value = value.get(part, _NOTHING) if isinstance(value, dict) else getattr(value, part, _NOTHING)
+        return f"{key}={value}" if value is not _NOTHING and holds(value) else None
+
+    return by
+
+
+_NOTHING = object()
+
+
+def _given(value: Any) -> bool:
+    return value is not None
+
+
+def _differs(key: str, other: Callable[[Config], Any]) -> Callable[[Config], str | None]:
+    return lambda config: _if(key, lambda value: value != other(config))(config)
+
+
+OVERRULED = (
+    Overruled("trainer.epochs", _if("trainer.updates", _given), "add trainer.updates=null"),
+    Overruled("trainer.evaluate_limit", _if("trainer.evaluate_every", lambda n: n == 0), "set trainer.evaluate_every"),
+    Overruled("trainer.final_ratio", _if("trainer.schedule", lambda s: s == "constant"), "choose another schedule"),
+    Overruled(
+        "trainer.importance_cap", _if("trainer.importance_correction", lambda c: c == "none"), "choose a correction"
+    ),
+    Overruled(
+        "trainer.resample_rounds",
+        _if("trainer.zero_variance", lambda z: z != "resample"),
+        "set trainer.zero_variance=resample",
+    ),
+    Overruled("model.recipe", _if("model.path", _given), "leave one of the two out"),
+    Overruled(
+        "model.revision", _if("model.path", lambda p: p is None or Path(p).expanduser().is_dir()), "give a hub id"
+    ),
+    Overruled("model.lora.alpha", _if("model.lora.r", lambda r: r == 0), "set model.lora.r"),
+    Overruled("model.lora.targets", _if("model.lora.r", lambda r: r == 0), "set model.lora.r"),
+    Overruled("model.gpus", _differs("gpus", lambda config: config.model.gpus), "set gpus alone"),
+    Overruled("protocol.sampler", _differs("sampler", lambda config: config.protocol.sampler), "set sampler alone"),
+    Overruled(
+        "setting.list_share",
+        _differs("method.list_share", lambda config: config.setting.list_share),
+        "set setting.list_share alone",
+    ),
+    Overruled(
+        "data.question", _if("method.list_share", lambda share: share == 0), "open questions are data.open_question"
+    ),
+    Overruled("data.open_question", _if("method.list_share", lambda share: share > 0), "use setting=open_set"),
+    Overruled("data.folder", _if("data.source", lambda source: source == "hub"), "use data.source=local"),
+    Overruled("data.reader", _if("data.source", lambda source: source == "hub"), "use data.source=local"),
+    Overruled("data.hub", _if("data.source", lambda source: source == "local"), "use data.source=hub"),
+    Overruled("clip.templates", _if("clip.prompts", _given), "add clip.prompts=null"),
+    Overruled("method.draft_file", _if("method.draft", lambda draft: draft != "file"), "add method.draft=file"),
+    Overruled("method.initialisation", _if("method.bank", _given), "add method.bank=null"),
+)
+
+
+def check_typed(config: Config, typed: Sequence[str]) -> None:
+    """What a user typed has an effect.
+
+    Args:
+        config: What became of it.
+        typed: Overrides of the command line, or of a sweep's point.
+
+    Raises:
+        UserError: Names what goes first.
+    """
+    given = {key.lstrip("+"): value for key, _, value in (each.partition("=") for each in typed) if key[:1] != "~"}
+    if "run_name" in given and given.get("label", "null") != "null":
+        raise UserError(f"label={given['label']} has no effect: run_name={given['run_name']} goes first; leave one out")
+    for rule in OVERRULED:
+        for key, value in given.items():
+            if value in ("null", "") or not f"{key}.".startswith(f"{rule.key}."):
+                continue
+            if (by := rule.by(config)) is not None:
+                chosen = "" if by.partition("=")[0] in given else ", from a file of conf/,"
+                raise UserError(f"{key}={value} has no effect: {by}{chosen} goes first; {rule.fix}")

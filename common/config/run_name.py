@@ -8,7 +8,6 @@ and the same configuration has the same name on every machine.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import re
@@ -30,7 +29,9 @@ from common.types import UserError
 CONF = Path(__file__).parent.parent.parent / "conf"
 NAMED = ("method", "data", "setting", "protocol", "model")  # the groups whose options stand in every name
 WORD = re.compile(r"\w[\w.+=-]*")  # part of a folder's name on every system
+KEPT = 64  # compositions
 _being_named: set[int] = set()
+_composed: dict[tuple[tuple[str, ...], tuple[str, ...]], DictConfig | None] = {}  # by options and sources
 
 
 def register(decides_result: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -135,20 +136,34 @@ def _usual(options: tuple[str, ...], draw: str, sources: tuple[str, ...]) -> dic
     composed = _compose(options, sources)
     if composed is None:
         return {}
-    usual = copy.deepcopy(composed)
-    usual.shots, usual.seed = json.loads(draw)
-    return _plain(usual)
+    composed.shots, composed.seed = json.loads(draw)
+    return _plain(composed)
 
 
-@lru_cache(maxsize=64)
 def _compose(options: tuple[str, ...], sources: tuple[str, ...]) -> DictConfig | None:
+    """What Hydra makes of options of NAMED, of any shots and seed; None if there are none."""
+    if (options, sources) in _composed:
+        return _composed[options, sources]
     if not sources:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             return _compose(options, _sources())
     try:
-        return hydra.compose("config", [f"{group}={option}" for group, option in zip(NAMED, options, strict=True)])
+        found = hydra.compose("config", [f"{group}={option}" for group, option in zip(NAMED, options, strict=True)])
     except HydraException:
-        return None
+        found = None
+    return _keep(options, sources, found)
+
+
+def already_composed(task: DictConfig) -> None:
+    """Spare a composition: in this one only options of NAMED, shots and seed were chosen. It will be changed."""
+    _keep(tuple(str(OmegaConf.select(task, f"{group}.name")) for group in NAMED), _sources(), task)
+
+
+def _keep(options: tuple[str, ...], sources: tuple[str, ...], found: DictConfig | None) -> DictConfig | None:
+    if len(_composed) >= KEPT:
+        del _composed[next(iter(_composed))]
+    _composed[options, sources] = found
+    return found
 
 
 def _leaves(value: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], str]:

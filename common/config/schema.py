@@ -57,13 +57,13 @@ class LoraConfig:
 
 @dataclass
 class ModelConfig:
-    """A model: a folder (whole or adapters) or hub id (`path`); without one, what a module with `build` and
-    `meter` makes (`recipe`).
+    """A model: a folder (whole or adapters) or hub id (`path`); without one, what the module `recipe` makes.
 
     resize: how an image becomes image_size x image_size: `squash`, `crop` (shorter side, then the centre) or `pad`.
-    image_attention: `family` (the architecture's own) or `causal`. freeze_vision: tower and projector, but for what
-    `lora.projector` trains. feature_cache_gb: disk space for the image features of a frozen vision tower, 0: no cache.
-    load_in_8bit: bitsandbytes' LLM.int8(), for the base of adapters or without training. licence: of the weights.
+    max_prompt_tokens: longer prompts are refused; null: those that the model cannot read. image_attention: `family`
+    (the architecture's own) or `causal`. freeze_vision: tower and projector, but for what `lora.projector` trains.
+    feature_cache_gb: disk space for image features of a frozen tower, 0: no cache. load_in_8bit: bitsandbytes'
+    LLM.int8(), for the base of adapters or without training. licence: of the weights.
     """
 
     name: str = MISSING
@@ -74,7 +74,7 @@ class ModelConfig:
     dtype: str = "bfloat16"
     image_size: int = MISSING
     resize: str = "squash"
-    max_prompt_tokens: int = MISSING
+    max_prompt_tokens: int | None = None
     gradient_checkpointing: bool = False
     image_attention: str = "family"
     freeze_vision: bool = False

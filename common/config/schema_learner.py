@@ -13,12 +13,15 @@ from common.types import UserError
 
 @dataclass
 class LearnerConfig:
-    """What is trained and tested (common/learner.py). needs_shots: without a `trainer`, too."""
+    """What is trained and tested (common/learner.py). needs_shots: without a `trainer`, too. asks_alone: a finished one
+    is asked without the pictures that it was trained on.
+    """
 
     name: str = MISSING
     build: str = MISSING
     check: str = MISSING
     needs_shots: bool = True
+    asks_alone: bool = False
 
 
 @dataclass
@@ -26,8 +29,9 @@ class EncoderConfig:
     """A frozen encoder of pictures, whose features few-shot learners are fitted on.
 
     load: the function that makes it, null: none; options: its arguments. dtype: that it computes in, and that features
-    are kept in. views: random views of a training picture that differ, each covering a share of it between `crop`, and
-    mirrored with probability `flip`.
+    are kept in. views: random views of a training picture before a training repeats them, and as many others for keys;
+    null: another one in every epoch. crop: shares of the picture that they cover, null: the learner's own. flip: the
+    probability that one is mirrored.
     """
 
     name: str = MISSING
@@ -35,15 +39,16 @@ class EncoderConfig:
     options: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     batch: int = 64
-    views: int = 10
-    crop: list[float] = field(default_factory=lambda: [0.5, 1.0])
+    views: int | None = 10
+    crop: list[float] | None = None
     flip: float = 0.5
 
     def __post_init__(self) -> None:
         one_of("clip.dtype, visual.dtype", self.dtype, ("float32", "float16"))
         positive("clip.batch, visual.batch", self.batch)
-        positive("clip.views, visual.views", self.views)
-        if len(self.crop) != 2 or not 0 < self.crop[0] <= self.crop[1] <= 1:
+        if self.views is not None:
+            positive("clip.views, visual.views", self.views)
+        if self.crop is not None and (len(self.crop) != 2 or not 0 < self.crop[0] <= self.crop[1] <= 1):
             raise UserError(f"clip.crop={self.crop} must be two shares of a picture, such as [0.5,1]")
         if not 0 <= self.flip <= 1:
             raise UserError(f"clip.flip={self.flip} must be a probability")

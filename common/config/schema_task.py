@@ -24,9 +24,10 @@ class DataConfig:
     `source=hub`, where such an id is known. root: the folder of all datasets. folder: this one's, inside root or
     absolute. cache_gb: disk space for decoded images. aliases: JSON file, class name to other words for it. published:
     the sizes to expect. duplicates: what to do about pictures that are there twice (`warn`, `refuse`, `ignore`).
-    near_duplicates: look for pictures that look alike, too. background: colour behind what is transparent, as a name
-    (black) or in hexadecimal ('#80a0ff'). own_photos: nobody else's picks are to be met, so unusable images are
-    replaced, and the folder may also be inside the working directory. licence: of the pictures, for model cards.
+    near_duplicates: look for pictures that look alike, too; null: among up to 20,000 pictures. background: colour
+    behind what is transparent, as a name (black) or in hexadecimal ('#80a0ff'). own_photos: nobody else's picks are to
+    be met, so unusable images are replaced, and the folder may also be inside the working directory. licence: of the
+    pictures, for model cards.
     """
 
     name: str = MISSING
@@ -43,7 +44,7 @@ class DataConfig:
     aliases: str | None = None
     published: dict[str, int] = field(default_factory=dict)
     duplicates: str = "warn"
-    near_duplicates: bool = False
+    near_duplicates: bool | None = False
     background: str = "white"
     own_photos: bool = False
     licence: str | None = None

@@ -55,6 +55,8 @@ def explain(error: Exception, arguments: Sequence[str]) -> str | None:
         advice = (
             "hydra/launcher=slurm: there is no srun here; submit from a cluster, or try hydra/launcher=submitit_local"
         )
+        if refused := re.findall(r"sbatch: error: (.+?)(?=\.?\s+(?:sbatch: error:|Command ')|\s*$)", text):
+            return f"SLURM takes no such job ({'; '.join(refused)}); change the values of hydra.launcher"
         return advice if 'Could not detect "srun"' in text else None
     where = file[0] if (file := re.match(r"In '[^']*/[^']*': ", text)) else ""
     if missing := re.search(r"Could not find '(\S+)/([^'/]+)'\s+Available options in '[^']+':((?:\n\t\S+)+)", text):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+from common.counted import counted
 from common.data.images import FileImages
 from common.data.litter import summary
 from common.data.location import Location
@@ -80,7 +81,7 @@ def names_by_label(location: Location, parts: Parts, where: str) -> tuple[str, .
         if label not in names:
             strange = next(key for key in names if not 0 <= key < len(names))
             raise location.error(
-                f"{where} has {len(names)} labels, which must be 0 to {len(names) - 1}, but {label} does not occur and"
-                f" {strange} ('{names[strange]}') does"
+                f"{where} has {counted(len(names), 'label')}, which must be 0 to {len(names) - 1}, but"
+                f" {label} does not occur and {strange} ('{names[strange]}') does"
             )
     return tuple(names[label] for label in range(len(names)))

@@ -23,8 +23,10 @@ from rich.text import Text
 from common.config import composition as config
 from common.config.command_line import literal
 from common.config.schema_task import DataConfig
+from common.counted import agree, counted
 from common.data.source import find, load
 from common.runtime import utf8
+from common.runtime.progress import bar, doing, watched
 from common.types import BadImage, Source, UserError
 
 CONF = Path(__file__).parent.parent.parent / "conf"
@@ -66,7 +68,7 @@ def _missing_images(name: str, source: Source) -> Iterator[str]:
         except BadImage as error:
             count, first = count + 1, first or f"{image} ({error})"
     if count:
-        yield f"{count:,} of {len(own):,} images are missing or empty, first: {first}"
+        yield f"{count:,} of {counted(len(own), 'image')} {agree(count, 'is', 'are')} missing or empty, first: {first}"
 
 
 def _differences(published: dict[str, int], sizes: dict[str, int]) -> Iterator[str]:
@@ -142,10 +144,14 @@ def main(arguments: Sequence[str]) -> int:
     names = [argument for argument in arguments if "=" not in argument]
     overrides = [argument for argument in arguments if "=" in argument]
     console = Console(width=None if Console().is_terminal else 140)
-    reports = []
-    for data in configured(names, overrides):
-        with console.status(Text(f"looking at {data.name}")):
-            reports.append(examine(data))
+    with watched("reading the configurations of " + (", ".join(names) or "all datasets")):
+        chosen = configured(names, overrides)
+        reports = []
+        with bar("looking at the datasets", len(chosen)) as shown:
+            for data in chosen:
+                with doing(f"looking at {data.name}"):
+                    reports.append(examine(data))
+                shown.advance(data.name)
     console.print(table(reports))
     for line in lines(reports):
         console.print(Text(line), soft_wrap=True)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 SIDE = 8  # of a difference hash
 DISTANCE = 4  # bits of 64 in which pictures that look alike may differ: enough for other sizes and stronger compression
 FLAT = 8  # grey levels of 256: a picture within so few has no hash, since all such pictures would look alike
+FEW = 20_000  # pictures among which those that look alike are found within half a minute
 CHUNK = 1024  # pictures that are compared with all others together
 WORDS = {
     "train_and_test": "identical pictures in training and test",

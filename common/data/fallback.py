@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping, Sequence
 
+from common.counted import counted
 from common.data.assemble import Parts
 from common.data.listing import collect, subfolders
 from common.data.location import Location
@@ -87,5 +88,6 @@ def split_trainval(
 def _check(location: Location, group: Sequence[Item], smallest: int, parts: str) -> None:
     if smallest == 0:
         raise location.error(
-            f"class '{group[0].name}' has {len(group)} images, too few to make {parts} of them; use the split file"
+            f"class '{group[0].name}' has {counted(len(group), 'image')}, too few to make {parts} of them; use the"
+            " split file"
         )

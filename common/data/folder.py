@@ -1,4 +1,4 @@
-"""Your own photos: one folder per class, or a CSV file (table.py).
+"""Your own photos: one folder per class, or a table (table.py), which may lie in the folder.
 
 Folders `train`, `test` and, if you like, `val` above the class folders (in a CSV the column `split`) are the parts.
 Without them, all photos are one pool to pick from, and those that are not picked are for testing.
@@ -7,58 +7,102 @@ Without them, all photos are one pool to pick from, and those that are not picke
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from common.counted import counted
+from common.data import wordnet
 from common.data.assemble import PARTS, Parts, assemble
 from common.data.layout import PICTURES, parts_of, pictures
 from common.data.listing import scan
 from common.data.litter import summary, worded
 from common.data.location import Location
+from common.data.names import objections, remarks
 from common.data.spelling import on_disk
 from common.data.table import Photo, photos_in_table
+from common.data.tables import in_place_of_folders, metadata, others, photos_in_tables, usable
 from common.parsing import normalize
-from common.types import Item, Source
+from common.types import Item, Source, UserError
 
 
 def read(location: Location, *, csv: str | None = None) -> Source:
-    """The photos; labels in the sorted order of class names.
+    """The photos; labels in the sorted order of class names, of which WordNet ids are read as words.
 
     Args:
-        location: The folder of photos, or the CSV file itself.
-        csv: A CSV file in that folder.
+        location: The folder of photos, or the table itself.
+        csv: A table in that folder.
 
     Raises:
-        UserError: There are fewer than two classes, a class has no photo, or a row of the CSV is wrong.
+        UserError: There are fewer than two classes, a class has no photo or a name that can be no answer, or a row of
+            the table is wrong.
     """
     path = location.need(csv or ".")
-    base = location.folder.parent if on_disk(location.folder).is_file() else location.folder
     is_table = on_disk(path).is_file()
-    photos = photos_in_table(location, path, base) if is_table else list(_photos_in_folders(location, path))
+    base = location.folder.parent if on_disk(location.folder).is_file() else location.folder
+    photos = photos_in_table(location, path, base) if is_table else _photos_in(location, path, base)
     names = sorted({photo.name for photo in photos})
-    if len(names) < 2:
-        raise location.error(f"{path} has {len(names)} classes; a task needs two or more")
-    _check_names(location, names)
+    _refuse_few(location, path, names)
     labels = {name: label for label, name in enumerate(names)}
+    names = _in_words(location, names)
+    for objection in objections(names):
+        raise location.error(objection)
+    location.notes.extend(remarks(names))
     parts: dict[str, list[Item]] = {part: [] for part in PARTS}
     for photo in photos:
-        parts[photo.part].append(Item(location.key(photo.path), labels[photo.name], photo.name))
+        label = labels[photo.name]
+        parts[photo.part].append(Item(location.key(photo.path), label, names[label]))
     origin = "own split" if parts["test"] else "own images"
     return assemble(location, names, Parts(**parts), origin, {location.name: base})
 
 
-def _check_names(location: Location, names: Sequence[str]) -> None:
-    """Names that one answer could mean two of, or that a list could not hold."""
-    known: dict[str, str] = {}
-    for name in names:
-        if known.setdefault(normalize(name), name) != name:
-            raise location.error(
-                f"classes '{known[normalize(name)]}' and '{name}' are one answer; give them other names"
-            )
-        if not normalize(name):
-            raise location.error(f"class '{name}' has no letter; rename it")
-        if "," in name:
-            raise location.error(f"class '{name}' has a comma, which separates the names in a question; rename it")
+def _refuse_few(location: Location, path: Path, names: Collection[str]) -> None:
+    if len(names) < 2:
+        raise location.error(f"{path} has {len(names)} classes; a task needs two or more")
+
+
+def _photos_in(location: Location, folder: Path, base: Path) -> list[Photo]:
+    """The photos of a folder: by a table in it that is called as such tables are, else by class folders, else by a
+    table that takes their place.
+
+    Raises:
+        UserError: There are no class folders, and no table or several; names what is there.
+    """
+    if described := metadata(location, folder):
+        return photos_in_tables(location, folder, described, base)
+    aside = replace(location, passed_over={}, notes=[])
+    try:
+        photos = list(_photos_in_folders(aside, folder))
+        _refuse_few(location, folder, {photo.name for photo in photos})
+    except UserError as error:
+        if chosen := in_place_of_folders(location, folder):
+            return photos_in_tables(location, folder, chosen, base)
+        raise UserError(f"{error}{others(location, folder)}") from error
+    location.passed_over.update(aside.passed_over)
+    location.notes.extend(aside.notes)
+    if tables := usable(location, folder):
+        location.notes.append(
+            f"warning: {tables[0]} has labels, too; the folders were read as classes, and data.folder=<the file>"
+            " reads it instead"
+        )
+    return photos
+
+
+def _in_words(location: Location, names: Sequence[str]) -> list[str]:
+    """The names, of which those that are WordNet ids become words.
+
+    Raises:
+        UserError: A word is the name of another class.
+    """
+    words = wordnet.named(filter(wordnet.WNID.fullmatch, names))
+    known = {normalize(name): name for name in names}
+    for wnid, word in words.items():
+        if other := known.get(normalize(word)):
+            raise location.error(f"classes '{other}' and '{wnid}', which means {word}, are one answer; unite them")
+    if words:
+        first = min(words)
+        location.notes.append(f"WordNet ids are read as words ({len(words)}): {first} is '{words[first]}'")
+    return [words.get(name, name) for name in names]
 
 
 def _photos_in_folders(location: Location, folder: Path) -> Iterator[Photo]:
@@ -66,7 +110,7 @@ def _photos_in_folders(location: Location, folder: Path) -> Iterator[Photo]:
         here = folder / part.folder
         listing = scan(location, here)
         if stray := pictures(listing.files):
-            raise location.error(f"{here / stray[0]} is in no class folder ({len(stray)} such photos)")
+            raise location.error(f"{here / stray[0]} is in no class folder ({counted(len(stray), 'such photo')})")
         _pass_over(location, here, listing.files)
         for name in listing.folders:
             paths = _pictures_below(location, folder, here / name)

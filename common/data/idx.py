@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.counted import counted
 from common.data.location import Location
 from common.types import BadImage, Item, Source
 
@@ -88,9 +89,13 @@ def read(location: Location, names: Sequence[str], val_per_class: int = 0, embed
         tables[part] = _read(location, folder, f"{prefix}-images-idx3-ubyte", 3)
         labels[part] = _read(location, folder, f"{prefix}-labels-idx1-ubyte", 1).content
         if tables[part].shape[0] != len(labels[part]):
-            raise location.error(f"{folder}: {tables[part].shape[0]} {part} pictures, but {len(labels[part])} labels")
+            raise location.error(
+                f"{folder}: {tables[part].shape[0]} {part} pictures, but {counted(len(labels[part]), 'label')}"
+            )
         if (highest := max(labels[part], default=0)) >= len(names):
-            raise location.error(f"{folder}: label {highest} in {part}, but data.reader.names has {len(names)} names")
+            raise location.error(
+                f"{folder}: label {highest} in {part}, but data.reader.names has {counted(len(names), 'name')}"
+            )
         for content in (tables[part].content, labels[part]):
             digest.update(hashlib.sha256(content).digest())
     items = {

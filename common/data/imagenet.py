@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from common.counted import agree, counted
 from common.data.assemble import Parts, assemble
 from common.data.listing import collect, fields, files, lines, subfolders
 from common.data.location import Location
@@ -63,7 +64,8 @@ def class_folders(location: Location, folder: Path, names: dict[str, str]) -> li
     folders = subfolders(location, folder)
     if not folders:
         raise location.error(
-            f"{folder} has {len(files(location, folder))} files and no class folders; sort the images into one folder"
+            f"{folder} has {counted(len(files(location, folder)), 'file')} and no class folders; sort the images into"
+            " one folder"
             " per class, named by its WordNet id"
         )
     if strange := [name for name in folders if name not in names]:
@@ -75,9 +77,12 @@ def same_folders(location: Location, folder: Path, actual: Iterable[str], expect
     """Refuse class folders that are missing or too many."""
     actual, expected = set(actual), set(expected)
     if missing := sorted(expected - actual):
-        raise location.error(f"{folder / missing[0]} does not exist ({len(missing)} class folders are missing)")
+        raise location.error(
+            f"{folder / missing[0]} does not exist ({counted(len(missing), 'class folder')}"
+            f" {agree(len(missing), 'is', 'are')} missing)"
+        )
     if extra := sorted(actual - expected):
-        raise location.error(f"{folder / extra[0]} has no class ({len(extra)} folders are too many)")
+        raise location.error(f"{folder / extra[0]} has no class ({counted(len(extra), 'folder')} too many)")
 
 
 def items(location: Location, folder: Path, key: str, wnids: list[str], names: dict[str, str]) -> list[Item]:

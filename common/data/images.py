@@ -11,6 +11,7 @@ from pathlib import Path
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
+from pillow_heif import register_heif_opener
 
 from common.data.contents import Contents
 from common.data.rgb import WHITE, has_deep_colours, stretched_colours, take_lower_bytes, to_rgb
@@ -36,6 +37,7 @@ UPRIGHT = {  # EXIF 2.32, section 4.6.4: what undoes each orientation
 # that limit such settings are not safe with threads.
 Image.MAX_IMAGE_PIXELS = None
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+register_heif_opener()  # HEIC; it turns pictures as their own header says and resets the EXIF orientation
 
 
 def decode(source: Path | bytes, background: str = WHITE) -> Image.Image:

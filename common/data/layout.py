@@ -10,10 +10,9 @@ from pathlib import Path, PurePath
 from common.data.listing import Listing, scan
 from common.data.location import Location
 
-# With formats that Pillow may not decode: such a photo is reported later, not passed over.
 PICTURES = (
-    *(".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm"),
-    *(".tif", ".tiff", ".webp"),
+    *(".avif", ".bmp", ".gif", ".heic", ".heif", ".hif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png"),
+    *(".ppm", ".tif", ".tiff", ".webp"),
 )
 PART = re.compile(
     r"(?:(?:seg|images?|data|dataset)[ _-])?"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import zlib
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import TypeVar
 import PIL
 from PIL import Image
 
+from common.counted import counted
 from common.data.images import VERSION, resize
 from common.data.notes import SHOWN, unusable
 from common.data.rgb import KINDS, TREATED
@@ -21,6 +23,7 @@ from common.runtime.disk_cache import DiskCache
 from common.runtime.progress import progress
 from common.types import BadImage, Images, UserError
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 SUFFIX = ".rgb"  # of the cache's files
 TAIL = 5  # bytes after the pixels: one with a bit for each of KINDS that was done to them, and a checksum
@@ -168,8 +171,6 @@ def examine(loader: Loader, keys: Sequence[str]) -> Examined:
 
     What was found good is written beside the cache, so that a later run of the same data decodes nothing here.
 
-    Raises:
-        UserError: The good ones cannot be written down.
     """
     digests: dict[str, str] = {}
     bad: dict[str, str] = {}
@@ -191,7 +192,7 @@ def examine(loader: Loader, keys: Sequence[str]) -> Examined:
     return Examined({key: bad[key] for key in keys if key in bad}, {key: done[key] for key in keys if done.get(key)})
 
 
-def counted(treated: Mapping[str, tuple[str, ...]], images: Iterable[str]) -> dict[str, int]:
+def count_treated(treated: Mapping[str, tuple[str, ...]], images: Iterable[str]) -> dict[str, int]:
     """How many of the images each kind of treatment was done to (see `Examined`)."""
     counts = Counter(kind for image in images for kind in treated.get(image, ()))
     return {kind: counts[kind] for kind in KINDS if counts[kind]}
@@ -213,7 +214,7 @@ def _try(
     for start in range(0, len(keys), CHUNK):
         outcomes = list(_chunks(loader, check, keys[start : start + CHUNK]))
         lines = [" ".join((*done, waiting[key])) for key, done in outcomes if not isinstance(done, BadImage)]
-        _note(notes, lines)
+        notes = _note(notes, lines)
         yield from outcomes
 
 
@@ -226,23 +227,27 @@ def _noted(notes: Path | None, wanted: set[str]) -> dict[str, tuple[str, ...]]:
         return {each[-1]: tuple(each[:-1]) for each in words if each and each[-1] in wanted}
 
 
-def _note(notes: Path | None, found: list[str]) -> None:
-    """Write lines down, in one piece for the sake of other processes. Begins a line, should the last be torn."""
+def _note(notes: Path | None, found: list[str]) -> Path | None:
+    """Write lines down, in one piece for the sake of other processes. Begins a line, should the last be torn.
+
+    Returns:
+        Where to write more; None where nothing can be written.
+    """
     if notes is None or not found:
-        return
+        return notes
     try:
         with notes.open("ab", buffering=0) as file:
             file.write("\n".join(["", *found, ""]).encode())
     except OSError as error:
-        raise UserError(
-            f"cache_dir: {notes} cannot be written ({error.strerror}); make room or choose another"
-        ) from error
+        log.warning("%s cannot be written: %s (cache_dir); images are checked again", notes, error.strerror)
+        return None
+    return notes
 
 
 def report(bad: dict[str, str], total: int) -> UserError:
     """One line about pictures that cannot be used, `bad` by reason, among `total`."""
     everything = "; manifest=true data.skip_bad=true writes down all of them" if len(bad) > SHOWN else ""
     return UserError(
-        f"{len(bad):,} of {total:,} images cannot be used: {unusable(bad)}; "
+        f"{len(bad):,} of {counted(total, 'image')} cannot be used: {unusable(bad)}; "
         f"repair or restore the files, or leave them out with data.skip_bad=true{everything}"
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.data.contents import Contents
-from common.data.spelling import composed, on_disk
+from common.data.spelling import composed, invisible, on_disk
 from common.types import UserError
 
 
@@ -51,10 +51,15 @@ class Location:
         """
         if not _is_there(self.folder) and len(self.tried) > 1:
             paths = " nor ".join(map(str, self.tried))
-            raise UserError(f"data={self.name}: neither {paths} exists; {self.section} says what belongs there")
+            raise UserError(
+                f"data={self.name}: neither {paths} exists{_hidden(paths)}; {self.section} says what belongs there"
+            )
         for path in (self.folder, self.folder / relative):
             if not _is_there(path):
-                raise UserError(f"data={self.name}: {path} does not exist; {self.section} says what belongs there")
+                raise UserError(
+                    f"data={self.name}: {path} does not exist{_hidden(str(path))}; {self.section} says what belongs"
+                    " there"
+                )
         return self.folder / relative
 
     def key(self, relative: str) -> str:
@@ -68,6 +73,11 @@ class Location:
     def error(self, what: str) -> UserError:
         """A mistake in the dataset's files."""
         return UserError(f"data={self.name}: {what}; see {self.section}")
+
+
+def _hidden(path: str) -> str:
+    """What a path has that nobody sees, as copied from a web page or a window of Windows."""
+    return f" (the path has the invisible character {character})" if (character := invisible(path)) else ""
 
 
 def _is_there(path: Path) -> bool:

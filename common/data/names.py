@@ -9,17 +9,29 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from runpy import run_path
 
 from common.data import wordnet
-from common.data.spelling import composed
-from common.parsing import normalize
+from common.data.spelling import composed, invisible, visible
+from common.parsing import TAG, normalize
 from common.runtime import utf8
-from common.types import UserError
+from common.runtime.progress import SOON, watched
+from common.types import CATEGORY, UserError
+
+# Folders of exports for what nobody has labelled, in lower case and without what is no letter.
+UNLABELLED = frozenset(
+    (
+        *("nolabel", "nolabels", "unlabeled", "unlabelled", "notlabeled", "notlabelled", "unannotated", "unassigned"),
+        *("untagged", "unclassified", "unsorted", "uncategorized", "uncategorised", "undefined", "unspecified"),
+        *("unknown", "background", "backgroundgoogle", "none", "null", "nan", "na", "ignore"),
+    )
+)
+CODE = re.compile(r"(?:(?:class|label|category|type|group|cluster|id)[ _.#-]*|[a-z]{0,2}_?)\d[\da-f]*", re.IGNORECASE)
 
 
 def display(raw: str) -> str:
@@ -31,11 +43,60 @@ def display(raw: str) -> str:
     return " ".join(composed(raw).replace("_", " ").split())
 
 
+def objections(names: Iterable[str]) -> Iterator[str]:
+    """What keeps class names from being answers, each as half a sentence: see `objection`, or two are one answer."""
+    known: dict[str, str] = {}
+    for name in names:
+        if why := objection(name):
+            yield f"class '{visible(name)}' {why}; rename it"
+            continue
+        key = normalize(visible(name))
+        if key in known:
+            yield f"classes '{known[key]}' and '{name}' are one answer; give them other names"
+        known.setdefault(key, name)
+
+
+def objection(name: str) -> str:
+    """Why a name can be no answer; empty if it can.
+
+    >>> objection("</Answer>"), objection("c\\u00adat")
+    ("has '</Answer>', a part of the form of replies", 'has the invisible character U+00AD (soft hyphen)')
+    >>> objection("_"), objection("cat <3")
+    ('has no letter', '')
+    """
+    if tag := TAG.search(name):
+        return f"has '{tag[0]}', a part of the form of replies"
+    if CATEGORY in name.lower():
+        return f"has '{CATEGORY}', which marks the place of an embedding"
+    if character := invisible(name):
+        return f"has the invisible character {character}"
+    return "" if normalize(name) else "has no letter"
+
+
+def remarks(names: Sequence[str]) -> Iterator[str]:
+    """What a user should know of class names that work, but hardly say what they mean; each a sentence.
+
+    >>> list(remarks(["_background_", "cat", "dog"]))
+    ["warning: '_background_' seems to hold what has no label; move it away if it is no class"]
+    >>> list(remarks(["c0", "c1", "dog"]))[0][:57]
+    "warning: 2 of 3 class names look like codes, first 'c0': "
+    """
+    for name in names:
+        if re.sub(r"[\W_]+", "", name.lower()) in UNLABELLED:
+            yield f"warning: '{name}' seems to hold what has no label; move it away if it is no class"
+    codes = [name for name in names if CODE.fullmatch(name)]
+    if 2 * len(codes) >= len(names) or any(map(wordnet.WNID.fullmatch, codes)):
+        yield (
+            f"warning: {len(codes)} of {len(names)} class names look like codes, first '{codes[0]}': no model that"
+            " reads names can guess what they stand for; rename them, unless these are the usual words"
+        )
+
+
 def read_aliases(path: Path, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """Other words for class names: a JSON object of class name to list of words. Returned by the name in `names`.
 
     Raises:
-        UserError: A class is unknown, a word is another class's name, or it stands for two classes.
+        UserError: A class is unknown, a word can be no answer, is another class's name, or stands for two classes.
     """
     known = {normalize(name): name for name in names}
     taken = dict(known)
@@ -43,8 +104,11 @@ def read_aliases(path: Path, names: Sequence[str]) -> dict[str, tuple[str, ...]]
     for key, words in _read_object(path).items():
         name = known.get(normalize(key))
         if name is None:
-            raise UserError(f"data.aliases={path}: there is no class '{key}'; remove it or correct its name")
+            hidden = f" (it has the invisible character {character})" if (character := invisible(key)) else ""
+            raise UserError(f"data.aliases={path}: there is no class '{key}'{hidden}; remove it or correct its name")
         for word in words:
+            if why := objection(word):
+                raise UserError(f"data.aliases={path}: '{visible(word)}' of class '{name}' {why}; correct it")
             other = taken.setdefault(normalize(word), name)
             if other != name:
                 raise UserError(f"data.aliases={path}: '{word}' of class '{name}' means class '{other}' too; remove it")
@@ -136,7 +200,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     aliases.add_argument("--subset", choices=sorted(wordnet.SUBSETS), default="imagenet", help="of which dataset")
     given = parser.parse_args(arguments)
     try:
-        names = imagenet_names()
+        with watched("reading WordNet", SOON):
+            names = imagenet_names()
         if given.command == "classnames":
             write_classnames(given.file, names)
         else:

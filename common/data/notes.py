@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from common.counted import agree, counted
 from common.data.duplicates import WORDS
 from common.data.litter import worded
 
@@ -66,7 +67,8 @@ def data_lines(facts: Mapping[str, Any]) -> list[str]:
     lines = passed_over(facts)
     if replaced := sum(facts.get("refilled", {}).values()):
         lines.append(
-            f"{replaced} training pictures were replaced by others of their class, since they cannot be decoded"
+            f"{counted(replaced, 'training picture')} {agree(replaced, 'was', 'were')} replaced by others of the class,"
+            " since they cannot be decoded"
         )
     for kind, count in facts.get("duplicates", {}).items():
         lines.append(f"{WORDS[kind]}: {count} (manifest.json lists them)")

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from common.config.schema import Config
 from common.data import duplicates, manifest, notes, task
-from common.data.loading import SUFFIX, Loader, attempt, bytes_per_picture, counted, examine, report
+from common.data.loading import SUFFIX, Loader, attempt, bytes_per_picture, count_treated, examine, report
 from common.data.rgb import TRANSPARENT
 from common.data.task import Questions
 from common.runtime.disk_cache import DiskCache
@@ -70,7 +70,7 @@ def examined(config: Config, questions: Questions | None = None) -> Questions:
     stamps = _shared(questions.task.images.stamp, questions.images)
     observed: dict[str, Any] = {
         "unusable": dict(sorted(bad.items())),
-        "treated": counted(treated, questions.images),
+        "treated": count_treated(treated, questions.images),
         "duplicates": find_duplicates(config, questions, stamps),
     }
     if TRANSPARENT in observed["treated"]:
@@ -106,7 +106,8 @@ def find_duplicates(config: Config, questions: Questions, stamps: Mapping[str, s
         return {}
     same = duplicates.equal(stamps)
     copies = duplicates.troubling(questions.task, same)
-    if config.data.near_duplicates:
+    near = config.data.near_duplicates
+    if len(questions.images) <= duplicates.FEW if near is None else near:
         load = make_loader(config, questions)
         hashes = _shared(lambda image: duplicates.difference_hash(load.load(image)), questions.images)
         known = {image: group[0] for group in same for image in group}

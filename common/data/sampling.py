@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from common.counted import counted
 from common.types import Item, Source, UserError
 
 
@@ -125,7 +126,8 @@ def draw(source: Source, how: Sampling) -> Picks:
 def _usable(items: Sequence[Item], how: Sampling) -> list[Item]:
     if items and how.unusable.issuperset(item.image for item in items):
         raise UserError(
-            f"data.skip_bad=true would leave out all {len(items)} images of a part, first: {items[0].image}; repair or"
+            f"data.skip_bad=true would leave out all of a part ({counted(len(items), 'image')}), first:"
+            f" {items[0].image}; repair or"
             " restore them"
         )
     return [item for item in items if item.image not in how.unusable]
@@ -187,7 +189,8 @@ def _check_rest(source: Source, shots: int | None) -> None:
     if shots is None or len(smallest) <= shots:
         fewer = f"use shots={len(smallest) - 1} or fewer" if len(smallest) > 1 else "add images of this class"
         raise UserError(
-            f"shots={shots or 'all'}, but class '{smallest[0].name}' has only {len(smallest)} images and at least one"
+            f"shots={shots or 'all'}, but class '{smallest[0].name}' has only {counted(len(smallest), 'image')} and"
+            " at least one"
             f" must be left to test on, since the dataset has no test split; {fewer}, or train nothing and test all of"
             " them with method=zeroshot"
         )

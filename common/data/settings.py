@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from common.counted import agree, counted
 from common.data.sampling import Picks, Sampling, draw, halves
 from common.data.source import Dataset
 from common.types import Item, Split, UserError
@@ -69,7 +70,8 @@ def shift(data: Dataset, targets: Mapping[str, Dataset], how: Sampling) -> Split
     for name, target in targets.items():
         if strange := sorted(set(target.source.names) - trained):
             raise UserError(
-                f"setting=shift: {len(strange)} classes of {name} are none of data={data.config.name},"
+                f"setting=shift: {counted(len(strange), 'class')} of {name} {agree(len(strange), 'is', 'are')} none"
+                f" of data={data.config.name},"
                 f" first: '{strange[0]}'; choose other targets with setting.test_on, or setting=cross_dataset"
             )
     return cross_dataset(data, targets, how)

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.config.schema_task import DataConfig
+from common.counted import agree, counted
 from common.data.contents import Contents
 from common.data.location import Location
-from common.data.names import display, read_aliases
-from common.data.spelling import on_disk
+from common.data.names import display, objection, read_aliases
+from common.data.spelling import URL, on_disk, visible
 from common.plugins import locate
 from common.types import Item, Source, Split, UserError
 
@@ -73,8 +74,12 @@ def find(data: DataConfig, only_test: bool = False) -> Location:
     """Where the dataset lies: inside the root, own photos also inside the working directory, which goes first.
 
     Raises:
-        UserError: `data.folder` is inside a root, and no root is given.
+        UserError: `data.folder` is inside a root, and no root is given; or it is a URL.
     """
+    if URL.match(data.folder) and data.source == "local":
+        raise UserError(
+            f"data.folder={data.folder} is a URL, and URLs are not read; download the data, and give its folder"
+        )
     folder = Path(data.folder).expanduser()
     if data.own_photos and data.source == "local":
         roots = [Path.cwd(), *([] if data.root is None else [Path(data.root).expanduser().absolute()])]
@@ -92,11 +97,15 @@ def find(data: DataConfig, only_test: bool = False) -> Location:
 
 def problems(source: Source) -> Iterator[str]:
     """Contradictions in a dataset, each as half a sentence that names what is at fault."""
+    for name in source.names:
+        if why := objection(name):
+            yield f"class '{visible(name)}' {why}; rename it"
     seen: set[str] = set()
     for part in ("train", "val", "test"):
         items: tuple[Item, ...] = getattr(source, part)
         if wrong := next((item for item in items if not 0 <= item.label < len(source.names)), None):
-            yield f"{wrong.image} has label {wrong.label}, but there are {len(source.names)} classes"
+            classes = f"there {agree(len(source.names), 'is', 'are')} {counted(len(source.names), 'class')}"
+            yield f"{wrong.image} has label {wrong.label}, but {classes}"
             return
         if wrong := next((item for item in items if item.name != source.names[item.label]), None):
             names = f"'{source.names[wrong.label]}' and '{wrong.name}'"
@@ -114,7 +123,8 @@ def _missing_classes(source: Source) -> Iterator[str]:
         present = {item.label for item in items}
         missing = [name for label, name in enumerate(source.names) if label not in present]
         if items and missing:
-            yield f"{len(missing)} classes have no image in {part}, first: '{missing[0]}'"
+            many = f"{counted(len(missing), 'class')} {agree(len(missing), 'has', 'have')}"
+            yield f"{many} no image in {part}, first: '{missing[0]}'"
 
 
 def _displayed(items: Sequence[Item]) -> tuple[Item, ...]:

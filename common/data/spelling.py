@@ -1,4 +1,4 @@
-"""Names of files as text, whatever the locale says and however a disk spells accents.
+"""Names of files as text, whatever the locale says and however a disk spells accents, and what nobody sees in a name.
 
 macOS stores `ö` as `o` and a combining mark (Unicode's form NFD), most others as one letter (NFC). Both are one name:
 class names, keys and manifests have it in NFC, and a file is found in whichever form it is stored.
@@ -7,8 +7,23 @@ class names, keys and manifests have it in NFC, and a file is found in whichever
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from pathlib import Path
+
+# Unicode's controls, formats and half letters, and what has no ink although it counts as a letter, mark or symbol:
+# joiners of graphemes, fillers of Hangul, vowels of Khmer, an empty cell of Braille, selectors of variants.
+UNSEEN = ("Cc", "Cf", "Cs")
+INKLESS = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0\ufe00-\ufe0f\U000e0100-\U000e01ef]")
+# Where some of them belong to what is seen: joiners inside words of Persian or Hindi and inside emoji, the colour of an
+# emoji, and the flag of England.
+MEANT = re.compile(
+    r"(?<=[^\x00-\x7f\s])[\u200c\u200d](?=[^\x00-\x7f\s])"
+    r"|(?<=[#*0-9\xa9\xae\u2000-\u3299\U0001f000-\U0001faff])[\ufe0e\ufe0f]"
+    r"|(?<=\U0001f3f4)[\U000e0020-\U000e007f]+"
+)
+
+URL = re.compile(r"[a-z][a-z\d+.-]+://|data:", re.IGNORECASE)  # how an address begins that is no path
 
 
 def as_text(name: str) -> str:
@@ -26,6 +41,27 @@ def as_text(name: str) -> str:
 def composed(text: str) -> str:
     """The text in NFC: one letter where a letter and its accent may be two."""
     return unicodedata.normalize("NFC", text)
+
+
+def invisible(text: str) -> str:
+    """The first character of a text that nobody sees, by number and name; empty if all can be seen.
+
+    >>> invisible("c\\u200bat"), invisible("\\u202ac:/cat"), invisible("cat")
+    ('U+200B (zero width space)', 'U+202A (left-to-right embedding)', '')
+    >>> invisible("\\U0001f469\\u200d\\U0001f373"), invisible("cat\\u200d")  # a joiner where it belongs, and not
+    ('', 'U+200D (zero width joiner)')
+    """
+    hidden = next(filter(_is_unseen, MEANT.sub("", text)), "")
+    return f"U+{ord(hidden):04X} ({unicodedata.name(hidden, 'a control character').lower()})" if hidden else ""
+
+
+def visible(text: str) -> str:
+    """The text without all characters that nobody sees; two that are equal then look the same."""
+    return "".join(letter for letter in text if not _is_unseen(letter))
+
+
+def _is_unseen(letter: str) -> bool:
+    return unicodedata.category(letter) in UNSEEN or INKLESS.match(letter) is not None
 
 
 def readable(path: Path) -> str:

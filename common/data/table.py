@@ -1,25 +1,31 @@
-"""Photos in a CSV file: a column of paths (relative to the file), one of class names and, if you like, `split`.
+"""Photos in a table: a column of paths (relative to the file), one of class names and, if you like, `split`.
 
-Spreadsheets, pandas and other tools write such files in many ways; what differs in form alone is read: separators,
-names of columns and splits, blank lines and trailing separators.
+Spreadsheets, pandas, label tools, camera traps and Kaggle write such files in many ways; what differs in form alone is
+read: CSV and JSON, separators, names of columns and splits, blank lines and trailing separators.
 """
 
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
+from common.counted import counted
 from common.data.assemble import PARTS
+from common.data.finder import Finder
 from common.data.layout import parts_by_name
 from common.data.listing import text
 from common.data.location import Location
 from common.data.spelling import composed, on_disk, readable
 
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
+UNREAD = (".parquet", ".xlsx", ".xls", ".ods", ".xml", ".arrow")
 SEPARATORS = (",", ";", "\t")
 # What a column is called, in lower case and without blanks, hyphens and underscores.
 COLUMNS = {
@@ -30,7 +36,12 @@ COLUMNS = {
     "label": ("label", "labels", "class", "classes", "classname", "category", "categories"),
     "split": ("split",),
 }
+# Names that mean something else in many tables: the first of them counts if a table has none of COLUMNS. They are those
+# of camera traps (the folder, if another column has the file), of Kaggle, and of Label Studio.
+OTHERWISE = {"path": ("relativepath", "imageid", "id"), "label": ("choice", "species", "commonname"), "split": ()}
 NEEDED = ("path", "label")
+HALF = re.compile("[\ud800-\udfff]")
+BEGINNING = 1 << 16  # bytes of a table that are read for its header
 
 
 @dataclass(frozen=True)
@@ -47,74 +58,172 @@ def photos_in_table(location: Location, path: Path, base: Path) -> list[Photo]:
 
     Args:
         location: For error messages.
-        path: The CSV file, in UTF-8, with a header.
+        path: The table, in UTF-8: CSV with a header, JSON lines or a JSON list of objects.
         base: The dataset's folder.
 
     Raises:
-        UserError: A column is missing or twice there, or a row is empty, repeated, outside the folder, or of an unknown
-            split.
+        UserError: A column is missing or twice there, or a row is empty, repeated, outside the folder, a URL, or of an
+            unknown split; or no picture is there by the ids that the table has for paths.
     """
-    rows = list(_rows(location, path))
+    rows = list(_rows(location, path, NEEDED))
     parts = parts_by_name(dict.fromkeys(row["split"] for _, row in rows if "split" in row))
+    find = Finder(location, path)
     photos: dict[str, Photo] = {}
     for where, row in rows:
-        photo = _photo(location, where, row, parts, path.parent, base)
+        photo = _photo(location, where, row, parts, find, base)
         if photo.path in photos:
             raise location.error(f"{where}: {photo.path} has a row already")
         photos[photo.path] = photo
+    find.conclude()
     return list(photos.values())
 
 
-def _rows(location: Location, path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Rows as `file, row 2` (counted as a spreadsheet does), and cells by the keys of COLUMNS."""
-    content = text(location, path)
-    separator = _separator(content)
-    table = csv.reader(StringIO(content, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
+def paths_in_table(location: Location, path: Path) -> dict[str, Path]:
+    """The pictures of a table that may lack labels, by their paths as they are written there.
+
+    Raises:
+        UserError: There is no column of paths, or a path is a URL.
+    """
+    find = Finder(location, path)
+    names = {_path_in(row): where for where, row in _rows(location, path, ("path",)) if row["path"]}
+    found = {name: path.parent / Path(find(where, name)).expanduser() for name, where in names.items()}
+    find.conclude()
+    return found
+
+
+def lacks(location: Location, path: Path) -> str:
+    """Why a file in a folder of photos is no table of photos and their classes; empty if it is one.
+
+    Reads its beginning alone.
+    """
     try:
-        rows = ((f"{path}, row {number}", cells) for number, cells in enumerate(table, start=1) if _trimmed(cells))
-        header = next(rows, ("", []))[1]
-        columns = _columns(location, path, header, separator)
-        for where, cells in rows:
-            if len(cells) < len(_trimmed(header)) or len(_trimmed(cells)) > len(header):
-                raise location.error(f"{where} has {len(cells)} cells, but the header has {len(header)}")
-            yield where, {key: cells[column].strip() for key, column in columns.items()}
+        with on_disk(path).open("rb") as file:
+            start = file.read(BEGINNING).decode("utf-8-sig", "replace")
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    first = next((line for line in start.splitlines() if line.strip()), "")
+    try:
+        header = _keys(json.loads(first)) if path.suffix.lower() in (".jsonl", ".ndjson") else _cells(first)
+    except (ValueError, csv.Error) as error:
+        return f"cannot be read ({error})"
+    hits = {key: _hits(header, key) for key in NEEDED}
+    return "; ".join(
+        f"has no column '{key}'" if not columns else f"has {len(columns)} columns that could be the {key}"
+        for key, columns in hits.items()
+        if len(columns) != 1
+    )
+
+
+def _rows(location: Location, path: Path, needed: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Rows as `file, row 2` (counted as a spreadsheet does), and cells by the keys of COLUMNS and `folder`."""
+    if path.suffix.lower() in UNREAD:
+        raise location.error(f"{path} is a file of a kind that is not read; save a CSV file with path,label")
+    records = _records if path.suffix.lower() in (".json", ".jsonl", ".ndjson") else _lines
+    rows = records(location, path)
+    header = next(rows, ("", []))[1]
+    columns = _columns(location, path, header, needed)
+    for where, cells in rows:
+        yield where, {key: cells[column].strip() for key, column in columns.items()}
+
+
+def _lines(location: Location, path: Path) -> Iterator[tuple[str, list[str]]]:
+    """The header of a CSV file, then its rows, as long as the header."""
+    content = text(location, path)
+    first = next((line for line in content.splitlines() if line.strip()), "")
+    table = csv.reader(StringIO(content, newline=""), delimiter=_separator(first), skipinitialspace=True, strict=True)
+    header: list[str] = []
+    try:
+        for number, cells in enumerate(table, start=1):
+            if not _trimmed(cells):
+                continue
+            where = f"{path}, row {number}"
+            if not header:
+                header = cells
+            elif len(cells) < len(_trimmed(header)) or len(_trimmed(cells)) > len(header):
+                raise location.error(f"{where} has {counted(len(cells), 'cell')}, but the header has {len(header)}")
+            yield where, cells
     except csv.Error as error:
         raise location.error(f"{path} is not a CSV file ({error}, line {table.line_num})") from error
 
 
-def _separator(content: str) -> str:
-    """The separator with which the header has the needed columns; else the one that cuts it into most cells."""
-    first = next((line for line in content.splitlines() if line.strip()), "")
+def _records(location: Location, path: Path) -> Iterator[tuple[str, list[str]]]:
+    """The keys of objects in JSON, then the values of each."""
+    content = text(location, path)
+    try:
+        if path.suffix.lower() == ".json":
+            objects = json.loads(content)
+        else:
+            objects = [json.loads(line) for line in content.splitlines() if line.strip()]
+    except ValueError as error:
+        raise location.error(f"{path} is not JSON ({error})") from error
+    if not isinstance(objects, list) or not all(isinstance(each, dict) for each in objects):
+        raise location.error(
+            f"{path} is no list of objects with a path and a label each; export CSV or JSON-MIN from Label Studio, and"
+            " write a CSV file for COCO's annotations"
+        )
+    header = list(dict.fromkeys(key for each in objects for key in each))
+    yield "", header
+    for number, each in enumerate(objects, start=1):
+        where = f"{path}, object {number}"
+        yield where, [_value(location, where, each.get(key)) for key in header]
+
+
+def _value(location: Location, where: str, value: Any) -> str:
+    content = "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if HALF.search(content):  # which JSON can write, and neither a path nor UTF-8 can hold
+        raise location.error(f"{where} has half a letter ({HALF.findall(content)[0]!a}); write the file anew")
+    return content
+
+
+def _keys(content: Any) -> list[str]:
+    if not isinstance(content, dict):
+        raise ValueError("its first line is no object")
+    return list(content)
+
+
+def _cells(line: str) -> list[str]:
+    return next(csv.reader([line], delimiter=_separator(line), skipinitialspace=True), [])
+
+
+def _separator(first: str) -> str:
+    """The separator with which a header has the needed columns; else the one that cuts it into most cells."""
     headers = {one: [cell.strip(' "') for cell in first.split(one)] for one in SEPARATORS}
-    return max(SEPARATORS, key=lambda one: (_has_needed(headers[one]), len(headers[one])))
+    return max(SEPARATORS, key=lambda one: (all(_hits(headers[one], key) for key in NEEDED), len(headers[one])))
 
 
-def _has_needed(header: Sequence[str]) -> bool:
-    words = {_word(cell) for cell in header}
-    return all(words.intersection(COLUMNS[key]) for key in NEEDED)
+def _hits(header: Sequence[str], key: str) -> list[int]:
+    """The columns that could be meant by a key of COLUMNS."""
+    words = [_word(cell) for cell in header]
+    for names in (COLUMNS[key], *((name,) for name in OTHERWISE[key])):
+        if hits := [index for index, word in enumerate(words) if word in names]:
+            return hits
+    return []
 
 
-def _columns(location: Location, path: Path, header: Sequence[str], separator: str) -> dict[str, int]:
-    """Where the columns are, by the keys of COLUMNS.
+def _columns(location: Location, path: Path, header: Sequence[str], needed: Sequence[str]) -> dict[str, int]:
+    """Where the columns are, by the keys of COLUMNS; `folder` is that of the folders, if paths are file names alone.
 
     Raises:
         UserError: A needed one is missing, or two could be meant.
     """
     columns: dict[str, int] = {}
-    for key, words in COLUMNS.items():
-        hits = [index for index, cell in enumerate(header) if _word(cell) in words]
+    for key in COLUMNS:
+        hits = _hits(header, key)
         if len(hits) > 1:
             both = " and ".join(f"'{header[index].strip()}'" for index in hits[:2])
             raise location.error(f"{path} has the columns {both}, and each could be the {key}; rename or remove one")
-        if not hits and key in NEEDED:
+        if not hits and key in needed:
             raise location.error(
-                f"{path} has no column '{key}'; its header is '{separator.join(header)}', but path,label or"
-                " path,label,split is needed"
+                f"{path} has no column '{key}'; its header is '{', '.join(map(str.strip, header))}', but"
+                f" {'path' if needed == ('path',) else 'path,label or path,label,split'} is needed"
             )
         if hits:
             columns[key] = hits[0]
     names = {key: header[column].strip() for key, column in columns.items()}
-    if any(key != name for key, name in names.items()):
+    if _word(names.get("path", "")) in ("file", "filename"):
+        folders = [index for index, cell in enumerate(header) if _word(cell) == "relativepath"]
+        columns |= {"folder": folders[0]} if folders else {}
+    if any(key != name for key, name in names.items()) and needed == NEEDED:
         location.notes.append(
             f"{path.name}: " + ", ".join(f"column '{name}' is the {key}" for key, name in names.items())
         )
@@ -131,25 +240,30 @@ def _trimmed(cells: Sequence[str]) -> list[str]:
     return list(cells[: full[-1] + 1]) if full else []
 
 
+def _path_in(row: Mapping[str, str]) -> str:
+    """The path of a row: the file, in the folder of another column unless that has the file itself."""
+    folder, file = row.get("folder", "").replace("\\", "/").rstrip("/"), row["path"]
+    if not folder or "/" in file or "\\" in file:
+        return file
+    return folder if folder.rpartition("/")[2] == file else f"{folder}/{file}"
+
+
 def _photo(
-    location: Location, where: str, row: dict[str, str], parts: Mapping[str, str], folder: Path, base: Path
+    location: Location, where: str, row: dict[str, str], parts: Mapping[str, str], find: Finder, base: Path
 ) -> Photo:
     for key in NEEDED:
         if not row[key]:
             raise location.error(f"{where}: {key} is empty")
         if "\0" in row[key]:
             raise location.error(f"{where}: {key} has the character NUL; write the file anew")
+    if row["label"].startswith(('["', '{"')):
+        raise location.error(f"{where}: label {row['label']} is not one word; give each photo one class")
     if "split" in row and row["split"] not in parts:
         raise location.error(f"{where}: split '{row['split']}' is not one of {', '.join(PARTS)}")
-    relative = os.path.relpath(readable(folder / _slashes(folder, row["path"])), readable(base))
+    relative = os.path.relpath(readable(find.folder / find(where, _path_in(row))), readable(base))
     if relative.split(os.sep)[0] == os.pardir:
         raise location.error(
             f"{where}: {row['path']} is outside {base}; put the CSV file above the photos,"
             " and give data.folder=<its path>"
         )
     return Photo(relative, composed(row["label"]), parts.get(row.get("split", ""), "train"))
-
-
-def _slashes(folder: Path, path: str) -> str:
-    """A path as written on Windows has backslashes, which elsewhere may be part of a name."""
-    return path.replace("\\", "/") if "\\" in path and not os.path.exists(on_disk(folder / path)) else path

@@ -16,6 +16,7 @@ from typing import Any, cast
 from common.config.composition import method_arguments
 from common.config.schema import Config
 from common.config.schema_task import DataConfig
+from common.counted import agree, counted
 from common.data import manifest
 from common.data.contents import Contents
 from common.data.images import combine
@@ -25,6 +26,7 @@ from common.data.settings import Splits, fewer
 from common.data.source import Dataset, load_dataset
 from common.method import Accounts, Looks, Method
 from common.plugins import locate
+from common.runtime.progress import doing
 from common.types import Images, Prompt, Task, UserError
 
 
@@ -96,7 +98,8 @@ def _observed(datasets: dict[str, Dataset], seen: int) -> dict[str, Any]:
     reasons = [reason for one in datasets.values() for reason in Counter(one.source.passed_over).elements()]
     notes = [f"data={name}: {note}" for name, one in datasets.items() for note in one.source.notes]
     if seen:
-        notes.append(f"{seen} images that the model was trained on are not tested")
+        many, are = counted(seen, "image"), agree(seen, "is", "are")
+        notes.append(f"{many} that the model was trained on {are} not tested")
     return {"passed_over": summary(reasons)} | ({"notes": notes} if notes else {})
 
 
@@ -121,13 +124,14 @@ def read_datasets(config: Config) -> dict[str, Dataset]:
     if unknown := [name for name in chosen if name not in config.setting.targets]:
         raise _no_target(config, unknown[0])
     contents = Contents(Path(config.cache_dir).resolve())
-    datasets = {config.data.name: load_dataset(config.data, contents=contents)}
+    with doing(f"reading {config.data.name}"):
+        datasets = {config.data.name: load_dataset(config.data, contents=contents)}
     for name in chosen:
         if name != config.data.name:
+            target = _like(config.setting.targets[name], config.data)
             try:
-                datasets[name] = load_dataset(
-                    _like(config.setting.targets[name], config.data), only_test=True, contents=contents
-                )
+                with doing(f"reading {name}"):
+                    datasets[name] = load_dataset(target, only_test=True, contents=contents)
             except UserError as error:
                 raise UserError(
                     f"{error} (setting={config.setting.name} tests on it; choose with setting.test_on)"
@@ -213,6 +217,7 @@ def _check_enough(config: Config, task: Task) -> None:
     for name, split in task.evaluation.items():
         if shared := trained.intersection(item.image for item in split.items):
             raise UserError(
-                f"data={config.data.name}: {len(shared)} training images are also in {name}, first: {min(shared)}; let"
+                f"data={config.data.name}: {counted(len(shared), 'training image')} {agree(len(shared), 'is', 'are')}"
+                f" also in {name}, first: {min(shared)}; let"
                 " each image belong to one part"
             )

@@ -58,7 +58,7 @@ class Evaluation:
         """Metric name to value, as metrics.jsonl and the tracker take them."""
         scalars: dict[str, float] = {}
         for split, summary in self.summary.items():
-            named = {"accuracy": summary.accuracy, "accuracy_official": summary.accuracy_official, "n": summary.n}
+            named = {name: getattr(summary, name) for name in ("accuracy", "accuracy_macro", "accuracy_official", "n")}
             if summary.probability is not None:
                 named |= {name: getattr(summary.probability, key) for name, key in PROBABILITY.items()}
             scalars |= {f"eval/{split}/{name}": value for name, value in named.items() if value is not None}

@@ -47,8 +47,33 @@ def newcombe_interval(first: tuple[int, int], second: tuple[int, int]) -> tuple[
     >>> [round(bound, 4) for bound in newcombe_interval((56, 70), (48, 80))]
     [0.0524, 0.3339]
     """
-    (p, (low, high)), (q, (under, over)) = ((right / n, wilson_interval(right, n)) for right, n in (first, second))
-    return p - q - math.hypot(p - low, over - q), p - q + math.hypot(high - p, q - under)
+    parts = [(right / n, wilson_interval(right, n)) for right, n in (first, second)]
+    below, above = reach(parts, (1.0, -1.0))
+    difference = parts[0][0] - parts[1][0]
+    return difference - below, difference + above
+
+
+def reach(parts: Sequence[tuple[float, tuple[float, float]]], slopes: Sequence[float]) -> tuple[float, float]:
+    """How far below and above itself the interval of a number reaches that is computed from independent others.
+
+    The squared distances of their own intervals add up (Zou and Donner 2008); of a function that is no sum, to first
+    order.
+
+    Args:
+        parts: The others with their intervals.
+        slopes: How much the number grows with each of them.
+
+    The mean of two numbers:
+
+    >>> reach([(5.0, (2.0, 6.0)), (7.0, (3.0, 9.0))], (0.5, 0.5))
+    (2.5, 1.118033988749895)
+    """
+    down, up = [], []
+    for (value, (low, high)), slope in zip(parts, slopes, strict=True):
+        ends = sorted((slope * (low - value), slope * (high - value)))
+        down.append(ends[0])
+        up.append(ends[1])
+    return math.hypot(*down), math.hypot(*up)
 
 
 def overall(accuracies: Mapping[str, float]) -> dict[str, float]:
@@ -119,17 +144,30 @@ def summarize(
     correct = sum(p.correct for p in predictions)
     count = Counter(p.label for p in predictions)
     right = Counter(p.label for p in predictions if p.correct)
+    per_class = {name: right[name] / count[name] for name in names if count[name]}
     return Summary(
         n=n,
         accuracy=correct / n,
         ci95=list(wilson_interval(correct, n)),
-        per_class={name: right[name] / count[name] for name in names if count[name]},
+        per_class=per_class,
+        images_per_class={name: count[name] for name in per_class},
+        accuracy_macro=macro_accuracy(predictions),
         seconds=answers.seconds,
         accuracy_aliases=sum(p.correct_alias for p in predictions) / n if aliases else None,
         probability=_probability_summary(answers),
         facts=dict(facts or {}),
         **_about_replies([p.reply for p in predictions if p.reply is not None]),
     )
+
+
+def macro_accuracy(predictions: Sequence[Prediction]) -> float | None:
+    """The mean of the classes' accuracies; None where all have equally many images, since then it is the accuracy.
+
+    Of classes that have an image. Two classes of one name (ImageNet's missiles) are two.
+    """
+    count = Counter(p.label_index for p in predictions)
+    right = Counter(p.label_index for p in predictions if p.correct)
+    return fmean(right[label] / n for label, n in count.items()) if len({*count.values()}) > 1 else None
 
 
 def _about_replies(replies: Sequence[Reply]) -> dict[str, Any]:

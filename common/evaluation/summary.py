@@ -39,9 +39,10 @@ class ProbabilitySummary:
 class Summary:
     """One split in numbers; shares are of 1, intervals hold 95 %.
 
+    accuracy_macro: mean of the classes' accuracies; None where all have equally many images: it is the accuracy.
     accuracy_official, accuracy_aliases, well_formed, mean_tokens, truncated, probability: None where there is nothing
-    to say, as about the replies of a classifier. per_class: accuracy by class name. facts: what the method adds (see
-    `Accounts.facts`); in metrics.json its keys stand beside the others.
+    to say, as about the replies of a classifier. per_class: accuracy by class name; images_per_class: of how many.
+    facts: what the method adds (see `Accounts.facts`); in metrics.json its keys stand beside the others.
     """
 
     n: int
@@ -49,6 +50,8 @@ class Summary:
     ci95: list[float]
     per_class: dict[str, float]
     seconds: float
+    images_per_class: dict[str, int] = field(default_factory=dict)
+    accuracy_macro: float | None = None
     accuracy_official: float | None = None
     ci95_official: list[float] | None = None
     accuracy_aliases: float | None = None

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from common.export import hub
 from common.runtime import utf8
+from common.runtime.progress import watched
 from common.types import UserError
 
 KINDS = ("model", "adapter", "bank")
@@ -26,33 +27,42 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("folder", type=Path, help="new folder")
     parser.add_argument("--as", dest="kind", choices=KINDS, default="model", help="what to write (model)")
+    parser.add_argument("--trust-code", action="store_true", help="run code of other packages that the folder names")
     parser.add_argument("--licence", help="of the weights, as the hub spells it; otherwise that of their base")
     parser.add_argument("--push", metavar="OWNER/NAME", help="show what would be sent to the hub")
     parser.add_argument("--public", action="store_true", help="for everybody to see; otherwise private")
     parser.add_argument("--yes", action="store_true", help="send it")
     chosen = parser.parse_args(arguments)
     try:
-        if chosen.push is not None:
-            hub.check_name(chosen.push)
-        run, folder = chosen.run.expanduser(), chosen.folder.expanduser()
-        if chosen.push is None or not (folder / "README.md").is_file():  # else it was shown before, and is sent now
-            from common.export.bundle import export  # torch, some seconds
-            from common.launch import quiet_libraries
-
-            quiet_libraries()
-            export(run, folder, chosen.kind, chosen.licence)
-            print(f"wrote {folder}; its README.md says how to ask it")
-        else:
-            hub.check_card(folder, run)
-        if chosen.push is not None:
-            print(hub.plan(folder, chosen.push))
-            print(
-                hub.push(folder, chosen.push, not chosen.public) if chosen.yes else "nothing was sent; --yes sends it"
-            )
+        with watched(f"exporting {chosen.run}"):
+            export_or_show(chosen)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def export_or_show(chosen: argparse.Namespace) -> None:
+    """What the command line asks for.
+
+    Raises:
+        UserError: It cannot be done.
+    """
+    if chosen.push is not None:
+        hub.check_name(chosen.push)
+    run, folder = chosen.run.expanduser(), chosen.folder.expanduser()
+    if chosen.push is None or not (folder / "README.md").is_file():  # else it was shown before, and is sent now
+        from common.export.bundle import export  # torch, some seconds
+        from common.launch import quiet_libraries
+
+        quiet_libraries()
+        export(run, folder, chosen.kind, chosen.licence)
+        print(f"wrote {folder}; its README.md says how to ask it")
+    else:
+        hub.check_card(folder, run)
+    if chosen.push is not None:
+        print(hub.plan(folder, chosen.push))
+        print(hub.push(folder, chosen.push, not chosen.public) if chosen.yes else "nothing was sent; --yes sends it")
 
 
 if __name__ == "__main__":

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 import yaml
 
+from common.config import trust
 from common.config.schema import Config, LoraConfig, ModelConfig
 from common.export import plain
 from common.export.card import write_card
 from common.method import Exports, Looks, Recalls, Words
 from common.models import vlm
-from common.models.files import ADAPTERS, weights_folder
+from common.models.files import ADAPTERS, check_links, weights_folder
 from common.models.meter import messages
 from common.predict.trained import RECORDS, Trained, config_of, method_of, questions_of
 from common.run.result import Result
@@ -27,7 +28,7 @@ from common.types import Item, Prompt, UserError
 ASKING = "asking.json"
 
 
-def export(run: Path, target: Path, kind: str = "model", licence: str | None = None) -> None:
+def export(run: Path, target: Path, kind: str = "model", licence: str | None = None, trust_code: bool = False) -> None:
     """Write what a run has trained into a new folder.
 
     Args:
@@ -36,14 +37,16 @@ def export(run: Path, target: Path, kind: str = "model", licence: str | None = N
         kind: `model` (whole weights; adapters are added to them, embeddings become words), `adapter` (of a run with
             model.lora) or `bank` (ALERT's category embeddings).
         licence: Of the weights, as the hub spells it; None: that of the model that the run began from.
+        trust_code: The run's configuration may name code of other packages than this project's, which is run.
 
     Raises:
-        UserError: The run is not finished or has nothing of the kind, or the folder exists.
+        UserError: The run is not finished or has nothing of the kind, names foreign code, or the folder exists.
     """
     target = target.resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists already; give a new folder")
-    trained = Trained.of(run)
+    trained = Trained.of(run, trust_code)
+    check_links(trained.model)
     result = Result.load(trained.records)
     config = config_of(trained)
     if config.model.family == "none":
@@ -131,7 +134,7 @@ def _example(trained: Trained, config: Config) -> Prompt:
 def _write_records(trained: Trained, folder: Path) -> None:
     """What `Classifier` reads, without names of pictures and places of this machine."""
     folder.mkdir()
-    values: dict[str, Any] = yaml.safe_load((trained.records / "config.yaml").read_text(encoding="utf-8"))
+    values = trust.read(trained.records / "config.yaml")
     # what could say where or whose it was, and what no answer depends on
     values |= {"rewards": {}, "few_shot": {}, "cache_dir": "cache", "label": None, "run_name": "exported"}
     values["data"] = _anywhere(values["data"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from common.counted import counted
+from common.models.files import check_links
 from common.types import UserError
 
 
@@ -31,11 +33,16 @@ def check_card(folder: Path, run: Path) -> None:
 
 
 def plan(folder: Path, name: str) -> str:
-    """What would be sent, a line per file, for a dry run."""
+    """What would be sent, a line per file, for a dry run.
+
+    Raises:
+        UserError: A link leads out of the folder.
+    """
+    check_links(folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     lines = [f"  {path.stat().st_size / 1e6:10.3f} MB  {path.relative_to(folder).as_posix()}" for path in files]
     total = sum(path.stat().st_size for path in files) / 1e6
-    return "\n".join([f"to https://huggingface.co/{name}, {len(files)} files, {total:.1f} MB:", *lines])
+    return "\n".join([f"to https://huggingface.co/{name}, {counted(len(files), 'file')}, {total:.1f} MB:", *lines])
 
 
 def push(folder: Path, name: str, private: bool) -> str:

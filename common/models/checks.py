@@ -7,12 +7,16 @@ from importlib import import_module
 from importlib.util import find_spec
 
 from common.config.schema import Config
+from common.config.schema_task import DataConfig
 from common.data.task import Questions
 from common.models import files, meter
 from common.runtime.distributed import rank
-from common.types import UserError
+from common.types import CATEGORY, Task, UserError
 
 log = logging.getLogger(__name__)
+INSTEAD = (  # of a tiny model, on photos
+    "on a laptop take method=linear_probe clip=none visual=lite0, on a GPU another model, such as model=qwen2_vl_2b"
+)
 
 
 def check(config: Config, questions: Questions) -> None:
@@ -23,15 +27,59 @@ def check(config: Config, questions: Questions) -> None:
     """
     check_8bit(config)
     measure = check_weights(config)
-    for prompts in (questions.train, *questions.evaluation.values()):
-        if not prompts:
-            continue
-        lengths = measure.tokens(prompts, config.model.image_size)
-        longest = max(range(len(lengths)), key=lengths.__getitem__)
-        if lengths[longest] > config.model.max_prompt_tokens:
-            raise meter.too_long(lengths[longest], config.model.max_prompt_tokens, prompts[longest])
+    check_words(config, measure, questions.task)
+    check_lengths(config, questions, measure)
     if rank() == 0 and (line := unknown_classes(config, questions)):
         log.warning("%s", line)
+
+
+def check_words(config: Config, measure: meter.PromptMeter, task: Task) -> None:
+    """No name and no question has what the tokenizer or the methods read as something else than its letters.
+
+    Raises:
+        UserError: Names the class or the key.
+    """
+    said = {f"data.{key}={text}": text for key, text in _questions(config.data)}
+    for name, target in config.setting.targets.items():
+        if name in task.evaluation:
+            said |= {f"setting.targets.{name}.{key}={text}": text for key, text in _questions(target)}
+    for split in (task.train, *task.evaluation.values()):
+        said |= {f"class '{name}'": name for name in split.names}
+        said |= {f"'{word}', a word for '{name}'": word for name, words in split.aliases.items() for word in words}
+    for what, text in said.items():
+        if token := measure.special_token(text):
+            raise UserError(
+                f"{what}: '{token}' is a special token of model={config.model.name}, which would not read it as text;"
+                " write it differently"
+            )
+        if CATEGORY in text:
+            raise UserError(f"{what}: '{CATEGORY}' marks the place of an embedding; write it differently")
+
+
+def _questions(data: DataConfig) -> tuple[tuple[str, str], ...]:
+    return ("question", data.question), ("open_question", data.open_question)
+
+
+def check_lengths(config: Config, questions: Questions, measure: meter.PromptMeter) -> None:
+    """Every prompt is within the limit, if there is one, and leaves the model its completion."""
+    limit, completion = config.model.max_prompt_tokens, config.rollout.max_completion_tokens
+    bounds = [limit] if limit is not None else []
+    if measure.context is not None:
+        bounds.append(measure.context - completion)
+    if not bounds:
+        return
+    for prompts in (questions.train, *questions.evaluation.values()):
+        if (found := measure.over(prompts, config.model.image_size, min(bounds))) is None:
+            continue
+        length, prompt = found
+        if limit is not None and length > limit:
+            raise meter.too_long(length, limit, prompt)
+        raise UserError(
+            f"the prompt of image {prompt.image} has {length} tokens, and with"
+            f" rollout.max_completion_tokens={completion} that is more than the {measure.context} that"
+            f" model={config.model.name} can read: lower rollout.max_completion_tokens, or list fewer names"
+            " (setting.list_share)"
+        )
 
 
 def unknown_classes(config: Config, questions: Questions) -> str | None:
@@ -49,7 +97,7 @@ def unknown_classes(config: Config, questions: Questions) -> str | None:
     return (
         f"model={config.model.name} was taught {len(known)} classes only ({', '.join(sorted(known)[:3])}, …); of"
         f" data={config.data.name} it cannot know {len(unknown)} of {len(names)}, first: '{unknown[0]}'. It will hardly"
-        " earn a reward there; use another model, such as model=qwen2_vl_2b"
+        f" earn a reward there; {INSTEAD}"
     )
 
 

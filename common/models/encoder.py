@@ -46,7 +46,7 @@ class Encoder:
         self,
         vlm: VLM,
         load_images: Callable[[Sequence[str]], list[Image]],
-        max_tokens: int,
+        max_tokens: int | None,
         store: FeatureStore | None = None,
         cache_bytes: int = 512 * 2**20,
     ) -> None:
@@ -54,7 +54,7 @@ class Encoder:
         Args:
             vlm: Its processor is used, and its vision tower if there is a store.
             load_images: From keys to RGB pictures of the model's size (see `common.data.loading.Loader`).
-            max_tokens: Limit on a prompt's length, image tokens included.
+            max_tokens: Limit on a prompt's length, image tokens included; None: none.
             store: Images become features of the frozen vision tower at once, kept here; None: pixels.
             cache_bytes: Bound on the remembered tensors.
         """
@@ -93,7 +93,7 @@ class Encoder:
         encoded = []
         for row, (prompt, (pixels, grid)) in enumerate(zip(prompts, family.images(batch), strict=True)):
             ids = self._with_categories(prompt, batch["input_ids"][row][keep[row]])
-            if len(ids) > self.max_tokens:
+            if self.max_tokens is not None and len(ids) > self.max_tokens:
                 raise too_long(len(ids), self.max_tokens, prompt)
             positions = family.positions(ids, grid, config)
             blocks = None if self.vlm.causal_images else family.blocks(ids, config)

@@ -121,9 +121,22 @@ def weight_files(folder: Path) -> list[Path]:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"model {folder}: {index.name} is damaged; copy or build it again") from error
+        if outside := [name for name in names if Path(name).name != name]:
+            raise UserError(f"model {folder}: {index.name} names {outside[0]}, which is no file of this folder")
         return [folder / name for name in sorted(names)]
     single = folder / WEIGHTS[0]
     return [single] if single.is_file() else []
+
+
+def check_links(folder: Path) -> None:
+    """Refuse links that lead out of a folder whose files will be copied or sent: they would take others along.
+
+    Raises:
+        UserError: Names the first.
+    """
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{path} is a link to {path.resolve()}, outside of {folder}; put the file itself there")
 
 
 def _check_safetensors(path: Path) -> None:

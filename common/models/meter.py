@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,10 @@ class PromptMeter:
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         environment.globals |= {"raise_exception": _refuse, "bos_token": begin or ""}
-        self.template, self.pad = environment.from_string(template), pad
+        with _template():
+            self.template = environment.from_string(template)
+        self.pad = pad
+        self._special: tuple[str, ...] | None = None
 
     def tokens(self, prompts: Iterable[Prompt], image_size: int) -> list[int]:
         """Length of each prompt in tokens, its image and its category embeddings included.
@@ -57,13 +61,55 @@ class PromptMeter:
         lengths: dict[tuple[str | None, str, bool], int] = {}
         for start in range(0, len(distinct), CHUNK):
             part = distinct[start : start + CHUNK]
-            rendered = (self.template.render(messages=messages(p), add_generation_prompt=True) for p in part)
+            with _template():
+                rendered = [self.template.render(messages=messages(p), add_generation_prompt=True) for p in part]
             texts = [self.family.image_text(text).replace(CATEGORY, self.pad) for text in rendered]
             encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
             lengths |= {_conversation(p): len(each.ids) for p, each in zip(part, encodings, strict=True)}
         extra = self.family.image_tokens(self.config, image_size) - 1  # the template writes one placeholder
         # a category has as many embeddings as an image has tokens
         return [lengths[_conversation(p)] + extra * (1 + len(p.categories)) for p in prompts]
+
+    def special_token(self, text: str) -> str | None:
+        """The first special token of the model that stands in a text, such as `<|im_end|>`; None if there is none.
+
+        The tokenizer would read it as what it stands for: the end of a turn, the place of an image, padding.
+        """
+        if self._special is None:
+            added = self.tokenizer.get_added_tokens_decoder().values()
+            self._special = tuple(token.content for token in added if token.special)
+        return min((token for token in self._special if token in text), key=text.find, default=None)
+
+    @property
+    def context(self) -> int | None:
+        """Tokens of prompt and completion together that the model was made for; None: its config.json does not say."""
+        values = {**self.config, **self.config.get("text_config", {})}
+        return values.get("max_position_embeddings")
+
+    def over(self, prompts: Sequence[Prompt], image_size: int, limit: int) -> tuple[int, Prompt] | None:
+        """The longest prompt and its length in tokens, if that is over the limit.
+
+        A byte is a token at most, so only texts that could be too long are tokenized.
+        """
+        kinds = list({(prompt.system, prompt.image_last): prompt for prompt in prompts}.values())
+        around = max(self.tokens(kinds, image_size), default=0)  # what the template adds to a text is less than this
+        category = self.family.image_tokens(self.config, image_size)
+        most = [around + len(p.text.encode()) + category * len(p.categories) for p in prompts]
+        long = [prompt for prompt, tokens in zip(prompts, most, strict=True) if tokens > limit]
+        found = zip(self.tokens(long, image_size), long, strict=True)
+        longest = max(found, key=lambda each: each[0], default=None)
+        return longest if longest is not None and longest[0] > limit else None
+
+
+@contextmanager
+def _template() -> Iterator[None]:
+    """Errors of a template inside: a mistake in it, or something that a template may not reach for."""
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except TemplateError as error:
+        raise UserError(f"the model's chat template cannot be used: {error}") from error
 
 
 def _refuse(message: str) -> None:
@@ -123,6 +169,21 @@ def messages(prompt: Prompt) -> list[dict[str, Any]]:
 def _conversation(prompt: Prompt) -> tuple[str | None, str, bool]:
     """What `messages` reads of a prompt."""
     return prompt.system, prompt.text, prompt.image_last
+
+
+def room(longest: int, completion: int, context: int | None) -> int:
+    """Tokens that an engine sets aside for a prompt: a power of two, so that questions of other lengths fit as well.
+
+    Args:
+        longest: Tokens of the longest prompt that is known.
+        completion: Tokens of the longest completion.
+        context: See `PromptMeter.context`.
+
+    >>> room(700, 64, None), room(1178, 1024, 32768), room(1178, 64, 2048)
+    (1024, 2048, 1984)
+    """
+    size = max(1024, 1 << (longest - 1).bit_length())
+    return size if context is None else max(longest, min(size, context - completion))
 
 
 def too_long(length: int, limit: int, prompt: Prompt) -> UserError:

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 
 from common.config.schema import ModelConfig
+from common.counted import counted
 from common.models import adapters
 from common.models.families import Family
 from common.models.families import family as family_of
@@ -126,13 +128,13 @@ def load(folder: Path, config: ModelConfig, device: torch.device, train: bool = 
 
 
 def loaded(kind: Any, folder: Path, name: str, **options: Any) -> Any:
-    """What `from_pretrained` finds in a folder; `name`: of the model, for errors.
+    """What `from_pretrained` finds in a folder; `name`: of the model, for errors. Python files there are never run.
 
     Raises:
         UserError: It does not load.
     """
     try:
-        return kind.from_pretrained(folder, **options)
+        return kind.from_pretrained(folder, trust_remote_code=False, **options)
     except DAMAGED as error:
         reason = shorten(f"{type(error).__name__}: {error}", LONGEST_REASON)
         raise UserError(f"{name} does not load: {reason}") from error
@@ -145,14 +147,15 @@ def whole(kind: Any, folder: Path, name: str, **options: Any) -> Any:
         UserError: It does not load, or weights are missing or of another shape; names the first.
     """
     # shapes that differ are in the report then, and not only in a table on the terminal
-    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "use_safetensors": True}
     model, report = loaded(kind, folder, name, **options)
     if missing := sorted(report["missing_keys"]):
-        raise UserError(f"{name} lacks {len(missing)} weights of its architecture, first: {missing[0]}")
+        raise UserError(f"{name} lacks {counted(len(missing), 'weight')} of its architecture, first: {missing[0]}")
     if differing := sorted(report["mismatched_keys"]):
         weight, shape, expected = differing[0]
         raise UserError(
-            f"{name} has {len(differing)} weights of another shape than its config.json asks for, first: {weight}"
+            f"{name} has {counted(len(differing), 'weight')} of another shape than its config.json asks for, first:"
+            f" {weight}"
             f" ({list(shape)} instead of {list(expected)})"
         )
     return model
@@ -167,9 +170,16 @@ def end_of_turn(processor: Any, ends: Sequence[int]) -> int:
 
 
 def after_reply(processor: Any, header: bool = False) -> str:
-    """What the chat template writes behind a reply; with `header` also the beginning of another one."""
+    """What the chat template writes behind a reply; with `header` also the beginning of another one.
+
+    Raises:
+        UserError: The template has a mistake, or reaches for what a template may not.
+    """
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "reply"}]
-    text: str = processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=header)
+    try:
+        text: str = processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=header)
+    except TemplateError as error:
+        raise UserError(f"the model's chat template cannot be used: {error}") from error
     return text.rpartition("reply")[2]
 
 

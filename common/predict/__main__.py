@@ -13,16 +13,19 @@ import csv
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from common.config.checks import one_of
+from common.counted import counted
 from common.runtime import utf8
+from common.runtime.progress import doing, say, watched
 from common.types import UserError
 
 if TYPE_CHECKING:
+    from common.predict.cards import About
     from common.predict.classifier import Answer
 
 FORMATS = ("table", "jsonl", "csv", "html")
@@ -39,21 +42,30 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--names", help="other class names, separated by commas, for methods that only read them")
     parser.add_argument("--open", action="store_true", help="list no names: the answer may be any word")
     parser.add_argument("--risk", type=float, help="abstain so that about this share of the answers is wrong")
+    parser.add_argument("--data", type=Path, help="folder in which the run's own dataset lies now, if it was moved")
+    parser.add_argument("--trust-code", action="store_true", help="run code of other packages that the folder names")
     parser.add_argument("--format", choices=FORMATS, default="table")
     parser.add_argument("--output", type=Path, help="file to write; otherwise the terminal")
     chosen = parser.parse_args(arguments)
     # CPU threads that spin while they wait slow two processes on one machine down thirty times (docs/log.md)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        answers, pictures = classify(chosen)
+        with watched(f"looking for pictures, then {chosen.run} is loaded"):
+            answers, pictures, known = classify(chosen)
         with _target(chosen.output) as file:
-            WRITERS[chosen.format](answers, pictures, file)
+            if chosen.format == "html":  # for a browser: every picture beside its answer
+                from common.predict import cards
+
+                file.write(cards.page(answers, pictures, known))
+            else:
+                WRITERS[chosen.format](answers, file)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     troubled = [answer for answer in answers if answer.trouble]
     if chosen.output is not None:
-        print(f"{chosen.output}: {len(answers) - len(troubled)} answers, {len(troubled)} broken", file=sys.stderr)
+        answered = counted(len(answers) - len(troubled), "answer")
+        print(f"{chosen.output}: {answered}, {len(troubled)} broken", file=sys.stderr)
     for answer in troubled:
         print(f"{answer.image}: {answer.trouble}", file=sys.stderr)
     return 1 if troubled else 0
@@ -77,28 +89,40 @@ def of_run(values: Sequence[str]) -> list[str]:
     words = [given.pop("run", ""), *given.pop("pictures", "").split(",")]
     if not all(words):
         raise UserError("task=predict needs run=outputs/<run> and pictures=<files, folders or patterns, by commas>")
-    one_of("task=predict open", asked := given.pop("open", "false"), ("true", "false"))
-    if asked == "true":
-        given["open"] = ""
+    for name in ("open", "trust_code"):
+        one_of(f"task=predict {name}", asked := given.pop(name, "false"), ("true", "false"))
+        if asked == "true":
+            given[name.replace("_", "-")] = ""
     return words + [word for key, value in given.items() for word in (f"--{key}", value) if word]
 
 
-def classify(chosen: argparse.Namespace) -> tuple[list[Answer], dict[str, Path]]:
-    """The answers to all pictures of the request, and these by name."""
+def classify(chosen: argparse.Namespace) -> tuple[list[Answer], dict[str, Path], About]:
+    """The answers to all pictures of the request, these by name, and what a reader must know of the run."""
     from common.predict.photos import find, names_of
 
     pictures = {name: path for what in chosen.pictures for name, path in find(what).items()}
-    from common.predict.classifier import Classifier  # torch, some seconds
+    say(f"{counted(len(pictures), 'picture')}; loading {chosen.run}")
+    with doing(f"loading {chosen.run}"):
+        from common.predict.cards import about
+        from common.predict.classifier import Classifier  # torch, some seconds
 
-    classifier = Classifier.load(chosen.run, names_of(chosen.names), chosen.risk, lists_names=not chosen.open)
-    classifier.quieten()
+        classifier = Classifier.load(
+            chosen.run,
+            names_of(chosen.names),
+            chosen.risk,
+            lists_names=not chosen.open,
+            trust_code=chosen.trust_code,
+            data=chosen.data,
+        )
+        classifier.quieten()
     try:
-        return classifier(pictures), pictures
+        with doing("answering"):
+            return classifier(pictures), pictures, about(classifier, chosen.risk)
     finally:
         classifier.close()
 
 
-def write_table(answers: Sequence[Answer], pictures: Mapping[str, Path], file: TextIO) -> None:
+def write_table(answers: Sequence[Answer], file: TextIO) -> None:
     """For people."""
     from rich.console import Console
     from rich.table import Table
@@ -114,13 +138,13 @@ def write_table(answers: Sequence[Answer], pictures: Mapping[str, Path], file: T
     Console(file=file, width=None if file.isatty() else 160).print(table)
 
 
-def write_lines(answers: Sequence[Answer], pictures: Mapping[str, Path], file: TextIO) -> None:
+def write_lines(answers: Sequence[Answer], file: TextIO) -> None:
     """One JSON object per line."""
     for answer in answers:
         file.write(json.dumps(vars(answer), ensure_ascii=False) + "\n")
 
 
-def write_csv(answers: Sequence[Answer], pictures: Mapping[str, Path], file: TextIO) -> None:
+def write_csv(answers: Sequence[Answer], file: TextIO) -> None:
     """For spreadsheets."""
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -132,14 +156,7 @@ def write_csv(answers: Sequence[Answer], pictures: Mapping[str, Path], file: Tex
         writer.writerow(["" if values[name] is None else values[name] for name in COLUMNS])
 
 
-def write_page(answers: Sequence[Answer], pictures: Mapping[str, Path], file: TextIO) -> None:
-    """For a browser: every picture beside its answer."""
-    from common.predict import cards
-
-    file.write(cards.page(answers, pictures))
-
-
-WRITERS = {"table": write_table, "jsonl": write_lines, "csv": write_csv, "html": write_page}
+WRITERS = {"table": write_table, "jsonl": write_lines, "csv": write_csv}
 
 
 @contextmanager

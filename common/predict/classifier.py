@@ -15,7 +15,7 @@ from PIL import Image
 from common import parsing
 from common.config.schema import NO_FAMILY, Config
 from common.data import notes
-from common.data.loading import Loader, counted, examine
+from common.data.loading import Loader, count_treated, examine
 from common.data.task import Questions
 from common.launch import quiet_libraries
 from common.learner import Asks, Build, Learner, Prepares, Restores
@@ -88,7 +88,13 @@ class Classifier:
 
     @classmethod
     def load(
-        cls, run: str | Path, names: Sequence[str] | None = None, risk: float | None = None, lists_names: bool = True
+        cls,
+        run: str | Path,
+        names: Sequence[str] | None = None,
+        risk: float | None = None,
+        lists_names: bool = True,
+        trust_code: bool = False,
+        data: str | Path | None = None,
     ) -> Classifier:
         """Take over what a run has trained.
 
@@ -98,11 +104,14 @@ class Classifier:
             risk: Abstain where more than this share of the answers would be wrong, measured on the run's validation
                 images; None: never.
             lists_names: False: the question lists no names, and the answer may be any word, for methods of CLS-RL.
+            trust_code: The folder's configuration may name code of other packages than this project's, which is run.
+            data: Folder in which the run's dataset lies now, for methods that look at its images again.
 
         Raises:
-            UserError: The run is not finished, is of another version, or its method cannot do what is asked.
+            UserError: The run is not finished, is of another version, names foreign code, or its method cannot do what
+                is asked.
         """
-        trained = Trained.of(Path(run).expanduser())
+        trained = Trained.of(Path(run).expanduser(), trust_code, None if data is None else Path(data))
         result = Result.load(trained.records)
         if risk is not None and trained.records != trained.folder:
             raise UserError(f"risk={risk}: an export has no answers to validation images; ask the run itself")
@@ -139,7 +148,7 @@ class Classifier:
         model = self.config.model
         load = Loader(self.photos, model.image_size, model.resize, workers=os.cpu_count() or 1)
         found = examine(load, list(given))
-        for line in notes.treated(counted(found.treated, given), self.background):
+        for line in notes.treated(count_treated(found.treated, given), self.background):
             say(line)
         broken = found.bad
         good = [key for key in given if key not in broken]

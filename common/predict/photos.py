@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import csv
 import glob
 import hashlib
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
+from urllib.parse import unquote
 
 from PIL import Image
 
 from common.data.images import decode, on
 from common.data.layout import pictures
 from common.data.litter import reason
+from common.data.location import Location
 from common.data.rgb import WHITE, to_rgb
+from common.data.spelling import URL, invisible, visible
+from common.data.table import SUFFIXES, paths_in_table
+from common.runtime.progress import say
 from common.types import BadImage, Images, UserError
 
 Picture = str | Path | bytes | Image.Image
@@ -24,26 +28,48 @@ def find(what: str) -> dict[str, Path]:
     """The files that a folder, a pattern, a list or a single name stands for, by the names that their answers carry.
 
     Args:
-        what: A picture; a folder, with all pictures below it; a pattern such as `photos/*.jpg`; or a CSV file with a
-            column `path`, relative to its own folder.
+        what: A picture; a folder, with all pictures below it; a pattern such as `photos/*.jpg`; or a table with a
+            column of paths, relative to its own folder (see common/data/table.py).
 
     Raises:
         UserError: There is nothing.
     """
-    path = Path(what).expanduser()
+    if URL.match(what):
+        raise UserError(f"{what} is a URL, and URLs are not read; download the picture, and give its path")
+    path = _as_written_or_decoded(Path(what).expanduser())
     if path.is_dir():
         names = sorted(each.relative_to(path).as_posix() for each in path.rglob("*") if each.is_file())
         kept = [name for name in names if not any(map(reason, name.split("/")))]  # as a dataset's reader passes over
         found = {name: path / name for name in pictures(kept)}
-    elif path.suffix.lower() == ".csv" and path.is_file():
-        found = _listed(path)
+    elif path.suffix.lower() in SUFFIXES and path.is_file():
+        listed = Listed("pictures", path.parent, path.parent)
+        found = paths_in_table(listed, path)
+        for note in listed.notes:
+            say(note)
     elif path.exists():
         found = {str(what): path}
     else:
         found = {name: Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()}
     if not found:
-        raise UserError(f"{what}: no picture is there; give a picture, a folder, a pattern in quotes, or a CSV file")
+        hidden = f" (it has the invisible character {character})" if (character := invisible(what)) else ""
+        raise UserError(
+            f"{visible(what)}: no picture is there{hidden}; give a picture, a folder, a pattern in quotes, or a CSV"
+            " file"
+        )
     return found
+
+
+def _as_written_or_decoded(path: Path) -> Path:
+    """A path, or if only that exists, what it says with its percent signs read as a browser writes them."""
+    decoded = Path(unquote(str(path)))
+    return decoded if not path.exists() and decoded.exists() else path
+
+
+class Listed(Location):
+    """A table of pictures to classify: its errors name no dataset."""
+
+    def error(self, what: str) -> UserError:
+        return UserError(what)
 
 
 def names_of(text: str | None) -> list[str] | None:
@@ -53,15 +79,6 @@ def names_of(text: str | None) -> list[str] | None:
     (['cat', 'great tit'], None)
     """
     return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _listed(path: Path) -> dict[str, Path]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file)
-        if "path" not in (rows.fieldnames or ()):
-            raise UserError(f"{path} has no column path; it has {', '.join(rows.fieldnames or ()) or 'no columns'}")
-        names = [row["path"] for row in rows if row["path"]]
-    return {name: path.parent / Path(name).expanduser() for name in names}
 
 
 class Photos:

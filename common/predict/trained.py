@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from common.config import composition
+from common.config import composition, trust
 from common.config.schema import Config, TrainerConfig
 from common.data import manifest, pictures
 from common.data import task as tasks
+from common.data.names import objections
 from common.data.task import Questions
 from common.learner import Prepares
 from common.method import Looks, Method, Recalls
+from common.models import checks
 from common.models.files import ADAPTERS
 from common.plugins import locate
 from common.predict.photos import Photos
@@ -31,18 +33,23 @@ RECORDS = "run"  # of an exported model: configuration, manifest and result of i
 
 @dataclass(frozen=True)
 class Trained:
-    """folder: as it was given. records: with config.yaml, manifest.json, metrics.json. model: with the weights."""
+    """folder: as it was given. records: with config.yaml, manifest.json, metrics.json. model: with the weights.
+
+    trust_code: the configuration may name code of any package. data: where the dataset lies now, if it was moved.
+    """
 
     folder: Path
     records: Path
     model: Path
+    trust_code: bool = False
+    data: Path | None = None
 
     @classmethod
-    def of(cls, folder: Path) -> Trained:
+    def of(cls, folder: Path, trust_code: bool = False, data: Path | None = None) -> Trained:
         """Of a run's folder, or of a model that was exported from one."""
         if (folder / RECORDS / "config.yaml").is_file():
-            return cls(folder, folder / RECORDS, folder)
-        return cls(folder, folder, folder / "model")
+            return cls(folder, folder / RECORDS, folder, trust_code, data)
+        return cls(folder, folder, folder / "model", trust_code, data)
 
     @property
     def has_weights(self) -> bool:
@@ -61,27 +68,51 @@ def config_of(run: Trained, began: bool = False) -> Config:
     `began`: with the weights that it began from.
 
     Raises:
-        UserError: This version cannot read it.
+        UserError: This version cannot read it, or it names foreign code (common/config/trust.py).
     """
-    values: dict[str, Any] = yaml.safe_load((run.records / "config.yaml").read_text(encoding="utf-8"))
+    file = run.records / "config.yaml"
+    values = trust.read(file)
     values.pop("signature", None)
     values |= {"rewards": {}, "evaluate": "last", "doctor": False, "trainer": {"name": "none"}}
-    values["gpus"] = 1 if values["gpus"] and torch.cuda.is_available() else 0  # this process alone
-    values["tracking"] = {**values["tracking"], "mode": "disabled"}
-    values["data"] = {**values["data"], "cache_gb": 0.0}  # new pictures are not kept
-    if not began and run.has_weights:
-        values["model"] = {**values["model"], "path": str(run.model)}
-    if run.embeddings.is_dir() and "bank" in values["method"]:
-        values["method"] = {**values["method"], "bank": str(run.embeddings)}
+    other = f"{file} is of another version ({{}}); train it again with this one"
+    try:
+        values["gpus"] = 1 if values["gpus"] and torch.cuda.is_available() else 0  # this process alone
+        values["tracking"] = {**values["tracking"], "mode": "disabled"}
+        values["data"] = {**values["data"], "cache_gb": 0.0}  # new pictures are not kept
+        values["model"] = {**values["model"], "max_prompt_tokens": None}  # without the truth, all names are listed
+        if values["rollout"]["options"].get("prompt_tokens"):
+            values["rollout"]["options"]["prompt_tokens"] = None
+        if run.records != run.folder or not Path(values["cache_dir"]).is_dir():  # of another machine
+            values["cache_dir"] = os.environ.get("FEWSHOT_CACHE", "cache")
+        if run.data is not None:
+            values["data"] |= _moved(values["data"], run.data)
+        if not began and run.has_weights:
+            values["model"] = {**values["model"], "path": str(run.model)}
+        if run.embeddings.is_dir() and "bank" in values["method"]:
+            values["method"] = {**values["method"], "bank": str(run.embeddings)}
+    except (KeyError, TypeError) as error:
+        raise UserError(other.format(f"lacks or misuses {error}")) from error
+    trust.check(values, file, run.trust_code)
     try:
         cfg = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(values))
         config = composition.validate(cfg)  # type: ignore[arg-type]
     except OmegaConfBaseException as error:
-        text = " ".join(str(error).split())
-        raise UserError(
-            f"{run.records}/config.yaml is of another version ({text}); train it again with this one"
-        ) from error
+        raise UserError(other.format(" ".join(str(error).split()))) from error
     return replace(config, trainer=TrainerConfig(name="none"))
+
+
+def _moved(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The values of a dataset that lies elsewhere now.
+
+    Raises:
+        UserError: Nothing is there.
+    """
+    folder = folder.expanduser().absolute()
+    if not folder.exists():
+        raise UserError(f"data={folder} does not exist; give the folder in which the run's images lie now")
+    if data["source"] == "hub":
+        return {"hub": {**data["hub"], "id": str(folder)}}
+    return {"root": str(folder.parent), "folder": str(folder)}
 
 
 def without_list(config: Config) -> Config:
@@ -100,7 +131,19 @@ def method_of(run: Trained, config: Config) -> tuple[Method, bool]:
     method: Method = locate(config.method["_target_"], "method._target_")(**composition.method_arguments(config))
     recalls = isinstance(method, Recalls) and run.embeddings.is_dir() and method.recall(run.embeddings)
     looks = isinstance(method, (Looks, Prepares)) and not recalls
-    return method, looks or config.learner.needs_shots
+    return method, looks or (config.learner.needs_shots and not config.learner.asks_alone)
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Names that somebody gave can be answers, and there is one at least.
+
+    Raises:
+        UserError: Names the first that cannot.
+    """
+    if not names:
+        raise UserError("names: there is none; give class names, separated by commas")
+    for objection in objections(names):
+        raise UserError(f"names: {objection}")
 
 
 def questions_of(run: Trained, config: Config, names: Sequence[str] | None = None) -> Questions:
@@ -112,30 +155,65 @@ def questions_of(run: Trained, config: Config, names: Sequence[str] | None = Non
         names: Other class names; None: its own.
 
     Raises:
-        UserError: The method cannot be asked about others.
+        UserError: The method cannot be asked about others, or one of them can be no answer.
     """
     method, looks = method_of(run, config)
-    if names is not None and (looks or isinstance(method, (Looks, Prepares))):
+    if names is not None and (config.learner.needs_shots or isinstance(method, (Looks, Prepares))):
         raise UserError(
             f"names: the categories of method={config.method['name']} are those that it was trained on:"
             " other names need a method that only reads them, such as clsrl"
         )
     if looks:
-        questions = tasks.build(config, manifest.left_out(run.records / "manifest.json"))
-        _check_pictures(run, questions)
+        questions = _asked_again(run, config)
         splits = questions.task.evaluation
         first = next(split for name, split in splits.items() if name != "val")
         kept = {name: split for name, split in splits.items() if name == "val"}
         if config.selection == "paper":  # a few-shot learner chooses by its own test images again, not by the new ones
             kept |= {"chosen by": first}
         return replace(questions, task=replace(questions.task, evaluation={**kept, SPLIT: first}))
-    frozen = json.loads((run.records / "manifest.json").read_text(encoding="utf-8"))
+    if names is not None:
+        check_names(names)
+    frozen = _manifest(run)
     first = next(split for name, split in frozen["splits"].items() if name not in ("train", "val"))
     chosen = tuple(names) if names is not None else tuple(first["names"])
     split = Split((), chosen, config.data.question, config.data.open_question)
-    train = replace(split, names=tuple(frozen["splits"]["train"]["names"])) if isinstance(method, Looks) else split
+    trained = isinstance(method, Looks) or config.learner.needs_shots
+    train = replace(split, names=tuple(frozen["splits"]["train"]["names"])) if trained else split
     task = Task(train, {SPLIT: split}, Photos(), frozen["fingerprint"], frozen["origins"])
+    if names is not None:
+        checks.check_words(config, checks.check_weights(config), task)
     return Questions(task, method, [], {SPLIT: []}, frozen)
+
+
+def _asked_again(run: Trained, config: Config) -> Questions:
+    """The task of a run with its images, read anew.
+
+    Raises:
+        UserError: They are not where they were, or those that the method is fitted by are others now.
+    """
+    frozen = _manifest(run)
+    try:
+        questions = tasks.build(config, manifest.left_out(run.records / "manifest.json"))
+    except UserError as error:
+        if run.data is not None:
+            raise
+        raise UserError(
+            f"{error}. method={config.method['name']} looks at the run's training images again: if they lie elsewhere"
+            " now, say where with --data <folder> (in Python data=...)"
+        ) from error
+    first = next(name for name in questions.task.evaluation if name != "val")
+    for split in ("train", "val", *([first] if config.selection == "paper" else [])):
+        before, now = (each["splits"].get(split, {"rows": [], "names": []}) for each in (frozen, questions.manifest))
+        old, new = ([tuple(row[:2]) for row in each["rows"]] for each in (before, now))
+        if (before["names"], old) != (now["names"], new):
+            others = [image for image, label in new if (image, label) not in set(old)]
+            what = f"has {others[0]}" if others else f"lacks some of its {len(old)} images, or has other classes"
+            raise UserError(
+                f"these are not the images that {run.records / 'manifest.json'} names: {split} {what}; give the folder"
+                " of the run's own with --data <folder> (in Python data=...)"
+            )
+    _check_pictures(run, questions)
+    return questions
 
 
 def _check_pictures(run: Trained, questions: Questions) -> None:
@@ -144,7 +222,7 @@ def _check_pictures(run: Trained, questions: Questions) -> None:
     Raises:
         UserError: Some that it was trained on, or chosen by, hold something else now.
     """
-    frozen = json.loads((run.records / "manifest.json").read_text(encoding="utf-8"))
+    frozen = _manifest(run)
     seen = [prompt.image for prompt in (*questions.train, *questions.evaluation.get("val", ()))]
     stamps = pictures.of_each(questions.task.images.stamp, seen)
     now = manifest.with_contents(questions.manifest, stamps)
@@ -153,3 +231,8 @@ def _check_pictures(run: Trained, questions: Questions) -> None:
             f"of the pictures that {run.folder} was trained on, {len(others)} changed since, first: {others[0]}; put"
             " the old ones back, or train it again"
         )
+
+
+def _manifest(run: Trained) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run.records / "manifest.json").read_text(encoding="utf-8"))
+    return found

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from common.config import trust
 from common.report.compare import Table
 from common.rewards import StatefulReward, build_rewards, weighted
 from common.types import Prompt, Sample, UserError
@@ -68,13 +67,16 @@ def _look_alike(label: str) -> str:
     return changed if changed != label else f"{label}\u200b"
 
 
-def audit(run: Path) -> tuple[Table, list[str]]:
+def audit(run: Path, trust_code: bool = False) -> tuple[Table, list[str]]:
     """What every attack would earn, and the names of those that cheat and earn as much as an honest right reply.
 
+    `trust_code`: its rewards may be of other packages than this project's; they are run.
+
     Raises:
-        UserError: The folder is no run's, or it learnt from no rewards.
+        UserError: The folder is no run's, it learnt from no rewards, or they are foreign code.
     """
     values, names = _read(run)
+    trust.check({"rewards": values["rewards"]}, run / "config.yaml", trust_code)
     label, others = names[0], names[1:4]
     tried = attacks(label, others)
     samples = [Sample(Prompt("audit", "", label, choices=tuple(names)), attack.text) for attack in tried]
@@ -99,7 +101,7 @@ def _read(run: Path) -> tuple[Mapping[str, Any], list[str]]:
     for name in ("config.yaml", "manifest.json"):
         if not (run / name).is_file():
             raise UserError(f"{run} is no run's folder: there is no {name}")
-    values = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    values = trust.read(run / "config.yaml")
     if not values.get("rewards"):
         raise UserError(f"{run} learnt from no rewards; audit a run of a method with trainer=grpo")
     manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))

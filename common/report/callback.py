@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import json
+import shutil
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -11,29 +14,37 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from common.runtime.distributed import rank
+from common.runtime.progress import say, turn_to
 
 
 class Comparison(Callback):
-    """Prints the table of `python -m common.report compare` for the runs of a sweep that this process has run.
+    """Prints the table of `python -m common.report compare` for the runs of a multirun, however they were launched.
 
-    When the process ends, since Hydra calls nobody at the end of a sweep with a failed point. The jobs of a cluster's
-    array run elsewhere: there the command does it.
+    When the process ends that started them, since Hydra calls nobody at the end of a sweep with a failed point. Jobs
+    may run in other processes or on other machines, with a copy of this object; so each leaves a note beside the runs.
     """
 
     def __init__(self) -> None:
-        self.folders: list[Path] = []
-        self.failed: list[str] = []
+        self.notes: Path | None = None
 
     def on_multirun_start(self, config: DictConfig, **options: Any) -> None:
         """Have the table printed."""
         if rank() == 0 and "points" not in config.hydra.sweeper:  # the papers' sweeper has a page of its own
+            self.notes = Path(config.hydra.sweep.dir).absolute() / f".multirun-{uuid.uuid4().hex[:8]}"
             atexit.register(self.show)
+            say("multirun: composing every run before the first one begins")
+        turn_to("multirun")
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **options: Any) -> None:
-        """Remember where the job has written, and whether it failed."""
-        self.folders.append(Path(config.hydra.runtime.output_dir))
-        if job_return.status == JobStatus.FAILED:
-            self.failed.append(self.folders[-1].name)
+        """Note where the job has written, and whether it failed."""
+        if self.notes is None or rank() != 0:
+            return
+        self.notes.mkdir(parents=True, exist_ok=True)
+        note = {
+            "folder": str(config.hydra.runtime.output_dir),
+            "failed": job_return.status == JobStatus.FAILED,
+        }
+        (self.notes / f"{int(config.hydra.job.num):06}.json").write_text(json.dumps(note), encoding="utf-8")
 
     def show(self) -> None:
         """Print; a sweep of previews has nothing to compare."""
@@ -41,9 +52,13 @@ class Comparison(Callback):
         from common.report import compare, folders, groups
         from common.report.console import show
 
-        runs = folders.find(folder for folder in self.folders if folder.is_dir())
+        if self.notes is None or not self.notes.is_dir():
+            return
+        notes = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.notes.iterdir())]
+        shutil.rmtree(self.notes, ignore_errors=True)
+        runs = folders.find(Path(note["folder"]) for note in notes if Path(note["folder"]).is_dir())
         together = groups.group(runs)
-        if len(self.folders) > 1 and any(group.finished for group in together):
+        if len(notes) > 1 and any(group.finished for group in together):
             table = compare.build(together, [run for run in runs if not run.values])
-            table.notes.extend(f"{name}: failed" for name in self.failed)
+            table.notes.extend(f"{Path(note['folder']).name}: failed" for note in notes if note["failed"])
             show(table)

@@ -7,12 +7,25 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from common.report.folders import Run
-from common.report.groups import Group, mean_std, t_interval
+from common.report.folders import ASKED, Run
+from common.report.groups import Group, configuration, interval, mean_std
 from common.report.paired import compare
 from common.types import UserError
 
-COLUMNS = ("run", "split", "seeds", "images", "accuracy", "± std", "95 % interval", "before", "official", "seconds")
+MACRO = "class mean"  # a column where a row has classes of unequal sizes
+COLUMNS = (
+    "run",
+    "split",
+    "seeds",
+    "images",
+    "accuracy",
+    "± std",
+    "95 % interval",
+    MACRO,
+    "before",
+    "official",
+    "seconds",
+)
 AGAINST = ("difference", "95 % interval of it", "p")
 FORMATS = ("rich", "markdown", "csv", "latex")
 
@@ -39,12 +52,17 @@ def build(groups: Sequence[Group], strangers: Sequence[Run] = (), against: str |
     """
     base = None if against is None else _named(groups, against)
     rows = [row for group in groups for row in _rows(group, base)]
-    return Table(COLUMNS + (AGAINST if base else ()), rows, [*_missing(groups), *_unfinished(groups, strangers)])
+    columns = COLUMNS + (AGAINST if base else ())
+    at = columns.index(MACRO)
+    if all(row[at] == "–" for row in rows):
+        columns, rows = (*columns[:at], *columns[at + 1 :]), [(*row[:at], *row[at + 1 :]) for row in rows]
+    return Table(columns, rows, [*_missing(groups), *_repeated(groups), *_unfinished(groups, strangers)])
 
 
 def complete(groups: Sequence[Group], strangers: Sequence[Run] = ()) -> bool:
-    """Whether every folder holds a finished run."""
-    return not strangers and all(run.result is not None for group in groups for run in group.runs)
+    """Whether every folder holds a finished run, or what manifest=true wrote."""
+    whole = all(run.state == ASKED for run in strangers)
+    return whole and all(run.result is not None for group in groups for run in group.runs)
 
 
 def render(table: Table, how: str) -> str:
@@ -80,23 +98,26 @@ def _rows(group: Group, base: Group | None) -> list[tuple[str, ...]]:
         return [(group.label, "–", _seeds(group), *("–" for _ in COLUMNS[3:]), *("" for _ in AGAINST if base))]
     rows = []
     for split in dict.fromkeys(split for result in finished for split in result.final):
-        accuracies = group.over_seeds(split, lambda summary: summary.accuracy)
+        summaries = [result.final[split] for result in finished if split in result.final]
+        accuracies = [summary.accuracy for summary in summaries]
         mean, std = mean_std(accuracies)
         remarks = any(result.remarks for result in finished)
-        one = next(result.final[split] for result in finished if split in result.final)
         trained = any(result.after for result in finished)
+        macro = group.over_seeds(split, lambda summary: summary.accuracy_macro)
         before = group.over_seeds(split, lambda summary: summary.accuracy, "before") if trained else []
         official = group.over_seeds(split, lambda summary: summary.accuracy_official)
         seconds = [_seconds(result.train["seconds"]) for result in finished if "seconds" in result.train]
-        low, high = t_interval(accuracies) if std is not None else (one.ci95[0], one.ci95[1])
+        bounds = interval(accuracies, [(summary.ci95[0], summary.ci95[1]) for summary in summaries])
+        assert bounds is not None, "accuracies are of images"
         row = (
             group.label,
             split,
             _seeds(group),
-            str(one.n),
+            str(summaries[0].n),
             _percent(mean) + (" †" if remarks else ""),
             "–" if std is None else _percent(std),
-            f"{_percent(low)} – {_percent(high)}" + ("" if std is not None else " (of images)"),
+            f"{_percent(bounds[0])} – {_percent(bounds[1])}" + ("" if std is not None else " (of images)"),
+            _percent(mean_std(macro)[0]) if macro else "–",
             _percent(mean_std(before)[0]) if before else "–",
             _percent(mean_std(official)[0]) if official else "–",
             f"{mean_std(seconds)[0]:.0f}" if seconds else "–",
@@ -131,6 +152,19 @@ def _missing(groups: Sequence[Group]) -> list[str]:
         f"{group.label}: no run of seed {', '.join(str(seed) for seed in sorted(everywhere - set(group.seeds)))}"
         for group in groups
         if everywhere - set(group.seeds)
+    ]
+
+
+def _repeated(groups: Sequence[Group]) -> list[str]:
+    """Seeds of one configuration that several folders hold."""
+    places: dict[tuple[str, int], list[str]] = {}
+    for group in groups:
+        for run in group.runs:
+            places.setdefault((configuration(run), run.values["seed"]), []).append(str(run.path))
+    return [
+        f"seed {seed} was run {len(paths)} times, which is no further seed, so each has a row: {', '.join(paths)}"
+        for (_, seed), paths in places.items()
+        if len(paths) > 1
     ]
 
 

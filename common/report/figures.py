@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import cycle
 from pathlib import Path
 from statistics import fmean
@@ -11,6 +12,7 @@ from typing import Any
 
 import matplotlib
 
+from common.counted import counted
 from common.evaluation.evaluate import Evaluation
 from common.evaluation.metrics import calibration_error, reliability, selective_risks
 from common.evaluation.metrics import confusion as confusion_counts
@@ -24,6 +26,7 @@ from common.types import Task
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
 from matplotlib.ticker import MaxNLocator
 
 COLOURS = ("#2f6db3", "#d9822b", "#5a9e5a", "#9467bd")
@@ -32,6 +35,7 @@ LITERAL: Any = {"text.parse_math": False, "text.usetex": False}  # users' names:
 literal_text = matplotlib.rc_context(LITERAL)  # decorates what draws them
 LEGIBLE = 40  # classes that a matrix can show with names and counts
 PAIRS = 25  # confusions shown of more classes
+WIDEST = 28  # characters of a name beside a picture
 
 
 def of_run(folder: Path, result: Result, evaluation: Evaluation, task: Task) -> None:
@@ -43,7 +47,7 @@ def of_run(folder: Path, result: Result, evaluation: Evaluation, task: Task) -> 
         evaluation: Its last one.
         task: With the names of the classes.
     """
-    title = f"{result.method}, {result.data}, {result.setting}, {result.shots} shots, seed {result.seed}"
+    title = f"{result.method}, {result.data}, {result.setting}, {counted(result.shots, 'shot')}, seed {result.seed}"
     title += f"\n{result.model}, {result.protocol}, {', '.join(dict.fromkeys(result.origins.values()))}"
     rows = RunFolder(folder).read_log("metrics.jsonl")
     drawings: dict[str, Callable[[], Figure]] = {
@@ -64,7 +68,7 @@ def of_run(folder: Path, result: Result, evaluation: Evaluation, task: Task) -> 
 @literal_text
 def save(figure: Figure, path: Path, title: str) -> None:
     """With a title as PNG, and beside it as SVG."""
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(drawable(title), fontsize=9)
     figure.set_dpi(130)
     if (layout := figure.get_layout_engine()) is not None:  # found once, for both
         layout.execute(figure)
@@ -155,7 +159,40 @@ def confusion(table: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
         table: Counts of [true class][answered class], the last column answers that are no class name.
         names: Of the classes.
     """
+    names = [shortened(drawable(name)) for name in names]
     return _matrix(table, names) if len(names) <= LEGIBLE else _pairs(table, names)
+
+
+def drawable(name: str) -> str:
+    """A name in characters that the font of pictures has; others are spelt out, so that two names stay two.
+
+    >>> drawable("\U0001f389 jeans"), drawable("na\u00efve"), drawable("\u732b")
+    ('(party popper) jeans', 'naïve', '(U+732B)')
+    """
+    return "".join(letter if ord(letter) in _letters() else _spelt_out(letter) for letter in name)
+
+
+def _spelt_out(letter: str) -> str:
+    kind = unicodedata.category(letter)
+    if kind in ("Mn", "Cf", "Cc"):  # changes the letter before, or nothing that is seen
+        return ""
+    called = unicodedata.name(letter, "").lower()
+    return f"({called})" if kind.startswith("S") and called else f"(U+{ord(letter):04X})"
+
+
+@cache
+def _letters() -> frozenset[int]:
+    """Code points of the font that Matplotlib brings along, and the end of a line."""
+    return frozenset(get_font(findfont("DejaVu Sans")).get_charmap()) | {ord("\n")}
+
+
+def shortened(name: str) -> str:
+    """A name that leaves room for the picture beside it: both of its ends.
+
+    >>> shortened("jogging shoes with a very long name, red")
+    'jogging shoes with…name, red'
+    """
+    return name if len(name) <= WIDEST else f"{name[: WIDEST - 10].rstrip()}…{name[-9:].lstrip()}"
 
 
 def _matrix(table: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:

@@ -9,22 +9,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from common.config import trust
 from common.config.composition import decides_result
+from common.counted import counted
+from common.data import manifest
 from common.report.paper.points import FILE
 from common.run.result import Result
-from common.run.run_folder import LOCK
+from common.run.run_folder import LOCK, MANIFEST
 from common.types import UserError
 
-Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where libyaml is
+ASKED = "asked"
 
 
 @dataclass(frozen=True)
 class Run:
-    """One folder. state: `finished`, `running`, `unfinished`, `damaged` or `foreign`; why: in words, if not finished.
+    """One folder. state: `finished`, `running`, `unfinished`, `damaged`, `asked` (by manifest=true alone) or `foreign`;
+    why: in words, if not finished.
 
-    values: what the result depends on, of the configuration.
+    values: what the result depends on, of the configuration. gpus: that it was started with; no result depends on them.
     """
 
     path: Path
@@ -32,32 +34,36 @@ class Run:
     why: str = ""
     values: dict[str, Any] = field(default_factory=dict)
     result: Result | None = None
+    gpus: int = 0
 
 
 def read(path: Path) -> Run:
     """What a folder holds."""
     config = path / "config.yaml"
     if not config.is_file():
+        if manifest.is_one(path / MANIFEST):
+            return Run(path, ASKED, "manifest=true showed its questions; nothing was run")
         return Run(path, "foreign", "no run wrote it: there is no config.yaml")
     try:
-        values = yaml.load(config.read_text(encoding="utf-8"), Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        return Run(path, "damaged", f"config.yaml cannot be read ({' '.join(str(error).split())[:100]})")
-    if not isinstance(values, dict) or "signature" not in values:
+        values = trust.read(config)
+    except UserError as error:
+        return Run(path, "damaged", str(error))
+    if "signature" not in values:
         return Run(path, "foreign", "no run wrote its config.yaml")
     values.pop("signature")
+    gpus = values.get("gpus", 0)
     values = decides_result(values)
     if not (path / "metrics.json").is_file():
         state = "running" if _is_locked(path / LOCK) else "unfinished"
-        return Run(path, state, f"after {_updates(path)} updates", values)
+        return Run(path, state, f"after {counted(_updates(path), 'update')}", values, gpus=gpus)
     try:
-        return Run(path, "finished", "", values, Result.load(path))
+        return Run(path, "finished", "", values, Result.load(path), gpus)
     except UserError as error:
-        return Run(path, "damaged", str(error), values)
+        return Run(path, "damaged", str(error), values, gpus=gpus)
 
 
 def find(paths: Iterable[Path]) -> list[Run]:
-    """The folders among the paths; files beside them and sweeps' own folders are passed over.
+    """The folders among the paths, each once; files beside them and sweeps' own folders are passed over.
 
     Raises:
         UserError: One does not exist.
@@ -65,7 +71,8 @@ def find(paths: Iterable[Path]) -> list[Run]:
     paths = list(paths)
     if missing := [path for path in paths if not path.exists()]:
         raise UserError(f"{missing[0]} does not exist")
-    return [read(path) for path in paths if path.is_dir() and not (path / FILE).is_file()]
+    once = {path.resolve(): path for path in reversed(paths)}
+    return [read(path) for path in reversed(once.values()) if path.is_dir() and not (path / FILE).is_file()]
 
 
 def _is_locked(path: Path) -> bool:

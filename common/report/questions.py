@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from common.counted import agree, counted
 from common.data import duplicates, notes
 from common.data.task import Questions
 from common.evaluation.evaluate import spread
@@ -81,7 +82,8 @@ def remarks(questions: Questions) -> list[str]:
         lines.append(duplicates.worded(found))
     if short := manifest["short_classes"]:
         name, count = next(iter(short.items()))
-        lines.append(f"{len(short)} classes have fewer training images than shots, first: '{name}' has {count}")
+        many = f"{counted(len(short), 'class')} {agree(len(short), 'has', 'have')}"
+        lines.append(f"{many} fewer training images than shots, first: '{name}' has {count}")
     if isinstance(questions.method, Looks):
         lines.append("the method chooses the names once the model has seen the pictures; those above stand for them")
     return lines

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from common.counted import agree, counted
 from common.data.notes import data_lines
 from common.evaluation.summary import Summary
+from common.report import folders
+from common.report.groups import photos
 from common.run.result import Result
-from common.training.silent import fix
+from common.training.signs import at
+from common.training.silent import CUT, cut_line, fix
 
+PHASES = (("zero-shot", "before"), ("trained", "after"))  # what they are called, and their names in a result
 REMARK = " †"  # behind an accuracy that a line below the table says more about
 
 
@@ -29,14 +35,15 @@ def interval(summary: Summary) -> str:
 
 
 def phases(result: Result, split: str) -> list[tuple[str, Summary]]:
-    """The summaries of a split by what they are called: before training, and after it if there was any."""
-    summaries = [("zero-shot", result.before[split])]
-    return [*summaries, ("trained", result.after[split])] if result.after else summaries
+    """The summaries of a split by what they are called: before training, if something was known then, and after it."""
+    measured = ((said, getattr(result, phase)) for said, phase in PHASES)
+    return [(said, summaries[split]) for said, summaries in measured if split in summaries]
 
 
-def result_table(result: Result) -> Table:
-    """Before and after training, per split."""
-    title = f"{result.method} · {result.data} · {result.model} · {result.shots} shots · seed {result.seed}"
+def result_table(result: Result, data: str | None = None) -> Table:
+    """Before and after training, per split. `data`: what to call the dataset, else by its name."""
+    shots = counted(result.shots, "shot")
+    title = f"{result.method} · {data or result.data} · {result.model} · {shots} · seed {result.seed}"
     where = "" if result.setting == "few_shot" else f" · {result.setting}"
     splits = " / ".join(dict.fromkeys(result.origins.values()))
     title = f"{title}{where} · {result.protocol} · {splits}"
@@ -55,20 +62,26 @@ def result_cells(result: Result) -> tuple[list[str], list[list[str]]]:
         "images": lambda s: str(s.n),
         "accuracy %": lambda s: percent(s.accuracy),
         "95 % interval": interval,
+        "class mean %": lambda s: percent(s.accuracy_macro),
         "official match %": lambda s: percent(s.accuracy_official),
         "well-formed %": lambda s: percent(s.well_formed),
         "tokens": lambda s: "–" if s.mean_tokens is None else f"{s.mean_tokens:.1f}",
         "seconds": lambda s: f"{s.seconds:.1f}",
     }
-    summaries = [summary for split in result.before for _, summary in phases(result, split)]
-    about = {"official match %": "accuracy_official", "well-formed %": "well_formed", "tokens": "mean_tokens"}
+    summaries = [summary for split in result.final for _, summary in phases(result, split)]
+    about = {
+        "class mean %": "accuracy_macro",
+        "official match %": "accuracy_official",
+        "well-formed %": "well_formed",
+        "tokens": "mean_tokens",
+    }
     shown = {
         name: text
         for name, text in columns.items()
         if name not in about or any(getattr(summary, about[name]) is not None for summary in summaries)
     }
     rows = []
-    for split in result.before:
+    for split in result.final:
         for phase, summary in phases(result, split):
             mark = REMARK if result.remarks and (phase == "trained" or not result.after) else ""
             cells = {name: text(summary) + (mark if name == "accuracy %" else "") for name, text in shown.items()}
@@ -79,7 +92,7 @@ def result_cells(result: Result) -> tuple[list[str], list[list[str]]]:
 def probability_lines(result: Result) -> list[str]:
     """How often the most probable name is right, one line per split; none without label scoring."""
     lines = []
-    for split in result.before:
+    for split in result.final:
         texts = [
             f"{phase} {percent(p.top1)} % (top-5 {percent(p.top5)}, ECE {percent(p.ece)})"
             for phase, summary in phases(result, split)
@@ -92,11 +105,12 @@ def probability_lines(result: Result) -> list[str]:
 
 def overall_lines(result: Result) -> list[str]:
     """One number for several splits, and what was left out."""
-    lines = [f"†: {remark}" for remark in result.remarks]
-    for name, before in result.overall["before"].items():
-        after = f", trained {percent(result.overall['after'][name])} %" if result.after else ""
-        lines.append(f"{name.replace('_', ' ')}: zero-shot {percent(before)} %{after}")
-    for split in result.before:
+    lines = cut_replies(result) + [f"†: {remark}" for remark in result.remarks]
+    measured = [(said, result.overall[phase]) for said, phase in PHASES if phase in result.overall]
+    for name in measured[-1][1]:
+        shown = ", ".join(f"{said} {percent(numbers[name])} %" for said, numbers in measured)
+        lines.append(f"{name.replace('_', ' ')}: {shown}")
+    for split in result.final:
         accuracies = [
             (phase, s.accuracy_aliases) for phase, s in phases(result, split) if s.accuracy_aliases is not None
         ]
@@ -106,26 +120,45 @@ def overall_lines(result: Result) -> list[str]:
     lines += training_lines(result)
     if short := result.short_classes:
         name, count = next(iter(short.items()))
-        lines.append(f"{len(short)} classes have fewer training images than shots, first: '{name}' has {count}")
+        many = f"{counted(len(short), 'class')} {agree(len(short), 'has', 'have')}"
+        lines.append(f"{many} fewer training images than shots, first: '{name}' has {count}")
     if result.left_out:
-        lines.append(f"{result.left_out} pictures that cannot be decoded were left out (manifest.json names them)")
+        many, were = counted(result.left_out, "picture"), agree(result.left_out, "was", "were")
+        lines.append(f"{many} that cannot be decoded {were} left out (manifest.json names them)")
     return lines
+
+
+def cut_replies(result: Result) -> list[str]:
+    """Where many replies of an evaluation were cut: an answer that is cut off is wrong."""
+    return [
+        cut_line(summary.truncated, None, f"the replies to {split}, {phase},")
+        for split in result.before
+        for phase, summary in phases(result, split)
+        if summary.truncated is not None and summary.truncated >= CUT
+    ]
 
 
 def training_lines(result: Result) -> list[str]:
     """Which update "trained" is, and which rewards taught nothing."""
     best, lines = result.train.get("best"), []
+    cut = result.train.get("cut")
+    if cut:
+        lines.append(cut_line(cut["share"], cut["limit"]))
+    if planned := result.train.get("planned"):
+        lines.append(f"stopped by patience after {result.train['updates']} of {planned} updates")
     if best:
         where = "val" if best["split"] == "val" else f"{best['split']} itself: no validation images"
         tested = result.train.get("tested", result.train["updates"])
         last = result.train.get("last")  # earlier versions did not say
         lines.append(
-            f"trained: update {tested} of {result.train['updates']}; the best evaluation was after update"
-            f" {best['update']} ({percent(best['accuracy'])} % on {where}"
+            f"trained: update {tested} of {result.train['updates']}; the best evaluation was {at(best['update'])}"
+            f" ({percent(best['accuracy'])} % on {where}"
             + (f"; after the last one {percent(last['accuracy'])} %)" if last else ")")
         )
+    lines += [line for name, line in result.train.get("signs", {}).items() if not (cut and name == "cut")]
+    share = cut["share"] if cut else 0.0
     for name, whom in result.train.get("silent_rewards", {}).items():
-        lines.append(f"reward '{name}' paid {whom} in all updates: {fix(name, whom)}")
+        lines.append(f"reward '{name}' paid {whom} in all updates: {fix(name, whom, share)}")
     return lines
 
 
@@ -149,12 +182,14 @@ def time_line(result: Result) -> str:
 def show(result: Result, folder: Path, console: Console | None = None) -> None:
     """Print the result of a run to standard output."""
     console = console or Console(width=None if Console().is_terminal else 120)
-    console.print(result_table(result))
+    values = folders.read(folder).values
+    console.print(result_table(result, photos(values) if values else None))
     lines = [*overall_lines(result), *data_lines(vars(result)), *probability_lines(result), *paired_lines(result)]
     for line in [*lines, time_line(result)]:
         console.print(Text(line))  # names are no markup
     console.print(Text(f"run folder: {folder}"), soft_wrap=True)
     if (folder / "report.html").is_file():
         console.print(Text(f"every reply, to look at: {folder / 'report.html'}"), soft_wrap=True)
-    if offline := sorted((folder / "wandb").glob("**/offline-run-*")):
-        console.print(Text(f"W&B was offline; upload it with: wandb sync {offline[-1]}"), soft_wrap=True)
+    if offline := sorted((folder / "wandb").glob("**/offline-run-*")):  # one of every attempt
+        paths = " ".join(quote(str(path)) for path in offline)
+        console.print(Text(f"W&B was offline; upload it with: wandb sync {paths}"), soft_wrap=True)

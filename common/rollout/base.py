@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 
+from common.counted import counted
 from common.models.encoder import Encoded, Encoder
 from common.types import Prompt, UserError
 
@@ -61,11 +62,10 @@ class Decoding:
     max_tokens: int
 
     def __str__(self) -> str:
+        most = f"at most {counted(self.max_tokens, 'token')}"
         if self.temperature == 0:
-            return f"greedy, at most {self.max_tokens} tokens"
-        return (
-            f"temperature {self.temperature}, top_k {self.top_k}, top_p {self.top_p}, at most {self.max_tokens} tokens"
-        )
+            return f"greedy, {most}"
+        return f"temperature {self.temperature}, top_k {self.top_k}, top_p {self.top_p}, {most}"
 
 
 class Rollout(Protocol):

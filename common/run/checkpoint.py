@@ -28,6 +28,7 @@ import numpy
 import torch
 from safetensors import SafetensorError
 
+from common.runtime import saved
 from common.runtime.distributed import barrier, rank, world
 from common.types import UserError
 
@@ -36,7 +37,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class State:
-    """What state.json holds. best: update and accuracy (a share of 1) of the best evaluation so far.
+    """What state.json holds. best: update and accuracy (a share of 1) of the best evaluation so far, the one
+    before training (0) among them.
 
     began_from: SHA-256 of the weights that the run loads, the frozen ones among them, which no checkpoint repeats.
     lines: bytes of metrics.jsonl and timings.jsonl at this update; what follows them is computed again. seconds: spent
@@ -138,7 +140,7 @@ class Checkpoints:
         latest = self._complete()[-1]
         before = read_state(latest).ranks
         if before == world():
-            _set_generators(torch.load(latest / f"random-{rank()}.pt", weights_only=False))
+            _set_generators(saved.load(latest / f"random-{rank()}.pt"))
         else:
             log.info("generators of %d ranks are not those of %d: seeded anew", before, world())
             seed_generators(seed)
@@ -160,7 +162,7 @@ class Checkpoints:
         complete = self._complete()
         kept, best = {complete[-1]}, read_state(complete[-1]).best
         if best is not None and self.at_most > 1:
-            kept.add(self.folder / f"step-{best[0]:06d}")
+            kept.update(path for path in complete if path.name == f"step-{best[0]:06d}")  # the untrained one has none
         for path in reversed(complete):
             if len(kept) < self.at_most:
                 kept.add(path)

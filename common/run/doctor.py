@@ -9,6 +9,7 @@ Shapes: n sampled prompts, G completions each.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from common.config.schema import GRPOConfig, TrainerConfig
+from common.counted import counted
 from common.forward.logprobs import PolicyScorer
 from common.forward.packing import Group, pack_plain, pack_shared, shared_tokens, within_budget
 from common.models.encoder import Encoded, Encoder
@@ -26,7 +28,7 @@ from common.rollout.base import SAMPLER_TOLERANCE, Completion, Decoding, Rollout
 from common.run.estimate import Finding, estimate_memory, estimate_time
 from common.training.grpo.batch import score_groups, without_differences
 from common.training.grpo.trainer import TOLERANCE
-from common.training.silent import fix, silent_rewards
+from common.training.silent import CUT, fix, silent_rewards
 from common.types import Prompt, UserError
 
 PROMPTS = 8  # sampled prompts
@@ -94,6 +96,7 @@ def examine(
     gaps, scoring = score(scorer, vlm, groups, completions, config)
     scores = score_groups(chosen, completions, rewards)
     total, parts = scores.total, scores.parts
+    cut = statistics.fmean(c.truncated for group in completions for c in group)
     for start in range(PROMPTS, MORE_PROMPTS, PROMPTS):  # few groups could all be flat by chance
         if len(without_differences(total, config.group_size)) < len(total) // config.group_size:
             break
@@ -108,7 +111,7 @@ def examine(
     findings = [
         check_lengths(vlm, encoded, chosen, decoding, image_size),
         check_distinct(completions),
-        check_rewards(total, parts, config.group_size),
+        check_rewards(total, parts, config.group_size, cut, decoding.max_tokens),
         check_sampler(gaps, vlm.model.dtype, corrected=config.importance_correction != "none")
         if comparable(rollout, decoding)
         else NOT_COMPARED,
@@ -153,26 +156,43 @@ def check_distinct(completions: Sequence[Sequence[Completion]]) -> Finding:
     return Finding("sampling", "ok", seen)
 
 
-def check_rewards(total: Sequence[float], parts: Mapping[str, Sequence[float]], group_size: int) -> Finding:
+def check_rewards(
+    total: Sequence[float],
+    parts: Mapping[str, Sequence[float]],
+    group_size: int,
+    cut: float = 0.0,
+    limit: int | None = None,
+) -> Finding:
     """Groups without reward differences have no gradient, and a reward that pays nobody or everybody teaches nothing.
+    Where many completions are cut at the limit, that is why.
 
     Args:
         total: The weighted sum of every sample, group after group.
         parts: Every reward of every sample, by name.
         group_size: G.
+        cut: Share of completions that were cut.
+        limit: Tokens at which they were, `rollout.max_completion_tokens`.
     """
+    for name, values in parts.items():
+        if strange := [value for value in values if not math.isfinite(value)]:
+            seen = f"'{name}' gave {strange[0]} for {len(strange)} of {len(values)} completions"
+            return Finding("rewards", "failed", seen, f"correct the function that rewards.{name}.fn names")
     groups = len(total) // group_size
     flat = len(without_differences(total, group_size))
-    seen = f"{flat} of {groups} groups without differences; mean reward {statistics.fmean(total):.3f}"
+    seen = f"{flat} of {counted(groups, 'group')} without differences; mean reward {statistics.fmean(total):.3f}"
     help = "raise trainer.group_size or rollout.temperature, or add a reward in which completions differ"
     spread = {name: (statistics.fmean(values), statistics.pstdev(values)) for name, values in parts.items()}
     silent = silent_rewards([{f"rewards/{n}/mean": mean, f"rewards/{n}/std": std} for n, (mean, std) in spread.items()])
     if silent:
         seen += "; " + ", ".join(f"'{name}' paid {whom}" for name, whom in silent.items())
-        help = "; ".join(f"'{name}': {fix(name, whom)}" for name, whom in silent.items())
+        help = "; ".join(f"'{name}': {fix(name, whom, cut)}" for name, whom in silent.items())
+    if cut >= CUT:
+        seen = f"{100 * cut:.0f} % of completions were cut at rollout.max_completion_tokens={limit}; {seen}"
+        help = f"raise rollout.max_completion_tokens; {help}"
     if flat == groups:
         return Finding("rewards", "failed", seen, help)
-    return Finding("rewards", "warning" if silent or flat >= FEW_LEARN * groups else "ok", seen, help)
+    few = silent or flat >= FEW_LEARN * groups or cut >= CUT
+    return Finding("rewards", "warning" if few else "ok", seen, help)
 
 
 def check_sampler(gap: torch.Tensor, dtype: torch.dtype, corrected: bool) -> Finding:

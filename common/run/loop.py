@@ -7,20 +7,24 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 from common.config.schema import Config, GRPOConfig
-from common.evaluation.evaluate import Evaluation, Predictor, during_training, watched
+from common.data.task import Questions
+from common.evaluation.evaluate import Evaluation, Predictor, during_training, spread, watched
+from common.models.checks import INSTEAD, unknown_classes
 from common.run.checkpoint import Checkpoints, State, seed_generators
 from common.run.recorder import Recorder
 from common.runtime.distributed import gather, rank, world
 from common.runtime.interrupt import Interrupted, requested
 from common.runtime.progress import bar
 from common.training.base import Step, Trainer
-from common.training.silent import fix, silent_rewards
+from common.training.signs import WINDOW, Signs, at
+from common.training.silent import CUT, fix, hardly_paid, silent_rewards
 from common.types import UserError
 
 log = logging.getLogger(__name__)
-WARN_AFTER = 10  # updates
 
 
 def train(
@@ -43,19 +47,40 @@ def train(
         recorder: Is told about every update and evaluation.
         save: Writes weights and optimizer state of this rank into a folder.
     """
-    state, best, done = checkpoints.state, None, 0
+    state, done = checkpoints.state, 0
     seed_generators(config.seed)
-    if state is not None:
+    if state is None:
+        best = untrained(predictor, config, recorder)
+    else:
         checkpoints.restore_generators(config.seed)
         done, best, trainer.tokens = state.update, state.best, state.tokens
     iterations = config.trainer.num_iterations if isinstance(config.trainer, GRPOConfig) else 1
-    watch = Watch(recorder.files.read_log("metrics.jsonl"))
+    limit, stranger = config.rollout.max_completion_tokens, is_stranger(config, predictor.questions)
+    watch = Watch(recorder.files.read_log("metrics.jsonl"), limit, stranger)
     if is_over(config, done, best):  # an earlier attempt ended here, and stopped before its result
         return done
+
+    def write(number: int) -> None:
+        recorder.flush(number)
+        here = State(
+            update=number,
+            tokens=trainer.tokens,
+            best=best,
+            ranks=world(),
+            seed=config.seed,
+            tracker=recorder.tracker.id,
+            began_from=checkpoints.began_from,
+            lines=recorder.files.lengths(),
+            seconds=recorder.clock.elapsed(),
+        )
+        checkpoints.write(here, save)
+
+    if state is None and best is not None and config.evaluate == "best":
+        write(0)  # it may be the best
     with bar(f"training ({config.method['name']})", updates, done) as shown, requested() as interruption:
         for number in range(done + 1, updates + 1):
             step = trainer.step(number - 1)
-            check_finite(step.metrics, number)
+            check_finite(step.metrics, number, step.rows)
             last, evaluation = number == updates, None
             if is_due(config, number, last):
                 evaluation = _evaluate(predictor, step, config.trainer.evaluate_limit)
@@ -64,33 +89,39 @@ def train(
             better = False
             if evaluation is not None:
                 recorder.evaluation(number, evaluation)
+                watch.see({"step": number, **evaluation.scalars})
                 accuracy = evaluation.summary[watched(predictor.questions)].accuracy
                 better = best is None or accuracy > best[1]
                 best = (number, accuracy) if better else best
-            shown.advance(note(step.metrics, best, watch.silent))
+            shown.advance(note(step.metrics, best, watch.silent, watch.signs.flat))
             # a batch that is half used is not saved, so a request waits for its end
             stopping = any(gather(interruption.made)) and number % iterations == 0
             last = last or is_over(config, number, best)
             if better or last or stopping or (config.checkpoint.every and number % config.checkpoint.every == 0):
-                recorder.flush(number)
-                here = State(
-                    update=number,
-                    tokens=trainer.tokens,
-                    best=best,
-                    ranks=world(),
-                    seed=config.seed,
-                    tracker=recorder.tracker.id,
-                    began_from=checkpoints.began_from,
-                    lines=recorder.files.lengths(),
-                    seconds=recorder.clock.elapsed(),
-                )
-                checkpoints.write(here, save)
+                write(number)
             if stopping and not last:
                 raise Interrupted(f"stopped after update {number} of {updates}; the same command continues it")
             if last and number < updates and best is not None:
-                log.info("no better evaluation since update %d: the training ends after update %d", best[0], number)
+                log.info(
+                    "stopped by patience after %d of %d updates: none was better than %s", number, updates, at(best[0])
+                )
                 return number
     return updates
+
+
+def untrained(predictor: Predictor, config: Config, recorder: Recorder) -> tuple[int, float] | None:
+    """The evaluation before training as the best one so far: 0 and its accuracy on the watched split.
+
+    None where nothing is evaluated during training. All ranks call it together.
+    """
+    if not config.trainer.evaluate_every:
+        return None
+    answers = recorder.kept("before", watched(predictor.questions)) if rank() == 0 else None
+    right = None
+    if answers is not None:
+        right = fmean(p.correct for p in spread(answers.predictions, config.trainer.evaluate_limit))
+    right = gather(right)[0]
+    return None if right is None else (0, right)
 
 
 def is_over(config: Config, number: int, best: tuple[int, float] | None) -> bool:
@@ -108,41 +139,84 @@ def is_due(config: Config, number: int, last: bool) -> bool:
     return bool(every) and (config.evaluate == "best" if last else number % every == 0)
 
 
-def note(metrics: dict[str, float], best: tuple[int, float] | None, silent: Mapping[str, str] | None = None) -> str:
-    """What the bar says: the mean reward or the loss of an update, the best accuracy so far, and silent rewards.
+def note(
+    metrics: dict[str, float], best: tuple[int, float] | None, silent: Mapping[str, str] | None = None, flat: int = 0
+) -> str:
+    """What the bar says: how many completions were cut, if many, the mean reward or the loss of an update, the best
+    accuracy so far, for how many updates no group has differed, and silent rewards.
 
     >>> note({"reward": 0.5312, "loss": 0.1}, (20, 0.8123), {"format": "nobody"}), note({"loss": 1.25}, None)
     ('reward 0.531 · best accuracy 81.2 % · format paid nobody', 'loss 1.250')
+    >>> note({"reward": 0.0, "completions/clipped_ratio": 0.92}, None, {}, 12)
+    '92 % cut at max_completion_tokens · reward 0.000 · no group differs for 12 updates'
     """
-    name = "reward" if "reward" in metrics else "loss"
-    said = [f"{name} {metrics[name]:.3f}"] if name in metrics else []
-    said += [f"best accuracy {100 * best[1]:.1f} %"] if best else []
+    name, cut = "reward" if "reward" in metrics else "loss", metrics.get("completions/clipped_ratio", 0.0)
+    said = [f"{100 * cut:.0f} % cut at max_completion_tokens"] if cut >= CUT else []
+    said += [f"{name} {metrics[name]:.3f}"] if name in metrics else []
+    said += [f"best accuracy {100 * best[1]:.1f} %" + ("" if best[0] else " (untrained)")] if best else []
+    said += [f"no group differs for {flat} updates"] if flat >= WINDOW else []
     return " · ".join(said + [f"{name} paid {whom}" for name, whom in (silent or {}).items()])
 
 
+def is_stranger(config: Config, questions: Questions) -> bool:
+    """Whether a model that was never taught the classes of a user's own photos is to stop where it earns nothing."""
+    return config.data.own_photos and config.doctor is not False and unknown_classes(config, questions) is not None
+
+
+def hopeless(poor: Mapping[str, float]) -> str:
+    """Why a stranger's training stops, and what to do instead. `poor`: from `hardly_paid`."""
+    paid = ", ".join(f"reward '{name}' paid {100 * mean:.1f} %" for name, mean in poor.items())
+    return (
+        f"the training has stopped: in {WINDOW} updates {paid} of the completions, and the model was never taught"
+        f" these classes. Instead, {INSTEAD}; or train it all the same with doctor=false"
+    )
+
+
 class Watch:
-    """Warns once, after WARN_AFTER batches of completions, of rewards that paid nobody or everybody so far.
+    """Warns once of every sign that the training goes wrong, and, after WINDOW batches of completions, of rewards that
+    paid nobody or everybody so far.
 
     silent: those that still do; empty before.
     """
 
-    def __init__(self, earlier: Sequence[dict[str, float]]) -> None:
-        """`earlier`: what the updates of earlier attempts reported."""
+    def __init__(
+        self, earlier: Sequence[dict[str, float]], limit: int | None = None, is_stranger: bool = False
+    ) -> None:
+        """
+        Args:
+            earlier: What was reported so far, by earlier attempts as well.
+            limit: `rollout.max_completion_tokens`.
+            is_stranger: The model was never taught the classes: if it earns nothing, that will not change.
+        """
+        self.signs, self.is_stranger = Signs(earlier, limit), is_stranger
         self.seen = [row for row in earlier if "reward" in row]
-        self.silent = silent_rewards(self.seen) if len(self.seen) >= WARN_AFTER else {}
+        self.silent = silent_rewards(self.seen) if len(self.seen) >= WINDOW else {}
 
     def see(self, metrics: dict[str, float]) -> None:
-        """One update."""
+        """One update, or one evaluation.
+
+        Raises:
+            UserError: A stranger has earned next to nothing.
+        """
+        for line in self.signs.see(metrics).values():
+            _warn(line)
         if "reward" not in metrics:  # it repeats a batch
             return
         self.seen.append(metrics)
-        if len(self.seen) > WARN_AFTER:  # one that has once paid some is silent no more
+        if len(self.seen) > WINDOW:  # one that has once paid some is silent no more
             still = silent_rewards([self.seen[0], metrics])
             self.silent = {name: whom for name, whom in self.silent.items() if name in still}
-        elif len(self.seen) == WARN_AFTER:
+        elif len(self.seen) == WINDOW:
+            if self.is_stranger and (poor := hardly_paid(self.seen)):
+                raise UserError(hopeless(poor))
             self.silent = silent_rewards(self.seen)
-            for name, whom in self.silent.items() if rank() == 0 else ():
-                log.warning("reward '%s' paid %s in %d updates: %s", name, whom, WARN_AFTER, fix(name, whom))
+            for name, whom in self.silent.items():
+                _warn(f"reward '{name}' paid {whom} in {WINDOW} updates: {fix(name, whom, self.signs.cut)}")
+
+
+def _warn(line: str) -> None:
+    if rank() == 0:
+        log.warning("%s", line)
 
 
 def _evaluate(predictor: Predictor, step: Step, limit: int | None) -> Evaluation:
@@ -153,14 +227,27 @@ def _evaluate(predictor: Predictor, step: Step, limit: int | None) -> Evaluation
     return evaluation
 
 
-def check_finite(metrics: dict[str, float], number: int) -> None:
+def check_finite(metrics: dict[str, float], number: int, rows: Sequence[Mapping[str, Any]] = ()) -> None:
     """Stop at the first NaN or infinity; nothing of that update is recorded, and the last checkpoint stays as it is.
 
+    Args:
+        metrics: Of the update.
+        number: Of the update.
+        rows: Its completions.
+
     Raises:
-        UserError: Names the update and the metrics.
+        UserError: Names the update, the metrics, and the reward that gave such a value, if one did.
     """
-    if bad := sorted(name for name, value in metrics.items() if not math.isfinite(value)):
+    bad = sorted(name for name, value in metrics.items() if not math.isfinite(value))
+    if not bad:
+        return
+    stopped = f"update {number}: {', '.join(bad)} not finite; training stopped, checkpoints before it are good."
+    if culprits := [name.split("/")[1] for name in bad if name.startswith("rewards/") and name.endswith("/mean")]:
+        key = f"rewards/{culprits[0]}"
+        row = next(row for row in rows if row[key] is not None and not math.isfinite(row[key]))
         raise UserError(
-            f"update {number}: {', '.join(bad)} not finite; training stopped, checkpoints before it are good. Lower"
-            " trainer.learning_rate or trainer.grad_clip, or use model.dtype=float32, under another run_name"
+            f"{stopped} The cause is reward '{culprits[0]}': it gave {row[key]} for {row['completion'][:80]!r} to image"
+            f" {row['image']}; correct the function that rewards.{culprits[0]}.fn names"
         )
+    fix = "Lower trainer.learning_rate or trainer.grad_clip, or use model.dtype=float32, under another run_name"
+    raise UserError(f"{stopped} {fix}")

@@ -6,9 +6,11 @@ Everything here raises `UserError`: one line that names the key, file or class a
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from common.config.schema import Config
+from common.counted import counted
 from common.data import pictures, task
 from common.data.loading import examine, report
 from common.plugins import locate
@@ -23,6 +25,23 @@ def check(config: Config) -> task.Questions:
         What the run asks, so that nobody in this process has to read the data again.
     """
     check_devices(config)
+    return check_asked(config)
+
+
+def refusal(look: Callable[[Config], object], config: Config) -> str | None:
+    """What one of these checks, `check_asked` or `check_devices`, refuses of a run, in its words; None: nothing.
+
+    No weights are loaded; what the hub has of a tokenizer is fetched.
+    """
+    try:
+        look(config)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def check_asked(config: Config) -> task.Questions:
+    """All checks but that of the devices. Returns what the run asks."""
     questions = task.build(config)
     check_choice(config, questions)
     check_images(config, questions)
@@ -31,8 +50,15 @@ def check(config: Config) -> task.Questions:
 
 
 def check_choice(config: Config, questions: task.Questions) -> None:
-    """The best evaluation is chosen on images that no result is reported on, and its checkpoint has to be kept."""
-    if config.evaluate != "best" or config.trainer.name == "none":
+    """What evaluations decide, they decide on images that no result is reported on; the best checkpoint is kept."""
+    if config.trainer.name == "none":
+        return
+    if (patience := config.trainer.patience) and "val" not in questions.evaluation:
+        raise UserError(
+            f"trainer.patience={patience} stops by validation images, and data={config.data.name} has none in this"
+            " setting; set validation=held_out, where there is one, or trainer.patience=0"
+        )
+    if config.evaluate != "best":
         return
     if "val" not in questions.evaluation:
         raise UserError(
@@ -59,11 +85,13 @@ def check_devices(config: Config) -> None:
     """More GPUs than the machine has, or other ranks than expected, would only fail minutes later, inside a rank."""
     if started_by_launcher():
         if config.gpus > 0 and world() != config.gpus:
-            raise UserError(f"gpus={config.gpus}, but the launcher started {world()} processes; use gpus={world()}")
+            raise UserError(
+                f"gpus={config.gpus}, but the launcher started {counted(world(), 'process')}; use gpus={world()}"
+            )
         if config.trainer.name != "none" and config.trainer.prompts_per_update % world():
             raise UserError(
                 f"trainer.prompts_per_update={config.trainer.prompts_per_update} must be divisible by the"
-                f" {world()} processes that the launcher started"
+                f" {counted(world(), 'process')} that the launcher started"
             )
         return
     if config.gpus > 0 and (count := visible_gpus()) < config.gpus:

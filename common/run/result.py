@@ -35,10 +35,12 @@ FORMER = {"zero_shot": "before", "eval": "after", "checkpoint": "weights"}
 class Result:
     """What a finished run reports. metrics.json has these fields as its keys.
 
-    before, after: the splits as the learner began and after training (empty if nothing was trained), see `final`.
+    before, after: the splits as the learner began (empty if it knew nothing then) and after training (empty if nothing
+    was trained), see `final`.
     weights: path and sha256 of what the learner began from. overall: one number for several splits, by phase.
     train: updates, seconds by phase, the paired comparison, the update that was tested at last, the best evaluation,
-    and rewards that paid everybody or nobody. remarks: what a table must say of the trained results.
+    and rewards that paid everybody or nobody. remarks: what a table must say of the trained results. device: the GPU's
+    model, or CPU; empty: an earlier version did not say.
     """
 
     method: str
@@ -66,6 +68,7 @@ class Result:
     passed_over: dict[str, int] = field(default_factory=dict)
     duplicates: dict[str, int] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
+    device: str = ""
     format: int = FORMAT
 
     @property

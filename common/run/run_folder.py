@@ -28,7 +28,8 @@ from typing import IO, Any
 
 import yaml
 
-from common.config.composition import decides_result, differences, signature
+from common.config import trust
+from common.config.composition import decides_result, differences, signature, signed
 from common.data import manifest
 from common.run import predictions
 from common.run.result import Result
@@ -58,11 +59,13 @@ class RunFolder:
         if not config.is_file():
             self._check_free()
             return None
-        old = yaml.safe_load(config.read_text(encoding="utf-8"))
-        if not isinstance(old, dict) or "signature" not in old:
+        old = trust.read(config)
+        if "signature" not in old:
             raise UserError(f"{config} was not written by a run; choose another folder")
-        if old.pop("signature") != signature(values):
-            changed = differences(decides_result(old), decides_result(values)) or ["the file was edited"]
+        digits = old.pop("signature")
+        changed = differences(decides_result(old), decides_result(values))
+        if changed or not signed(old, digits):
+            changed = changed or ["the file was edited"]
             raise UserError(
                 f"{self.path} already holds a run with other values ({'; '.join(changed)});"
                 " choose another folder with run_name=<name> or hydra.run.dir=<folder>"

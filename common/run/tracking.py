@@ -1,4 +1,4 @@
-"""Weights & Biases, mirrored from the run folder by rank 0. Offline unless an API key is present.
+"""Weights & Biases, mirrored from the run folder by rank 0. Offline unless there is an API key and the server answers.
 
 After a resume the updates since the last checkpoint are logged once more under the same run and step; metrics.jsonl
 holds each once. The run and the images of its tables lie inside the run folder, so that `wandb sync` works from another
@@ -7,11 +7,21 @@ machine.
 
 from __future__ import annotations
 
+import base64
+import json
+import logging
+import netrc
 import os
+import threading
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 from common.config.schema import Config, TrackingConfig
 from common.data.task import Questions
@@ -24,6 +34,10 @@ from common.types import Prediction
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+log = logging.getLogger(__name__)
+SERVER = "https://api.wandb.ai"
+LONGEST_ANSWER = 8.0  # seconds that its server has; an unreachable one costs W&B itself two minutes
+OFFLINE = "W&B: %s; the run is tracked offline, `wandb sync` uploads it"
 CONFUSED = 100  # classes that a confusion matrix can show
 
 
@@ -79,7 +93,7 @@ class WandbTracker:
     ) -> None:
         """
         Args:
-            config: Project, group, tags and mode.
+            config: Project, group, tags and mode; see `settled_mode`.
             folder: Run folder; the id of a run without a checkpoint yet is kept there.
             job_type: `train` or `eval`.
             tags: Beside those of `config`.
@@ -96,7 +110,8 @@ class WandbTracker:
         noted = folder / "wandb" / "run_id"
         self.id: str | None = known or (noted.read_text(encoding="utf-8") if noted.is_file() else uuid.uuid4().hex[:8])
         noted.write_text(self.id, encoding="utf-8")
-        self.run = wandb.init(
+        begin = partial(
+            wandb.init,
             project=config.project,
             id=self.id,
             resume="allow",
@@ -106,10 +121,14 @@ class WandbTracker:
             name=folder.name,
             config=values,
             dir=str(folder.resolve()),
-            mode=cast(Any, resolve_mode(config.mode)),
             reinit="finish_previous",
-            settings=wandb.Settings(console="off", disable_git=True, silent=True),
+            settings=wandb.Settings(console="off", disable_git=True, silent=True, init_timeout=30),
         )
+        try:
+            self.run = begin(mode=cast(Any, resolve_mode(config.mode)))
+        except wandb.Error as error:  # the server lets this key into no such project, or is gone again
+            log.warning(OFFLINE, " ".join(str(error).split()))
+            self.run = begin(mode="offline")
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
         for split in splits:
@@ -158,15 +177,16 @@ class WandbTracker:
 
 
 def numbers(result: Result) -> dict[str, float]:
-    """What a table of runs compares, by split: accuracy before and after training in percent, the gain in points."""
+    """What a table of runs compares, by split: accuracy before and after training and the gain, shares of 1 like the
+    `eval/<split>/accuracy` of the updates.
+    """
     metrics: dict[str, float] = {}
-    for split, summary in result.before.items():
-        metrics[f"before/{split}"] = 100 * summary.accuracy
-        if split in result.after:
-            metrics[f"after/{split}"] = 100 * result.after[split].accuracy
-            metrics[f"gain/{split}"] = 100 * (result.after[split].accuracy - summary.accuracy)
+    for phase, summaries in (("before", result.before), ("after", result.after)):
+        metrics |= {f"{phase}/{split}": summary.accuracy for split, summary in summaries.items()}
+    for split in result.before.keys() & result.after.keys():
+        metrics[f"gain/{split}"] = metrics[f"after/{split}"] - metrics[f"before/{split}"]
     for phase, values in result.overall.items():
-        metrics |= {f"{phase}/{name}": 100 * value for name, value in values.items()}
+        metrics |= {f"{phase}/{name}": value for name, value in values.items()}
     return metrics
 
 
@@ -190,11 +210,59 @@ def resolve_mode(mode: str) -> str:
         return mode
     if "WANDB_MODE" in os.environ:
         return os.environ["WANDB_MODE"]
-    netrc = Path("~/.netrc").expanduser()
-    has_key = bool(os.environ.get("WANDB_API_KEY")) or (
-        netrc.is_file() and "api.wandb.ai" in netrc.read_text(encoding="utf-8")
-    )
-    return "online" if has_key else "offline"
+    return "online" if api_key() else "offline"
+
+
+def settled_mode(mode: str) -> str:
+    """`resolve_mode`, but `offline` with a warning where W&B would fail to go online; call it before anything long."""
+    mode = resolve_mode(mode)
+    if mode != "online" or rank() != 0 or "WANDB_IDENTITY_TOKEN_FILE" in os.environ:
+        return mode
+    trouble = what_keeps_offline()
+    if trouble is None:
+        return mode
+    log.warning(OFFLINE, trouble)
+    return "offline"
+
+
+def what_keeps_offline() -> str | None:
+    """Why W&B's server cannot be used with the API key; None if it can. Takes at most LONGEST_ANSWER seconds."""
+    key, server = api_key(), os.environ.get("WANDB_BASE_URL", SERVER).rstrip("/")
+    if not key:
+        return "there is no API key (wandb login, or WANDB_API_KEY)"
+    answers: list[str | None] = []
+    # looking up a name has no time limit of its own
+    asking = threading.Thread(target=lambda: answers.append(_asked(server, key)), daemon=True)
+    asking.start()
+    asking.join(LONGEST_ANSWER)
+    return answers[0] if answers else f"{server} does not answer"
+
+
+def _asked(server: str, key: str) -> str | None:
+    login = base64.b64encode(f"api:{key}".encode()).decode()
+    headers = {"Authorization": f"Basic {login}", "Content-Type": "application/json"}
+    request = Request(f"{server}/graphql", b'{"query": "query {viewer {id}}"}', headers)
+    try:
+        with urlopen(request, timeout=LONGEST_ANSWER) as answer:
+            viewer = json.load(answer)["data"]["viewer"]
+    except HTTPError as error:
+        return f"{server} does not take the API key" if error.code in (401, 403) else f"{server}: {error}"
+    except (URLError, OSError) as error:
+        return f"{server} cannot be reached ({getattr(error, 'reason', error)})"
+    except (ValueError, LookupError, TypeError):
+        return f"{server} does not answer as W&B does"
+    return None if viewer else f"{server} does not know the API key"
+
+
+def api_key() -> str | None:
+    """W&B's key, from the environment or ~/.netrc."""
+    if key := os.environ.get("WANDB_API_KEY"):
+        return key
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", SERVER)).hostname or ""
+    with suppress(OSError, netrc.NetrcParseError):
+        if found := netrc.netrc(Path("~/.netrc").expanduser()).authenticators(host):
+            return found[2]
+    return None
 
 
 def prefixed(name: str) -> str:

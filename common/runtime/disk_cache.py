@@ -12,8 +12,6 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from common.types import UserError
-
 log = logging.getLogger(__name__)
 RECOUNT = 200  # entries stored between two looks at what other processes stored, more in a folder with many
 ABANDONED = 3600  # seconds after which an unfinished file has lost its writer
@@ -23,7 +21,7 @@ class DiskCache:
     """Entries by key, each one file.
 
     Several processes may share the folder; each looks at the others' files every so often, so the bound is kept
-    roughly.
+    roughly. A folder that cannot be made or written costs a warning: a run does not die of its cache.
     """
 
     def __init__(self, folder: Path, limit_bytes: int, suffix: str) -> None:
@@ -32,9 +30,6 @@ class DiskCache:
             folder: Made if it is not there; files with another suffix are left alone.
             limit_bytes: Bound on the entries' sizes together; 0: nothing is stored.
             suffix: Of the entries' files, with its dot.
-
-        Raises:
-            UserError: The folder cannot be made.
         """
         self.folder, self.limit, self.suffix = folder, limit_bytes, suffix
         self.lock = threading.Lock()
@@ -42,7 +37,7 @@ class DiskCache:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cache_dir: {folder} cannot be made ({error.strerror}); choose another folder") from error
+            self._give_up(error)
         self._drop_abandoned()
         self.used = sum(size for _, size, _ in self._entries())
 
@@ -60,7 +55,7 @@ class DiskCache:
     def put(self, key: str, content: bytes) -> None:
         """Store an entry, whole or not at all; one above the bound is not stored.
 
-        A full or read-only disk ends storing with a warning: a run does not die of its cache.
+        A full or read-only disk ends storing.
         """
         if len(content) > self.limit or not self.writable:
             return
@@ -72,10 +67,13 @@ class DiskCache:
             unfinished.write_bytes(content)
             os.replace(unfinished, self._path(key))
         except OSError as error:
-            self.writable = False
-            log.warning("nothing more is stored in %s: %s", self.folder, error.strerror)
+            self._give_up(error)
             with suppress(OSError):
                 unfinished.unlink(missing_ok=True)
+
+    def _give_up(self, error: OSError) -> None:
+        self.writable = False
+        log.warning("nothing more is stored in %s: %s (cache_dir)", self.folder, error.strerror)
 
     def _make_room(self, size: int) -> None:
         self.puts += 1
@@ -95,8 +93,12 @@ class DiskCache:
 
     def _entries(self) -> list[tuple[float, int, Path]]:
         """Time of the last reading, bytes and path of every entry."""
-        known = []
-        with os.scandir(self.folder) as entries:
+        known: list[tuple[float, int, Path]] = []
+        try:
+            entries = os.scandir(self.folder)
+        except OSError:  # not there, or not to be read
+            return known
+        with entries:
             for entry in entries:
                 if entry.name.endswith(self.suffix):
                     with suppress(OSError):  # another process made room at the same time

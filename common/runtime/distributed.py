@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import socket
 from typing import Any, TypeVar
 
@@ -25,36 +24,6 @@ def world() -> int:
 def started_by_launcher() -> bool:
     """Whether torchrun, SLURM or common/launch.py started this process as one rank of several."""
     return "RANK" in os.environ and ALONE not in os.environ
-
-
-def adopt_slurm() -> None:
-    """Under `srun` with several tasks, take rank and address from SLURM's variables, as torchrun would set them.
-
-    A batch script itself also has SLURM_PROCID; only the tasks of a job step have SLURM_STEP_NUM_TASKS above 1.
-    """
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
-    if "RANK" in os.environ or tasks == 1:
-        return
-    os.environ |= {
-        "RANK": os.environ["SLURM_PROCID"],
-        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
-        "WORLD_SIZE": str(tasks),
-    }
-    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_NODELIST"]
-    os.environ.setdefault("MASTER_ADDR", first_host(nodes))
-    # one job step per node and job: their ids keep steps of the same node apart
-    number = int(os.environ["SLURM_JOB_ID"]) * 7 + int(os.environ.get("SLURM_STEP_ID", "0"))
-    os.environ.setdefault("MASTER_PORT", str(20000 + number % 20000))
-
-
-def first_host(nodes: str) -> str:
-    """The first name of SLURM's compressed node list.
-
-    >>> [first_host(nodes) for nodes in ("gpu7", "gpu[003-005,9],cpu1", "a-1,a-2", "rack[1-2]n[08-09]")]
-    ['gpu7', 'gpu003', 'a-1', 'rack1n08']
-    """
-    first = re.split(r",(?![^\[]*\])", nodes)[0]
-    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
 
 
 def form_group_alone() -> None:

@@ -31,6 +31,7 @@ def init_process_group(gpus: int) -> torch.device:
     for noisy in ("DeepSpeed", "compilers"):  # the second: of the compiler that DeepSpeed tries out
         logging.getLogger(noisy).setLevel(logging.WARNING)
     if gpus == 0:
+        fix_order()
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         device = torch.device("cpu")
     else:
@@ -45,3 +46,20 @@ def init_process_group(gpus: int) -> torch.device:
         if world() == 1:  # torch has put [rank0] before every line of a traceback
             sys.excepthook = sys.__excepthook__
     return device
+
+
+def fix_order() -> None:
+    """Let CPU threads add up in one order: PyTorch's gradient of `x[rows]`, where a row is read several times, is
+    otherwise a sum in the order in which they come. On GPUs it has one anyway.
+    """
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # only to find mistakes
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def model_of(device: torch.device) -> str:
+    """What a device is sold as, such as `NVIDIA A100-SXM4-80GB`.
+
+    >>> model_of(torch.device("cpu"))
+    'CPU'
+    """
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

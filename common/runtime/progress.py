@@ -1,10 +1,16 @@
-"""Progress bars on a terminal, a line a minute elsewhere (logs of a cluster, CI), and lines beside them; of rank 0."""
+"""What a command says while it works, of rank 0: bars on a terminal, elsewhere (logs of a cluster, CI) a line a minute.
+
+A command opens `watched`, so that it has said something within two seconds and is never silent for longer than a
+minute, whatever it is doing; `doing` and the bars inside name that.
+"""
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import TypeVar
 
@@ -16,6 +22,19 @@ from common.runtime.distributed import rank
 
 T = TypeVar("T")
 LINE_EVERY = 60.0  # seconds
+SOON = 0.5  # seconds after which a command that may be quick says what it does
+
+
+@dataclass(eq=False)
+class Stage:
+    """Something that is being done. line: says how far it is, from the present time; empty: nothing is to be said."""
+
+    line: Callable[[float], str]
+
+
+_stages: list[Stage] = []  # the innermost last
+_spoken = -LINE_EVERY  # when the last line was said
+_is_watched = False
 
 
 @cache
@@ -31,8 +50,90 @@ def is_shown() -> bool:
 
 def say(line: str) -> None:
     """A line beside the bars, as it is, also where nobody looks; one rank speaks for all."""
+    global _spoken
+    _spoken = time.monotonic()
     if rank() == 0:
         console().print(Text(line), soft_wrap=True)
+
+
+@contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Name what is done inside, for the line a minute."""
+    with _stage(_since(what)):
+        yield
+
+
+def turn_to(what: str) -> None:
+    """Name anew what the command as a whole is doing, where no block of code holds that."""
+    if _stages:
+        _stages[0].line = _since(what)
+
+
+def _since(what: str) -> Callable[[float], str]:
+    begun = time.monotonic()
+    return lambda now: f"{what}: {_minutes(now - begun)} gone"
+
+
+@contextmanager
+def watched(what: str, first: float = 0.0) -> Iterator[None]:
+    """Inside, nobody waits without a word.
+
+    Args:
+        what: Is done. If nothing else was said by then, it is said after `first` seconds; what ends before is quiet.
+        first: 0: at once, for what is known to be slow, such as the import of torch, which no thread can speak during.
+    """
+    global _is_watched
+    with doing(what):
+        if not first:
+            say(what)
+        if _is_watched:
+            yield
+            return
+        ended, _is_watched = threading.Event(), True
+        watch = threading.Thread(target=_watch, args=(what, first, time.monotonic(), ended), daemon=True)
+        watch.start()
+        try:
+            yield
+        finally:
+            _is_watched = False
+            ended.set()
+            watch.join()
+
+
+def _watch(what: str, first: float, begun: float, ended: threading.Event) -> None:
+    if first and not ended.wait(first) and _spoken < begun:
+        say(what)
+    while not ended.wait(min(1.0, LINE_EVERY / 4)):
+        now = time.monotonic()
+        if now - max(_spoken, begun) >= LINE_EVERY and (line := _present(now)):
+            say(line)
+
+
+def _present(now: float) -> str:
+    """The line about what is being done; empty while a terminal shows it as a bar, or while others speak."""
+    try:
+        return _stages[-1].line(now)
+    except IndexError:  # it has ended meanwhile
+        return ""
+
+
+@contextmanager
+def _stage(line: Callable[[float], str]) -> Iterator[None]:
+    stage = Stage(line)
+    _stages.append(stage)
+    try:
+        yield
+    finally:
+        _stages.remove(stage)
+
+
+def quiet() -> AbstractContextManager[None]:
+    """Inside, the line a minute is left to other processes, which say their own."""
+    return _stage(lambda now: "")
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min"
 
 
 class Bar:
@@ -49,9 +150,9 @@ class Bar:
             TextColumn("{task.fields[note]}", markup=False),
         )
         self.description, self.total, self.done, self.first, self.note = description, total, done, done, ""
-        self.begun = self.said = time.monotonic()
-        shown = is_shown() and total > done
-        self.progress = Progress(*columns, console=console(), disable=not shown)
+        self.begun = time.monotonic()
+        self.is_drawn = is_shown() and total > done
+        self.progress = Progress(*columns, console=console(), disable=not self.is_drawn)
         self.task = self.progress.add_task(description, total=total, completed=done, note="")
 
     def advance(self, note: str | None = None) -> None:
@@ -62,13 +163,17 @@ class Bar:
         self.progress.advance(self.task)
         self.done += 1
         now = time.monotonic()
-        if not is_shown() and now - self.said >= LINE_EVERY:
-            self.said = now
-            say(self._line(now - self.begun))
+        if now - max(_spoken, self.begun) >= LINE_EVERY and (line := self.line(now)):
+            say(line)
 
-    def _line(self, seconds: float) -> str:
-        left = seconds * (self.total - self.done) / (self.done - self.first)
-        times = f"{seconds / 60:.0f} min gone, about {left / 60:.0f} min left"
+    def line(self, now: float) -> str:
+        """How far it is, in words; empty where it is drawn."""
+        if self.is_drawn:
+            return ""
+        seconds, made = now - self.begun, self.done - self.first
+        times = f"{_minutes(seconds)} gone"
+        if made:
+            times += f", about {_minutes(seconds * (self.total - self.done) / made)} left"
         return f"{self.description}: {self.done} of {self.total}, {times}" + (f"; {self.note}" if self.note else "")
 
 
@@ -76,7 +181,7 @@ class Bar:
 def bar(description: str, total: int, done: int = 0) -> Iterator[Bar]:
     """Show a bar meanwhile."""
     shown = Bar(description, total, done)
-    with shown.progress:
+    with shown.progress, _stage(shown.line):
         yield shown
 
 

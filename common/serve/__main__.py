@@ -17,7 +17,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from common.runtime import utf8
+from common.runtime.progress import watched
 from common.types import UserError
+
+LOCAL = ("127.0.0.1", "localhost", "::1")  # nobody else reaches these
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,6 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("--names", help="other class names, separated by commas, for methods that only read them")
     parser.add_argument("--risk", type=float, help="abstain so that about this share of the answers is wrong")
+    parser.add_argument("--data", type=Path, help="folder in which the run's own dataset lies now, if it was moved")
+    parser.add_argument("--trust-code", action="store_true", help="run code of other packages that the folder names")
     parser.add_argument("--feedback", type=Path, default=Path("feedback"), help="folder of corrected pictures")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine alone)")
     parser.add_argument("--port", type=int, default=7860)
@@ -47,19 +52,23 @@ def main(arguments: list[str] | None = None) -> int:
 
 def serve(chosen: argparse.Namespace) -> None:
     """Load, serve until Ctrl-C, and leave nothing behind but corrections."""
-    from common.predict.classifier import Classifier  # torch, some seconds
-    from common.predict.photos import names_of
-    from common.serve.desk import Desk, Limits
-    from common.serve.page import Page
+    with watched(f"loading {chosen.run}"):
+        from common.predict.cards import about
+        from common.predict.classifier import Classifier  # torch, some seconds
+        from common.predict.photos import names_of
+        from common.serve.desk import Desk, Limits
+        from common.serve.page import Page
 
-    classifier = Classifier.load(chosen.run, names_of(chosen.names), chosen.risk)
-    classifier.quieten()
+        classifier = Classifier.load(
+            chosen.run, names_of(chosen.names), chosen.risk, trust_code=chosen.trust_code, data=chosen.data
+        )
+        classifier.quieten()
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
     with tempfile.TemporaryDirectory(prefix="uploads-") as uploads:
         desk = Desk(classifier, chosen.feedback.expanduser(), Limits(chosen.max_mb))
-        page = Page(desk, chosen.run.expanduser().resolve().name, Path(uploads))
+        page = Page(desk, about(classifier, chosen.risk), Path(uploads), is_local=chosen.host in LOCAL)
         try:
             server = page.launch(chosen.host, chosen.port)
         except OSError as error:

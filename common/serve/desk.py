@@ -14,11 +14,14 @@ from pathlib import Path
 from PIL import Image
 
 from common.data.images import decode
+from common.data.names import display, objection
+from common.data.spelling import visible
 from common.predict.classifier import Answer, Classifier
 from common.types import BadImage, UserError
 
 COLUMNS = ("path", "label", "answered")
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # PIL decodes others, such as ICO, before their size is known
+# PIL decodes others, such as ICO, before their size is known.
+FORMATS = ("JPEG", "PNG", "WEBP", "HEIF", "AVIF", "GIF", "BMP", "TIFF")
 LONGEST = 100  # characters of a class name that somebody types
 
 
@@ -101,9 +104,12 @@ class Desk:
         Raises:
             UserError: The name or the picture cannot be used.
         """
-        label = " ".join(label.split())
-        if not label or len(label) > LONGEST or "," in label or not any(letter.isalnum() for letter in label):
+        label = display(label)
+        known = label in self.classifier.names  # a comma is in the way of methods that list names in their questions
+        if not known and (len(label) > LONGEST or "," in label or not any(letter.isalnum() for letter in label)):
             raise UserError(f"{label[:LONGEST]!r} is no class name: 1 to {LONGEST} characters without a comma")
+        if why := objection(label):
+            raise UserError(f"the name '{visible(label)}' {why}; write it differently")
         if why := self.refusal(content):
             raise UserError(why)
         try:

@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from markupsafe import escape
+
 from common.predict import cards
 from common.predict.classifier import Answer
 from common.serve.desk import Desk
@@ -18,6 +20,10 @@ from common.types import UserError
 
 STALE = 3600.0  # seconds after which an upload that nobody has asked about is deleted
 PARTIAL = 120.0  # seconds after which one that did not come through, or was refused as too large, is deleted
+
+KEPT = "An upload is deleted as soon as it is read; only what you correct is kept, as a copy without metadata."
+LOCAL = f"They stay on this machine: the model that answers runs here. {KEPT}"
+REMOTE = f"They go to the machine that serves this page, and no further. {KEPT}"
 
 
 class Uploads:
@@ -72,12 +78,13 @@ class Uploads:
 class Page:
     """A Gradio page over a desk."""
 
-    def __init__(self, desk: Desk, title: str, uploads: Path) -> None:
+    def __init__(self, desk: Desk, about: cards.About, uploads: Path, is_local: bool = True) -> None:
         """
         Args:
             desk: Answers and keeps.
-            title: Of the page.
+            about: Of the run, for the head of the page.
             uploads: An empty folder of ours, in which Gradio keeps an upload until it is read.
+            is_local: Whether only this machine reaches the page.
         """
         os.environ["GRADIO_TEMP_DIR"] = str(uploads)
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -85,8 +92,9 @@ class Page:
 
         self.desk, self.gradio = desk, gradio
         self.uploads = Uploads(uploads, int(desk.limits.together * 1e6))
-        with gradio.Blocks(title=title, analytics_enabled=False) as self.blocks:
-            gradio.Markdown(f"## {title}")
+        photos = LOCAL if is_local else REMOTE
+        with gradio.Blocks(title=about.run, analytics_enabled=False) as self.blocks:
+            gradio.HTML(f"<h2>{escape(about.run)}</h2>{cards.head(about, photos=photos)}")
             kept = gradio.State({}, time_to_live=STALE)
             files = gradio.File(
                 label=f"Photos, at most {desk.limits.megabytes:g} MB each",

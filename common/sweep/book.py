@@ -11,16 +11,20 @@ A chapter is a YAML beside the book's. What is given replaces its values, as the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from hydra.core.config_loader import ConfigLoader
 from omegaconf import OmegaConf
 
 from common.sweep.plan import Spec, based, choices
 from common.types import UserError
 
+LONGEST = 120  # characters of a sweep's folder
 KEYS = {"sweep", "title", "text", "given"}
 
 
@@ -58,6 +62,22 @@ class Chapter:
             if key == "method" or all(key in row and {*values[key]} <= {*choices(row[key])} for row in rows)
         }
         return {key: text for key, text in texts.items() if key not in chosen}, chosen
+
+
+def folders(loader: ConfigLoader) -> list[Path]:
+    """Where Hydra looks for configurations, in its order."""
+    return [Path(source.path) for source in loader.get_sources() if source.scheme() == "file"]
+
+
+def only_lays_out(name: str, loader: ConfigLoader) -> bool:
+    """Whether a sweep's YAML has nothing of its own for its runs: `config` and Hydra's part alone."""
+    path = next((path for folder in folders(loader) if (path := folder / f"{name}.yaml").is_file()), None)
+    whole: Any = {} if path is None else OmegaConf.to_container(OmegaConf.load(path))
+    defaults = [next(iter(each)) if isinstance(each, dict) else each for each in whole.get("defaults", ())]
+    of_others = [
+        each for each in defaults if each not in ("config", "_self_") and not each.startswith("override hydra/")
+    ]
+    return whole.keys() == {"defaults", "hydra"} and "config" in defaults and not of_others
 
 
 def alone(name: str, keys: Mapping[str, Any]) -> Chapter:
@@ -109,3 +129,14 @@ def with_methods(chapters: Sequence[Chapter], methods: Sequence[str] | None) -> 
 
 def _texts(values: Mapping[str, Any]) -> dict[str, list[str]]:
     return {key: choices(value) for key, value in values.items()}
+
+
+def folder_name(sweep: str, given: Mapping[str, str]) -> str:
+    """A sweep's folder: its name and what the command line changed of it, so that no other page is written over.
+
+    >>> folder_name("clsrl_table2", {"model": "tiny_qwen2_vl", "data": "digits,fashion", "seed": "1"})
+    'clsrl_table2-tiny_qwen2_vl-digits+fashion-seed1'
+    """
+    words = [text if key in ("model", "data") else f"{key}{text}" for key, text in given.items()]
+    name = re.sub(r"[^\w.+-]", "_", "-".join([sweep, *words]).replace(",", "+"))
+    return name if len(name) <= LONGEST else f"{name[:LONGEST]}-{sha256(name.encode()).hexdigest()[:6]}"

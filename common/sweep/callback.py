@@ -1,4 +1,4 @@
-"""What Hydra calls before it makes a multirun's sweeper."""
+"""What Hydra calls before it makes a multirun's sweeper and launcher."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from common.sweep import plugin
 
 
 class Papers(Callback):
-    """Makes the sweeper known to the multiruns that ask for it."""
+    """Makes the sweeper known to the multiruns that ask for it, and lets a SLURM array be waited for with open eyes."""
 
     def on_multirun_start(self, config: DictConfig, **options: Any) -> None:
         """Hydra makes the sweeper next."""
@@ -19,3 +19,7 @@ class Papers(Callback):
             from common.sweep.sweeper import PaperSweeper  # no other command needs it
 
             plugin.register(PaperSweeper)
+        if str(config.hydra.launcher._target_).endswith(".SlurmLauncher"):
+            from common.sweep import queue
+
+            queue.watch()

@@ -1,45 +1,115 @@
-"""`dry=true`: the runs of a sweep, which of them are finished, and what the others will cost. Nothing is run."""
+"""`dry=true`: the runs of a sweep, which of them are finished or would be refused, and what the others will cost.
+
+Nothing is run, and no weights are loaded.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from math import ceil
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil, inf
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from common.config.schema import Config
+from common.counted import counted
+from common.run import preflight
+from common.runtime.progress import bar
+
+MOST_REASONS = 10
 ADAPTERS = 0.1  # gigabytes of LoRA's matrices and a bank, rounded up
 
 
-def show(jobs: Sequence[tuple[str, dict[str, Any], bool]], cost: Mapping[str, Any]) -> None:
-    """Print a line per run and the sum.
+@dataclass(frozen=True)
+class Run:
+    """A run of a sweep. values, config: its configuration. alike: runs that have this in common differ in their draw of
+    images alone. needs: names of runs that must be finished first.
+    """
+
+    name: str
+    values: dict[str, Any]
+    config: Config
+    finished: bool
+    alike: Hashable
+    needs: Sequence[str] = ()
+
+
+def refusals(runs: Sequence[Run], here: bool) -> tuple[dict[str, str], dict[str, int]]:
+    """Why runs would be refused, by their names, and what is wrong with the devices, with the number of such runs.
+
+    Runs that are alike are judged by the one with the most shots. One that needs another is judged once that is
+    finished: it takes what that has written.
 
     Args:
-        jobs: Name, configuration, whether it is finished.
-        cost: See conf/hydra/sweeper/paper.yaml.
+        runs: Those first that others need.
+        here: They are for this machine.
     """
+    found: dict[str, str] = {}
+    devices: Counter[str] = Counter()
+    open_, done = [run for run in runs if not run.finished], {run.name for run in runs if run.finished}
+    groups: dict[Hashable, list[Run]] = defaultdict(list)
+    for run in open_:
+        if done.issuperset(run.needs):
+            groups[run.alike].append(run)
+    with bar("checking", len(groups)) as shown:
+        for group in groups.values():
+            config = max(group, key=lambda run: _shots(run.config)).config
+            if reason := preflight.refusal(preflight.check_asked, config):
+                found |= dict.fromkeys((run.name for run in group), reason)
+            shown.advance()
+    for run in open_:
+        if refused := [name for name in run.needs if name in found]:
+            found.setdefault(run.name, f"it needs {refused[0]}")
+        if here and (wrong := preflight.refusal(preflight.check_devices, run.config)):
+            devices[wrong] += 1
+    return found, devices
+
+
+def _shots(config: Config) -> float:
+    return inf if config.shots == "all" else config.shots
+
+
+def show(runs: Sequence[Run], cost: Mapping[str, Any], here: bool = True) -> None:
+    """Print a line per run, the sum, and why runs would be refused.
+
+    Args:
+        runs: Those first that others need.
+        cost: See conf/hydra/sweeper/paper.yaml.
+        here: They are for this machine, so its GPUs count.
+    """
+    refused, devices = refusals(runs, here)
     table = Table()
     for column in ("run", "state", "GPU-hours", "GB"):
         table.add_column(column, justify="left" if column in ("run", "state") else "right", overflow="fold")
     hours: list[float | None] = []
     sizes: list[float | None] = []
-    for name, values, finished in jobs:
-        hour, size = gpu_hours(values, cost), gigabytes(values, cost)
-        if not finished:
+    for run in runs:
+        hour, size = gpu_hours(run.values, cost), gigabytes(run.values, cost)
+        if not run.finished:
             hours.append(hour)
             sizes.append(size)
-        cells = (name, "finished" if finished else "to run", _text(hour), _text(size))
-        table.add_row(*map(Text, cells))
+        state = "finished" if run.finished else "refused" if run.name in refused else "to run"
+        table.add_row(*map(Text, (run.name, state, _text(hour), _text(size))))
     console = Console(width=None if Console().is_terminal else 200)
     console.print(table)
     known, disk = sum(filter(None, hours)), sum(filter(None, sizes))
     unknown = sum(hour is None for hour in hours)
     console.print(
-        f"{len(hours)} of {len(jobs)} runs to do: about {known:.1f} GPU-hours of an A100 and {disk:.0f} GB"
+        f"{len(hours)} of {counted(len(runs), 'run')} to do: about {known:.1f} GPU-hours of an A100 and {disk:.0f} GB"
         + (f"; {unknown} of unknown cost" if unknown else "")
     )
+    reasons = Counter(refused.values())
+    for reason, count in reasons.most_common(MOST_REASONS):
+        first = next(name for name, why in refused.items() if why == reason)
+        console.print(Text(f"{count} would be refused, first {first}: {reason}"), soft_wrap=True)
+    if (more := len(reasons) - MOST_REASONS) > 0:
+        console.print(f"… and {more} more reasons")
+    for wrong, count in devices.items():
+        console.print(Text(f"on this machine {count} would be refused: {wrong}"), soft_wrap=True)
 
 
 def gpu_hours(values: Mapping[str, Any], cost: Mapping[str, Any]) -> float | None:

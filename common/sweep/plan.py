@@ -20,6 +20,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from common.config import composition
 from common.types import UserError
 
 LATER = ("shots", "seed")  # no choice of a file depends on them: points that differ in them are composed once
@@ -120,6 +121,19 @@ def _needs(
         single |= {key: value for key, value in overrides.items() if key in DRAW or key in given}
         needs[name] = Point(single, {}, _needs(spec, single, given, (*below, name)))
     return needs
+
+
+def decides(key: str) -> bool:
+    """Whether a result depends on an override's key.
+
+    >>> [decides(key) for key in ("gpus", "tracking.mode", "data.root", "data", "rollout.temperature")]
+    [False, False, False, True, True]
+    >>> [decides(f"model.{key}") for key in ("max_prompt_tokens", "path")]
+    [False, True]
+    """
+    first, *rest = key.lstrip("+~").split("@")[0].replace("/", ".").split(".")
+    parts = {"data": composition.NOT_IN_SIGNATURE_OF_DATA, "model": composition.NOT_IN_SIGNATURE_OF_MODEL}
+    return first not in composition.NOT_IN_SIGNATURE and rest[:1] not in [[name] for name in parts.get(first, ())]
 
 
 def choices(value: Any) -> list[str]:

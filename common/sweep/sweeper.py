@@ -8,11 +8,9 @@ out, and one that fails stops only what needs it.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +23,23 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from common.config import composition
+from common.config import composition, run_name
 from common.config.command_line import literal
+from common.config.schema import Config
+from common.counted import counted
 from common.report.paper import page, points
 from common.run.run_folder import RunFolder
 from common.run.safe import result_is_safe
+from common.runtime.progress import doing, progress
 from common.sweep import book, dry, plugin
-from common.sweep.plan import LATER, RUN, Point, expand
+from common.sweep.plan import LATER, RUN, Point, decides, expand
 from common.types import UserError
 
-LONGEST = 120  # characters of a sweep's folder
-STILL_THE_PAPERS = ("seed", "protocol", "rollout", "deepspeed")  # another choice of these is still the paper's table
+# Another choice of these is still the paper's table; what a row must have of them: common/report/paper/cells.py.
+STILL_THE_PAPERS = (
+    *("seed", "protocol", "rollout", "deepspeed", "selection"),
+    *("clip.prompts", "few_shot.cafo.generated", "few_shot.cafo.per_class", "clip.options.file", "visual.options.file"),
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,14 @@ class Job:
     overrides: dict[str, str]
     values: dict[str, Any]
     needs: tuple[Path, ...]
+    config: Config | None = None
+
+    def shown(self, finished: bool) -> dry.Run:
+        """As `dry=true` shows it."""
+        alike = tuple(each for each in self.overrides.items() if each[0] not in LATER)
+        needs = [path.name for path in self.needs]
+        assert self.config is not None
+        return dry.Run(self.folder.name, self.values, self.config, finished, alike, needs)
 
     @property
     def finished(self) -> bool:
@@ -87,10 +99,11 @@ class PaperSweeper(Sweeper):
         jobs, shown = self.jobs(chapters, given)
         finished = {job.folder for job in jobs if job.finished}
         if self.config.dry:
-            dry.show([(job.folder.name, job.values, job.folder in finished) for job in jobs], self.cost)
+            here = "slurm" not in str(self.config.hydra.launcher.get("_target_", "")).lower()
+            dry.show([job.shown(job.folder in finished) for job in jobs], self.cost, here)
             return None
         folder, pages = self.describe(chapters, shown, given)
-        print(f"{folder}: {len(jobs)} points, {len(finished)} finished")
+        print(f"{folder}: {counted(len(jobs), 'point')}, {len(finished)} finished")
         returns = self.run(jobs, finished)
         from common.report.paper import tracked, writing  # matplotlib, a second
 
@@ -115,8 +128,7 @@ class PaperSweeper(Sweeper):
         """Those of a book, or this sweep alone."""
         assert self.config is not None and self.hydra_context is not None
         if self.is_book:
-            sources = [each for each in self.hydra_context.config_loader.get_sources() if each.scheme() == "file"]
-            return book.read(self.keys, [Path(source.path) for source in sources])
+            return book.read(self.keys, book.folders(self.hydra_context.config_loader))
         return [book.alone(str(self.config.hydra.job.config_name), self.keys)]
 
     def jobs(
@@ -136,15 +148,14 @@ class PaperSweeper(Sweeper):
         composer = Composer(self.hydra_context.config_loader, self.config)
         print("composing and checking every point before the first one runs", flush=True)
         found: dict[Path, Job] = {}
-        shown: list[list[points.Shown]] = []
-        for chapter in chapters:
-            shown.append([])
-            for point in expand(chapter.spec, chapter.values(given)):
-                jobs = composer.jobs(point)
-                for job in jobs:
-                    found.setdefault(job.folder, job)
-                seed, where = int(jobs[-1].values["seed"]), keys(jobs[-1], chapter.page)
-                shown[-1].append(points.Shown(jobs[-1].folder.name, seed, where))
+        shown: list[list[points.Shown]] = [[] for _ in chapters]
+        asked = [(n, point) for n, one in enumerate(chapters) for point in expand(one.spec, one.values(given))]
+        for number, point in progress(asked, "composing", len(asked)):
+            jobs = composer.jobs(point)
+            for job in jobs:
+                found.setdefault(job.folder, job)
+            seed, where = int(jobs[-1].values["seed"]), keys(jobs[-1], chapters[number].page)
+            shown[number].append(points.Shown(jobs[-1].folder.name, seed, where))
         return sorted(found.values(), key=lambda job: job.point.depth), shown
 
     def given(self, arguments: Sequence[str]) -> dict[str, list[str]]:
@@ -170,11 +181,13 @@ class PaperSweeper(Sweeper):
         said = {key: ",".join(values) for key, values in given.items() if decides(key)}
         pages = []
         for chapter, runs in zip(chapters, shown, strict=True):
-            values = {key: each for key, each in {**chapter.given, **given}.items() if key not in STILL_THE_PAPERS}
+            values = {
+                key: each for key, each in {**chapter.given, **given}.items() if key.lstrip("+") not in STILL_THE_PAPERS
+            }
             changed, chosen = chapter.parted({key: each for key, each in values.items() if decides(key)})
-            pages.append(outputs / folder_name(f"{name}-{chapter.name}" if self.is_book else name, said))
+            pages.append(outputs / book.folder_name(f"{name}-{chapter.name}" if self.is_book else name, said))
             points.Sweep(chapter.name, chapter.page, changed, runs, chosen).save(pages[-1])
-        return outputs / folder_name(name, said), pages
+        return outputs / book.folder_name(name, said), pages
 
     def run(self, jobs: Sequence[Job], finished: set[Path]) -> list[JobReturn]:
         """Launch the rest. A point whose needs have no result is named and left out."""
@@ -190,7 +203,8 @@ class PaperSweeper(Sweeper):
             if not wave:
                 continue
             batch = [literal([f"{key}={value}" for key, value in self.tagged(job.overrides)]) for job in wave]
-            done = self.launcher.launch(batch, initial_job_idx=len(returns))
+            with doing(f"{len(wave)} of {counted(len(left), 'run')}"):
+                done = self.launcher.launch(batch, initial_job_idx=len(returns))
             returns.extend(done)
             ready |= {job.folder for job, each in zip(wave, done, strict=True) if each.status == JobStatus.COMPLETED}
         return returns
@@ -207,7 +221,8 @@ class Composer:
 
     def __init__(self, loader: ConfigLoader, master: DictConfig) -> None:
         self.loader, self.master = loader, master
-        self.composed: dict[tuple[tuple[str, str], ...], DictConfig] = {}
+        self.composed: dict[tuple[tuple[str, str], ...], tuple[DictConfig, DictConfig]] = {}
+        self.is_plain = book.only_lays_out(str(master.hydra.job.config_name), loader)
         self.learners: dict[str | None, str] = {}
 
     def jobs(self, point: Point) -> list[Job]:
@@ -217,13 +232,11 @@ class Composer:
         overrides = {key: RUN.sub(lambda found: str(folders[found[1]]), v) for key, v in point.overrides.items()}
         if self.few_shot(overrides.get("method")):  # has no language model to choose
             overrides.pop("model", None)
-        cfg = self.compose(overrides)
+        cfg, task = self.compose(overrides)
         folder = Path(cfg.hydra.sweep.dir) / cfg.hydra.sweep.subdir
-        values = composition.plain(_task(cfg))
-        return [
-            *(job for jobs in needed.values() for job in jobs),
-            Job(point, folder, overrides, values, tuple(folders.values())),
-        ]
+        config: Any = OmegaConf.to_object(task)
+        job = Job(point, folder, overrides, composition.plain(task), tuple(folders.values()), config)
+        return [*(job for jobs in needed.values() for job in jobs), job]
 
     def few_shot(self, method: str | None) -> bool:
         """Whether a method is a learner on frozen features."""
@@ -232,8 +245,8 @@ class Composer:
             self.learners[method] = str(cfg.learner.name)
         return self.learners[method] == "few_shot"
 
-    def compose(self, overrides: Mapping[str, str]) -> DictConfig:
-        """The configuration of a run, Hydra's part included.
+    def compose(self, overrides: Mapping[str, str]) -> tuple[DictConfig, DictConfig]:
+        """The configuration of a run, Hydra's part included, and as the run gets it, but for its name.
 
         Raises:
             UserError: It is not valid.
@@ -243,38 +256,19 @@ class Composer:
         if fixed not in self.composed:
             texts = literal([f"{key}={value}" for key, value in overrides.items()])
             cfg = self.loader.load_sweep_config(self.master, texts)
+            task = _task(cfg)
             try:
-                composition.validate(_task(cfg))
+                composition.validate(task, texts)
             except UserError as error:
                 raise UserError(f"{' '.join(texts)}: {error}") from error
-            self.composed[fixed] = cfg
-        cfg = self.composed[fixed]
-        for key in LATER:
-            if key in overrides:
-                cfg[key] = int(overrides[key]) if overrides[key].isdecimal() else overrides[key]
-        return cfg
-
-
-def folder_name(sweep: str, given: Mapping[str, str]) -> str:
-    """A sweep's folder: its name and what the command line changed of it, so that no other page is written over.
-
-    >>> folder_name("clsrl_table2", {"model": "tiny_qwen2_vl", "data": "digits,fashion", "seed": "1"})
-    'clsrl_table2-tiny_qwen2_vl-digits+fashion-seed1'
-    """
-    words = [text if key in ("model", "data") else f"{key}{text}" for key, text in given.items()]
-    name = re.sub(r"[^\w.+-]", "_", "-".join([sweep, *words]).replace(",", "+"))
-    return name if len(name) <= LONGEST else f"{name[:LONGEST]}-{sha256(name.encode()).hexdigest()[:6]}"
-
-
-def decides(key: str) -> bool:
-    """Whether a result depends on an override's key.
-
-    >>> [decides(key) for key in ("gpus", "tracking.mode", "data.root", "data", "rollout.temperature")]
-    [False, False, False, True, True]
-    """
-    first, *rest = key.lstrip("+~").split("@")[0].replace("/", ".").split(".")
-    of_data = first == "data" and bool(rest) and rest[0] in composition.NOT_IN_SIGNATURE_OF_DATA
-    return first not in composition.NOT_IN_SIGNATURE and not of_data
+            if self.is_plain and overrides.keys() <= {*run_name.NAMED, *LATER}:
+                run_name.already_composed(task.copy())
+            self.composed[fixed] = cfg, task
+        for each in (both := self.composed[fixed]):
+            for key in LATER:
+                if key in overrides:
+                    each[key] = int(overrides[key]) if overrides[key].isdecimal() else overrides[key]
+        return both
 
 
 def _task(cfg: DictConfig) -> DictConfig:

@@ -21,6 +21,7 @@ from common.config.schema import TrainerConfig
 from common.models.hosted_slots import HostedSlots
 from common.models.slots import Slots
 from common.rollout.base import Rollout, awake
+from common.runtime import saved as saved_files
 from common.runtime.distributed import barrier, rank, world
 from common.training.schedule import learning_rate
 
@@ -151,6 +152,7 @@ class Engine:
 
         `saved`: what it wrote, if `folder` is that in another form.
         """
+        saved_files.check_deepspeed(folder)
         # frozen weights are not in the checkpoint: they are those of the model that was loaded
         loaded, _ = self.engine.load_checkpoint(
             str(folder.parent), tag=folder.name, custom_load_fn=partial(_load, strict=not self.has_frozen)
@@ -221,6 +223,7 @@ def _for_this_world(folder: Path, stage: int) -> tuple[Path, bool]:
     if stage == 0 or written == world():
         return folder, False
     universal = folder.with_name("universal")
+    saved_files.check_deepspeed(folder)
     if rank() == 0 and not universal.is_dir():
         unfinished = folder.with_name("universal.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -14,7 +14,7 @@ from common.data.pictures import make_loader
 from common.data.task import Questions
 from common.learner import Prepares
 from common.method import Embeddings, Looks
-from common.models import files, vlm
+from common.models import checks, files, meter, vlm
 from common.models.encoder import Encoder
 from common.models.features import FeatureStore
 from common.models.hosted_slots import attach_hosted
@@ -40,7 +40,8 @@ def build(
     Raises:
         UserError: The weights do not load, have changed since the run began, or the doctor refuses the training.
     """
-    check_call(config.rollout.backend, "rollout.backend", config.rollout.options, given=1)
+    options = backend_options(config, questions)
+    check_call(config.rollout.backend, "rollout.backend", options, given=1)
     backend = locate(config.rollout.backend, "rollout.backend")
     check_logps(config, backend)
     state, updates = checkpoints.state, total_updates(config.trainer, len(questions.train))
@@ -64,12 +65,28 @@ def build(
             del embeddings  # ImageNet's are 2.6 GB
         questions = task.ask_again(questions)
     encoder = make_encoder(config, policy, weights["sha256"], questions)
-    rollout: Rollout = backend(policy, **config.rollout.options)
+    rollout: Rollout = backend(policy, **options)
     check_logps(config, rollout)  # again: it may say so of an object alone
     learner = VLMLearner(config, questions, policy, encoder, rollout, rewards, weights, checkpoints)
     if config.doctor is True or (state is None and config.doctor == "auto" and doctor.is_long(updates, config.trainer)):
         learner.examine()
     return learner
+
+
+def backend_options(config: Config, questions: Questions) -> dict[str, Any]:
+    """Those of the configuration; a backend that must know the longest prompt (`prompt_tokens`) and was told no limit
+    gets room for the run's questions. All ranks call it together.
+    """
+    options = config.rollout.options
+    if options.get("prompt_tokens", 0) is not None:
+        return options
+    longest, context = 0, None
+    if rank() == 0:
+        measure, size = checks.check_weights(config), config.model.image_size
+        asked = [prompt for prompts in (questions.train, *questions.evaluation.values()) for prompt in prompts]
+        longest, context = max(measure.tokens(asked, size), default=0), measure.context
+    longest, context = gather((longest, context))[0]
+    return {**options, "prompt_tokens": meter.room(longest, config.rollout.max_completion_tokens, context)}
 
 
 def with_embeddings(model: Any, embeddings: Embeddings, trainer: TrainerConfig) -> Slots:

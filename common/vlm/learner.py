@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from common.config.schema import Config, GRPOConfig, RolloutConfig
+from common.counted import counted
 from common.data.task import Questions
 from common.evaluation import evaluate
 from common.evaluation.replies import Replies, greedy
@@ -179,7 +180,8 @@ class VLMLearner:
             return
         if read_state(best).ranks != world():
             raise UserError(
-                f"evaluate=best: {best.name} was written by {read_state(best).ranks} ranks, not {world()}; continue on"
+                f"evaluate=best: {best.name} was written by {counted(read_state(best).ranks, 'rank')}, not {world()};"
+                " continue on"
                 f" as many, or test it by itself: model.path={best / 'model'} trainer=none under another run_name"
             )
         self.trainer.restore(best / "deepspeed", read_state(best).update)

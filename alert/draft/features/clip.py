@@ -152,6 +152,8 @@ def load(
         raise UserError(f"{key}: open_clip is not installed; uv pip install 'open_clip_torch>=3.3,<3.4'") from error
     if file is None and pretrained is None:
         raise UserError(f"{key}.options needs pretrained=<tag> or file=<weights>: without them {model} knows nothing")
+    if ":" in model:  # open_clip also takes addresses, and what lies there can bring code along
+        raise UserError(f"{key}.options.model={model} is no name of open_clip's own models, such as RN50-quickgelu")
     weights = pretrained if file is None else str(Path(file).expanduser().resolve())
     logger, level = logging.getLogger(), logging.getLogger().level
     try:

@@ -6,9 +6,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.counted import counted
+from common.data.spelling import invisible, visible
 from common.types import UserError
 
 KEY = "clip.prompts"
+MARKS = ("<start_of_text>", "<end_of_text>")  # open_clip's tokenizer reads them as the tokens around every text
 
 
 def of_templates(names: Sequence[str], templates: Sequence[str]) -> list[list[str]]:
@@ -18,13 +21,15 @@ def of_templates(names: Sequence[str], templates: Sequence[str]) -> list[list[st
     [['a photo of a king crab.', 'king crab texture.']]
 
     Raises:
-        UserError: There is no template, or one without {}.
+        UserError: There is no template, or one without {} or with one of MARKS.
     """
     if not templates:
         raise UserError("clip.templates is empty; give one or more, such as ['a photo of a {}.']")
     if bad := [template for template in templates if template.count("{}") != 1]:
         raise UserError(f"clip.templates: '{bad[0]}' must have one {{}}, where the class name stands")
-    return [[template.replace("{}", spoken(name)) for template in templates] for name in names]
+    return _without_marks(
+        "clip.templates", names, [[template.replace("{}", spoken(name)) for template in templates] for name in names]
+    )
 
 
 def spoken(name: str) -> str:
@@ -40,7 +45,8 @@ def of_file(path: Path, names: Sequence[str]) -> list[list[str]]:
         names: Of the classes.
 
     Raises:
-        UserError: The file cannot be read, lacks a class, or has none or something else than sentences for one.
+        UserError: The file cannot be read, lacks a class, has none or something else than sentences for one, or a
+            sentence with one of MARKS.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -57,8 +63,12 @@ def of_file(path: Path, names: Sequence[str]) -> list[list[str]]:
     wanted = [spoken(name) for name in names]
     if missing := [name for name in dict.fromkeys(wanted) if name not in content]:
         shown = ", ".join(f"'{name}'" for name in missing[:5]) + (", …" if len(missing) > 5 else "")
+        alike = {visible(key): character for key in content if (character := invisible(key))}
+        shown += next(
+            (f"; its key '{name}' has the invisible character {alike[name]}" for name in missing if name in alike), ""
+        )
         raise UserError(
-            f"{KEY}={path} lacks {len(missing)} of {len(set(wanted))} classes: {shown}"
+            f"{KEY}={path} lacks {len(missing)} of {counted(len(set(wanted)), 'class')}: {shown}"
             "; keys are the class names of the run, letter by letter"
         )
     for name in wanted:
@@ -69,4 +79,14 @@ def of_file(path: Path, names: Sequence[str]) -> list[list[str]]:
             or not all(isinstance(s, str) and s.strip() for s in sentences)
         ):
             raise UserError(f"{KEY}={path}: '{name}' must have a list of one or more sentences")
-    return [content[name] for name in wanted]
+    return _without_marks(f"{KEY}={path}", names, [content[name] for name in wanted])
+
+
+def _without_marks(key: str, names: Sequence[str], sentences: list[list[str]]) -> list[list[str]]:
+    for name, each in zip(names, sentences, strict=True):
+        for mark in MARKS:
+            if marked := next((sentence for sentence in each if mark in sentence), None):
+                raise UserError(
+                    f"{key}: '{marked}' of class '{name}' has '{mark}', which ends a text for CLIP; reword it"
+                )
+    return sentences

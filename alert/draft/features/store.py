@@ -4,14 +4,17 @@
     <folder>/<writer>.rows    the row itself, `width` numbers of the number format
 
 A writer appends rows first and their keys second, so a row counts when its key is whole: a kill at any moment loses the
-batch it was at, and the next attempt goes on behind it. Every process appends to files of its own and reads all.
+batch it was at, and the next attempt goes on behind it. Every process appends to files of its own and reads all. Where
+the disk is full or cannot be written, further rows stay in this process's memory.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import uuid
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO
 
@@ -19,8 +22,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from common.types import UserError
-
+log = logging.getLogger(__name__)
+MEMORY = "memory"  # name of a table that has no file
 KEY = np.dtype("S16")  # compared as bytes; trailing zeros do not count, so keys never end with one (see `key_of`)
 
 
@@ -39,16 +42,15 @@ class Store:
             folder: Its own; made if need be.
             width: Numbers of a row.
             dtype: `float16` or `float32`.
-
-        Raises:
-            UserError: The folder cannot be made.
         """
         self.folder, self.width, self.dtype = folder, width, np.dtype(dtype)
+        self.writable = True
+        self.writer: tuple[IO[bytes], IO[bytes]] | None = None
+        self.kept: list[tuple[NDArray[np.bytes_], NDArray[np.generic]]] = []  # in memory
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"features cannot be kept in {folder} ({error.strerror}); set cache_dir") from error
-        self.writer: tuple[IO[bytes], IO[bytes]] | None = None
+            self._give_up(error)
         self.tables: dict[str, NDArray[np.generic]] = {}  # by file; the order stays, so that places stay
         self.refresh()
 
@@ -67,6 +69,11 @@ class Store:
             self.tables[path.name] = np.memmap(rows, self.dtype, "r", shape=(whole, self.width))
             keys.append(np.fromfile(path, KEY, count=whole))
             where.append(np.stack([np.full(whole, list(self.tables).index(path.name)), np.arange(whole)], 1))
+        if self.kept:
+            self.tables[MEMORY] = np.concatenate([rows for _, rows in self.kept])
+            keys.append(np.concatenate([names for names, _ in self.kept]))
+            whole = len(keys[-1])
+            where.append(np.stack([np.full(whole, list(self.tables).index(MEMORY)), np.arange(whole)], 1))
         every = np.concatenate(keys) if keys else np.empty(0, KEY)
         order = np.argsort(every, kind="stable")
         self.keys = every[order]
@@ -81,25 +88,30 @@ class Store:
         return np.where((self.keys[place] == asked)[:, None], self.where[place], -1)
 
     def add(self, keys: Sequence[bytes], rows: torch.Tensor) -> None:
-        """Append rows; `refresh` shows them. Shape: [N, width].
-
-        Raises:
-            UserError: The disk is full.
-        """
+        """Append rows; `refresh` shows them. Shape: [N, width]."""
         values = rows.detach().cpu().numpy().astype(self.dtype)
         if values.shape != (len(keys), self.width):
             raise ValueError(f"{len(keys)} keys for rows of shape {values.shape}, not of width {self.width}")
-        if self.writer is None:
-            name = uuid.uuid4().hex
-            self.writer = (self.folder / f"{name}.rows").open("ab"), (self.folder / f"{name}.keys").open("ab")
-        try:
-            for file, content in zip(self.writer, (values.tobytes(), np.array(keys, KEY).tobytes()), strict=True):
-                file.write(content)
-                file.flush()
-        except OSError as error:
-            raise UserError(
-                f"features cannot be written to {self.folder} ({error.strerror}); free disk space"
-            ) from error
+        names = np.array(keys, KEY)
+        if self.writable:
+            try:
+                if self.writer is None:
+                    name = uuid.uuid4().hex
+                    self.writer = (self.folder / f"{name}.rows").open("ab"), (self.folder / f"{name}.keys").open("ab")
+                for file, content in zip(self.writer, (values.tobytes(), names.tobytes()), strict=True):
+                    file.write(content)
+                    file.flush()
+            except OSError as error:
+                self._give_up(error)
+        if not self.writable:
+            self.kept.append((names, values))
+
+    def _give_up(self, error: OSError) -> None:
+        self.writable = False
+        with suppress(OSError):  # what it still holds goes nowhere
+            self.close()
+        self.writer = None
+        log.warning("features are kept in memory, not in %s: %s (cache_dir)", self.folder, error.strerror)
 
     def read(self, where: NDArray[np.int64]) -> torch.Tensor:
         """Rows that `find` found. fp32, shape: [N, width]."""
@@ -112,8 +124,9 @@ class Store:
     def close(self) -> None:
         """End this process's files."""
         if self.writer is not None:
-            for file in self.writer:
-                file.close()
+            with ExitStack() as files:
+                for file in self.writer:
+                    files.callback(file.close)
             self.writer = None
 
 

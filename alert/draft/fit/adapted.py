@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from alert.draft.fit.base import RECONSTRUCTION, maps_of, three
+from alert.draft.fit.base import DASSL_CROP, RECONSTRUCTION, maps_of, three
 from alert.draft.fit.data import Pictures, Plan, Text
 from alert.draft.fit.trained import Trained
 from alert.draft.learners import calip_fs, clip_adapter, coop, vt_clip, zero_shot
@@ -18,6 +18,7 @@ from common.config.checks import one_of
 class CoOp(Trained):
     """CoOp: its context is trained through the frozen text tower; the last epoch counts."""
 
+    crop = DASSL_CROP
     module: coop.Context | None
 
     def __init__(
@@ -31,6 +32,7 @@ class CoOp(Trained):
         length: int = 16,
         position: Literal["end", "middle", "front"] = "end",
         per_class: bool = False,
+        drop_last: bool = False,
     ) -> None:
         """
         Args:
@@ -42,8 +44,9 @@ class CoOp(Trained):
             length: M, the learnt words.
             position: Of the class name: `end`, `middle`, `front`.
             per_class: A context of its own for every class, which then cannot be others.
+            drop_last: See `Plan`.
         """
-        super().__init__(seed=seed, plan=Plan("sgd", epochs, batch, learning_rate, weight_decay))
+        super().__init__(seed=seed, plan=Plan("sgd", epochs, batch, learning_rate, weight_decay, drop_last))
         one_of("few_shot.coop.position", position, ("end", "middle", "front"))
         self.length, self.position, self.per_class = length, position, per_class
         self.fixed_classes = per_class
@@ -82,10 +85,19 @@ class CoOp(Trained):
 class ClipAdapter(Trained):
     """CLIP-Adapter; the last epoch counts."""
 
+    crop = DASSL_CROP
     module: clip_adapter.Adapter | None
 
     def __init__(
-        self, *, seed: int, epochs: int, batch: int, learning_rate: float, weight_decay: float, ratio: float
+        self,
+        *,
+        seed: int,
+        epochs: int,
+        batch: int,
+        learning_rate: float,
+        weight_decay: float,
+        ratio: float,
+        drop_last: bool = False,
     ) -> None:
         """
         Args:
@@ -95,12 +107,13 @@ class ClipAdapter(Trained):
             learning_rate: The peak.
             weight_decay: Of SGD.
             ratio: Share of the adapter.
+            drop_last: See `Plan`.
         """
-        super().__init__(seed=seed, plan=Plan("sgd", epochs, batch, learning_rate, weight_decay))
+        super().__init__(seed=seed, plan=Plan("sgd", epochs, batch, learning_rate, weight_decay, drop_last))
         self.ratio = ratio
 
     def build(self) -> nn.Module:
-        return clip_adapter.Adapter(self.train.seen.images.shape[1])
+        return clip_adapter.Adapter(self.text.known.shape[1])
 
     def forward(self, pictures: Pictures, text: Text) -> Tensor:
         assert self.module is not None
@@ -123,6 +136,7 @@ class VTClip(Trained):
         learning_rate: float,
         weight_decay: float,
         heads: int = vt_clip.HEADS,
+        drop_last: bool = False,
     ) -> None:
         """
         Args:
@@ -132,12 +146,13 @@ class VTClip(Trained):
             learning_rate: The peak.
             weight_decay: Of SGD.
             heads: Of the attention.
+            drop_last: See `Plan`.
         """
-        super().__init__(seed=seed, plan=Plan("sgd", epochs, batch, learning_rate, weight_decay))
+        super().__init__(seed=seed, plan=Plan("sgd", epochs, batch, learning_rate, weight_decay, drop_last))
         self.heads = heads
 
     def build(self) -> nn.Module:
-        return vt_clip.TextAttention(self.train.seen.images.shape[1], self.heads)
+        return vt_clip.TextAttention(self.text.known.shape[1], self.heads)
 
     def forward(self, pictures: Pictures, text: Text) -> Tensor:
         assert self.module is not None
@@ -161,6 +176,7 @@ class CalipFS(Trained):
         weight_decay: float,
         betas: list[float],
         hidden: int = calip_fs.HIDDEN,
+        drop_last: bool = False,
     ) -> None:
         """
         Args:
@@ -171,12 +187,13 @@ class CalipFS(Trained):
             weight_decay: Of SGD.
             betas: Of the three terms.
             hidden: Width of the network.
+            drop_last: See `Plan`.
         """
-        super().__init__(seed=seed, plan=Plan("sgd", epochs, batch, learning_rate, weight_decay))
+        super().__init__(seed=seed, plan=Plan("sgd", epochs, batch, learning_rate, weight_decay, drop_last))
         self.betas, self.hidden = three(betas), hidden
 
     def build(self) -> nn.Module:
-        return calip_fs.CrossAttention(self.train.seen.images.shape[1], self.hidden)
+        return calip_fs.CrossAttention(self.text.known.shape[1], self.hidden)
 
     def forward(self, pictures: Pictures, text: Text) -> Tensor:
         assert self.module is not None

@@ -13,6 +13,7 @@ from alert.draft.learners import zero_shot
 from common.types import UserError
 
 TEXT = frozenset({"text"})
+DASSL_CROP = (0.08, 1.0)  # of Dassl, whose trainer CoOp and CLIP-Adapter use
 RECONSTRUCTION = "a reconstruction: the authors published no code"
 
 
@@ -30,6 +31,7 @@ class Unfitted:
     fixed_classes = False
     steps = 0
     remark = ""
+    crop = (0.5, 1.0)  # of Tip-Adapter's and CaFo's code
     generated: str | None = None
     generated_per_class = 0
 
@@ -42,13 +44,18 @@ class Unfitted:
 
     @property
     def judges(self) -> Pictures | None:
-        """The pictures to choose by: validation pictures, or the authors' choice, the test pictures."""
+        """The pictures to choose an epoch by: validation pictures, or the authors' choice, the test pictures."""
         return self.val if self.test is None else self.test
 
     @property
     def searched_on(self) -> Pictures | None:
-        """What alpha and beta are searched on: as the authors do, the test pictures only where there are no others."""
+        """What values are searched on: as the authors do, the test pictures only where there are no others."""
         return self.val if self.val is not None else self.test
+
+    @property
+    def searches_test(self) -> bool:
+        """Whether values are searched on the test pictures."""
+        return self.test is not None and self.val is None
 
     @property
     def chosen_by_test(self) -> bool:
@@ -66,11 +73,17 @@ class Unfitted:
     def logits(self, pictures: Pictures, text: Text) -> Tensor:
         return base_logits(pictures, text)
 
-    def state(self) -> dict[str, Any]:
+    def head(self) -> dict[str, Any]:
         return {}
 
+    def ready(self, head: dict[str, Any], text: Text) -> None:
+        self.text = text
+
+    def state(self) -> dict[str, Any]:
+        return self.head()
+
     def restore(self, state: dict[str, Any]) -> None:
-        pass
+        self.ready(state, self.text)
 
 
 def maps_of(pictures: Pictures) -> Tensor:

@@ -33,7 +33,7 @@ class Bench:
         Raises:
             UserError: Weights are missing or of another model.
         """
-        self.config, self.needs, self.device = config, learner.needs, device
+        self.config, self.needs, self.crop, self.device = config, learner.needs, learner.crop, device
         cache = Path(config.cache_dir)
         self.clip = None if config.clip.load is None else cast(TextEncoder, load("clip", config.clip, device, cache))
         beside = self.clip is None or "second" in learner.needs
@@ -89,7 +89,7 @@ class Bench:
 
     def _support(self, images: Images, items: Sequence[Item]) -> Support:
         chosen = self.config.clip if self.clip is not None else self.config.visual
-        scale = (chosen.crop[0], chosen.crop[1])
+        scale = self.crop if chosen.crop is None else (chosen.crop[0], chosen.crop[1])
         known: dict[int, list[Rows | None]] = {}  # where they lie: the views of a large set do not fit into memory
 
         def view(number: int) -> Pictures:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -48,7 +47,7 @@ class TipAdapter(Unfitted):
 
     @property
     def chosen_by_test(self) -> bool:
-        return self.test is not None and self.val is None
+        return self.searches_test
 
     def end(self) -> dict[str, Any]:
         if self.searched_on is not None:
@@ -63,12 +62,13 @@ class TipAdapter(Unfitted):
         base = base_logits(pictures, text)
         return tip_adapter.logits(pictures.images, self.keys, base, self.mix.alpha, self.mix.beta)
 
-    def state(self) -> dict[str, Any]:
+    def head(self) -> dict[str, Any]:
         return {"keys": None if self.keys is None else vars(self.keys), "mix": (self.mix.alpha, self.mix.beta)}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        self.keys = None if state["keys"] is None else tip_adapter.Keys(**state["keys"])
-        self.mix.alpha, self.mix.beta = state["mix"]
+    def ready(self, head: dict[str, Any], text: Text) -> None:
+        super().ready(head, text)
+        self.keys = None if head["keys"] is None else tip_adapter.Keys(**head["keys"])
+        self.mix.alpha, self.mix.beta = head["mix"]
 
 
 class KeyModule(nn.Module):
@@ -77,11 +77,12 @@ class KeyModule(nn.Module):
     def __init__(self, keys: list[tip_adapter.Keys]) -> None:
         super().__init__()
         self.values = nn.ParameterList([nn.Parameter(each.values.clone()) for each in keys])
-        self.missing = [each.missing for each in keys]
+        for number, each in enumerate(keys):
+            self.register_buffer(f"missing_{number}", each.missing)
 
     def keys(self) -> list[tip_adapter.Keys]:
         """As they are now."""
-        return [tip_adapter.Keys(v, m) for v, m in zip(self.values, self.missing, strict=True)]
+        return [tip_adapter.Keys(v, self.get_buffer(f"missing_{n}")) for n, v in enumerate(self.values)]
 
 
 class TrainedKeys(Trained):
@@ -115,7 +116,7 @@ class TrainedKeys(Trained):
             alpha: While training.
             beta: While training.
             search_scale: Ends of beta and alpha in the search.
-            key_views: Random views that a key is the mean of, at the start.
+            key_views: Random views that a key is the mean of, at the start; the training shows others.
         """
         super().__init__(seed=seed, plan=Plan("adamw", epochs, batch, learning_rate, weight_decay))
         positive("few_shot: key_views", key_views)
@@ -161,8 +162,16 @@ class TrainedKeys(Trained):
             self.mix.alpha, self.mix.beta = begun
         return facts | {"alpha": self.mix.alpha, "beta": self.mix.beta, "searched": better}
 
-    def state(self) -> dict[str, Any]:
-        return super().state() | {"mix": (self.mix.alpha, self.mix.beta)}
+    def head(self) -> dict[str, Any]:
+        return super().head() | {"mix": (self.mix.alpha, self.mix.beta)}
+
+    def ready(self, head: dict[str, Any], text: Text) -> None:
+        super().ready(head, text)
+        self.mix.alpha, self.mix.beta = head["mix"]
+
+    def shaped_as(self, weights: dict[str, Tensor]) -> nn.Module:
+        caches = range(len(weights) // 2)  # of each its keys, and which are missing
+        return KeyModule([tip_adapter.Keys(weights[f"values.{n}"], weights[f"missing_{n}"]) for n in caches])
 
     def restore(self, state: dict[str, Any]) -> None:
         super().restore(state)
@@ -206,7 +215,7 @@ class CaFo(TrainedKeys):
         beta: float,
         search_scale: list[float],
         key_views: int,
-        scheduler: str = "paper",
+        scheduler: str = "proper",
         generated: str | None = None,
         per_class: int = 0,
     ) -> None:
@@ -247,7 +256,7 @@ class CaFo(TrainedKeys):
 
     def cosine_over(self) -> int:
         counted = self.supports() if self.scheduler == "proper" else self.supports()[:1]
-        return self.plan.epochs * sum(math.ceil(len(each.seen) / self.plan.batch) for each in counted)
+        return self.plan.epochs * sum(self.plan.batches(len(each.seen)) for each in counted)
 
     def build(self) -> nn.Module:
         count, means = len(self.text.names), [support.mean_view(self.key_views) for support in self.supports()]
@@ -273,7 +282,7 @@ class CaFo(TrainedKeys):
 
     def keys_to_search_with(self) -> dict[str, Tensor] | None:
         # with validation pictures the authors search before training; without them, on ImageNet, afterwards
-        return None if self.val is None else {k: v.to(self.train.seen.images) for k, v in self.begun.items()}
+        return None if self.val is None else {k: v.to(self.train.seen.images.device) for k, v in self.begun.items()}
 
 
 def _joined(parts: list[tip_adapter.Keys]) -> tip_adapter.Keys:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -55,15 +56,18 @@ class NearestMean(Unfitted):
     def logits(self, pictures: Pictures, text: Text) -> Tensor:
         return base_logits(pictures, text) if self.means is None else zero_shot.logits(pictures.images, self.means)
 
-    def state(self) -> dict[str, Any]:
+    def head(self) -> dict[str, Any]:
         return {"means": self.means}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        self.means = state["means"]
+    def ready(self, head: dict[str, Any], text: Text) -> None:
+        super().ready(head, text)
+        self.means = head["means"]
 
 
 class LinearProbe(Unfitted):
-    """The linear probe; its strength is searched on validation pictures."""
+    """The linear probe; its strength is searched on validation pictures. With `selection=paper`, where there are none,
+    it is on a few test pictures: CoOp's code takes them, since its ImageNet has the test split for validation.
+    """
 
     needs = frozenset()
     fixed_classes = True
@@ -73,7 +77,7 @@ class LinearProbe(Unfitted):
     def __init__(self, *, seed: int, strength: float | None = None, solver: str = "auto") -> None:
         """
         Args:
-            seed: Not used: the fit is the optimum.
+            seed: Of the draw of test pictures; the fit is the optimum.
             strength: scikit-learn's C; null: searched.
             solver: `sklearn`, `torch`, or `auto`: torch on a GPU.
         """
@@ -83,6 +87,10 @@ class LinearProbe(Unfitted):
             positive("few_shot.linear_probe.strength", strength)
         self.strength, self.solver = strength, solver
         self.facts: dict[str, Any] = {}
+
+    @property
+    def chosen_by_test(self) -> bool:
+        return self.strength is None and self.searches_test
 
     def check_val(self, there: bool) -> None:
         if self.strength is None and not there:
@@ -102,9 +110,11 @@ class LinearProbe(Unfitted):
             self.probe = self._fit(self.strength)
             self.facts = {"strength": self.strength, "converged": self.probe.converged}
             return {}
-        self.check_val(self.val is not None)
-        val = self.val  # the authors search on validation pictures, too
+        self.check_val(self.searched_on is not None)
+        val = self.searched_on
         assert val is not None
+        if self.searches_test:
+            val = some_of_each(val, min(4, int(self.train.seen.labels.bincount().max())), self.seed)
         fitted: dict[float, linear_probe.Probe] = {}
 
         def judge(strength: float) -> float:
@@ -122,11 +132,22 @@ class LinearProbe(Unfitted):
     def logits(self, pictures: Pictures, text: Text) -> Tensor:
         return base_logits(pictures, text) if self.probe is None else self.probe.logits(pictures.images)
 
-    def state(self) -> dict[str, Any]:
+    def head(self) -> dict[str, Any]:
         probe = self.probe
         kept = {"weight": None, "bias": None} if probe is None else {"weight": probe.weight, "bias": probe.bias}
         return {**kept, "facts": self.facts}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        self.facts = state["facts"]
-        self.probe = None if state["weight"] is None else linear_probe.Probe(state["weight"], state["bias"])
+    def ready(self, head: dict[str, Any], text: Text) -> None:
+        super().ready(head, text)
+        self.facts = head["facts"]
+        self.probe = None if head["weight"] is None else linear_probe.Probe(head["weight"], head["bias"])
+
+
+def some_of_each(pictures: Pictures, count: int, seed: int) -> Pictures:
+    """At most `count` random pictures of each label, in their order."""
+    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed)).to(pictures.labels.device)
+    rank = torch.zeros_like(order)  # of a picture among those of its label, in the random order
+    for label in pictures.labels.unique():
+        own = order[pictures.labels[order] == label]
+        rank[own] = torch.arange(len(own), device=order.device)
+    return pictures.take(rank < count)

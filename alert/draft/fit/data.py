@@ -65,18 +65,19 @@ class Text:
 
 @dataclass(frozen=True)
 class Support:
-    """The training pictures. seen: their test view. view: random view number i, of `views` that differ. generated: more
-    pictures of the same classes, which somebody drew.
+    """The training pictures. seen: their test view. view: random view number i. views: at most so many make a key, and
+    so many others are repeated by a training; None: as many as are asked for. generated: more pictures of the same
+    classes, which somebody drew.
     """
 
     seen: Pictures
     view: Callable[[int], Pictures]
-    views: int
+    views: int | None
     generated: Support | None = None
 
     def mean_view(self, count: int) -> Pictures:
-        """Every feature is the mean over the first `count` random views, or over all that differ."""
-        count = min(count, self.views)
+        """Every feature is the mean over the first `count` random views, or over the first `views`."""
+        count = self._limited(count)
         total = self.view(0)
         images, second = total.images.clone(), None if total.second is None else total.second.clone()
         for number in range(1, count):
@@ -86,20 +87,30 @@ class Support:
                 second += other.second
         return replace(total, images=images / count, second=None if second is None else second / count, maps=None)
 
+    def training_view(self, epoch: int, key_views: int) -> Pictures:
+        """The random view that an epoch shows: none of those that `mean_view(key_views)` is made of, or a picture would
+        be its own key.
+        """
+        return self.view(self._limited(key_views) + (epoch if self.views is None else epoch % self.views))
+
+    def _limited(self, count: int) -> int:
+        return count if self.views is None else min(count, self.views)
+
 
 class FewShot(Protocol):
     """A few-shot learner on frozen features.
 
     needs: of `text` (CLIP's text tower), `maps` (of positions) and `second` (uses a visual encoder, if there is one).
     fixed_classes: it can tell apart only the classes that it was fitted on. steps: of the fit; 0: it is never fitted.
-    remark: what every table must say of it. generated, generated_per_class: pictures that
-    somebody drew, as more shots.
+    remark: what every table must say of it. crop: shares of a picture that its random views cover. generated,
+    generated_per_class: pictures that somebody drew, as more shots.
     """
 
     needs: frozenset[str]
     fixed_classes: bool
     steps: int
     remark: str
+    crop: tuple[float, float]
     generated: str | None
     generated_per_class: int
 
@@ -132,11 +143,22 @@ class FewShot(Protocol):
     def logits(self, pictures: Pictures, text: Text) -> Tensor:
         """Shape: [N, C]. Before the fit: as it begins."""
 
+    def head(self) -> dict[str, Any]:
+        """Everything that `logits` depends on beside the encoders, as `torch.save` takes it."""
+
+    def ready(self, head: dict[str, Any], text: Text) -> None:
+        """Take over the head of a finished fit, to be asked alone. Needs no pictures: `begin` need not come before.
+
+        Args:
+            head: Of a learner with the same arguments.
+            text: Of the classes that it was fitted on.
+        """
+
     def state(self) -> dict[str, Any]:
-        """Everything that later steps and `logits` depend on, as `torch.save` takes it."""
+        """The head, and what later steps depend on."""
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take over a state; `begin` came before if it shall be fitted on."""
+        """Take over a state, after `begin`, to be fitted on."""
 
 
 def fit(
@@ -163,19 +185,27 @@ def all_logits(learner: FewShot, pictures: Pictures, text: Text, chunk: int = CH
 
 @dataclass(frozen=True)
 class Plan:
-    """How a module is trained: `sgd` (momentum 0.9, CoOp's rate by epoch) or `adamw` (eps 1e-4, a cosine by batch)."""
+    """How a module is trained: `sgd` (momentum 0.9, CoOp's rate by epoch) or `adamw` (eps 1e-4, a cosine by batch).
+
+    drop_last: an epoch ends with its last whole batch, if it has one, as Dassl's `build_data_loader` trains.
+    """
 
     optimizer: str
     epochs: int
     batch: int
     learning_rate: float
     weight_decay: float
+    drop_last: bool = False
 
     def make(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         """The optimiser."""
         if self.optimizer == "sgd":
             return torch.optim.SGD(parameters, self.learning_rate, momentum=0.9, weight_decay=self.weight_decay)
         return torch.optim.AdamW(parameters, self.learning_rate, eps=1e-4, weight_decay=self.weight_decay, fused=True)
+
+    def batches(self, pictures: int) -> int:
+        """How many an epoch over so many pictures has."""
+        return pictures // self.batch if self.drop_last and pictures >= self.batch else math.ceil(pictures / self.batch)
 
     def rate(self, epoch: int, number: int, total: int) -> float:
         """Of batch `number` of the fit, in `epoch`; both from 0. total: the batches that the cosine is made for."""

@@ -28,9 +28,10 @@ from common.evaluation.evaluate import spread
 from common.run import loop
 from common.run.checkpoint import Checkpoints
 from common.run.recorder import Recorder
+from common.runtime import saved
 from common.runtime.distributed import barrier, rank
 from common.training.base import Step
-from common.types import Answers, Item, Prediction, Probabilities
+from common.types import Answers, Item, Prediction, Probabilities, UserError
 
 log = logging.getLogger(__name__)
 STATE = "few_shot.pt"
@@ -74,6 +75,10 @@ class FewShotLearner:
         return f"the highest of {self.name}'s logits"
 
     @property
+    def blank(self) -> bool:
+        return self.learner.steps > 0 and self.bench.clip is None
+
+    @property
     def remarks(self) -> list[str]:
         by_test = "selected on the test images" if self.begun and self.learner.chosen_by_test else ""
         return [each for each in (self.learner.remark, by_test) if each]
@@ -99,10 +104,14 @@ class FewShotLearner:
         return self.fit(recorder)
 
     def take_over(self, folder: Path) -> None:
-        if self.learner.steps:
-            self._begin()
-            self.learner.restore(torch.load(folder / STATE, map_location=self.bench.device))
-            self.learner.end()
+        head = saved.load(folder / STATE, self.bench.device)
+        try:
+            self.learner.ready(head, self._text(self.questions.task.train.names))
+        except (RuntimeError, KeyError) as error:
+            raise UserError(
+                f"{folder / STATE} is of a version that kept less of {self.name} ({error}); fit it again under another"
+                " run_name"
+            ) from error
 
     def _begin(self) -> None:
         learner, task = self.learner, self.questions.task
@@ -117,8 +126,8 @@ class FewShotLearner:
             return 0
         self._begin()
         if self.checkpoints.resumed is not None:
-            learner.restore(torch.load(self.checkpoints.resumed / STATE, map_location=self.bench.device))
-        made = loop.train(self, self, learner.steps, self.config, self.checkpoints, recorder, self.save)
+            learner.restore(saved.load(self.checkpoints.resumed / STATE, self.bench.device))
+        made = loop.train(self, self, learner.steps, self.config, self.checkpoints, recorder, self._save_state)
         self.facts = learner.end()
         log.info("%s chose %s", self.name, self.facts)
         if isinstance(self.questions.method, Classify):
@@ -131,9 +140,15 @@ class FewShotLearner:
         return Step(metrics, {"fitting": time.perf_counter() - clock}, [])
 
     def save(self, folder: Path) -> None:
+        self._write(folder, self.learner.head())
+
+    def _save_state(self, folder: Path) -> None:
+        self._write(folder, self.learner.state())
+
+    def _write(self, folder: Path, values: dict[str, Any]) -> None:
         if rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            torch.save(self.learner.state(), folder / STATE)
+            torch.save(values, folder / STATE)
         barrier()
 
     @contextmanager
@@ -141,7 +156,7 @@ class FewShotLearner:
         yield
 
     def restore(self, folder: Path, done: int) -> None:
-        self.learner.restore(torch.load(folder / STATE, map_location=self.bench.device))
+        self.learner.restore(saved.load(folder / STATE, self.bench.device))
 
     def close(self) -> None:
         self.bench.close()

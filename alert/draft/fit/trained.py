@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
 from abc import ABC, abstractmethod
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ class Trained(Unfitted, ABC):
     """A learner whose module is trained by gradients; `best`: the epoch that is best by the judges is kept."""
 
     best = False
+    key_views = 0  # random views that keys are made of, which no epoch shows
     module: nn.Module | None = None
 
     def __init__(self, *, seed: int, plan: Plan) -> None:
@@ -54,26 +55,27 @@ class Trained(Unfitted, ABC):
 
     def cosine_over(self) -> int:
         """The batches that the cosine of the learning rate is made for."""
-        return self.plan.epochs * math.ceil(len(self.train.seen) / self.plan.batch)
+        return self.plan.epochs * self.plan.batches(len(self.train.seen))
 
     def pictures(self, support: Support, epoch: int) -> Pictures:
         """What an epoch shows of them: another random view each time, or the test view of maps."""
-        return support.seen if "maps" in self.needs else support.view(epoch % support.views)
+        return support.seen if "maps" in self.needs else support.training_view(epoch, self.key_views)
 
     def step(self, number: int) -> dict[str, float]:
         supports = self.supports()
-        per_epoch = sum(math.ceil(len(each.seen) / self.plan.batch) for each in supports)
-        done, losses, right, rate = number * per_epoch, list[float](), 0, 0.0
+        per_epoch = sum(self.plan.batches(len(each.seen)) for each in supports)
+        done, losses, right, seen, rate = number * per_epoch, list[float](), 0, 0, 0.0
         for which, support in enumerate(supports):
             shown = self.pictures(support, number)
-            for index in batches(len(shown), self.plan.batch, self.seed, number, which):
+            order = batches(len(shown), self.plan.batch, self.seed, number, which)
+            for index in islice(order, self.plan.batches(len(shown))):
                 part = shown.take(index.to(shown.labels.device))
                 rate = self.plan.rate(number, done, self.cosine_over())
                 loss, hits = descend(self.optimizer, self.forward(part, self.text), part.labels, rate)
-                losses, right, done = [*losses, loss], right + hits, done + 1
+                losses, right, seen, done = [*losses, loss], right + hits, seen + len(index), done + 1
         metrics = {
             "loss": sum(losses) / len(losses),
-            "train/accuracy": right / sum(len(each.seen) for each in supports),
+            "train/accuracy": right / seen,
             "learning_rate": rate,
         }
         if self.best and self.judges is not None:
@@ -97,13 +99,22 @@ class Trained(Unfitted, ABC):
     def logits(self, pictures: Pictures, text: Text) -> Tensor:
         return base_logits(pictures, text) if self.module is None else self.forward(pictures, text)
 
+    def head(self) -> dict[str, Any]:
+        assert self.module is not None, "it was fitted"
+        return {"module": self.module.state_dict()}
+
+    def ready(self, head: dict[str, Any], text: Text) -> None:
+        super().ready(head, text)
+        with torch.random.fork_rng(devices=[]):
+            self.module = self.shaped_as(head["module"]).to(next(iter(head["module"].values())).device)
+        self.module.load_state_dict(head["module"])
+
+    def shaped_as(self, weights: dict[str, Tensor]) -> nn.Module:
+        """A module that such weights fit into."""
+        return self.build()
+
     def state(self) -> dict[str, Any]:
-        module = self.module
-        return {
-            "module": None if module is None else module.state_dict(),
-            "optimizer": self.optimizer.state_dict() if module is not None and hasattr(self, "optimizer") else None,
-            "chosen": self.chosen,
-        }
+        return self.head() | {"optimizer": self.optimizer.state_dict(), "chosen": self.chosen}
 
     def restore(self, state: dict[str, Any]) -> None:
         assert self.module is not None, "begin comes first"

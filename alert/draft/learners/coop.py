@@ -43,9 +43,9 @@ class Context(nn.Module):
         shape = (len(embedded), length) if per_class else (length,)
         drawn = torch.randn(*shape, embedded.shape[2], generator=generator) * 0.02
         self.context = nn.Parameter(drawn.to(embedded))
-        self.register_buffer("embedded", embedded.detach())
+        self.register_buffer("embedded", embedded.detach(), persistent=False)  # they follow from the names
         before = {"end": length, "middle": length // 2, "front": 0}[position]
-        self.register_buffer("order", _order(embedded.shape[1], name_lengths, length, before))
+        self.register_buffer("order", _order(embedded.shape[1], name_lengths, length, before), persistent=False)
 
     def forward(self) -> Tensor:
         """Shape: [C, tokens, width]. The end token stands where it stood in `embedded`."""

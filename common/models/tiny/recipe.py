@@ -23,7 +23,9 @@ knows = frozenset(CLASSES)  # classes whose pictures it was pre-trained on
 
 def meter() -> PromptMeter:
     """Measures prompts for this model without building it."""
-    return qwen2_vl.meter()
+    measure = qwen2_vl.meter()
+    measure.config["text_config"] = qwen2_vl.ARCHITECTURE["text"]  # how much it reads
+    return measure
 
 
 def cached_folder(cache_dir: Path) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote
 
+from common.counted import counted
 from common.report.html.render import embedded, render, write
 from common.report.html.run_page import FILE
 from common.report.paper.page import Page
@@ -43,7 +44,7 @@ def make(folder: Path, title: str, chapters: Sequence[Chapter], pages: Sequence[
         "book.html",
         "",
         title=title,
-        subtitle=f"{finished} of {len(runs)} runs finished",
+        subtitle=f"{finished} of {counted(len(runs), 'run')} finished",
         parts=[(f"chapter-{number}", chapter.title) for number, chapter in enumerate(chapters, 1)],
         chapters=[_shown(folder, chapter, page) for chapter, page in zip(chapters, pages, strict=True)],
     )

@@ -17,6 +17,7 @@ from matplotlib import pyplot as plt
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from common.counted import counted
 from common.report.figures import LITERAL
 
 PAGES = Path(__file__).parent / "pages"
@@ -42,6 +43,7 @@ def render(template: str, script: str, outside: bool = False, **values: Any) -> 
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["counted"] = counted
     css = Markup((PAGES / "report.css").read_text(encoding="utf-8"))
     page = environment.get_template(template)
     scripts = Markup(f"{chr(39)}sha256-{digest}{chr(39)}" + " 'self' file:" * outside) if code else Markup("'none'")

@@ -10,10 +10,13 @@ from typing import Any
 
 import yaml
 
+from common.config import trust
 from common.config.composition import decides_result, differences, register
 from common.config.run_name import usual
+from common.counted import agree, counted
 from common.data.notes import data_lines
-from common.report import figures, tables
+from common.evaluation import metrics
+from common.report import figures, groups, tables
 from common.report.compare import Table
 from common.report.html import transcripts
 from common.report.html.pieces import Pieces
@@ -28,6 +31,7 @@ PARTS = {
     "results": "Results",
     "pictures": "Curves",
     "confusions": "Confusions",
+    "classes": "Classes",
     "replies": "Replies",
     "configuration": "Configuration",
     "environment": "Environment",
@@ -41,24 +45,26 @@ def make(folder: Path) -> Path:
         UserError: The folder holds no finished run.
     """
     result = Result.load(folder)
-    values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    values = trust.read(folder / "config.yaml")
     pictures = thumbnails.read(folder)
     names = transcripts.class_names(folder)
     pieces = Pieces(folder / FOLDER, names)
-    counted = Tally()
-    pieces.add(counted(transcripts.tests(folder, pictures)))
+    tally = Tally()
+    pieces.add(tally(transcripts.tests(folder, pictures)))
     pieces.add(transcripts.training(folder, pictures))
     changed, data = _changed(values), pieces.finish()
     page = render(
         "run.html",
         "report.js",
         pieces.outside,
-        title=f"{result.method} · {result.data}",
-        subtitle=f"{result.model}, {result.setting}, {result.protocol}, {result.shots} shots, seed {result.seed}",
+        title=f"{result.method} · {groups.photos(values)}",
+        subtitle=f"{result.model}, {result.setting}, {result.protocol}, {counted(result.shots, 'shot')},"
+        f" seed {result.seed}; {folder.resolve().name}",
         parts=PARTS.items(),
         results=Table(*tables.result_cells(result), _notes(result)),
-        pictures=_pictures(folder, result, counted),
-        confusions=confusion_tables(counted, names),
+        pictures=_pictures(folder, result, tally),
+        confusions=confusion_tables(tally, names),
+        classes=class_tables(result),
         differences=changed or [],
         differences_note=_about(changed),
         config=yaml.safe_dump(values, sort_keys=False, allow_unicode=True),
@@ -74,21 +80,21 @@ def _notes(result: Result) -> list[str]:
     return [*lines, *tables.paired_lines(result), tables.time_line(result)]
 
 
-def confusion_tables(counted: Tally, names: Mapping[str, str]) -> list[dict[str, Any]]:
+def confusion_tables(tally: Tally, names: Mapping[str, str]) -> list[dict[str, Any]]:
     """Per split: a grid of few classes, the most frequent confusions of many.
 
     Args:
-        counted: The tested images.
+        tally: Of the tested images.
         names: Of the classes, by what answers are compared with; buttons call them by their numbers.
     """
     places = {name: number for number, name in enumerate(names)}
     found = []
-    for split, pairs in counted.pairs.items():
+    for split, pairs in tally.pairs.items():
         counts: Counter[tuple[int, int]] = Counter()
         for (label, answer), count in pairs.items():
             counts[places[label], places.get(answer, -1)] += count
         seen = sorted({label for label, _ in counts})
-        images, wrong = counted.images[split], counted.wrong[split]
+        images, wrong = tally.images[split], tally.wrong[split]
         named = wrong - (images - sum(counts[n, n] for n in seen))
         table = {"split": split, "images": images, "wrong": wrong, "named": named}
         shown = list(names.values())
@@ -100,6 +106,28 @@ def confusion_tables(counted: Tally, names: Mapping[str, str]) -> list[dict[str,
             errors = sorted((-count, *pair) for pair, count in counts.items() if pair[0] != pair[1])
             cells = [_cell(counts, label, answer, shown) for _, label, answer in errors[: figures.PAIRS]]
             found.append(table | {"grid": None, "pairs": cells})
+    return found
+
+
+def class_tables(result: Result) -> list[tuple[str, Table]]:
+    """Per split: how often each class is right, of how many images, before and after training; the worst first."""
+    found = []
+    for split, last in result.final.items():
+        shown = tables.phases(result, split)
+        columns = ("class", "images", *(f"{phase} %" for phase, _ in shown), "95 % interval")
+        rows = []
+        for name in sorted(last.per_class, key=lambda name: last.per_class[name]):
+            n = last.images_per_class.get(name)  # results of earlier versions do not say
+            interval = None if n is None else metrics.wilson_interval(round(last.per_class[name] * n), n)
+            rows.append(
+                (
+                    name,
+                    "–" if n is None else str(n),
+                    *(tables.percent(summary.per_class.get(name)) for _, summary in shown),
+                    "–" if interval is None else " – ".join(map(tables.percent, interval)),
+                )
+            )
+        found.append((split, Table(columns, rows, [])))
     return found
 
 
@@ -116,16 +144,16 @@ def _cell(counts: Counter[tuple[int, int]], label: int, answer: int, names: Sequ
     }
 
 
-def _pictures(folder: Path, result: Result, counted: Tally) -> list[tuple[str, Any]]:
+def _pictures(folder: Path, result: Result, tally: Tally) -> list[tuple[str, Any]]:
     found = []
     if result.after:
         rows = RunFolder(folder).read_log("metrics.jsonl")
         fitted = not any("loss" in row for row in rows)
         caption = "Accuracies" if fitted else "Rewards, completion lengths and accuracies"
         found.append((f"{caption} over the training.", inline(figures.curves(rows))))
-    if counted.surest:
+    if tally.surest:
         caption = "At the end of the run. Left: reliability, areas by images. Right: errors among the surest images."
-        found.append((caption, inline(figures.calibration(counted.surest))))
+        found.append((caption, inline(figures.calibration(tally.surest))))
     return found
 
 
@@ -147,7 +175,7 @@ def _changed(values: dict[str, Any]) -> list[tuple[str, str, str]] | None:
 def _about(changed: list[tuple[str, str, str]] | None) -> str:
     if changed is None:
         return "Its options are none of this version's, so what differs from them is not known."
-    many = "1 value differs" if len(changed) == 1 else f"{len(changed) or 'No'} values differ"
+    many = f"{counted(len(changed) or 'No', 'value')} {agree(len(changed), 'differs', 'differ')}"
     return f"{many} from what the named options, shots and seed give by themselves."
 
 
@@ -156,6 +184,7 @@ def _environment(folder: Path, result: Result) -> list[tuple[str, str]]:
     splits = ", ".join(f"{name} {split['n']}" for name, split in manifest.get("splits", {}).items())
     return [
         ("weights", f"{result.weights.get('path', '–')} (SHA-256 {result.weights.get('sha256', '–')})"),
+        ("device", result.device or "–"),
         ("decoding", result.decoding),
         ("commit", result.git_commit or "none: not a git checkout"),
         ("packages", ", ".join(f"{name} {version}" for name, version in sorted(result.versions.items()))),

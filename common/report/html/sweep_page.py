@@ -15,6 +15,7 @@ import matplotlib
 import yaml
 from markupsafe import Markup
 
+from common.counted import counted
 from common.report import compare, folders, groups
 from common.report.folders import Run
 from common.report.groups import Group
@@ -51,7 +52,7 @@ def of_runs(paths: Sequence[Path]) -> Path:
     Raises:
         UserError: There is no such folder, or none holds a run.
     """
-    runs = folders.find(paths)
+    runs = [run for run in folders.find(paths) if run.state != folders.ASKED]
     if not any(run.values for run in runs):
         raise UserError(f"{paths[0]}{' and the others hold' if len(paths) > 1 else ' holds'} no run")
     together = Path(os.path.commonpath([path.resolve().parent for path in paths]))
@@ -69,7 +70,7 @@ def _make(folder: Path, name: str, runs: Sequence[Run], page: Page | None) -> Pa
         "sweep.html",
         "",
         title=name,
-        subtitle=f"{sum(run.result is not None for run in runs)} of {len(runs)} runs finished",
+        subtitle=f"{sum(run.result is not None for run in runs)} of {counted(len(runs), 'run')} finished",
         parts=[(part, part.capitalize()) for part, value in there.items() if value],
         paper=None if page is None else _paper(folder, page),
         verdicts={} if numbers is None else _verdicts(numbers),
@@ -133,7 +134,7 @@ def _examples(page: Page) -> Iterator[dict[str, Any]]:
 
 
 def _reply(row: transcripts.Row) -> dict[str, Any]:
-    reply = row.detail.get("after", row.detail["before"])
+    reply = row.last
     return {
         "image": row.image,
         "label": row.label,

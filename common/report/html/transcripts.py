@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby, zip_longest
 from operator import itemgetter
@@ -51,8 +51,8 @@ class Row:
     """An image in the report.
 
     answer: as a class name of the report, None: no class name. before, after: right or wrong; `after` is the end of the
-    run, `before` None without training. confidence: of the most probable name. sureness: of the answer; 0 if it is not
-    among the most probable names. detail: what the page shows of it.
+    run, `before` None without training, or where nothing was known before it. confidence: of the most probable name.
+    sureness: of the answer; 0 if it is not among the most probable names. detail: what the page shows of it.
     """
 
     split: str
@@ -65,6 +65,12 @@ class Row:
     confidence: float | None = None
     sureness: float | None = None
     flags: int = 0
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """Its reply at the end of the run."""
+        reply: dict[str, Any] = self.detail["after"] if "after" in self.detail else self.detail["before"]
+        return reply
 
 
 def tests(folder: Path, pictures: Mapping[str, bytes]) -> Iterator[Row]:
@@ -84,12 +90,12 @@ def tests(folder: Path, pictures: Mapping[str, bytes]) -> Iterator[Row]:
         if head is not None:
             phase = head["phase"][0].as_py()
             parts.setdefault(head["split"][0].as_py(), {})[FORMER.get(phase, phase)] = number
+    nothing: list[dict[str, Any]] = []
     for phases in parts.values():
-        first = _pieces(file, phases["before"])
-        last = _pieces(file, phases["after"]) if "after" in phases else iter(())
-        for early, late in zip_longest(first, last):
-            ends: Sequence[dict[str, Any] | None] = late or [None] * len(early)
-            for before, after in zip(early, ends, strict=True):
+        first, last = (_pieces(file, phases.get(phase)) for phase in ("before", "after"))
+        for early, late in zip_longest(first, last, fillvalue=nothing):
+            assert not early or not late or len(early) == len(late)
+            for before, after in zip_longest(early, late):
                 yield _tested(before, after, pictures)
 
 
@@ -106,8 +112,10 @@ def _predictions(folder: Path) -> pyarrow.parquet.ParquetFile:
     return file
 
 
-def _pieces(file: pyarrow.parquet.ParquetFile, number: int) -> Iterator[list[dict[str, Any]]]:
-    """The rows of one phase and split; of many probabilities only the largest."""
+def _pieces(file: pyarrow.parquet.ParquetFile, number: int | None) -> Iterator[list[dict[str, Any]]]:
+    """The rows of one phase and split, None: none; of many probabilities only the largest."""
+    if number is None:
+        return
     known = [name for name in file.schema_arrow.names if name != "probabilities_raw"]
     for batch in file.iter_batches(PIECE, [number], known):
         names = [name for name in known if name not in ("probabilities", "choices")]
@@ -128,12 +136,12 @@ def _largest(batch: pyarrow.RecordBatch) -> list[list[tuple[str, float]]]:
     return found
 
 
-def _tested(before: dict[str, Any], after: dict[str, Any] | None, pictures: Mapping[str, bytes]) -> Row:
-    final = before if after is None else after
-    assert final["image"] == before["image"], "both phases ask the same images in the same order"
-    detail: dict[str, Any] = {"before": _reply(before), "prompt": cut(final.get("prompt"))}
-    if after is not None:
-        detail["after"] = _reply(after)
+def _tested(before: dict[str, Any] | None, after: dict[str, Any] | None, pictures: Mapping[str, bytes]) -> Row:
+    """Of one of the two phases, or of both."""
+    rows = {phase: row for phase, row in (("before", before), ("after", after)) if row is not None}
+    final = list(rows.values())[-1]
+    assert all(row["image"] == final["image"] for row in rows.values()), "both phases ask the same images in one order"
+    detail: dict[str, Any] = {phase: _reply(row) for phase, row in rows.items()} | {"prompt": cut(final.get("prompt"))}
     if final.get("candidates") is not None:
         detail["candidates"] = final["candidates"]
     detail["picture"] = picture(pictures, final["image"])
@@ -146,7 +154,7 @@ def _tested(before: dict[str, Any], after: dict[str, Any] | None, pictures: Mapp
         label=final["label"],
         detail=detail,
         answer=final["answer"] or None,
-        before=None if after is None else before["correct"],
+        before=None if before is None or after is None else before["correct"],
         after=final["correct"],
         confidence=final["top"][0][1] if final["top"] else None,
         sureness=said.get(normalize(final["answer"] or ""), 0.0) if said else None,
@@ -267,7 +275,7 @@ class Tally:
             if row.confidence is not None:
                 confidences, right = self.surest.setdefault(row.split, ([], []))
                 confidences.append(row.confidence)
-                right.append(normalize(row.detail.get("after", row.detail["before"])["top"][0][0]) == label)
+                right.append(normalize(row.last["top"][0][0]) == label)
             yield row
 
 

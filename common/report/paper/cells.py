@@ -7,12 +7,15 @@ Shapes: S seeds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, harmonic_mean
 from typing import Any
 
+from common.config.composition import few_shot_of
+from common.counted import counted
+from common.evaluation.metrics import reach
 from common.evaluation.summary import Summary
 from common.report import folders
 from common.report.folders import Run
@@ -22,8 +25,10 @@ from common.run.run_folder import RunFolder
 
 Keys = tuple[tuple[str, str], ...]  # sorted by key
 AVERAGE, HARMONIC = "average", "H"
+HALVES = ("base", "new")
 BY_RESULT = {"split", "measure"}  # keys that a run has only once it has a result
-PAPERS_GPUS = 8
+PAPERS_GPUS, PAPERS_GPU = 8, "A100"  # CLS-RL, implementation details
+CACHED = ("tip_adapter", "tip_adapter_f", "cafo")  # whose authors chose by the test images
 NO_TRAINING = ("data", "model", "evaluation before", "evaluation after", "saving")
 
 
@@ -31,14 +36,15 @@ NO_TRAINING = ("data", "model", "evaluation before", "evaluation after", "saving
 class Cell:
     """One number of a table.
 
-    values: by seed. images: that each was measured on. interval: 95 %, of the images of one accuracy. combine: over
-    seeds. marks: what a reader must know of it. reasons: why it is not to be compared with the published one. missing:
-    seeds without a result.
+    values: by seed. images: that each was measured on. intervals: 95 %, of the images of a seed's number; times and
+    extremes have none. percent: else minutes or milliseconds. combine: over seeds. marks: what a reader must know of
+    it. reasons: why it is not to be compared with the published one. missing: seeds without a result.
     """
 
     values: dict[int, float] = field(default_factory=dict)
     images: int | None = None
-    interval: tuple[float, float] | None = None
+    intervals: dict[int, tuple[float, float]] = field(default_factory=dict)
+    percent: bool = True
     combine: Callable[[Sequence[float]], float] = fmean
     marks: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
@@ -50,10 +56,19 @@ class Cell:
         self.reasons = [*dict.fromkeys([*self.reasons, *other.reasons])]
         self.missing = [*dict.fromkeys([*self.missing, *other.missing])]
 
+    def take(self, seed: int, number: Number) -> None:
+        """A seed's number."""
+        self.values[seed] = number.value
+        if number.interval is not None:
+            self.intervals[seed] = number.interval
+        self.images, self.percent, self.combine = number.images, number.percent, number.combine
+        self.note(Cell(marks=number.marks, reasons=number.reasons))
+
 
 def collect(sweep: Sweep) -> tuple[dict[Keys, Cell], list[Run]]:
     """All cells by their keys, and the runs."""
     page, cells, unfinished, runs = sweep.page, dict[Keys, Cell](), set[str](), list[Run]()
+    places: dict[tuple[Keys, int], str] = {}
     for folder in dict.fromkeys(shown.folder for shown in sweep.runs):
         run = _read(sweep.folder.parent / folder)
         runs.append(run)
@@ -62,10 +77,12 @@ def collect(sweep: Sweep) -> tuple[dict[Keys, Cell], list[Run]]:
                 unfinished.add(folder)
                 continue
             for extra, number in numbers(run, run.result, page):
-                cell = cells.setdefault(_sorted({**shown.keys, **extra}), Cell())
-                cell.values[shown.seed] = number.value
-                cell.images, cell.combine, cell.interval = number.images, number.combine, number.interval
-                cell.note(Cell(marks=number.marks, reasons=number.reasons))
+                keys = _sorted({**shown.keys, **extra})
+                cell = cells.setdefault(keys, Cell())
+                if (other := places.setdefault((keys, shown.seed), folder)) != folder:
+                    cell.note(Cell(reasons=[f"seed {shown.seed} is there twice: {other} and {folder}"]))
+                else:
+                    cell.take(shown.seed, number)
     for shown in (each for each in sweep.runs if each.folder in unfinished):
         of_it = [cell for keys, cell in cells.items() if shown.keys.items() <= dict(keys).items()]
         if not of_it and not BY_RESULT & {*_axes(page)}:
@@ -75,7 +92,8 @@ def collect(sweep: Sweep) -> tuple[dict[Keys, Cell], list[Run]]:
     if minus := page.get("minus"):
         cells = subtract(cells, minus)
     if key := page.get("average"):
-        cells |= averages(cells, key)
+        planned = {shown.keys[key] for shown in sweep.runs if key in shown.keys}
+        cells |= averages(cells, key, planned)
     if page.get("harmonic"):
         cells |= harmonic(cells)
     return cells, runs
@@ -96,6 +114,7 @@ class Number:
     value: float
     images: int | None = None
     interval: tuple[float, float] | None = None
+    percent: bool = True
     combine: Callable[[Sequence[float]], float] = fmean
     marks: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
@@ -109,66 +128,103 @@ def numbers(run: Run, result: Result, page: Mapping[str, Any]) -> Iterator[tuple
             continue
         name = result.data if split == "test" and run.values["setting"]["targets"] else split
         extra = {"split": name} if by_split else {}
-        if not (measures := page.get("measures")):
-            yield extra, accuracy(run, result, split, summary)
-        for measure in measures or ():
-            for number in MEASURES[measure](run, result, split, summary):
-                yield {**extra, "measure": measure}, number
+        marks, reasons = _marks(run, result, summary), _reasons(run, result, split, summary)
+        for measure in page.get("measures") or ("",):
+            for number in MEASURES[measure or "accuracy"](run, result, split, summary):
+                keys = {**extra, "measure": measure} if measure else extra
+                yield keys, replace(number, marks=marks, reasons=[*reasons, *number.reasons])
 
 
-def accuracy(run: Run, result: Result, split: str, summary: Summary) -> Number:
+def _accuracy(run: Run, result: Result, split: str, summary: Summary) -> Iterator[Number]:
     """In percent: the strict match; under `protocol=official` that of the authors' scripts, if it has one."""
     share, interval = summary.accuracy, summary.ci95
     if result.protocol == "official" and summary.accuracy_official is not None:
         share, interval = summary.accuracy_official, summary.ci95_official or interval
-    marks = list(result.remarks)
+    yield Number(100 * share, summary.n, (100 * interval[0], 100 * interval[1]))
+
+
+def _marks(run: Run, result: Result, summary: Summary) -> list[str]:
+    """What a reader must know: how it was made, and where the paper's number was made otherwise."""
+    values, marks = run.values, list(result.remarks)
     draft = summary.facts.get("draft", {})
     marks += [draft["published_above_bound"]] if "published_above_bound" in draft else []
-    return Number(
-        100 * share,
-        summary.n,
-        (100 * interval[0], 100 * interval[1]),
-        marks=marks,
-        reasons=_reasons(run, result, split, summary),
-    )
+    if values.get("learner", {}).get("name") == "vlm" and values["rollout"]["name"] == "vllm":
+        marks.append("replies sampled by vLLM, whose arithmetic is not the trainer's")
+    if values["method"].get("learner") in CACHED and values.get("selection") == "val":
+        marks.append("chosen by validation images; the published number by the test images")
+    drafted = _draft(run)
+    if values["method"].get("learner") is None and (lacking := _lacking(drafted)):
+        marks.append(f"over candidates of CaFo without {lacking}")
+    return marks
+
+
+def _draft(run: Run) -> Mapping[str, Any]:
+    """The configuration that a run's candidates come from; empty: they come from no learner of ours."""
+    draft = run.values["method"].get("draft")
+    if draft != "file":
+        return run.values if draft else {}
+    other = Path(run.values["method"]["draft_file"])
+    beside = run.path.parent / other.name  # a sweep's runs lie side by side, wherever they have been taken since
+    return folders.read(beside if beside.is_dir() else other).values
+
+
+def _lacking(values: Mapping[str, Any]) -> str:
+    """What CaFo's authors give it and this configuration does not; empty: nothing, or it is no CaFo."""
+    if few_shot_of({**values}) != "cafo":
+        return ""
+    own = values["few_shot"]["cafo"]
+    there = {
+        "generated pictures": own.get("generated") and own.get("per_class"),
+        "sentences": values["clip"].get("prompts"),
+    }
+    return " and ".join(name for name, given in there.items() if not given)
 
 
 def _reasons(run: Run, result: Result, split: str, summary: Summary) -> list[str]:
-    """Why the images are not the paper's."""
-    reasons = [f"{result.left_out} images left out"] if result.left_out else []
-    targets = {one["name"]: one for one in run.values["setting"]["targets"].values()}
-    data = run.values["data"] if split == "test" else targets.get(split)
+    """Why the images or what is made of them are not the paper's."""
+    values = run.values
+    reasons = [f"{counted(result.left_out, 'image')} left out"] if result.left_out else []
+    targets = {one["name"]: one for one in values["setting"]["targets"].values()}
+    halves = [result.final[half].n for half in HALVES if half in result.final]
+    own = split == "test" or split in HALVES
+    data = values["data"] if own else targets.get(split)
+    tested = sum(halves) if split in HALVES else summary.n  # no paper says how many either half has
     published = (data or {}).get("published", {})
     test = published.get("test")
     with_val = test and test + published.get("val", 0)  # the authors' scripts test the validation images, too
-    if test and summary.n not in (test, with_val if result.protocol == "official" else test):
-        reasons.append(f"{summary.n} of {test} test images")
+    if test and tested not in (test, with_val if result.protocol == "official" else test):
+        reasons.append(f"{tested} of {test} test images")
+    learner = values["method"].get("learner")
+    if learner == "cafo" and (lacking := _lacking(values)):
+        reasons.append(f"CaFo without {lacking}")
+    if learner not in (None, "cafo") and values.get("clip", {}).get("prompts"):
+        reasons.append("sentences of clip.prompts, which the published number has not")
     return reasons
 
 
-def _as_fast(run: Run) -> list[str]:
-    """Why times are not the paper's, which were taken on eight A100 (CLS-RL, section 5.1)."""
-    gpus = run.values.get("gpus", 0)
-    return [] if gpus == PAPERS_GPUS else [f"timed on {gpus or 'no'} GPUs instead of {PAPERS_GPUS}"]
+def _as_fast(run: Run, result: Result) -> list[str]:
+    """Why times are not the paper's, which were taken on eight A100."""
+    reasons = []
+    if run.gpus != PAPERS_GPUS:
+        reasons.append(f"timed on {counted(run.gpus or 'no', 'GPU')} instead of {PAPERS_GPUS}")
+    if run.gpus and PAPERS_GPU not in result.device:
+        reasons.append(f"timed on {result.device or 'an unknown GPU'} instead of {PAPERS_GPU}")
+    return reasons
 
 
 def _train_minutes(run: Run, result: Result, split: str, summary: Summary) -> Iterator[Number]:
     seconds = result.train.get("seconds", {})
     if result.after and "total" in seconds:
         minutes = (seconds["total"] - sum(seconds.get(phase, 0.0) for phase in NO_TRAINING)) / 60
-        yield Number(minutes, reasons=_as_fast(run))
+        yield Number(minutes, percent=False, reasons=_as_fast(run, result))
 
 
 def _inference_minutes(run: Run, result: Result, split: str, summary: Summary) -> Iterator[Number]:
-    yield Number(summary.seconds / 60, summary.n, reasons=_as_fast(run))
+    yield Number(summary.seconds / 60, summary.n, percent=False, reasons=_as_fast(run, result))
 
 
 def _milliseconds(run: Run, result: Result, split: str, summary: Summary) -> Iterator[Number]:
-    yield Number(1000 * summary.seconds / summary.n, summary.n, reasons=_as_fast(run))
-
-
-def _accuracy(run: Run, result: Result, split: str, summary: Summary) -> Iterator[Number]:
-    yield accuracy(run, result, split, summary)
+    yield Number(1000 * summary.seconds / summary.n, summary.n, percent=False, reasons=_as_fast(run, result))
 
 
 def _lowest(run: Run, result: Result, split: str, summary: Summary) -> Iterator[Number]:
@@ -217,23 +273,24 @@ def subtract(cells: Mapping[Keys, Cell], minus: Mapping[str, str | None]) -> dic
             continue
         base = next((b for k, b in bases.items() if _without(k, minus) == _without(keys, minus)), Cell())
         seeds = [seed for seed in cell.values if seed in base.values]
-        difference = Cell({seed: cell.values[seed] - base.values[seed] for seed in seeds}, cell.images)
+        difference = _computed((cell, base), seeds, lambda both: both[0] - both[1], lambda _: (1.0, -1.0))
+        difference.images = cell.images
         difference.note(cell)
         difference.note(base)
         found[keys] = difference
     return found
 
 
-def averages(cells: Mapping[Keys, Cell], key: str) -> dict[Keys, Cell]:
-    """Over the values of a key, of the seeds that have them all."""
+def averages(cells: Mapping[Keys, Cell], key: str, planned: Collection[str] = ()) -> dict[Keys, Cell]:
+    """Over the values of a key, of the seeds that have them all; `planned`: those that no run may have yet."""
     groups: dict[Keys, list[Cell]] = {}
-    everywhere = {dict(keys)[key] for keys in cells}
+    everywhere = {dict(keys)[key] for keys in cells} | {*planned}
     for keys, cell in cells.items():
         groups.setdefault(_sorted({**dict(keys), key: AVERAGE}), []).append(cell)
     found = {}
     for keys, group in groups.items():
         seeds = set.intersection(*(set(cell.values) for cell in group)) if len(group) == len(everywhere) else set()
-        found[keys] = Cell({seed: fmean(cell.values[seed] for cell in group) for seed in sorted(seeds)})
+        found[keys] = _computed(group, sorted(seeds), fmean, lambda numbers: [1 / len(numbers)] * len(numbers))
         for cell in group:
             found[keys].note(cell)
     return found
@@ -248,10 +305,43 @@ def harmonic(cells: Mapping[Keys, Cell]) -> dict[Keys, Cell]:
             continue
         new = cells.get(_sorted({**named, "split": "new"}), Cell())
         both = [seed for seed in base.values if seed in new.values]
-        cell = Cell({seed: harmonic_mean([base.values[seed], new.values[seed]]) for seed in both})
+        cell = _computed((base, new), both, harmonic_mean, _harmonic_slopes)
         cell.note(base)
         cell.note(new)
         found[_sorted({**named, "split": HARMONIC})] = cell
+    return found
+
+
+def _harmonic_slopes(both: Sequence[float]) -> tuple[float, float]:
+    base, new = both
+    total = base + new
+    return (2 * (new / total) ** 2, 2 * (base / total) ** 2) if total else (0.0, 0.0)
+
+
+def _computed(
+    cells: Sequence[Cell],
+    seeds: Sequence[int],
+    value: Callable[[Sequence[float]], float],
+    slopes: Callable[[Sequence[float]], Sequence[float]],
+) -> Cell:
+    """A number computed from others seed by seed, with the interval that their images leave it.
+
+    As of images that are independent; a difference on the same images is surer than that.
+
+    Args:
+        cells: The others.
+        seeds: Of the result.
+        value: From their numbers.
+        slopes: How much it grows with each of them, from their numbers.
+    """
+    found = Cell(percent=all(cell.percent for cell in cells))
+    for seed in seeds:
+        numbers = [cell.values[seed] for cell in cells]
+        found.values[seed] = value(numbers)
+        if all(seed in cell.intervals for cell in cells):
+            parts = [(cell.values[seed], cell.intervals[seed]) for cell in cells]
+            below, above = reach(parts, slopes(numbers))
+            found.intervals[seed] = (found.values[seed] - below, found.values[seed] + above)
     return found
 
 

@@ -25,13 +25,14 @@ from typing import Any
 
 from common.config.checks import one_of
 from common.report.folders import Run
-from common.report.groups import mean_std, t_interval
+from common.report.groups import interval, mean_std
 from common.report.paper import cells as numbers
 from common.report.paper import points, published
 from common.report.paper.cells import AVERAGE, HARMONIC, Cell, Keys
 from common.types import UserError
 
 SYMBOLS = "†‡§¶"
+WIDEST, WIDEST_TIME = 10.0, 0.5  # intervals that say something: percentage points; of times a share of ours
 SEPARATOR = " · "
 # Names in metrics.jsonl, of which the first that is there counts, and the axis. test_accuracy: eval/<split>/accuracy.
 CURVES: dict[str, tuple[tuple[str, ...], str]] = {
@@ -47,7 +48,9 @@ KINDS = ("table", "shots", "bars", "gain", "training", "examples")  # examples: 
 
 @dataclass(frozen=True)
 class Entry:
-    """One cell with its verdict. ours: mean over seeds; None: no run has it. interval: 95 %."""
+    """One cell with its verdict. ours: over seeds; None: no run has it. interval: 95 %. percent: else a time. mean:
+    else ours is the lowest or highest.
+    """
 
     keys: dict[str, str]
     ours: float | None
@@ -59,6 +62,8 @@ class Entry:
     marks: tuple[str, ...]
     reasons: tuple[str, ...]
     missing: tuple[int, ...]
+    percent: bool = True
+    mean: bool = True
 
     @property
     def difference(self) -> float | None:
@@ -69,12 +74,16 @@ class Entry:
     def verdict(self) -> str:
         """Whether the published number lies in our interval, and if not, on which side of it ours lies.
 
+        None of these where runs are missing, and no `inside` where the interval would hold nearly any number.
+
         >>> from dataclasses import replace
         >>> entry = Entry({}, 80.0, 1.0, (78.0, 82.0), (1, 2, 3), 100, 84.0, (), (), ())
         >>> entry.verdict, replace(entry, published=81.0).verdict, replace(entry, published=None).verdict
         ('below', 'inside', 'ours')
         >>> replace(entry, reasons=("model=tiny",)).verdict, replace(entry, ours=None).verdict
         ('not comparable: model=tiny', 'quoted')
+        >>> replace(entry, missing=(4, 5)).verdict, replace(entry, interval=(-67.0, 187.0)).verdict
+        ('incomplete: no result of seed 4, 5', 'too wide to say')
         """
         if self.ours is None:
             return "missing" if self.published is None else "quoted"
@@ -82,10 +91,15 @@ class Entry:
             return "ours"
         if self.reasons:
             return f"not comparable: {'; '.join(self.reasons)}"
+        if self.missing:
+            return f"incomplete: no result of seed {', '.join(map(str, self.missing))}"
         if self.interval is None:
-            return "not comparable: one seed has no interval"
+            return f"no interval: {'one seed' if self.mean else 'an extreme of the seeds is no mean'}"
         low, high = self.interval
-        return "inside" if low <= self.published <= high else "below" if high < self.published else "above"
+        if low <= self.published <= high:
+            widest = WIDEST if self.percent else WIDEST_TIME * self.ours
+            return "inside" if high - low <= widest else "too wide to say"
+        return "below" if high < self.published else "above"
 
 
 @dataclass(frozen=True)
@@ -171,14 +185,24 @@ def _of_the_same_average(theirs: Mapping[Keys, float], ours: Collection[Keys], k
 
 
 def _entry(keys: Keys, cell: Cell, known: float | None, changed: Sequence[str]) -> Entry:
-    values = [cell.values[seed] for seed in sorted(cell.values)]
+    seeds = sorted(cell.values)
+    values = [cell.values[seed] for seed in seeds]
     ours = cell.combine(values) if values else None
-    std = interval = None
-    if len(values) > 1 and cell.combine is fmean:
-        std, interval = mean_std(values)[1], t_interval(values)
-    elif len(values) == 1:
-        interval = cell.interval
-    missing = tuple(seed for seed in cell.missing if seed not in cell.values)
-    seeds = tuple(sorted(cell.values))
-    reasons = (*changed, *cell.reasons)
-    return Entry(dict(keys), ours, std, interval, seeds, cell.images, known, tuple(cell.marks), reasons, missing)
+    std = bounds = None
+    if values and cell.combine is fmean:
+        std = mean_std(values)[1]
+        bounds = interval(values, [cell.intervals[seed] for seed in seeds if seed in cell.intervals])
+    return Entry(
+        keys=dict(keys),
+        ours=ours,
+        std=std,
+        interval=bounds,
+        seeds=tuple(seeds),
+        images=cell.images,
+        published=known,
+        marks=tuple(cell.marks),
+        reasons=(*changed, *cell.reasons),
+        missing=tuple(seed for seed in cell.missing if seed not in cell.values),
+        percent=cell.percent,
+        mean=cell.combine is fmean,
+    )

@@ -12,6 +12,9 @@ SHORT = {
     "CaFo without generated pictures": "no generated pictures",
     "selected on the test images": "test-selected",
     "lies above recall@": "published above our bound",
+    "by the test images": "published is test-selected",
+    "over candidates of CaFo": "candidates of less than CaFo",
+    "sampled by vLLM": "vLLM",
 }
 
 

@@ -12,7 +12,7 @@ from common.report.compare import Table
 from common.report.html.run_page import FILE
 from common.report.paper.page import Page
 from common.report.paper.tables import listing, matrices
-from common.run.tracking import resolve_mode
+from common.run.tracking import settled_mode
 
 
 def publish(page: Page, folder: Path, tracking: Mapping[str, Any]) -> None:
@@ -42,7 +42,7 @@ def publish(page: Page, folder: Path, tracking: Mapping[str, Any]) -> None:
         tags=[page.sweep.name, *tracking["tags"]],
         name=folder.name,
         dir=str(folder.resolve()),
-        mode=cast(Any, resolve_mode(tracking["mode"])),
+        mode=cast(Any, settled_mode(tracking["mode"])),
         reinit="finish_previous",
         settings=wandb.Settings(console="off", disable_git=True, silent=True),
     )

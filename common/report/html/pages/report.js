@@ -185,7 +185,7 @@ const report = (() => {
     $("detail").replaceChildren(...(places.length > 0 ? show(found[chosen], details[chosen - first], prompt) : []));
     const shown = found.filter((number) => index.after[number] >= 0);
     const right = shown.reduce((sum, number) => sum + index.after[number], 0);
-    $("count").textContent = `${found.length.toLocaleString("en")} of ${meta.rows.toLocaleString("en")} rows`
+    $("count").textContent = `${found.length.toLocaleString("en")} of ${meta.rows.toLocaleString("en")} row${meta.rows === 1 ? "" : "s"}`
       + (shown.length > 0 ? `; ${(100 * right / shown.length).toFixed(1)} % of the tested ones right` : "");
     $("page").textContent = found.length > 0 ? `${(first / PAGE + 1).toLocaleString("en")} / ${Math.ceil(found.length / PAGE).toLocaleString("en")}` : "nothing fits";
     $("previous").disabled = first === 0;

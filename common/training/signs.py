@@ -1,0 +1,142 @@
+"""Signs that a training goes wrong, and what is probably the cause: from what its updates and evaluations report.
+
+Pure: the same rows of metrics.jsonl give the same signs, whether they come one by one or are read again.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from math import sqrt
+from statistics import fmean
+
+from common.training.silent import CUT, MOSTLY, cut_line
+
+WINDOW = 10  # rollout batches that are looked at together, at the beginning and at the end
+FAR = 0.1  # a drop of accuracy, as a share of 1
+SURE = 2.0  # and in standard errors of the difference: few images vary as much by chance
+# Shares of its value at the beginning at which a measure has fallen or jumped. A policy that learns gets surer and
+# often briefer, so the entropy may fall further, and neither is a sign while the reward rises.
+BOUNDS = {"entropy": (0.1, 3.0), "completions/mean_length": (1 / 3, 3.0)}
+WORDS = {"entropy": "the entropy of the tokens", "completions/mean_length": "the length of completions"}
+RATE = "trainer.learning_rate is probably too high: lower it to a third or a tenth, under another run_name"
+
+
+class Signs:
+    """What was found so far, by name: one line each, with the likely cause. cut: share of all completions that were.
+
+    flat: rollout batches in a row, up to the last one, in which no group has differed.
+    """
+
+    def __init__(self, rows: Iterable[Mapping[str, float]] = (), limit: int | None = None) -> None:
+        """
+        Args:
+            rows: Of metrics.jsonl, in their order.
+            limit: `rollout.max_completion_tokens`.
+        """
+        self.found: dict[str, str] = {}
+        self.limit, self.flat, self.number, self.cut = limit, 0, 0, 0.0
+        self.start: dict[str, float] = {}
+        self.first: list[Mapping[str, float]] = []
+        self.last: deque[Mapping[str, float]] = deque(maxlen=WINDOW)
+        for row in rows:
+            self.see(row)
+
+    def see(self, row: Mapping[str, float]) -> dict[str, str]:
+        """Take in one row, and return what it shows for the first time."""
+        signs = self._accuracy(row)
+        if "reward" in row:  # the updates after the first over the same completions report none
+            self._take(row)
+            if self.number >= WINDOW:
+                signs |= self._cut() | self._no_differences() | self._moved()
+        new = {name: line for name, line in signs.items() if name not in self.found}
+        self.found |= new
+        return new
+
+    def _take(self, row: Mapping[str, float]) -> None:
+        self.number += 1
+        self.flat = self.flat + 1 if row.get("frac_reward_zero_std") == 1 else 0
+        self.cut += (row.get("completions/clipped_ratio", 0.0) - self.cut) / self.number
+        if len(self.first) < WINDOW:
+            self.first.append(row)
+        self.last.append(row)
+
+    def _mean(self, name: str, rows: Iterable[Mapping[str, float]]) -> float | None:
+        """Over the batches that report it: one without differences may compute no loss."""
+        values = [row[name] for row in rows if name in row]
+        return fmean(values) if values else None
+
+    @property
+    def _reward(self) -> tuple[float, float]:
+        """At the very beginning, and now."""
+        return self.first[0]["reward"], fmean(row["reward"] for row in self.last)
+
+    def _cut(self) -> dict[str, str]:
+        share = self._mean("completions/clipped_ratio", self.last) or 0.0
+        return {"cut": cut_line(share, self.limit)} if share >= CUT else {}
+
+    def _no_differences(self) -> dict[str, str]:
+        if self.flat < WINDOW:
+            return {}
+        before, now = self._reward
+        went = f"the mean reward went from {before:.3f} to {now:.3f}"
+        if self.number == self.flat:
+            more = "raise trainer.group_size or rollout.temperature, or add a reward in which completions differ"
+            cause = "raise rollout.max_completion_tokens first" if self.cut >= MOSTLY else more
+        else:
+            cause = f"{went}, so there is little left to learn" if now > before else f"{went}; {RATE}"
+        return {"flat": f"no group's completions have differed in their reward for {WINDOW} updates: {cause}"}
+
+    def _moved(self) -> dict[str, str]:
+        before, now = self._reward
+        signs = {}
+        for name, (low, high) in BOUNDS.items():
+            start, end = self._mean(name, self.first[:WINDOW]), self._mean(name, self.last)
+            if start is None or end is None or self.number < 2 * WINDOW or now > before:
+                continue
+            if not low * start <= end <= high * start:
+                what = "fell" if end < start else "jumped"
+                signs[name] = (
+                    f"{WORDS[name]} {what} from {start:.3g} to {end:.3g}, and the mean reward went from {before:.3f} to"
+                    f" {now:.3f}; {RATE}"
+                )
+        return signs
+
+    def _accuracy(self, row: Mapping[str, float]) -> dict[str, str]:
+        signs = {}
+        for key in row:
+            split = key.removeprefix("eval/").removesuffix("/accuracy")
+            if key != f"eval/{split}/accuracy":
+                continue
+            accuracy, images = row[key], row.get(f"eval/{split}/n", 0.0)
+            if row.get("step") == 0:
+                self.start |= {key: accuracy, f"{key} n": images}
+            elif key in self.start:
+                before, error = self.start[key], _error(self.start[key], self.start[f"{key} n"], accuracy, images)
+                if before - accuracy >= max(FAR, SURE * error):
+                    signs[key] = (
+                        f"accuracy on {split} fell from {100 * before:.2f} % before training to {100 * accuracy:.2f} %"
+                        f" after update {row['step']}: {self._why()}"
+                    )
+        return signs
+
+    def _why(self) -> str:
+        if self.first and self._reward[1] > self._reward[0]:
+            return (
+                "the rewards have risen meanwhile, so they pay for something else than right answers; read completions"
+            )
+        return f"{RATE}; with validation images, evaluate=best tests the best evaluation"
+
+
+def at(update: int) -> str:
+    """When an evaluation was made, in words.
+
+    >>> at(0), at(20)
+    ('before training', 'after update 20')
+    """
+    return f"after update {update}" if update else "before training"
+
+
+def _error(before: float, n_before: float, after: float, n_after: float) -> float:
+    """Standard error of the difference of two shares of independent images."""
+    return sqrt(before * (1 - before) / max(1.0, n_before) + after * (1 - after) / max(1.0, n_after))
