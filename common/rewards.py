@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 from common import parsing
+from common.counted import counted
 from common.plugins import locate
 from common.types import Sample, UserError
 
@@ -151,7 +152,7 @@ def _numbers(name: str, values: Sequence[Any], count: int) -> list[float]:
     except (TypeError, ValueError) as error:
         raise UserError(f"reward '{name}' gave what is no number ({error}); correct rewards.{name}.fn") from error
     if len(numbers) != count:
-        raise ValueError(f"reward '{name}' returned {len(numbers)} values for {count} samples")
+        raise ValueError(f"reward '{name}' returned {counted(len(numbers), 'value')} for {counted(count, 'sample')}")
     return numbers
 
 

@@ -632,7 +632,7 @@ def test_a_bank_can_be_looked_at(tmp_path, capsys):
 def test_a_category_without_images_is_refused_before_the_model_loads(digits_task):
     rest = tuple(item for item in digits_task.train.items if item.label != 4)
     task = replace(digits_task, train=replace(digits_task.train, items=rest))
-    with pytest.raises(UserError, match="but 1 have none, first: 'four'"):
+    with pytest.raises(UserError, match="but 1 has none, first: 'four'"):
         Alert(seed=1).train_prompts(task)
 
 

@@ -297,6 +297,15 @@ def test_other_tasks_are_not_compared(write, capsys):
     assert {row["difference"] for row in cells(capsys.readouterr().out)[0]} == {""}
 
 
+@pytest.mark.parametrize("other", ["data=fashion", "data.folder=tulips"])
+def test_images_of_other_datasets_are_others_though_their_names_are_the_same(write, other):
+    common = ("method=linear_probe", "clip=none", "data=folder", "data.folder=garden")
+    one, two = write("a", *common, right=answers(1, 0.5)), write("b", *common, other, right=answers(2, 0.9))
+    assert paired.compare(*groups.group(folders.find([one, two])), "test") is None
+    moved = write("c", *common, "data.folder=/elsewhere/garden", right=answers(2, 0.9))
+    assert paired.compare(*groups.group(folders.find([one, moved])), "test").p is not None
+
+
 def test_phases_of_earlier_versions_are_the_same_images(write, capsys):
     one, two = write("a", right=answers(1, 0.5)), write("b", "method=sft", right=answers(2, 0.9))
     table = parquet.read_table(two / "predictions.parquet")

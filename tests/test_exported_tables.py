@@ -116,6 +116,13 @@ def test_kaggle_with_suffixes_and_given_directly(tmp_path):
     assert rows(read(tmp_path, "train.csv")) == [("train/1.b.jpg", "cat"), ("train/2.jpg", "dog")]
 
 
+def test_the_form_for_answers_is_no_table_of_labels(tmp_path):
+    pictures(tmp_path, "images/a.png", "images/b.png")
+    write(tmp_path / "labels.csv", "id,label\na,cat\nb,dog\n")
+    write(tmp_path / "SampleSubmission.csv", "id,label\na,cat\nb,cat\n")
+    assert rows(read(tmp_path)) == [("images/a.png", "cat"), ("images/b.png", "dog")]
+
+
 def test_tables_called_like_parts(tmp_path):
     for part in ("train", "val", "test"):
         pictures(tmp_path, f"images/{part}1.png", f"images/{part}2.png")

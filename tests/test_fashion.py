@@ -46,7 +46,7 @@ def test_pictures_and_labels_come_as_they_were_written(folder):
 
 def test_damaged_files_are_named(folder):
     where = Location("x", folder, folder / ".")
-    with pytest.raises(UserError, match="label 1 in train, but data.reader.names has 1 names"):
+    with pytest.raises(UserError, match="label 1 in train, but data.reader.names has 1 name;"):
         idx.read(where, ("a",))
     whole = gzip.decompress((folder / "train-images-idx3-ubyte.gz").read_bytes())
     for content in (whole[:-1], b"\0\0\r" + whole[3:], whole[:6]):

@@ -16,6 +16,7 @@ from alert.draft import candidate_file
 from common.data import idx
 from common.data.location import Location
 from common.report import compare, folders, groups, tables
+from common.report.html import run_page
 from common.run.result import Result
 from tests.faults import Kill
 
@@ -252,7 +253,7 @@ def test_a_learner_that_knows_nothing_before_its_fit_has_no_row_of_it(runner, sm
     assert result.before == {} and result.overall.keys() == {"after"} and result.train["paired"] == {}
     assert set(result.after) == {"val", "test"} and result.after["test"].accuracy > 0.5
     assert {row["phase"] for row in predictions(tmp_path / "run")} == {"after"}
-    assert (tmp_path / "run" / "report.html").is_file() and (tmp_path / "run" / "thumbnails.parquet").is_file()
+    assert run_page.make(tmp_path / "run").is_file() and (tmp_path / "run" / "thumbnails.parquet").is_file()
     log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == [1, 1], "the fit, and what it is worth"
     tables.show(result, tmp_path / "run", console := Console(record=True, width=120))

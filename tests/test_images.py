@@ -551,8 +551,8 @@ def test_what_was_done_to_pictures_is_remembered(make, folder, limit):
             assert len(loader.images.opened) == (0 if attempt else len(KEYS))
         for key, picture in zip(KEYS, make(limit=limit, policy=policy)(KEYS), strict=True):
             assert set(loading.treated(picture)) == set(expected.get(key, ()))
-    assert loading.counted(expected, KEYS) == {"transparent": 2, "stretched": 2}
-    assert loading.counted(expected, KEYS[:2]) == {"transparent": 1}
+    assert loading.count_treated(expected, KEYS) == {"transparent": 2, "stretched": 2}
+    assert loading.count_treated(expected, KEYS[:2]) == {"transparent": 1}
 
 
 def test_another_background_is_another_entry(make, folder):
@@ -810,7 +810,7 @@ def test_notes_that_cannot_be_written_cost_a_warning(make, tmp_path, monkeypatch
     monkeypatch.setattr(loading, "CHUNK", 1)
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / loading.CHECKED).symlink_to(tmp_path / "nowhere" / "file")
-    assert examine(make(), KEYS) == {}
+    assert examine(make(), KEYS).bad == {}
     (record,) = caplog.records
     assert "checked.txt cannot be written: No such file or directory (cache_dir)" in record.getMessage()
 

@@ -132,9 +132,9 @@ def test_who_knew_nothing_before_has_no_row_of_it():
     assert [row[0] for row in tables.result_cells(blank)[1]] == ["new, trained"]
     assert tables.probability_lines(blank) == ["new, most probable name: trained 70.00 % (top-5 90.00, ECE 10.00)"]
     assert tables.overall_lines(blank) == ["harmonic mean: trained 75.00 %"] and tables.paired_lines(blank) == []
-    assert tracking.numbers(blank) == {"after/new": 50.0, "after/harmonic_mean": 75.0}
+    assert tracking.numbers(blank) == {"after/new": 0.5, "after/harmonic_mean": 0.75}
     both = result({"new": summary()}, {"new": summary(accuracy=0.75)}, overall={})
-    assert tracking.numbers(both) == {"before/new": 50.0, "after/new": 75.0, "gain/new": 25.0}
+    assert tracking.numbers(both) == {"before/new": 0.5, "after/new": 0.75, "gain/new": 0.25}
 
 
 def test_names_that_no_font_has_are_spelt_out(tmp_path, recwarn):

@@ -3,7 +3,6 @@ own photos it stops where it earns nothing."""
 
 from __future__ import annotations
 
-import logging
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +10,7 @@ import pytest
 from common.config.composition import validate
 from common.models import checks
 from common.run import loop
+from common.runtime import progress
 from common.types import UserError
 
 PLAIN = "common.models.tiny.recipe"
@@ -24,14 +24,14 @@ def asked(*names):
 
 
 @pytest.fixture
-def warnings(compose, caplog):
-    """What the check of a model says, as warnings."""
+def warnings(compose, capsys):
+    """What the check of a model says."""
 
     def run(questions, *overrides):
-        caplog.clear()
-        with caplog.at_level(logging.WARNING):
-            checks.check(validate(compose(*overrides)), questions)
-        return [record.getMessage() for record in caplog.records]
+        config = validate(compose(*overrides))
+        capsys.readouterr()
+        checks.check(config, questions)
+        return capsys.readouterr().err.splitlines()
 
     return run
 
@@ -39,7 +39,7 @@ def warnings(compose, caplog):
 @pytest.mark.parametrize("model", ["tiny_qwen2_vl", "tiny_gemma3"])
 def test_other_names_are_warned_of_once(warnings, model):
     (line,) = warnings(asked("zero", "cat", "dog", "One"), f"model={model}", "data=folder", "data.folder=/x")
-    assert f"model={model}" in line and "data=folder" in line and "'cat'" in line
+    assert line.startswith(f"warning: model={model}") and "data=folder" in line and "'cat'" in line
     assert "2 of 4" in line
     assert "on a laptop take method=linear_probe clip=none visual=lite0, on a GPU another model" in line
 
@@ -63,7 +63,7 @@ def test_a_recipe_that_does_not_say_is_believed(warnings, monkeypatch):
 
 
 def test_one_rank_speaks_for_all(warnings, monkeypatch):
-    monkeypatch.setattr(checks, "rank", lambda: 1)
+    monkeypatch.setattr(progress, "rank", lambda: 1)
     assert warnings(asked("cat", "dog")) == []
 
 

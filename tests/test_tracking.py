@@ -286,7 +286,7 @@ def test_a_group_holds_what_differs_in_its_seed_alone(compose_named):
             "model=qwen2_vl_2b",
             "protocol=official",
             "trainer.learning_rate=1e-5",
-            "rewards.accuracy.weight=2",
+            "rewards.equality.weight=2",
             "data=folder data.folder=/photos/a",
             "data=folder data.folder=/photos/b",
             "label=mine",
@@ -300,7 +300,9 @@ def test_every_attempt_that_was_offline_is_uploaded(tmp_path, capsys):
     folder = tmp_path / "my run"
     for day in ("20260101_100000-a", "20260102_100000-a"):
         (folder / "wandb" / f"offline-run-{day}").mkdir(parents=True)
-    tables.show(result_with({"test": summary_with(accuracy=0.25)}, {}), folder)
+    shown = result_with({"test": summary_with(accuracy=0.25)}, {})
+    shown.train["seconds"] = {"total": 1.0}
+    tables.show(shown, folder)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "wandb sync" in line]
     where = folder / "wandb" / "offline-run-"
     assert line.endswith(f"wandb sync '{where}20260101_100000-a' '{where}20260102_100000-a'")

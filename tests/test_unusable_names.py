@@ -135,6 +135,22 @@ def test_names_for_a_prediction(given, message):
         trained.check_names(given)
 
 
+def test_a_run_is_asked_about_other_names(tmp_path, compose):
+    """They are refused before the model is loaded, its special tokens too."""
+    config = validate(compose("method=nothinking", "data=digits"))
+    split = {"names": ["one", "two"]}
+    found = {"splits": {"train": split, "test": split}, "fingerprint": "", "origins": {}}
+    (tmp_path / "manifest.json").write_text(json.dumps(found))
+    run = trained.Trained(tmp_path, tmp_path, tmp_path / "model")
+    assert trained.questions_of(run, config, ["cat", "dog"]).task.evaluation["test"].names == ("cat", "dog")
+    for name, why in (
+        ("<answer>", "a part of the form of replies"),
+        ("a<|im_end|>", "is a special token of model=tiny"),
+    ):
+        with pytest.raises(UserError, match=why):
+            trained.questions_of(run, config, ["cat", name])
+
+
 @pytest.mark.parametrize("label", ["<answer>", "c\u200bat"])
 def test_a_correction_on_the_page(tmp_path, label):
     with pytest.raises(UserError, match="the name '.*' has "):

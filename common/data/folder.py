@@ -58,7 +58,7 @@ def read(location: Location, *, csv: str | None = None) -> Source:
 
 def _refuse_few(location: Location, path: Path, names: Collection[str]) -> None:
     if len(names) < 2:
-        raise location.error(f"{path} has {len(names)} classes; a task needs two or more")
+        raise location.error(f"{path} has {counted(len(names), 'class')}; a task needs two or more")
 
 
 def _photos_in(location: Location, folder: Path, base: Path) -> list[Photo]:

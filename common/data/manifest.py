@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.counted import counted
 from common.types import Prompt, Task, UserError
 
 # How the data was read, on this machine and day. It may change without changing the task, so no hash covers it.
@@ -164,7 +165,9 @@ def verify_finished(path: Path, manifest: Mapping[str, Any]) -> None:
 def _some(images: Sequence[str], manifest: Mapping[str, Any]) -> str:
     """How many images of a task, and which is the first."""
     total = len({row[0] for split in manifest["splits"].values() for row in split["rows"]})
-    return f"{len(images):,} of {total:,} pictures (first: {images[0]}) {'has' if len(images) == 1 else 'have'}"
+    return (
+        f"{len(images):,} of {counted(total, 'picture')} (first: {images[0]}) {'has' if len(images) == 1 else 'have'}"
+    )
 
 
 def trained_images(model: Path, data: str, fingerprint: str) -> frozenset[str]:

@@ -67,8 +67,9 @@ def data_lines(facts: Mapping[str, Any]) -> list[str]:
     lines = passed_over(facts)
     if replaced := sum(facts.get("refilled", {}).values()):
         lines.append(
-            f"{counted(replaced, 'training picture')} {agree(replaced, 'was', 'were')} replaced by others of the class,"
-            " since they cannot be decoded"
+            f"{counted(replaced, 'training picture')} {agree(replaced, 'was', 'were')} replaced by "
+            + agree(replaced, "another of its class, since it", "others of their class, since they")
+            + " cannot be decoded"
         )
     for kind, count in facts.get("duplicates", {}).items():
         lines.append(f"{WORDS[kind]}: {count} (manifest.json lists them)")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -10,10 +9,9 @@ from common.config.schema import Config
 from common.config.schema_task import DataConfig
 from common.data.task import Questions
 from common.models import files, meter
-from common.runtime.distributed import rank
+from common.runtime.progress import say
 from common.types import CATEGORY, Task, UserError
 
-log = logging.getLogger(__name__)
 INSTEAD = (  # of a tiny model, on photos
     "on a laptop take method=linear_probe clip=none visual=lite0, on a GPU another model, such as model=qwen2_vl_2b"
 )
@@ -29,8 +27,8 @@ def check(config: Config, questions: Questions) -> None:
     measure = check_weights(config)
     check_words(config, measure, questions.task)
     check_lengths(config, questions, measure)
-    if rank() == 0 and (line := unknown_classes(config, questions)):
-        log.warning("%s", line)
+    if line := unknown_classes(config, questions):
+        say(f"warning: {line}")
 
 
 def check_words(config: Config, measure: meter.PromptMeter, task: Task) -> None:

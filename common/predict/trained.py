@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from common.config import composition, trust
 from common.config.schema import Config, TrainerConfig
+from common.counted import counted
 from common.data import manifest, pictures
 from common.data import task as tasks
 from common.data.names import objections
@@ -207,7 +208,11 @@ def _asked_again(run: Trained, config: Config) -> Questions:
         old, new = ([tuple(row[:2]) for row in each["rows"]] for each in (before, now))
         if (before["names"], old) != (now["names"], new):
             others = [image for image, label in new if (image, label) not in set(old)]
-            what = f"has {others[0]}" if others else f"lacks some of its {len(old)} images, or has other classes"
+            what = (
+                f"has {others[0]}"
+                if others
+                else f"lacks some of its {counted(len(old), 'image')}, or has other classes"
+            )
             raise UserError(
                 f"these are not the images that {run.records / 'manifest.json'} names: {split} {what}; give the folder"
                 " of the run's own with --data <folder> (in Python data=...)"

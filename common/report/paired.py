@@ -15,8 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.evaluation.metrics import exact_p, newcombe_interval
-from common.report.groups import Group, t_interval
+from common.report.groups import Group, photos, t_interval
 from common.run.result import FORMER
+
+OWN = ("val", "test", "base", "new")  # splits of the dataset that was trained on; others are called by their own
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,12 @@ class Difference:
 
 
 def compare(group: Group, other: Group, split: str) -> Difference | None:
-    """How much better `group` is than `other`; None if they share no seed on that split.
+    """How much better `group` is than `other`; None if they share no seed on that split, or it is of other datasets.
 
     As soon as one seed has both on the same images, those seeds alone count.
     """
+    if split in OWN and _dataset(group) != _dataset(other):
+        return None  # names of images may be the same all the same
     theirs = {run.values["seed"]: run for run in other.finished}
     found: dict[int, dict[str, int]] = {}
     for run in group.finished:
@@ -55,7 +59,8 @@ def _unpaired(group: Group, other: Group, split: str) -> Difference | None:
 
     None if they are not of the same task: another dataset or setting has other accuracies for reasons of its own.
     """
-    if _task(group) != _task(other):
+    settings = [each.runs[0].values["setting"]["name"] for each in (group, other)]
+    if _dataset(group) != _dataset(other) or settings[0] != settings[1]:
         return None
     runs = [{run.values["seed"]: run.result for run in each.finished} for each in (group, other)]
     finals = [{seed: r.final[split] for seed, r in each.items() if r and split in r.final} for each in runs]
@@ -72,9 +77,8 @@ def _unpaired(group: Group, other: Group, split: str) -> Difference | None:
     return Difference(seeds, shares[0] - shares[1], (low, high))
 
 
-def _task(group: Group) -> tuple[str, str]:
-    values = group.runs[0].values
-    return values["data"]["name"], values["setting"]["name"]
+def _dataset(group: Group) -> str:
+    return photos(group.runs[0].values)
 
 
 def answers(folder: Path, split: str) -> dict[str, bool]:

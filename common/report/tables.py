@@ -145,7 +145,7 @@ def training_lines(result: Result) -> list[str]:
     if cut:
         lines.append(cut_line(cut["share"], cut["limit"]))
     if planned := result.train.get("planned"):
-        lines.append(f"stopped by patience after {result.train['updates']} of {planned} updates")
+        lines.append(f"stopped by patience after {result.train['updates']} of {counted(planned, 'update')}")
     if best:
         where = "val" if best["split"] == "val" else f"{best['split']} itself: no validation images"
         tested = result.train.get("tested", result.train["updates"])

@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from common.config.schema import Config, GRPOConfig
+from common.counted import counted
 from common.data.task import Questions
 from common.evaluation.evaluate import Evaluation, Predictor, during_training, spread, watched
 from common.models.checks import INSTEAD, unknown_classes
@@ -154,7 +155,7 @@ def note(
     said = [f"{100 * cut:.0f} % cut at max_completion_tokens"] if cut >= CUT else []
     said += [f"{name} {metrics[name]:.3f}"] if name in metrics else []
     said += [f"best accuracy {100 * best[1]:.1f} %" + ("" if best[0] else " (untrained)")] if best else []
-    said += [f"no group differs for {flat} updates"] if flat >= WINDOW else []
+    said += [f"no group differs for {counted(flat, 'update')}"] if flat >= WINDOW else []
     return " · ".join(said + [f"{name} paid {whom}" for name, whom in (silent or {}).items()])
 
 
