@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from pathlib import Path
 
 import pytest
 
@@ -84,6 +85,19 @@ def test_a_folder_that_cannot_be_written_ends_nothing(path, tmp_path, caplog):
     assert [record.getMessage() for record in caplog.records] == [
         f"hashes of pictures are not kept in {tmp_path / FILE} (Is a directory)"
     ]
+
+
+def test_hashes_that_cannot_be_read_end_nothing(path, tmp_path, caplog, monkeypatch):
+    def refuse(self, *arguments, **options):
+        if self.name == FILE:
+            raise PermissionError(13, "Permission denied")
+        return opened(self, *arguments, **options)
+
+    Contents(tmp_path).of(path)
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", refuse)
+    assert Contents(tmp_path).of(path) == sha256(b"first")
+    assert "Permission denied" in caplog.text and "are not kept in" in caplog.text
 
 
 def test_a_file_that_is_not_there(tmp_path):

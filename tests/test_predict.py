@@ -282,7 +282,7 @@ def test_new_pictures_are_seen_as_those_of_the_dataset():
 
 
 @pytest.mark.slow
-def test_a_learner_that_is_fitted_anew_leaves_out_what_its_run_left_out(runner, tmp_path, capsys):
+def test_a_few_shot_run_that_left_out_pictures_can_be_asked(runner, tmp_path, capsys):
     run, folder = tmp_path / "run", tmp_path / "photos"
     for label, name in enumerate(("dark", "light")):
         (folder / name).mkdir(parents=True)

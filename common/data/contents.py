@@ -60,10 +60,13 @@ class Contents:
         with self.lock:
             if self.known is None:
                 self.known = {}
-                if self.file is not None and self.file.is_file():
-                    with self.file.open(encoding="ascii", errors="replace") as lines:
-                        found = (LINE.fullmatch(line.rstrip("\n")) for line in lines)
-                        self.known = {match[1]: match[2] for match in found if match}
+                try:
+                    if self.file is not None and self.file.is_file():
+                        with self.file.open(encoding="ascii", errors="replace") as lines:
+                            found = (LINE.fullmatch(line.rstrip("\n")) for line in lines)
+                            self.known = {match[1]: match[2] for match in found if match}
+                except OSError as error:
+                    self._give_up(error)
             return self.known
 
     def _write(self, key: str, digest: str) -> None:
@@ -77,8 +80,11 @@ class Contents:
                 with self.file.open("ab", buffering=0) as file:  # in one piece, after a line that may be torn
                     file.write(f"\n{key} {digest}\n".encode())
             except OSError as error:
-                log.warning("hashes of pictures are not kept in %s (%s)", self.file, error.strerror)
-                self.file = None
+                self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        log.warning("hashes of pictures are not kept in %s (%s)", self.file, error.strerror)
+        self.file = None
 
 
 def facts(path: Path) -> tuple[str, int]:
