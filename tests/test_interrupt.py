@@ -171,10 +171,25 @@ def test_submitits_warning_reaches_it_once_the_checkpoint_is_written(config, tmp
 
     before = signal.signal(signal.SIGUSR2, requeue)
     try:
-        with heeded(), pytest.raises(SystemExit):
-            attempt(config, tmp_path / "run", at=4 if last else 2, number=signal.SIGUSR2)
+        with heeded():
+            with pytest.raises(SystemExit):
+                attempt(config, tmp_path / "run", at=4 if last else 2, number=signal.SIGUSR2)
+            press(signal.SIGTERM)  # SLURM ends what is queued again; this process is at its end already
         assert found == ["step-000004" if last else "step-000002"]
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+def test_outside_a_training_submitits_warning_reaches_it_at_once():
+    seen = []
+    before = signal.signal(signal.SIGUSR2, lambda *_: seen.append(signal.getsignal(signal.SIGTERM)))
+    try:
+        with heeded(), heeded():
+            press(signal.SIGUSR2)
+            assert len(seen) == 1
+            with pytest.raises(KeyboardInterrupt):  # it let the process go on
+                press(signal.SIGTERM)
     finally:
         signal.signal(signal.SIGUSR2, before)
 

@@ -175,9 +175,10 @@ def test_a_job_at_its_time_limit_is_queued_again_and_goes_on(partitions, tmp_pat
         jobs = until(lambda: re.findall(r"^\d+", told("squeue", "--noheader", "--format=%i", "--me")), "a job")
         until(lambda: launcher.poll() is not None, "the end of the sweep", release=jobs[0])
         assert launcher.returncode == 0, launcher.stdout.read()[-3000:]
-    said = "".join(path.read_text() for path in (tmp_path / ".submitit").rglob("*.err"))
+    said = "".join(path.read_text() for path in (tmp_path / ".submitit").rglob("*_log.*"))
     assert "Requeued job" in said, "the run was long enough to meet its limit"
     assert "SIGUSR2: stopping after this update" in said
+    assert "KeyboardInterrupt" not in said
     assert_same(folder, whole)
 
 

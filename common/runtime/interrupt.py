@@ -92,13 +92,16 @@ def left_to_ranks() -> Iterator[Request]:
 @contextmanager
 def heeded() -> Iterator[None]:
     """Inside, the other signals raise KeyboardInterrupt as Ctrl-C does, once: while the run ends, more of them change
-    nothing. One that is ignored (`nohup`) stays so, and SIGUSR2 stays whose it is.
+    nothing. One that is ignored (`nohup`) stays so, and SIGUSR2 goes to whoever waited for it before.
     """
-    held = {number: signal.getsignal(number) for number in BESIDE_CTRL_C}
-    taken = [number for number, handler in held.items() if isinstance(handler, _Once)]  # by a caller
-    taken += [signal.SIGUSR2] if held[signal.SIGUSR2] != signal.SIG_DFL else []
-    numbers = [number for number in BESIDE_CTRL_C if number not in taken]
-    with _handling(_Once(), numbers):
+    held = [signal.getsignal(number) for number in BESIDE_CTRL_C]
+    once = next((handler for handler in held if isinstance(handler, _Once)), None)
+    if once is not None:  # a caller's
+        yield
+        return
+    once, theirs = _Once(), signal.getsignal(signal.SIGUSR2)
+    last: Callable[[int, FrameType | None], None] = _Last(theirs, once) if callable(theirs) else once
+    with _handling(once, (signal.SIGTERM, signal.SIGHUP)), _handling(last, (signal.SIGUSR2,)):
         yield
 
 
@@ -111,6 +114,18 @@ class _Once:
         if not self.called:
             self.called = True
             raise KeyboardInterrupt
+
+
+class _Last:
+    """Somebody else's handler, which ends the process: SLURM sends SIGTERM to a job that submitit has queued again."""
+
+    def __init__(self, handler: Callable[[int, FrameType | None], Any], once: _Once) -> None:
+        self.handler, self.once = handler, once
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.once.called = True
+        self.handler(number, frame)
+        self.once.called = False  # it has let the process go on
 
 
 @contextmanager
@@ -135,8 +150,6 @@ def _pass_on(request: Request, before: dict[int, Any]) -> None:
     """What was asked by SIGUSR2 goes to whoever waited for it: submitit queues the job again and ends the process."""
     handler = before.get(signal.SIGUSR2)
     if request.by == signal.SIGUSR2 and callable(handler) and not isinstance(handler, _Once):
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)  # SLURM ends a job that is queued again
         handler(signal.SIGUSR2, None)
 
 
@@ -162,7 +175,7 @@ def _leave() -> None:
     """A forked child ends by SIGTERM, as who starts it expects."""
     for number in BESIDE_CTRL_C:
         handler = signal.getsignal(number)
-        if isinstance(handler, _Once) or isinstance(getattr(handler, "__self__", None), Request):
+        if isinstance(handler, _Once | _Last) or isinstance(getattr(handler, "__self__", None), Request):
             signal.signal(number, signal.SIG_DFL)
 
 
