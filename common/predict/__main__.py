@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from common.config.checks import one_of
 from common.counted import counted
-from common.runtime import garbage, utf8
+from common.runtime import garbage, threads, utf8
 from common.runtime.progress import doing, say, watched
 from common.types import UserError
 
@@ -47,8 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--format", choices=FORMATS, default="table")
     parser.add_argument("--output", type=Path, help="file to write; otherwise the terminal")
     chosen = parser.parse_args(arguments)
-    # CPU threads that spin while they wait slow two processes on one machine down thirty times (docs/log.md)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    threads.settle()
     try:
         with watched(f"looking for pictures, then {chosen.run} is loaded"):
             answers, pictures, known = classify(chosen)

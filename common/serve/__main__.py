@@ -8,7 +8,6 @@ python -m common.serve outputs/<run> --host 0.0.0.0            for the whole net
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 import tempfile
@@ -16,7 +15,7 @@ import threading
 from importlib.util import find_spec
 from pathlib import Path
 
-from common.runtime import utf8
+from common.runtime import threads, utf8
 from common.runtime.progress import watched
 from common.types import UserError
 
@@ -38,8 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument("--max-mb", type=float, default=20.0, help="largest picture that is taken")
     chosen = parser.parse_args(arguments)
-    # CPU threads that spin while they wait slow two processes on one machine down thirty times (docs/log.md)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    threads.settle()
     try:
         if find_spec("gradio") is None:
             raise UserError("the page needs Gradio, the extra `serve`: uv pip install 'gradio>=6.31,<7'")
