@@ -181,7 +181,7 @@ def time_line(result: Result) -> str:
 
 def show(result: Result, folder: Path, console: Console | None = None) -> None:
     """Print the result of a run to standard output."""
-    console = console or Console(width=None if Console().is_terminal else 120)
+    console = console or Console(width=None if Console().is_terminal else 140)
     values = folders.read(folder).values
     console.print(result_table(result, photos(values) if values else None))
     lines = [*overall_lines(result), *data_lines(vars(result)), *probability_lines(result), *paired_lines(result)]
