@@ -93,7 +93,7 @@ def test_borrowed_images_belong_to_the_report_of_their_dataset(configured, tree,
     }
     assert problems == {
         "imagenet": (
-            "1 of 20 images are missing or empty, first: imagenet/images/train/n01608432/n01608432_1.JPEG (an empty file)",
+            "1 of 20 images is missing or empty, first: imagenet/images/train/n01608432/n01608432_1.JPEG (an empty file)",
         ),
         "imagenet_a": (),
     }

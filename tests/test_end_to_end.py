@@ -110,7 +110,11 @@ def test_run_folder_is_complete_and_consistent(demo):
     assert len(kept) == 1000 + 160 and set(predictions[~predictions.correct].image) <= set(kept)
     (log,) = folder.rglob("*.wandb")
     found = summary_of(log)
-    assert found["exit"] == 0 and found["group"] == "nothinking-digits-few_shot-clean-tiny_qwen2_vl-s16" and "nothinking" in found["tags"]
+    assert (
+        found["exit"] == 0
+        and found["group"] == "nothinking-digits-few_shot-clean-tiny_qwen2_vl-s16"
+        and "nothinking" in found["tags"]
+    )
     assert sum("train/reward" in row for row in found["history"]) == 100
 
 

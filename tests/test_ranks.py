@@ -44,6 +44,7 @@ def job(untrained_folders):
         "model.recipe=null",
         f"model.path={untrained_folders['qwen2_vl']}",
         "trainer.updates=5",
+        "trainer.learning_rate=1e-4",
         "trainer.schedule=constant",
         "trainer.warmup_ratio=0",
         "trainer.prompts_per_forward=3",
@@ -83,7 +84,7 @@ def answered(folder):
 
 def assert_same_run(one, two):
     """The same samples and answers in the same order, every metric to 1e-3, every weight to 5 % of what five updates
-    at 1e-3 can move it.
+    at 1e-4 can move it.
 
     Two ranks add the same gradients in another order, so they differ by rounding (1e-7 relative), which AdamW scales
     up where a gradient is itself near zero: its first steps have the size of the learning rate whatever the gradient.
@@ -94,7 +95,7 @@ def assert_same_run(one, two):
     first, second = trained(one), trained(two)
     assert first.keys() == second.keys()
     moved = max(float((first[name] - second[name]).abs().max()) for name in first)
-    assert moved <= 2.5e-4
+    assert moved <= 2.5e-5
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,8 @@ from urllib.parse import unquote
 import pytest
 import yaml
 
+from common.counted import plural
+
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 CONF = ROOT / "conf"
@@ -217,8 +219,16 @@ def test_the_api_is_read_without_a_gap(site):
 def template(node: ast.AST) -> str:
     """A text of the source as a reader of messages sees it: `…` stands for what is filled in."""
     if isinstance(node, ast.JoinedStr):
-        return "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+        return "".join(part.value if isinstance(part, ast.Constant) else filled(part) for part in node.values)
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+
+def filled(part: ast.AST) -> str:
+    """What stands for a value: a number and its noun for `counted`."""
+    value = part.value if isinstance(part, ast.FormattedValue) else None
+    if isinstance(value, ast.Call) and getattr(value.func, "id", "") == "counted":
+        return f"… {plural(ast.literal_eval(value.args[1]))}"
+    return "…"
 
 
 def templates() -> set[str]:
