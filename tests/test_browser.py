@@ -279,6 +279,6 @@ def test_hostile_texts_are_text(browser, write):  # noqa: F811
             page.keyboard.press("j")
             arrive(page, f"%2F{n + 1}.png")
         assert page.locator("#detail b, #list b, h1 b").count() == 0
-        assert page.locator("h1").text_content() == f"{HOSTILE[0]} · {HOSTILE[1]}"
+        assert page.locator("h1").text_content() == f"{HOSTILE[0]} · digits", "the dataset by its configuration"
         page.select_option("#label", index=3)
         settle(page, 1)

@@ -227,7 +227,8 @@ def filled(part: ast.AST) -> str:
     """What stands for a value: a number and its noun for `counted`."""
     value = part.value if isinstance(part, ast.FormattedValue) else None
     if isinstance(value, ast.Call) and getattr(value.func, "id", "") == "counted":
-        return f"… {plural(ast.literal_eval(value.args[1]))}"
+        noun = value.args[1]
+        return f"… {plural(noun.value)}" if isinstance(noun, ast.Constant) else "…"
     return "…"
 
 

@@ -249,12 +249,12 @@ class Composer:
             texts = literal([f"{key}={value}" for key, value in overrides.items()])
             cfg = self.loader.load_sweep_config(self.master, texts)
             task = _task(cfg)
+            if self.is_plain and overrides.keys() <= {*run_name.NAMED, *LATER}:
+                run_name.already_composed(task.copy())
             try:
                 composition.validate(task, texts)
             except UserError as error:
                 raise UserError(f"{' '.join(texts)}: {error}") from error
-            if self.is_plain and overrides.keys() <= {*run_name.NAMED, *LATER}:
-                run_name.already_composed(task.copy())
             self.composed[fixed] = cfg, task
         for each in (both := self.composed[fixed]):
             for key in LATER:
