@@ -297,6 +297,7 @@ def test_other_tasks_are_not_compared(write, capsys):
     assert {row["difference"] for row in cells(capsys.readouterr().out)[0]} == {""}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("other", ["data=fashion", "data.folder=tulips"])
 def test_images_of_other_datasets_are_others_though_their_names_are_the_same(write, other):
     common = ("method=linear_probe", "clip=none", "data=folder", "data.folder=garden")
@@ -361,6 +362,7 @@ def test_a_folder_that_is_given_twice_is_one_run(write, tmp_path):
     assert [run.path for run in folders.find([path, path, tmp_path / "link"])] == [path]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("second", "shown"),
     [

@@ -13,6 +13,8 @@ from common.sweep.plan import Point
 from common.sweep.sweeper import Job
 from tests.test_cli import run
 
+pytestmark = pytest.mark.slow  # most compose a run and read its data
+
 COST = {"gigabytes": {}, "test": {}, "train": {}}
 
 

@@ -164,6 +164,7 @@ def test_pictures_that_look_alike_are_found_among_few_own_photos_and_by_choice_a
     assert pictures.readable(configured("data.near_duplicates=true")).manifest["duplicates"] == found
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ["IMG_1-edited.jpg", "IMG_1 (1).jpg", "IMG_1(1).jpg", "COPY_IMG_1.webp"])
 def test_copies_of_photo_services_are_found(configured, root, name):
     """Edited a little brighter, or saved once more in another size: a test photo that was trained on."""
@@ -177,17 +178,20 @@ def test_published_data_is_compared_by_content_alone(compose):
     assert compose("data=dtd").data.near_duplicates is False and compose("data=folder").data.near_duplicates is None
 
 
+@pytest.mark.slow
 def test_a_run_can_refuse(configured):
     with pytest.raises(UserError, match="data.duplicates=refuse: identical.*cat/copy.png.*data.duplicates=warn"):
         pictures.readable(configured("data.duplicates=refuse"))
 
 
+@pytest.mark.slow
 def test_a_run_can_ignore(configured, capsys, monkeypatch):
     monkeypatch.setattr(duplicates, "equal", None)  # nothing is even looked for
     assert "duplicates" not in pictures.readable(configured("data.duplicates=ignore")).manifest
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_photos_that_are_not_asked_about_do_not_matter(configured, root):
     (root / "test/cat/copy.png").unlink()
     (root / "test/cat/other.png").unlink()

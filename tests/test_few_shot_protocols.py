@@ -23,6 +23,7 @@ CACHED = ("tip_adapter_f", "cafo")
 # --- what a picture is remembered by, and what it is trained on
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("views", [VIEWS, None])
 @pytest.mark.parametrize("name", [*CACHED, "clip_adapter"])
 def test_no_epoch_shows_what_keys_are_made_of(world, name, views):  # noqa: F811
@@ -71,6 +72,7 @@ def test_what_an_epoch_saw_is_what_its_accuracy_is_of(world, monkeypatch):  # no
     assert learner.step(0)["train/accuracy"] == 1.0, "ten of twelve, all right"
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("learner", "own", "clip", "expected"),
     [
@@ -101,6 +103,7 @@ def test_the_tiny_clip_keeps_its_own_crop(compose):
 # --- the two protocols
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("method", "official"),
     [("tip_adapter", "full"), ("tip_adapter_f", "full"), ("cafo", "full"), ("linear_probe", "few"), ("coop", "few")],
@@ -119,6 +122,7 @@ def test_what_a_user_types_wins_over_the_protocol(compose):
     assert (typed.validation, typed.selection, typed.clip.views) == ("none", "val", 3)
 
 
+@pytest.mark.slow
 def test_official_is_the_authors_training(compose):
     official, clean = (validate(compose("method=cafo", "clip=rn50", f"protocol={p}")) for p in ("official", "clean"))
     for name in ("coop", "clip_adapter", "vt_clip", "calip_fs"):
@@ -128,6 +132,7 @@ def test_official_is_the_authors_training(compose):
     assert (clean.clip.views, clean.visual.views) == (20, 20)
 
 
+@pytest.mark.slow
 def test_clip_adapters_code_has_one_template_for_imagenet(compose):
     def templates(*words):
         return list(compose("data=imagenet", "clip=rn50", *words).clip.templates)
@@ -139,11 +144,13 @@ def test_clip_adapters_code_has_one_template_for_imagenet(compose):
     assert templates("method=clip_adapter", "protocol=official", "clip.templates=['{} here']") == ["{} here"]
 
 
+@pytest.mark.slow
 def test_the_language_models_protocols_are_as_they_were(compose):
     official = validate(compose("method=clsrl", "protocol=official"))
     assert (official.sampler, official.protocol.test_rows, official.selection) == ("clsrl", "val_and_test", "val")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["selection=paper"], ["protocol=official"]])
 def test_imagenet_has_no_validation_images_for_the_authors(compose, tmp_path, words):
     """They search on its test images; with `selection=val`, training images are held out."""

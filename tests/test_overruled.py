@@ -70,6 +70,7 @@ def made(compose, typed):
     return cfg
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("typed", "message"), REFUSED, ids=lambda value: value[-1] if isinstance(value, list) else "")
 def test_what_is_typed_without_effect_is_refused(compose, typed, message):
     cfg = made(compose, typed)

@@ -19,6 +19,8 @@ from common.run.run_folder import RunFolder
 from common.types import UserError
 from tests import data_tree
 
+pytestmark = pytest.mark.slow  # most compose a run and read its data
+
 CLASSES = ("cat", "dog")
 
 

@@ -130,6 +130,7 @@ CAFO = ("method=cafo", "data=dtd", "clip=rn50", "visual=dino_rn50")
 SENTENCES, PICTURES = "clip.prompts=cupl.json", "few_shot.cafo.generated=dalle"
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("given", "reasons"),
     [
@@ -308,6 +309,7 @@ def test_images_are_counted_by_the_protocol(protocol, images, reasons):
     assert comparable.reasons(run, result, "test", SimpleNamespace(n=images)) == reasons
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("gpus", "device", "reasons"),
     [

@@ -160,7 +160,9 @@ def test_a_folder_with_broken_pictures(runner, tmp_path, capsys, monkeypatch):
         run_py.run()
     page = (tmp_path / "a.html").read_text()
     assert page.count("data:image/webp;base64,") == 6 and page.count("cannot be read</bdi>") == 2 and "://" not in page
-    assert f">{rows['0.png']['label']}</bdi></h3>" in page and f"{100 * float(rows['0.png']['confidence']):.1f} %" in page
+    assert (
+        f">{rows['0.png']['label']}</bdi></h3>" in page and f"{100 * float(rows['0.png']['confidence']):.1f} %" in page
+    )
     assert command.main([str(run), str(folder / "0.png"), "--format", "jsonl", "--open"]) == 0
     opened = json.loads(capsys.readouterr().out)
     assert opened["reply"] != "" and len(opened["top"]) == 5

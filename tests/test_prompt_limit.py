@@ -120,6 +120,7 @@ def test_category_embeddings_count_as_much_as_an_image():
 # ---- what follows from the limit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["few_shot", "cross_dataset"])
 def test_a_limit_by_hand_is_the_same_run(compose, setting):
     chosen = ["method=clsrl", "data=dtd", f"setting={setting}", "model=qwen2_vl_2b"]

@@ -131,6 +131,7 @@ def others(sample):
     return Counter(frozenset(drawn) - {0} for drawn in sample)
 
 
+@pytest.mark.slow
 def test_first_draw_follows_the_weights(named):
     names, pairs, _, _ = named
     assert p_value(others(pairs), exact(names, 2)) > 0.01

@@ -186,6 +186,7 @@ def with_key(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("status", "body", "trouble"),
     [
@@ -274,6 +275,7 @@ def test_a_server_that_takes_the_key_and_no_run_costs_a_warning(monkeypatch, tmp
     assert summary_of(file)["exit"] == 0
 
 
+@pytest.mark.slow
 def test_a_group_holds_what_differs_in_its_seed_alone(compose_named):
     """docs/runs.md: two runs are in one group where their configurations differ in nothing else that decides a result."""
     group = {

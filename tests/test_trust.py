@@ -74,6 +74,7 @@ def placed(place):
             for i, name in enumerate(place)]  # fmt: skip
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("place", [place for place in trust.PLACES if place[0] != "rewards"], ids=".".join)
 def test_no_place_of_a_loaded_configuration_names_foreign_code(foreign, evil, place):
     key = placed(place)
