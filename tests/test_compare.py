@@ -260,6 +260,7 @@ def test_seeds_and_images_are_the_two_ways_of_an_analysis_of_variance():
     assert p == pytest.approx(2 * stats.t.sf(abs(more.mean()) / error, freedom), rel=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("second", "spread"), [((9, 7), False), ((10, 6), True)])
 def test_on_other_images_two_seeds_are_as_many_images_as_one_has(write, second, spread):
     """30 and 26 of 40 against 9 and 7 of 20 are 28 of 40 against 8 of 20, as the images say, and never surer than the
@@ -297,7 +298,7 @@ def test_other_tasks_are_not_compared(write, capsys):
     assert {row["difference"] for row in cells(capsys.readouterr().out)[0]} == {""}
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize("other", ["data=fashion", "data.folder=tulips"])
 def test_images_of_other_datasets_are_others_though_their_names_are_the_same(write, other):
     common = ("method=linear_probe", "clip=none", "data=folder", "data.folder=garden")
@@ -362,7 +363,7 @@ def test_a_folder_that_is_given_twice_is_one_run(write, tmp_path):
     assert [run.path for run in folders.find([path, path, tmp_path / "link"])] == [path]
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("second", "shown"),
     [

@@ -192,7 +192,7 @@ def test_bad_values_are_named(compose, overrides, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("entry", "named"),
     [

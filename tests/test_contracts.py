@@ -151,6 +151,7 @@ def test_correction_by_other_numbers_is_refused_before_the_weights_are_loaded(co
         build.build(config, questions, torch.device("cpu"), None, SimpleNamespace(state=None))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "changes",
     [[CORRECTED, "rollout.top_k=0", "rollout.top_p=1.0"], RESTRICTED[0], ["trainer=none", "rollout.top_k=5"]],

@@ -83,7 +83,7 @@ def conversation(folder, prompt, image):
     return [{"role": "user", "content": [{"type": "text", "text": text}, image]}]
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 def test_transformers_gives_the_same_replies(exported):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 

@@ -103,7 +103,7 @@ def test_the_tiny_clip_keeps_its_own_crop(compose):
 # --- the two protocols
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "official"),
     [("tip_adapter", "full"), ("tip_adapter_f", "full"), ("cafo", "full"), ("linear_probe", "few"), ("coop", "few")],

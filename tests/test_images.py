@@ -707,6 +707,7 @@ for _ in range(30):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_cache(folder, tmp_path):
     """A cache with room for 5 of 12 pictures, which both read, fill and empty at once."""
     command = [sys.executable, "-c", CHILD, str(folder.parent), str(tmp_path / "cache")]

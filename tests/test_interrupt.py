@@ -147,6 +147,7 @@ def test_a_forked_child_ends_by_the_signal():
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
 
 
+@pytest.mark.slow
 def test_an_update_without_end_is_given_up(monkeypatch):
     monkeypatch.setattr(interrupt, "LONGEST_UPDATE", 1)
     began = time.monotonic()

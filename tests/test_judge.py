@@ -322,6 +322,7 @@ def test_after_the_retries_the_run_stops_with_one_line(judge, reply, reason, att
     assert len(server.requests) == attempts
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("reply", "reason", "attempts"), TROUBLE.values(), ids=TROUBLE.keys())
 def test_or_the_samples_are_dropped(judge, caplog, reply, reason, attempts):
     with JudgeServer(lambda prompt, number: reply if "hyena" in prompt else "10") as server:
@@ -590,6 +591,7 @@ def test_the_runs_own_model_is_bound_later(tmp_path):
     assert len(asked) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2_vl", "gemma3"])
 def test_a_checkpoint_replies_greedily_whatever_it_is_asked_beside(untrained_folders, family):
     import torch

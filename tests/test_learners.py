@@ -163,6 +163,7 @@ def test_search_equals_every_pair_tried_in_order(images, views, text, chunk):
         assert (found.alpha, found.beta, found.accuracy) == pytest.approx(best)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("end", [12.0, 60.0])
 @pytest.mark.parametrize("spread", [0.0, 0.3, 3.0, 30.0])
 @pytest.mark.parametrize("classes, shots, width", [(2, 1, 2), (7, 3, 4), (150, 2, 3), (40, 5, 16)])

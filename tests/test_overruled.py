@@ -80,6 +80,7 @@ def test_what_is_typed_without_effect_is_refused(compose, typed, message):
     validate(cfg)  # a file may say so
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("typed", TAKEN, ids=lambda typed: typed[-1])
 def test_what_has_an_effect_is_taken(compose, typed):
     validate(made(compose, typed), typed)

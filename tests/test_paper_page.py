@@ -157,6 +157,7 @@ def marks_of(path):
     return comparable.marks(run, run.result, run.result.final["test"])
 
 
+@pytest.mark.slow
 def test_candidates_of_less_than_cafo_are_marked(write):  # noqa: F811
     draft = write("cafo", *CAFO, SENTENCES, right=[True])
     moved = "method.draft_file=/elsewhere/cafo"

@@ -425,6 +425,7 @@ def test_a_dataset_that_was_moved_is_read_where_it_is_now(moved, tmp_path):
     assert again.manifest["splits"] == before["splits"] and again.task.images.open(again.train[0].image).size == (8, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["another image", "an image less", "another class"])
 def test_other_images_than_the_runs_are_refused(moved, change):
     """They would be fitted without a word: the folder is there, and holds pictures."""

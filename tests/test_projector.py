@@ -140,7 +140,7 @@ def test_refused_combinations_name_the_key(compose, values, message):
         validate(compose("method=nothinking", "model.freeze_vision=true", *values))
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize(("preset", "way"), [("alert_projector_lora", "lora"), ("alert_projector_full", "full")])
 @pytest.mark.parametrize("model", ["gemma3_4b", "tiny_gemma3"])
 def test_presets_train_the_projector_alone(compose, load_vlm, preset, way, model):

@@ -124,6 +124,7 @@ def grpo_step(policies, digits_task, think, monkeypatch):
     return step
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "changes",
     [

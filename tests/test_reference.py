@@ -137,6 +137,7 @@ def test_first_draw_follows_the_weights(named):
     assert p_value(others(pairs), exact(names, 2)) > 0.01
 
 
+@pytest.mark.slow
 def test_a_slightly_different_temperature_would_be_noticed(named):
     names, pairs, sets, several = named
     assert p_value(others(pairs), exact(names, 2, tau=1.1 * TAU)) < 1e-6

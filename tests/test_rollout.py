@@ -40,6 +40,7 @@ def setup(request, load_vlm, digits_task, think, no_think):
     return vlm, Encoder(vlm, Loader(digits_task.images, 32), 512)(prompts)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("temperature", [1.0, pytest.param(0.7, marks=pytest.mark.slow)])
 def test_sampled_logps_equal_a_fresh_scoring_pass(setup, temperature):
     vlm, prompts = setup
@@ -112,6 +113,7 @@ def test_banned_ids_are_never_sampled(setup):
         assert not any(int(token) in vlm.banned for c in group for token in c.ids)
 
 
+@pytest.mark.sampled
 def test_greedy_equals_transformers_generate(setup):
     vlm, prompts = setup
     found = HFRollout(vlm).generate(requests(prompts, [""] * 3), 1, GREEDY)
@@ -132,6 +134,7 @@ def test_greedy_equals_transformers_generate(setup):
         assert completion.ids.tolist() == stock.tolist()[: len(completion.ids)]
 
 
+@pytest.mark.sampled
 def test_a_completion_depends_on_its_seed_alone(setup):
     vlm, prompts = setup
     rollout = HFRollout(vlm)
@@ -153,6 +156,7 @@ def test_completions_end_once_or_are_marked_truncated(setup):
                 assert not c.truncated or len(c.ids) == decoding.max_tokens
 
 
+@pytest.mark.sampled
 def test_sampling_stops_when_the_last_completion_has_ended(setup, monkeypatch):
     vlm, prompts = setup
     # many ids end a completion, so ends come early, at different steps, and an ended row would soon not end again

@@ -147,6 +147,7 @@ def test_pixels_equal_the_processor(processor):
     assert torch.allclose(tiny_pretrain.pixels(grey[None, None] / 255), stock, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_first_steps_are_deterministic(processor):
     def first(seed):
         fresh = untrained.build_model(processor.tokenizer, seed)

@@ -126,6 +126,7 @@ def test_what_is_sampled_is_what_is_scored(subject):
     assert subject.gap(decoding=replace(SAMPLE, temperature=1.3, top_k=0, top_p=0.8)) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_an_update_reaches_the_sampler_and_nothing_of_before_is_left(subject):
     """The same prompts before and after: neither a prefix nor an image may be remembered."""
     assert subject.gap() < TOLERANCE
