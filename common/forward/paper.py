@@ -1,4 +1,4 @@
-"""What a computation would allocate and how many operations it takes, found on paper: shapes alone, nothing is computed.
+"""What a computation would allocate and how many operations it takes, from shapes alone: nothing is computed.
 
 Weights and activations are tensors of the `meta` device, which have a shape and no content; token ids, positions and
 masks stay real, since the layout depends on their values. So the model's own code runs, forward and backward, at any
