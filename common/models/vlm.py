@@ -68,7 +68,7 @@ def load(folder: Path, config: ModelConfig, device: torch.device, train: bool = 
     Args:
         folder: From `files.find`.
         config: New adapters are attached if its `lora` asks for them.
-        device: Where the model goes; `meta`: no weights are read, only their shapes are there.
+        device: Where the model goes.
         train: The adapters that the folder holds become part of the weights, as if they had been so from the start; in
             bf16 that rounds them. False: they stay as they were when they were written, so a model gives the answers
             that it gave then to the bit; new ones, which would change nothing yet, are left out.
@@ -76,7 +76,7 @@ def load(folder: Path, config: ModelConfig, device: torch.device, train: bool = 
     Raises:
         UserError: The folder does not load as an image-text-to-text model, or an adapter target matches nothing.
     """
-    from transformers import AutoProcessor
+    from transformers import AutoModelForImageTextToText, AutoProcessor
 
     base, *earlier = lineage(folder)
     if earlier and config.load_in_8bit and (train or len(earlier) > 1):
@@ -84,9 +84,14 @@ def load(folder: Path, config: ModelConfig, device: torch.device, train: bool = 
             f"model.path={folder} holds adapters, which 8-bit weights cannot take in; set model.load_in_8bit=false, or"
             " give a model with whole weights"
         )
+    options: dict[str, Any] = {"dtype": DTYPES[config.dtype]}
+    if config.load_in_8bit:
+        from transformers import BitsAndBytesConfig
+
+        options |= {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device}}
     processor = loaded(AutoProcessor, base, f"model {base}")
-    model = shapes(base, config) if device.type == "meta" else weights(base, config, device)
-    for each in earlier if device.type != "meta" else ():
+    model = whole(AutoModelForImageTextToText, base, f"model {base}", **options)
+    for each in earlier:
         model = adapters.restore(model, each, merge=train or each != folder)
     eos = model.generation_config.eos_token_id
     ends = tuple(eos) if isinstance(eos, list) else (eos,)
@@ -116,32 +121,11 @@ def load(folder: Path, config: ModelConfig, device: torch.device, train: bool = 
         raise UserError(
             f"model.freeze_vision=true, but model.lora.targets={config.lora.targets} puts an adapter on {inside[0]}"
         )
-    if not config.load_in_8bit and device.type != "meta":
+    if not config.load_in_8bit:
         model.to(device)
     turn = end_of_turn(processor, ends)
     causal = config.image_attention == "causal"
     return VLM(model, processor, family, ends, turn, banned, pad, causal, hub=on_hub(config.path, folder))
-
-
-def weights(base: Path, config: ModelConfig, device: torch.device) -> Any:
-    """The model of a folder with its weights, on the CPU; in 8 bits on the device."""
-    from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
-
-    options: dict[str, Any] = {"dtype": DTYPES[config.dtype]}
-    if config.load_in_8bit:
-        options |= {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device}}
-    return whole(AutoModelForImageTextToText, base, f"model {base}", **options)
-
-
-def shapes(base: Path, config: ModelConfig) -> Any:
-    """The model of a folder without its weights, all of it on the `meta` device; never in 8 bits."""
-    from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
-
-    settings = loaded(AutoConfig, base, f"model {base}")
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(settings, dtype=DTYPES[config.dtype])
-    model.generation_config = loaded(GenerationConfig, base, f"model {base}")
-    return model
 
 
 def loaded(kind: Any, folder: Path, name: str, **options: Any) -> Any:
