@@ -132,6 +132,26 @@ def untrained_folder(untrained_folders):
     return untrained_folders["qwen2_vl"]
 
 
+TOKENIZERS = REPOSITORY.parent / "shared" / "data" / "tokenizers"
+REAL = {"qwen2_vl": ("qwen2_vl_2b", "qwen2_5"), "gemma3": ("gemma3_4b", "gemma3")}
+
+
+@pytest.fixture(scope="session")
+def real_vocabulary(tmp_path_factory):
+    """`real_vocabulary(family)`: a folder in the hub's format with the real tokenizer; a narrow model of two layers."""
+    from benchmarks.rehearse import checkpoint
+
+    @cache
+    def folder(family):
+        model, tokenizer = REAL[family]
+        if not (TOKENIZERS / tokenizer).is_dir():
+            pytest.skip("the real tokenizers are not there")
+        target = tmp_path_factory.mktemp(f"real_vocabulary_{family}")
+        return checkpoint.write(model, target, 2, 1, TOKENIZERS / tokenizer, narrow=True)
+
+    return folder
+
+
 @pytest.fixture
 def model_config(untrained_folders):
     """`ModelConfig` of an untrained folder; keywords override."""

@@ -12,10 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from common.config.schema import LoraConfig
 from common.data.loading import Loader
 from common.forward.logprobs import PolicyScorer
-from common.forward.packing import pack_plain
+from common.forward.packing import Group, images, pack_plain, pack_shared
 from common.models import checks, files, meter, vlm
+from common.models.adapters import without_adapters
 from common.models.encoder import Encoder
 from common.rollout.vllm.weights import hub_name, named
 from common.run.result import Result
@@ -258,3 +260,34 @@ def test_an_engine_beside_is_pushed_what_is_trained_whole(load_vlm):
     projector = {name for name, value in wrapped.model.named_parameters() if "modules_to_save" in name}
     assert projector and all(any(part in name for part in ("_proj.", "merger")) for name in pushed)
     assert sum("merger" in name for name in pushed) == len(projector)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("qwen2_vl", {"lora": LORA}),
+        ("gemma3", {"lora": LORA}),
+        ("qwen2_vl", {"lora": LORA, "freeze_vision": True}),
+        ("gemma3", {"lora": LORA, "freeze_vision": True}),
+        ("qwen2_vl", {"freeze_vision": True}),
+        ("gemma3", {"freeze_vision": True}),
+        ("qwen2_vl", {"lora": LoraConfig(r=4, projector="lora"), "freeze_vision": True}),
+        ("gemma3", {"lora": LoraConfig(r=4, projector="lora"), "freeze_vision": True}),
+        ("qwen2_vl", {"lora": LoraConfig(projector="full"), "freeze_vision": True}),
+        ("gemma3", {"lora": LoraConfig(projector="full"), "freeze_vision": True}),
+    ],
+)
+def test_no_gradient_runs_into_a_frozen_vision_tower(load_vlm, digits_task, no_think, family, changes, checkpointing):
+    policy = load_vlm(family=family, gradient_checkpointing=checkpointing, **changes)
+    policy.model.train()
+    (prompt,) = Encoder(policy, Loader(digits_task.images, 32), 512)(no_think.train_prompts(digits_task)[:1])
+    found = without_adapters(policy.model).get_image_features(**images([prompt], policy.family, CPU))
+    projected = found.pooler_output[0] if isinstance(found.pooler_output, tuple | list) else found.pooler_output
+    assert not found.last_hidden_state.requires_grad
+    assert projected.requires_grad == (changes.get("lora", LORA).projector != "none")
+    scorer = PolicyScorer(policy.model, policy.banned, temperature=1.0, chunk=64).train()
+    completion = torch.tensor([40, 41, 42])
+    scorer(pack_shared([Group(prompt, (completion, completion[:2]))], policy.family, CPU))[0].sum().backward()
+    reached = {name for name, parameter in policy.model.named_parameters() if parameter.grad is not None}
+    assert reached == {name for name, parameter in policy.model.named_parameters() if parameter.requires_grad}

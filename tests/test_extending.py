@@ -114,7 +114,7 @@ class Family(Qwen2VL):
 class Sampler:
     """A rollout backend that writes down what it is told."""
 
-    reproducible = full_logps = True
+    full_logps = True
 
     def __init__(self, vlm, *, diary: str) -> None:
         self.inside, self.diary = HFRollout(vlm), open(diary, "w")

@@ -97,6 +97,7 @@ def test_resampling_draws_flat_groups_again_up_to_the_cap(load_vlm, digits_task,
         think,
         zero_variance="resample",
         resample_rounds=2,
+        self_check=False,
         rewards={"long": Reward(1.0, lambda samples: [float(len(s.completion) > 40) for s in samples])},
     )
     asked = []

@@ -395,7 +395,7 @@ def test_the_dashboard_shows_what_a_training_logs(load_vlm, digits_task, think):
 
 
 def test_self_check_refuses_a_wrong_forward(load_vlm, digits_task, think, monkeypatch):
-    import common.training.grpo.trainer as module
+    from common.training import agreement as module
 
     def wrong(groups, family, device):
         packed = pack_shared(groups, family, device)

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from common.forward.logprobs import PolicyScorer
+from common.forward.logprobs import PolicyScorer, head_rows
 from common.forward.packing import Group, followed_by, pack_shared
 from common.models.encoder import Encoded
 from common.models.vlm import VLM
@@ -24,7 +25,6 @@ from common.models.vlm import VLM
 # Keys that the completions of a row attend to, the copies of their prompts included: the largest tensors of a forward,
 # about 0.8 GB in Qwen2-VL-2B. At its 700 prompt tokens some 180 names fit.
 BUDGET = 2**17
-HEAD_CHUNK = 1024  # rows per vocabulary projection, as in training
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,14 @@ class LabelScores:
         return tuple((self.logps / self.lengths).softmax(0).float().tolist())
 
 
+@dataclass(frozen=True)
+class Ending:
+    """Token ids [R] at the end of a reply, end of sequence included; the first `given` of them do not count."""
+
+    ids: torch.Tensor
+    given: int
+
+
 class LabelScorer:
     """Scores given replies to prompts under the current weights."""
 
@@ -55,7 +63,7 @@ class LabelScorer:
             budget: Keys per row (see `rows`).
         """
         self.vlm, self.budget = vlm, budget
-        self.scorer = PolicyScorer(vlm.model, vlm.banned, temperature=1.0, chunk=HEAD_CHUNK).to(vlm.device)
+        self.scorer = PolicyScorer(vlm.model, vlm.banned, temperature=1.0, chunk=head_rows(vlm.model)).to(vlm.device)
         self.memory: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
@@ -69,32 +77,61 @@ class LabelScorer:
             responses: N lists of C texts.
             begun: N texts that the replies go on from; their own probability does not count.
         """
-        if begun is not None:
-            prompts = [followed_by(p, self._ids(text)) if text else p for p, text in zip(prompts, begun, strict=True)]
         model = self.vlm.model
         was_training = model.training
         model.eval()
-        replies = [[self._tokens(text) for text in texts] for texts in responses]
-        lengths = [[len(ids) for ids in texts] for texts in replies]
+        contexts, endings = [], []
+        for prompt, texts, start in zip(prompts, responses, begun or [""] * len(prompts), strict=True):
+            shared, replies = self._endings(start, texts)
+            contexts.append(followed_by(prompt, shared) if len(shared) else prompt)
+            endings.append(replies)
+        lengths = [[len(ending.ids) for ending in replies] for replies in endings]
         parts: list[list[torch.Tensor]] = [[] for _ in prompts]
-        for row in rows([len(prompt.ids) for prompt in prompts], lengths, self.budget):
-            groups = [Group(prompts[number], tuple(replies[number][start:stop])) for number, start, stop in row]
+        for row in rows([len(context.ids) for context in contexts], lengths, self.budget):
+            scored = [endings[number][start:stop] for number, start, stop in row]
+            groups = [
+                Group(contexts[number], tuple(ending.ids for ending in own))
+                for (number, *_), own in zip(row, scored, strict=True)
+            ]
             packed = pack_shared(groups, self.vlm.family, self.vlm.device)
             logps = self.scorer(packed, entropy=False)[0].double().cpu()  # [T]
-            sums = torch.zeros(packed.completions, dtype=torch.double).index_add(0, packed.owner.cpu(), logps)  # [S]
-            sizes = [len(group.completions) for group in groups]
-            for (number, *_), part in zip(row, sums.split(sizes), strict=True):
+            counts = torch.cat([torch.arange(len(ending.ids)) >= ending.given for own in scored for ending in own])
+            sums = torch.zeros(packed.completions, dtype=torch.double)  # [S]
+            sums = sums.index_add(0, packed.owner.cpu(), logps * counts)
+            for (number, *_), part in zip(row, sums.split([len(own) for own in scored]), strict=True):
                 parts[number].append(part)
         model.train(was_training)
-        return [LabelScores(torch.cat(part), torch.tensor(own)) for part, own in zip(parts, lengths, strict=True)]
+        tokens = [torch.tensor([len(ending.ids) - ending.given for ending in replies]) for replies in endings]
+        return [LabelScores(torch.cat(part), own) for part, own in zip(parts, tokens, strict=True)]
+
+    def _endings(self, begun: str, responses: Sequence[str]) -> tuple[torch.Tensor, list[Ending]]:
+        """The token ids [R] that all replies begin with before the response does, and what follows them in each."""
+        if not begun:
+            return torch.empty(0, dtype=torch.long), [Ending(self._tokens(text), 0) for text in responses]
+        wholes = self._tokenised([begun + response for response in responses])
+        # a token that ends behind what was given is the first of the response, even if it begins before
+        given = [sum(end <= len(begun) for _, end in whole["offsets"]) for whole in wholes]
+        shared = min(given)
+        while any(whole["ids"][:shared] != wholes[0]["ids"][:shared] for whole in wholes):
+            shared -= 1
+        endings = [
+            Ending(torch.tensor([*whole["ids"][shared:], self.vlm.end_of_turn]), own - shared)
+            for whole, own in zip(wholes, given, strict=True)
+        ]
+        return torch.tensor(wholes[0]["ids"][:shared], dtype=torch.long), endings
 
     def _tokens(self, text: str) -> torch.Tensor:
         if text not in self.memory:
-            self.memory[text] = torch.cat([self._ids(text), torch.tensor([self.vlm.end_of_turn])])
+            self.memory[text] = torch.tensor([*self._tokenised([text])[0]["ids"], self.vlm.end_of_turn])
         return self.memory[text]
 
-    def _ids(self, text: str) -> torch.Tensor:
-        return torch.tensor(self.vlm.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def _tokenised(self, texts: list[str]) -> list[dict[str, Any]]:
+        tokenizer = self.vlm.processor.tokenizer
+        found = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        return [
+            {"ids": ids, "offsets": offsets}
+            for ids, offsets in zip(found["input_ids"], found["offset_mapping"], strict=True)
+        ]
 
 
 def rows(

@@ -58,8 +58,7 @@ def add(model: Any, lora: LoraConfig, family: type[Family]) -> Any:
         wrapped = get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"model.lora.targets={lora.targets}: {error}") from error
-    if getattr(model, "is_gradient_checkpointing", False):
-        wrapped.enable_input_require_grads()
+    model.disable_input_require_grads()  # see `vlm.load`
     return wrapped
 
 

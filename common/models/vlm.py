@@ -110,6 +110,9 @@ def load(folder: Path, config: ModelConfig, device: torch.device, train: bool = 
         freeze(model, family.vision)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # it lets the outputs of all input embeddings require a gradient, for the reentrant checkpoints that we do not
+        # use: a gradient would run through the whole of a frozen vision tower
+        model.disable_input_require_grads()
     if config.lora.wraps and train:
         model = adapters.add(model, config.lora, family)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]

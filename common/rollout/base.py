@@ -17,9 +17,6 @@ from common.types import Prompt, UserError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Mean difference of a sampled token's log-probability that rounding explains: two forwards of different shape.
-SAMPLER_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2}
-
 
 @dataclass(frozen=True)
 class Request:
@@ -71,8 +68,6 @@ class Decoding:
 class Rollout(Protocol):
     """A sampling backend: `rollout.backend` names a class `(vlm, **rollout.options)`."""
 
-    # A completion depends on weights, prompt and seed alone, not on what is computed beside it.
-    reproducible: bool
     # Its log-probabilities are those of the whole distribution, although top_k and top_p restrict what is drawn.
     full_logps: bool
 
@@ -132,20 +127,19 @@ def check_comparable(backend: object, decoding: Decoding, correction: str) -> No
         )
 
 
-def check_agreement(mean: float, largest: float, dtype: torch.dtype) -> None:
+def check_agreement(mean: float, allowed: float) -> None:
     """
     Args:
         mean: Difference of a sampled token's log-probability between sampler and trainer, in nats.
-        largest: See mean.
-        dtype: Of the weights.
+        allowed: What rounding explains, see `common.training.agreement`.
 
     Raises:
         UserError: More than rounding: what is trained is not what was sampled.
     """
-    if not mean <= (allowed := SAMPLER_TOLERANCE[dtype]):
+    if not mean <= allowed:
         raise UserError(
             f"sampler and trainer disagree: log-probabilities differ by {mean:.1e} nats on average (allowed:"
-            f" {allowed:.0e}), {largest:.1e} at most. Either the sampler has other weights, or it renders prompt or"
+            f" {allowed:.0e}). Either the sampler has other weights, or it renders prompt or"
             " image in another way, or attends in another way (model.image_attention), or rounds more than this"
             " (model.dtype=float32). doctor=true examines it; trainer.importance_correction=sequence_mask corrects"
             " for rounding; rollout=hf samples with the trainer itself"

@@ -28,7 +28,6 @@ from common.rollout.base import Completion, Decoding, Request
 class HFRollout:
     """The `Rollout` backend that needs nothing beside transformers: it samples with the training model itself."""
 
-    reproducible = True
     full_logps = True
 
     def __init__(self, vlm: VLM) -> None:

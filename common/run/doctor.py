@@ -20,14 +20,15 @@ import torch
 from common.config.schema import GRPOConfig, TrainerConfig
 from common.counted import counted
 from common.forward.logprobs import PolicyScorer
-from common.forward.packing import Group, pack_plain, pack_shared, shared_tokens, within_budget
+from common.forward.packing import Group, pack_shared, shared_tokens, within_budget
 from common.models.encoder import Encoded, Encoder
 from common.models.vlm import VLM
 from common.rewards import Reward
-from common.rollout.base import SAMPLER_TOLERANCE, Completion, Decoding, Rollout, comparable, requests
+from common.rollout.base import Completion, Decoding, Rollout, comparable, requests
 from common.run.estimate import Finding, estimate_memory, estimate_time
+from common.training import agreement
+from common.training.agreement import Agreement
 from common.training.grpo.batch import score_groups, without_differences
-from common.training.grpo.trainer import TOLERANCE
 from common.training.silent import CUT, fix, silent_rewards
 from common.types import Prompt, UserError
 
@@ -94,6 +95,8 @@ def examine(
     groups = [Group(e, tuple(c.ids for c in group)) for e, group in zip(encoded, completions, strict=True)]
     scorer = PolicyScorer(vlm.model, vlm.banned, decoding.temperature, config.head_chunk).to(vlm.device)
     gaps, scoring = score(scorer, vlm, groups, completions, config)
+    sampler = None if getattr(rollout, "own_weights", False) else rollout
+    found = agreement.measure(scorer, vlm, groups[0], sampler, asked[0], decoding)
     scores = score_groups(chosen, completions, rewards)
     total, parts = scores.total, scores.parts
     cut = statistics.fmean(c.truncated for group in completions for c in group)
@@ -112,14 +115,14 @@ def examine(
         check_lengths(vlm, encoded, chosen, decoding, image_size),
         check_distinct(completions),
         check_rewards(total, parts, config.group_size, cut, decoding.max_tokens),
-        check_sampler(gaps, vlm.model.dtype, corrected=config.importance_correction != "none")
+        check_sampler(gaps, found, corrected=config.importance_correction != "none")
         if comparable(rollout, decoding)
         else NOT_COMPARED,
         estimate_time(sampling / len(chosen), scoring / len(chosen), config, updates, ranks),
         estimate_memory(vlm, groups, config, ranks, deepspeed),
     ]
     if config.impl != "plain":
-        findings.insert(3, check_forward(scorer, vlm, groups[0]))
+        findings.insert(3, check_forward(found))
     return findings
 
 
@@ -195,17 +198,19 @@ def check_rewards(
     return Finding("rewards", "warning" if few else "ok", seen, help)
 
 
-def check_sampler(gap: torch.Tensor, dtype: torch.dtype, corrected: bool) -> Finding:
+def check_sampler(gap: torch.Tensor, found: Agreement, corrected: bool) -> Finding:
     """Sampler and trainer give the sampled tokens the same probability.
 
     Args:
         gap: Absolute differences of the log-probabilities in nats. Shape: [T].
-        dtype: Of the weights.
+        found: What rounding explains, and what is left of the difference in exact arithmetic.
         corrected: The loss corrects for such differences: a warning is enough.
     """
-    allowed = SAMPLER_TOLERANCE[dtype]
+    allowed = found.allowed_of_sampler
     seen = f"log-probabilities differ by {gap.mean():.1e} on average (allowed: {allowed:.0e}), {gap.max():.1e} at most"
-    if float(gap.mean()) <= allowed:
+    if found.replay is not None:
+        seen += f"; in exact arithmetic by {found.replay:.1e} (allowed: {found.allowed:.0e})"
+    if float(gap.mean()) <= allowed and found.sampler_agrees:
         return Finding("sampler against trainer", "ok", seen)
     return Finding(
         "sampler against trainer",
@@ -215,14 +220,10 @@ def check_sampler(gap: torch.Tensor, dtype: torch.dtype, corrected: bool) -> Fin
     )
 
 
-@torch.no_grad()
-def check_forward(scorer: PolicyScorer, vlm: VLM, group: Group) -> Finding:
+def check_forward(found: Agreement) -> Finding:
     """The shared-prefix forward equals the plain one."""
-    shared, _ = scorer(pack_shared([group], vlm.family, vlm.device))
-    plain, _ = scorer(pack_plain([group], vlm.family, vlm.pad, vlm.device))
-    difference, allowed = float((shared - plain).abs().mean()), TOLERANCE[vlm.model.dtype]
-    seen = f"log-probabilities differ by {difference:.1e} on average (allowed: {allowed:.0e})"
-    if difference <= allowed:
+    seen = f"log-probabilities differ by {found.shared:.1e} on average (allowed: {found.allowed:.0e})"
+    if found.forwards_agree:
         return Finding("shared against plain forward", "ok", seen)
     return Finding(
         "shared against plain forward", "failed", seen, "train with trainer.impl=plain and report this model"

@@ -109,9 +109,7 @@ class Engine:
         rate = learning_rate(self.config, update, self.updates)
         for group, peak in zip(self.engine.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = rate * peak / self.config.learning_rate
-        # without ZeRO DeepSpeed clips but does not tell the norm
-        gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients) if gradients else None
+        norm = _norm(self.engine.module) if self.stage == 0 else None  # which DeepSpeed tells with ZeRO alone
         self.engine.step()
         reported = self.engine.get_global_grad_norm()
         grad_norm = float(reported if reported is not None else 0.0 if norm is None else norm)
@@ -199,6 +197,12 @@ class EngineTrainer:
 
     def close(self) -> None:
         self.engine.close()
+
+
+def _norm(module: torch.nn.Module) -> torch.Tensor | None:
+    """Norm of all gradients. None of them is held afterwards: the step frees them when it has copied them."""
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients) if gradients else None
 
 
 def _load(src: dict[str, Any], dst: torch.nn.Module, strict: bool) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from common.config.schema import TrainerConfig
-from common.forward.logprobs import PolicyScorer
+from common.forward.logprobs import PolicyScorer, head_rows
 from common.forward.packing import Group, micro_batches, pack_shared, score_prompts
 from common.models.encoder import Encoder
 from common.models.vlm import VLM, after_reply
@@ -54,7 +54,8 @@ class SFTTrainer(EngineTrainer):
         self.loss, self.config, self.seed = loss, config, seed
         self.tokens = 0.0
         in_step = zero_stage(deepspeed) == 3
-        scorer = PolicyScorer(vlm.model, vlm.banned, temperature=1.0, chunk=1024, in_step=in_step).to(vlm.device)
+        chunk = head_rows(vlm.model)
+        scorer = PolicyScorer(vlm.model, vlm.banned, temperature=1.0, chunk=chunk, in_step=in_step).to(vlm.device)
         self.engine = Engine(scorer, config, deepspeed, updates, resume)
 
     def step(self, update: int) -> Step:

@@ -26,7 +26,6 @@ from common.rollout.vllm.watchdog import Watchdog
 class VLLMRollout:
     """See `Rollout` in common/rollout/base.py."""
 
-    reproducible = False  # the kernels' rounding depends on what is computed beside a completion
     own_weights = True
     full_logps = True  # taken before top_k and top_p restrict what is drawn
 

@@ -10,6 +10,7 @@ Shapes: n prompts of this rank, G completions each, T tokens, S = n G completion
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -24,8 +25,9 @@ from common.forward.packing import Group, Packed, pack_plain, pack_shared, plain
 from common.models.encoder import Encoder
 from common.models.vlm import VLM
 from common.rewards import Reward, StatefulReward
-from common.rollout.base import Decoding, Rollout, check_agreement, comparable
+from common.rollout.base import Decoding, Request, Rollout, check_agreement, comparable
 from common.runtime.distributed import gather, world
+from common.training import agreement
 from common.training.base import Step
 from common.training.engine import Engine, EngineTrainer, zero_stage
 from common.training.grpo.batch import RolloutBatch, compare, describe, rows, score_groups
@@ -34,8 +36,6 @@ from common.training.grpo.measured import GAP, Measured
 from common.training.grpo.sampling import Sampled, Sampling
 from common.training.schedule import Epochs
 
-# Mean difference of a log-probability between the shared and the plain forward that rounding explains, by dtype.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 5e-2}
 WORTHWHILE = 1.1  # impl=auto takes the shared layout where it saves at least this factor in tokens
 
 
@@ -75,11 +75,9 @@ class GRPOTrainer(EngineTrainer):
         self.engine = Engine(scorer, config, deepspeed, updates, resume)
         self._counts()  # what the doctor's questions cost is not the training's
         self.tokens = 0.0
-        self.checked = not config.self_check or config.impl == "plain"
+        self.scorer, self.checked, self.allowed_gap = scorer, not config.self_check, math.inf
         self.comparable = comparable(rollout, decoding)
-        # in 8 bits a token's probability depends on what is computed beside it, more than any tolerance of ours
-        in_8bit = getattr(vlm.model, "is_loaded_in_8bit", False)
-        self.agreed = not config.self_check or not self.comparable or in_8bit or config.importance_correction != "none"
+        self.agreed = not config.self_check or not self.comparable or config.importance_correction != "none"
         self.current: RolloutBatch
 
     @contextmanager
@@ -117,7 +115,7 @@ class GRPOTrainer(EngineTrainer):
             counts = self._counts()
             lap("reward")
             if not self.checked:
-                self._self_check(self.current.groups[0])
+                self._self_check(sampled.requests[0], self.current.groups[0])
         metrics |= self._update(update, first=iteration == 0)
         self.version = update + 1
         lap("update")
@@ -175,7 +173,7 @@ class GRPOTrainer(EngineTrainer):
                 measured.tokens(sum(len(g.prompt.ids) + len(c) for g in groups for c in g.completions), packed.tokens)
         metrics = measured.over_ranks()
         if not self.agreed and f"{GAP}/mean" in metrics:
-            check_agreement(metrics[f"{GAP}/mean"], metrics[f"{GAP}/max"], self.vlm.model.dtype)
+            check_agreement(metrics[f"{GAP}/mean"], self.allowed_gap)
             self.agreed = True
         return {**metrics, **self.engine.step(update)}
 
@@ -266,16 +264,17 @@ class GRPOTrainer(EngineTrainer):
         with self.vlm.model.disable_adapter(), nullcontext() if slots is None else slots.as_begun():
             return self.engine(packed, False)[0]
 
-    @torch.no_grad()
-    def _self_check(self, group: Group) -> None:
-        """Refuse to train if the shared forward and the plain one disagree on real data."""
-        shared, _ = self.engine(pack_shared([group], self.vlm.family, self.vlm.device))
-        plain, _ = self.engine(pack_plain([group], self.vlm.family, self.vlm.pad, self.vlm.device))
-        difference = float((shared - plain).abs().mean())
-        allowed = TOLERANCE[self.vlm.model.dtype]
-        if not difference <= allowed:
+    def _self_check(self, request: Request, group: Group) -> None:
+        """Refuse to train if sampler, shared and plain forward disagree on real data."""
+        sampler = None if getattr(self.rollout, "own_weights", False) else self.rollout
+        with self.engine.whole_weights():
+            found = agreement.measure(self.scorer, self.vlm, group, sampler, request, self.samples.decoding)
+        if self.config.impl != "plain" and not found.forwards_agree:
             raise RuntimeError(
-                f"the shared-prefix forward differs from the plain one by {difference:.2g} nats (allowed:"
-                f" {allowed:.0e}); train with trainer.impl=plain and report this model"
+                f"the shared-prefix forward differs from the plain one by {found.shared:.2g} nats in exact arithmetic"
+                f" (allowed: {found.allowed:.0e}); train with trainer.impl=plain and report this model"
             )
+        if not self.agreed and found.replay is not None:
+            check_agreement(found.replay, found.allowed)
+        self.allowed_gap = max(gather(found.allowed_of_sampler))  # the same on all ranks, which stop together
         self.checked = True

@@ -1,0 +1,122 @@
+"""Whether sampler, shared-prefix forward and plain forward compute the same; asked on real data before a training.
+
+Whether the *logic* is the same (masks, positions, images) is asked in fp32 arithmetic on the weights as they are
+(common/forward/exact.py), where correct forwards differ by 1e-5 nats and wrong ones by a thousand times that. How much
+the *arithmetic* of the training rounds is measured beside it, as the difference of the forward as it is trained from
+the exact one; a sampler with weights and kernels of its own (vLLM) may differ from the trainer by a few times that.
+
+Shapes: T completion tokens of one group, G completions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from common.forward.exact import InFloat32
+from common.forward.logprobs import PolicyScorer
+from common.forward.packing import Group, pack_plain, pack_shared
+from common.models.vlm import VLM
+from common.rollout.base import Decoding, Request, Rollout
+
+# Mean differences in nats that correct computations may have without any measured noise, by number format of the
+# weights. EXACT: in fp32 arithmetic (fp64 where weights have it). SAMPLER: each with its own arithmetic.
+EXACT = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 1e-4}
+SAMPLER = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 1e-4}
+# Two correct computations differ by about 1.4 times the noise of each.
+MULTIPLE = 4.0
+REPLAYED = 16  # tokens of the completions that a sampler draws once more in exact arithmetic
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Mean absolute differences of log-probabilities of one group's tokens, in nats.
+
+    shared: between the shared-prefix and the plain forward, exact. replay: between a sampler that computes with the
+    trained weights and the plain forward, exact; None: the sampler has weights of its own. noise: between plain
+    forwards in batches of other shapes, exact; in 8 bits a row's numbers depend on what it is computed beside.
+    rounding: between the forward as it is trained and the exact plain one.
+    """
+
+    shared: float
+    replay: float | None
+    noise: float
+    rounding: float
+    dtype: torch.dtype
+
+    @property
+    def allowed(self) -> float:
+        """Most that correct forwards differ by in exact arithmetic."""
+        return max(EXACT[self.dtype], MULTIPLE * self.noise)
+
+    @property
+    def allowed_of_sampler(self) -> float:
+        """Most that a correct sampler differs by from the trainer, each with its own rounding."""
+        return max(SAMPLER[self.dtype], MULTIPLE * self.rounding)
+
+    @property
+    def forwards_agree(self) -> bool:
+        """False also where a difference is no number."""
+        return self.shared <= self.allowed
+
+    @property
+    def sampler_agrees(self) -> bool:
+        """In exact arithmetic, as far as that can be asked."""
+        return self.replay is None or self.replay <= self.allowed
+
+
+@torch.no_grad()
+def measure(
+    scorer: PolicyScorer, vlm: VLM, group: Group, rollout: Rollout | None, request: Request, decoding: Decoding
+) -> Agreement:
+    """Compare the forwards on one sampled group. The ranks call it together, each with a group of its own.
+
+    Args:
+        scorer: The policy; all its weights are at hand.
+        vlm: The same model.
+        group: The prompt and its completions.
+        rollout: The sampler, if it computes with the same weights.
+        request: What it was asked.
+        decoding: How the group was drawn.
+    """
+
+    def plain(group: Group) -> torch.Tensor:
+        return scorer(pack_plain([group], vlm.family, vlm.pad, vlm.device), entropy=False)[0]
+
+    def shared() -> torch.Tensor:
+        return scorer(pack_shared([group], vlm.family, vlm.device), entropy=False)[0]
+
+    was_training = scorer.training
+    trained = shared()
+    scorer.eval()
+    half = (len(group.completions) + 1) // 2
+    with InFloat32():
+        exact = plain(group)
+        parts = [part for part in (group.completions[:half], group.completions[half:]) if part]
+        apart = torch.cat([plain(replace(group, completions=part)) for part in parts])
+        agreement = Agreement(
+            shared=difference(shared(), exact),
+            replay=None if rollout is None else replayed(plain, rollout, request, len(group.completions), decoding),
+            noise=difference(apart, exact),
+            rounding=difference(trained, exact),
+            dtype=vlm.model.dtype,
+        )
+    scorer.train(was_training)
+    return agreement
+
+
+def replayed(
+    plain: Callable[[Group], torch.Tensor], rollout: Rollout, request: Request, size: int, decoding: Decoding
+) -> float:
+    """The beginning of a group, sampled and scored in the same arithmetic."""
+    (completions,) = rollout.generate([request], size, replace(decoding, max_tokens=min(REPLAYED, decoding.max_tokens)))
+    sampled = torch.cat([completion.logps for completion in completions])
+    scored = plain(Group(request.encoded, tuple(completion.ids for completion in completions)))
+    return difference(scored.cpu(), sampled)
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Mean absolute difference."""
+    return float((a - b.to(a)).abs().mean())
