@@ -1,0 +1,135 @@
+"""Self-checks in exact arithmetic: a correct bf16 model passes, and faults that rounding would hide are refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from common.data.loading import Loader
+from common.forward.exact import InFloat32
+from common.forward.layout import SharedPrefix
+from common.forward.logprobs import PolicyScorer
+from common.forward.packing import Group, pack_plain, pack_shared
+from common.models.encoder import Encoder
+from common.rollout.base import Decoding, requests
+from common.rollout.hf import HFRollout
+from common.training import agreement
+
+DECODING = Decoding(temperature=1.0, top_k=0, top_p=1.0, max_tokens=12)
+FAMILIES = ["qwen2_vl", "gemma3"]
+
+
+@pytest.fixture
+def world(load_vlm, digits_task, no_think):
+    """`world(family)`: a bf16 model, its scorer, a request and the group that was sampled for it."""
+
+    def make(family, rollout=HFRollout):
+        vlm = load_vlm(family=family, dtype="bfloat16")
+        encoder = Encoder(vlm, Loader(digits_task.images, 32), 512)
+        (request,) = requests(encoder, no_think.train_prompts(digits_task)[:1], ["seed"])
+        sampler = rollout(vlm)
+        (completions,) = sampler.generate([request], 4, DECODING)
+        group = Group(request.encoded, tuple(completion.ids for completion in completions))
+        return vlm, PolicyScorer(vlm.model, vlm.banned, 1.0, 256), group, sampler, request
+
+    return make
+
+
+def measured(made):
+    vlm, scorer, group, sampler, request = made
+    return agreement.measure(scorer, vlm, group, sampler, request, DECODING)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_correct_model_in_bf16_passes_although_it_rounds(world, family):
+    found = measured(world(family))
+    assert found.rounding > 1e-3, "bf16 rounds"
+    assert found.shared < 2e-5 and found.replay < 2e-5 and found.noise < 2e-5
+    assert found.allowed == 1e-4 and found.forwards_agree and found.sampler_agrees
+    assert found.allowed_of_sampler == pytest.approx(4 * found.rounding)
+
+
+def test_exact_is_the_model_in_fp32(world, load_vlm):
+    """The same weights, every one of them widened before it is loaded. (Gemma in bf16 also rounds a constant.)"""
+    vlm, scorer, group, *_ = world("qwen2_vl")
+    wide = load_vlm()
+    wide.model.load_state_dict({name: value.float() for name, value in vlm.model.state_dict().items()})
+    packed = pack_plain([group], vlm.family, vlm.pad, vlm.device)
+    with torch.no_grad():
+        rounded = scorer.eval()(packed)[0]
+        with InFloat32():
+            exact = scorer(packed)[0]
+        expected = PolicyScorer(wide.model, wide.banned, 1.0, 256).eval()(packed)[0]
+    assert exact.dtype == torch.float32 and vlm.model.dtype == torch.bfloat16, "the weights stay as they are"
+    assert float((exact - expected).abs().max()) < 1e-4 < float((rounded - expected).abs().max())
+
+
+def sees_the_next(monkeypatch):
+    original = SharedPrefix.suffix_keys
+
+    def leaking(self, window):
+        index, mask = original(self, window)
+        own = self.suffix_index.shape[1]
+        row = torch.arange(own)
+        return index, torch.cat([mask[..., :-own], mask[..., -own:] | (row[:, None] + 1 >= row)], -1)
+
+    monkeypatch.setattr(SharedPrefix, "suffix_keys", leaking)
+
+
+def packed_wrongly(change):
+    def apply(monkeypatch):
+        def wrong(groups, family, device):
+            packed = pack_shared(groups, family, device)
+            return replace(packed, inputs={**packed.inputs, **change(packed.inputs, len(groups[0].prompt.ids))})
+
+        monkeypatch.setattr(agreement, "pack_shared", wrong)
+
+    return apply
+
+
+def late(inputs, prompt):
+    moved = inputs["position_ids"].clone()
+    moved[..., prompt:] += 1
+    return {"position_ids": moved}
+
+
+FAULTS = {
+    "a token sees the next one": sees_the_next,
+    "completions one position late": packed_wrongly(late),
+    "a black picture": packed_wrongly(lambda i, _: {"pixel_values": torch.zeros_like(i["pixel_values"])}),
+    "height and width swapped": packed_wrongly(lambda i, _: {"position_ids": i["position_ids"][[0, 2, 1]]}),
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "fault"),
+    [(family, fault) for family in FAMILIES for fault in FAULTS if family == "qwen2_vl" or "swapped" not in fault],
+)
+def test_a_wrong_forward_is_refused(world, monkeypatch, family, fault):
+    made = world(family)
+    FAULTS[fault](monkeypatch)
+    found = measured(made)
+    assert not found.forwards_agree and found.sampler_agrees
+    assert found.shared > 5 * found.allowed
+
+
+class Late(HFRollout):
+    """It counts the positions of completions from one too many."""
+
+    def _forward(self, ids, mask, positions, cache, extra):
+        return super()._forward(ids, mask, positions + (ids.shape[1] == 1), cache, extra)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_wrong_sampler_is_refused(world, family):
+    found = measured(world(family, Late))
+    assert found.forwards_agree and not found.sampler_agrees
+
+
+def test_what_8_bits_vary_by_is_allowed_and_what_is_no_number_is_not():
+    found = agreement.Agreement(0.03, 0.05, noise=0.01, rounding=0.02, dtype=torch.float32)
+    assert found.allowed == pytest.approx(0.04) and found.forwards_agree and not found.sampler_agrees
+    assert found.allowed_of_sampler == pytest.approx(0.08)
+    assert not replace(found, shared=float("nan")).forwards_agree
