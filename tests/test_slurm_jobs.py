@@ -159,7 +159,7 @@ def test_an_array_runs_every_point(partitions, tmp_path):
 
 
 def test_a_job_at_its_time_limit_is_queued_again_and_goes_on(partitions, tmp_path):
-    whole, updates = tmp_path / "whole", 80
+    whole, updates = tmp_path / "whole", 400  # longer than the 45 s until the warning
     done = subprocess.run(command(whole, updates), capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-3000:]
     low = f"hydra.launcher.partition={partitions[0]['PartitionName']}"
