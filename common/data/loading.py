@@ -170,7 +170,6 @@ def examine(loader: Loader, keys: Sequence[str]) -> Examined:
     """Try every picture once, which also fills the cache.
 
     What was found good is written beside the cache, so that a later run of the same data decodes nothing here.
-
     """
     digests: dict[str, str] = {}
     bad: dict[str, str] = {}
