@@ -90,7 +90,8 @@ def watched(what: str, first: float = 0.0) -> Iterator[None]:
             yield
             return
         ended, _is_watched = threading.Event(), True
-        watch = threading.Thread(target=_watch, args=(what, first, time.monotonic(), ended), daemon=True)
+        arguments = (what, first, time.monotonic(), ended)
+        watch = threading.Thread(target=_watch, args=arguments, daemon=True, name="progress")
         watch.start()
         try:
             yield
