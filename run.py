@@ -62,24 +62,21 @@ def main(cfg: DictConfig) -> None:
 def job(cfg: DictConfig, folder: Path) -> None:
     """Check, run, show. A folder that already holds this configuration's result only shows it.
 
-    With `dry=true`, `manifest=true` or `doctor=true` nothing is trained: the first says whether the run is finished, or
-    would be refused, the second shows the questions, the third examines.
+    With `dry=true`, `manifest=true` or `doctor=true` nothing is trained: the first says whether the run is finished or
+    would be refused and what it would cost, the second shows the questions, the third examines.
     """
     from common import launch
     from common.data import pictures
     from common.report import tables
     from common.run import preflight
     from common.run.run_folder import RunFolder
+    from common.sweep import dry
 
     typed = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
     config = configuration.validate(cfg, typed)
     values = configuration.plain(cfg)
     if config.dry:
-        found = RunFolder(folder).finished_result(values)
-        print(f"{folder}: {'to run' if found is None else 'finished'}")
-        for look in (preflight.check_asked, preflight.check_devices) if found is None else ():
-            if reason := preflight.refusal(look, config):
-                print(f"it would be refused: {reason}")
+        dry.show_one(config, folder, finished=RunFolder(folder).finished_result(values) is not None)
         return
     begins = f"{folder.name}: reading {config.data.name}"
     if config.manifest:

@@ -42,6 +42,7 @@ FLOORS = (
         "forward",
         "rollout",
         "training",
+        "cost",
     ),
     *("evaluation", "run", "report", "sweep", "learner", "vlm", "pipeline", "launch", "predict", "export", "serve"),
 )

@@ -31,6 +31,7 @@ from common.models.encoder import Encoded
 from common.models.families import Family
 
 T = TypeVar("T")
+WORTHWHILE = 1.1  # impl=auto takes the shared layout where it saves at least this factor in tokens
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,14 @@ def micro_batches(items: list[T], size: int) -> Iterator[list[T]]:
     """
     for start in range(0, len(items), size):
         yield items[start : start + size]
+
+
+def pack(groups: Sequence[Group], family: type[Family], pad: int, device: torch.device, impl: str) -> Packed:
+    """The layout that `trainer.impl` names: `shared`, `plain`, or `auto`, the shared one where it saves tokens."""
+    if impl == "auto":
+        saved = plain_tokens(groups) / sum(shared_tokens(group) for group in groups)
+        impl = "shared" if saved >= WORTHWHILE else "plain"
+    return pack_plain(groups, family, pad, device) if impl == "plain" else pack_shared(groups, family, device)
 
 
 def pack_shared(groups: Sequence[Group], family: type[Family], device: torch.device) -> Packed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -95,10 +95,49 @@ def load(folder: Path, config: ModelConfig, device: torch.device, train: bool = 
     model = whole(AutoModelForImageTextToText, base, f"model {base}", **options)
     for each in earlier:
         model = adapters.restore(model, each, merge=train or each != folder)
+    policy = assembled(model, processor, config, f"model {base}", train)
+    if not config.load_in_8bit:
+        policy.model.to(device)
+    return replace(policy, hub=on_hub(config.path, folder))
+
+
+def on_meta(folder: Path, config: ModelConfig) -> VLM:
+    """The model of a folder as `load` prepares it for training, without its weights: tensors of the `meta` device.
+
+    8-bit weights appear in the format that they compute in.
+
+    Args:
+        folder: From `files.find`; its weights need not be there.
+        config: As for `load`.
+
+    Raises:
+        UserError: The folder's configuration does not describe an image-text-to-text model.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+
+    base = lineage(folder, weights=False)[0]
+    processor = loaded(AutoProcessor, base, f"model {base}")
+    architecture = loaded(AutoConfig, base, f"model {base}")
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(architecture, dtype=DTYPES[config.dtype])
+        model.generation_config = loaded(GenerationConfig, base, f"model {base}")
+        return assembled(model, processor, config, f"model {base}")
+
+
+def assembled(model: Any, processor: Any, config: ModelConfig, name: str, train: bool = True) -> VLM:
+    """Freeze what is not trained, checkpoint activations and add adapters, as the configuration asks.
+
+    Args:
+        model: A `*ForConditionalGeneration`, or the PEFT model around one.
+        processor: Of the model.
+        config: As for `load`.
+        name: Of the model, for errors.
+        train: As for `load`.
+    """
     eos = model.generation_config.eos_token_id
     ends = tuple(eos) if isinstance(eos, list) else (eos,)
     if None in ends:
-        raise UserError(f"model {base}: generation_config.json has no eos_token_id, so no completion could end")
+        raise UserError(f"{name}: generation_config.json has no eos_token_id, so no completion could end")
     family = family_of(config.family)
     placeholders = family.placeholder_tokens(model.config)
     pad = processor.tokenizer.pad_token_id
@@ -123,11 +162,8 @@ def load(folder: Path, config: ModelConfig, device: torch.device, train: bool = 
         raise UserError(
             f"model.freeze_vision=true, but model.lora.targets={config.lora.targets} puts an adapter on {inside[0]}"
         )
-    if not config.load_in_8bit:
-        model.to(device)
     turn = end_of_turn(processor, ends)
-    causal = config.image_attention == "causal"
-    return VLM(model, processor, family, ends, turn, banned, pad, causal, hub=on_hub(config.path, folder))
+    return VLM(model, processor, family, ends, turn, banned, pad, config.image_attention == "causal")
 
 
 def loaded(kind: Any, folder: Path, name: str, **options: Any) -> Any:

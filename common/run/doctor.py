@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from common.config.schema import GRPOConfig, TrainerConfig
+from common.cost.estimate import Cost, lines
 from common.counted import counted
 from common.forward.logprobs import PolicyScorer
 from common.forward.packing import Group, pack_shared, shared_tokens, within_budget
@@ -25,7 +26,7 @@ from common.models.encoder import Encoded, Encoder
 from common.models.vlm import VLM
 from common.rewards import Reward
 from common.rollout.base import Completion, Decoding, Rollout, comparable, requests
-from common.run.estimate import Finding, estimate_memory, estimate_time
+from common.run.estimate import Finding, check_memory, estimate_time
 from common.training import agreement
 from common.training.agreement import Agreement
 from common.training.grpo.batch import score_groups, without_differences
@@ -63,7 +64,7 @@ def examine(
     image_size: int,
     updates: int,
     ranks: int,
-    deepspeed: dict[str, Any],
+    cost: Cost,
     seed: int,
 ) -> list[Finding]:
     """Sample a few groups and check them. Call it before the optimizer takes over the weights.
@@ -79,7 +80,7 @@ def examine(
         image_size: Side of the images in pixels.
         updates: Planned updates.
         ranks: Number of processes.
-        deepspeed: Its ZeRO stage and offload are used.
+        cost: Of the training, as computed.
         seed: Of the run.
 
     Returns:
@@ -119,7 +120,8 @@ def examine(
         if comparable(rollout, decoding)
         else NOT_COMPARED,
         estimate_time(sampling / len(chosen), scoring / len(chosen), config, updates, ranks),
-        estimate_memory(vlm, groups, config, ranks, deepspeed),
+        check_memory(cost, vlm.device),
+        Finding("operations", "ok", "; ".join(lines(cost)[2:])),
     ]
     if config.impl != "plain":
         findings.insert(3, check_forward(found))

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from common.config.schema import GRPOConfig
-from common.forward.packing import Group
-from common.models.vlm import VLM
+from common.cost.estimate import Cost, lines
 
 
 @dataclass(frozen=True)
@@ -44,44 +41,17 @@ def estimate_time(sampling: float, scoring: float, config: GRPOConfig, updates: 
     return Finding("time", "ok", seen)
 
 
-def estimate_memory(
-    vlm: VLM, groups: Sequence[Group], config: GRPOConfig, ranks: int, deepspeed: dict[str, Any]
-) -> Finding:
-    """Bytes per rank: weights, gradients, AdamW, reference and activations; on a GPU also the measured peak.
-
-    Weights count whole under ZeRO-3 too: they are gathered while sampling. Activations are the usual rule of thumb of
-    34 bytes per token, layer and width at 16 bits (arXiv 2205.05198), 2 with gradient checkpointing.
-    """
-    zero = deepspeed.get("zero_optimization", {})
-    stage, offloaded = zero.get("stage", 0), "offload_optimizer" in zero
-    parameters = list(vlm.model.parameters())
-    size = next(p for p in parameters if p.is_floating_point()).element_size()
-    weights, learning = sum(p.nbytes for p in parameters), [p for p in parameters if p.requires_grad]
-    trained = sum(p.nbytes for p in learning)
-    # two moments, and an fp32 copy of the weights: of 16 bits always, under ZeRO 1 and 2 of fp32 too
-    adamw = sum(p.numel() * (12 if p.element_size() == 2 or stage in (1, 2) else 8) for p in learning)
-    adapters = hasattr(vlm.model, "disable_adapter")
-    text = vlm.model.config.get_text_config()
-    tokens = max(len(g.prompt.ids) + sum(map(len, g.completions)) for g in groups) * config.prompts_per_forward
-    if config.tokens_per_forward is not None:
-        tokens = min(tokens, config.tokens_per_forward)
-    per_token = 2 if getattr(vlm.model, "is_gradient_checkpointing", False) else 34
-    parts = {
-        "weights": weights,
-        "gradients": trained / (ranks if stage >= 2 else 1),
-        "AdamW": 0 if offloaded else adamw / (ranks if stage >= 1 else 1),
-        "reference": weights if config.beta > 0 and not adapters else 0,
-        "activations": tokens * text.num_hidden_layers * text.hidden_size * per_token * size / 2,
-    }
-    total = sum(parts.values())
-    seen = f"about {_bytes(total)} per rank = " + " + ".join(f"{n} {_bytes(b)}" for n, b in parts.items() if b)
-    if vlm.device.type != "cuda":
+def check_memory(cost: Cost, device: torch.device) -> Finding:
+    """Bytes of one GPU as computed (common/cost/); on a GPU also what it has, and what the examination took."""
+    seen = "; ".join(lines(cost)[:2])
+    if device.type != "cuda":
         return Finding("memory", "ok", seen)
-    available = torch.cuda.get_device_properties(vlm.device).total_memory
-    peak = torch.cuda.max_memory_allocated(vlm.device)
-    seen += f"; the GPU has {_bytes(available)}, the examination took {_bytes(peak)}"
+    available = torch.cuda.get_device_properties(device).total_memory
+    seen += (
+        f"; this GPU has {_bytes(available)}, the examination took {_bytes(torch.cuda.max_memory_allocated(device))}"
+    )
     fix = "use deepspeed=zero3 or an offload, model.gradient_checkpointing=true, adapters, or fewer tokens_per_forward"
-    return Finding("memory", "failed" if total > available else "ok", seen, fix)
+    return Finding("memory", "failed" if cost.bytes > available else "ok", seen, fix)
 
 
 def _duration(seconds: float) -> str:

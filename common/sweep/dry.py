@@ -1,4 +1,4 @@
-"""`dry=true`: the runs of a sweep, which of them are finished or would be refused, and what the others will cost.
+"""`dry=true`: which runs are finished or would be refused, and what the others will cost.
 
 Nothing is run, and no weights are loaded.
 """
@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, inf
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -19,6 +20,7 @@ from common.config.schema import Config
 from common.counted import counted
 from common.run import preflight
 from common.runtime.progress import bar
+from common.types import UserError
 
 MOST_REASONS = 10
 ADAPTERS = 0.1  # gigabytes of LoRA's matrices and a bank, rounded up
@@ -71,6 +73,24 @@ def refusals(runs: Sequence[Run], here: bool) -> tuple[dict[str, str], dict[str,
 
 def _shots(config: Config) -> float:
     return inf if config.shots == "all" else config.shots
+
+
+def show_one(config: Config, folder: Path, finished: bool) -> None:
+    """Print whether one run is finished or would be refused, and else what it would cost."""
+    print(f"{folder}: {'finished' if finished else 'to run'}")
+    if finished:
+        return
+    try:
+        questions = preflight.check_asked(config)
+    except UserError as error:
+        print(f"it would be refused: {error}")
+    else:
+        from common.cost import estimate  # torch, for a second
+
+        for line in estimate.foreseen(config, questions):
+            print(line)
+    if reason := preflight.refusal(preflight.check_devices, config):
+        print(f"it would be refused: {reason}")
 
 
 def show(runs: Sequence[Run], cost: Mapping[str, Any], here: bool = True) -> None:

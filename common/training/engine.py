@@ -77,6 +77,7 @@ class Engine:
             weight_decay=config.weight_decay,
         )
         folder, universal = (None, False) if resume is None else _for_this_world(resume, self.stage)
+        zero = {"reduce_bucket_size": bucket_size(deepspeed_config, sum(p.numel() for p in parameters))}
         settings = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
@@ -85,6 +86,7 @@ class Engine:
             "bf16": {"enabled": parameters[0].dtype == torch.bfloat16},
             "checkpoint": {"load_universal": universal},
             **deepspeed_config,
+            "zero_optimization": zero | deepspeed_config.get("zero_optimization", {}),
         }
         module.train()  # loading leaves evaluation mode, in which gradient checkpointing is off
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
@@ -216,6 +218,14 @@ def _load(src: dict[str, Any], dst: torch.nn.Module, strict: bool) -> None:
 def zero_stage(deepspeed_config: dict[str, Any]) -> int:
     """ZeRO stage that a DeepSpeed configuration asks for."""
     return int(deepspeed_config.get("zero_optimization", {}).get("stage", 0))
+
+
+def bucket_size(deepspeed_config: dict[str, Any], trained: int) -> int:
+    """Elements that ranks reduce at a time: DeepSpeed's default of 500 million, which it allocates whole in stages 1 to
+    3, but not more than there are trained elements: for adapters that would be gigabytes for nothing.
+    """
+    given = deepspeed_config.get("zero_optimization", {}).get("reduce_bucket_size")
+    return int(given) if given is not None else max(1, min(500_000_000, trained))
 
 
 def _for_this_world(folder: Path, stage: int) -> tuple[Path, bool]:

@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from common.config.schema import Config, GRPOConfig, RolloutConfig
+from common.cost import estimate
 from common.counted import counted
 from common.data.task import Questions
 from common.evaluation import evaluate
@@ -132,7 +133,7 @@ class VLMLearner:
                 image_size=config.model.image_size,
                 updates=self.updates,
                 ranks=world(),
-                deepspeed=config.deepspeed,
+                cost=estimate.of_run(config, self.questions, Path(self.weights["path"]), world()),
                 seed=config.seed,
             )
         if rank() == 0:

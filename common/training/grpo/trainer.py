@@ -21,7 +21,7 @@ import torch
 
 from common.config.schema import GRPOConfig
 from common.forward.logprobs import PolicyScorer
-from common.forward.packing import Group, Packed, pack_plain, pack_shared, plain_tokens, shared_tokens, within_budget
+from common.forward.packing import Group, Packed, pack, shared_tokens, within_budget
 from common.models.encoder import Encoder
 from common.models.vlm import VLM
 from common.rewards import Reward, StatefulReward
@@ -35,8 +35,6 @@ from common.training.grpo.loss import LossInputs, LossOutputs, importance_correc
 from common.training.grpo.measured import GAP, Measured
 from common.training.grpo.sampling import Sampled, Sampling
 from common.training.schedule import Epochs
-
-WORTHWHILE = 1.1  # impl=auto takes the shared layout where it saves at least this factor in tokens
 
 
 class GRPOTrainer(EngineTrainer):
@@ -229,13 +227,7 @@ class GRPOTrainer(EngineTrainer):
         )
 
     def _pack(self, groups: Sequence[Group]) -> Packed:
-        impl = self.config.impl
-        if impl == "auto":
-            saved = plain_tokens(groups) / sum(shared_tokens(group) for group in groups)
-            impl = "shared" if saved >= WORTHWHILE else "plain"
-        if impl == "plain":
-            return pack_plain(groups, self.vlm.family, self.vlm.pad, self.vlm.device)
-        return pack_shared(groups, self.vlm.family, self.vlm.device)
+        return pack(groups, self.vlm.family, self.vlm.pad, self.vlm.device, self.config.impl)
 
     def _earlier_logps(
         self, shown: list[int], packed: Packed, logps: torch.Tensor, first: bool

@@ -1,0 +1,1 @@
+"""What a training costs in memory, operations and time, before it runs."""

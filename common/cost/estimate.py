@@ -1,0 +1,263 @@
+"""What a run costs before it runs: tokens of its prompts, GiB of a GPU, operations of an update, hours on a card.
+
+Computed from the model's configuration files and the run's own prompts, by the code that trains; no weights are needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from common.config.schema import NO_FAMILY, Config, GRPOConfig
+from common.cost.update import GIB, Batch, Pass, cache_bytes, measure, memory
+from common.data.task import Questions
+from common.forward.logprobs import head_rows
+from common.forward.packing import Group, pack, score_prompts
+from common.method import Looks
+from common.models import files, meter, vlm
+from common.models.adapters import without_adapters
+from common.models.encoder import Encoded, Encoder
+from common.models.slots import attach
+from common.training.schedule import total_updates
+from common.training.sft import target
+from common.types import Prompt
+
+# A card: GiB, dense bf16 operations per second, bytes of memory traffic per second; the makers' data sheets.
+CARDS = {
+    "RTX 4090": (24, 165e12, 1.01e12),
+    "L40S": (48, 362e12, 0.86e12),
+    "A100 40 GB": (40, 312e12, 1.56e12),
+    "A100 80 GB": (80, 312e12, 2.04e12),
+    "H100": (80, 989e12, 3.35e12),
+    "H200": (141, 989e12, 4.8e12),
+}
+# Our choice: shares of these that a training reaches, badly and well, and seconds that a token takes at least while
+# sampling, by kernels started one by one and by CUDA graphs.
+SLOW, FAST = (0.15, 0.3, 0.03), (0.45, 0.7, 0.003)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a training costs. Operations are those of one GPU in one update.
+
+    Attributes:
+        prompts: Tokens of the shortest and the longest training prompt.
+        completion: The most tokens of a completion.
+        operations: By the length of a completion in tokens, then by phase.
+        memory: Bytes by phase, then by what holds them; see `update.memory`.
+        updates: Planned.
+        ranks: Number of GPUs.
+        traffic: Bytes that are read for every sampled token, by the length of a completion; 0 where none is sampled.
+    """
+
+    prompts: tuple[int, int]
+    completion: int
+    operations: dict[int, dict[str, float]]
+    memory: dict[str, dict[str, float]]
+    updates: int
+    ranks: int
+    traffic: dict[int, float]
+
+    @property
+    def fullest(self) -> str:
+        """The phase that needs most memory."""
+        return max(self.memory, key=lambda phase: sum(self.memory[phase].values()))
+
+    @property
+    def bytes(self) -> float:
+        """Memory of the phase that needs most."""
+        return sum(self.memory[self.fullest].values())
+
+    def hours(self, card: str, completion: int) -> tuple[float, float]:
+        """Hours of the whole training without evaluations, if all goes well and if it goes badly."""
+        _, speed, bandwidth = CARDS[card]
+        total = sum(self.operations[completion].values())
+        found = []
+        for used, read, token in (FAST, SLOW):
+            seconds = total / (speed * used)
+            if traffic := self.traffic[completion]:
+                seconds += completion * max(token, traffic / (bandwidth * read))
+            found.append(self.updates * seconds / 3600)
+        return found[0], found[1]
+
+
+def of_run(config: Config, questions: Questions, folder: Path, ranks: int, lengths: Sequence[int] = ()) -> Cost:
+    """Compute what the training of a run costs.
+
+    Args:
+        config: Of the run; its trainer trains.
+        questions: With the training prompts.
+        folder: Of the model, from `files.find`; its weights need not be there.
+        ranks: Number of GPUs.
+        lengths: Tokens of a completion to count operations for; none: those of the longest label's reply and the limit.
+    """
+    trainer, size, limit = config.trainer, config.model.image_size, config.rollout.max_completion_tokens
+    policy = _with_bank(vlm.on_meta(folder, config.model), config, questions)
+    measure_tokens = meter.of_folder(folder, config.model.family).tokens
+    tokens = measure_tokens(questions.train, size)
+    prompt = _encoded(policy, _longest(questions.train, tokens), size)
+    asked = [each for split in questions.evaluation.values() for each in split]
+    tested = _encoded(policy, _longest(asked, measure_tokens(asked, size)), size) if asked else prompt
+    label = max((_reply(policy, questions, each, config) for each in _labels(questions)), key=len)
+    prompts, sampled, most = math.ceil(trainer.prompts_per_update / ranks), None, len(label)
+    if isinstance(trainer, GRPOConfig):
+        sampled, most = Batch(prompt, prompts, trainer.group_size, limit), limit
+    counted = tuple(lengths) or tuple(dict.fromkeys((min(len(label), most), most)))
+    passes = {length: _measured(policy, prompt, label, length, 1, config) for length in {*counted, most}}
+    fits = _groups_per_forward(config, len(prompt.ids) + _group_size(config) * most, prompts)
+    largest = passes[most] if fits == 1 else _measured(policy, prompt, label, most, fits, config)
+    evaluated = Batch(tested, min(config.rollout.evaluation_batch, max(1, len(asked))), 1, limit)
+    weights = _weight_bytes(policy, config)
+    return Cost(
+        (min(tokens), len(prompt.ids)),
+        most,
+        {length: _operations(passes[length], config, prompts) for length in counted},
+        memory(policy, largest, sampled, evaluated, trainer, config.deepspeed, ranks, weights),
+        total_updates(trainer, len(questions.train)),
+        ranks,
+        {length: _traffic(policy, sampled, length, config) for length in counted},
+    )
+
+
+def foreseen(config: Config, questions: Questions) -> list[str]:
+    """The cost of a run that has not begun, for a reader; empty where no vision-language model is trained, and for
+    models that are built here, which are tiny.
+    """
+    model = config.model
+    if model.family == NO_FAMILY or config.trainer.name == "none" or model.path is None:
+        return []
+    folder = files.find(model.path, model.revision, weights=False)
+    return lines(of_run(config, questions, folder, max(1, config.gpus)))
+
+
+def _measured(policy: vlm.VLM, prompt: Encoded, label: torch.Tensor, length: int, groups: int, config: Config) -> Pass:
+    """The forward of some groups whose completions all have one length."""
+    trainer = config.trainer
+    completion = label if len(label) == length else label[:1].repeat(length)
+    made = [Group(prompt, (completion,) * _group_size(config))] * groups
+    impl = trainer.impl if isinstance(trainer, GRPOConfig) else "shared"
+    packed = pack(made, policy.family, policy.pad, torch.device("cpu"), impl)
+    if not isinstance(trainer, GRPOConfig) and config.protocol.sft_loss == "everything":
+        packed = score_prompts(packed, policy.banned, policy.model.get_output_embeddings().weight.shape[0])
+    chunk = trainer.head_chunk if isinstance(trainer, GRPOConfig) else head_rows(policy.model)
+    return measure(policy, packed, chunk)
+
+
+def _group_size(config: Config) -> int:
+    return config.trainer.group_size if isinstance(config.trainer, GRPOConfig) else 1
+
+
+def _groups_per_forward(config: Config, tokens: int, prompts: int) -> int:
+    budget = config.trainer.tokens_per_forward if isinstance(config.trainer, GRPOConfig) else None
+    fits = prompts if budget is None else max(1, budget // tokens)
+    return max(1, min(config.trainer.prompts_per_forward, prompts, fits))
+
+
+def _operations(one: Pass, config: Config, prompts: int) -> dict[str, float]:
+    """Of a rank in an update, by phase. A token that is sampled costs what it costs in a forward."""
+    trainer = config.trainer
+    phases = {"training": prompts * float(one.forward + one.backward)}
+    if isinstance(trainer, GRPOConfig):
+        phases["sampling"] = prompts * one.forward / trainer.num_iterations
+        if trainer.beta > 0:
+            phases["reference"] = prompts * one.forward / trainer.num_iterations
+    return phases
+
+
+def _traffic(policy: vlm.VLM, sampled: Batch | None, length: int, config: Config) -> float:
+    """Bytes that are read per sampled token by all rows together: the weights, and the cache half-way."""
+    if sampled is None or not isinstance(config.trainer, GRPOConfig):
+        return 0.0
+    cache = cache_bytes(policy, sampled.count * sampled.group_size, len(sampled.prompt.ids) + length // 2)
+    weights = sum(p.nbytes for p in policy.model.parameters())
+    return (weights + cache) / config.trainer.num_iterations
+
+
+def _with_bank(policy: vlm.VLM, config: Config, questions: Questions) -> vlm.VLM:
+    """The model with as many embeddings beside its vocabulary as the method will put there."""
+    if not isinstance(questions.method, Looks):
+        return policy
+    text = policy.model.config.get_text_config()
+    tokens = policy.family.image_tokens(policy.model.config.to_dict(), config.model.image_size)
+    count, trained = len(questions.task.train.names), bool(config.method.get("trainable", True))
+    if config.trainer.embeddings == "host":  # which lends those of a prompt
+        count, trained = max(len(prompt.categories) for prompt in questions.train), False
+    entries = torch.empty(count, tokens, text.hidden_size, device="meta")
+    return replace(policy, slots=attach(policy.model, entries, trained))
+
+
+def _encoded(policy: vlm.VLM, prompt: Prompt, image_size: int) -> Encoded:
+    """The prompt with a black picture."""
+
+    def black(keys: Sequence[str]) -> list[Image.Image]:
+        return [Image.new("RGB", (image_size, image_size)) for _ in keys]
+
+    return Encoder(policy, black, None)([prompt])[0]
+
+
+def _longest(prompts: Sequence[Prompt], tokens: Sequence[int]) -> Prompt:
+    return prompts[max(range(len(prompts)), key=tokens.__getitem__)]
+
+
+def _labels(questions: Questions) -> list[str]:
+    return list(dict.fromkeys(prompt.label for prompt in questions.train))
+
+
+def _reply(policy: vlm.VLM, questions: Questions, label: str, config: Config) -> torch.Tensor:
+    """Ids of the reply that says a label, and of its end."""
+    loss = "answer" if isinstance(config.trainer, GRPOConfig) else config.protocol.sft_loss
+    return target(policy, questions.method.label_response(label), loss)
+
+
+def _weight_bytes(policy: vlm.VLM, config: Config) -> int | None:
+    """Of 8-bit weights: bitsandbytes keeps linear layers so, but for the output projection; None: as they compute."""
+    if not config.model.load_in_8bit:
+        return None
+    base = without_adapters(policy.model)
+    linear = [
+        module.weight
+        for name, module in base.named_modules()
+        if isinstance(module, torch.nn.Linear) and "lm_head" not in name and "lora" not in name
+    ]
+    saved = sum(weight.numel() * (weight.element_size() - 1) for weight in linear if not weight.requires_grad)
+    dequantised = max((weight.nbytes for weight in linear), default=0)  # one layer's weights at a time
+    return sum(p.nbytes for p in policy.model.parameters()) - saved + dequantised
+
+
+def smallest_card(needed: float) -> str:
+    """The smallest card with 8 % beyond the bytes that are needed, which a caching allocator takes.
+
+    >>> smallest_card(20 * GIB), smallest_card(38 * GIB), smallest_card(200 * GIB)
+    ('RTX 4090', 'L40S', 'none')
+    """
+    fitting = [(size, name) for name, (size, *_) in CARDS.items() if size * GIB >= 1.08 * needed]
+    return min(fitting, default=(0, "none"))[1]
+
+
+def lines(cost: Cost, card: str = "A100 80 GB") -> list[str]:
+    """The estimate for a reader, one line per thing."""
+    few, many = cost.prompts
+    held = cost.memory[cost.fullest]
+    parts = " + ".join(f"{name} {_gib(size)}" for name, size in held.items() if size >= 0.01 * GIB)
+    found = [
+        f"prompts: {few} to {many} tokens, completions up to {cost.completion}",
+        f"memory: about {_gib(cost.bytes)} GiB per GPU, most in {cost.fullest}: {parts};"
+        f" smallest card: {smallest_card(cost.bytes)}",
+    ]
+    for length, phases in cost.operations.items():
+        low, high = cost.hours(card, length)
+        what = " + ".join(f"{name} {count * cost.ranks / 1e12:.3g}" for name, count in phases.items())
+        found.append(
+            f"completions of {length} tokens: {what} TFLOP per update, {low:.2g} to {high:.2g} h of training on"
+            f" {cost.ranks} x {card}"
+        )
+    return found
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f}"

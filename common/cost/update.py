@@ -1,0 +1,217 @@
+"""Memory and operations of one update, phase by phase, for any model on any number of GPUs.
+
+The largest forward of the run and its backward are counted by `counting.ShapeCounter` through the code that trains.
+What DeepSpeed, the sampler and CUDA hold beside it is added by formula; tests/test_cost.py compares both with measured
+peaks. A caching allocator needs some per cent more than what is allocated.
+
+Shapes: N prompts of one forward, G completions each, P and R tokens of prompt and completion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache
+
+from common.config.schema import GRPOConfig, TrainerConfig
+from common.cost.counting import META, ShapeCounter
+from common.forward.logprobs import PolicyScorer, head_rows
+from common.forward.packing import Packed, images, pad_blocks
+from common.models.adapters import without_adapters
+from common.models.encoder import Encoded
+from common.models.vlm import VLM
+from common.training.engine import bucket_size, zero_stage
+
+GIB = 2**30
+GATHERED = 1_000_000_000  # elements of DeepSpeed's default stage3_max_live_parameters
+CONTEXT = 0.6 * GIB  # bytes of a CUDA context and its kernels; our choice, 0.4 to 0.8 GiB are usual
+NCCL = 0.6 * GIB  # bytes of its buffers; our choice
+DRAWING = 24  # bytes per logit while a token is drawn: fp64 probabilities, the truncated ones and their sums
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward of a training, with and without its backward.
+
+    Attributes:
+        forward: Floating-point operations of the forward.
+        backward: Those of the backward, recomputed activations included; 0 if nothing is trained.
+        scored: Bytes at most beside weights, without a gradient.
+        trained: Bytes at most beside weights and gradients, with one.
+    """
+
+    forward: int
+    backward: int
+    scored: int
+    trained: int
+
+
+def measure(vlm: VLM, packed: Packed, chunk: int | None = None) -> Pass:
+    """Count one forward and its backward.
+
+    Args:
+        vlm: From `vlm.on_meta`.
+        packed: Prompts and completions on the CPU.
+        chunk: Rows per vocabulary projection; None: as `head_rows` has it.
+    """
+    scorer = PolicyScorer(vlm.model, vlm.banned, 1.0, chunk or head_rows(vlm.model)).train()
+    packed = replace(packed, inputs=_shapes(packed.inputs))
+    trained = [parameter for parameter in scorer.parameters() if parameter.requires_grad]
+    # gradients are counted apart, since ranks may divide them among themselves
+    hooks = [p.register_post_accumulate_grad_hook(_drop_gradient) for p in trained]
+    with ShapeCounter() as counter:
+        for tensor in [*scorer.parameters(), *scorer.buffers()]:
+            if tensor.device == META:
+                counter.add(tensor)
+        weights = counter.live
+        with torch.no_grad():
+            scorer(packed, entropy=False)
+        scored, forward, backward = counter.peak - weights, counter.flops, 0
+        if trained:
+            logps, _ = scorer(packed)
+            logps.sum().backward()
+            del logps
+            backward = counter.flops - 2 * forward
+        peak = counter.peak - weights
+    for hook in hooks:
+        hook.remove()
+    return Pass(forward, backward, scored, peak if trained else 0)
+
+
+def prefill_bytes(vlm: VLM, prompts: Sequence[Encoded]) -> int:
+    """Bytes at most, beside weights, of the forward that reads prompts before they are continued, its cache included.
+
+    Args:
+        vlm: From `vlm.on_meta`.
+        prompts: `Encoded` ones of equal length, N of them.
+    """
+    ids = torch.stack([prompt.ids for prompt in prompts])
+    inputs: dict[str, Any] = {
+        "input_ids": ids,
+        "attention_mask": None,
+        "position_ids": vlm.family.position_ids(torch.stack([prompt.positions for prompt in prompts], 1)),
+        **images(prompts, vlm.family, torch.device("cpu")),
+    }
+    if (blocks := pad_blocks(prompts)) is not None:
+        inputs |= vlm.family.block_inputs(blocks)
+    model = vlm.model.eval()
+    cache = DynamicCache(config=model.config.get_text_config())
+    with ShapeCounter() as counter, torch.no_grad():
+        for parameter in model.parameters():
+            counter.add(parameter)
+        weights = counter.live
+        model(**_shapes(inputs), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return counter.peak - weights
+
+
+def _shapes(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: value.to(META) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
+
+
+def _drop_gradient(parameter: torch.nn.Parameter) -> None:
+    parameter.grad = None
+
+
+def cache_bytes(vlm: VLM, rows: int, tokens: int) -> int:
+    """Bytes of the keys and values of `rows` sequences of `tokens` tokens; layers with a window keep that much."""
+    text = vlm.model.config.get_text_config()
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    window = getattr(text, "sliding_window", None) or tokens
+    kept = sum(min(tokens, window) if kind == "sliding_attention" else tokens for kind in kinds)
+    return 2 * rows * text.num_key_value_heads * size * kept * without_adapters(vlm.model).dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts that are completed together: all have the length of the longest one.
+
+    Attributes:
+        prompt: The longest, P tokens.
+        count: N.
+        group_size: G completions of each.
+        completion: R, the most tokens of a completion.
+    """
+
+    prompt: Encoded
+    count: int
+    group_size: int
+    completion: int
+
+
+def memory(
+    vlm: VLM,
+    one: Pass,
+    sampled: Batch | None,
+    evaluated: Batch,
+    config: TrainerConfig,
+    deepspeed: dict[str, Any],
+    ranks: int,
+    weights: int | None = None,
+) -> dict[str, dict[str, float]]:
+    """Bytes of one GPU in every phase of a training, by what holds them.
+
+    A judge that is a model of its own is not counted, nor an engine that samples beside the policy.
+
+    Args:
+        vlm: From `vlm.on_meta`.
+        one: The largest forward of a rank.
+        sampled: What a rank samples for an update; None where the training samples nothing.
+        evaluated: What an evaluation asks together.
+        config: Of the trainer.
+        deepspeed: ZeRO stage, offload and bucket size are read.
+        ranks: Number of GPUs.
+        weights: Bytes of the weights where they are kept in another format than they compute in (8 bits).
+    """
+    stage = zero_stage(deepspeed)
+    offloaded = "offload_optimizer" in deepspeed.get("zero_optimization", {})
+    parameters = list(vlm.model.parameters())
+    own = sum(p.nbytes for p in parameters) if weights is None else weights
+    learning = [p for p in parameters if p.requires_grad]
+    count, size = sum(p.numel() for p in learning), max((p.element_size() for p in learning), default=0)
+    # AdamW's two moments; and an fp32 copy of 16-bit weights, or of all where ZeRO flattens them
+    states = count * (12 if size == 2 or stage > 0 else 8)
+    split = ranks if stage >= 1 else 1
+    gradients = count * size / (ranks if stage >= 2 else 1)
+    # while AdamW steps: the gradients once more, flat and in fp32, and its temporaries; 12 bytes a weight with them
+    step = max(0.0, 12 * count / split - gradients)
+    references = isinstance(config, GRPOConfig) and config.beta > 0 and not hasattr(vlm.model, "disable_adapter")
+    always = {
+        "weights": own / (ranks if stage == 3 else 1),
+        "reference": own if references else 0.0,
+        "optimizer states": 0.0 if offloaded else states / split,
+        "CUDA": CONTEXT + NCCL * (ranks > 1),
+    }
+    whole = always | {"weights": own}  # ZeRO-3 gathers them to sample
+    phases = {"evaluation": whole | _sampling(vlm, evaluated)}
+    if not learning:
+        return phases
+    gathered = min(own, GATHERED * own / sum(p.numel() for p in parameters)) if stage == 3 and ranks > 1 else 0.0
+    phases |= {
+        "backward": always
+        | {
+            "gradients": gradients,
+            "activations": one.trained,
+            "gathered weights": gathered,
+            "reduction bucket": bucket_size(deepspeed, count) * size if stage > 0 else 0.0,
+        },
+        "optimizer step": always | {"gradients": gradients, "optimizer step": 0.0 if offloaded else step},
+    }
+    if sampled is not None:
+        phases["sampling"] = whole | _sampling(vlm, sampled)
+    return phases
+
+
+def _sampling(vlm: VLM, batch: Batch) -> dict[str, float]:
+    """Beside the weights: reading the prompts, then continuing all of them together."""
+    rows, text = batch.count * batch.group_size, vlm.model.config.get_text_config()
+    cache = cache_bytes(vlm, rows, len(batch.prompt.ids) + batch.completion)
+    # a layer's keys are copied when a token is added, one layer after the other
+    continuing = cache * (1 + 1 / text.num_hidden_layers) + rows * text.vocab_size * DRAWING
+    return {"caches and logits": max(continuing, prefill_bytes(vlm, [batch.prompt] * batch.count))}
