@@ -21,6 +21,7 @@ from common.training.schedule import Epochs
 from common.types import UserError
 from common.vlm import build
 from tests.rewards import shorter
+from tests.test_doctor import COST
 
 DECODING = Decoding(1.0, 0, 1.0, 4)
 CONFIG = GRPOConfig("grpo", 1e-3, epochs=1.0, group_size=2, beta=0.0, epsilon=0.2, prompts_per_update=2)
@@ -182,7 +183,7 @@ def test_the_doctor_does_not_compare_other_numbers(load_vlm, digits_task, think)
         image_size=32,
         updates=10,
         ranks=1,
-        deepspeed={},
+        cost=COST,
         seed=1,
     )
     (finding,) = [finding for finding in findings if finding.check == "sampler against trainer"]

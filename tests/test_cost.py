@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,10 +16,12 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from common.config.composition import validate
 from common.config.schema import GRPOConfig
 from common.cost import estimate, update
 from common.cost.counting import META, ShapeCounter
 from common.cost.update import GIB, Batch, Pass
+from common.data import task
 from common.forward.logprobs import PolicyScorer
 from common.models import vlm
 from tests import peaks
@@ -172,6 +175,41 @@ def test_hours_by_hand():
     assert estimate.smallest_card(cost.bytes) == "A100 40 GB" and cost.fullest == "backward"
     silent = replace(cost, traffic={100: 0.0})
     assert silent.hours("H100", 100)[0] == pytest.approx(1e15 / (989e12 * 0.45))
+
+
+def test_a_run_that_has_not_begun(compose, untrained_folders):
+    """What `dry=true` says of a model in a folder; one that is built here is tiny, and one without training free."""
+    path = f"model.path={untrained_folders['qwen2_vl']}"
+    config = validate(compose(path, "data=digits", "shots=1", "gpus=2"))
+    prompts, memory, short, long = estimate.foreseen(config, questions := task.build(config))
+    limit = config.rollout.max_completion_tokens
+    assert re.fullmatch(rf"prompts: \d+ to \d+ tokens, completions up to {limit}", prompts)
+    assert "GiB per GPU, most in" in memory and "smallest card: RTX 4090" in memory
+    for line, length in ((short, r"\d"), (long, limit)):
+        pattern = rf"completions of {length} tokens: training \S+ \+ sampling \S+ TFLOP per update, "
+        assert re.match(pattern, line) and line.endswith("h of training on 2 x A100 80 GB")
+    few, many = (float(line.split("training ")[1].split()[0]) for line in (short, long))
+    assert many > few
+    assert estimate.foreseen(replace(config, trainer=replace(config.trainer, name="none")), questions) == []
+    assert estimate.foreseen(replace(config, model=replace(config.model, path=None)), questions) == []
+
+
+@pytest.mark.parametrize(
+    "changes", [("method=alert", "model=tiny_gemma3", "data=digits"), ("method=sft", "data=digits")]
+)
+def test_methods_cost_what_they_ask(compose, untrained_folders, changes):
+    """ALERT's bank is trained beside the adapters; supervised training samples nothing."""
+    config = validate(compose(*changes, "shots=2", "model.load_in_8bit=false"))
+    family = config.model.family
+    cost = estimate.of_run(config, task.build(config), untrained_folders[family], 1)
+    if family == "gemma3":
+        tokens, width = 4, 96
+        assert cost.memory["backward"]["gradients"] > 10 * tokens * width * 4
+        assert set(cost.operations[12 if 12 in cost.operations else max(cost.operations)]) == {"training", "sampling"}
+    else:
+        (length,) = cost.operations
+        assert set(cost.operations[length]) == {"training"} and cost.traffic == {length: 0.0}
+        assert "sampling" not in cost.memory and length == cost.completion < 12
 
 
 # ---- against memory that was really taken

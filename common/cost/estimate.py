@@ -15,6 +15,7 @@ from PIL import Image
 
 from common.config.schema import NO_FAMILY, Config, GRPOConfig
 from common.cost.update import GIB, Batch, Pass, cache_bytes, measure, memory
+from common.counted import counted
 from common.data.task import Questions
 from common.forward.logprobs import head_rows
 from common.forward.packing import Group, pack, score_prompts
@@ -107,8 +108,8 @@ def of_run(config: Config, questions: Questions, folder: Path, ranks: int, lengt
     prompts, sampled, most = math.ceil(trainer.prompts_per_update / ranks), None, len(label)
     if isinstance(trainer, GRPOConfig):
         sampled, most = Batch(prompt, prompts, trainer.group_size, limit), limit
-    counted = tuple(lengths) or tuple(dict.fromkeys((min(len(label), most), most)))
-    passes = {length: _measured(policy, prompt, label, length, 1, config) for length in {*counted, most}}
+    shown = tuple(lengths) or tuple(dict.fromkeys((min(len(label), most), most)))
+    passes = {length: _measured(policy, prompt, label, length, 1, config) for length in {*shown, most}}
     fits = _groups_per_forward(config, len(prompt.ids) + _group_size(config) * most, prompts)
     largest = passes[most] if fits == 1 else _measured(policy, prompt, label, most, fits, config)
     evaluated = Batch(tested, min(config.rollout.evaluation_batch, max(1, len(asked))), 1, limit)
@@ -116,11 +117,11 @@ def of_run(config: Config, questions: Questions, folder: Path, ranks: int, lengt
     return Cost(
         (min(tokens), len(prompt.ids)),
         most,
-        {length: _operations(passes[length], config, prompts) for length in counted},
+        {length: _operations(passes[length], config, prompts) for length in shown},
         memory(policy, largest, sampled, evaluated, trainer, config.deepspeed, ranks, weights),
         total_updates(trainer, len(questions.train)),
         ranks,
-        {length: _traffic(policy, sampled, length, config) for length in counted},
+        {length: _traffic(policy, sampled, length, config) for length in shown},
     )
 
 
@@ -245,7 +246,7 @@ def lines(cost: Cost, card: str = "A100 80 GB") -> list[str]:
     held = cost.memory[cost.fullest]
     parts = " + ".join(f"{name} {_gib(size)}" for name, size in held.items() if size >= 0.01 * GIB)
     found = [
-        f"prompts: {few} to {many} tokens, completions up to {cost.completion}",
+        f"prompts: {few} to {counted(many, 'token')}, completions up to {cost.completion}",
         f"memory: about {_gib(cost.bytes)} GiB per GPU, most in {cost.fullest}: {parts};"
         f" smallest card: {smallest_card(cost.bytes)}",
     ]
@@ -253,8 +254,8 @@ def lines(cost: Cost, card: str = "A100 80 GB") -> list[str]:
         low, high = cost.hours(card, length)
         what = " + ".join(f"{name} {count * cost.ranks / 1e12:.3g}" for name, count in phases.items())
         found.append(
-            f"completions of {length} tokens: {what} TFLOP per update, {low:.2g} to {high:.2g} h of training on"
-            f" {cost.ranks} x {card}"
+            f"completions of {counted(length, 'token')}: {what} TFLOP per update, {low:.2g} to {high:.2g} h of"
+            f" training on {cost.ranks} x {card}"
         )
     return found
 
