@@ -148,12 +148,12 @@ def test_shared_equals_plain(
 
 def test_the_image_block_of_gemma_matters(load_vlm, digits_task, think):
     scores = {}
-    for attention in ("family", "causal"):
-        vlm = model_for_parity(load_vlm, torch.float32, family="gemma3", image_attention=attention)
+    for kind in ("family", "causal"):
+        vlm = model_for_parity(load_vlm, torch.float32, family="gemma3", image_attention=kind)
         batch = groups(
             vlm, think.train_prompts(digits_task), Encoder(vlm, Loader(digits_task.images, 32), 512), [2], [4], True
         )
-        scores[attention] = PolicyScorer(vlm.model, vlm.banned, 1.0, 64)(pack_shared(batch, vlm.family, vlm.device))[0]
+        scores[kind] = PolicyScorer(vlm.model, vlm.banned, 1.0, 64)(pack_shared(batch, vlm.family, vlm.device))[0]
     assert float((scores["family"] - scores["causal"]).abs().max()) > 1e-3
 
 
