@@ -206,11 +206,11 @@ def test_auto_merges_where_copies_are_much(prompt, completion, group, size, merg
 
 @pytest.mark.parametrize("how", ["copy", "merge"])
 def test_the_configuration_says_how(how, monkeypatch):
-    """What was installed stays when sampler and scorer install it again, and reaches the layers."""
+    """It goes before what was installed, stays when sampler and scorer install theirs, and reaches the layers."""
     text = SimpleNamespace(_attn_implementation="sdpa")
     model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))
-    attention.install(model, how)
-    attention.install(model)
+    for each in (None, how, None):
+        attention.install(model, each)
     calls = []
     monkeypatch.setattr(attention, "merged_attention", lambda query, *_: calls.append("merge") or query)
     tensors = [torch.randn(1, 2, 10, 8) for _ in range(3)]
