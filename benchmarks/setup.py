@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from common.config.schema import GRPOConfig, ModelConfig
 from common.forward.logprobs import PolicyScorer
@@ -185,6 +186,34 @@ class OurStep:
         loss = policy_loss(inputs, EPSILON, EPSILON, BETA).loss
         loss.backward()
         return float(loss.detach())
+
+
+def counted_flops(step: Callable[[], Any]) -> int:
+    """Floating-point operations of a step as it runs: whatever is computed again counts again.
+
+    PyTorch's counter does not know the attention of CPUs; of a causal one half counts, since its kernel leaves out what
+    nobody sees.
+    """
+    aten = torch.ops.aten
+
+    def seen(keys: int, causal: bool) -> float:
+        return (keys + 1) / (2 * keys) if causal else 1.0
+
+    def attention(query: Any, key: Any, value: Any, dropout: float = 0.0, causal: bool = False, **_: Any) -> int:
+        return int(sdpa_flop_count(query, key, value) * seen(key[2], causal))
+
+    def backward(
+        grad: Any, query: Any, key: Any, value: Any, out: Any, lse: Any, dropout: float, causal: bool, **_: Any
+    ) -> int:
+        return int(sdpa_backward_flop_count(grad, query, key, value) * seen(key[2], causal))
+
+    formulas = {
+        aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        step()
+    return counter.get_total_flops()
 
 
 @contextmanager

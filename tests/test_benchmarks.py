@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -21,6 +23,22 @@ def test_one_step_has_the_loss_and_gradients_of_trl(folder, tmp_path):
 
     case = Case(200, 6, 4)
     assert_same_work(case, {name: build(name, folder, case, tmp_path) for name in VARIANTS})
+
+
+def test_operations_are_counted_as_by_hand():
+    """Products of matrices, forward and backward; of causal attention what is seen, of checkpoints both times."""
+    from benchmarks.setup import counted_flops
+
+    layer, rows = torch.nn.Linear(8, 16, bias=False), torch.randn(10, 8)
+    tokens = torch.randn(1, 2, 6, 4, requires_grad=True)
+
+    def step():
+        checkpoint(lambda x: layer(x).tanh(), rows, use_reentrant=False).sum().backward()
+        F.scaled_dot_product_attention(tokens, tokens, tokens, is_causal=True).sum().backward()
+
+    linear = 3 * (2 * 10 * 8 * 16)  # forward twice, gradient of the weights
+    pairs = 2 * (6 * 7 // 2)  # in two heads
+    assert counted_flops(step) == linear + (2 + 5) * 2 * pairs * 4
 
 
 def test_head_patch_is_undone():

@@ -14,6 +14,7 @@ from common.config.composition import plain, validate
 from common.config.schema import LoraConfig
 from common.data import task
 from common.data.loading import Loader
+from common.forward import attention
 from common.models import checks, families, files, meter
 from common.models.encoder import Encoder
 from common.models.families import Gemma3, Qwen2VL
@@ -297,12 +298,14 @@ def test_a_run_hashes_the_weights_once(monkeypatch, compose, untrained_folder, t
     hashed = []
     monkeypatch.setattr(files, "weights_hash", lambda folder: hashed.append(folder) or "1234")
     values = [f"model.path={untrained_folder}", "model.recipe=null", f"cache_dir={tmp_path}", "label_scoring=false"]
-    values += ["model.freeze_vision=true", "model.feature_cache_gb=0.1", "rewards=alert"]
+    values += ["model.freeze_vision=true", "model.feature_cache_gb=0.1", "rewards=alert", "model.attention=merge"]
     cfg = compose(*values)
     config, questions = validate(cfg), task.build(validate(cfg))
     made = build.build(config, questions, torch.device("cpu"), tmp_path, Checkpoints(tmp_path / "checkpoints", 2))
     result = describe(config, plain(cfg), made.weights, questions, made.decoding)
     assert hashed == [untrained_folder] and result.weights["sha256"] == "1234"
+    text = made.policy.model.config.get_text_config()
+    assert text._attn_implementation == attention.NAMES["merge"], "sampler and scorers keep what was asked for"
 
 
 def test_a_shared_conversation_is_measured_once(untrained_folder, digits_task, think, monkeypatch):

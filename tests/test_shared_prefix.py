@@ -10,6 +10,7 @@ import torch
 
 from common.config.schema import LoraConfig
 from common.data.loading import Loader
+from common.forward import attention
 from common.forward.attention import masked_attention
 from common.forward.logprobs import PolicyScorer
 from common.forward.packing import Group, pack_plain, pack_shared
@@ -133,23 +134,26 @@ def test_shared_equals_plain(
     limit = 1e-5 if dtype == torch.float32 else 1e-9
     for name, (sizes, lengths) in CASES.items():
         batch = groups(vlm, prompts, encoder, sizes, lengths, image)
-        shared = scores_and_gradient(scorer, pack_shared(batch, vlm.family, vlm.device))
         plain = scores_and_gradient(scorer, pack_plain(batch, vlm.family, vlm.pad, vlm.device))
-        assert shared[0].dtype == dtype and float(plain[0].std()) > 0.5, "flat logits would prove nothing"
-        logps, gradient = float((shared[0] - plain[0]).abs().max()), relative_l2(shared[2], plain[2])
-        record_property(name, f"{logps:.1e} {gradient:.1e}")
-        assert logps <= limit and gradient <= limit, name
-        assert float((shared[1] - plain[1]).abs().max()) <= 10 * limit
+        # one prompt and several, equal and unequal completions: each way to attend to the prompts meets both
+        for how in ("copy", "merge") if name in ("G5 equal lengths", "three prompts") else ("copy",):
+            attention.install(vlm.model, how)
+            shared = scores_and_gradient(scorer, pack_shared(batch, vlm.family, vlm.device))
+            assert shared[0].dtype == dtype and float(plain[0].std()) > 0.5, "flat logits would prove nothing"
+            logps, gradient = float((shared[0] - plain[0]).abs().max()), relative_l2(shared[2], plain[2])
+            record_property(f"{name}, {how}", f"{logps:.1e} {gradient:.1e}")
+            assert logps <= limit and gradient <= limit, (name, how)
+            assert float((shared[1] - plain[1]).abs().max()) <= 10 * limit
 
 
 def test_the_image_block_of_gemma_matters(load_vlm, digits_task, think):
     scores = {}
-    for attention in ("family", "causal"):
-        vlm = model_for_parity(load_vlm, torch.float32, family="gemma3", image_attention=attention)
+    for kind in ("family", "causal"):
+        vlm = model_for_parity(load_vlm, torch.float32, family="gemma3", image_attention=kind)
         batch = groups(
             vlm, think.train_prompts(digits_task), Encoder(vlm, Loader(digits_task.images, 32), 512), [2], [4], True
         )
-        scores[attention] = PolicyScorer(vlm.model, vlm.banned, 1.0, 64)(pack_shared(batch, vlm.family, vlm.device))[0]
+        scores[kind] = PolicyScorer(vlm.model, vlm.banned, 1.0, 64)(pack_shared(batch, vlm.family, vlm.device))[0]
     assert float((scores["family"] - scores["causal"]).abs().max()) > 1e-3
 
 

@@ -56,7 +56,8 @@ SCHEMAS = {
 NOT_IN_SIGNATURE = ("tracking", "label", "run_name", "gpus", "cache_dir", "checkpoint", "doctor", "manifest", "dry")
 # The manifest says which pictures were left out, so a run that met bad ones, or doubles, may continue.
 NOT_IN_SIGNATURE_OF_DATA = ("root", "cache_gb", "skip_bad", "duplicates", "near_duplicates", "own_photos", "licence")
-NOT_IN_SIGNATURE_OF_MODEL = ("licence", "max_prompt_tokens")  # a prompt is refused or asked whole
+# A prompt is refused or asked whole; the ways to attend differ in rounding.
+NOT_IN_SIGNATURE_OF_MODEL = ("licence", "max_prompt_tokens", "attention")
 NOT_IN_SIGNATURE_OF_REWARDS = ("runtime",)  # of a reward that is computed elsewhere: address, patience, cache
 
 

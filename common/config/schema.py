@@ -61,9 +61,11 @@ class ModelConfig:
 
     resize: how an image becomes image_size x image_size: `squash`, `crop` (shorter side, then the centre) or `pad`.
     max_prompt_tokens: longer prompts are refused; null: those that the model cannot read. image_attention: `family`
-    (the architecture's own) or `causal`. freeze_vision: tower and projector, but for what `lora.projector` trains.
-    feature_cache_gb: disk space for image features of a frozen tower, 0: no cache. load_in_8bit: bitsandbytes'
-    LLM.int8(), for the base of adapters or without training. licence: of the weights.
+    (the architecture's own) or `causal`. attention: how completions reach the keys of their prompt, with the same
+    result: `copy` (one for each), `merge` (none), or what suits the sizes (`auto`). freeze_vision: tower and projector,
+    but for what `lora.projector` trains. feature_cache_gb: disk space for image features of a frozen tower, 0: no
+    cache. load_in_8bit: bitsandbytes' LLM.int8(), for the base of adapters or without training. licence: of the
+    weights.
     """
 
     name: str = MISSING
@@ -77,6 +79,7 @@ class ModelConfig:
     max_prompt_tokens: int | None = None
     gradient_checkpointing: bool = False
     image_attention: str = "family"
+    attention: str = "auto"
     freeze_vision: bool = False
     feature_cache_gb: float = 0.0
     load_in_8bit: bool = False
@@ -88,6 +91,7 @@ class ModelConfig:
         one_of("model.resize", self.resize, ("squash", "crop", "pad"))
         one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
         one_of("model.image_attention", self.image_attention, ("family", "causal"))
+        one_of("model.attention", self.attention, ("auto", "copy", "merge"))
         if self.feature_cache_gb > 0 and not self.freeze_vision:
             raise UserError("model.feature_cache_gb needs model.freeze_vision=true: features of a trained tower change")
         if self.feature_cache_gb > 0 and self.lora.projector != "none":

@@ -1,4 +1,4 @@
-"""Shared-prefix attention: two dense attention calls and no L x L mask.
+"""Shared-prefix attention: two or three dense attention calls and no L x L mask.
 
 The prompts attend among themselves, causally except inside an image where the family says so; every completion attends
 to its own prompt and, causally, to itself. Layers with a sliding window see only that much.
@@ -7,11 +7,16 @@ layout it is ordinary scaled-dot-product attention with transformers' own masks.
 
 Exact for models without dropout: the same sums as the plain computation, in another order.
 
+A completion's keys are its prompt's and its own, and there are two ways to attend to both. `copy` puts them side by
+side: S (W + R) keys and values, on a GPU for each of H heads, since its kernels with a mask know no grouped ones.
+`merge` leaves them where they are (common/forward/merged.py). `auto` chooses by `merges`.
+
 Shapes: H query heads, K key heads, D head size; N, S, P, R, L as in common/forward/layout.py.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +26,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from common.forward.layout import SharedPrefix
+from common.forward.merged import merged_attention
 
 NAME = "shared_prefix"
+IN_CACHE = 2**22  # bytes
+WORTHWHILE = 1.5  # keys that are copied per token
+NAMES = {"auto": NAME, "copy": f"{NAME}_copy", "merge": f"{NAME}_merge"}
 
 
 def shared_prefix_attention(
@@ -34,6 +43,7 @@ def shared_prefix_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     shared_prefix: SharedPrefix | None = None,
+    how: str = "auto",
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Transformers' attention signature. Shape: query [1, H, L, D], key and value [1, K, L, D] -> [1, L, H, D]."""
@@ -52,12 +62,38 @@ def shared_prefix_attention(
     visible, mask = layout.suffix_keys(sliding_window)
     if visible is not layout.prefix_index:  # inside a window only the end of the prompt counts
         prefix_k, prefix_v = _take(key, visible), _take(value, visible)
-    keys, values = (
-        torch.cat([before[layout.suffix_owner], own], 2) for before, own in ((prefix_k, suffix_k), (prefix_v, suffix_v))
-    )
-    suffix = masked_attention(suffix_q, keys, values, mask, scaling, grouped)
+    if how == "auto":
+        copied, heads = len(suffix_q) * (visible.shape[1] + suffix_q.shape[2]), (key if grouped else query).shape[1]
+        size = 2 * heads * query.shape[-1] * query.element_size()
+        how = "merge" if merges(copied, query.shape[2], size) else "copy"
+    if how == "merge":
+        seen = layout.seen_apart(sliding_window, query.shape[1] // key.shape[1], query.dtype)
+        factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+        suffix = merged_attention(suffix_q, (prefix_k, prefix_v), (suffix_k, suffix_v), seen, factor)
+    else:
+        keys, values = (
+            torch.cat([before[layout.suffix_owner], own], 2)
+            for before, own in ((prefix_k, suffix_k), (prefix_v, suffix_v))
+        )
+        suffix = masked_attention(suffix_q, keys, values, mask, scaling, grouped)
     flat = torch.cat([x.transpose(1, 2).flatten(0, 1) for x in (prefix, suffix)])  # [N P + S R, H, D]
     return flat[layout.restore][None], None
+
+
+def merges(copied: int, tokens: int, size: int) -> bool:
+    """Whether `auto` merges.
+
+    A layer of Qwen2-VL-2B keeps 69 bytes per token and width for its gradient in bf16, and 4 more for every key that is
+    copied. A group of four with a prompt of 700 tokens copies 3.9 keys per token, which is 18 % of all that the layer
+    keeps; below 1.5 it is under 8 % (docs/performance.md). Copies that fit into a cache cost less than the calls that
+    merging adds.
+
+    Args:
+        copied: Keys that all completions attend to.
+        tokens: Of the row.
+        size: Bytes of a key and its value in all heads that they would be copied for.
+    """
+    return copied * size > IN_CACHE and copied >= WORTHWHILE * tokens
 
 
 def masked_attention(
@@ -88,10 +124,18 @@ def _take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return x[0].index_select(1, index.flatten()).view(heads, *index.shape, size).transpose(0, 1)
 
 
-def install(model: Any) -> None:
-    """Let the language model attend by this function: a `*ForConditionalGeneration`, or the PEFT model around one."""
-    model.config.get_text_config()._attn_implementation = NAME
+def install(model: Any, how: str | None = None) -> None:
+    """Let the language model attend by this function.
+
+    Args:
+        model: A `*ForConditionalGeneration`, or the PEFT model around one.
+        how: A key of `NAMES`; None: as it was installed before, else `auto`.
+    """
+    text = model.config.get_text_config()
+    if how is not None or text._attn_implementation not in NAMES.values():
+        text._attn_implementation = NAMES[how or "auto"]
 
 
-AttentionInterface.register(NAME, shared_prefix_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+for _how, _name in NAMES.items():
+    AttentionInterface.register(_name, partial(shared_prefix_attention, how=_how))
+    AttentionMaskInterface.register(_name, sdpa_mask)

@@ -22,8 +22,8 @@ from common.forward.packing import Group, followed_by, pack_shared
 from common.models.encoder import Encoded
 from common.models.vlm import VLM
 
-# Keys that the completions of a row attend to, the copies of their prompts included: the largest tensors of a forward,
-# about 0.8 GB in Qwen2-VL-2B. At its 700 prompt tokens some 180 names fit.
+# Keys that the completions of a row attend to, each with its prompt's. With model.attention=copy they are the largest
+# tensors of a forward, about 0.8 GB in Qwen2-VL-2B. At its 700 prompt tokens some 180 names fit.
 BUDGET = 2**17
 
 

@@ -1,7 +1,7 @@
 """Where prompts and completions lie in a shared row, and who sees whom.
 
-Shapes: N prompts, S completions of all prompts, P/R prompt/completion tokens (padded), L tokens of the row, W prompt
-tokens that completions see.
+Shapes: N prompts, S completions of all prompts, at most G of one prompt, P/R prompt/completion tokens (padded), L
+tokens of the row, W prompt tokens that completions see.
 """
 
 from __future__ import annotations
@@ -10,6 +10,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+# What is added to the score of a key that a query does not see. It is finite: a query that sees no key of a block then
+# has a log-sum-exp there, and the weight of the block is zero all the same.
+HIDDEN = -1e30
+ALIGNED = 16  # kernels read the rows of a bias in vectors of up to so many numbers
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What completions see of their prompts and of themselves, each apart (see common/forward/merged.py).
+
+    prompt_bias: 0 or HIDDEN, [N or 1, 1, rows or 1, W], for all that attends to a prompt as the rows of one block;
+    None: everything is seen. own_bias: [1, 1, R, R]; None: causal. members: [N, G], the completions of each prompt, -1
+    where it has fewer; None: all have equally many.
+    """
+
+    prompts: int
+    prompt_bias: torch.Tensor | None
+    own_bias: torch.Tensor | None
+    members: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -80,3 +100,42 @@ class SharedPrefix:
                 itself = itself & (row - window < row.T)
             self.masks["suffix", window] = index, torch.cat([seen, itself], 2)[:, None]
         return self.masks["suffix", window]
+
+    def seen_apart(self, window: int | None, repeat: int, dtype: torch.dtype) -> Seen:
+        """What completions see, as `suffix_keys` has it, in the form that attention in two parts takes.
+
+        Args:
+            window: Of the layer.
+            repeat: Query heads per key head; all are rows of one block.
+            dtype: Of the queries.
+        """
+        key = ("apart", window, repeat, dtype)
+        if key not in self.masks:
+            index, mask = self.suffix_keys(window)
+            count, tokens = len(index), self.suffix_index.shape[1]
+            per_prompt = torch.bincount(self.suffix_owner, minlength=count)  # [N]
+            starts, most = per_prompt.cumsum(0) - per_prompt, int(per_prompt.max())
+            prompt, own = mask[starts if len(mask) > 1 else [0]].split([index.shape[1], tokens], -1)
+            if bool((prompt == prompt[:, :, :1]).all()):  # the same for every token of a completion
+                rows = prompt[:, :, :1]
+            else:
+                rows = prompt.repeat(1, 1, repeat * most, 1)
+            causal = torch.ones_like(own[0, 0]).tril()
+            within = torch.arange(most, device=index.device)
+            members = (starts[:, None] + within).where(within < per_prompt[:, None], -1)
+            self.masks[key] = Seen(
+                count,
+                None if bool(rows.all()) else _bias(rows, dtype),
+                None if bool((own == causal).all()) else _bias(own[:1], dtype),
+                None if bool((members >= 0).all()) else members,
+            )
+        found: Seen = self.masks[key]
+        return found
+
+
+def _bias(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """0 where a key is seen and HIDDEN elsewhere, with rows that begin where kernels can read them."""
+    width = seen.shape[-1]
+    bias = torch.full((*seen.shape[:-1], width + -width % ALIGNED), HIDDEN, dtype=dtype, device=seen.device)
+    bias[..., :width].masked_fill_(seen, 0)
+    return bias[..., :width]

@@ -12,6 +12,7 @@ from common.config.schema import Config, GRPOConfig, TrainerConfig
 from common.data import task
 from common.data.pictures import make_loader
 from common.data.task import Questions
+from common.forward import attention
 from common.learner import Prepares
 from common.method import Embeddings, Looks
 from common.models import checks, files, meter, vlm
@@ -52,6 +53,7 @@ def build(
     source = files.weights_folder(config)
     torch.manual_seed(config.seed)  # adapters start alike on all ranks
     policy = vlm.load(source, config.model, device, train=config.trainer.name != "none")
+    attention.install(policy.model, config.model.attention)
     weights = {"path": str(source), "sha256": shared_hash(source)}
     checkpoints.begin_from(weights["sha256"], weights["path"])
     # before anything is attached or trained, and before a training is continued
