@@ -51,7 +51,7 @@ class VLLMRollout:
             prompt_tokens: Longest prompt.
             completion_tokens: Longest completion.
             seed: Of the engine; a completion's own comes with its request.
-            image_size: Side of the largest picture in pixels, for which memory is reserved; None: of the largest that the
+            image_size: Side of the largest picture in pixels, for which memory is reserved; None: the largest that the
                 model's own processor allows.
             memory: Share of the GPU for the engine: weights, cache and work space.
             cpu_gib: Size of the cache where there is no GPU.
