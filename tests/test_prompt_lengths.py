@@ -151,6 +151,14 @@ def test_lengths(metre, data):
     assert found == LENGTHS[data]
 
 
+@pytest.mark.parametrize("data", LENGTHS)
+def test_the_documentation_shows_the_table(data):
+    names, *rest = LENGTHS[data]
+    cells = [" – ".join(f"{n:,}" for n in dict.fromkeys(c)) if isinstance(c, tuple) else f"{c:,}" for c in rest]
+    page = (REPOSITORY / "docs" / "datasets.md").read_text("utf-8")
+    assert f"| {data} | {names} | {' | '.join(cells)} |\n" in page
+
+
 def test_a_prompt_counted_by_hand(metre):
     """Chat, question and image of one prompt each, written down whole."""
     qwen, gemma = metre("qwen2_vl"), metre("gemma3")
