@@ -89,6 +89,7 @@ def name_of(model):
     return next(name for name in REAL if name == model.family.model_type)
 
 
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("layers", DEPTHS)
 @pytest.mark.parametrize("family", REAL)
 def test_correct_bf16_passes_and_every_fault_is_refused(
