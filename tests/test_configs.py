@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from omegaconf import OmegaConf
 
 from common import rewards
 from common.config import composition as config
+from common.models import checks
 from common.types import UserError
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -99,6 +101,26 @@ def test_paper_configuration(compose, method, rewards):
     assert (t.beta, c.rollout.temperature, c.rollout.top_k, c.rollout.top_p) == (0.04, 1.0, 50, 1.0)
     assert c.rollout.max_completion_tokens == 1024
     assert set(c.rewards) == rewards and all(entry["weight"] == 1 for entry in c.rewards.values())
+
+
+@pytest.mark.parametrize(("method", "rate"), [("clsrl", 2e-5), ("sft", 1e-4)])
+def test_adapters_have_a_rate_of_their_own(compose, method, rate):
+    chosen = [f"method={method}", "model=qwen2_vl_2b", "shots=4", "gpus=1"]
+    c = config.validate(compose(*chosen, "experiment=lora"))
+    assert (c.trainer.learning_rate, c.model.lora.r, c.model.lora.alpha) == (rate, 16, 32)
+    whole = config.validate(compose(*chosen, "model.lora.r=16"))
+    assert replace(c.trainer, learning_rate=1e-6) == whole.trainer and c.model == whole.model, "and nothing else"
+    said = checks.still_adapters(whole)
+    assert said is not None and "trainer.learning_rate=1e-06" in said and "experiment=lora" in said
+    assert checks.still_adapters(c) is None and checks.still_adapters(config.validate(compose(*chosen))) is None
+
+
+def test_adapters_of_alert_keep_the_papers_rate(compose):
+    c = config.validate(compose("method=alert"))
+    assert (c.trainer.learning_rate, c.model.lora.r, c.model.lora.alpha) == (5e-6, 16, 32)
+    assert checks.still_adapters(c) is None
+    untrained = ["method=zeroshot", "model=qwen2_vl_2b"]
+    assert checks.still_adapters(config.validate(compose(*untrained, "model.lora.r=4"))) is None
 
 
 @pytest.mark.sampled

@@ -7,25 +7,29 @@ from __future__ import annotations
 
 from dataclasses import replace
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
 from scipy.stats import chisquare
 
+from benchmarks.rehearse.checkpoint import PUBLISHED
 from clsrl.method import ClosedFormQuestion
 from common.data.loading import Loader
 from common.forward.logprobs import PolicyScorer
 from common.forward.packing import Group, pack_plain
 from common.models import adapters, slots, vlm
 from common.models.encoder import Encoded, Encoder
+from common.models.families import family
 from common.rollout.base import Decoding, Request, awake, requests
 from common.rollout.hf import HFRollout
+from common.rollout.vllm.engine import describe
 from common.types import CATEGORY, UserError
 
 TOLERANCE = 1e-4  # nats, fp32
 SAMPLE = Decoding(temperature=0.9, top_k=50, top_p=1.0, max_tokens=16)
 GREEDY = Decoding(temperature=0.0, top_k=0, top_p=1.0, max_tokens=16)
-OPTIONS = {"prompt_tokens": 512, "completion_tokens": 32, "seed": 1, "timeout": 120.0}
+OPTIONS = {"prompt_tokens": 512, "completion_tokens": 32, "seed": 1, "image_size": 32, "timeout": 120.0}
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="needs make setup-vllm")
 
 
@@ -272,3 +276,41 @@ def test_images_that_see_both_ways_are_refused_where_the_engine_cannot(load_vlm)
 
     with pytest.raises(UserError, match="model.image_attention=causal"):
         VLLMRollout(load_vlm(family="gemma3"), **OPTIONS)
+
+
+def test_the_largest_picture_is_that_of_the_run(load_vlm, compose, tmp_path):
+    """Qwen2-VL's own processor allows 12.8 million pixels, for which an engine would reserve memory."""
+    from PIL import Image
+    from transformers import AutoProcessor, Qwen2VLImageProcessor
+
+    own = Qwen2VLImageProcessor(**PUBLISHED["qwen2_vl_2b"].preprocessor)
+
+    def tokens(*sizes):
+        grids = own([Image.new("RGB", size) for size in sizes], return_tensors="pt")["image_grid_thw"]
+        return (grids.prod(1) // 4).tolist()
+
+    sizes = (384, 384), (3000, 3000), (3000, 1500)
+    assert tokens(*sizes) == [196, 107 * 107, 107 * 54]
+    family("qwen2_vl").bound(SimpleNamespace(image_processor=own), 384)
+    assert tokens(*sizes) == [196, 196, 9 * 19]
+    assert compose("rollout=vllm", "model=qwen2_vl_2b").rollout.options.image_size == 384
+
+    for name in ("qwen2_vl", "gemma3"):
+        vlm = load_vlm(family=name)
+        before = dict(vlm.processor.image_processor.size)
+        describe(vlm, tmp_path / name, 16)
+        written = AutoProcessor.from_pretrained(tmp_path / name).image_processor.size
+        assert dict(written) == (before | {"longest_edge": 16 * 16} if name == "qwen2_vl" else before)
+        assert dict(vlm.processor.image_processor.size) == before, "the trainer's own stays as it is"
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_an_engine_reckons_with_the_largest_picture_of_the_run(make):
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+    from vllm.multimodal.encoder_budget import MultiModalBudget
+
+    subject = make("vllm", "qwen2_vl")
+    budget = MultiModalBudget(subject.rollout.engine.llm.llm_engine.vllm_config, MULTIMODAL_REGISTRY)
+    config = subject.vlm.model.config.to_dict()
+    assert budget.mm_max_toks_per_item == {"image": subject.vlm.family.image_tokens(config, 32)}

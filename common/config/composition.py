@@ -76,6 +76,11 @@ def of_selection(selection: str, val: Any, paper: Any) -> Any:
     return paper if selection == "paper" else val
 
 
+def of_trainer(name: str, grpo: Any, sft: Any) -> Any:
+    """`${of_trainer:${trainer.name},…,…}`: a value for `trainer=grpo`, and one for `trainer=sft`."""
+    return grpo if name == "grpo" else sft
+
+
 def register() -> None:
     """Make the schemas known to Hydra."""
     store = ConfigStore.instance()
@@ -297,3 +302,4 @@ def differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> lis
 run_name.register(decides_result)  # here, since a launcher's worker imports this module but does not call `register`
 OmegaConf.register_new_resolver("of_shots", of_shots, replace=True)
 OmegaConf.register_new_resolver("of_selection", of_selection, replace=True)
+OmegaConf.register_new_resolver("of_trainer", of_trainer, replace=True)

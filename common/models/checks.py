@@ -12,6 +12,7 @@ from common.models import files, meter
 from common.runtime.progress import say
 from common.types import CATEGORY, Task, UserError
 
+ADAPTERS_MOVE = 5e-6  # the lowest rate that any paper here trains adapters at, ALERT's
 INSTEAD = (  # of a tiny model, on photos
     "on a laptop take method=linear_probe clip=none visual=lite0, on a GPU another model, such as model=qwen2_vl_2b"
 )
@@ -27,8 +28,9 @@ def check(config: Config, questions: Questions) -> None:
     measure = check_weights(config)
     check_words(config, measure, questions.task)
     check_lengths(config, questions, measure)
-    if line := unknown_classes(config, questions):
-        say(f"warning: {line}")
+    for line in (unknown_classes(config, questions), still_adapters(config)):
+        if line:
+            say(f"warning: {line}")
 
 
 def check_words(config: Config, measure: meter.PromptMeter, task: Task) -> None:
@@ -96,6 +98,17 @@ def unknown_classes(config: Config, questions: Questions) -> str | None:
         f"model={config.model.name} was taught {len(known)} classes only ({', '.join(sorted(known)[:3])}, …); of"
         f" data={config.data.name} it cannot know {len(unknown)} of {len(names)}, first: '{unknown[0]}'. It will hardly"
         f" earn a reward there; {INSTEAD}"
+    )
+
+
+def still_adapters(config: Config) -> str | None:
+    """What to say if adapters are to be trained at a rate that is made for whole weights; else None."""
+    r, rate = config.model.lora.r, config.trainer.learning_rate
+    if config.trainer.name == "none" or r == 0 or rate >= ADAPTERS_MOVE:
+        return None
+    return (
+        f"model.lora.r={r} with trainer.learning_rate={rate:g}: at a rate for whole weights adapters hardly move;"
+        " experiment=lora has one of their own, or give trainer.learning_rate"
     )
 
 

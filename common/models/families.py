@@ -65,6 +65,10 @@ class Family(Protocol):
         """Number of prompt tokens that a square image of `image_size` pixels takes; `config` is config.json."""
 
     @staticmethod
+    def bound(processor: Any, image_size: int) -> None:
+        """Let a processor make no picture larger than a square one of `image_size` pixels; that one stays as it is."""
+
+    @staticmethod
     def project(model: Any, hidden: torch.Tensor) -> torch.Tensor:
         """Outputs of the vision tower as input embeddings. Shape: [n, patches, V] -> [n, m, D]."""
 
@@ -143,6 +147,12 @@ class Qwen2VL:
         return round(image_size / cell) ** 2  # the processor rounds each side to whole cells
 
     @staticmethod
+    def bound(processor: Any, image_size: int) -> None:
+        images = processor.image_processor
+        cell = images.patch_size * images.merge_size
+        images.size = {**dict(images.size), "longest_edge": (round(image_size / cell) * cell) ** 2}  # pixels
+
+    @staticmethod
     def image_text(text: str) -> str:
         return text
 
@@ -203,6 +213,10 @@ class Gemma3:
     @staticmethod
     def image_tokens(config: dict[str, Any], image_size: int) -> int:
         return int(config["mm_tokens_per_image"])  # whatever the size: the processor resizes
+
+    @staticmethod
+    def bound(processor: Any, image_size: int) -> None:
+        """Every picture has one size already."""
 
     @staticmethod
     def image_text(text: str) -> str:

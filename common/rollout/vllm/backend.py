@@ -36,6 +36,7 @@ class VLLMRollout:
         prompt_tokens: int,
         completion_tokens: int,
         seed: int,
+        image_size: int | None = None,
         memory: float = 0.4,
         cpu_gib: int = 1,
         sequences: int = 64,
@@ -50,6 +51,8 @@ class VLLMRollout:
             prompt_tokens: Longest prompt.
             completion_tokens: Longest completion.
             seed: Of the engine; a completion's own comes with its request.
+            image_size: Side of the largest picture in pixels, for which memory is reserved; None: the largest that the
+                model's own processor allows.
             memory: Share of the GPU for the engine: weights, cache and work space.
             cpu_gib: Size of the cache where there is no GPU.
             sequences: Completions that are computed at a time.
@@ -69,6 +72,7 @@ class VLLMRollout:
                 vlm,
                 length=prompt_tokens + completion_tokens,
                 seed=seed,
+                image_size=image_size,
                 memory=memory,
                 cpu_gib=cpu_gib,
                 sequences=sequences,

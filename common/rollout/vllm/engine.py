@@ -45,6 +45,7 @@ class Engine:
         *,
         length: int,
         seed: int,
+        image_size: int | None,
         memory: float,
         cpu_gib: int,
         sequences: int,
@@ -82,7 +83,7 @@ class Engine:
         if tensor_parallel > 1 and not on_gpu:
             clear_shared_memory()
         with tempfile.TemporaryDirectory(prefix="vllm-") as folder, undisturbed():
-            describe(vlm, Path(folder))
+            describe(vlm, Path(folder), image_size)
             from vllm import LLM  # ten seconds or more
 
             try:
@@ -231,8 +232,12 @@ def clear_shared_memory() -> None:
     barrier()
 
 
-def describe(vlm: VLM, folder: Path) -> None:
-    """Write what an engine needs of a model beside its weights: its configuration and its processor."""
+def describe(vlm: VLM, folder: Path, image_size: int | None = None) -> None:
+    """Write what an engine needs of a model beside its weights: its configuration and its processor.
+
+    `image_size`: side of the largest picture in pixels. An engine reserves memory for the largest that its processor
+    allows, and computes one when it starts: of 16,384 tokens in Qwen2-VL's own.
+    """
     base = without_adapters(vlm.model)
     config = copy.deepcopy(base.config)
     rows = vocabulary(vlm.model)
@@ -241,7 +246,10 @@ def describe(vlm: VLM, folder: Path) -> None:
         config.vocab_size = rows
     config.architectures = [type(base).__name__]
     config.save_pretrained(folder)
-    vlm.processor.save_pretrained(folder)
+    processor = copy.deepcopy(vlm.processor)
+    if image_size is not None:
+        vlm.family.bound(processor, image_size)
+    processor.save_pretrained(folder)
 
 
 def retie(model: Any) -> None:
