@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -23,6 +24,7 @@ import hydra
 import torch
 from safetensors import safe_open
 
+from benchmarks import grpo_step, setup
 from benchmarks.rehearse.checkpoint import PUBLISHED, SPREAD, hub_name
 from benchmarks.rehearse.lines import Line, timed, within
 from common.config import composition
@@ -34,6 +36,7 @@ from common.forward.label_scores import LabelScorer
 from common.forward.logprobs import PolicyScorer, token_logps
 from common.forward.packing import Group, pack_shared
 from common.models.adapters import without_adapters
+from common.models.families import Qwen2VL
 from common.models.files import lineage, weight_files
 from common.models.meter import messages, of_folder
 from common.models.vlm import VLM
@@ -46,6 +49,8 @@ from common.vlm.build import build
 from common.vlm.learner import VLMLearner, sampling
 
 TOKENS, COMPARED = 8, 2  # of a completion; completions of the group that go through stock forwards
+TRL_CASES = (setup.Case(700, 6, 4), setup.Case(700, 150, 4))  # CLS-RL on ImageNet: a label, a thought
+KERNELS = ("sdpa", "eager", "flash_attention_2")  # of transformers
 REASONING = "<think>Why? Round ears.</think>"
 
 
@@ -235,7 +240,7 @@ def forwards(learner: VLMLearner) -> Iterator[Line]:
         "rollout.temperature",
         {"rounding": found.rounding, "noise": found.noise},
     )
-    for kind in ("sdpa", "eager", "flash_attention_2"):
+    for kind in KERNELS:
         yield kernel(policy, group, exact, kind, max(found.rounding, 1e-5), decoding.temperature)
 
 
@@ -296,7 +301,7 @@ def update(learner: VLMLearner) -> Iterator[Line]:
     policy = learner.policy
     before = {name: p.detach().clone() for name, p in policy.model.named_parameters() if p.requires_grad}
     step = trainer.step(0)
-    moved = {name: float((p.detach() != before[name]).float().mean()) for name, p in _trained(policy)}
+    moved = {name: float((p.detach() != before[name]).float().mean()) for name, p in learned(policy)}
     still = [name for name, share in moved.items() if share == 0]
     norm = step.metrics["grad_norm"]
     share = sum(moved.values()) / len(moved)
@@ -314,18 +319,19 @@ def update(learner: VLMLearner) -> Iterator[Line]:
     )
 
 
-def _trained(policy: VLM) -> list[tuple[str, torch.nn.Parameter]]:
+def learned(policy: VLM) -> list[tuple[str, torch.nn.Parameter]]:
+    """The weights that are trained, by name."""
     return [(name, p) for name, p in policy.model.named_parameters() if p.requires_grad]
 
 
 @torch.no_grad()
-def weight_push(learner: VLMLearner, other: Rollout | None = None) -> Iterator[Line]:
+def push(learner: VLMLearner, other: Rollout | None = None) -> Iterator[Line]:
     """A sampler with weights of its own samples what the trainer scores, and still does when the weights change."""
     policy, rollout = learner.policy, other or learner.rollout
     temperature = decoding_of(learner).temperature
     scorer = PolicyScorer(policy.model, policy.banned, temperature, 128).to(policy.device).eval()
-    trained = _trained(policy)
-    begun = [p.detach().clone() for _, p in trained]
+    own = learned(policy)
+    begun = [p.detach().clone() for _, p in own]
 
     def gap(version: int) -> tuple[float, Group]:
         with awake(rollout, version):
@@ -341,17 +347,33 @@ def weight_push(learner: VLMLearner, other: Rollout | None = None) -> Iterator[L
         exact = scorer(packed, entropy=False)[0]
     allowed = max(agreement.SAMPLER[policy.model.dtype], agreement.MULTIPLE * agreement.difference(rounded, exact))
     yield within("sampler of its own", "differs by", first, allowed, "rollout=hf", "failed")
-    for _, parameter in trained:
+    for _, parameter in own:
         spread = float(parameter.float().std(correction=0)) or 0.02
         parameter.add_(torch.randn_like(parameter) * spread * 0.3)
     change = agreement.difference(scorer(packed, entropy=False)[0], rounded)
     second, _ = gap(1)
-    for (_, parameter), value in zip(trained, begun, strict=True):
+    for (_, parameter), value in zip(own, begun, strict=True):
         parameter.copy_(value)
     with awake(rollout, 2):
         pass
     line = within("weights pushed", "after them it differs by", second, allowed, "rollout.options.sleep=0; rollout=hf")
     yield line if change > 2 * allowed else Line("weights pushed", "off", f"the change itself is only {change:.1e}")
+
+
+def against_trl(learner: VLMLearner) -> Iterator[Line]:
+    """Scoring, loss and backward of a group in turn with TRL's trainer, which computes the same; Qwen2-VL only."""
+    folder, policy = lineage(Path(learner.weights["path"]))[0], learner.policy
+    place = setup.Place(policy.device, learner.config.model.dtype)
+    allowed = (1e-4, 1e-3) if place.dtype == "float32" else (0.1, 0.3)
+    for case in TRL_CASES if policy.family is Qwen2VL else ():
+        with tempfile.TemporaryDirectory() as workdir:
+            sides = {side: grpo_step.build(side, folder, case, Path(workdir), place) for side in ("ours", "trl")}
+            grpo_step.assert_same_work(case, sides, allowed)
+            seconds = setup.alternate(sides, 3, place.seconds)
+        ours, theirs = seconds["ours"].median, seconds["trl"].median
+        seen = f"{ours:.3f} s a group, TRL {theirs:.3f} s: {theirs / ours:.2f} times"
+        figures = {"ours": list(seconds["ours"].values), "trl": list(seconds["trl"].values)}
+        yield Line(f"TRL, {case.name}", "ok" if ours < theirs else "off", seen, "trainer.impl=plain", figures)
 
 
 def arithmetic(device: torch.device) -> Iterator[Line]:
@@ -371,7 +393,8 @@ CHECKS: dict[str, Callable[[VLMLearner], Iterator[Line]]] = {
     "forwards": forwards,
     "labels": labels,
     "update": update,
-    "push": weight_push,
+    "push": push,
+    "trl": against_trl,
 }
 
 
