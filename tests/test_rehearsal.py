@@ -13,12 +13,17 @@ import torch
 from benchmarks.rehearse import __main__ as rehearsal
 from benchmarks.rehearse import checks
 from benchmarks.rehearse.lines import Line, timed, within
+from benchmarks.setup import Case
 from common.data import task
 from common.forward.label_scores import LabelScorer
-from common.forward.packing import pack_shared
+from common.forward.logprobs import PolicyScorer
+from common.forward.packing import Group, pack_shared
+from common.models.adapters import without_adapters
+from common.models.encoder import Encoder
 from common.models.families import Qwen2VL
 from common.rollout.hf import HFRollout
 from common.types import Prompt, Sample
+from tests import pretend_device
 from tests.conftest import REPOSITORY, initialized
 
 CPU = torch.device("cpu")
@@ -268,3 +273,36 @@ def test_a_whole_rehearsal_of_a_narrow_model(real_vocabulary, tmp_path, monkeypa
     assert {line["verdict"] for line in lines} == {"ok"}, [line for line in lines if line["verdict"] != "ok"]
     assert {"resumed", "weights moved", "predict by the export", "ZeRO-3, 2 ranks"} <= {line["check"] for line in lines}
     assert [Path(path).name for path in (tmp_path / "out").iterdir() if path.is_dir()] == []
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("family", MODELS)
+def test_nothing_stays_on_the_cpu(learner, monkeypatch, family):
+    """The checks, and forward and backward of a training, on a pretend device that refuses to be mixed with the CPU."""
+    for name in ("tensor", "as_tensor"):
+        monkeypatch.setattr(torch, name, pretend_device.made(getattr(torch, name)))
+    model = copy.copy(learner(family))
+    model.policy = replace(model.policy, model=copy.deepcopy(model.policy.model))
+    if model.policy.slots is not None:
+        model.policy = replace(model.policy, slots=without_adapters(model.policy.model).get_input_embeddings())
+    model.encoder = Encoder(model.policy, model.encoder.load_images, None)
+    model.rollout = HFRollout(model.policy)
+    pretend_device.move(model.policy.model)
+    with pretend_device.There():
+        lines = [line for check in (checks.prompts, checks.forwards, checks.labels) for line in check(model)]
+        assert {line.verdict for line in lines} == {"ok"}, lines
+        (encoded,) = model.encoder(model.questions.train[:1])
+        scorer = PolicyScorer(model.policy.model, model.policy.banned, 1.0, 4).to(model.policy.device)
+        packed = pack_shared([Group(encoded, (torch.tensor([5, 6]),) * 2)], model.policy.family, model.policy.device)
+        scorer(packed)[0].sum().backward()
+        gradients = [p.grad for _, p in checks.learned(model.policy)]
+        assert any(isinstance(gradient, pretend_device.Pretend) for gradient in gradients)
+        with pytest.raises(RuntimeError, match="both devices"):
+            scorer(pack_shared([Group(encoded, (torch.tensor([5, 6]),) * 2)], model.policy.family, CPU))
+
+
+@pytest.mark.faults
+def test_a_group_is_timed_in_turn_with_trl(learner, monkeypatch):
+    monkeypatch.setattr(checks, "TRL_CASES", (Case(200, 4, 2),))
+    (line,) = checks.against_trl(learner("qwen2_vl"))
+    assert line.check == "TRL, P200_R4_G2" and len(line.figures["trl"]) == len(line.figures["ours"]) == 3
