@@ -63,13 +63,19 @@ def learner(real_vocabulary, tmp_path_factory):
     return make
 
 
+@pytest.fixture(autouse=True)
+def brief(monkeypatch):
+    """Few tokens, and few stock forwards."""
+    for name, value in {"TOKENS": 4, "COMPARED": 1, "KERNELS": ("eager",)}.items():
+        monkeypatch.setattr(checks, name, value)
+
+
 def verdicts(lines):
     return {line.check: line.verdict for line in lines}
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", pytest.param("gemma3", marks=pytest.mark.faults)])
-def test_a_right_model_passes_every_check(learner, monkeypatch, family):
-    monkeypatch.setattr(checks, "COMPARED", 1)
+def test_a_right_model_passes_every_check(learner, family):
     model = learner(family)
     lines = [
         line for check in (checks.loading, checks.prompts, checks.forwards, checks.labels) for line in check(model)
@@ -92,7 +98,9 @@ def darker(monkeypatch, model):
 
 def another_question(monkeypatch, model):
     render = model.encoder._render
-    monkeypatch.setattr(model.encoder, "_render", lambda prompt: render(replace(prompt, text=prompt.text + " ")))
+    monkeypatch.setattr(
+        model.encoder, "_render", lambda prompt: render(replace(prompt, text=prompt.text.replace("photo", "image")))
+    )
 
 
 def apart(monkeypatch, model):
@@ -149,8 +157,6 @@ def edited(monkeypatch, model):
 )
 def test_what_is_wrong_fails(learner, monkeypatch, fault, check, line):
     model = learner("qwen2_vl")
-    monkeypatch.setattr(checks, "KERNELS", ())
-    monkeypatch.setattr(checks, "COMPARED", 1)
     model.encoder.forget()
     fault(monkeypatch, model)
     found = verdicts(check(model))
@@ -220,14 +226,23 @@ def test_completions_earn_differently():
 
 def test_runs_are_judged_by_what_they_wrote(tmp_path):
     def verdict(**row):
-        return rehearsal.trained("run", [{"loss": 0.0, "grad_norm": 1.0, **row}]).verdict
+        write = (tmp_path / "metrics.jsonl").write_text
+        write(json.dumps({"step": 0, "eval": 1}) + "\n" + json.dumps({"loss": 0.0, "grad_norm": 1.0, **row}))
+        return rehearsal.trained("run", tmp_path).verdict
 
     assert verdict() == "ok" and verdict(grad_norm=0.0) == verdict(loss=float("nan")) == "failed"
-    assert rehearsal.trained("run", []).verdict == "failed"
-    done = rehearsal.Done(1, 2.0, 3.0, "warning: x\nerror: model.path=y is not a folder\nmore\n")
-    failed = rehearsal.outcome("run", done)
-    assert failed.verdict == "failed" and "error: model.path=y" in failed.seen and failed.peak == 3.0
-    assert rehearsal.outcome("run", done, expected=1) is None
+    assert rehearsal.trained("run", tmp_path / "none").verdict == "failed"
+
+
+def test_a_process_is_judged_by_how_it_ends(tmp_path):
+    plan = rehearsal.Rehearsal(None, [], tmp_path, 0)
+    says = "import sys, time; print('error: model.path=y is not a folder'); time.sleep({}); sys.exit({})".format
+    (line,) = plan.go("run", ["-c", says(0, 1)], lambda: [Line("run", "ok", "")])
+    assert line.verdict == "failed" and line.seen == "exit code 1: error: model.path=y is not a folder"
+    (line,) = plan.go("run", ["-c", says(0.3, 1)], lambda: [Line("run", "ok", "")], code=1)
+    assert line.verdict == "ok" and line.seconds > 0.3 and 0.005 < line.peak < 1
+    (line,) = plan.go("run", ["-c", says(60, 0)], lambda: [Line("run", "ok", "")], stop=lambda: True, code=-15)
+    assert line.verdict == "ok" and line.seconds < 30
 
 
 def test_weights_that_stand_still_are_noticed(real_vocabulary, tmp_path):
@@ -239,7 +254,7 @@ def test_weights_that_stand_still_are_noticed(real_vocabulary, tmp_path):
     assert rehearsal.moved(base, tmp_path).verdict == "failed"
     next(iter(weights.values())).add_(1)
     save_file(weights, tmp_path / "model.safetensors")
-    assert rehearsal.moved(base, tmp_path).figures == {"changed": 1, "still": len(weights) - 1}
+    assert rehearsal.moved(base, tmp_path).figures == {"changed": 1, "of": len(weights)}
     save_file({"x.lora_B.weight": torch.zeros(2)}, tmp_path / "adapter_model.safetensors")
     assert rehearsal.moved(base, tmp_path).verdict == "failed"
 

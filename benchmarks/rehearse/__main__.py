@@ -27,7 +27,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,85 +51,93 @@ from common.types import UserError
 
 OWN = ("depth", "tokenizer", "steps", "out", "keep")
 NAMES = ("Boeing 707-320", "crème brûlée", "tiger cat")  # real tokenizers cut them into several tokens
-SMALL = {  # without a GPU
+SMALL = {
+    "data": "folder",
+    "shots": "2",
+    "validation": "none",
+    "setting.test_per_class": "1",
+    "trainer.updates": "3",
+    "checkpoint.every": "1",
+    "doctor": "false",
+    "tracking": "none",
+}
+ON_GPUS = {"gpus": "1"}
+ON_THE_CPU = {
     "gpus": "0",
-    "model.load_in_8bit": "false",  # bitsandbytes' are refused there; `checks` has them
+    "model.load_in_8bit": "false",  # runs refuse them there; `checks` and `update` have them
     "rollout.max_completion_tokens": "6",
     "trainer.prompts_per_update": "2",
 }
 UPDATES, PAPER = 2500, "in CLS-RL 94 (direct) and 1,587 (thinking) on eight A100"  # section 5.2, table 3
+INTERRUPTED = 130  # exit code of run.py that was stopped
 ROUNDED = 0.05  # of a probability, when adapters become part of bf16 weights
 PACKAGES = ("torch", "transformers", "deepspeed", "peft", "bitsandbytes", "vllm", "flash_attn", "trl")
 
 
 @dataclass
 class Rehearsal:
-    """Where it happens and with what: the words for run.py, and what has been seen."""
+    """What is rehearsed, the words for run.py, where, and on how many GPUs. lines: what was seen so far."""
 
     config: Config
     overrides: list[str]
     out: Path
     gpus: int
+    lines: list[Line] = field(default_factory=list)
 
-    def words(self, name: str, *more: str) -> list[str]:
+    def run(self, name: str, *more: str) -> list[str]:
         """What starts a run."""
         return ["run.py", *self.overrides, f"hydra.run.dir={self.out / name}", *more]
 
+    def go(
+        self,
+        check: str,
+        command: Sequence[str],
+        judge: Callable[[], list[Line]],
+        stop: Callable[[], bool] = lambda: False,
+        code: int = 0,
+    ) -> list[Line]:
+        """Run Python to its end, and judge what it has written; the lines get its seconds and its peak.
 
-@dataclass(frozen=True)
-class Done:
-    """How a process ended: exit code, seconds, the peak in GiB, and the end of what it said."""
+        The peak is that of its largest process; on GPUs, of what the first one holds, others' memory included.
 
-    code: int
-    seconds: float
-    peak: float
-    said: str
-
-
-def go(command: Sequence[str], log: Path, gpus: int, until: Callable[[], bool] | None = None) -> Done:
-    """Run Python to its end; once `until` holds, it is asked to stop.
-
-    The peak is that of its largest process; on GPUs, that of the first one, with whatever else it holds.
-    """
-    began, high = time.perf_counter(), 0.0
-    with log.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen([sys.executable, *command], stdout=file, stderr=subprocess.STDOUT)
-        while True:
-            ended, status, usage = os.wait4(process.pid, os.WNOHANG)
-            if ended:
-                break
-            if until is not None and until():
-                process.send_signal(signal.SIGTERM)
-                until = None
-            if gpus:
-                free, total = torch.cuda.mem_get_info(0)
-                high = max(high, (total - free) / 2**30)
-            time.sleep(0.2)
-    code = os.waitstatus_to_exitcode(status)
-    process.returncode = code
-    said = log.read_text("utf-8", errors="replace")
-    return Done(code, time.perf_counter() - began, high or usage.ru_maxrss / 2**20, said)
-
-
-def outcome(check: str, done: Done, expected: int = 0) -> Line | None:
-    """The failed line of a process that did not end as expected; its last message names the key."""
-    if done.code == expected:
-        return None
-    lines = [line.strip() for line in done.said.splitlines() if line.strip()]
-    told = next((line for line in reversed(lines) if "rror" in line), lines[-1] if lines else "it said nothing")
-    return Line(check, "failed", f"exit code {done.code}: {told}"[:600], seconds=done.seconds, peak=done.peak)
+        Args:
+            check: Its name, for the log and for the line of a failure.
+            command: What follows `python`.
+            judge: Is asked if it ended as expected; else its last message is a failed line.
+            stop: Once this holds, it is asked to stop.
+            code: The exit code that is expected.
+        """
+        log, began, high, asked = self.out / f"{check}.log", time.perf_counter(), 0.0, False
+        with log.open("w", encoding="utf-8") as file:
+            process = subprocess.Popen([sys.executable, *command], stdout=file, stderr=subprocess.STDOUT)
+            while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
+                if not asked and stop():
+                    process.send_signal(signal.SIGTERM)
+                    asked = True
+                if self.gpus:
+                    free, total = torch.cuda.mem_get_info(0)
+                    high = max(high, (total - free) / 2**30)
+                time.sleep(0.2)
+        process.returncode = os.waitstatus_to_exitcode(ended[1])
+        seconds, peak = time.perf_counter() - began, high or ended[2].ru_maxrss / 2**20
+        failure = failed(check, process.returncode, log.read_text("utf-8", errors="replace"))
+        lines = judge() if process.returncode == code else [failure]
+        return [line if line.seconds else replace(line, seconds=seconds, peak=peak) for line in lines]
 
 
-def checks(plan: Rehearsal, names: str = "prompts,forwards,labels") -> list[Line]:
+def failed(check: str, code: int, said: str) -> Line:
+    """The line of a process that did not end as expected; its last message names the key."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()] or ["it said nothing"]
+    told = next((line for line in reversed(lines) if "rror" in line), lines[-1])
+    return Line(check, "failed", f"exit code {code}: {told}"[:600])
+
+
+def checks(plan: Rehearsal, names: str = "prompts,forwards,labels", *more: str) -> list[Line]:
     """checks.py in a process of its own; in the configuration's 8 bits, if it asks for them, on the CPU too."""
-    overrides, file = list(plan.overrides), plan.out / "checks.json"
-    if plan.config.model.load_in_8bit and find_spec("bitsandbytes") is not None:
-        overrides.append("model.load_in_8bit=true")
-    command = ["-m", "benchmarks.rehearse.checks", str(file), str(plan.out / "none"), names]
-    done = go([*command, *overrides], plan.out / "checks.log", 0)
-    if failed := outcome("checks", done):
-        return [failed]
-    return [Line(**line) for line in json.loads(file.read_text("utf-8"))]
+    file, eight = plan.out / "checks.json", plan.config.model.load_in_8bit and find_spec("bitsandbytes") is not None
+    overrides = [*plan.overrides, *(["model.load_in_8bit=true"] if eight else []), *more]
+    command = ["-m", "benchmarks.rehearse.checks", str(file), str(plan.out / "none"), names, *overrides]
+    return plan.go("checks", command, lambda: [Line(**line) for line in json.loads(file.read_text("utf-8"))])
 
 
 def update(plan: Rehearsal) -> list[Line]:
@@ -136,164 +145,135 @@ def update(plan: Rehearsal) -> list[Line]:
     return checks(plan, "update")
 
 
-def trl(plan: Rehearsal) -> list[Line]:
-    """Seconds beside TRL's in one process, where there is a GPU."""
-    return checks(plan, "trl") if plan.gpus else []
-
-
-def push(plan: Rehearsal) -> list[Line]:
-    """Parity with a sampler that has weights of its own (rollout=vllm), before and after they change."""
-    if plan.config.rollout.name != "vllm" and find_spec("vllm") is None:
-        return []
-    more = [] if plan.config.rollout.name == "vllm" else ["rollout=vllm"]
-    return checks(replace(plan, overrides=[*plan.overrides, *more]), "push")
-
-
 def train(plan: Rehearsal) -> list[Line]:
     """A run that is stopped after its first checkpoint."""
-    states = plan.out / "run" / "checkpoints"
-    done = go(plan.words("run"), plan.out / "train.log", plan.gpus, lambda: any(states.glob("*/state.json")))
-    if failed := outcome("training, stopped", done, expected=130):
-        return [failed]
-    rows = metrics(plan.out / "run")
-    return [replace(trained("training, stopped", rows), seconds=done.seconds, peak=done.peak)]
+    run = plan.out / "run"
+    judge, stop = partial(trained, "training, stopped", run), partial(any_state, run)
+    return plan.go("train", plan.run("run"), lambda: [judge()], stop, INTERRUPTED)
+
+
+def any_state(run: Path) -> bool:
+    """Whether a run has written a checkpoint."""
+    return any((run / "checkpoints").glob("step-*[0-9]/state.json"))
 
 
 def resume(plan: Rehearsal) -> list[Line]:
     """The same command again, to its end: it goes on where it was stopped, and the weights have moved."""
-    before = len(metrics(plan.out / "run"))
-    done = go(plan.words("run"), plan.out / "resume.log", plan.gpus)
-    if failed := outcome("resumed", done):
-        return [failed]
-    rows = metrics(plan.out / "run")
-    steps = [row["step"] for row in rows if "grad_norm" in row]
-    whole = steps == list(range(1, len(steps) + 1))
-    seen = f"{before} updates before the stop, {len(steps)} in all"
-    lines = [
-        Line("resumed", "ok" if whole and len(steps) > before > 0 else "failed", seen, "checkpoint.every"),
-        moved(Path(plan.config.model.path or ""), plan.out / "run" / "model"),
-        pace(plan.out / "run"),
-    ]
-    return [replace(line, seconds=done.seconds, peak=done.peak) for line in lines]
+    run = plan.out / "run"
+    before = len(updates(run))
+
+    def judge() -> list[Line]:
+        steps = [row["step"] for row in updates(run)]
+        whole = steps == list(range(1, len(steps) + 1)) and len(steps) > before > 0
+        seen = f"{before} updates before the stop, {len(steps)} in all"
+        resumed = Line("resumed", "ok" if whole else "failed", seen, "checkpoint.every")
+        return [resumed, moved(Path(plan.config.model.path or ""), run / "model"), pace(run)]
+
+    return plan.go("resume", plan.run("run"), judge)
 
 
-def metrics(run: Path) -> list[dict[str, Any]]:
+def updates(run: Path) -> list[dict[str, Any]]:
     """Rows of metrics.jsonl with an update each."""
     file = run / "metrics.jsonl"
     rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.is_file() else []
     return [row for row in rows if "grad_norm" in row]
 
 
-def trained(check: str, rows: Sequence[dict[str, Any]]) -> Line:
+def trained(check: str, run: Path) -> Line:
     """Every update has a loss that is a number and a gradient that is not zero."""
+    rows = updates(run)
     names = ("loss", "grad_norm", "reward", "sampling/sampling_logp_difference/mean")
     figures = {name: [row[name] for row in rows if name in row] for name in names}
-    right = bool(rows) and all(math.isfinite(x) for x in figures["loss"]) and all(x > 0 for x in figures["grad_norm"])
-    norms = ", ".join(f"{norm:.3g}" for norm in figures["grad_norm"])
-    return Line(
-        check, "ok" if right else "failed", f"gradient norms {norms}", "trainer.learning_rate, rewards", figures
-    )
+    right = bool(rows) and all(math.isfinite(row["loss"]) and 0 < row["grad_norm"] < math.inf for row in rows)
+    seen = "gradient norms " + ", ".join(f"{norm:.3g}" for norm in figures["grad_norm"])
+    return Line(check, "ok" if right else "failed", seen, "trainer.learning_rate, rewards", figures)
 
 
 def pace(run: Path) -> Line:
     """Seconds of the last update by phase, and what the paper's updates would take at that pace."""
-    last = json.loads((run / "timings.jsonl").read_text("utf-8").splitlines()[-1])
-    phases = {name: value for name, value in last.items() if name != "step"}
+    phases = json.loads((run / "timings.jsonl").read_text("utf-8").splitlines()[-1])
+    del phases["step"]
     total = sum(phases.values())
     parts = ", ".join(f"{name} {value:.1f}" for name, value in phases.items())
-    seen = f"{total:.1f} s ({parts}); {UPDATES} would take {total * UPDATES / 60:.0f} min here"
-    return Line("seconds per update", "ok", f"{seen}, {PAPER}", "", phases)
+    seen = f"{total:.1f} s ({parts}); {UPDATES} would take {total * UPDATES / 60:.0f} min here, {PAPER}"
+    return Line("seconds per update", "ok", seen, "", phases)
 
 
 def moved(base: Path, model: Path) -> Line:
     """Whether the weights that a run has written are others than those that it was given."""
-    from safetensors import safe_open
+    from safetensors.torch import load_file
 
-    first: dict[str, Path] = {}
-    for file in files.weight_files(base):
-        with safe_open(file, "pt") as shard:
-            first |= dict.fromkeys(shard.keys(), file)
-    still, changed = 0, 0
+    before = {name: weight for file in files.weight_files(base) for name, weight in load_file(file).items()}
     adapters = model / files.ADAPTERS[1]
-    for file in [adapters] if adapters.is_file() else files.weight_files(model):
-        with safe_open(file, "pt") as shard:
-            for name in shard.keys():  # noqa: SIM118  # it is no dict
-                weight = shard.get_tensor(name)
-                if "lora_B" in name:  # it begins with zeros
-                    other = bool(weight.any())
-                elif name in first:
-                    with safe_open(first[name], "pt") as original:
-                        other = not torch.equal(weight, original.get_tensor(name))
-                else:
-                    continue
-                still, changed = still + (not other), changed + other
-    seen = f"{changed} of {changed + still} weights are others than before"
-    figures = {"changed": changed, "still": still}
-    return Line("weights moved", "ok" if changed else "failed", seen, "trainer.learning_rate", figures)
+    written = [adapters] if adapters.is_file() else files.weight_files(model)
+    after = {name: weight for file in written for name, weight in load_file(file).items()}
+    fresh = [bool(weight.any()) for name, weight in after.items() if "lora_B" in name]  # they begin with zeros
+    others = fresh + [not torch.equal(weight, before[name]) for name, weight in after.items() if name in before]
+    seen = f"{sum(others)} of {len(others)} weights are others than before"
+    figures = {"changed": sum(others), "of": len(others)}
+    return Line("weights moved", "ok" if any(others) else "failed", seen, "trainer.learning_rate", figures)
 
 
 def predict(plan: Rehearsal) -> list[Line]:
     """A photo through the run and through what it exports: the same answer, up to adapters rounded into weights."""
-    photo = next((plan.out / "photos" / NAMES[0]).iterdir())
-    exported = plan.out / "exported"
-    answers: list[dict[str, float]] = []
-    lines: list[Line] = []
+    photo, exported = next((plan.out / "photos").rglob("*.jpg")), plan.out / "exported"
+
+    def ask(check: str, source: Path) -> list[Line]:
+        target = plan.out / f"{check}.jsonl"
+        asked = [str(source), str(photo), "--format", "jsonl", "--output", str(target), "--trust-code"]
+        return plan.go(check, ["-m", "common.predict", *asked], lambda: [answer(check, target)])
+
     export = ["-m", "common.export", str(plan.out / "run"), str(exported), "--trust-code"]
-    for check, command in (("predict", None), ("export", export), ("predict by the export", None)):
-        if command is None:
-            source, target = (plan.out / "run" if check == "predict" else exported), plan.out / f"{len(lines)}.jsonl"
-            asked = [str(source), str(photo), "--format", "jsonl", "--output", str(target), "--trust-code"]
-            command = ["-m", "common.predict", *asked]
-        done = go(command, plan.out / f"{check}.log", plan.gpus)
-        if failed := outcome(check, done):
-            return [*lines, failed]
-        line = Line(check, "ok", "written", seconds=done.seconds, peak=done.peak)
-        if check != "export":
-            answer = json.loads(target.read_text("utf-8").splitlines()[0])
-            answers.append(dict(answer["top"]))  # names and their probabilities
-            seen = ", ".join(f"{name} {share:.3f}" for name, share in answer["top"])
-            line = replace(line, seen=seen, figures=answer)
-        lines.append(line)
-    gap = max(abs(share - answers[1].get(name, 0.0)) for name, share in answers[0].items())
-    if not gap < ROUNDED:
-        lines[-1] = replace(lines[-1], verdict="off", seen=f"{lines[-1].seen}; the run says it {gap:.3f} otherwise")
-    return lines
+    lines = ask("predict", plan.out / "run")
+    lines += plan.go("export", export, lambda: [Line("export", "ok", "written")])
+    (line,) = ask("predict by the export", exported)
+    if line.verdict == lines[0].verdict == "ok":
+        own = lines[0].figures
+        gap = max(abs(share - line.figures.get(name, 0.0)) for name, share in own.items())
+        seen = f"{line.seen}; differs by {gap:.3f} from the run's"
+        line = replace(line, seen=seen, verdict="ok" if gap < ROUNDED else "off", fix="model.dtype=float32")
+    return [*lines, line]
+
+
+def answer(check: str, file: Path) -> Line:
+    """What was predicted: names and their probabilities."""
+    top = dict(json.loads(file.read_text("utf-8").splitlines()[0])["top"])
+    return Line(check, "ok", ", ".join(f"{name} {share:.3f}" for name, share in top.items()), "", top)
 
 
 def ranks(plan: Rehearsal) -> list[Line]:
     """ZeRO-3 on two processes (gloo), or on all GPUs (NCCL), beside the first update of the run on one."""
-    count = torch.cuda.device_count() if plan.gpus else 2
-    check = f"ZeRO-3, {count} ranks"
-    more = ["deepspeed=zero3", "trainer.updates=1", *([f"gpus={count}"] if plan.gpus else [])]
-    command = plan.words("ranks", *more)
+    count = plan.gpus or 2
+    check, run, alone = f"ZeRO-3, {count} ranks", plan.out / "ranks", updates(plan.out / "run")
+    command = plan.run("ranks", "deepspeed=zero3", "trainer.updates=1", f"gpus={plan.gpus}")
     if not plan.gpus:
         command = ["-m", "torch.distributed.run", "--nproc-per-node", str(count), *command]
-    done = go(command, plan.out / "ranks.log", plan.gpus)
-    if failed := outcome(check, done):
-        return [failed]
-    rows, alone = metrics(plan.out / "ranks"), metrics(plan.out / "run")
-    line = replace(trained(check, rows), seconds=done.seconds, peak=done.peak)
-    if alone and line.verdict == "ok":
-        ours, theirs = rows[0]["grad_norm"], alone[0]["grad_norm"]
-        apart = abs(ours - theirs) / theirs
-        seen = f"{line.seen}; the first {100 * apart:.1f} % from that of one rank"
-        # in bf16 a token may be drawn otherwise, and then the gradient is another one
-        line = replace(line, seen=seen, verdict="ok" if apart < 0.1 else "off", fix="deepspeed=zero2")
-    return [line]
+
+    def judge() -> list[Line]:
+        line = trained(check, run)
+        if line.verdict == "ok" and alone:
+            apart = abs(updates(run)[0]["grad_norm"] / alone[0]["grad_norm"] - 1)
+            # in bf16 a token may be drawn otherwise, and then the gradient is another one
+            seen = f"{line.seen}; {100 * apart:.1f} % from the first of one rank"
+            line = replace(line, seen=seen, verdict="ok" if apart < 0.1 else "off", fix="deepspeed=zero2")
+        return [line]
+
+    return plan.go("ranks", command, judge)
 
 
 def doctor(plan: Rehearsal) -> list[Line]:
-    """The doctor's own findings on a GPU, and its estimate of memory beside what the training took."""
-    if not plan.gpus or not isinstance(plan.config.trainer, GRPOConfig):
-        return []
-    done = go(plan.words("doctor", "doctor=true"), plan.out / "doctor.log", plan.gpus)
-    if failed := outcome("doctor", done):
-        return [failed]
-    found = re.search(r"about ([\d.]+) (GiB|MiB)", done.said)
-    figures = {"said": done.said[-4000:]}
-    seen = f"estimates {found[1]} {found[2]}" if found else "its table says nothing about memory"
-    verdict = "ok" if found else "off"
-    return [Line("doctor", verdict, seen, "doctor=false", figures, done.seconds, done.peak)]
+    """The doctor's estimate of memory on a GPU, beside what the training took."""
+    took = max((line.peak for line in plan.lines if line.check == "training, stopped"), default=0.0)
+
+    def judge() -> list[Line]:
+        said = (plan.out / "doctor.log").read_text("utf-8")
+        found = re.search(r"about ([\d.]+) (GiB|MiB)", said)
+        estimate = math.nan if found is None else float(found[1]) / (1 if found[2] == "GiB" else 1024)
+        seen, near = f"estimates {estimate:.1f} GiB, the training took {took:.1f}", abs(estimate / took - 1) < 0.25
+        return [Line("doctor", "ok" if near else "off", seen, "doctor=false", {"said": said[-4000:]})]
+
+    asked = plan.gpus and took and isinstance(plan.config.trainer, GRPOConfig)
+    return plan.go("doctor", plan.run("doctor", "doctor=true"), judge) if asked else []
 
 
 def eight_bits(plan: Rehearsal) -> list[Line]:
@@ -301,23 +281,22 @@ def eight_bits(plan: Rehearsal) -> list[Line]:
     if not plan.gpus or plan.config.model.load_in_8bit:
         return []
     rank = [] if plan.config.model.lora.wraps else ["model.lora.r=16"]
-    command = plan.words("eight", "model.load_in_8bit=true", *rank)
-    done = go(command, plan.out / "eight_bits.log", plan.gpus)
-    failed = outcome("8 bits", done)
-    return [failed or replace(trained("8 bits", metrics(plan.out / "eight")), seconds=done.seconds, peak=done.peak)]
+    command = plan.run("eight", "model.load_in_8bit=true", "trainer.updates=1", *rank)
+    return plan.go("eight_bits", command, lambda: [trained("8 bits", plan.out / "eight")])
+
+
+def push(plan: Rehearsal) -> list[Line]:
+    """Parity with vLLM, which has weights of its own, before and after they change; where it is installed."""
+    return checks(plan, "push", "rollout=vllm") if plan.gpus and find_spec("vllm") is not None else []
+
+
+def trl(plan: Rehearsal) -> list[Line]:
+    """Seconds beside TRL's in one process, where there is a GPU."""
+    return checks(plan, "trl") if plan.gpus else []
 
 
 STEPS: dict[str, Callable[[Rehearsal], list[Line]]] = {
-    "checks": checks,
-    "update": update,
-    "train": train,
-    "resume": resume,
-    "predict": predict,
-    "ranks": ranks,
-    "doctor": doctor,
-    "eight_bits": eight_bits,
-    "push": push,
-    "trl": trl,
+    step.__name__: step for step in (checks, update, train, resume, predict, ranks, doctor, eight_bits, push, trl)
 }
 
 
@@ -340,39 +319,25 @@ def prepare(own: dict[str, str], given: list[str]) -> Rehearsal:
     Raises:
         UserError: A word makes no sense, or the architecture is none that is written here.
     """
-    gpus = torch.cuda.device_count()
+    gpus, config = torch.cuda.device_count(), composed(given)
+    if config.model.name not in PUBLISHED:
+        raise UserError(f"model={config.model.name}: a rehearsal knows {', '.join(PUBLISHED)}")
+    if config.trainer.name == "none":
+        raise UserError(f"method={config.method['name']} trains nothing; rehearse one that does, such as method=clsrl")
     out = Path(own.get("out", "outputs/rehearsal")).resolve()
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    config = composed(given)
-    if config.model.name not in PUBLISHED:
-        raise UserError(f"model={config.model.name}: a rehearsal knows {', '.join(PUBLISHED)}")
-    at_hand = here(config, weights=True) if own.get("depth", "real" if gpus else "2") == "real" else None
-    folder = at_hand or write(own, config, out, gpus)
-    typed = {word.split("=", 1)[0].lstrip("+") for word in given}
-    small = SMALL if gpus == 0 else {"gpus": "1"}
-    if config.trainer.name == "none":
-        small = {key: value for key, value in small.items() if not key.startswith("trainer.")}
-    values = {
-        "data": "folder",
-        "data.folder": str(photos(out / "photos", config.model.image_size)),
-        "shots": "2",
-        "validation": "none",
-        "setting.test_per_class": "1",
-        "checkpoint.every": "1",
-        "doctor": "false",
-        "tracking": "none",
-        "cache_dir": str(out / "cache"),
-        **({} if config.trainer.name == "none" else {"trainer.updates": "3"}),
-        **small,
-    }
-    if typed & {"data"}:
-        values = {key: value for key, value in values.items() if not key.startswith("data.")}
+    real = here(config, weights=True) if own.get("depth", "real" if gpus else "2") == "real" else None
+    folder = real or write(own, config, out, gpus)
+    values = SMALL | (ON_GPUS if gpus else ON_THE_CPU) | {"cache_dir": str(out / "cache")}
+    pictures = photos(out / "photos", config.model.image_size)
     if isinstance(config.trainer, GRPOConfig):
         values["+rewards.varied"] = "{weight: 1.0, fn: benchmarks.rehearse.checks.varied}"
-    ours = [f"{key}={value}" for key, value in values.items() if key.lstrip("+") not in typed]
-    final = [*ours, *(word for word in given if not word.startswith("model.path=")), f"model.path={folder}"]
-    return Rehearsal(replace(config, model=replace(config.model, path=str(folder))), final, out, gpus)
+    typed = {word.split("=", 1)[0].lstrip("+") for word in given}
+    values |= {} if "data" in typed else {"data.folder": str(pictures)}
+    kept = [f"{key}={value}" for key, value in values.items() if key.lstrip("+") not in typed]
+    named = [*kept, *(word for word in given if not word.startswith("model.path=")), f"model.path={folder}"]
+    return Rehearsal(replace(config, model=replace(config.model, path=str(folder))), named, out, gpus)
 
 
 def here(config: Config, weights: bool) -> Path | None:
@@ -417,30 +382,29 @@ def main(words: Sequence[str]) -> int:
         raise UserError(f"steps={unknown.pop()}: choose from {', '.join(STEPS)}")
     threads.settle()
     plan = prepare(own, given)
-    lines: list[Line] = []
     for name in chosen:
         print(f"{name} …", flush=True)
         try:
-            lines += STEPS[name](plan)
-        except (OSError, ValueError, KeyError, IndexError) as error:
-            lines.append(Line(name, "failed", f"{type(error).__name__}: {error}"))
+            plan.lines += STEPS[name](plan)
+        except Exception as error:  # of what a step has written, or has not
+            plan.lines.append(Line(name, "failed", f"{type(error).__name__}: {error}"))
     device = torch.cuda.get_device_name(0) if plan.gpus else platform.processor() or "CPU"
     told = {
         "versions": {name: version(name) for name in PACKAGES if find_spec(name) is not None},
         "device": device,
         "gpus": plan.gpus,
         "overrides": list(words),
-        "lines": [asdict(line) for line in lines],
+        "lines": [asdict(line) for line in plan.lines],
     }
     file = plan.out / "rehearsal.json"
     file.write_text(json.dumps(told, indent=1, default=str), encoding="utf-8")
-    Console(width=140).print(report(lines, " ".join(words)))
+    Console(width=140).print(report(plan.lines, " ".join(words)))
     if own.get("keep") != "true":
         for path in plan.out.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
     print(f"{file}: send it along")
-    return int(any(line.verdict == "failed" for line in lines))
+    return int(any(line.verdict == "failed" for line in plan.lines))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -406,6 +407,7 @@ def checked(config: Config, folder: Path, names: Sequence[str]) -> list[Line]:
         folder: Of such a run.
         names: Of CHECKS.
     """
+    os.environ.setdefault("LOCAL_RANK", "0")
     device = init_process_group(config.gpus)
     lines, learners = timed(lambda: arithmetic(device), "bf16 arithmetic", device), []
 
