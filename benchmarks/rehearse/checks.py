@@ -49,7 +49,7 @@ from common.types import CATEGORY, Prompt, Sample
 from common.vlm.build import build
 from common.vlm.learner import VLMLearner, sampling
 
-TOKENS, COMPARED = 8, 2  # of a completion; completions of the group that go through stock forwards
+TOKENS, GROUP, COMPARED = 6, 3, 1  # of a completion; completions; how many of them go through stock forwards
 TRL_CASES = (setup.Case(700, 6, 4), setup.Case(700, 150, 4))  # CLS-RL on ImageNet: a label, a thought
 KERNELS = ("sdpa", "eager", "flash_attention_2")  # of transformers
 REASONING = "<think>Why? Round ears.</think>"
@@ -204,7 +204,7 @@ def stock_group(policy: VLM, group: Group, temperature: float) -> torch.Tensor:
 @torch.no_grad()
 def forwards(learner: VLMLearner) -> Iterator[Line]:
     """One sampled group: sampler, shared, plain and stock forward agree in exact arithmetic; rounding is told."""
-    policy, size = learner.policy, 4
+    policy, size = learner.policy, GROUP
     with learner._sampling():
         request, completions = sampled(learner, learner.rollout, size)
     decoding = decoding_of(learner)
@@ -336,7 +336,7 @@ def push(learner: VLMLearner, other: Rollout | None = None) -> Iterator[Line]:
 
     def gap(version: int) -> tuple[float, Group]:
         with awake(rollout, version):
-            request, completions = sampled(learner, rollout, 4)
+            request, completions = sampled(learner, rollout, GROUP)
         group = Group(request.encoded, tuple(completion.ids for completion in completions))
         scored = scorer(pack_shared([group], policy.family, policy.device), entropy=False)[0].cpu()
         return agreement.difference(scored, torch.cat([completion.logps for completion in completions])), group
