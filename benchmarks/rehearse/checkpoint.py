@@ -3,9 +3,9 @@ output projection that is absent, and the configuration files as their authors w
 
     python -m benchmarks.rehearse.checkpoint qwen2_vl_2b /tmp/qwen --layers 2 --vision-layers 1
 
-The final norm is raised so that logits spread as in a trained model; with flat logits no fault would show in a
-log-probability. The tokenizer is the real one where its files are given. Else it is the tiny model's, which knows the
-words of our prompts, with the special tokens at their published ids.
+The final norm is raised so that logits spread as in a trained model; with flat ones no fault would show in a
+log-probability, nor where one token has it all. The tokenizer is the real one where its files are given. Else it is the
+tiny model's, which knows the words of our prompts, with the special tokens at their published ids.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ HUB = Path(__file__).parent / "hub"  # beside the hub's files: special_ids.json,
 COPIED = ("generation_config.json", "preprocessor_config.json", "processor_config.json", "added_tokens.json")
 SHARD = 2_000_000_000  # bytes of a file, at most; one larger weight gets a file of its own
 SPREAD = 0.02  # standard deviation of random weights, both authors' initializer_range
+LOGITS = 5.5  # that of logits
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,13 @@ class Published:
     """What the hub has of a model beside its weights.
 
     folder: its JSON files. renames: from the names of weights in memory to those on the hub, as regular expressions.
-    last_norm: see the module.
+    embedding: standard deviation of the vocabulary's rows. Gemma multiplies them by the root of the width before the
+    first layer; at SPREAD a few layers would hardly change them, and every token would predict itself.
     """
 
     folder: Path
     renames: tuple[tuple[str, str], ...]
-    last_norm: float
+    embedding: float
 
     def read(self, name: str) -> dict[str, Any]:
         """One of its JSON files."""
@@ -56,7 +58,7 @@ class Published:
 
 PUBLISHED = {
     "qwen2_vl_2b": Published(
-        HUB / "qwen2_vl_2b", ((r"^model\.language_model\.", "model."), (r"^model\.visual\.", "visual.")), last_norm=7.0
+        HUB / "qwen2_vl_2b", ((r"^model\.language_model\.", "model."), (r"^model\.visual\.", "visual.")), SPREAD
     ),
     "gemma3_4b": Published(
         HUB / "gemma3_4b",
@@ -65,7 +67,7 @@ PUBLISHED = {
             (r"^model\.vision_tower\.(vision_model\.)?", "vision_tower.vision_model."),
             (r"^model\.multi_modal_projector", "multi_modal_projector"),
         ),
-        last_norm=5.0,
+        SPREAD / 50,
     ),
 }
 
@@ -226,13 +228,14 @@ def drawn(published: Published, name: str, shape: torch.Size, generator: torch.G
     """A weight in bf16: norms near the identity, biases of Qwen's attention and all matrices random."""
     norm = "norm" in name or "ln_q" in name
     if name == "model.language_model.norm.weight":
-        value = torch.full(shape, published.last_norm)
+        value = torch.full(shape, LOGITS / published.embedding / shape[0] ** 0.5 - published.gemma)
     elif norm and not (published.gemma and "vision" not in name):
         value = torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
     elif norm or (published.gemma and name.endswith("bias")):
         value = torch.zeros(shape)  # Gemma's norms multiply by one plus their weight
     else:
-        value = torch.empty(shape).normal_(0, SPREAD, generator=generator)
+        spread = published.embedding if "embed_tokens" in name else SPREAD
+        value = torch.empty(shape).normal_(0, spread, generator=generator)
     return value.to(torch.bfloat16)
 
 

@@ -276,11 +276,12 @@ def labels(learner: VLMLearner) -> Iterator[Line]:
     (encoded,) = learner.encoder([prompt])
     names = next(iter(learner.questions.task.evaluation.values())).choices[:2]
     scorer, tokenizer = LabelScorer(policy), policy.processor.tokenizer
-    worst, count = 0.0, 0
+    worst, noise, count = 0.0, 0.0, 0
     for begun in ("", REASONING):
         texts = [method.label_response(name) if not begun else f"<answer>{name}</answer>" for name in names]
         with InFloat32():
-            (found,) = scorer([encoded], [texts], [begun])
+            (found,), (apart,) = (each([encoded], [texts], [begun]) for each in (scorer, LabelScorer(policy, budget=1)))
+        noise = max(noise, float(((found.logps - apart.logps) / found.lengths).abs().max()))  # in 8 bits, by the batch
         for number, text in enumerate(texts):
             whole = tokenizer(begun + text, add_special_tokens=False)["input_ids"]
             stops = range(1, len(whole) + 1)
@@ -291,7 +292,7 @@ def labels(learner: VLMLearner) -> Iterator[Line]:
             counts = torch.tensor([end > len(begun) for end in ends] + [True])
             worst = max(worst, abs(float((logps * counts).sum()) - float(found.logps[number])) / int(counts.sum()))
             count += 1
-    allowed = max(agreement.EXACT[policy.model.dtype], 1e-4)
+    allowed = max(agreement.EXACT[policy.model.dtype], agreement.MULTIPLE * noise)
     yield within("label scores", f"{count} names differ per token by", worst, allowed, "label_scoring=false")
 
 
