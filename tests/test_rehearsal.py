@@ -240,7 +240,7 @@ def test_a_process_is_judged_by_how_it_ends(tmp_path):
     (line,) = plan.go("run", ["-c", says(0, 1)], lambda: [Line("run", "ok", "")])
     assert line.verdict == "failed" and line.seen == "exit code 1: error: model.path=y is not a folder"
     (line,) = plan.go("run", ["-c", says(0.3, 1)], lambda: [Line("run", "ok", "")], code=1)
-    assert line.verdict == "ok" and line.seconds > 0.3 and 0.005 < line.peak < 1
+    assert line.verdict == "ok" and line.seconds > 0.3 and line.peak > 0.005
     (line,) = plan.go("run", ["-c", says(60, 0)], lambda: [Line("run", "ok", "")], stop=lambda: True, code=-15)
     assert line.verdict == "ok" and line.seconds < 30
 

@@ -20,11 +20,10 @@ from typing import Any
 
 import torch
 
-HUB = Path(__file__).parent / "hub"  # beside the hub's files: special_ids.json, tokens that config.json names
+HUB = Path(__file__).parent / "hub"  # and of ours: special_ids.json, tokens of config.json; narrow.json, see `shrunk`
 COPIED = ("generation_config.json", "preprocessor_config.json", "processor_config.json", "added_tokens.json")
 SHARD = 2_000_000_000  # bytes of a file, at most; one larger weight gets a file of its own
 SPREAD = 0.02  # standard deviation of random weights, both authors' initializer_range
-LOGITS = 5.5  # that of logits
 
 
 @dataclass(frozen=True)
@@ -32,13 +31,15 @@ class Published:
     """What the hub has of a model beside its weights.
 
     folder: its JSON files. renames: from the names of weights in memory to those on the hub, as regular expressions.
-    embedding: standard deviation of the vocabulary's rows. Gemma multiplies them by the root of the width before the
-    first layer; at SPREAD a few layers would hardly change them, and every token would predict itself.
+    embedding: standard deviation of the vocabulary's rows; Gemma multiplies them by the root of the width before the
+    first layer, so at SPREAD a few layers would hardly change them, and every token would predict itself. last_norm:
+    see the module.
     """
 
     folder: Path
     renames: tuple[tuple[str, str], ...]
     embedding: float
+    last_norm: float
 
     def read(self, name: str) -> dict[str, Any]:
         """One of its JSON files."""
@@ -58,7 +59,10 @@ class Published:
 
 PUBLISHED = {
     "qwen2_vl_2b": Published(
-        HUB / "qwen2_vl_2b", ((r"^model\.language_model\.", "model."), (r"^model\.visual\.", "visual.")), SPREAD
+        HUB / "qwen2_vl_2b",
+        ((r"^model\.language_model\.", "model."), (r"^model\.visual\.", "visual.")),
+        SPREAD,
+        last_norm=7.0,
     ),
     "gemma3_4b": Published(
         HUB / "gemma3_4b",
@@ -68,40 +72,21 @@ PUBLISHED = {
             (r"^model\.multi_modal_projector", "multi_modal_projector"),
         ),
         SPREAD / 50,
+        last_norm=270.0,
     ),
 }
 
-# Widths for tests in which only the vocabulary has to be real. Qwen2-VL's rotary sections need heads of 128.
-NARROW: dict[str, dict[str, Any]] = {
-    "qwen2_vl": {
-        "text": {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1},
-        "vision": {"embed_dim": 64, "num_heads": 2, "hidden_size": 256},
-    },
-    "gemma3": {
-        "text": {
-            "hidden_size": 128,
-            "intermediate_size": 256,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "head_dim": 64,
-        },
-        "vision": {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2},
-    },
-}
 
+def shrunk(published: Published, layers: int | None, vision_layers: int | None, narrow: bool = False) -> dict[str, Any]:
+    """Its config.json with fewer layers; Gemma keeps layers of both kinds, from two layers on.
 
-def shrunk(
-    config: dict[str, Any], layers: int | None, vision_layers: int | None, narrow: bool = False
-) -> dict[str, Any]:
-    """A published config.json with fewer layers; Gemma keeps layers of both kinds, from two layers on.
-
-    `narrow`: and with widths that make no sense but for tests.
+    `narrow`: and with widths that make sense only in tests in which nothing but the vocabulary has to be real.
     """
-    config = json.loads(json.dumps(config))
+    config = published.read("config.json")
     text, vision = config.get("text_config", config), config["vision_config"]
     if narrow:
-        text |= NARROW[config["model_type"]]["text"]
-        vision |= NARROW[config["model_type"]]["vision"]
+        text |= published.read("narrow.json")["text"]
+        vision |= published.read("narrow.json")["vision"]
     if layers is not None:
         text["num_hidden_layers"] = layers
         if "text_config" in config and layers < 6:
@@ -135,7 +120,7 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     tokens, settings = tokenizer_files(published, tokenizer)
     files = {name: published.read(name) for name in COPIED if (published.folder / name).is_file()} | {
-        "config.json": shrunk(published.read("config.json"), layers, vision_layers, narrow),
+        "config.json": shrunk(published, layers, vision_layers, narrow),
         "tokenizer.json": tokens,
         "tokenizer_config.json": settings,
         "chat_template.json": {"chat_template": settings["chat_template"]},
@@ -228,7 +213,7 @@ def drawn(published: Published, name: str, shape: torch.Size, generator: torch.G
     """A weight in bf16: norms near the identity, biases of Qwen's attention and all matrices random."""
     norm = "norm" in name or "ln_q" in name
     if name == "model.language_model.norm.weight":
-        value = torch.full(shape, LOGITS / published.embedding / shape[0] ** 0.5 - published.gemma)
+        value = torch.full(shape, published.last_norm)
     elif norm and not (published.gemma and "vision" not in name):
         value = torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
     elif norm or (published.gemma and name.endswith("bias")):
