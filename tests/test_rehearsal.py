@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.rehearse import __main__ as rehearsal
-from benchmarks.rehearse import checks
+from benchmarks.rehearse import checks, varied
 from benchmarks.rehearse.lines import Line, timed, within
 from benchmarks.setup import Case
 from common.data import task
@@ -53,7 +53,7 @@ def learner(real_vocabulary, tmp_path_factory):
                 "trainer.prompts_per_update=1",
                 "rollout.max_completion_tokens=4",
             ]
-            words += ["+rewards.varied={weight: 1.0, fn: benchmarks.rehearse.checks.varied}"]
+            words += ["+rewards.varied={weight: 1.0, fn: benchmarks.rehearse.varied}"]
             with initialized() as compose:
                 config = validate(compose(*words))
             device, at = init_process_group(0), Checkpoints(folder / "checkpoints", 1)
@@ -195,9 +195,7 @@ def test_weights_that_do_not_arrive_are_noticed(learner, rollout, verdict):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize(
-    ("reward", "verdict"), [(checks.varied, "ok"), (lambda samples: [0.0] * len(samples), "failed")]
-)
+@pytest.mark.parametrize(("reward", "verdict"), [(varied, "ok"), (lambda samples: [0.0] * len(samples), "failed")])
 def test_an_update_without_a_gradient_fails(learner, monkeypatch, reward, verdict):
     model = copy.copy(learner("qwen2_vl"))
     model.policy = replace(model.policy, model=copy.deepcopy(model.policy.model))
@@ -221,7 +219,7 @@ def test_a_difference_that_is_no_number_fails_and_an_error_is_a_line():
 
 def test_completions_earn_differently():
     samples = [Sample(Prompt("x", "", ""), text) for text in ("a", "b", "")]
-    assert checks.varied(samples) == [0.0, pytest.approx(1 / 97), 0.0]
+    assert varied(samples) == [0.0, pytest.approx(1 / 97), 0.0]
 
 
 def test_runs_are_judged_by_what_they_wrote(tmp_path):

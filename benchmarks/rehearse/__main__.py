@@ -41,8 +41,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from benchmarks.rehearse import composed
 from benchmarks.rehearse.checkpoint import PUBLISHED
-from benchmarks.rehearse.checks import composed
 from benchmarks.rehearse.lines import Line
 from common.config.schema import Config, GRPOConfig
 from common.models import files
@@ -332,7 +332,7 @@ def prepare(own: dict[str, str], given: list[str]) -> Rehearsal:
     values = SMALL | (ON_GPUS if gpus else ON_THE_CPU) | {"cache_dir": str(out / "cache")}
     pictures = photos(out / "photos", config.model.image_size)
     if isinstance(config.trainer, GRPOConfig):
-        values["+rewards.varied"] = "{weight: 1.0, fn: benchmarks.rehearse.checks.varied}"
+        values["+rewards.varied"] = "{weight: 1.0, fn: benchmarks.rehearse.varied}"
     typed = {word.split("=", 1)[0].lstrip("+") for word in given}
     values |= {} if "data" in typed else {"data.folder": str(pictures)}
     kept = [f"{key}={value}" for key, value in values.items() if key.lstrip("+") not in typed]

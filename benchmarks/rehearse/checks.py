@@ -8,44 +8,40 @@ Shapes: P prompt tokens, R tokens of a reply.
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from safetensors import safe_open
 
 from benchmarks import grpo_step, setup
+from benchmarks.rehearse import composed
 from benchmarks.rehearse.checkpoint import PUBLISHED, SPREAD, hub_name
 from benchmarks.rehearse.lines import Line, timed, within
-from common.config import composition
+from benchmarks.rehearse.stock import stock_attention, stock_inputs, stock_logps, stock_positions, without_categories
 from common.config.schema import Config
 from common.data import task
-from common.forward import attention
 from common.forward.exact import InFloat32
 from common.forward.label_scores import LabelScorer
-from common.forward.logprobs import PolicyScorer, token_logps
+from common.forward.logprobs import PolicyScorer
 from common.forward.packing import Group, pack_shared
 from common.models.adapters import without_adapters
 from common.models.families import Qwen2VL
 from common.models.files import lineage, weight_files
-from common.models.meter import messages, of_folder
+from common.models.meter import of_folder
 from common.models.vlm import VLM
 from common.rollout.base import Decoding, Request, Rollout, awake, requests
 from common.run.checkpoint import Checkpoints
 from common.runtime.group import init_process_group
 from common.training import agreement
-from common.types import CATEGORY, Prompt, Sample
 from common.vlm.build import build
 from common.vlm.learner import VLMLearner, sampling
 
@@ -53,11 +49,6 @@ TOKENS, GROUP, COMPARED = 6, 3, 1  # of a completion; completions; how many of t
 TRL_CASES = (setup.Case(700, 6, 4), setup.Case(700, 150, 4))  # CLS-RL on ImageNet: a label, a thought
 KERNELS = ("sdpa", "eager", "flash_attention_2")  # of transformers
 REASONING = "<think>Why? Round ears.</think>"
-
-
-def varied(samples: Sequence[Sample]) -> list[float]:
-    """A reward in which completions differ, whatever they say: random weights earn no other. Length: N."""
-    return [sum(sample.completion.encode()) % 97 / 97 for sample in samples]
 
 
 def loading(learner: VLMLearner) -> Iterator[Line]:
@@ -114,86 +105,6 @@ def prompts(learner: VLMLearner, each: int = 2) -> Iterator[Line]:
         seen = "not the stock processor's: " + ", ".join(f"{what} of {image}" for what, image in wrong.items())
     fix = "model.family, model.image_size; the model's processor"
     yield Line("prompts", "failed" if wrong else "ok", seen, fix, {"prompts": len(chosen), "longest": max(counted)})
-
-
-def stock_inputs(policy: VLM, prompt: Prompt, picture: Any) -> dict[str, torch.Tensor]:
-    """What transformers' own processor makes of a question, all in one call. One row."""
-    conversation: list[dict[str, Any]] = copy.deepcopy(messages(prompt))
-    for message in conversation:
-        if isinstance(message["content"], str):
-            message["content"] = [{"type": "text", "text": message["content"]}]
-        for part in message["content"]:
-            if part["type"] == "image":
-                part["image"] = picture
-            else:
-                part["text"] = part["text"].replace(CATEGORY, policy.processor.tokenizer.pad_token)
-    return dict(
-        policy.processor.apply_chat_template(
-            conversation, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
-        )
-    )
-
-
-def stock_positions(policy: VLM, ids: torch.Tensor, stock: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Position ids of a prompt as the model itself computes them. Shape: [P] -> [A, P]."""
-    base = without_adapters(policy.model)
-    if not hasattr(base.model, "get_rope_index"):
-        return torch.arange(len(ids))[None]
-    kinds = (ids == base.config.image_token_id).int()[None]
-    found: torch.Tensor = base.model.get_rope_index(
-        input_ids=ids[None],
-        mm_token_type_ids=kinds,
-        image_grid_thw=stock["image_grid_thw"],
-        attention_mask=torch.ones_like(kinds),
-    )[0]
-    return found[:, 0]
-
-
-def without_categories(ids: torch.Tensor, policy: VLM) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """Ids with one padding token for every category's embeddings, and which categories these were; -1: not whole."""
-    if policy.slots is None:
-        return ids, ()
-    first, width = policy.slots.first, policy.slots.width
-    kept, categories, place = [], [], 0
-    while place < len(ids):
-        number = int(ids[place]) - first
-        if number < 0:
-            kept.append(int(ids[place]))
-            place += 1
-            continue
-        whole = torch.equal(ids[place : place + width], torch.arange(width) + ids[place]) and number % width == 0
-        categories.append(number // width if whole else -1)
-        kept.append(policy.pad)
-        place += width
-    return torch.tensor(kept), tuple(categories)
-
-
-@contextmanager
-def stock_attention(policy: VLM, kind: str = "sdpa") -> Iterator[None]:
-    """Inside, the language model attends as transformers does, with masks of its own."""
-    text = without_adapters(policy.model).config.get_text_config()
-    text._attn_implementation = kind
-    try:
-        yield
-    finally:
-        text._attn_implementation = attention.NAME
-
-
-@torch.no_grad()
-def stock_logps(policy: VLM, prompt: Any, reply: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """Log-probabilities of a reply by the stock forward of the whole sequence, one row. Shape: [R] -> [R]."""
-    model, device = without_adapters(policy.model), policy.device
-    row = torch.cat([prompt.ids, reply])[None].to(device)
-    inputs = {"input_ids": row, "attention_mask": torch.ones_like(row)}
-    image = (row == model.config.image_token_id).long()
-    inputs["mm_token_type_ids" if prompt.grid is not None else "token_type_ids"] = image
-    inputs |= policy.family.pixel_inputs([prompt.pixel_values], [] if prompt.grid is None else [prompt.grid])
-    inputs = {name: value.to(device) for name, value in inputs.items()}
-    was_training = model.training
-    logits = model.eval()(**inputs, logits_to_keep=len(reply) + 1).logits[0, :-1]
-    model.train(was_training)
-    banned = torch.tensor(sorted(policy.banned), device=device)
-    return token_logps(logits, banned, temperature).gather(-1, reply.to(device)[:, None])[:, 0].cpu()
 
 
 def stock_group(policy: VLM, group: Group, temperature: float) -> torch.Tensor:
@@ -420,13 +331,6 @@ def checked(config: Config, folder: Path, names: Sequence[str]) -> list[Line]:
     for name in names if learners else ():
         lines += timed(partial(CHECKS[name], learners[0]), name, device)
     return lines
-
-
-def composed(overrides: Sequence[str]) -> Config:
-    """The configuration that run.py would have."""
-    composition.register()
-    with hydra.initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
-        return composition.validate(hydra.compose("config", list(overrides)))
 
 
 if __name__ == "__main__":  # lines.json, run folder, checks by commas, overrides
