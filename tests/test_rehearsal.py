@@ -22,7 +22,7 @@ from common.models.adapters import without_adapters
 from common.models.encoder import Encoder
 from common.models.families import Qwen2VL
 from common.rollout.hf import HFRollout
-from common.types import Prompt, Sample
+from common.types import Prompt, Sample, UserError
 from tests import pretend_device
 from tests.conftest import REPOSITORY, initialized
 
@@ -255,6 +255,17 @@ def test_weights_that_stand_still_are_noticed(real_vocabulary, tmp_path):
     assert rehearsal.moved(base, tmp_path).figures == {"changed": 1, "of": len(weights)}
     save_file({"x.lora_B.weight": torch.zeros(2)}, tmp_path / "adapter_model.safetensors")
     assert rehearsal.moved(base, tmp_path).verdict == "failed"
+
+
+def test_a_folder_of_others_is_not_taken(monkeypatch, tmp_path):
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(UserError, match="holds something else"):
+        rehearsal.main([f"out={tmp_path}", "model=qwen2_vl_2b", "method=clsrl"])
+    assert (tmp_path / "mine.txt").read_text() == "keep"
+    for words, said in ((["steps=all"], "steps=all: choose"), (["method=clsrl"], "tiny_qwen2_vl: a rehearsal knows")):
+        with pytest.raises(UserError, match=said):
+            rehearsal.main([f"out={tmp_path / 'new'}", *words])
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(("verdict", "code"), [("ok", 0), ("off", 0), ("failed", 1)])

@@ -36,6 +36,8 @@ from typing import Any
 
 import numpy
 import torch
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -44,10 +46,12 @@ from rich.text import Text
 from benchmarks.rehearse import composed
 from benchmarks.rehearse.checkpoint import PUBLISHED
 from benchmarks.rehearse.lines import Line
+from common.config import suggest
 from common.config.schema import Config, GRPOConfig
 from common.models import files
 from common.runtime import threads
 from common.types import UserError
+from run import one_line
 
 OWN = ("depth", "tokenizer", "steps", "out", "keep")
 NAMES = ("Boeing 707-320", "crème brûlée", "tiger cat")  # real tokenizers cut them into several tokens
@@ -69,6 +73,7 @@ ON_THE_CPU = {
     "trainer.prompts_per_update": "2",
 }
 UPDATES, PAPER = 2500, "in CLS-RL 94 (direct) and 1,587 (thinking) on eight A100"  # section 5.2, table 3
+FILE = "rehearsal.json"
 INTERRUPTED = 130  # exit code of run.py that was stopped
 ROUNDED = 0.05  # of a probability, when adapters become part of bf16 weights
 PACKAGES = ("torch", "transformers", "deepspeed", "peft", "bitsandbytes", "vllm", "flash_attn", "trl")
@@ -325,8 +330,11 @@ def prepare(own: dict[str, str], given: list[str]) -> Rehearsal:
     if config.trainer.name == "none":
         raise UserError(f"method={config.method['name']} trains nothing; rehearse one that does, such as method=clsrl")
     out = Path(own.get("out", "outputs/rehearsal")).resolve()
+    if out.exists() and not (out / FILE).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"out={out} holds something else than a rehearsal; give a new folder")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
+    (out / FILE).write_text("{}", encoding="utf-8")  # so that the next one may take the folder
     real = here(config, weights=True) if own.get("depth", "real" if gpus else "2") == "real" else None
     folder = real or write(own, config, out, gpus)
     values = SMALL | (ON_GPUS if gpus else ON_THE_CPU) | {"cache_dir": str(out / "cache")}
@@ -396,7 +404,7 @@ def main(words: Sequence[str]) -> int:
         "overrides": list(words),
         "lines": [asdict(line) for line in plan.lines],
     }
-    file = plan.out / "rehearsal.json"
+    file = plan.out / FILE
     file.write_text(json.dumps(told, indent=1, default=str), encoding="utf-8")
     Console(width=140).print(report(plan.lines, " ".join(words)))
     if own.get("keep") != "true":
@@ -410,5 +418,6 @@ def main(words: Sequence[str]) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        explained = suggest.explain(error, sys.argv[1:])
+        sys.exit(f"error: {explained}" if explained else one_line(error))
