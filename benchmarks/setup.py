@@ -36,6 +36,7 @@ VOCABULARY = 8192
 GRID = (1, 24, 24)  # 576 patches, 144 image tokens: an image of 336x336 pixels
 PATCH, MERGE = 14, 2
 BETA, EPSILON = 0.04, 0.2
+CPU = torch.device("cpu")
 FIRST_WORD = 700  # ids from here on are ordinary tokens in every benchmark prompt
 
 
@@ -107,19 +108,39 @@ def save_model(folder: Path) -> Path:
     return folder
 
 
-def load_ours(folder: Path) -> VLM:
+@dataclass(frozen=True)
+class Place:
+    """Where both sides compute, and in what."""
+
+    device: torch.device = CPU
+    dtype: str = "float32"
+
+    def seconds(self) -> float:
+        """CPU seconds of this process, or on a GPU seconds by the clock, once it has done what it was given."""
+        if self.device.type == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+HERE = Place()
+
+
+def load_ours(folder: Path, place: Place = HERE) -> VLM:
     """The checkpoint as the framework loads it."""
     config = ModelConfig(
-        name="benchmark", family="qwen2_vl", path=str(folder), dtype="float32", image_size=336, max_prompt_tokens=8192
+        name="benchmark", family="qwen2_vl", path=str(folder), dtype=place.dtype, image_size=336, max_prompt_tokens=8192
     )
-    return vlm.load(folder, config, torch.device("cpu"))
+    return vlm.load(folder, config, place.device)
 
 
-def load_stock(folder: Path) -> Any:
+def load_stock(folder: Path, place: Place = HERE) -> Any:
     """The checkpoint as transformers loads it."""
     from transformers import AutoModelForImageTextToText
 
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    dtype = vlm.DTYPES[place.dtype]
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    return model.to(place.device)
 
 
 def perturb(model: torch.nn.Module) -> None:
@@ -127,7 +148,7 @@ def perturb(model: torch.nn.Module) -> None:
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter)
             parameter.add_(0.3 * parameter.std(correction=0) * noise)
 
 
@@ -153,12 +174,12 @@ def make_advantages(case: Case) -> torch.Tensor:
 class OurModels:
     """Policy and reference behind their scorers, the policy a little away from the reference."""
 
-    def __init__(self, folder: Path) -> None:
-        self.policy = load_ours(folder)
+    def __init__(self, folder: Path, place: Place = HERE) -> None:
+        self.policy = load_ours(folder, place)
         perturb(self.policy.model)
         # no id is banned, because TRL bans none: both sides normalise over the whole vocabulary
-        self.scorer = PolicyScorer(self.policy.model, (), 1.0, GRPOConfig.head_chunk).train()
-        reference = PolicyScorer(load_ours(folder).model, (), 1.0, GRPOConfig.head_chunk)
+        self.scorer = PolicyScorer(self.policy.model, (), 1.0, GRPOConfig.head_chunk).to(place.device).train()
+        reference = PolicyScorer(load_ours(folder, place).model, (), 1.0, GRPOConfig.head_chunk).to(place.device)
         self.reference = reference.eval().requires_grad_(False)
 
 
@@ -182,7 +203,8 @@ class OurStep:
         logps, _ = self.models.scorer(packed)
         lengths = torch.tensor([len(completion) for completion in self.group.completions])
         weights = token_weights("grpo", lengths, len(lengths), len(lengths), int(lengths.sum()), int(lengths.max()))
-        inputs = LossInputs(logps, logps.detach(), ref_logps, self.advantages, weights, packed.owner)
+        advantages, weights = self.advantages.to(logps), weights.to(logps)
+        inputs = LossInputs(logps, logps.detach(), ref_logps, advantages, weights, packed.owner)
         loss = policy_loss(inputs, EPSILON, EPSILON, BETA).loss
         loss.backward()
         return float(loss.detach())
@@ -248,14 +270,16 @@ class Seconds:
         return f"{self.median:.3f} [{min(self.values):.3f}, {max(self.values):.3f}]"
 
 
-def alternate(variants: Mapping[str, Callable[[], Any]], repetitions: int) -> dict[str, Seconds]:
+def alternate(
+    variants: Mapping[str, Callable[[], Any]], repetitions: int, clock: Callable[[], float] = time.process_time
+) -> dict[str, Seconds]:
     """Run the variants in turn, so that a slow phase of the machine meets all of them; one round first to warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(repetitions + 1):
         for name, run in variants.items():
-            start = time.process_time()
+            start = clock()
             run()
-            seconds[name].append(time.process_time() - start)
+            seconds[name].append(clock() - start)
     return {name: Seconds(tuple(values[1:])) for name, values in seconds.items()}
 
 

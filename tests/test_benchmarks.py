@@ -82,15 +82,3 @@ def test_a_bank_on_the_host_is_trained_as_one_on_the_device():
     from benchmarks.bank import compare
 
     assert compare((40, 4, 32))["difference"] < 1e-6
-
-
-@pytest.mark.usefixtures("process_group")
-def test_the_gpu_benchmark_makes_an_update_of_the_length_it_says(monkeypatch):
-    from benchmarks import gpu
-
-    monkeypatch.setattr(gpu, "COMPLETIONS", {"direct": 3})
-    monkeypatch.setattr(gpu, "WARM_UP", 0)
-    monkeypatch.setattr(gpu, "REPEATS", 1)
-    found = gpu.measure("tiny", torch.device("cpu"))["direct"]
-    # two prompts of 700 tokens with four completions of 3 each, beside the same with the prompt once
-    assert found["token_ratio"] == pytest.approx(4 * (700 + 3) / (700 + 4 * 3))

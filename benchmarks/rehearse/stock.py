@@ -1,0 +1,102 @@
+"""What the authors' own code makes of a question: the stock processor and the stock forward of transformers.
+
+Shapes: P prompt tokens, R tokens of a reply, A position axes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from common.forward import attention
+from common.forward.logprobs import token_logps
+from common.models.adapters import without_adapters
+from common.models.encoder import Encoded
+from common.models.meter import messages
+from common.models.vlm import VLM
+from common.types import CATEGORY, Prompt
+
+
+def stock_inputs(policy: VLM, prompt: Prompt, picture: Any) -> dict[str, torch.Tensor]:
+    """What transformers' own processor makes of a question, all in one call. One row."""
+    conversation: list[dict[str, Any]] = copy.deepcopy(messages(prompt))
+    for message in conversation:
+        if isinstance(message["content"], str):
+            message["content"] = [{"type": "text", "text": message["content"]}]
+        for part in message["content"]:
+            if part["type"] == "image":
+                part["image"] = picture
+            else:
+                part["text"] = part["text"].replace(CATEGORY, policy.processor.tokenizer.pad_token)
+    return dict(
+        policy.processor.apply_chat_template(
+            conversation, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+        )
+    )
+
+
+def stock_positions(policy: VLM, ids: torch.Tensor, stock: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Position ids of a prompt as the model itself computes them. Shape: [P] -> [A, P]."""
+    base = without_adapters(policy.model)
+    if not hasattr(base.model, "get_rope_index"):
+        return torch.arange(len(ids))[None]
+    kinds = (ids == base.config.image_token_id).int()[None]
+    found: torch.Tensor = base.model.get_rope_index(
+        input_ids=ids[None],
+        mm_token_type_ids=kinds,
+        image_grid_thw=stock["image_grid_thw"],
+        attention_mask=torch.ones_like(kinds),
+    )[0]
+    return found[:, 0]
+
+
+def without_categories(ids: torch.Tensor, policy: VLM) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """Ids with one padding token for every category's embeddings, and which categories these were; -1: not whole."""
+    if policy.slots is None:
+        return ids, ()
+    first, width = policy.slots.first, policy.slots.width
+    kept, categories, place = [], [], 0
+    while place < len(ids):
+        number = int(ids[place]) - first
+        if number < 0:
+            kept.append(int(ids[place]))
+            place += 1
+            continue
+        whole = torch.equal(ids[place : place + width], torch.arange(width) + ids[place]) and number % width == 0
+        categories.append(number // width if whole else -1)
+        kept.append(policy.pad)
+        place += width
+    return torch.tensor(kept), tuple(categories)
+
+
+@contextmanager
+def stock_attention(policy: VLM, kind: str = "sdpa") -> Iterator[None]:
+    """Inside, the language model attends as transformers does, with masks of its own."""
+    text = without_adapters(policy.model).config.get_text_config()
+    text._attn_implementation = kind
+    try:
+        yield
+    finally:
+        text._attn_implementation = attention.NAME
+
+
+@torch.no_grad()
+def stock_logps(policy: VLM, prompt: Encoded, reply: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """Log-probabilities of a reply by the stock forward of the whole sequence, one row. Shape: [R] -> [R]."""
+    model, device = without_adapters(policy.model), policy.device
+    row = torch.cat([prompt.ids, reply])[None].to(device)
+    inputs = {"input_ids": row, "attention_mask": torch.ones_like(row)}
+    image = (row == model.config.image_token_id).long()
+    inputs["mm_token_type_ids" if prompt.grid is not None else "token_type_ids"] = image
+    assert prompt.pixel_values is not None
+    inputs |= policy.family.pixel_inputs([prompt.pixel_values], [] if prompt.grid is None else [prompt.grid])
+    inputs = {name: value.to(device) for name, value in inputs.items()}
+    was_training = model.training
+    logits = model.eval()(**inputs, logits_to_keep=len(reply) + 1).logits[0, :-1]
+    model.train(was_training)
+    banned = torch.tensor(sorted(policy.banned), device=device)
+    return token_logps(logits, banned, temperature).gather(-1, reply.to(device)[:, None])[:, 0].cpu()
