@@ -91,7 +91,7 @@ def main() -> None:
     ):
         folders = {"qwen2_vl_2b": arguments.qwen, "gemma3_4b": arguments.gemma}
         for model, methods in (("qwen2_vl_2b", ("clsrl", "nothinking", "sft")), ("gemma3_4b", ("alert",))):
-            folder = folders[model] or checkpoint.write_files(model, Path(made) / model)
+            folder = folders[model] or checkpoint.write(model, Path(made) / model, weights=False)
             for method in methods:
                 for weights in WEIGHTS:
                     for gpus in (1, 4, 8):

@@ -44,6 +44,7 @@ def config_of(case):
         gradient_checkpointing=case["checkpointing"],
         lora=LoraConfig(r=lora),
         freeze_vision=lora > 0,
+        attention=case.get("attention", "copy"),
     )
 
 
@@ -76,6 +77,7 @@ def rise(call, base=None):
 def main(case):
     torch.set_num_threads(1)
     policy = vlm.load(Path(case["folder"]), config_of(case), torch.device("cpu"))
+    attention.install(policy.model, case["attention"])
     scorer = PolicyScorer(policy.model, policy.banned, 1.0, head_rows(policy.model)).train()
     packed = row(policy)
     weights = sum(p.nbytes for p in scorer.parameters()) / 2**20

@@ -22,6 +22,7 @@ from common.cost import estimate, update
 from common.cost.counting import META, ShapeCounter
 from common.cost.update import GIB, Batch, Pass
 from common.data import task
+from common.forward import attention
 from common.forward.logprobs import PolicyScorer
 from common.models import vlm
 from tests import peaks
@@ -89,6 +90,8 @@ def test_operations_are_those_of_the_real_model(untrained_folders, family, lora)
         vlm.on_meta(untrained_folders[family], config),
         vlm.load(untrained_folders[family], config, torch.device("cpu")),
     )
+    for policy in (on_meta, real):
+        attention.install(policy.model, "copy")
     found = update.measure(on_meta, peaks.row(on_meta), 64)
     scorer = PolicyScorer(real.model, real.banned, 1.0, 64).train()
     # plain sums, since the counter does not know the CPU's kernel; kernels compute the scores again in the backward
@@ -250,14 +253,15 @@ def measured(case):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def case_of(untrained_folders, tmp_path, family, width, lora, checkpointing, dtype="float32", stage=None):
+def case_of(untrained_folders, tmp_path, family, width, lora, checkpointing, dtype="float32", stage=None, how="copy"):
     folder = widened(untrained_folders[family], tmp_path / "wide", width)
     case = {"folder": str(folder), "family": family, "lora": lora, "checkpointing": checkpointing}
-    return {**case, "dtype": dtype, "stage": stage}
+    return {**case, "dtype": dtype, "stage": stage, "attention": how}
 
 
 def counted(case):
     policy = vlm.on_meta(Path(case["folder"]), peaks.config_of(case))
+    attention.install(policy.model, case["attention"])
     return policy, update.measure(policy, peaks.row(policy))
 
 
@@ -281,6 +285,12 @@ def test_a_backward_takes_what_was_counted(untrained_folders, tmp_path):
 @pytest.mark.parametrize("family", ["qwen2_vl", "gemma3"])
 def test_every_backward_takes_what_was_counted(untrained_folders, tmp_path, family, width, lora, checkpointing):
     check_pass(case_of(untrained_folders, tmp_path, family, width, lora, checkpointing))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("family", ["qwen2_vl", "gemma3"])
+def test_merged_attention_takes_what_was_counted(untrained_folders, tmp_path, family):
+    check_pass(case_of(untrained_folders, tmp_path, family, 1024, 0, False, how="merge"))
 
 
 @pytest.mark.faults

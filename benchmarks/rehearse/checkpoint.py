@@ -104,6 +104,7 @@ def write(
     tokenizer: Path | None = None,
     seed: int = 0,
     narrow: bool = False,
+    weights: bool = True,
 ) -> Path:
     """Write a whole checkpoint.
 
@@ -115,6 +116,7 @@ def write(
         tokenizer: Folder with the real tokenizer.json (or tokenizer.json.gz) and tokenizer_config.json.
         seed: Of the weights.
         narrow: See `shrunk`.
+        weights: False leaves them out, and their index.
     """
     published = PUBLISHED[model]
     folder.mkdir(parents=True, exist_ok=True)
@@ -127,7 +129,8 @@ def write(
     }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    write_weights(published, folder, seed)
+    if weights:
+        write_weights(published, folder, seed)
     return folder
 
 

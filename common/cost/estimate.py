@@ -17,6 +17,7 @@ from common.config.schema import NO_FAMILY, Config, GRPOConfig
 from common.cost.update import GIB, Batch, Pass, cache_bytes, measure, memory
 from common.counted import counted
 from common.data.task import Questions
+from common.forward import attention
 from common.forward.logprobs import head_rows
 from common.forward.packing import Group, pack, score_prompts
 from common.method import Looks
@@ -99,6 +100,7 @@ def of_run(config: Config, questions: Questions, folder: Path, ranks: int, lengt
     """
     trainer, size, limit = config.trainer, config.model.image_size, config.rollout.max_completion_tokens
     policy = _with_bank(vlm.on_meta(folder, config.model), config, questions)
+    attention.install(policy.model, config.model.attention)
     measure_tokens = meter.of_folder(folder, config.model.family).tokens
     tokens = measure_tokens(questions.train, size)
     prompt = _encoded(policy, _longest(questions.train, tokens), size)

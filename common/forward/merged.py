@@ -162,8 +162,10 @@ class Kernel(NamedTuple):
 def kernel(block: Block) -> Kernel:
     """The fastest that the device has for a block; without any, plain operations, and a line in the log."""
     query, key, value, device = block.query, block.key, block.value, block.query.device.type
-    if device in ("cpu", "meta"):
+    if device == "cpu":
         return CPU
+    if device == "meta":  # nothing is computed: what a GPU would take is counted (common/cost/)
+        return FLASH if block.bias is None else EFFICIENT
     if device == "cuda":
         shares = query.shape[1] > key.shape[1]
         aligned = query.shape[-1] % 8 == 0
