@@ -172,7 +172,7 @@ def resume(plan: Rehearsal) -> list[Line]:
         whole = steps == list(range(1, len(steps) + 1)) and len(steps) > before > 0
         seen = f"{before} updates before the stop, {len(steps)} in all"
         resumed = Line("resumed", "ok" if whole else "failed", seen, "checkpoint.every")
-        return [resumed, moved(Path(plan.config.model.path or ""), run / "model"), pace(run)]
+        return [resumed, moved(Path(plan.config.model.path or ""), run / "model"), pace(run, plan.gpus)]
 
     return plan.go("resume", plan.run("run"), judge)
 
@@ -198,14 +198,14 @@ def trained(check: str, run: Path) -> Line:
     return Line(check, "ok" if right else "failed", seen, "trainer.learning_rate, rewards", figures)
 
 
-def pace(run: Path) -> Line:
-    """Seconds of the last update by phase, and what the paper's updates would take at that pace."""
+def pace(run: Path, gpus: int) -> Line:
+    """Seconds of the last update by phase, and on a GPU what the paper's updates would take at that pace."""
     phases = json.loads((run / "timings.jsonl").read_text("utf-8").splitlines()[-1])
     del phases["step"]
     total = sum(phases.values())
     parts = ", ".join(f"{name} {value:.1f}" for name, value in phases.items())
-    seen = f"{total:.1f} s ({parts}); {UPDATES} would take {total * UPDATES / 60:.0f} min here, {PAPER}"
-    return Line("seconds per update", "ok", seen, "", phases)
+    whole = f"; {UPDATES} would take {total * UPDATES / 60:.0f} min here, {PAPER}" if gpus else ""
+    return Line("seconds per update", "ok", f"{total:.1f} s ({parts}){whole}", "", phases)
 
 
 def moved(base: Path, model: Path) -> Line:
