@@ -75,7 +75,7 @@ ON_THE_CPU = {
 UPDATES, PAPER = 2500, "in CLS-RL 94 (direct) and 1,587 (thinking) on eight A100"  # section 5.2, table 3
 FILE = "rehearsal.json"
 INTERRUPTED = 130  # exit code of run.py that was stopped
-ROUNDED = 0.05  # of a probability, when adapters become part of bf16 weights
+ROUNDED = 0.05  # most that bf16 may change: a probability, or a share of a gradient's norm
 PACKAGES = ("torch", "transformers", "deepspeed", "peft", "bitsandbytes", "vllm", "flash_attn", "trl")
 
 
@@ -172,36 +172,40 @@ def resume(plan: Rehearsal) -> list[Line]:
         whole = steps == list(range(1, len(steps) + 1)) and len(steps) > before > 0
         seen = f"{before} updates before the stop, {len(steps)} in all"
         resumed = Line("resumed", "ok" if whole else "failed", seen, "checkpoint.every")
-        return [resumed, moved(Path(plan.config.model.path or ""), run / "model"), pace(run)]
+        return [resumed, moved(Path(plan.config.model.path or ""), run / "model"), pace(run, plan.gpus)]
 
     return plan.go("resume", plan.run("run"), judge)
 
 
-def updates(run: Path) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl with an update each."""
+def rows(run: Path) -> list[dict[str, Any]]:
+    """Of metrics.jsonl: evaluations and updates."""
     file = run / "metrics.jsonl"
-    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.is_file() else []
-    return [row for row in rows if "grad_norm" in row]
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.is_file() else []
+
+
+def updates(run: Path) -> list[dict[str, Any]]:
+    """The rows of updates."""
+    return [row for row in rows(run) if "grad_norm" in row]
 
 
 def trained(check: str, run: Path) -> Line:
     """Every update has a loss that is a number and a gradient that is not zero."""
-    rows = updates(run)
+    made = updates(run)
     names = ("loss", "grad_norm", "reward", "sampling/sampling_logp_difference/mean")
-    figures = {name: [row[name] for row in rows if name in row] for name in names}
-    right = bool(rows) and all(math.isfinite(row["loss"]) and 0 < row["grad_norm"] < math.inf for row in rows)
+    figures = {name: [row[name] for row in made if name in row] for name in names}
+    right = bool(made) and all(math.isfinite(row["loss"]) and 0 < row["grad_norm"] < math.inf for row in made)
     seen = "gradient norms " + ", ".join(f"{norm:.3g}" for norm in figures["grad_norm"])
     return Line(check, "ok" if right else "failed", seen, "trainer.learning_rate, rewards", figures)
 
 
-def pace(run: Path) -> Line:
-    """Seconds of the last update by phase, and what the paper's updates would take at that pace."""
+def pace(run: Path, gpus: int) -> Line:
+    """Seconds of the last update by phase, and on a GPU what the paper's updates would take at that pace."""
     phases = json.loads((run / "timings.jsonl").read_text("utf-8").splitlines()[-1])
     del phases["step"]
     total = sum(phases.values())
     parts = ", ".join(f"{name} {value:.1f}" for name, value in phases.items())
-    seen = f"{total:.1f} s ({parts}); {UPDATES} would take {total * UPDATES / 60:.0f} min here, {PAPER}"
-    return Line("seconds per update", "ok", seen, "", phases)
+    whole = f"; {UPDATES} would take {total * UPDATES / 60:.0f} min here, {PAPER}" if gpus else ""
+    return Line("seconds per update", "ok", f"{total:.1f} s ({parts}){whole}", "", phases)
 
 
 def moved(base: Path, model: Path) -> Line:
@@ -249,21 +253,32 @@ def answer(check: str, file: Path) -> Line:
 def ranks(plan: Rehearsal) -> list[Line]:
     """ZeRO-3 on two processes (gloo), or on all GPUs (NCCL), beside the first update of the run on one."""
     count = plan.gpus or 2
-    check, run, alone = f"ZeRO-3, {count} ranks", plan.out / "ranks", updates(plan.out / "run")
+    check, run, alone = f"ZeRO-3, {count} ranks", plan.out / "ranks", plan.out / "run"
     command = plan.run("ranks", "deepspeed=zero3", "trainer.updates=1", f"gpus={plan.gpus}")
     if not plan.gpus:
         command = ["-m", "torch.distributed.run", "--nproc-per-node", str(count), *command]
 
     def judge() -> list[Line]:
         line = trained(check, run)
-        if line.verdict == "ok" and alone:
-            apart = abs(updates(run)[0]["grad_norm"] / alone[0]["grad_norm"] - 1)
-            # in bf16 a token may be drawn otherwise, and then the gradient is another one
-            seen = f"{line.seen}; {100 * apart:.1f} % from the first of one rank"
-            line = replace(line, seen=seen, verdict="ok" if apart < 0.1 else "off", fix="deepspeed=zero2")
-        return [line]
+        return [beside(line, run, alone) if line.verdict == "ok" and updates(alone) else line]
 
     return plan.go("ranks", command, judge)
+
+
+def beside(line: Line, run: Path, alone: Path) -> Line:
+    """The line of a run on several ranks, `off` where it does not begin as the one on one rank.
+
+    Both score the same names before they are trained. Their first gradients are equal where both drew the same
+    completions, which rewards show; in bf16 a token may be drawn otherwise.
+    """
+    first, other = updates(run)[0], updates(alone)[0]
+    scores = [[value for name, value in rows(each)[0].items() if name.endswith("/brier")] for each in (run, alone)]
+    gaps = [abs(a - b) for a, b in zip(*scores, strict=True)]
+    if alike := first.get("reward") == other.get("reward"):
+        gaps.append(abs(first["grad_norm"] / other["grad_norm"] - 1))
+    seen = f"{line.seen} (one rank: {other['grad_norm']:.3g}{'' if alike else ', other completions'})"
+    verdict = "ok" if all(gap < ROUNDED for gap in gaps) else "off"
+    return replace(line, seen=seen, verdict=verdict, fix="deepspeed=zero2", figures={**line.figures, "gaps": gaps})
 
 
 def doctor(plan: Rehearsal) -> list[Line]:
