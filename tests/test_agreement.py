@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from common.data.loading import Loader
+from common.forward import attention, merged
 from common.forward.exact import InFloat32
 from common.forward.layout import SharedPrefix
 from common.forward.logprobs import PolicyScorer
@@ -15,6 +16,7 @@ from common.forward.packing import Group, pack_plain, pack_shared
 from common.models.encoder import Encoder
 from common.rollout.base import Decoding, requests
 from common.rollout.hf import HFRollout
+from common.run import doctor
 from common.training import agreement
 
 DECODING = Decoding(temperature=1.0, top_k=0, top_p=1.0, max_tokens=12)
@@ -49,6 +51,29 @@ def test_a_correct_model_in_bf16_passes_although_it_rounds(world, family):
     assert found.shared < 2e-5 and found.replay < 2e-5 and found.noise < 2e-5
     assert found.allowed == 1e-4 and found.forwards_agree and found.sampler_agrees
     assert found.allowed_of_sampler == pytest.approx(4 * found.rounding)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("fault", ["none", "sign", "scale"])
+def test_a_wrong_gradient_of_merged_attention_is_refused(world, monkeypatch, family, fault):
+    """It shows in no log-probability: only the backward of the merged kernels is wrong."""
+    made = world(family)
+    right = merged.CPU
+    factor = {"none": 1.0, "sign": -1.0, "scale": 1.05}[fault]
+
+    def backward(*arguments):
+        query, key, value = right.backward(*arguments)
+        return query, factor * key, value
+
+    monkeypatch.setattr(merged, "CPU", right._replace(backward=backward))
+    found = measured(made)
+    assert found.forwards_agree and found.copied > 1e-4, "bf16 rounds"
+    assert found.gradients_agree == (fault == "none")
+    verdict = doctor.check_forward(found)
+    assert (verdict.verdict == "ok") == (fault == "none")
+    assert fault == "none" or "model.attention=copy" in verdict.fix
+    attention.install(made[0].model, "copy")
+    assert measured(made).gradients_agree, "nothing is merged then"
 
 
 def test_exact_is_the_model_in_fp32(world, load_vlm):

@@ -118,6 +118,54 @@ def masked_attention(
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=shared)
 
 
+def merge_error(model: Any, layout: SharedPrefix) -> tuple[float, float]:
+    """How far merged attention and its gradients are from those with copies, on this device and in its number format.
+
+    Kernels are called there in a way that PyTorch does not promise (common/forward/merged.py), and a wrong gradient
+    would show in no log-probability. The numbers are random, in the sizes of a real row; the truth is computed with
+    copies in fp32.
+
+    Args:
+        model: A `*ForConditionalGeneration`, or the PEFT model around one.
+        layout: Of a row.
+
+    Returns:
+        The largest relative error of output and gradients, and the largest that `copy` has; (0, 0) if nothing merges.
+    """
+    text = model.config.get_text_config()
+    if text._attn_implementation == NAMES["copy"]:
+        return 0.0, 0.0
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    kinds = getattr(text, "layer_types", None) or ["full_attention"]
+    windows = {text.sliding_window if kind == "sliding_attention" else None for kind in kinds}
+    device, generator = layout.restore.device, torch.Generator().manual_seed(0)
+    errors = [(0.0, 0.0)]
+    for window in windows:
+        shapes = [(1, heads, len(layout.restore), size) for heads in _heads(text)]
+        rows = [torch.randn(shape, generator=generator).to(device, model.dtype) for shape in shapes]
+        grad = torch.randn(1, *shapes[0][2:0:-1], size, generator=generator).to(device, model.dtype)
+
+        def attended(how: str, dtype: torch.dtype, window: int | None = window) -> list[torch.Tensor]:
+            leaves = [row.to(dtype).requires_grad_() for row in rows]  # noqa: B023
+            query, key, value = leaves
+            out, _ = shared_prefix_attention(
+                torch.nn.Identity(), query, key, value, None, None, window, shared_prefix=layout, how=how
+            )
+            return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]  # noqa: B023
+
+        exact = attended("copy", torch.promote_types(torch.float32, model.dtype))
+        merged, copied = (
+            max(float((a.to(b) - b).norm() / b.norm()) for a, b in zip(attended(how, model.dtype), exact, strict=True))
+            for how in ("merge", "copy")
+        )
+        errors.append((merged, copied))
+    return max(errors)
+
+
+def _heads(text: Any) -> tuple[int, int, int]:
+    return text.num_attention_heads, text.num_key_value_heads, text.num_key_value_heads
+
+
 def _take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Rows of a packed tensor as a padded batch. Shape: [1, heads, L, D], [B, W] -> [B, heads, W, D]."""
     heads, _, size = x.shape[1:]

@@ -223,8 +223,13 @@ def check_sampler(gap: torch.Tensor, found: Agreement, corrected: bool) -> Findi
 
 
 def check_forward(found: Agreement) -> Finding:
-    """The shared-prefix forward equals the plain one."""
+    """The shared-prefix forward equals the plain one, and attention without copies that with them."""
     seen = f"log-probabilities differ by {found.shared:.1e} on average (allowed: {found.allowed:.0e})"
+    if not found.gradients_agree:
+        seen = f"merged attention has a relative error of {found.merged:.1e}, copies of {found.copied:.1e}"
+        return Finding(
+            "shared against plain forward", "failed", seen, "set model.attention=copy and report this device"
+        )
     if found.forwards_agree:
         return Finding("shared against plain forward", "ok", seen)
     return Finding(

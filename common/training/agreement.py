@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from common.forward import attention
 from common.forward.exact import InFloat32
 from common.forward.logprobs import PolicyScorer
 from common.forward.packing import Group, pack_plain, pack_shared
@@ -37,7 +38,8 @@ class Agreement:
     shared: between the shared-prefix and the plain forward, exact. replay: between a sampler that computes with the
     trained weights and the plain forward, exact; None: the sampler has weights of its own. noise: between plain
     forwards in batches of other shapes, exact; in 8 bits a row's numbers depend on what it is computed beside.
-    rounding: between the forward as it is trained and the exact plain one.
+    rounding: between the forward as it is trained and the exact plain one. merged, copied: relative errors of
+    `attention.merge_error`, no log-probabilities.
     """
 
     shared: float
@@ -45,6 +47,8 @@ class Agreement:
     noise: float
     rounding: float
     dtype: torch.dtype
+    merged: float = 0.0
+    copied: float = 0.0
 
     @property
     def allowed(self) -> float:
@@ -62,13 +66,27 @@ class Agreement:
         return self.shared <= self.allowed
 
     @property
+    def gradients_agree(self) -> bool:
+        """Whether merged attention and its gradients are as exact as copies; True where nothing is merged."""
+        return self.merged <= max(1e-5, MULTIPLE * self.copied)
+
+    @property
     def sampler_agrees(self) -> bool:
         """In exact arithmetic, as far as that can be asked."""
         return self.replay is None or self.replay <= self.allowed
 
 
-@torch.no_grad()
 def measure(
+    scorer: PolicyScorer, vlm: VLM, group: Group, rollout: Rollout | None, request: Request, decoding: Decoding
+) -> Agreement:
+    """`compare` with the errors of merged attention beside it."""
+    layout = pack_shared([group], vlm.family, vlm.device).inputs["shared_prefix"]
+    merged, copied = attention.merge_error(vlm.model, layout)
+    return replace(compare(scorer, vlm, group, rollout, request, decoding), merged=merged, copied=copied)
+
+
+@torch.no_grad()
+def compare(
     scorer: PolicyScorer, vlm: VLM, group: Group, rollout: Rollout | None, request: Request, decoding: Decoding
 ) -> Agreement:
     """Compare the forwards on one sampled group. The ranks call it together, each with a group of its own.

@@ -266,6 +266,11 @@ class GRPOTrainer(EngineTrainer):
                 f"the shared-prefix forward differs from the plain one by {found.shared:.2g} nats in exact arithmetic"
                 f" (allowed: {found.allowed:.0e}); train with trainer.impl=plain and report this model"
             )
+        if self.config.impl != "plain" and not found.gradients_agree:
+            raise RuntimeError(
+                f"merged attention or its gradient has a relative error of {found.merged:.2g} on this device, with"
+                f" copies it is {found.copied:.2g}; train with model.attention=copy and report this device"
+            )
         if not self.agreed and found.replay is not None:
             check_agreement(found.replay, found.allowed)
         self.allowed_gap = max(gather(found.allowed_of_sampler))  # the same on all ranks, which stop together
