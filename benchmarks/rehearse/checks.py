@@ -138,6 +138,8 @@ def forwards(learner: VLMLearner) -> Iterator[Line]:
         found.allowed,
         "model.family",
     )
+    merged = "merged attention and gradients"
+    yield within(merged, "relative error", found.merged, found.allowed_merged, "model.attention=copy")
     if found.replay is not None:
         yield within("sampler, exact", "differs by", found.replay, found.allowed, "rollout=hf")
     fix = "trainer.importance_correction=sequence_mask or model.dtype=float32"

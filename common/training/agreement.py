@@ -66,9 +66,14 @@ class Agreement:
         return self.shared <= self.allowed
 
     @property
+    def allowed_merged(self) -> float:
+        """Largest relative error that merged attention may have where copies have theirs."""
+        return max(1e-5, MULTIPLE * self.copied)
+
+    @property
     def gradients_agree(self) -> bool:
         """Whether merged attention and its gradients are as exact as copies; True where nothing is merged."""
-        return self.merged <= max(1e-5, MULTIPLE * self.copied)
+        return self.merged <= self.allowed_merged
 
     @property
     def sampler_agrees(self) -> bool:
