@@ -44,7 +44,7 @@ def into_vocabulary(model: Any, processor: Any, silent: int, bank: Path, instruc
 
 
 def add_rows(model: Any, tokenizer: Any, texts: Sequence[str], entries: torch.Tensor, silent: int) -> range:
-    """Let the vocabulary end in the words of some texts, which mean the entries of a bank. Returns their ids.
+    """Let the vocabulary end in the words of some texts, which mean the entries of a bank.
 
     Args:
         model: Is changed.
@@ -52,23 +52,28 @@ def add_rows(model: Any, tokenizer: Any, texts: Sequence[str], entries: torch.Te
         texts: From `words`. Length: C.
         entries: Shape: [C, m, D].
         silent: Id of a token that is never said.
+
+    Returns:
+        Their ids, and those of the rows that fill a longer vocabulary up: none of them is ever said.
     """
-    first = len(tokenizer)
+    first, rows = len(tokenizer), model.get_input_embeddings().num_embeddings
     tokenizer.add_tokens([f"{word}>" for text in texts for word in text.split(">")[:-1]], special_tokens=True)
     new = range(first, len(tokenizer))
     assert len(new) == entries.shape[0] * entries.shape[1], "a word of the categories was known already"
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+    silenced = new
+    if len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=ROUND, mean_resizing=False)
+        silenced = range(first, model.get_input_embeddings().num_embeddings)  # the library draws what fills it up
     embedding = model.get_input_embeddings()
     # categories are read, never said: a projection of its own gives them the number of the padding, which is not said
     said = embedding.weight.detach().clone() if tied(model) else model.lm_head.weight.detach()
-    said[new.start : new.stop] = said[silent].clone()
+    said[silenced.start : silenced.stop] = said[silent].clone()
     model.lm_head.weight = torch.nn.Parameter(said)
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = False
     with torch.no_grad():
         embedding.weight[new.start : new.stop] = rows_of_vocabulary(embedding, entries).to(embedding.weight)
-    return new
+    return silenced
 
 
 def tied(model: Any) -> bool:

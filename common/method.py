@@ -112,8 +112,8 @@ class Recalls(Protocol):
 
 @dataclass(frozen=True)
 class Words:
-    """Embeddings that have become words: the ids of these, which are never said; the word that stands for each name;
-    and a question that has some of them.
+    """Embeddings that have become words: the ids of these, and of what fills the vocabulary up, none of which is ever
+    said; the word that stands for each name; and a question that has some of them.
     """
 
     ids: range

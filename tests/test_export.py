@@ -29,6 +29,7 @@ from common.export import __main__ as command
 from common.export import hub, plain
 from common.export.bundle import ASKING
 from common.export.card import CODE, RESIZED
+from common.forward.logprobs import token_logps
 from common.models.encoder import Encoder
 from common.models.slots import attach
 from common.rollout.base import Decoding, requests
@@ -81,6 +82,22 @@ def conversation(folder, prompt, image):
     for label in prompt.categories:
         text = text.replace(CATEGORY, words[NAMES[label]], 1)
     return [{"role": "user", "content": [{"type": "text", "text": text}, image]}]
+
+
+def test_what_fills_the_vocabulary_up_is_never_said(load_vlm):
+    """Whatever the library puts into new rows, all that can be said are the tokens from before, as probable as before."""
+    vlm = load_vlm(family="gemma3")
+    with torch.no_grad():
+        vlm.model.get_input_embeddings().weight.mul_(0.01)  # rows that the library draws would have it all
+    old, ends = vlm.model.lm_head.weight.detach().clone(), len(vlm.processor.tokenizer)
+    words, bank = export.words(["x"] * 40, 4), torch.randn(40, 4, 96)
+    ids = export.add_rows(vlm.model, vlm.processor.tokenizer, words, bank, vlm.pad)
+    rows = vlm.model.lm_head.weight
+    assert len(rows) % 64 == 0 and len(rows) > ends + 160, "there is something to fill up"
+    hidden = torch.randn(5, 96, generator=torch.Generator().manual_seed(1)) * 100
+    before = token_logps(hidden @ old[:ends].T, torch.tensor(vlm.banned), 1.0)
+    after = token_logps(hidden @ rows.T, torch.tensor([*vlm.banned, *ids]), 1.0)
+    torch.testing.assert_close(after[:, :ends], before, atol=1e-4, rtol=0)
 
 
 @pytest.mark.slow
