@@ -145,6 +145,7 @@ def merge_error(model: Any, layout: SharedPrefix) -> tuple[float, float]:
         rows = [torch.randn(shape, generator=generator).to(device, model.dtype) for shape in shapes]
         grad = torch.randn(1, *shapes[0][2:0:-1], size, generator=generator).to(device, model.dtype)
 
+        @torch.enable_grad()
         def attended(how: str, dtype: torch.dtype, window: int | None = window) -> list[torch.Tensor]:
             leaves = [row.to(dtype).requires_grad_() for row in rows]  # noqa: B023
             query, key, value = leaves
