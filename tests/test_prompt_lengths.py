@@ -12,7 +12,6 @@ import pytest
 import yaml
 
 from alert.method import Alert
-from benchmarks.rehearse import checkpoint
 from clsrl.method import ClosedFormQuestion
 from common.config.composition import validate
 from common.data import task, wordnet
@@ -21,7 +20,7 @@ from common.data.source import Dataset
 from common.models import checks, meter
 from common.sweep.plan import Spec, expand
 from common.types import Item, Source, Split, Task
-from tests.conftest import REAL, REPOSITORY, TOKENIZERS
+from tests.conftest import REPOSITORY, TOKENIZERS
 from tests.test_sweeps import SWEEPS
 
 SPLITS = TOKENIZERS.parent / "coop_splits"
@@ -57,19 +56,9 @@ def names_of(data):
 
 
 @pytest.fixture(scope="module")
-def metre(tmp_path_factory):
-    """`metre(family)`: counts as the published model's processor does."""
-
-    @cache
-    def of(family):
-        model, tokenizer = REAL[family]
-        published, folder = checkpoint.PUBLISHED[model], tmp_path_factory.mktemp(family)
-        files = checkpoint.tokenizer_files(published, TOKENIZERS / tokenizer)
-        for name, content in {"config.json": published.config, **files}.items():
-            (folder / name).write_text(json.dumps(content), "utf-8")
-        return meter.of_folder(folder, family)
-
-    return of
+def metre(real_vocabulary):
+    """`metre(family)`: counts as the published model's processor does; of its weights it needs none."""
+    return cache(lambda family: meter.of_folder(real_vocabulary(family), family))
 
 
 def asked_about(data, names, images):

@@ -13,7 +13,6 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from benchmarks.rehearse.checkpoint import PUBLISHED
 from clsrl.method import ClosedFormQuestion
 from common.data.loading import Loader
 from common.forward.logprobs import PolicyScorer
@@ -283,7 +282,7 @@ def test_the_largest_picture_is_that_of_the_run(load_vlm, compose, tmp_path):
     from PIL import Image
     from transformers import AutoProcessor, Qwen2VLImageProcessor
 
-    own = Qwen2VLImageProcessor(**PUBLISHED["qwen2_vl_2b"].preprocessor)
+    own = Qwen2VLImageProcessor(min_pixels=3136, max_pixels=12_845_056, patch_size=14, merge_size=2)
 
     def tokens(*sizes):
         grids = own([Image.new("RGB", size) for size in sizes], return_tensors="pt")["image_grid_thw"]
