@@ -273,11 +273,6 @@ def check_pass(case):
     assert one.scored / MIB == pytest.approx(scored, rel=0.15)
 
 
-@pytest.mark.slow
-def test_a_backward_takes_what_was_counted(untrained_folders, tmp_path):
-    check_pass(case_of(untrained_folders, tmp_path, "qwen2_vl", 512, 16, False))
-
-
 @pytest.mark.faults
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("lora", [0, 16])

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from common.data.loading import Loader
+from common.forward import packing
 from common.forward.logprobs import PolicyScorer
 from common.forward.packing import pack_plain
 from common.models.encoder import Encoder
 from common.rewards import Reward, accuracy, equality
-from common.training.grpo import trainer as module
 from tests.test_training import LORA, distance, grpo, weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("process_group")]
@@ -140,8 +140,8 @@ def test_loss_types_train_the_same_in_any_forwards(load_vlm, digits_task, think,
 
 def test_the_token_budget_bounds_every_forward(load_vlm, digits_task, think, monkeypatch):
     seen = []
-    pack = module.pack_shared
-    monkeypatch.setattr(module, "pack_shared", lambda *a: seen.append(pack(*a).tokens) or pack(*a))
+    pack = packing.pack_shared
+    monkeypatch.setattr(packing, "pack_shared", lambda *a: seen.append(pack(*a).tokens) or pack(*a))
     steps(grpo(load_vlm(), digits_task, think, tokens_per_forward=250, prompts_per_forward=4, self_check=False), 1)
     assert len(seen) > 1 and max(seen) <= 250 < sum(seen)
 
@@ -150,12 +150,12 @@ def test_the_token_budget_bounds_every_forward(load_vlm, digits_task, think, mon
 def test_auto_shares_only_where_it_saves_tokens(load_vlm, digits_task, think, monkeypatch, length, layout):
     used = []
     for name in ("pack_shared", "pack_plain"):
-        original = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a, name=name, original=original: used.append(name) or original(*a))
+        original = getattr(packing, name)
+        monkeypatch.setattr(packing, name, lambda *a, name=name, original=original: used.append(name) or original(*a))
     trainer = grpo(load_vlm(), digits_task, think, group_size=2, self_check=False)
     encoded = trainer.samples.encoder(trainer.prompts(0)[:1])[0]
     # a prompt of 80 tokens with two completions: 176 against 96 tokens, or 1,960 against 1,880
-    packed = trainer._pack([module.Group(encoded, (torch.full((length,), 100),) * 2)])
+    packed = trainer._pack([packing.Group(encoded, (torch.full((length,), 100),) * 2)])
     assert used == [layout] and packed.completions == 2
     trainer.close()
 
@@ -216,9 +216,9 @@ def test_frozen_vision_features_are_the_tower_s(load_vlm, digits_task, think, tm
             Encoder(vlm, Loader(digits_task.images, 32), 512, store),
             Encoder(vlm, Loader(digits_task.images, 32), 512, store),  # from the disk
         ):
-            groups = [module.Group(e, completions) for e in encoder(prompts)]
+            groups = [packing.Group(e, completions) for e in encoder(prompts)]
             with torch.no_grad():
-                shared = scorer(module.pack_shared(groups, vlm.family, vlm.device))[0]
+                shared = scorer(packing.pack_shared(groups, vlm.family, vlm.device))[0]
                 plain = scorer(pack_plain(groups, vlm.family, vlm.pad, vlm.device))[0]
             found += [shared, plain]
         assert max(float((x - found[0]).abs().max()) for x in found[1:]) < 1e-5
