@@ -85,10 +85,11 @@ def show_one(config: Config, folder: Path, finished: bool) -> None:
     except UserError as error:
         print(f"it would be refused: {error}")
     else:
-        from common.cost import estimate  # torch, for a second
+        if config.model.path is not None:  # else torch would be imported for nothing
+            from common.cost import estimate
 
-        for line in estimate.foreseen(config, questions):
-            print(line)
+            for line in estimate.foreseen(config, questions):
+                print(line)
     if reason := preflight.refusal(preflight.check_devices, config):
         print(f"it would be refused: {reason}")
 
