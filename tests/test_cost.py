@@ -180,6 +180,7 @@ def test_hours_by_hand():
     assert silent.hours("H100", 100)[0] == pytest.approx(1e15 / (989e12 * 0.45))
 
 
+@pytest.mark.slow
 def test_a_run_that_has_not_begun(compose, untrained_folders):
     """What `dry=true` says of a model in a folder; one that is built here is tiny, and one without training free."""
     path = f"model.path={untrained_folders['qwen2_vl']}"

@@ -117,6 +117,7 @@ def longest_in_a_list(measure, names, count):
     return tuple(sorted(tokens, key=tokens.get)[-count:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", LENGTHS)
 def test_lengths(metre, data):
     qwen, gemma, names = metre("qwen2_vl"), metre("gemma3"), names_of(data)

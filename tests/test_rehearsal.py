@@ -26,6 +26,7 @@ from common.types import Prompt, Sample, UserError
 from tests import pretend_device
 from tests.conftest import REPOSITORY, initialized
 
+pytestmark = pytest.mark.slow  # forwards of models with the real vocabularies
 CPU = torch.device("cpu")
 MODELS = {"qwen2_vl": ("qwen2_vl_2b", "clsrl", 84), "gemma3": ("gemma3_4b", "alert", 896)}
 
