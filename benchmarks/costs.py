@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,9 @@ def main() -> None:
     parser.add_argument("--markdown", action="store_true")
     arguments = parser.parse_args()
     composition.register()
-    cells, numbers = [], {}
+    table, numbers = Table(*COLUMNS, title="one training on ImageNet, computed"), {}
+    if arguments.markdown:
+        _print(COLUMNS, ["---"] * len(COLUMNS))
     with (
         tempfile.TemporaryDirectory() as made,
         hydra.initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"),
@@ -96,17 +99,18 @@ def main() -> None:
                 for weights in WEIGHTS:
                     for gpus in (1, 4, 8):
                         line, found = row(method, model, folder, weights, gpus)
-                        cells.append(line)
                         numbers["-".join(line[:3])] = found
-    if arguments.markdown:
-        for each in (COLUMNS, ["---"] * len(COLUMNS), *cells):
-            print(f"| {' | '.join(each)} |")
-    else:
-        table = Table(*COLUMNS, title="one training on ImageNet, computed")
-        for each in cells:
-            table.add_row(*each)
+                        table.add_row(*line)
+                        if arguments.markdown:
+                            _print(line)
+    if not arguments.markdown:
         Console(width=160).print(table)
     print(json.dumps(numbers))
+
+
+def _print(*rows: Sequence[str]) -> None:
+    for each in rows:
+        print(f"| {' | '.join(each)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -262,6 +262,7 @@ def test_an_engine_beside_is_pushed_what_is_trained_whole(load_vlm):
     assert sum("merger" in name for name in pushed) == len(projector)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize(
     ("family", "changes"),

@@ -53,6 +53,7 @@ def test_a_correct_model_in_bf16_passes_although_it_rounds(world, family):
     assert found.allowed_of_sampler == pytest.approx(4 * found.rounding)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("fault", ["none", "sign", "scale"])
 def test_a_wrong_gradient_of_merged_attention_is_refused(world, monkeypatch, family, fault):
@@ -129,6 +130,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("family", "fault"),
     [(family, fault) for family in FAMILIES for fault in FAULTS if family == "qwen2_vl" or "swapped" not in fault],

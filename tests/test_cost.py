@@ -80,6 +80,7 @@ def test_attention_keeps_no_scores(mask):
     assert F.scaled_dot_product_attention.__name__ == "scaled_dot_product_attention", "and PyTorch is as before"
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("family", ["qwen2_vl", "gemma3"])
 @pytest.mark.parametrize("lora", [0, 8])
 def test_operations_are_those_of_the_real_model(untrained_folders, family, lora):
@@ -115,6 +116,7 @@ def prompt_of(policy):
     return estimate._encoded(policy, peaks.Prompt("0", "the", ""), peaks.SIZE)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("dtype", "stage", "ranks", "states", "gradients", "step"),
     [
@@ -175,6 +177,9 @@ def test_hours_by_hand():
     assert high == pytest.approx(1e15 / (312e12 * 0.15) + 100 * 0.03)
     slow = replace(cost, traffic={100: 2.04e11})
     assert slow.hours("A100 80 GB", 100)[0] == pytest.approx(1e15 / (312e12 * 0.45) + 100 * 0.1 / 0.7)
+    low, high = replace(cost, reuse=4).hours("A100 80 GB", 100)
+    assert low == pytest.approx(1e15 / (312e12 * 0.45) + 25 * 0.003), "four updates share what one has sampled"
+    assert high == pytest.approx(1e15 / (312e12 * 0.15) + 25 * 0.03)
     assert estimate.smallest_card(cost.bytes) == "A100 40 GB" and cost.fullest == "backward"
     silent = replace(cost, traffic={100: 0.0})
     assert silent.hours("H100", 100)[0] == pytest.approx(1e15 / (989e12 * 0.45))
@@ -198,6 +203,7 @@ def test_a_run_that_has_not_begun(compose, untrained_folders):
     assert estimate.foreseen(replace(config, model=replace(config.model, path=None)), questions) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [("method=alert", "model=tiny_gemma3", "data=digits"), ("method=sft", "data=digits")]
 )

@@ -149,6 +149,7 @@ def test_the_documentation_shows_the_table(data):
     assert f"| {data} | {names} | {' | '.join(cells)} |\n" in page
 
 
+@pytest.mark.slow
 def test_a_prompt_counted_by_hand(metre):
     """Chat, question and image of one prompt each, written down whole."""
     qwen, gemma = metre("qwen2_vl"), metre("gemma3")

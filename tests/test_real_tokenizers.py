@@ -18,6 +18,8 @@ from common.models.encoder import Encoded
 from common.training.sft import target
 from tests.conftest import TOKENIZERS
 
+pytestmark = pytest.mark.slow  # real vocabularies take seconds to build
+
 FAMILIES = {"qwen2_vl": 56, "gemma3": 896}  # and the size of a picture
 SPLITS = TOKENIZERS.parent / "coop_splits"
 NAMES = ("Abyssinian", "707-320", "McDonnell Douglas MD-90", "crème brûlée", "2012 Audi A5 Coupe", "tiger cat's eye")

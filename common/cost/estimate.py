@@ -55,6 +55,7 @@ class Cost:
         updates: Planned.
         ranks: Number of GPUs.
         traffic: Bytes that are read for every sampled token, by the length of a completion; 0 where none is sampled.
+        reuse: Updates that train on one rollout.
     """
 
     prompts: tuple[int, int]
@@ -64,6 +65,7 @@ class Cost:
     updates: int
     ranks: int
     traffic: dict[int, float]
+    reuse: int = 1
 
     @property
     def fullest(self) -> str:
@@ -83,7 +85,7 @@ class Cost:
         for used, read, token in (FAST, SLOW):
             seconds = total / (speed * used)
             if traffic := self.traffic[completion]:
-                seconds += completion * max(token, traffic / (bandwidth * read))
+                seconds += completion * max(token, traffic / (bandwidth * read)) / self.reuse
             found.append(self.updates * seconds / 3600)
         return found[0], found[1]
 
@@ -123,7 +125,8 @@ def of_run(config: Config, questions: Questions, folder: Path, ranks: int, lengt
         memory(policy, largest, sampled, evaluated, trainer, config.deepspeed, ranks, weights),
         total_updates(trainer, len(questions.train)),
         ranks,
-        {length: _traffic(policy, sampled, length, config) for length in shown},
+        {length: _traffic(policy, sampled, length) for length in shown},
+        trainer.num_iterations if isinstance(trainer, GRPOConfig) else 1,
     )
 
 
@@ -172,13 +175,13 @@ def _operations(one: Pass, config: Config, prompts: int) -> dict[str, float]:
     return phases
 
 
-def _traffic(policy: vlm.VLM, sampled: Batch | None, length: int, config: Config) -> float:
+def _traffic(policy: vlm.VLM, sampled: Batch | None, length: int) -> float:
     """Bytes that are read per sampled token by all rows together: the weights, and the cache half-way."""
-    if sampled is None or not isinstance(config.trainer, GRPOConfig):
+    if sampled is None:
         return 0.0
     cache = cache_bytes(policy, sampled.count * sampled.group_size, len(sampled.prompt.ids) + length // 2)
     weights = sum(p.nbytes for p in policy.model.parameters())
-    return (weights + cache) / config.trainer.num_iterations
+    return weights + cache
 
 
 def _with_bank(policy: vlm.VLM, config: Config, questions: Questions) -> vlm.VLM:
