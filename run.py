@@ -32,10 +32,11 @@ if TYPE_CHECKING:
     from common.run.run_folder import RunFolder
 
 configuration.register()
+HERE = Path(__file__).resolve().parent
 INTERRUPTED = 130  # exit code of a program that Ctrl-C has ended
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+@hydra.main(version_base="1.3", config_path=str(HERE / "conf"), config_name="config")
 def main(cfg: DictConfig) -> None:
     """One job; a multirun calls it once per point and goes on with the next when one fails."""
     folder = Path(HydraConfig.get().runtime.output_dir)
@@ -141,6 +142,21 @@ def one_line(error: BaseException) -> str:
     return f"error: {text}"
 
 
+def sweeps_beside(words: list[str]) -> list[str]:
+    """The arguments, `-cd sweeps` as the folder beside this file where the current one has none of that name.
+
+    >>> sweeps_beside(["-cn", "sweeps", "shots=4"])
+    ['-cn', 'sweeps', 'shots=4']
+    """
+    if Path("sweeps").is_dir():
+        return words
+    asked = [
+        before in ("-cd", "--config-dir") and word == "sweeps"
+        for before, word in zip(["", *words], words, strict=False)
+    ]
+    return [str(HERE / word) if here else word for here, word in zip(asked, words, strict=True)]
+
+
 def run() -> None:
     """Entry point: mistakes in the request become one line and exit code 1, anything else a traceback."""
     utf8.ensure()
@@ -148,11 +164,7 @@ def run() -> None:
     threads.settle()
     try:
         slurm.adopt()
-        if "task=predict" in sys.argv[1:]:  # nothing is composed: the run has its configuration
-            from common.predict import __main__ as predict
-
-            sys.exit(predict.main(predict.of_run([word for word in sys.argv[1:] if word != "task=predict"])))
-        sys.argv[1:] = literal(sys.argv[1:])
+        sys.argv[1:] = literal(sweeps_beside(sys.argv[1:]))
         completes = {"-sc", "--shell-completion"} & set(sys.argv)  # where a line beside the choices is in the way
         with nullcontext() if completes else watched("composing the configuration", SOON):
             main()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from common.predict.classifier import Answer, Classifier
 
+__version__ = "0.2.0"
 __all__ = ["Answer", "Classifier"]
 
 

@@ -35,6 +35,7 @@ FLOORS = (
         "plugins",
         "parsing",
         "runtime",
+        "cli",
         "rewards",
         "config",
         "data",

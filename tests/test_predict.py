@@ -16,7 +16,6 @@ import pytest
 import yaml
 from PIL import Image
 
-import run as run_py
 from common import Classifier
 from common.config import composition
 from common.config.composition import validate
@@ -125,7 +124,7 @@ def test_answers_are_the_evaluations(runner, tmp_path, method, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_folder_with_broken_pictures(runner, tmp_path, capsys, monkeypatch):
+def test_a_folder_with_broken_pictures(runner, tmp_path, capsys):
     run, folder = tmp_path / "run", tmp_path / "photos"
     assert runner(run, ["method=zeroshot", *QUICK]) == 0
     (folder / "more").mkdir(parents=True)
@@ -146,18 +145,9 @@ def test_a_folder_with_broken_pictures(runner, tmp_path, capsys, monkeypatch):
     assert command.main([str(run), str(folder / "0.png"), "--format", "jsonl", "--names", "zero,ring"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert {name for name, _ in json.loads(line)["top"]} == {"zero", "ring"}
-    # the same from run.py, as a page, and without a list of names
-    words = [
-        "run.py",
-        "task=predict",
-        f"run={run}",
-        f"pictures={folder}",
-        "format=html",
-        f"output={tmp_path / 'a.html'}",
-    ]
-    monkeypatch.setattr("sys.argv", words)
-    with pytest.raises(SystemExit, match="1"):
-        run_py.run()
+    # the same as a page, and without a list of names
+    page = tmp_path / "a.html"
+    assert command.main([str(run), str(folder), "--format", "html", "--output", str(page)]) == 1
     page = (tmp_path / "a.html").read_text()
     assert page.count("data:image/webp;base64,") == 6 and page.count("cannot be read</bdi>") == 2 and "://" not in page
     assert (
@@ -255,13 +245,6 @@ def test_a_page_of_answers_says_how_far_to_trust_them(write, tmp_path):  # noqa:
     page = cards.page(answers, dict.fromkeys("1234", tmp_path / "a.png"), about)
     assert "4: 1 answered, 1 abstained, 1 none of the names, 1 cannot be read" in page
     assert '<option value="a">' in page and '<option value="b">' not in page, "a filter of what was answered"
-
-
-def test_words_of_run_py_that_are_missing_are_named():
-    with pytest.raises(UserError, match="task=predict: photos is no key=value"):
-        command.of_run(["run=outputs/a", "photos"])
-    with pytest.raises(UserError, match="task=predict needs run="):
-        command.of_run(["pictures=a"])
 
 
 def test_new_pictures_are_seen_as_those_of_the_dataset():
@@ -456,13 +439,6 @@ def test_a_few_shot_run_answers_from_where_its_photos_are_now(runner, moved, tmp
         said.append(json.loads(capsys.readouterr().out))
         folder.exists() and folder.rename(folder.with_name("now"))
     assert said[0] == said[1] and said[0]["label"] == "dark"
-
-
-def test_words_of_run_py_that_say_yes_or_no():
-    words = command.of_run(["run=a", "pictures=b", "trust_code=true", "open=false", "data=/now"])
-    assert words == ["a", "b", "--data", "/now", "--trust-code"]
-    with pytest.raises(UserError, match="trust_code=maybe"):
-        command.of_run(["run=a", "pictures=b", "trust_code=maybe"])
 
 
 def test_the_garbage_collector_rests_only_while_libraries_are_imported(monkeypatch):

@@ -25,6 +25,8 @@ def literal(arguments: Sequence[str]) -> list[str]:
     >>> literal(["data=folder", "data.folder=~/photos", "shots=4", "--cfg", "job"])
     ['data=folder', "data.folder='~/photos'", 'shots=4', '--cfg', 'job']
     """
+    if "task=predict" in arguments:
+        raise UserError("task=predict is a command of its own now: python -m common.predict outputs/<run> <pictures>")
     parser = OverridesParser.create()
     return [_quoted(parser, argument) for argument in arguments]
 

@@ -6,6 +6,7 @@ exit code is 0 unless a dataset that is there has a problem.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from common.cli import program
 from common.config import composition as config
 from common.config.command_line import literal
 from common.config.schema_task import DataConfig
@@ -158,9 +160,19 @@ def main(arguments: Sequence[str]) -> int:
     return 1 if any(report.problems for report in reports) else 0
 
 
+def command() -> int:
+    """The command line's way in."""
+    parser = argparse.ArgumentParser(
+        prog=program("data-check"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("words", nargs="*", metavar="dataset|key=value", help="default: every dataset")
+    try:
+        return main(parser.parse_args().words)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
 if __name__ == "__main__":
     utf8.ensure()
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(command())

@@ -11,6 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from common.cli import program
 from common.export import hub
 from common.runtime import utf8
 from common.runtime.progress import watched
@@ -22,7 +23,7 @@ KINDS = ("model", "adapter", "bank")
 def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0, or 2 for a mistake in the request."""
     parser = argparse.ArgumentParser(
-        prog="python -m common.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program("export"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("folder", type=Path, help="new folder")

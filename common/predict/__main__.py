@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from common.config.checks import one_of
+from common.cli import program
 from common.counted import counted
 from common.runtime import garbage, threads, utf8
 from common.runtime.progress import doing, say, watched
@@ -34,7 +34,7 @@ COLUMNS = ("image", "label", "confidence", "abstained", "top", "candidates", "re
 def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0, 1 if a picture could not be used, 2 for a mistake in the request."""
     parser = argparse.ArgumentParser(
-        prog="python -m common.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program("predict"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("pictures", nargs="+", help="pictures, folders, patterns, or CSV files with a column path")
@@ -67,31 +67,6 @@ def main(arguments: list[str] | None = None) -> int:
     for answer in troubled:
         print(f"{answer.image}: {answer.trouble}", file=sys.stderr)
     return 1 if troubled else 0
-
-
-def of_run(values: Sequence[str]) -> list[str]:
-    """What `run.py task=predict` was given, as this command takes it.
-
-    Raises:
-        UserError: A word is no key=value.
-
-    >>> of_run(["run=outputs/a", "pictures=x.png,b/", "risk=0.05", "open=true"])
-    ['outputs/a', 'x.png', 'b/', '--risk', '0.05', '--open']
-    """
-    if wrong := [value for value in values if "=" not in value]:
-        raise UserError(f"task=predict: {wrong[0]} is no key=value; give run=outputs/<run> pictures=<folder>")
-    pairs = [value.split("=", 1) for value in values]
-    given = dict(pairs)
-    if len(given) < len(pairs):
-        raise UserError("task=predict: a key is given twice; separate pictures by commas")
-    words = [given.pop("run", ""), *given.pop("pictures", "").split(",")]
-    if not all(words):
-        raise UserError("task=predict needs run=outputs/<run> and pictures=<files, folders or patterns, by commas>")
-    for name in ("open", "trust_code"):
-        one_of(f"task=predict {name}", asked := given.pop(name, "false"), ("true", "false"))
-        if asked == "true":
-            given[name.replace("_", "-")] = ""
-    return words + [word for key, value in given.items() for word in (f"--{key}", value) if word]
 
 
 def classify(chosen: argparse.Namespace) -> tuple[list[Answer], dict[str, Path], About]:

@@ -14,6 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from common.cli import program
 from common.report import compare, folders, groups
 from common.report.console import show
 from common.runtime import utf8
@@ -24,7 +25,7 @@ from common.types import UserError
 def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0, 1 if a folder holds no finished run."""
     parser = argparse.ArgumentParser(
-        prog="python -m common.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program("report"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
     table = commands.add_parser("compare", help="runs side by side, seeds together")

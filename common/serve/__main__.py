@@ -15,6 +15,7 @@ import threading
 from importlib.util import find_spec
 from pathlib import Path
 
+from common.cli import program
 from common.runtime import threads, utf8
 from common.runtime.progress import watched
 from common.types import UserError
@@ -25,7 +26,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")  # nobody else reaches these
 def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0 after Ctrl-C, 2 for a mistake in the request."""
     parser = argparse.ArgumentParser(
-        prog="python -m common.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program("serve"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("--names", help="other class names, separated by commas, for methods that only read them")

@@ -1,0 +1,57 @@
+"""The console script `fewshot`: one name for the commands of an installed copy.
+
+    fewshot train method=clsrl data=dtd shots=4     what `python run.py` does, with all of Hydra's flags
+    fewshot predict outputs/<run> photo.jpg         what `python -m common.predict` does; the others alike
+
+From a checkout, `python run.py` and `python -m common.<command>` need no installation.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from common import __version__
+from common.runtime import utf8
+
+# module and function by command; each is imported only when it is asked for
+COMMANDS = {
+    "train": ("run", "run", "train and evaluate a configuration, or a sweep of them (-m)"),
+    "doctor": ("run", "run", "examine a training before it starts: would it learn, fit and end in time?"),
+    "predict": ("common.predict.__main__", "main", "classify pictures with a finished run"),
+    "serve": ("common.serve.__main__", "main", "a local page that classifies dropped photos"),
+    "export": ("common.export.__main__", "main", "write trained weights into a folder for others"),
+    "report": ("common.report.__main__", "main", "tables, pages and figures of finished runs"),
+    "data-check": ("common.data.check", "command", "which datasets are there and complete?"),
+}
+
+
+def main() -> None:
+    """Hand the remaining arguments to one command; its exit code is this one's."""
+    utf8.ensure()
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print(usage())
+        return
+    if name == "--version":
+        print(f"fewshot {__version__}")
+        return
+    if name not in COMMANDS:
+        sys.exit(f"error: fewshot {name} is no command; choose {', '.join(COMMANDS)}")
+    sys.path.insert(0, str(Path.cwd()))  # as `python -m` has it: rewards and methods of one's own are found there
+    module, function, _ = COMMANDS[name]
+    sys.argv = [f"{sys.argv[0]} {name}", *sys.argv[2:], *(["doctor=true"] if name == "doctor" else [])]
+    sys.exit(getattr(import_module(module), function)())
+
+
+def program(command: str) -> str:
+    """How a command was called, for its usage line."""
+    called_by_script = Path(sys.argv[0].split(" ")[0]).stem == "fewshot"
+    return f"fewshot {command}" if called_by_script else f"python -m common.{command.replace('-', '.')}"
+
+
+def usage() -> str:
+    """Every command with what it does."""
+    lines = [f"  fewshot {name:<12} {what}" for name, (_, _, what) in COMMANDS.items()]
+    return "\n".join([str(__doc__).splitlines()[0], "", *lines, "", "Each has --help; --version prints the version."])
