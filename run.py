@@ -20,8 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from common.config import composition as configuration
 from common.config import suggest
-from common.config.command_line import literal
-from common.runtime import garbage, slurm, threads, utf8
+from common.config.command_line import literal, of_each_run
+from common.plugins import locate
+from common.runtime import slurm, threads, utf8
 from common.runtime.distributed import rank, world
 from common.runtime.interrupt import Interrupted, heeded
 from common.runtime.progress import SOON, watched
@@ -40,7 +41,6 @@ INTERRUPTED = 130  # exit code of a program that Ctrl-C has ended
 def main(cfg: DictConfig) -> None:
     """One job; a multirun calls it once per point and goes on with the next when one fails."""
     folder = Path(HydraConfig.get().runtime.output_dir)
-    garbage.rest()
     with heeded():
         try:
             job(cfg, folder)
@@ -55,7 +55,6 @@ def main(cfg: DictConfig) -> None:
             print(f"{folder.name}: {message}", file=sys.stderr)
             sys.exit(INTERRUPTED)
         finally:
-            garbage.resume()
             with suppress(OSError):
                 folder.rmdir()  # made by Hydra; goes only if it is empty
 
@@ -64,18 +63,17 @@ def job(cfg: DictConfig, folder: Path) -> None:
     """Check, run, show. A folder that already holds this configuration's result only shows it.
 
     With `dry=true`, `manifest=true` or `doctor=true` nothing is trained: the first says whether the run is finished or
-    would be refused and what it would cost, the second shows the questions, the third examines.
+    would be refused and what it would cost, the second shows the prompts, the third examines.
     """
-    from common import launch
+    from common import launch, preflight
     from common.data import pictures
     from common.report import tables
-    from common.run import preflight
     from common.run.run_folder import RunFolder
     from common.sweep import dry
 
     typed = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
     config = configuration.validate(cfg, typed)
-    values = configuration.plain(cfg)
+    values = configuration.values_of(config)
     if config.dry:
         dry.show_one(config, folder, finished=RunFolder(folder).finished_result(values) is not None)
         return
@@ -87,16 +85,16 @@ def job(cfg: DictConfig, folder: Path) -> None:
     if config.doctor is True:
         with watched(begins):
             preflight.check(config)
-            launch.launch(config, values, folder)
+            launch.launch(config, folder)
         return
     run_folder = RunFolder(folder)
     result = run_folder.finished_result(values)
     if result is None:
         with watched(begins):
-            questions = preflight.check(config)
+            data = preflight.check(config)
             if rank() == 0:
                 run_folder.claim(values)
-            launch.launch(config, values, folder, questions)
+            launch.launch(config, folder, data)
         result = run_folder.finished_result(values)
     else:
         pictures.check_finished(config, folder / "manifest.json")
@@ -125,12 +123,13 @@ def preview(config: Config, folder: RunFolder) -> None:
             else.
     """
     from common.data import pictures
-    from common.report import questions
+    from common.report import prompts
 
     if world() > 1:
         raise UserError(f"manifest=true needs no ranks, but {world()} were started; call run.py by itself")
-    asked = pictures.examined(config)
-    questions.show(asked, folder.preview(asked.manifest))
+    data = pictures.examined(config)
+    asked = locate(config.learner.check, "learner.check")(config, data)
+    prompts.show(data.manifest, asked, folder.preview(data.manifest))
 
 
 def one_line(error: BaseException) -> str:
@@ -164,7 +163,7 @@ def run() -> None:
     threads.settle()
     try:
         slurm.adopt()
-        sys.argv[1:] = literal(sweeps_beside(sys.argv[1:]))
+        sys.argv[1:] = of_each_run(literal(sweeps_beside(sys.argv[1:])))
         completes = {"-sc", "--shell-completion"} & set(sys.argv)  # where a line beside the choices is in the way
         with nullcontext() if completes else watched("composing the configuration", SOON):
             main()
@@ -173,7 +172,7 @@ def run() -> None:
         sys.exit(INTERRUPTED)
     except (UserError, OmegaConfBaseException) as error:
         sys.exit(one_line(error))
-    except (HydraException, ValueError, RuntimeError) as error:
+    except (HydraException, ValueError, RuntimeError, AssertionError) as error:
         explanation = suggest.explain(error, sys.argv[1:])
         if explanation is None and not isinstance(error, HydraException):
             raise

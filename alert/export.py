@@ -13,10 +13,10 @@ import torch
 
 from alert.bank import file as bank_file
 from alert.prompt import meta_task
-from common.method import Words
 from common.models.slots import rows_of_vocabulary
 from common.rollout.vllm.weights import ROUND
 from common.types import CATEGORY, Prompt
+from common.vlm.prompting import Words
 
 
 def words(names: Sequence[str], tokens: int) -> list[str]:
@@ -29,7 +29,7 @@ def words(names: Sequence[str], tokens: int) -> list[str]:
 
 
 def into_vocabulary(model: Any, processor: Any, silent: int, bank: Path, instruction: str) -> Words:
-    """Let the vocabulary of a model end in the categories of a bank. See `Exports`.
+    """Let the vocabulary of a model end in the categories of a bank. See `VLMLearner.into_vocabulary`.
 
     `bank`: its folder; `instruction`: of the method.
     """

@@ -27,10 +27,10 @@ from common.config.schema import Config
 from common.cost import estimate
 from common.cost.update import GIB
 from common.data.names import imagenet_names
-from common.data.task import Questions
 from common.data.wordnet import wnids
-from common.plugins import locate
 from common.types import Item, Split, Task
+from common.vlm import prompting
+from common.vlm.prompting import TaskPrompts
 
 # Tokens of a completion: a label's, what a model that thinks writes (our assumption: no paper prints it), ALERT's.
 LENGTHS = {"clsrl": 150, "nothinking": 8, "sft": 8, "alert": 300}
@@ -53,22 +53,21 @@ def configuration(method: str, model: str, weights: str, gpus: int) -> Config:
     return composition.validate(hydra.compose("config", changes))
 
 
-def questions(config: Config) -> Questions:
-    """The training prompts over ImageNet's classes; nobody opens the pictures."""
+def prompts(config: Config) -> TaskPrompts:
+    """The prompts over ImageNet's classes; nobody opens the pictures."""
     names = tuple(imagenet_names()[wnid] for wnid in wnids("imagenet"))
     items = tuple(
         Item(f"{label}/{shot}.jpg", label, name) for label, name in enumerate(names) for shot in range(config.shots)
     )
     split = Split(items, names, config.data.question, config.data.open_question or "")
     task = Task(split, {"test": replace(split, items=items[:: config.shots])}, None, "", {})  # type: ignore[arg-type]
-    method = locate(config.method["_target_"], "method._target_")(**composition.method_arguments(config))
-    return Questions(task, method, method.train_prompts(task), {"test": method.evaluation_prompts(task, "test")}, {})
+    return prompting.ask(prompting.of_config(config), task)
 
 
 def row(method: str, model: str, folder: Path, weights: str, gpus: int) -> tuple[list[str], dict[str, Any]]:
     """One line of the table, and its numbers."""
     config, length = configuration(method, model, weights, gpus), LENGTHS[method]
-    cost = estimate.of_run(config, questions(config), folder, gpus, () if method == "sft" else (length,))
+    cost = estimate.of_run(config, prompts(config), folder, gpus, () if method == "sft" else (length,))
     length = next(iter(cost.operations))
     low, high = cost.hours("A100 80 GB", length)
     operations = sum(cost.operations[length].values()) * gpus

@@ -31,8 +31,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-from alert.draft.fit.data import Plan
-from alert.draft.learners import cafo, grid_search, tip_adapter, zero_shot
+from common.few_shot.heads import cafo, search, tip_adapter
+from common.few_shot.heads import keys as keys_
+from common.few_shot.heads.base import cosine_logits
+from common.few_shot.heads.data import Plan
 
 CLASSES, SHOTS, WIDTH, SECOND, BATCH = 1000, 16, 1024, 2048, 256
 SCALE, STEPS = (7.0, 3.0), 20
@@ -66,16 +68,14 @@ def tip_search(ours: bool, images: int, betas: int) -> Found:
     labels = torch.arange(images) % CLASSES
     key_labels = torch.arange(CLASSES).repeat_interleave(SHOTS)
     asked, keys = features(images, WIDTH, 1, labels), features(CLASSES * SHOTS, WIDTH, 2, key_labels)
-    base = zero_shot.logits(asked, features(CLASSES, WIDTH, 3, torch.arange(CLASSES)))
+    base = cosine_logits(asked, features(CLASSES, WIDTH, 3, torch.arange(CLASSES)))
     onehot = torch.eye(CLASSES)[key_labels]
     before, clock = peak(), time.perf_counter()
     if ours:
-        kept = tip_adapter.keys_of(keys[None], key_labels, CLASSES)
+        kept = keys_.keys_of(keys[None], key_labels, CLASSES)
         # the first betas of the whole grid: its step is (end - 0.1) / 200
         scale = (0.1 + (SCALE[0] - 0.1) * betas / 200, SCALE[1])
-        found = grid_search.search_keys(
-            lambda part: tip_adapter.affinity(asked[part], kept), base, labels, scale, (betas, STEPS)
-        )
+        found = search.search_keys(lambda part: keys_.affinity(asked[part], kept), base, labels, scale, (betas, STEPS))
         alpha, beta, best = found.alpha, found.beta, found.accuracy
     else:
         affinity, best, alpha, beta = asked @ keys.T, 0.0, 0.0, 0.0
@@ -101,7 +101,7 @@ def cafo_batch(ours: bool, images: int, betas: int, batches: int = 2) -> Found:
     key_labels = torch.arange(CLASSES).repeat_interleave(SHOTS)
     asked = [features(BATCH, width, seed, labels) for width, seed in ((WIDTH, 1), (SECOND, 2))]
     keys = [features(CLASSES * SHOTS, width, seed, key_labels) for width, seed in ((WIDTH, 3), (SECOND, 4))]
-    base = zero_shot.logits(asked[0], features(CLASSES, WIDTH, 5, torch.arange(CLASSES)))
+    base = cosine_logits(asked[0], features(CLASSES, WIDTH, 5, torch.arange(CLASSES)))
     onehot, beta, alpha = torch.eye(CLASSES)[key_labels], 1.0, 0.6
     if ours:
         missing = torch.zeros(CLASSES, SHOTS, dtype=torch.bool)
@@ -115,8 +115,8 @@ def cafo_batch(ours: bool, images: int, betas: int, batches: int = 2) -> Found:
     losses, before, clock = [], peak(), time.perf_counter()
     for _ in range(batches):
         if ours:
-            near = [tip_adapter.affinity(x, tip_adapter.Keys(k, missing)) for x, k in zip(asked, trained, strict=True)]
-            logits = cafo.logits(torch.stack([tip_adapter.votes(each, beta) for each in near]), base, alpha)
+            near = [keys_.affinity(x, keys_.Keys(k, missing)) for x, k in zip(asked, trained, strict=True)]
+            logits = cafo.logits(torch.stack([keys_.votes(each, beta) for each in near]), base, alpha)
         else:
             votes = [((-1) * (beta - beta * (x @ k.T))).exp() @ onehot for x, k in zip(asked, trained, strict=True)]
             standard = [(v - v.mean(1, keepdim=True)) / v.std(1, keepdim=True) for v in votes]

@@ -22,8 +22,7 @@ from pathlib import Path
 from common import Classifier
 from common.data import task as tasks
 from common.data.digits import Digits
-from common.learner import Build
-from common.plugins import locate
+from common.learner import learner_class
 from common.predict.trained import Trained, config_of
 from common.run.checkpoint import Checkpoints
 from common.runtime.group import init_process_group
@@ -41,21 +40,22 @@ def main() -> None:
         subprocess.run([sys.executable, "run.py", f"hydra.run.dir={folder / 'run'}", *quick], check=True)
         config = config_of(Trained.of(folder / "run"))
         config.setting.test_per_class = None
-        keys = tasks.build(config).evaluation["test"][: options.images]
+        data = tasks.build(config)
+        tested = data.task.evaluation["test"]
+        tested = replace(tested, items=tested.items[: options.images])
+        data = replace(data, task=replace(data.task, evaluation={"test": tested}))
         (folder / "photos").mkdir()
-        for prompt in keys:
-            Digits().open(prompt.image).save(folder / "photos" / f"{prompt.image}.png")
+        for item in tested.items:
+            Digits().open(item.image).save(folder / "photos" / f"{item.image}.png")
         files = sorted((folder / "photos").iterdir())
         classifier = Classifier.load(folder / "run")
         classifier(files[:1])  # loads the model
-        build: Build = locate(config.learner.build, "learner.build")
+        make = learner_class(config)
         seconds: dict[str, list[float]] = {"evaluation": [], "predict": []}
         device = init_process_group(config.gpus)
         for number in range(options.repetitions):
-            questions = tasks.build(config)
-            asked = {"test": questions.evaluation["test"][: options.images]}
             inner = folder / f"evaluation-{number}"
-            learner = build(config, replace(questions, evaluation=asked), device, inner, Checkpoints(inner, 1))
+            learner = make(config, data, device, inner, Checkpoints(inner, 1))
             clock = time.perf_counter()
             learner.predict("test")
             seconds["evaluation"].append(time.perf_counter() - clock)

@@ -63,10 +63,10 @@ def load(config: Any, folder: str) -> VLMLearner:
     """Task, model, sampler and rewards as common/pipeline.py gets them; `folder` is the run's and may be empty."""
     from common.data import task
     from common.run.checkpoint import Checkpoints
-    from common.vlm.build import build
+    from common.vlm.learner import VLMLearner
 
     run = Path(folder)
-    return build(config, task.build(config), torch.device("cpu"), run, Checkpoints(run / "checkpoints", 1))
+    return VLMLearner(config, task.build(config), torch.device("cpu"), run, Checkpoints(run / "checkpoints", 1))
 
 
 def accuracy(learner: VLMLearner, images: int) -> float:
@@ -178,16 +178,14 @@ def trl_dataset(config: Any, learner: VLMLearner, updates: int) -> Any:
 
     from common.training.schedule import batch
 
-    train, settings = learner.questions.train, config.trainer
+    train, settings = learner.prompts.train, config.trainer
     size = (config.model.image_size,) * 2
     order = [
         number
         for update in range(updates)
         for _, number in batch(update, settings.prompts_per_update, len(train), config.seed)
     ]
-    pictures = [
-        learner.questions.task.images.open(p.image).convert("RGB").resize(size, Resampling.LANCZOS) for p in train
-    ]
+    pictures = [learner.task.images.open(p.image).convert("RGB").resize(size, Resampling.LANCZOS) for p in train]
 
     def rows() -> Iterator[dict[str, Any]]:
         for number in order:
@@ -202,7 +200,7 @@ def reward_function(learner: VLMLearner) -> Callable[..., list[float | None]]:
     from common.rewards import score
     from common.types import Sample
 
-    rewards, train = learner.rewards, learner.questions.train
+    rewards, train = learner.rewards, learner.prompts.train
 
     def reward(completions: list[Any], number: list[int], **_: Any) -> list[float | None]:
         samples = [Sample(train[i], reply[0]["content"]) for i, reply in zip(number, completions, strict=True)]

@@ -14,10 +14,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from common.config.schema import NO_FAMILY, Config
-from common.data.task import Questions
+from common.data.task import TaskData
+from common.runtime import garbage
 from common.runtime.distributed import forget_group_alone, rank, started_by_launcher
 from common.runtime.interrupt import Interrupted, heeded, left_to_ranks
 from common.runtime.progress import SOON, watched
@@ -26,18 +26,18 @@ from common.types import UserError
 log = logging.getLogger(__name__)
 
 
-def launch(config: Config, values: dict[str, Any], folder: Path, questions: Questions | None = None) -> None:
+def launch(config: Config, folder: Path, data: TaskData | None = None) -> None:
     """Execute the run on `config.gpus` ranks and wait for it.
 
-    `questions`: what the run asks, as this process has read it; ranks of their own read the data themselves.
+    `data`: the run's data, as this process has read it; ranks of their own read it themselves.
     """
     if config.gpus == 0 or started_by_launcher():
-        worker(config, values, folder, questions)
+        worker(config, folder, data)
     else:
-        start_ranks(config.gpus, config, values, folder)
+        start_ranks(config.gpus, config, folder)
 
 
-def start_ranks(count: int, config: Config, values: dict[str, Any], folder: Path) -> None:
+def start_ranks(count: int, config: Config, folder: Path) -> None:
     """Start `count` processes through torch elastic; the first that fails ends all, its error shown as the cause."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -60,7 +60,7 @@ def start_ranks(count: int, config: Config, values: dict[str, Any], folder: Path
     )
     with left_to_ranks() as request:
         try:
-            elastic_launch(elastic, as_rank)(config, values, folder)
+            elastic_launch(elastic, as_rank)(config, folder)
         except ChildFailedError as error:
             failure = error.get_first_failure()[1].message  # a dict where the rank could write its error file
             cause = str(failure["message"] if isinstance(failure, dict) else failure)
@@ -76,17 +76,17 @@ class RankStopped(Exception):
     """What `Interrupted` is between a rank and the process that started it."""
 
 
-def as_rank(config: Config, values: dict[str, Any], folder: Path) -> None:
+def as_rank(config: Config, folder: Path) -> None:
     """`worker` for torch elastic, which takes a KeyboardInterrupt for an end without error, and then waits for ever for
     what the rank returns.
     """
     try:
-        worker(config, values, folder)
+        worker(config, folder)
     except Interrupted as stop:
         raise RankStopped(str(stop)) from None
 
 
-def worker(config: Config, values: dict[str, Any], folder: Path, questions: Questions | None = None) -> None:
+def worker(config: Config, folder: Path, data: TaskData | None = None) -> None:
     """One rank.
 
     Raises:
@@ -97,15 +97,18 @@ def worker(config: Config, values: dict[str, Any], folder: Path, questions: Ques
     logging.getLogger("common").setLevel(logging.INFO)
     kept = None if rank() > 0 or config.doctor is True else folder / "run.log"
     with heeded(), logged(kept), watched(f"{folder.name}: running", SOON):
-        from safetensors import SafetensorError
+        with garbage.at_rest():
+            from safetensors import SafetensorError
 
-        from common.pipeline import examine, run
+            from common.learner import learner_class
+            from common.pipeline import examine, run
 
+            learner_class(config)  # imports what the run needs, seconds for a language model
         try:
             if config.doctor is True:
                 examine(config, folder)
             else:
-                run(config, values, folder, questions)
+                run(config, folder, data)
         except (UserError, Interrupted) as error:
             log.error("%s", error)
             raise

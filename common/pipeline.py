@@ -1,6 +1,6 @@
 """One run, top to bottom. Every rank executes this; rank 0 writes.
 
-questions -> learner -> evaluation before -> training -> weights -> evaluation after -> result -> pictures
+data -> learner -> evaluation before -> training -> weights -> evaluation after -> result -> pictures
 
 What is trained and tested is a `Learner` (common/learner.py); here is only the order of things.
 """
@@ -16,10 +16,9 @@ from typing import Any
 from common.config.schema import Config
 from common.data import manifest
 from common.data.pictures import readable
-from common.data.task import Questions
-from common.evaluation.evaluate import Evaluation, all_splits, spread, watched
-from common.learner import BeginsBlank, Build, Learner
-from common.plugins import locate
+from common.data.task import TaskData
+from common.evaluation.evaluate import Evaluation, all_splits, evenly_spaced, monitor_split
+from common.learner import Learner, learner_class
 from common.run import thumbnails
 from common.run.checkpoint import Checkpoints, read_state
 from common.run.recorder import Recorder
@@ -27,7 +26,6 @@ from common.run.result import Result, describe, paired
 from common.run.run_folder import RunFolder
 from common.run.safe import result_is_safe
 from common.run.tracking import make_tracker, settled_mode
-from common.runtime import garbage
 from common.runtime.distributed import barrier, rank
 from common.runtime.group import init_process_group, model_of
 from common.runtime.progress import doing
@@ -37,14 +35,13 @@ from common.training.signs import Signs
 from common.training.silent import CUT, silent_rewards
 
 
-def run(config: Config, values: dict[str, Any], folder: Path, questions: Questions | None = None) -> Result:
+def run(config: Config, folder: Path, data: TaskData | None = None) -> Result:
     """Train and evaluate one configuration; what an earlier attempt in the same folder finished is not done again.
 
     Args:
         config: Validated configuration.
-        values: The same as plain values, for the run folder and the tracker.
         folder: Run folder, already claimed.
-        questions: What the run asks, if this process has read the data already.
+        data: The run's data, if this process has read it already.
 
     Returns:
         The result, as written to metrics.json.
@@ -53,25 +50,21 @@ def run(config: Config, values: dict[str, Any], folder: Path, questions: Questio
     config = replace(config, tracking=replace(config.tracking, mode=settled_mode(config.tracking.mode)))
     device = init_process_group(config.gpus)
     with clock.phase("data"):
-        questions = readable(config, questions)
-        freeze(questions, folder)
+        data = readable(config, data)
+        freeze(data, folder)
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.max_checkpoints)
     state = checkpoints.state
     clock.earlier = 0.0 if state is None else state.seconds
     with clock.phase("model"), doing(f"{folder.name}: loading {config.model.path or config.model.name}"):
-        build: Build = locate(config.learner.build, "learner.build")
-        garbage.set_aside()
-        learner = build(config, questions, device, folder, checkpoints)
-    tracker = make_tracker(config, values, folder, questions, None if state is None else state.tracker)
-    garbage.resume()  # everything is imported
+        learner = learner_class(config)(config, data, device, folder, checkpoints)
+    tracker = make_tracker(config, folder, data.task, None if state is None else state.tracker)
     recorder = Recorder(RunFolder(folder), tracker, config.tracking.completions_every, clock, state)
-    result = describe(config, values, learner.weights, learner.questions, learner.decoding)
+    result = describe(config, learner.weights, data, learner.decoding)
     result.device = model_of(device)
     failed = True
     try:
         with clock.phase("evaluation before"):
-            blank = isinstance(learner, BeginsBlank) and learner.blank
-            before = after = None if blank else all_splits(learner, "before", recorder)
+            before = after = None if learner.blank else all_splits(learner, "before", recorder)
         if state is None and before is not None:
             recorder.evaluation(0, before)
         updates = learner.train(recorder)
@@ -100,29 +93,28 @@ def run(config: Config, values: dict[str, Any], folder: Path, questions: Questio
     if rank() == 0:
         from common.report import figures  # draws
 
-        figures.of_run(folder, result, after, learner.questions.task)
+        figures.of_run(folder, result, after, learner.task)
     return result
 
 
 def examine(config: Config, folder: Path) -> None:
     """`doctor=true`: build the learner, which examines itself, and stop."""
     device = init_process_group(config.gpus)
-    questions = readable(config)
-    build: Build = locate(config.learner.build, "learner.build")
-    build(config, questions, device, folder, Checkpoints(folder / "checkpoints", 1)).close()
+    data = readable(config)
+    learner_class(config)(config, data, device, folder, Checkpoints(folder / "checkpoints", 1)).close()
 
 
-def freeze(questions: Questions, folder: Path) -> None:
-    """Write down what this run asks, or check that it is what an earlier attempt asked.
+def freeze(data: TaskData, folder: Path) -> None:
+    """Write down which images this run takes, or check that an earlier attempt took the same.
 
     Raises:
         UserError: The data has changed since.
     """
     path = folder / "manifest.json"
     if rank() == 0 and not path.is_file():
-        manifest.write(questions.manifest, path)
+        manifest.write(data.manifest, path)
     barrier()
-    manifest.verify(path, questions.manifest)
+    manifest.verify(path, data.manifest)
 
 
 def keep_thumbnails(
@@ -131,9 +123,9 @@ def keep_thumbnails(
     """Small copies of some pictures, for the run's report."""
     if rank() == 0 and config.tracking.thumbnails:
         with result_is_safe("thumbnails"):
-            asked = dict.fromkeys(prompt.image for prompt in learner.questions.train)
-            chosen = thumbnails.choose(before or after, after, list(asked), config.tracking.thumbnails)
-            thumbnails.write(folder, learner.questions.task.images, chosen)
+            trained_on = list(dict.fromkeys(item.image for item in learner.task.train.items))
+            chosen = thumbnails.choose(before or after, after, trained_on, config.tracking.thumbnails)
+            thumbnails.write(folder, learner.task.images, chosen)
 
 
 def conclude(result: Result, before: Evaluation | None, after: Evaluation, updates: int) -> None:
@@ -159,7 +151,7 @@ def told(config: Config, learner: Learner, updates: int, rows: Sequence[Mapping[
     if config.trainer.name == "none":
         return {}
     limit = config.rollout.max_completion_tokens
-    signs, planned = Signs(rows, limit), total_updates(config.trainer, len(learner.questions.train))
+    signs, planned = Signs(rows, limit), total_updates(config.trainer, len(learner.task.train.items))
     cut = {"cut": {"share": signs.cut, "limit": limit}} if signs.cut >= CUT else {}
     return {**cut, "signs": signs.found, **({"planned": planned} if planned > updates else {})}
 
@@ -189,9 +181,9 @@ def best_evaluation(
     best = None if checkpoint is None else read_state(checkpoint).best
     if best is None:
         return {"tested": updates}
-    split = watched(learner.questions)
+    split = monitor_split(learner.task)
     if config.evaluate == "last":
-        predictions = spread(after.answers[split].predictions, config.trainer.evaluate_limit)
+        predictions = evenly_spaced(after.answers[split].predictions, config.trainer.evaluate_limit)
         last = (updates, fmean(p.correct for p in predictions))
         best = max(best, last, key=lambda each: each[1])
     else:

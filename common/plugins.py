@@ -8,7 +8,6 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Literal, get_args, get_origin
 
-from common.renamed import MOVED, successor
 from common.types import UserError
 
 
@@ -18,7 +17,6 @@ def locate(path: str, key: str) -> Callable[..., Any]:
     Raises:
         UserError: Nothing callable is there; the message names the config `key`, and where a moved function is now.
     """
-    check_moved(path, key)
     module, _, attribute = str(path).rpartition(".")
     try:
         function = getattr(import_module(module), attribute)
@@ -51,7 +49,6 @@ def check_call(path: str, key: str, arguments: dict[str, Any], given: int = 0) -
 
 def check_module(path: str, key: str) -> None:
     """Check that the module of `path` exists without importing it, for code that needs torch."""
-    check_moved(path, key)
     module = str(path).rpartition(".")[0]
     try:
         spec = find_spec(module) if module else None
@@ -67,12 +64,6 @@ def unknown_arguments(path: str, key: str, arguments: dict[str, Any]) -> list[st
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return []
     return [name for name in arguments if name not in {parameter.name for parameter in parameters}]
-
-
-def check_moved(path: str, key: str) -> None:
-    """Refuse the old dotted path of something that is elsewhere now."""
-    if new := successor(str(path), MOVED):
-        raise UserError(f"{key}={path} has moved; it is now {new}")
 
 
 def _signature(function: Callable[..., Any], key: str) -> inspect.Signature:

@@ -25,14 +25,6 @@ from common.plugins import locate
 from common.types import Sample, UserError
 
 RewardFunction = Callable[[Sequence[Sample]], list[float]]
-# Values of `match` that these two once had, and the rewards that have them now.
-MATCHES = {
-    "common.rewards.strict_format": {"official": "clsrl.rewards.format_reward"},
-    "common.rewards.accuracy": {
-        "official": "clsrl.rewards.accuracy_reward",
-        "tagged": "alert.rewards.tagged_accuracy",
-    },
-}
 
 
 @runtime_checkable
@@ -164,22 +156,6 @@ def weighted(parts: dict[str, list[float]], weights: dict[str, float]) -> list[f
     """
     columns = [[weights[name] * value for value in values] for name, values in parts.items()]
     return [sum(row) for row in zip(*columns, strict=True)]
-
-
-def check_match(name: str, entry: dict[str, Any]) -> None:
-    """Refuse the argument `match` where it is no more.
-
-    Raises:
-        UserError: Names the reward that has that match.
-    """
-    moved = MATCHES.get(str(entry["fn"]))
-    if moved is None or "match" not in entry:
-        return
-    match, fix = str(entry["match"]), "leave match out"
-    if match in moved:
-        arguments = ", match: official" if match == "official" else ", without match"
-        fix = f"write fn: {moved[match]}{arguments}"
-    raise UserError(f"rewards.{name}.match={match}: {entry['fn']} matches strictly and has no match to choose; {fix}")
 
 
 def build_rewards(mix: dict[str, dict[str, Any]]) -> dict[str, Reward]:

@@ -18,7 +18,8 @@ import pytest
 
 from common.runtime import garbage
 
-garbage.rest()  # as run.py does, until all tests are imported
+resting = garbage.at_rest()  # as a run does, until all tests are imported
+resting.__enter__()
 
 REPOSITORY = Path(__file__).parent.parent
 CACHE = Path(os.environ.get("FEWSHOT_CACHE", REPOSITORY / "cache"))
@@ -44,8 +45,15 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    garbage.set_aside()
-    garbage.resume()
+    resting.__exit__(None, None, None)
+
+
+def prompts_of(config):
+    """What a run asks before its model is loaded."""
+    from common.data import task
+    from common.vlm import prompting
+
+    return prompting.ask(prompting.of_config(config), task.build(config).task)
 
 
 @pytest.fixture(autouse=True)
@@ -98,10 +106,7 @@ def compose_named():
 
 @pytest.fixture
 def compose(compose_named, monkeypatch):
-    """The same without the end of a run's name, which costs a second composition."""
-    from common.config import run_name
-
-    monkeypatch.setattr(run_name, "run_suffix", lambda root, decides_result: "")
+    """The same."""
     return compose_named
 
 
@@ -197,16 +202,16 @@ def digits_task():
 
 @pytest.fixture
 def no_think():
-    from clsrl.method import ClosedFormQuestion
+    from clsrl.prompting import ClassListPrompt
 
-    return ClosedFormQuestion(instruction="no_think", seed=1)
+    return ClassListPrompt(instruction="no_think", seed=1)
 
 
 @pytest.fixture
 def think():
-    from clsrl.method import ClosedFormQuestion
+    from clsrl.prompting import ClassListPrompt
 
-    return ClosedFormQuestion(instruction="think", seed=1)
+    return ClassListPrompt(instruction="think", seed=1)
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from alert.draft.features import tiny
-from alert.draft.features.clip import OpenClip, parameters_hash
-from alert.draft.features.views import Look
-from alert.draft.learners.zero_shot import SCALE
+from common.few_shot.encoders import tiny
+from common.few_shot.encoders.clip import OpenClip, parameters_hash
+from common.few_shot.encoders.views import Look
+from common.few_shot.heads.base import SCALE
 
 RESNET = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16}
 

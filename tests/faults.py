@@ -81,7 +81,8 @@ def job(folder: Path, overrides: list[str], kill: Kill | None, environment: dict
     configuration.register()
     with hydra.initialize_config_dir(str(Path(__file__).parent.parent / "conf"), version_base="1.3"):
         cfg = hydra.compose("config", overrides)
-    config, values = configuration.validate(cfg), configuration.plain(cfg)
+    config = configuration.validate(cfg)
+    values = configuration.values_of(config)
     place = RunFolder(folder)
     if place.finished_result(values) is not None:
         return
@@ -89,7 +90,7 @@ def job(folder: Path, overrides: list[str], kill: Kill | None, environment: dict
         place.claim(values)
     if kill is not None:
         kill.arm()
-    launch(config, values, folder)
+    launch(config, folder)
 
 
 class Runner:

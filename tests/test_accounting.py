@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from alert.draft.accounting import Case, account, outcome, reasoning_agrees, recall
+from alert.accounting import Case, account, outcome, reasoning_agrees
+from common.few_shot.candidates import recall
 
 RANKING = ("ox", "fox", "cow", "cat")
 

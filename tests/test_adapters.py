@@ -173,7 +173,7 @@ def hub(monkeypatch, untrained_folder, tmp_path):
 
 def saved(policy, folder):
     """What a run writes of its model, and the settings of its adapters."""
-    VLMLearner._save_weights(SimpleNamespace(policy=policy, questions=None), folder)
+    VLMLearner.save_weights(SimpleNamespace(policy=policy), folder)
     return json.loads((folder / "adapter_config.json").read_text())
 
 

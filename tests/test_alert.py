@@ -12,17 +12,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from alert import class_means
+from alert import references as reference
 from alert.bank import embeddings as bank
 from alert.bank import file as bank_file
-from alert.draft import candidate_file, candidates
-from alert.draft import references as reference
-from alert.method import INITIALISATIONS, Alert
+from alert.categories import check_images
+from alert.check import check
+from alert.learner import begin, name_candidates
+from alert.prompting import INITIALISATIONS, AlertPrompting
 from common import rewards
 from common.config.composition import validate
-from common.data import manifest, task
-from common.evaluation.replies import grade
+from common.data import frozen, task
+from common.few_shot import candidate_file, candidates
 from common.rollout.base import Completion
 from common.types import CATEGORY, Answers, Item, Prediction, Prompt, Reply, Sample, Split, Task, UserError
+from common.vlm.replies import grade
 from tests import data_tree
 from tests.faults import Kill
 from tests.judge_server import JudgeServer
@@ -70,37 +74,38 @@ class Counting(Squares):
 
 
 def looked(method, place=None, items=ITEMS):
-    """`look` at ITEMS, two of them as test images; how often the tower saw each image, and the embeddings."""
+    """`begin` with ITEMS, two of them as test images; how often the tower saw each image, and the embeddings."""
     names = ("a", "b", "c")
     train, test = (Split(tuple(part), names, "?", "?") for part in (items, [Item("2-5", 2, "c"), Item("0-7", 0, "a")]))
     vision = Counting()
     vision.vectors = lambda keys, patches: vision.hidden(keys).mean(1)
     problem = Task(train, {"test": test}, None, "", {"x": "own"})
-    found = method.look(vision, problem, place)
-    return vision.seen, found.entries
+    entries, means = begin(method, vision, problem, place)
+    means.candidates(vision, 1, None, problem, "test")
+    return vision.seen, entries
 
 
 def test_the_tower_sees_every_image_once():
-    seen, _ = looked(Alert(seed=1, k=1))
+    seen, _ = looked(AlertPrompting(seed=1, k=1))
     # one of them shows the size of an embedding
     assert sorted(seen[1:]) == sorted([item.image for item in ITEMS] + ["2-5", "0-7"])
 
 
 def test_a_continued_run_takes_its_first_bank_from_the_disk(tmp_path):
-    _, entries = looked(Alert(seed=1, k=1), tmp_path)
+    _, entries = looked(AlertPrompting(seed=1, k=1), tmp_path)
     saved = bank_file.read_begun(tmp_path)
     assert torch.equal(saved, entries)
     bank_file.export_begun(tmp_path, saved + 1)
-    assert torch.equal(looked(Alert(seed=1, k=1), tmp_path)[1], saved + 1)
+    assert torch.equal(looked(AlertPrompting(seed=1, k=1), tmp_path)[1], saved + 1)
     assert torch.equal(bank_file.read_begun(tmp_path), saved + 1), "written once"
     (tmp_path / "begun.safetensors").write_bytes(b"cut")
     with pytest.raises(UserError, match=r"begun\.safetensors is damaged .*; of an unfinished run, delete it"):
-        looked(Alert(seed=1, k=1), tmp_path)
+        looked(AlertPrompting(seed=1, k=1), tmp_path)
     (tmp_path / "begun.safetensors").unlink()
-    assert torch.equal(looked(Alert(seed=1, k=1), tmp_path)[1], entries), "computed again"
+    assert torch.equal(looked(AlertPrompting(seed=1, k=1), tmp_path)[1], entries), "computed again"
     bank_file.export_begun(tmp_path, saved[:, :1])
     with pytest.raises(UserError, match=r"begun\.safetensors holds .*\[3, 1, 2\] instead of .*another run_name"):
-        looked(Alert(seed=1, k=1), tmp_path)
+        looked(AlertPrompting(seed=1, k=1), tmp_path)
 
 
 def test_the_first_bank_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
@@ -132,9 +137,9 @@ def test_the_first_bank_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypa
 def test_a_bank_of_another_model_is_refused(tmp_path, shape, architecture, message):
     bank_file.export(tmp_path, torch.ones(shape), ("a", "b", "c"), architecture)
     with pytest.raises(UserError, match=f"^method.bank: {tmp_path} .*{message}"):
-        looked(Alert(seed=1, k=1, bank=str(tmp_path)))
+        looked(AlertPrompting(seed=1, k=1, bank=str(tmp_path)))
     bank_file.export(tmp_path, torch.ones(3, 2, 2), ("a", "b", "c"), "squares")
-    assert torch.equal(looked(Alert(seed=1, k=1, bank=str(tmp_path)))[1], torch.ones(3, 2, 2))
+    assert torch.equal(looked(AlertPrompting(seed=1, k=1, bank=str(tmp_path)))[1], torch.ones(3, 2, 2))
 
 
 @pytest.mark.parametrize("draft", ["class_means", "oracle_recall"])
@@ -158,21 +163,21 @@ def test_images_are_ranked_by_the_batch_as_they_were_all_at_once(draft, features
             return self.hidden(keys).flatten(1) if patches else self.hidden(keys).mean(1)
 
     ranks, parts = iter(range(2)), []
-    monkeypatch.setattr("alert.draft.class_means.share_of", lambda items: items[next(ranks) :: 2])
-    monkeypatch.setattr("alert.draft.class_means.gather", lambda part: parts.append(part) or parts)
+    monkeypatch.setattr("alert.class_means.share_of", lambda items: items[next(ranks) :: 2])
+    monkeypatch.setattr("alert.class_means.gather", lambda part: parts.append(part) or parts)
     problem = Task(train, {"x": test}, None, "", {"d": "own", "x": "own"})
-    method = Alert(seed=1, features=features, draft=draft, k=3)
+    method = AlertPrompting(seed=1, features=features, draft=draft, k=3)
     means = np.stack([np.mean([seen[f"{i}"], seen[f"{i + 8}"]], 0, np.float64) for i in range(8)])
     flat = [v.reshape(len(v), -1) if features == "patches" else v.mean(1) for v in (np.stack([*seen.values()]), means)]
-    whole = candidates.class_mean_logits(flat[0][16:], reference.class_means(flat[1], range(8), 8)[6::-1])
+    whole = class_means.class_mean_logits(flat[0][16:], reference.class_means(flat[1], range(8), 8)[6::-1])
     images, truths = [item.image for item in test.items], [item.label for item in test.items]
     origin = candidates.Origin("class_means", "x", 2, 1)
     ranked = candidates.rank(images, whole, shown, origin)
     if draft == "oracle_recall":
-        ranked = candidates.oracle_recall(images, whole, truths, 3, shown, origin)
+        ranked = class_means.oracle_recall(images, whole, truths, 3, shown, origin)
     with pytest.raises(KeyError):  # the other rank's images are missing yet
-        method.look(Vision(), problem)
-    method.look(Vision(), problem)
+        name_candidates(method, begin(method, Vision(), problem, None)[1], Vision(), problem)
+    name_candidates(method, begin(method, Vision(), problem, None)[1], Vision(), problem)
     found = method.drafted["x"]
     assert sorted(asked) == [3, 4, 4, 4] and found.images == ranked.images and found.origin == ranked.origin
     assert found.indices.tolist() == ranked.indices.tolist()
@@ -257,8 +262,15 @@ def test_nearest_categories():
     assert indices.tolist() == [1, 2, 1] and cosines.tolist() == pytest.approx([0.6, 0.8, 0.8])
 
 
-def questions(compose, *overrides):
-    return task.build(validate(compose("method=alert", "data=digits", "method.instruction=short", *overrides)))
+def asked_of(compose, *overrides):
+    """What the check before a run asks."""
+    changes = ("model=tiny_gemma3", "method.instruction=short", "model.load_in_8bit=false")
+    config = validate(compose("method=alert", "data=digits", *changes, *overrides))
+    return check(config, task.build(config))
+
+
+def sources(asked):
+    return asked.prompting.sources(asked.task)
 
 
 def drafted(place, task, seed):
@@ -275,18 +287,18 @@ def drafted(place, task, seed):
 def test_a_draft_is_read_before_the_model_is_loaded(compose, digits_task, tmp_path):
     arguments = ["method.draft=file", f"method.draft_file={tmp_path}/SPLIT"]
     with pytest.raises(UserError, match=r"method\.draft_file: .*test\.json cannot be read"):
-        questions(compose, *arguments)
+        asked_of(compose, *arguments)
     made = drafted(tmp_path, digits_task, seed=1)
-    asked = questions(compose, *arguments).evaluation["test"]
+    asked = asked_of(compose, *arguments).evaluation["test"]
     assert [prompt.categories for prompt in asked] == [made.shown(prompt.image, 2) for prompt in asked]
     (tmp_path / "test.npz").write_bytes(b"")
     with pytest.raises(UserError, match=r"method\.draft_file: .*test\.npz is no \.npz file"):
-        questions(compose, *arguments)
+        asked_of(compose, *arguments)
 
 
 def test_a_bank_is_looked_at_before_the_model_is_loaded(compose, tmp_path):
     with pytest.raises(UserError, match=f"^method.bank: {tmp_path} is no bank .* give <run>/model/embeddings"):
-        questions(compose, f"method.bank={tmp_path}")
+        asked_of(compose, f"method.bank={tmp_path}")
 
 
 @pytest.mark.slow
@@ -302,24 +314,25 @@ def test_a_run_does_not_continue_with_other_files(compose, digits_task, tmp_path
         arguments = [f"method.bank={place}"]
         if "draft" in key:
             arguments = ["method.draft=file", f"method.draft_file={tmp_path}/SPLIT"]
-        frozen = questions(compose, *arguments).manifest
-        manifest.write(frozen, tmp_path / "manifest.json")
-        manifest.verify(tmp_path / "manifest.json", questions(compose, *arguments).manifest)
+        folder = tmp_path / key
+        folder.mkdir()
+        frozen.freeze(folder, {}, sources(asked_of(compose, *arguments)))
+        frozen.check_sources(folder, sources(asked_of(compose, *arguments)))
         change()
-        with pytest.raises(UserError, match=f"{key}: the file is not the one that .*manifest.json froze"):
-            manifest.verify(tmp_path / "manifest.json", questions(compose, *arguments).manifest)
-    assert "sources" not in questions(compose).manifest
+        with pytest.raises(UserError, match=f"{key}: the file is not the one that .*prompts.json froze"):
+            frozen.check_sources(folder, sources(asked_of(compose, *arguments)))
+    assert sources(asked_of(compose)) == {}
 
 
 def seen(method, digits_task):
-    """As after `look`, with similarities that make neighbours alike."""
+    """As when pictures were seen, with similarities that make neighbours alike."""
     places = np.arange(10)
     method.similarities = 1 - abs(places[:, None] - places[None]) / 10
     return method
 
 
 def test_training_prompts_change_with_the_epoch(digits_task):
-    method = seen(Alert(seed=1, instruction="short"), digits_task)
+    method = seen(AlertPrompting(seed=1, instruction="short"), digits_task)
     first, again, second = (method.train_prompts(digits_task, epoch) for epoch in (0, 0, 1))
     assert first == again and first != second
     for prompt, item in zip(first, digits_task.train.items, strict=True):
@@ -330,7 +343,7 @@ def test_training_prompts_change_with_the_epoch(digits_task):
 
 
 def test_prompts_before_the_pictures_are_the_longest(digits_task):
-    method = Alert(seed=1, instruction="short")
+    method = AlertPrompting(seed=1, instruction="short")
     longest = max(len(prompt.text) for prompt in method.train_prompts(digits_task))
     drawn = seen(method, digits_task)
     assert longest >= max(len(p.text) for epoch in range(20) for p in drawn.train_prompts(digits_task, epoch))
@@ -342,15 +355,30 @@ def test_prompts_before_the_pictures_are_the_longest(digits_task):
     [
         (["method.initialisation=best"], "method.initialisation=best: choose one of proposed"),
         (["method.draft=file"], "method.draft=file needs method.draft_file"),
+        (
+            ["method.draft=cafo"],
+            "method.draft=cafo: a few-shot learner as the draft is few_shot=cafo method.draft=few_shot",
+        ),
+        (["method.draft=best"], "method.draft=best: choose one of class_means, oracle_recall, file, few_shot"),
         (["method.smallest=9"], "2 <= smallest <= largest"),
         (["method.k=11"], "method.k=11, but 'test' has only 10 to choose among"),
         (["setting=base_to_new"], "ALERT knows only categories with training images.*first: 'five'"),
     ],
-    ids=["initialisation", "draft", "references", "k", "new classes"],
+    ids=["initialisation", "draft", "old draft", "unknown draft", "references", "k", "new classes"],
 )
 def test_bad_values_are_one_line(compose, overrides, message):
     with pytest.raises(UserError, match=message):
-        questions(compose, *overrides)
+        asked_of(compose, *overrides)
+
+
+def test_a_few_shot_draft_needs_a_few_shot_learner(compose, digits_task):
+    where = ("method=alert", "model=tiny_gemma3", "model.load_in_8bit=false", "method.draft=few_shot")
+    config = validate(compose(*where))
+    with pytest.raises(UserError, match="method.draft=few_shot: no few-shot learner is chosen; add one.*few_shot=cafo"):
+        check(config, task.build(config))
+    config = validate(compose(*where, "few_shot=nearest_mean"))
+    assert (config.clip.name, config.visual.name) == ("tiny", "pixels"), "it brings its encoders"
+    check(config, task.build(config))
 
 
 def test_paper_configuration(compose):
@@ -417,13 +445,13 @@ def test_what_the_reasoning_concludes_is_said_of_every_image(digits_task):
         replace(answered(completion, answer), image=item.image)
         for item, (completion, answer, _) in zip(items, replies, strict=False)
     ]
-    method = Alert(seed=1)
+    method = AlertPrompting(seed=1)
     origin = candidates.Origin("class_means", "digits", 16, 1)
     names, logits = digits_task.evaluation["test"].names, torch.arange(10.0, 0.0, -1.0).expand(5, 10).numpy()
     method.drafted["test"] = candidates.rank([p.image for p in predictions], logits, names, origin)
-    found = method.columns(digits_task, "test", predictions)
+    found = method.extra_columns(digits_task, "test", predictions)
     assert found == {"candidates": [["zero", "one"]] * 5, "reasoning_agrees": [verdict for *_, verdict in replies]}
-    counts = method.facts(digits_task, "test", Answers(predictions, 0.0, columns=found))["reasoning"]
+    counts = method.diagnostics(digits_task, "test", Answers(predictions, 0.0, columns=found))["reasoning"]
     assert counts == {"agree": 1, "differ": 1, "reasoning_names_none": 1, "malformed": 2}
 
 
@@ -432,14 +460,14 @@ def test_kept_answers_are_accounted_for_with_what_they_were_asked(order, digits_
     asked = digits_task.evaluation["test"]
     items = [item for item in asked.items if item.name == "zero"][:2]
     predictions = [replace(answered("zero", "zero"), image=item.image, label="zero") for item in items]
-    method, origin = Alert(seed=1, k=2, order=order), candidates.Origin("class_means", "digits", 16, 1)
+    method, origin = AlertPrompting(seed=1, k=2, order=order), candidates.Origin("class_means", "digits", 16, 1)
     logits = np.arange(10.0, 0.0, -1.0)[None].repeat(2, 0)  # zero, one, two, ...
     method.drafted["test"] = candidates.rank([item.image for item in items], logits, asked.names, origin)
-    columns = method.columns(digits_task, "test", predictions)
-    same = method.facts(digits_task, "test", Answers(predictions, 0.0, columns=columns))["draft"]
+    columns = method.extra_columns(digits_task, "test", predictions)
+    same = method.diagnostics(digits_task, "test", Answers(predictions, 0.0, columns=columns))["draft"]
     assert (same["presence"], same["recall@1"], same["accuracy"]) == (1.0, 1.0, 1.0) and not caplog.records
     kept = {**columns, "candidates": [columns["candidates"][0], ["two", "one"]]}
-    found = method.facts(digits_task, "test", Answers(predictions, 0.0, columns=kept))["draft"]
+    found = method.diagnostics(digits_task, "test", Answers(predictions, 0.0, columns=kept))["draft"]
     assert (found["presence"], found["recall@1"], found["recall@2"], found["recall@3"]) == (0.5, 0.5, 0.5, 1.0)
     assert found["accuracy"] == 0.5 and found["errors"]["not_among_candidates"] == 0.5
     (record,) = caplog.records
@@ -592,8 +620,8 @@ def test_every_path_of_imagenet(job, runner, compose, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert max(line.get("rewards/reasoning/mean", 0) for line in lines) > 0
 
-    questions = task.build(used)
-    for split, asked in questions.task.evaluation.items():
+    data = task.build(used)
+    for split, asked in data.task.evaluation.items():
         images, truths = zip(*((item.image, item.label) for item in asked.items), strict=True)
         origin = candidates.Origin("CaFo", split if split == "imagenet_v2" else "imagenet", 2, 1)
         logits = np.random.default_rng(1).normal(size=(len(images), len(asked.names)))
@@ -633,7 +661,7 @@ def test_a_category_without_images_is_refused_before_the_model_loads(digits_task
     rest = tuple(item for item in digits_task.train.items if item.label != 4)
     task = replace(digits_task, train=replace(digits_task.train, items=rest))
     with pytest.raises(UserError, match="but 1 has none, first: 'four'"):
-        Alert(seed=1).train_prompts(task)
+        check_images(task)
 
 
 REPLIES = {
@@ -653,7 +681,7 @@ def test_formats_and_accuracy_of_alert(compose, completion, earned):
     parts = rewards.score([Sample(prompt, completion)], rewards.build_rewards(c.rewards)).parts
     assert tuple(parts[name][0] for name in ("format", "soft_format", "accuracy")) == earned
     reply = Completion(torch.tensor([1]), torch.tensor([0.0]), completion, truncated=False)
-    graded = grade(Alert(seed=1), prompt, 6, reply)
+    graded = grade(AlertPrompting(seed=1), prompt, 6, reply)
     assert graded.correct is bool(earned[2]), "testing reads answers as training does"
     assert graded.reply.correct_official is None, "there is no code of the authors to differ from"
 

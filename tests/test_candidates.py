@@ -10,10 +10,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from alert.draft import candidates as module
-from alert.draft.candidate_file import read, recall_at, write
-from alert.draft.candidates import Candidates, Origin, class_mean_logits, join, oracle_recall, rank, select
-from alert.draft.references import class_means
+from alert.class_means import class_mean_logits, oracle_recall
+from alert.references import class_means
+from common.few_shot import candidates as module
+from common.few_shot.candidate_file import read, write
+from common.few_shot.candidates import Candidates, Origin, join, rank, recall_at, select
 from common.types import UserError
 
 NAMES = ("crane", "missile", "ox", "Missile", "fox", "crane ")  # 0 and 5, 1 and 3 share a name

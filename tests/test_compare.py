@@ -308,15 +308,6 @@ def test_images_of_other_datasets_are_others_though_their_names_are_the_same(wri
     assert paired.compare(*groups.group(folders.find([one, moved])), "test").p is not None
 
 
-def test_phases_of_earlier_versions_are_the_same_images(write, capsys):
-    one, two = write("a", right=answers(1, 0.5)), write("b", "method=sft", right=answers(2, 0.9))
-    table = parquet.read_table(two / "predictions.parquet")
-    former = pa.array(["zero_shot"] * len(table))
-    parquet.write_table(table.set_column(0, "phase", former), two / "predictions.parquet")
-    assert command.main(["compare", "--format", "csv", "--against", "nothinking", str(one), str(two)]) == 0
-    assert "other images" not in capsys.readouterr().out
-
-
 def test_folders_without_a_result_are_named_and_the_exit_code_says_so(write, tmp_path, capsys):
     done = write("done", right=answers(1, 0.5))
     half = write("half", "seed=2", right=answers(1, 0.5))

@@ -10,7 +10,9 @@ import torch
 
 from common.config.composition import validate
 from common.config.schema import GRPOConfig
+from common.data import task
 from common.data.loading import Loader
+from common.models import files
 from common.models.encoder import Encoder
 from common.rewards import STATEFUL, Reward, StatefulReward, build_rewards
 from common.rollout.base import Completion, Decoding, awake, check_fresh
@@ -20,6 +22,7 @@ from common.training.grpo.sampling import Sampling
 from common.training.schedule import Epochs
 from common.types import UserError
 from common.vlm import build
+from common.vlm.learner import VLMLearner
 from tests.rewards import shorter
 from tests.test_doctor import COST
 
@@ -141,15 +144,17 @@ CORRECTED = "trainer.importance_correction=token_mask"
 
 
 @pytest.mark.parametrize("restricted", RESTRICTED, ids=["top_k", "top_p"])
-def test_correction_by_other_numbers_is_refused_before_the_weights_are_loaded(compose, monkeypatch, restricted):
+def test_correction_by_other_numbers_is_refused_before_the_weights_are_loaded(
+    compose, monkeypatch, restricted, tmp_path
+):
     def loads(config):
         raise AssertionError("too late")
 
-    monkeypatch.setattr(build.files, "weights_folder", loads)
+    monkeypatch.setattr(files, "weights_folder", loads)
     config = validate(compose(f"rollout.backend={__name__}.Truncated", CORRECTED, *restricted))
-    questions = SimpleNamespace(train=[None] * 160)
+    data = task.build(config)
     with pytest.raises(UserError, match="trainer.importance_correction=token_mask.*rollout.top_k=0 rollout.top_p=1.0"):
-        build.build(config, questions, torch.device("cpu"), None, SimpleNamespace(state=None))
+        VLMLearner(config, data, torch.device("cpu"), tmp_path, SimpleNamespace(state=None))
 
 
 @pytest.mark.sampled
@@ -159,15 +164,15 @@ def test_correction_by_other_numbers_is_refused_before_the_weights_are_loaded(co
     ids=["nothing restricted", "not corrected", "not trained"],
 )
 def test_other_numbers_are_fine_where_nobody_divides_by_them(compose, changes):
-    build.check_logps(validate(compose(*changes)), Truncated)
+    build.check_logprobs(validate(compose(*changes)), Truncated)
 
 
 def test_an_object_may_say_so_too(compose, load_vlm):
     config = validate(compose(CORRECTED, "rollout.top_k=5"))
-    build.check_logps(config, HFRollout)
-    build.check_logps(config, TruncatedObject)  # the class does not know
+    build.check_logprobs(config, HFRollout)
+    build.check_logprobs(config, TruncatedObject)  # the class does not know
     with pytest.raises(UserError, match="full_logps=False"):
-        build.check_logps(config, TruncatedObject(load_vlm()))
+        build.check_logprobs(config, TruncatedObject(load_vlm()))
 
 
 def test_the_doctor_does_not_compare_other_numbers(load_vlm, digits_task, think):

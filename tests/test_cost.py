@@ -21,12 +21,11 @@ from common.config.schema import GRPOConfig
 from common.cost import estimate, update
 from common.cost.counting import META, ShapeCounter
 from common.cost.update import GIB, Batch, Pass
-from common.data import task
 from common.forward import attention
 from common.forward.logprobs import PolicyScorer
 from common.models import vlm
 from tests import peaks
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, prompts_of
 
 MIB = 2**20
 WIDE = {"qwen2_vl": "depth", "gemma3": "num_hidden_layers"}
@@ -190,7 +189,7 @@ def test_a_run_that_has_not_begun(compose, untrained_folders):
     """What `dry=true` says of a model in a folder; one that is built here is tiny, and one without training free."""
     path = f"model.path={untrained_folders['qwen2_vl']}"
     config = validate(compose(path, "data=digits", "shots=1", "gpus=2"))
-    prompts, memory, short, long = estimate.foreseen(config, questions := task.build(config))
+    prompts, memory, short, long = estimate.foreseen(config, asked := prompts_of(config))
     limit = config.rollout.max_completion_tokens
     assert re.fullmatch(rf"prompts: \d+ to \d+ tokens, completions up to {limit}", prompts)
     assert "GiB per GPU, most in" in memory and "smallest card: RTX 4090" in memory
@@ -199,8 +198,8 @@ def test_a_run_that_has_not_begun(compose, untrained_folders):
         assert re.match(pattern, line) and line.endswith("h of training on 2 x A100 80 GB")
     few, many = (float(line.split("training ")[1].split()[0]) for line in (short, long))
     assert many > few
-    assert estimate.foreseen(replace(config, trainer=replace(config.trainer, name="none")), questions) == []
-    assert estimate.foreseen(replace(config, model=replace(config.model, path=None)), questions) == []
+    assert estimate.foreseen(replace(config, trainer=replace(config.trainer, name="none")), asked) == []
+    assert estimate.foreseen(replace(config, model=replace(config.model, path=None)), asked) == []
 
 
 @pytest.mark.slow
@@ -211,13 +210,13 @@ def test_methods_cost_what_they_ask(compose, untrained_folders, changes):
     """ALERT's bank is trained beside the adapters; supervised training samples nothing."""
     config = validate(compose(*changes, "shots=2", "model.load_in_8bit=false"))
     family = config.model.family
-    cost = estimate.of_run(config, task.build(config), untrained_folders[family], 1)
+    cost = estimate.of_run(config, prompts_of(config), untrained_folders[family], 1)
     if family == "gemma3":
         bank = 10 * 4 * 96 * 4  # classes, tokens of a picture, width, bytes
         assert cost.memory["backward"]["gradients"] > bank
         assert all(set(phases) == {"training", "sampling"} for phases in cost.operations.values())
         lent = replace(config, trainer=replace(config.trainer, embeddings="host"))
-        hosted = estimate.of_run(lent, task.build(lent), untrained_folders[family], 1)
+        hosted = estimate.of_run(lent, prompts_of(lent), untrained_folders[family], 1)
         kept = cost.memory["backward"]["gradients"] - hosted.memory["backward"]["gradients"]
         assert kept == bank, "the host keeps the bank, its gradient and its moments"
     else:

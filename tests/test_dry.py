@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from common import preflight
 from common.config.composition import plain, validate
-from common.run import preflight
 from common.sweep import dry
 from common.sweep.plan import Point
 from common.sweep.sweeper import Job
@@ -36,8 +36,8 @@ def runs(compose):
 
 
 def test_runs_that_would_be_refused_are_named_with_the_reason(runs, capsys, monkeypatch):
-    looked, check = [], preflight.check_asked
-    monkeypatch.setattr(preflight, "check_asked", lambda config: looked.append(config) or check(config))
+    looked, check = [], preflight.check_data
+    monkeypatch.setattr(preflight, "check_data", lambda config: looked.append(config) or check(config))
     found, devices = dry.refusals(runs, here=True)
     assert looked == [runs[0].config, runs[2].config], "once for those that are alike, and for none that needs another"
     assert found.keys() == {"long-1", "long-2", "child"} and found["child"] == "it needs long-1"
@@ -60,14 +60,14 @@ def test_runs_that_would_be_refused_are_named_with_the_reason(runs, capsys, monk
 def test_missing_data_is_seen(compose, monkeypatch):
     monkeypatch.delenv("DATA", raising=False)
     config = validate(compose("method=clsrl", "data=dtd", "model=qwen2_vl_2b", "setting=cross_dataset"))
-    assert "data=dtd is read from $DATA" in preflight.refusal(preflight.check_asked, config)
+    assert "data=dtd is read from $DATA" in preflight.refusal(preflight.check_data, config)
 
 
 def test_a_training_without_validation_images_cannot_be_patient(compose):
     config = validate(compose("shots=1", "trainer.patience=2"))  # digits has none
-    assert "trainer.patience=2 stops by validation images" in preflight.refusal(preflight.check_asked, config)
+    assert "trainer.patience=2 stops by validation images" in preflight.refusal(preflight.check_data, config)
     held_out = validate(compose("shots=1", "trainer.patience=2", "validation=held_out"))
-    assert preflight.refusal(preflight.check_asked, held_out) is None
+    assert preflight.refusal(preflight.check_data, held_out) is None
 
 
 def test_jobs_that_differ_in_seed_and_shots_are_alike():

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alert.method import Alert
+from alert.prompting import AlertPrompting
 from alert.rewards import tagged_accuracy
 from common.evaluation import metrics
-from common.evaluation.replies import grade
 from common.rewards import accuracy
 from common.rollout.base import Completion
 from common.types import Prompt, Sample
+from common.vlm.replies import grade
 
 NAMES = ("six", "nine", "The Beatles", "St.")
 
@@ -53,8 +53,8 @@ def test_a_label_that_was_not_offered_cannot_be_right(no_think, label, choices, 
 
 def test_alert_grades_as_well_by_what_was_offered():
     said = "<think>x</think><answer>six</answer>"
-    assert matches(graded(Alert(seed=1), asked(choices=("six", "nine")), said)) == (True, None, True)
-    assert matches(graded(Alert(seed=1), asked(choices=("one", "nine")), said)) == (False, None, False)
+    assert matches(graded(AlertPrompting(seed=1), asked(choices=("six", "nine")), said)) == (True, None, True)
+    assert matches(graded(AlertPrompting(seed=1), asked(choices=("one", "nine")), said)) == (False, None, False)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from common.data.settings import Splits
 from common.models.families import Qwen2VL
 from common.rollout.hf import HFRollout
 from common.types import Item, Prompt, Source
+from common.vlm.prompting import Prompting
 
 NAMES = ("square", "circle", "cross")
 
@@ -76,7 +77,7 @@ def all_but_one(data, targets, how) -> Splits:
     return Splits(data.split(known, [0, 1]), {"test": data.split(data.source.test)}, {})
 
 
-class Shout:
+class Shout(Prompting):
     """A method: it wants capitals."""
 
     def __init__(self, *, seed: int, question: str) -> None:
@@ -245,43 +246,29 @@ import time
 import numpy as np
 
 from common.data.pictures import make_loader
-from common.evaluation.evaluate import spread
+from common.evaluation.evaluate import evenly_spaced
+from common.learner import Learner
 from common.training.base import Step
-from common.types import Answers, Prediction, Probabilities, Prompt
+from common.types import Answers, Prediction, Probabilities
 
 
-class Nothing:
-    """Its method: a classifier is asked nothing."""
-
-    def __init__(self, *, seed: int) -> None: ...
-
-    def train_prompts(self, task, epoch=0):
-        return [Prompt(item.image, "", item.name) for item in task.train.items]
-
-    def evaluation_prompts(self, task, split):
-        return [Prompt(item.image, "", item.name) for item in task.evaluation[split].items]
-
-    def well_formed(self, completion): ...
-
-    def answer(self, completion): ...
-
-    def label_response(self, name): ...
-
-
-class NearestMean:
+class NearestMean(Learner):
     decoding = "nearest class mean"
-    remarks = ()
     weights = {"path": "none", "sha256": "none"}
 
-    def __init__(self, config, questions):
-        self.questions, self.load, self.means = questions, make_loader(config, questions), None
+    def __init__(self, config, data, device, folder, checkpoints):
+        self.config, self.means = config, None
+        self.set_task(data.task)
+
+    def set_task(self, task):
+        self.task, self.load = task, make_loader(self.config, task)
 
     def pixels(self, items):
         return np.stack([np.asarray(p, np.float32).ravel() / 255 for p in self.load([i.image for i in items])])
 
     def predict(self, split, limit=None):
-        began, asked = time.perf_counter(), self.questions.task.evaluation[split]
-        items = spread(list(asked.items), limit)
+        began, asked = time.perf_counter(), self.task.evaluation[split]
+        items = evenly_spaced(list(asked.items), limit)
         names = asked.choices
         if self.means is None:
             logits = np.zeros((len(items), len(names)))
@@ -300,7 +287,7 @@ class NearestMean:
         return Answers(made, time.perf_counter() - began, table)
 
     def train(self, recorder):
-        items = self.questions.task.train.items
+        items = self.task.train.items
         pixels, labels = self.pixels(items), np.array([item.label for item in items])
         self.means = np.stack([pixels[labels == label].mean(0) for label in range(labels.max() + 1)])
         recorder.update(1, Step({"loss": 0.0}, {"update": 0.0}, []), last=True)
@@ -313,11 +300,7 @@ class NearestMean:
     def close(self): ...
 
 
-def build(config, questions, device, folder, checkpoints):
-    return NearestMean(config, questions)
-
-
-def check(config, questions): ...
+def check(config, data): ...
 '''
 
 
@@ -332,13 +315,13 @@ def test_another_learner_has_the_same_run_folder(outside, tmp_path):
         "learner/mine": """
             defaults: [/schema/learner@_here_, _self_]
             name: mine
-            build: mine.build
+            build: mine.NearestMean
             check: mine.check
         """,
         "method/mine": """
             # @package _global_
             defaults: [override /learner: mine]
-            method: {name: mine, _target_: mine.Nothing, seed: "${seed}"}
+            method: {name: mine}
         """,
     }
     folder = outside(CLASSIFIER, files)("method=mine", "shots=16")

@@ -13,7 +13,7 @@ from statistics import fmean
 import pyarrow.parquet
 import pytest
 
-from common.evaluation.evaluate import spread
+from common.evaluation.evaluate import evenly_spaced
 from tests.faults import Full, Kill
 
 pytestmark = pytest.mark.slow
@@ -23,7 +23,7 @@ UPDATE = "common.training.engine:Engine.backward"
 STEP = "common.training.engine:Engine.step"
 STATES = "common.training.engine:Engine.save"
 RENAME = "os:replace"
-ANSWERS = "common.evaluation.replies:Replies.__call__"
+ANSWERS = "common.vlm.replies:Replies.__call__"
 # Six updates; an evaluation after the 2nd and 4th, a checkpoint after the 3rd and 6th and after better evaluations.
 MOMENTS = {
     "zero-shot evaluation": Kill(ROLLOUT, 3),
@@ -49,7 +49,7 @@ MOMENTS = {
     "gradients of the fifth update": Kill(UPDATE, 17),
     "last checkpoint before its rename": Kill("common.run.checkpoint:_flush", 3, after=True),
     "training done": Kill("common.run.loop:train", 1, after=True),
-    "final weights written": Kill("common.vlm.learner:VLMLearner._save_weights", 4, after=True),
+    "final weights written": Kill("common.vlm.learner:VLMLearner.save_weights", 4, after=True),
     "final evaluation": Kill(ANSWERS, 4),
     "final evaluation done": Kill(ANSWERS, 4, after=True),
     "tables being merged": Kill("common.run.run_folder:RunFolder.merge_completions", 1, after=True),
@@ -131,7 +131,7 @@ def test_undisturbed_run_keeps_the_best_and_the_last(whole):
         line["step"]: line["eval/test/accuracy"] for line in lines if 0 < line["step"] < 6 and "eval/test/n" in line
     }
     before = [row["correct"] for row in table(whole, "predictions") if row["phase"] == "before"]
-    seen[0] = fmean(spread(before, 20))  # the untrained model may be the best one, which has no checkpoint
+    seen[0] = fmean(evenly_spaced(before, 20))  # the untrained model may be the best one, which has no checkpoint
     best = max(seen, key=lambda step: (seen[step], -step))
     assert states[0]["update"] == (best or 3) and all(state["best"] == [best, seen[best]] for state in states)
     names = {path.name for path in (whole / "checkpoints").glob("*/*")}
@@ -188,7 +188,7 @@ def test_other_configurations_resume_as_exactly(runner, job, untrained_folders, 
 
 @pytest.mark.parametrize(
     "moment",
-    [Full("common.vlm.learner:VLMLearner._save_weights", 2), pytest.param(Full(STATES, 2), marks=pytest.mark.faults)],
+    [Full("common.vlm.learner:VLMLearner.save_weights", 2), pytest.param(Full(STATES, 2), marks=pytest.mark.faults)],
     ids=["model", "state"],
 )
 def test_a_full_disk_costs_nothing_that_was_finished(runner, job, whole, tmp_path, moment):

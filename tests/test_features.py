@@ -12,11 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from alert.draft.features import clip, generated, prompts, tiny, visual
-from alert.draft.features import store as store_module
-from alert.draft.features.encoded import Encoded
-from alert.draft.features.store import KEY, Rows, Store, key_of
-from alert.draft.features.views import Look, View, crop_box, see
+from common.few_shot.encoders import clip, generated, prompts, tiny, visual
+from common.few_shot.encoders import store as store_module
+from common.few_shot.encoders.store import KEY, Encoded, Rows, Store, key_of
+from common.few_shot.encoders.views import Look, View, crop_box, see
 from common.types import BadImage, UserError
 from tests import encoders
 
@@ -188,7 +187,7 @@ def test_each_picture_and_view_is_encoded_once(tmp_path):
 
 def test_ranks_that_cannot_read_each_others_rows_are_refused(tmp_path, monkeypatch):
     """As on two machines with a cache_dir each: what the other rank has encoded is not there."""
-    import alert.draft.features.encoded as module
+    import common.few_shot.encoders.store as module
 
     monkeypatch.setattr(module, "share_of", lambda items: items[::2])
     with pytest.raises(UserError, match="cache_dir must be one folder for all"):
@@ -266,15 +265,16 @@ def test_a_prompt_that_lost_its_end_is_refused_where_its_end_counts():
 
 @pytest.mark.slow
 def test_the_tiny_clip_reads_digits_that_it_has_never_seen(digits_task):
-    from alert.draft.learners import zero_shot
+    from common.few_shot.heads.base import cosine_logits
+    from common.few_shot.heads.zero_shot import text_weights
     from tests.conftest import CACHE
 
     encoder = tiny.load("clip", torch.device("cpu"), CACHE, torch.float32)
     asked = digits_task.evaluation["test"]
     items = asked.items[::4]
     pixels = torch.stack([see(digits_task.images.open(i.image), i.image, View(), encoder.look) for i in items])
-    text = zero_shot.text_weights([encoder.texts([f"a photo of a {name}."]) for name in asked.names])
-    right = zero_shot.logits(encoder.images(pixels), text).argmax(1) == torch.tensor([i.label for i in items])
+    text = text_weights([encoder.texts([f"a photo of a {name}."]) for name in asked.names])
+    right = cosine_logits(encoder.images(pixels), text).argmax(1) == torch.tensor([i.label for i in items])
     assert right.float().mean() > 0.4
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,24 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
-from alert.draft import settled
-from alert.draft.features import tiny
-from alert.draft.fit import adapted, cached, closed, trained
-from alert.draft.fit.data import Pictures, Plan, Support, Text, accuracy, all_logits, batches, fit
-from alert.draft.fit.learner import probabilities
-from alert.draft.learners import grid_search, tip_adapter, zero_shot
 from common.config.composition import validate
+from common.few_shot.check import check, check_fit
+from common.few_shot.encoders import tiny
+from common.few_shot.heads import (
+    cafo,
+    calip_fs,
+    clip_adapter,
+    coop,
+    linear_probe,
+    nearest_mean,
+    search,
+    tip_adapter,
+    vt_clip,
+)
+from common.few_shot.heads import keys as keys_
+from common.few_shot.heads.base import GradientHead, accuracy, all_logits, cosine_logits, fit
+from common.few_shot.heads.data import Pictures, Plan, Support, Text, batches
+from common.few_shot.learner import probabilities
 from common.types import Item, Split, Task, UserError
 from tests import encoders
 
@@ -54,14 +66,14 @@ def world():
 
 
 LEARNERS = {
-    "nearest_mean": lambda: closed.NearestMean(seed=1),
-    "linear_probe": lambda: closed.LinearProbe(seed=1),
-    "clip_adapter": lambda: adapted.ClipAdapter(seed=1, **PLAN, ratio=0.3),
-    "vt_clip": lambda: adapted.VTClip(seed=1, **PLAN, heads=2),
-    "calip_fs": lambda: adapted.CalipFS(seed=1, **PLAN, betas=[1, 1, 0.1], hidden=5),
-    "tip_adapter": lambda: cached.TipAdapter(seed=1, **KEYS),
-    "tip_adapter_f": lambda: cached.TipAdapterF(seed=1, **PLAN, **KEYS),
-    "cafo": lambda: cached.CaFo(seed=1, **PLAN, **KEYS),
+    "nearest_mean": lambda: nearest_mean.NearestMean(seed=1),
+    "linear_probe": lambda: linear_probe.LinearProbe(seed=1),
+    "clip_adapter": lambda: clip_adapter.ClipAdapter(seed=1, **PLAN, ratio=0.3),
+    "vt_clip": lambda: vt_clip.VTClip(seed=1, **PLAN, heads=2),
+    "calip_fs": lambda: calip_fs.CalipFS(seed=1, **PLAN, betas=[1, 1, 0.1], hidden=5),
+    "tip_adapter": lambda: tip_adapter.TipAdapter(seed=1, **KEYS),
+    "tip_adapter_f": lambda: tip_adapter.TipAdapterF(seed=1, **PLAN, **KEYS),
+    "cafo": lambda: cafo.CaFo(seed=1, **PLAN, **KEYS),
 }
 
 
@@ -70,7 +82,7 @@ def test_a_fit_is_better_than_zero_shot(world, name):
     """Texts that are half wrong: whoever sees shots is better on pictures that nobody has chosen by."""
     train, val, text, test = world
     learner = LEARNERS[name]()
-    base = float((zero_shot.logits(test.images, text.known).argmax(1) == test.labels).float().mean())
+    base = float((cosine_logits(test.images, text.known).argmax(1) == test.labels).float().mean())
     assert accuracy(learner, test, text) == base or "maps" in learner.needs, "it begins as zero-shot CLIP"
     fit(learner, train, val, text)
     assert accuracy(learner, test, text) > base
@@ -115,7 +127,7 @@ def test_a_head_of_coop_is_its_context_alone():
     clip, images = encoders.clip(), torch.randn(6, tiny.WIDTH, generator=torch.Generator().manual_seed(2))
     text, seen = Text(("ox", "green"), None, clip), Pictures(images, torch.arange(6) % 2)
     plan = {"epochs": 2, "batch": 4, "learning_rate": 0.05, "weight_decay": 0.0, "length": 2}
-    fitted, asked = (adapted.CoOp(seed=1, **plan) for _ in range(2))
+    fitted, asked = (coop.CoOp(seed=1, **plan) for _ in range(2))
     fit(fitted, Support(seen, lambda number: seen, 1), None, text)
     assert {name: value.shape for name, value in fitted.head()["module"].items()} == {"context": (2, tiny.WIDTH)}
     asked.ready(fitted.head(), text)
@@ -154,9 +166,9 @@ def test_keys_are_trained_as_a_plain_loop_trains_them(world):
 def test_an_adapter_is_trained_as_a_plain_loop_trains_it(world, drop_last):
     """CLIP-Adapter: SGD with momentum, CoOp's rates by epoch; the first epoch at 1e-5; 12 pictures are 5 + 5 (+ 2)."""
     train, _, text, test = world
-    learner = adapted.ClipAdapter(seed=1, **PLAN, ratio=0.3, drop_last=drop_last)
+    learner = clip_adapter.ClipAdapter(seed=1, **PLAN, ratio=0.3, drop_last=drop_last)
     fit(learner, train, None, text)
-    plain = adapted.ClipAdapter(seed=1, **PLAN, ratio=0.3)
+    plain = clip_adapter.ClipAdapter(seed=1, **PLAN, ratio=0.3)
     plain.begin(train, None, text)
     down, up = (plain.module.layers[i].weight.detach().clone().requires_grad_(True) for i in (0, 2))
     optimizer = torch.optim.SGD([down, up], lr=0.01, momentum=0.9, weight_decay=0.01)
@@ -178,9 +190,9 @@ def test_an_adapter_is_trained_as_a_plain_loop_trains_it(world, drop_last):
 
 def test_cafo_without_its_generated_pictures_says_so():
     """Its published accuracies are with them, so a table has to mark ours."""
-    assert "generated" in cached.CaFo(seed=1, **PLAN, **KEYS).remark
-    assert "generated" in cached.CaFo(seed=1, **PLAN, **KEYS, generated="drawn").remark, "none of a class"
-    assert cached.CaFo(seed=1, **PLAN, **KEYS, generated="drawn", per_class=2).remark == ""
+    assert "generated" in cafo.CaFo(seed=1, **PLAN, **KEYS).remark
+    assert "generated" in cafo.CaFo(seed=1, **PLAN, **KEYS, generated="drawn").remark, "none of a class"
+    assert cafo.CaFo(seed=1, **PLAN, **KEYS, generated="drawn", per_class=2).remark == ""
 
 
 @pytest.mark.parametrize("scheduler", ["paper", "proper"])
@@ -193,7 +205,7 @@ def test_generated_pictures_move_the_cosine_as_in_cafos_code(world, scheduler):
         VIEWS,
         generated=Support(train.seen.take(slice(0, 12, 2)), lambda n: train.view(n).take(slice(0, 12, 2)), VIEWS),
     )
-    learner = cached.CaFo(seed=1, **PLAN, **KEYS, scheduler=scheduler)
+    learner = cafo.CaFo(seed=1, **PLAN, **KEYS, scheduler=scheduler)
     learner.begin(whole, None, text)
     got = [learner.step(number)["learning_rate"] for number in range(4)]  # of the last batch of each epoch
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.01)
@@ -236,12 +248,12 @@ def test_the_best_epoch_and_the_searched_pair_are_chosen_by_the_judges(world):
 def test_the_first_best_epoch_is_kept_with_its_weights(world, monkeypatch):
     train, val, text, test = world
     learner, accuracies, seen = LEARNERS["tip_adapter_f"](), iter([0.2, 0.5, 0.5, 0.3]), []
-    monkeypatch.setattr(trained, "accuracy", lambda *_: next(accuracies))
+    monkeypatch.setattr("common.few_shot.heads.base.accuracy", lambda *_: next(accuracies))
     learner.begin(train, val, text)
     for number in range(4):
         learner.step(number)
         seen.append(all_logits(learner, test, text))
-    facts = trained.Trained.end(learner)
+    facts = GradientHead.end(learner)
     assert facts == {"epoch": 2, "selection_accuracy": 0.5}
     assert torch.equal(all_logits(learner, test, text), seen[1]) and not torch.equal(seen[1], seen[3])
 
@@ -269,7 +281,7 @@ def test_without_pictures_to_choose_by_nothing_is_chosen(world):
     train, _, text, _ = world
     learner = LEARNERS["tip_adapter_f"]()
     assert fit(learner, train, None, text) == {"alpha": 2.0, "beta": 1.5, "searched": False}
-    with pytest.raises(UserError, match=r"validation=held_out \(with fewer .*\), or few_shot.linear_probe.strength"):
+    with pytest.raises(UserError, match=r"validation=held_out \(with fewer .*\), or few_shot.strength"):
         fit(LEARNERS["linear_probe"](), train, None, text)
 
 
@@ -284,8 +296,8 @@ def test_visual_learners_need_no_text(world):
     tip = LEARNERS["tip_adapter"]()
     tip.begin(train, None, alone)
     tip.step(0)
-    near = tip_adapter.affinity(test.images, tip.keys)
-    torch.testing.assert_close(tip.logits(test, alone), 2.0 * tip_adapter.votes(near, 1.5))
+    near = keys_.affinity(test.images, tip.keys)
+    torch.testing.assert_close(tip.logits(test, alone), 2.0 * keys_.votes(near, 1.5))
 
 
 def test_coop_trains_its_context_and_reads_other_names_with_it():
@@ -295,7 +307,7 @@ def test_coop_trains_its_context_and_reads_other_names_with_it():
     seen = Pictures(images, torch.arange(3).repeat(3))
     train = Support(seen, lambda number: seen, 1)
     plan = {"epochs": 6, "batch": 4, "learning_rate": 0.05, "weight_decay": 0.0}
-    learner = adapted.CoOp(seed=1, **plan, length=4)
+    learner = coop.CoOp(seed=1, **plan, length=4)
     learner.begin(train, None, text)
     losses = [learner.step(number)["loss"] for number in range(6)]
     assert losses[-1] < losses[0] and [n for n, p in learner.module.named_parameters()] == ["context"]
@@ -316,7 +328,7 @@ def test_the_name_may_stand_before_or_amid_the_context(position, before):
     clip, images = encoders.clip(), torch.randn(2, tiny.WIDTH, generator=torch.Generator().manual_seed(2))
     text, seen = Text(("ox", "green"), None, clip), Pictures(images, torch.tensor([0, 1]))
     plan = {"epochs": 1, "batch": 2, "learning_rate": 0.05, "weight_decay": 0.0}
-    learner = adapted.CoOp(seed=1, **plan, length=4, position=position)
+    learner = coop.CoOp(seed=1, **plan, length=4, position=position)
     learner.begin(Support(seen, lambda number: seen, 1), None, text)
     token, context = clip.model.token_embedding, learner.module.context.detach()
     for column, name in enumerate(text.names):
@@ -334,7 +346,7 @@ def test_an_interrupted_coop_ends_as_if_nothing_had_happened():
     clip, images = encoders.clip(), torch.randn(6, tiny.WIDTH, generator=torch.Generator().manual_seed(2))
     text, seen = Text(("ox", "green"), None, clip), Pictures(images, torch.arange(6) % 2)
     train, plan = Support(seen, lambda number: seen, 1), {"epochs": 4, "batch": 4, "learning_rate": 0.05}
-    whole, first, second = (adapted.CoOp(seed=1, **plan, weight_decay=0.0, length=2) for _ in range(3))
+    whole, first, second = (coop.CoOp(seed=1, **plan, weight_decay=0.0, length=2) for _ in range(3))
     fit(whole, train, None, text)
     first.begin(train, None, text)
     for number in (0, 1):
@@ -358,9 +370,9 @@ def test_probabilities_of_one_name_add_up():
 
 def test_a_search_without_validation_pictures_is_refused_at_once(compose, task):
     config = validate(compose("method=linear_probe"))
-    with pytest.raises(UserError, match=r"validation=held_out \(with fewer .*\), or few_shot.linear_probe.strength=1"):
-        settled.check(config, "linear_probe", task())
-    settled.check(validate(compose("method=linear_probe", "few_shot.linear_probe.strength=1")), "linear_probe", task())
+    with pytest.raises(UserError, match=r"validation=held_out \(with fewer .*\), or few_shot.strength=1"):
+        check_fit(config, task())
+    check_fit(validate(compose("method=linear_probe", "few_shot.strength=1")), task())
 
 
 @pytest.fixture
@@ -373,25 +385,41 @@ def task():
     return make
 
 
+READS = ("clip_zero_shot", "coop", "clip_adapter", "vt_clip", "calip", "calip_fs")
+LOOKS = ("cafo", "tip_adapter", "tip_adapter_f", "linear_probe", "nearest_mean")
+
+
+def fitted(compose, name, *words):
+    """The configuration of a learner; the probe's needs no validation pictures."""
+    return validate(compose(f"method={name}", *words, *(["few_shot.strength=1"] if name == "linear_probe" else [])))
+
+
 def test_learners_of_fixed_classes_refuse_others(compose, task):
-    config = validate(compose("method=cafo", "few_shot.linear_probe.strength=1"))
-    settled.check(config, "cafo", task())
-    for name in ("cafo", "tip_adapter", "tip_adapter_f", "linear_probe", "nearest_mean"):
+    check_fit(validate(compose("method=cafo")), task())
+    for name in LOOKS:
         with pytest.raises(UserError, match=f"{name} knows only the classes.*'test' has 1 others, first: 'ox'"):
-            settled.check(config, name, task(("ox", "green", "blue")))
-    for name in ("clip_zero_shot", "coop", "clip_adapter", "vt_clip", "calip", "calip_fs"):
-        settled.check(config, name, task(("ox", "green", "blue")))
+            check_fit(fitted(compose, name), task(("ox", "green", "blue")))
+    for name in READS:
+        check_fit(fitted(compose, name), task(("ox", "green", "blue")))
 
 
 def test_learners_that_read_refuse_an_encoder_that_only_looks(compose, task):
-    config = validate(compose("method=coop", "clip=none", "visual=lite0", "few_shot.linear_probe.strength=1"))
-    for name in ("clip_zero_shot", "coop", "clip_adapter", "vt_clip", "calip", "calip_fs"):
+    encoders = ("clip=none", "visual=lite0")
+    for name in READS:
         with pytest.raises(UserError, match=f"{name} compares pictures with class names.*clip=none has no text tower"):
-            settled.check(config, name, task())
-    for name in ("cafo", "tip_adapter", "tip_adapter_f", "linear_probe", "nearest_mean"):
-        settled.check(config, name, task())
+            check_fit(fitted(compose, name, *encoders), task())
+    for name in LOOKS:
+        check_fit(fitted(compose, name, *encoders), task())
     with pytest.raises(UserError, match="needs an encoder"):
-        settled.check(validate(compose("method=cafo", "clip=none", "visual=none")), "cafo", task())
+        check_fit(validate(compose("method=cafo", "clip=none", "visual=none")), task())
+
+
+def test_a_learner_and_its_method_are_of_one_name(compose):
+    config = validate(compose("method=cafo", "few_shot=coop"))
+    with pytest.raises(UserError, match="few_shot=coop: method=cafo fits cafo; choose method=coop"):
+        check(config, None)
+    with pytest.raises(UserError, match="no few-shot learner is chosen; add one"):
+        check(replace(config, few_shot=None), None)
 
 
 @pytest.mark.sampled
@@ -404,16 +432,16 @@ def test_learners_that_read_refuse_an_encoder_that_only_looks(compose, task):
         ),
         (["clip=rn50", "clip.options.file=/no/clip.pt"], "clip.options.file=/no/clip.pt does not exist"),
         (["clip.prompts=/no/gpt.json"], "clip.prompts=/no/gpt.json cannot be read"),
-        (["few_shot.cafo.generated=/no/drawn"], "few_shot.cafo.generated=/no/drawn is no folder"),
-        (["few_shot.cafo.scheduler=x"], "few_shot.cafo.scheduler=x: choose one of paper, proper"),
-        (["few_shot.cafo.search_scale=[1]"], "search_scale"),
-        (["+few_shot.cafo.alhpa=1"], "alhpa"),
+        (["few_shot.generated=/no/drawn"], "few_shot.generated=/no/drawn is no folder"),
+        (["few_shot.scheduler=x"], "few_shot.scheduler=x: choose one of paper, proper"),
+        (["few_shot.search_scale=[1]"], "search_scale"),
+        (["+few_shot.alhpa=1"], "alhpa"),
         (["clip.templates=[a photo]"], "must have one"),
     ],
 )
 def test_mistakes_cost_a_second(compose, task, overrides, said):
     with pytest.raises(UserError, match=said):
-        settled.check(validate(compose("method=cafo", *overrides)), "cafo", task())
+        check_fit(validate(compose("method=cafo", *overrides)), task())
 
 
 def test_a_language_model_is_needed_by_who_asks(compose):
@@ -435,22 +463,24 @@ def test_the_66_published_configurations(compose):
     published = json.loads(PUBLISHED.read_text())
     compared = 0
     for key, tip in published["tip_configs"].items():
-        cfg = compose("method=cafo", f"data={DATA.get(key, key)}", "clip=rn50")
+
+        def of(name, key=key):
+            return compose(f"method={name}", f"data={DATA.get(key, key)}", "clip=rn50")
+
         for name in ("tip_adapter", "tip_adapter_f"):
-            entry = cfg.few_shot[name]
+            entry = of(name).few_shot
             assert (entry.alpha, entry.beta, list(entry.search_scale)) == (tip["init_alpha"], 1.0, tip["search_scale"])
             assert entry.key_views == tip["augment_epoch"]
-        entry = cfg.few_shot.tip_adapter_f
         assert (entry.epochs, entry.learning_rate) == (tip["train_epoch"], tip["lr"])
-        compared += 1
-        for shots, cafo in published["cafo_configs"][key].items():
+        compared, cfg = compared + 1, of("cafo")
+        for shots, theirs in published["cafo_configs"][key].items():
             cfg.shots = int(shots)
-            entry = cfg.few_shot.cafo
-            assert (entry.alpha, entry.beta) == (cafo["init_alpha"], cafo["init_beta"]), (key, shots)
-            assert list(entry.search_scale) == cafo["search_scale"], (key, shots)
-            assert (entry.per_class, entry.epochs) == (cafo["gen_shots"], cafo["train_epoch"]), (key, shots)
-            assert (entry.learning_rate, entry.key_views) == (cafo["lr"], cafo["augment_epoch"]), (key, shots)
+            entry = cfg.few_shot
+            assert (entry.alpha, entry.beta) == (theirs["init_alpha"], theirs["init_beta"]), (key, shots)
+            assert list(entry.search_scale) == theirs["search_scale"], (key, shots)
+            assert (entry.per_class, entry.epochs) == (theirs["gen_shots"], theirs["train_epoch"]), (key, shots)
+            assert (entry.learning_rate, entry.key_views) == (theirs["lr"], theirs["augment_epoch"]), (key, shots)
             compared += 1
         betas = published["calip_betas_2_3"][key]
-        assert list(cfg.few_shot.calip.betas) == [1, *betas]
-    assert compared == 66 and tuple(tip["search_step"]) == grid_search.STEPS
+        assert all(list(of(name).few_shot.betas) == [1, *betas] for name in ("calip", "calip_fs"))
+    assert compared == 66 and tuple(tip["search_step"]) == search.STEPS

@@ -7,13 +7,14 @@ import torch
 from torch.nn.functional import normalize
 from torch.utils.data import DataLoader
 
-from alert.draft import settled
-from alert.draft.fit import adapted, cached, closed, trained
-from alert.draft.fit.bench import Bench
-from alert.draft.fit.data import Pictures, Plan, fit
-from alert.draft.learners import grid_search, linear_probe
 from common.config.composition import validate
 from common.data import task as tasks
+from common.few_shot.check import check_fit, make
+from common.few_shot.features import FeatureExtractor
+from common.few_shot.heads import cafo, clip_adapter, linear_probe, tip_adapter
+from common.few_shot.heads.base import fit
+from common.few_shot.heads.data import Pictures, Plan
+from common.few_shot.heads.search import Found
 from tests import data_tree
 from tests.test_few_shot import KEYS, LEARNERS, PLAN, VIEWS, C, N, task, world  # noqa: F401
 
@@ -45,7 +46,7 @@ def test_no_epoch_shows_what_keys_are_made_of(world, name, views):  # noqa: F811
 def test_a_picture_is_not_its_own_key(world, name):  # noqa: F811
     """With one view for the keys, the very view that they are made of would have cosine 1 to its own."""
     train, _, text, _ = world
-    learner = {"tip_adapter_f": cached.TipAdapterF, "cafo": cached.CaFo}[name](
+    learner = {"tip_adapter_f": tip_adapter.TipAdapterF, "cafo": cafo.CaFo}[name](
         seed=1, **PLAN, **KEYS | {"key_views": 1}
     )
     learner.begin(train, None, text)
@@ -66,8 +67,10 @@ def test_the_last_batch_is_dropped_as_dassl_drops_it(pictures):
 
 def test_what_an_epoch_saw_is_what_its_accuracy_is_of(world, monkeypatch):  # noqa: F811
     train, _, text, _ = world
-    monkeypatch.setattr(trained, "descend", lambda optimizer, logits, labels, rate: (0.0, len(labels)))
-    learner = adapted.ClipAdapter(seed=1, **PLAN, ratio=0.3, drop_last=True)
+    monkeypatch.setattr(
+        "common.few_shot.heads.base.descend", lambda optimizer, logits, labels, rate: (0.0, len(labels))
+    )
+    learner = clip_adapter.ClipAdapter(seed=1, **PLAN, ratio=0.3, drop_last=True)
     learner.begin(train, None, text)
     assert learner.step(0)["train/accuracy"] == 1.0, "ten of twelve, all right"
 
@@ -86,13 +89,13 @@ def test_what_an_epoch_saw_is_what_its_accuracy_is_of(world, monkeypatch):  # no
 def test_random_views_cover_what_the_learners_authors_crop(compose, task, learner, own, clip, expected):  # noqa: F811
     """Dassl's default for those that its trainer trains, Tip-Adapter's and CaFo's own; `clip.crop` for all of them."""
     config = validate(compose(f"method={learner}", "clip=rn50", *([] if clip is None else [f"clip.crop={clip}"])))
-    made, seen = settled.make(config, learner), []
+    made, seen = make(config), []
     assert made.crop == own
-    bench = Bench.__new__(Bench)
-    bench.config, bench.crop, bench.clip, bench.needs = config, made.crop, object(), made.needs
-    bench.device = torch.device("cpu")
-    bench._rows = lambda images, items, view, maps: seen.append(view) or [torch.zeros(len(items), 2), None, None]
-    bench.support(task()).view(3)
+    extractor = FeatureExtractor.__new__(FeatureExtractor)
+    extractor.config, extractor.crop, extractor.clip, extractor.needs = config, made.crop, object(), made.needs
+    extractor.device = torch.device("cpu")
+    extractor._rows = lambda images, items, view, maps: seen.append(view) or [torch.zeros(len(items), 2), None, None]
+    extractor.support(task()).view(3)
     assert [each.scale for each in seen if each.number >= 0] == [expected]
 
 
@@ -124,10 +127,14 @@ def test_what_a_user_types_wins_over_the_protocol(compose):
 
 @pytest.mark.slow
 def test_official_is_the_authors_training(compose):
-    official, clean = (validate(compose("method=cafo", "clip=rn50", f"protocol={p}")) for p in ("official", "clean"))
+    def both(name):
+        return (validate(compose(f"method={name}", "clip=rn50", f"protocol={p}")) for p in ("official", "clean"))
+
     for name in ("coop", "clip_adapter", "vt_clip", "calip_fs"):
-        assert official.few_shot[name]["drop_last"] is True and clean.few_shot[name]["drop_last"] is False
-    assert (official.few_shot["cafo"]["scheduler"], clean.few_shot["cafo"]["scheduler"]) == ("paper", "proper")
+        official, clean = both(name)
+        assert official.few_shot["drop_last"] is True and clean.few_shot["drop_last"] is False
+    official, clean = both("cafo")
+    assert (official.few_shot["scheduler"], clean.few_shot["scheduler"]) == ("paper", "proper")
     assert (official.clip.views, official.visual.views) == (None, None), "another view in every epoch"
     assert (clean.clip.views, clean.visual.views) == (20, 20)
 
@@ -185,7 +192,7 @@ def test_cafo_searches_as_its_authors_do_or_with_what_is_tested(
 
     def search(vote, pictures, asked):
         seen.append((pictures, [v.detach().clone() for v in learner.module.values]))
-        return grid_search.Found(1.0, 1.0, 0.5)
+        return Found(1.0, 1.0, 0.5)
 
     monkeypatch.setattr(learner.mix, "search", search)
     fit(learner, train, val if val_there else None, text, test if by_paper else None)
@@ -204,8 +211,8 @@ def test_a_search_that_is_not_better_changes_nothing(world, monkeypatch, name, a
     learner, told = LEARNERS[name](), iter(accuracies)
     learner.begin(train, val, text)
     learner.step(0)
-    monkeypatch.setattr(learner, "search", lambda pictures: grid_search.Found(1.25, 2.5, 0.9))
-    monkeypatch.setattr(cached, "accuracy", lambda *_: next(told))
+    monkeypatch.setattr(learner, "search", lambda pictures: Found(1.25, 2.5, 0.9))
+    monkeypatch.setattr("common.few_shot.heads.tip_adapter.accuracy", lambda *_: next(told))
     facts = learner.end()
     expected = (1.25, 2.5) if kept else (KEYS["alpha"], KEYS["beta"])
     assert (facts["alpha"], facts["beta"], facts["searched"]) == (*expected, kept)
@@ -225,23 +232,23 @@ def test_the_probe_searches_on_a_few_test_pictures_where_its_authors_have_no_oth
     kept = linear_probe.Probe.logits
     monkeypatch.setattr(linear_probe.Probe, "logits", lambda self, images: asked.append(images) or kept(self, images))
     for there, given in ((None, test), (val, test), (val, None)):
-        learner = closed.LinearProbe(seed=1)
+        learner = linear_probe.LinearProbe(seed=1)
         fit(learner, train, there, text, given)
         assert learner.chosen_by_test is (there is None)
     few, own, plain = asked
     assert len(few) == 4 * C and torch.equal(own, val.images) and torch.equal(plain, val.images)
     labels = [int(test.labels[(test.images == row).all(1)][0]) for row in few]
     assert sorted(labels) == [0] * 4 + [1] * 4 + [2] * 4
-    assert not closed.LinearProbe(seed=1, strength=1.0).chosen_by_test
+    assert not linear_probe.LinearProbe(seed=1, strength=1.0).chosen_by_test
 
 
 def test_the_draw_of_test_pictures_is_of_the_seed():
     pictures = Pictures(torch.arange(40.0)[:, None], torch.arange(40) % 5)
-    first, again, other = (closed.some_of_each(pictures, 3, seed).images.flatten().tolist() for seed in (1, 1, 2))
+    first, again, other = (linear_probe.some_of_each(pictures, 3, seed).images.flatten().tolist() for seed in (1, 1, 2))
     assert first == again != other and sorted(first) == first
     assert sorted(int(each) % 5 for each in first) == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3 + [4] * 3
-    assert len(closed.some_of_each(pictures, 99, 1)) == 40
+    assert len(linear_probe.some_of_each(pictures, 99, 1)) == 40
 
 
 def test_a_search_needs_no_validation_pictures_where_it_takes_test_pictures(compose, task):  # noqa: F811
-    settled.check(validate(compose("method=linear_probe", "selection=paper")), "linear_probe", task())
+    check_fit(validate(compose("method=linear_probe", "selection=paper")), task())

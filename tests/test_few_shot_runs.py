@@ -12,9 +12,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from alert.draft import candidate_file
 from common.data import idx
 from common.data.location import Location
+from common.few_shot import candidate_file
 from common.report import compare, folders, groups, tables
 from common.report.html import run_page
 from common.run.result import Result
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 CLIP = ["clip.load=tests.encoders.load", "clip.views=2", "visual.views=2"]
 SHORT = ["data=fashion", "shots=8", "checkpoint.every=2", "tracking=none"]
-CAFO = ["few_shot.cafo.epochs=5", "few_shot.cafo.key_views=2"]
+CAFO = ["few_shot.epochs=5", "few_shot.key_views=2"]
 TESTED = 12  # images of each class
 
 
@@ -94,11 +94,13 @@ def test_a_run_has_everything_that_other_runs_have(whole):
 @pytest.mark.parametrize(
     "kill",
     [
-        pytest.param(Kill("alert.draft.fit.trained:Trained.step", 4, after=True), marks=pytest.mark.faults),
-        pytest.param(Kill("alert.draft.fit.bench:Bench.support", 1), marks=pytest.mark.faults),
-        pytest.param(Kill("alert.draft.features.store:Store.add", 3), marks=pytest.mark.faults),
-        pytest.param(Kill("alert.draft.fit.cached:TrainedKeys.end", 1, after=True), marks=pytest.mark.faults),
-        pytest.param(Kill("alert.draft.candidate_file:write", 4), marks=pytest.mark.faults),
+        pytest.param(Kill("common.few_shot.heads.base:GradientHead.step", 4, after=True), marks=pytest.mark.faults),
+        pytest.param(Kill("common.few_shot.features:FeatureExtractor.support", 1), marks=pytest.mark.faults),
+        pytest.param(Kill("common.few_shot.encoders.store:Store.add", 3), marks=pytest.mark.faults),
+        pytest.param(
+            Kill("common.few_shot.heads.tip_adapter:TrainedKeys.end", 1, after=True), marks=pytest.mark.faults
+        ),
+        pytest.param(Kill("common.few_shot.candidate_file:write", 4), marks=pytest.mark.faults),
     ],
     ids=["training", "shots", "encoding", "search", "candidates"],
 )
@@ -149,7 +151,7 @@ def alert(untrained_folders, small):
 @pytest.fixture(scope="module")
 def over_cafo(alert, runner, cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp("over-cafo") / "run"
-    assert runner(folder, [*alert, *CLIP, *CAFO, "method.draft=cafo", cache]) == 0
+    assert runner(folder, [*alert, "few_shot=cafo", "method.draft=few_shot", *CLIP, *CAFO, cache]) == 0
     return folder
 
 
@@ -172,14 +174,14 @@ def test_alert_fits_its_draft_first_and_asks_about_its_candidates(over_cafo):
 @pytest.mark.parametrize(
     "kill",
     [
-        Kill("alert.draft.fit.trained:Trained.step", 4),
-        pytest.param(Kill("alert.draft.fit.learner:FewShotLearner.predict", 1), marks=pytest.mark.faults),
+        Kill("common.few_shot.heads.base:GradientHead.step", 4),
+        pytest.param(Kill("common.few_shot.learner:FewShotLearner.predict", 1), marks=pytest.mark.faults),
         pytest.param(Kill("common.training.grpo.trainer:GRPOTrainer._update", 1), marks=pytest.mark.faults),
     ],
     ids=["draft", "candidates", "alert"],
 )
 def test_alert_killed_in_its_draft_ends_as_if_nothing_had_happened(kill, alert, over_cafo, runner, tmp_path):
-    arguments = [*alert, *CLIP, *CAFO, "method.draft=cafo", f"cache_dir={tmp_path / 'cache'}"]
+    arguments = [*alert, "few_shot=cafo", "method.draft=few_shot", *CLIP, *CAFO, f"cache_dir={tmp_path / 'cache'}"]
     assert runner(tmp_path / "run", arguments, kill) == -9
     assert runner(tmp_path / "run", arguments) == 0
     for name in ("metrics.jsonl", "draft/metrics.jsonl", "model/model.safetensors"):
@@ -198,8 +200,9 @@ def test_alert_takes_the_folder_of_a_finished_run(alert, runner, whole, cache, t
 
 @pytest.mark.parametrize("method", ["clip_zero_shot", "coop", "vt_clip"])
 def test_learners_that_read_are_tested_on_new_classes(method, runner, small, cache, tmp_path):
-    arguments = [f"method={method}", "setting=base_to_new", *CLIP, *SHORT, small, cache, "few_shot.coop.epochs=2"]
-    assert runner(tmp_path / "run", [*arguments, "few_shot.vt_clip.epochs=2", "shots=4"]) == 0
+    short = [] if method == "clip_zero_shot" else ["few_shot.epochs=2"]
+    arguments = [f"method={method}", "setting=base_to_new", *CLIP, *SHORT, small, cache, *short]
+    assert runner(tmp_path / "run", [*arguments, "shots=4"]) == 0
     result = Result.load(tmp_path / "run")
     assert set(result.final) == {"val", "base", "new"}
     assert [("reconstruction" in remark) for remark in result.remarks] == ([True] if method == "vt_clip" else [])
@@ -239,7 +242,7 @@ def test_selection_by_the_test_images_is_said(runner, small, cache, tmp_path):
         *SHORT,
         small,
         "shots=4",
-        "few_shot.tip_adapter.key_views=2",
+        "few_shot.key_views=2",
     ]
     assert runner(tmp_path / "run", [*arguments, cache]) == 0
     assert Result.load(tmp_path / "run").remarks == ["selected on the test images"]

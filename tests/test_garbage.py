@@ -1,13 +1,12 @@
-"""The garbage collector rests only while the first run of a process imports its libraries."""
+"""The garbage collector rests only while a process imports its libraries."""
+
+from __future__ import annotations
 
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
-
 STEPS = """
 import gc, weakref
 from common.runtime import garbage
@@ -16,40 +15,34 @@ class Thing:
     def __init__(self):
         self.itself = self
 
-libraries = Thing()
-garbage.rest()
-resting = not gc.isenabled()
-garbage.set_aside()
-aside = gc.get_freeze_count()
+with garbage.at_rest():
+    resting, libraries = not gc.isenabled(), Thing()
+aside, on = gc.get_freeze_count(), gc.isenabled()
 own = weakref.ref(Thing())
-held = own() is not None
-garbage.resume()
 gc.collect()
-garbage.rest()  # the second run
-garbage.set_aside()
-print(resting, aside > 0, held, own() is None, gc.isenabled(), gc.get_freeze_count() == aside)
+with garbage.at_rest():  # the second run
+    never = gc.isenabled()
+print(resting, aside > 0, on, own() is None, never, gc.isenabled(), gc.get_freeze_count() == aside)
 """
-
-
-def test_it_rests_once_and_what_a_run_makes_is_collected():
-    assert python(STEPS).split() == ["True"] * 6
-
-
-def test_nothing_is_set_aside_where_it_does_not_rest():
-    assert (
-        python("import gc; from common.runtime import garbage as g; g.set_aside(); print(gc.get_freeze_count())") == "0"
-    )
-
-
-@pytest.mark.slow
-def test_a_run_that_ends_early_lets_it_collect_again(tmp_path):
-    """The process may serve more runs. `dry=true` only looks whether the run is there."""
-    arguments = ["run.py", "dry=true", f"hydra.run.dir={tmp_path}/run"]
-    lines = f"import gc, runpy, sys; sys.argv = {arguments}; runpy.run_path('run.py', run_name='__main__')"
-    lines += "; print(gc.isenabled())"
-    assert python(lines).splitlines()[-1] == "True"
+FAILS = """
+import gc
+from common.runtime import garbage
+try:
+    with garbage.at_rest():
+        raise ImportError
+except ImportError:
+    print(gc.isenabled())
+"""
 
 
 def python(lines: str) -> str:
     command = [sys.executable, "-c", lines]
     return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_it_rests_once_and_what_a_run_makes_is_collected():
+    assert python(STEPS).split() == ["True"] * 7
+
+
+def test_it_collects_again_where_an_import_fails():
+    assert python(FAILS) == "True"

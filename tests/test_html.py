@@ -7,7 +7,6 @@ import re
 from html.parser import HTMLParser
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 import yaml
@@ -329,28 +328,11 @@ def test_a_damaged_folder_is_one_line(write, tmp_path, capsys):
     table = parquet.read_table(folder / "predictions.parquet")
     parquet.write_table(table.drop_columns(["choices"]), folder / "predictions.parquet")
     assert command.main(["html", str(folder)]) == 2
-    assert "predictions.parquet has no column choices: an earlier version wrote it" in capsys.readouterr().err
+    assert "predictions.parquet has no column choices, so no run wrote it" in capsys.readouterr().err
     (folder / "predictions.parquet").write_bytes(b"PAR1 half of it")
     assert command.main(["figures", str(folder)]) == 2 and "cannot be read" in capsys.readouterr().err
     (folder / "predictions.parquet").unlink()
     assert command.main(["html", str(folder)]) == 2 and "cannot be read" in capsys.readouterr().err
-
-
-def test_a_run_of_an_earlier_version_has_a_page(write):
-    """Its phases had other names."""
-    folder = small(write)
-    parts = parquet.ParquetFile(folder / "predictions.parquet")
-    former = {"before": "zero_shot", "after": "eval"}
-    with parquet.ParquetWriter(folder / "old", parts.schema_arrow) as file:
-        for number in range(parts.num_row_groups):
-            rows = parts.read_row_group(number).to_pylist()
-            file.write_table(
-                pa.Table.from_pylist([r | {"phase": former[r["phase"]]} for r in rows], parts.schema_arrow)
-            )
-    (folder / "old").rename(folder / "predictions.parquet")
-    run_page.make(folder)
-    index, _ = of_page(folder)
-    assert (index["before"], index["after"]) == ([1, 0, 1, 1], [1, 1, 0, 0])
 
 
 @pytest.mark.slow

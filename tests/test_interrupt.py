@@ -69,7 +69,7 @@ def attempt(config, folder, updates=4, **when):
 
     raised = None
     try:
-        loop.train(SimpleNamespace(questions=None), trainer, updates, config, checkpoints, recorder, save)
+        loop.train(SimpleNamespace(task=None), trainer, updates, config, checkpoints, recorder, save)
     except Interrupted as stop:
         raised = stop
     finally:
@@ -252,7 +252,7 @@ def test_patience_ends_a_training(compose, tmp_path, monkeypatch, patience, accu
         return SimpleNamespace(summary={"val": SimpleNamespace(accuracy=next(values))}, scalars={})
 
     monkeypatch.setattr(loop, "_evaluate", evaluate)
-    monkeypatch.setattr(loop, "watched", lambda questions: "val")
+    monkeypatch.setattr(loop, "monitor_split", lambda task: "val")
     monkeypatch.setattr(loop, "is_due", lambda config, number, last: number % 2 == 0)
     raised, trainer, checkpoints = attempt(config, tmp_path / "run", updates=10)
     assert raised is None and trainer.weight == end
@@ -330,16 +330,18 @@ def test_the_command_exits_130_with_one_line(monkeypatch, tmp_path, capsys, stop
 )
 def test_a_rank_leaves_the_message_to_its_catcher(monkeypatch, compose, tmp_path, capsys, raised, wanted):
     from common import launch, pipeline
+    from common.learner import learner_class
 
     def stopped(*_):
         raise raised
 
     monkeypatch.setattr(pipeline, "run", stopped)
+    learner_class(validate(compose()))  # so that nothing is waited for, which would be said
     hydras = logging.StreamHandler(sys.stdout)  # Hydra leaves one, which must not say it a second time
     monkeypatch.setattr(logging.getLogger(), "handlers", [*logging.getLogger().handlers, hydras])
     handlers = list(logging.getLogger().handlers)
     with pytest.raises(wanted):
-        launch.worker(validate(compose()), {}, tmp_path)
+        launch.worker(validate(compose()), tmp_path)
     assert capsys.readouterr() == ("", ""), "who catches it prints it, once"
     logged = (tmp_path / "run.log").read_text()
     assert "ERROR" in logged and "Traceback" not in logged
@@ -356,7 +358,7 @@ def test_a_stopped_rank_is_no_success_to_torch_elastic(monkeypatch, tmp_path):
 
     monkeypatch.setattr(launch, "worker", stopped)
     with pytest.raises(Exception, match="after update 3 of 9"):  # no KeyboardInterrupt
-        launch.as_rank(None, {}, tmp_path)
+        launch.as_rank(None, tmp_path)
 
 
 @pytest.mark.faults

@@ -16,6 +16,8 @@ from alert.judge.prompt import judge_prompt, reasoning
 from common import pipeline
 from common.config import composition as config
 from common.data import task
+from common.learner import learner_class
+from common.models import files
 from common.models.slots import Slots
 from common.models.tiny import gemma3 as tiny_gemma3
 from common.rollout.text import FrozenReplies
@@ -24,7 +26,6 @@ from common.run.checkpoint import Checkpoints
 from common.runtime.distributed import LONGEST_WAIT
 from common.training import reward_mix
 from common.types import UserError
-from common.vlm import build
 from tests.faults import Kill
 from tests.judge_server import INSIDE, JudgeServer
 from tests.test_judge import damaged
@@ -73,7 +74,9 @@ def test_the_own_judge_stays_the_model_before_training(weights, model, folder, c
     expected = Checkpoint(Model("hf", str(folder), dtype="float32"), Runtime()).ask(prompts)
     assert len(set(expected)) > 1
 
-    learner = build.build(c, task.build(c), torch.device("cpu"), tmp_path, Checkpoints(tmp_path / "checkpoints", 2))
+    learner = learner_class(c)(
+        c, task.build(c), torch.device("cpu"), tmp_path, Checkpoints(tmp_path / "checkpoints", 2)
+    )
     policy, judge = learner.policy, learner.rewards["reasoning"].function.judge
     assert judge.ask(prompts) == expected
     in_the_judge = [module for module in judge.generate.vlm.model.modules() if isinstance(module, Slots)]
@@ -173,7 +176,7 @@ def test_doctor_and_training_share_one_judge(job, compose, tmp_path, monkeypatch
     monkeypatch.setattr(doctor, "refuse", examined.append)  # it finds that an untrained model learns nothing
     cfg = compose(*job, *FULL, "rewards.reasoning.runtime.cache_gb=0", "trainer.updates=1", f"cache_dir={tmp_path}")
     c = config.validate(cfg)
-    pipeline.run(c, config.plain(cfg), tmp_path)
+    pipeline.run(c, tmp_path)
     assert len(built) == len(copied) == len(examined) == 1
     ((calls, hits),) = counts(tmp_path)
     rows = pyarrow.parquet.read_table(tmp_path / "completions.parquet").to_pylist()
@@ -204,9 +207,9 @@ def test_a_judge_that_cannot_be_loaded_stops_the_run_first(
     if not settings:  # since the configuration was checked
         (place / "adapter_config.json").write_text("{}")
         (place / "model.safetensors").rename(place / "adapter_model.safetensors")
-    monkeypatch.setattr(build.files, "weights_folder", lambda c: pytest.fail("the run has begun"))
+    monkeypatch.setattr(files, "weights_folder", lambda c: pytest.fail("the run has begun"))
     with pytest.raises(UserError, match=f"judge.model={place} {message}") as error:
-        pipeline.run(c, config.plain(cfg), tmp_path)
+        pipeline.run(c, tmp_path)
     assert "\n" not in str(error.value)
 
 

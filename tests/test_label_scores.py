@@ -7,19 +7,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clsrl.method import ClosedFormQuestion
+from clsrl.prompting import ClassListPrompt
 from common import parsing
 from common.data import digits
 from common.data.loading import Loader
-from common.data.task import Questions
 from common.evaluation import evaluate
-from common.evaluation.replies import Replies
 from common.forward.label_scores import LabelScorer, rows
 from common.forward.logprobs import PolicyScorer
 from common.forward.packing import Group, pack_plain
 from common.models.encoder import Encoder
 from common.rollout.base import Completion
 from common.rollout.hf import HFRollout
+from common.vlm.prompting import TaskPrompts
+from common.vlm.replies import Replies
 
 NAMES = ("cat", "caterpillar", "six", "nine", "Ägyptian mau", "a very long name of a class", "cat's eye", "seven")
 
@@ -172,21 +172,24 @@ class Nowhere:
         assert answers.predictions and answers.seconds > 0
 
 
-class Asked:
-    """A model with its questions, as the evaluation sees a learner."""
+class Asked(evaluate.Predictor):
+    """A model with its prompts, as the evaluation sees a learner."""
 
-    def __init__(self, replies, rollout, questions):
-        self.replies, self.rollout, self.questions = replies, rollout, questions
+    def __init__(self, replies, rollout, prompts):
+        self.replies, self.rollout, self.prompts, self.task = replies, rollout, prompts, prompts.task
 
     def predict(self, split, limit=None):
-        prompts = evaluate.spread(self.questions.evaluation[split], limit)
-        return self.replies(self.rollout, self.questions, split, prompts, scored=limit is None)
+        prompts = evaluate.evenly_spaced(self.prompts.evaluation[split], limit)
+        return self.replies(self.rollout, self.prompts, split, prompts, scored=limit is None)
 
-    def all_splits(self, phase="after", shelf=None):
-        return evaluate.all_splits(self, phase, shelf or Nowhere())
+    def all_splits(self, phase="after", cache=None):
+        return evaluate.all_splits(self, phase, cache or Nowhere())
 
     def during_training(self, limit):
         return evaluate.during_training(self, limit)
+
+    def diagnostics(self, split, answers):
+        return self.prompts.prompting.diagnostics(self.task, split, answers)
 
 
 @pytest.fixture
@@ -199,10 +202,10 @@ def evaluator(load_vlm, digits_task, no_think):
     def make(scored=True, method=no_think, rollout=None, reasoned=True):
         prompts = method.evaluation_prompts(task, "test")
         prompts[5:] = [replace(prompt, choices=()) for prompt in prompts[5:]]  # the second half as open questions
-        questions = Questions(task, method, [], {"test": prompts}, {})
+        asked = TaskPrompts(task, method, [], {"test": prompts})
         labels = LabelScorer(vlm) if scored else None
         replies = Replies(encoder, labels, reasoned, max_tokens=4, batch=5)
-        return Asked(replies, rollout or HFRollout(vlm), questions)
+        return Asked(replies, rollout or HFRollout(vlm), asked)
 
     return make
 
@@ -254,7 +257,7 @@ class Says:
 )
 def test_names_are_scored_after_the_reasoning_that_was_given(evaluator, think, said, reasoned, begun):
     asked = evaluator(method=think, rollout=Says(said), reasoned=reasoned)
-    (prompt,), names = asked.questions.evaluation["test"][:1], asked.questions.evaluation["test"][0].choices
+    (prompt,), names = asked.prompts.evaluation["test"][:1], asked.prompts.evaluation["test"][0].choices
     table = asked.all_splits().answers["test"].probabilities
     responses = [think.label_response(name) for name in names]
     (expected,) = asked.replies.labels(asked.replies.encoder([prompt]), [responses], [begun])
@@ -273,14 +276,11 @@ def test_label_scoring_changes_no_answer_and_can_be_left_out(evaluator):
 
 
 def test_a_kept_split_is_summed_up_with_the_columns_that_were_kept(evaluator):
-    class Saying(ClosedFormQuestion):
-        def sources(self, task):
-            return {}
-
-        def columns(self, task, split, predictions):
+    class Saying(ClassListPrompt):
+        def extra_columns(self, task, split, predictions):
             return {"mark": ["now"] * len(predictions)}
 
-        def facts(self, task, split, answers):
+        def diagnostics(self, task, split, answers):
             return {"marks": answers.columns["mark"]}
 
     class Keeper(Nowhere):

@@ -8,18 +8,21 @@ import numpy as np
 import pytest
 import torch
 
-from alert.draft.learners import (
+from common.few_shot.heads import (
     cafo,
     calip,
     calip_fs,
     clip_adapter,
     coop,
-    grid_search,
+    data,
     linear_probe,
+    search,
     tip_adapter,
     vt_clip,
     zero_shot,
 )
+from common.few_shot.heads import keys as keys_
+from common.few_shot.heads.base import cosine_logits
 
 N, C, D, P = 7, 4, 8, 5
 EXACT = {"rtol": 1e-6, "atol": 1e-12}
@@ -78,8 +81,8 @@ def test_a_prompt_twice_counts_twice_and_equal_names_weigh_the_same(draw):
 
 def test_zero_shot_is_a_hundred_cosines(images, text):
     expected = 100 * unit(images.numpy()) @ text.numpy().T
-    np.testing.assert_allclose(zero_shot.logits(images, text), expected, **EXACT)
-    np.testing.assert_allclose(zero_shot.logits(images * 7, text), expected, **EXACT)
+    np.testing.assert_allclose(cosine_logits(images, text), expected, **EXACT)
+    np.testing.assert_allclose(cosine_logits(images * 7, text), expected, **EXACT)
 
 
 # --- Tip-Adapter
@@ -101,28 +104,28 @@ def plain_votes(images, views, labels, beta):
 
 
 def test_keys_are_means_of_raw_views_of_length_one(views):
-    keys = tip_adapter.keys_of(views, LABELS, C)
+    keys = keys_.keys_of(views, LABELS, C)
     assert keys.values.shape == (C, 3, D) and keys.missing.sum(1).tolist() == [1, 2, 0, 2]
     expected = unit(views.numpy().mean(0))
     np.testing.assert_allclose(keys.values[2], expected[[0, 5, 6]], **EXACT)
     np.testing.assert_allclose(keys.values.norm(dim=2)[~keys.missing], 1.0, **EXACT)
     with pytest.raises(ValueError, match="class number 4 has no training image"):
-        tip_adapter.keys_of(views, LABELS, 5)
+        keys_.keys_of(views, LABELS, 5)
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(1.17, 1.0), (3.0, 5.5)])
 def test_tip_adapter_is_its_equation(images, views, text, alpha, beta):
-    keys, base = tip_adapter.keys_of(views, LABELS, C), zero_shot.logits(images, text)
+    keys, base = keys_.keys_of(views, LABELS, C), cosine_logits(images, text)
     expected = 100 * unit(images.numpy()) @ text.numpy().T + alpha * plain_votes(images, views, LABELS, beta)
     np.testing.assert_allclose(tip_adapter.logits(images, keys, base, alpha, beta), expected, **EXACT)
     assert torch.equal(tip_adapter.logits(images, keys, base, 0.0, beta), base)
 
 
 def test_missing_keys_neither_vote_nor_learn(images, views, text):
-    keys = tip_adapter.keys_of(views, LABELS, C)
+    keys = keys_.keys_of(views, LABELS, C)
     values = keys.values.clone().requires_grad_()
     tip_adapter.logits(
-        images, tip_adapter.Keys(values, keys.missing), zero_shot.logits(images, text), 2.0, 1.5
+        images, keys_.Keys(values, keys.missing), cosine_logits(images, text), 2.0, 1.5
     ).square().sum().backward()
     assert (
         torch.isfinite(values.grad).all() and not values.grad[keys.missing].any() and values.grad[~keys.missing].all()
@@ -130,7 +133,7 @@ def test_missing_keys_neither_vote_nor_learn(images, views, text):
 
 
 def test_the_grid_is_the_published_one():
-    betas, alphas = grid_search.grid((7.0, 3.0))
+    betas, alphas = search.grid((7.0, 3.0))
     assert len(betas) == 200 and len(alphas) == 20
     assert (betas[0], alphas[0]) == (0.1, 0.1)
     assert betas[-1] == pytest.approx(0.1 + 199 * 6.9 / 200) and alphas[-1] == pytest.approx(0.1 + 19 * 2.9 / 20)
@@ -138,7 +141,7 @@ def test_the_grid_is_the_published_one():
 
 @pytest.mark.parametrize("chunk", [3, 100])
 def test_search_equals_every_pair_tried_in_order(images, views, text, chunk):
-    keys, base = tip_adapter.keys_of(views, LABELS, C), zero_shot.logits(images, text) / 20
+    keys, base = keys_.keys_of(views, LABELS, C), cosine_logits(images, text) / 20
     # right is what a pair in the middle of the grid says
     truth = torch.from_numpy((base.numpy() + 3.64 * plain_votes(images, views, LABELS, 3.8)).argmax(1))
     best = (0.0, 0.0, -1.0)
@@ -150,15 +153,13 @@ def test_search_equals_every_pair_tried_in_order(images, views, text, chunk):
                 best = (alpha, beta, accuracy)
 
     def vote(part):
-        near = tip_adapter.affinity(images[part], keys)
-        return lambda beta: tip_adapter.votes(near, beta)
+        near = keys_.affinity(images[part], keys)
+        return lambda beta: keys_.votes(near, beta)
 
     assert best[:2] != (0.1, 0.1), "the first pair would be found without a search"
     for found in (
-        grid_search.search(vote, base, truth, (9.0, 6.0), (12, 5), chunk),
-        grid_search.search_keys(
-            lambda part: tip_adapter.affinity(images[part], keys), base, truth, (9.0, 6.0), (12, 5), chunk
-        ),
+        search.search(vote, base, truth, (9.0, 6.0), (12, 5), chunk),
+        search.search_keys(lambda part: keys_.affinity(images[part], keys), base, truth, (9.0, 6.0), (12, 5), chunk),
     ):
         assert (found.alpha, found.beta, found.accuracy) == pytest.approx(best)
 
@@ -178,15 +179,15 @@ def test_rivals_alone_decide_as_all_classes_do(classes, shots, width, spread, en
     keys[1], missing[1] = keys[0], missing[0]
     truth = torch.arange(60) % classes
     images = keys[truth, 0] + 0.6 * torch.randn(60, width, generator=generator, dtype=torch.float64)
-    near = tip_adapter.affinity(images, tip_adapter.Keys(keys, missing))
+    near = keys_.affinity(images, keys_.Keys(keys, missing))
     base = spread * torch.randn(60, classes, generator=generator, dtype=torch.float64)
     base[:, 1] = base[:, 0]
-    betas, alphas = grid_search.grid((end, 5.0), (50, 6))
+    betas, alphas = search.grid((end, 5.0), (50, 6))
     distance = np.where(missing.numpy(), np.inf, 1 - near.numpy())[:, None]
     votes = np.exp(-np.array(betas)[None, :, None, None] * distance).sum(3)  # [images, betas, classes]
     mixed = base.numpy()[:, None, None] + np.array(alphas)[:, None] * votes[:, :, None]
     expected = mixed.argmax(3) == truth.numpy()[:, None, None]
-    found = grid_search.right(near, base, truth, betas, alphas)
+    found = search.right(near, base, truth, betas, alphas)
     np.testing.assert_array_equal(found, expected)
     assert 0 < expected.sum() < expected.size or spread == 30.0 or classes == 2
 
@@ -196,8 +197,8 @@ def test_logits_without_a_value_are_counted_as_argmax_does(draw, strange):
     """Of one image a rival is infinite or no number: argmax takes it, at every pair."""
     near, base, truth = draw(8, 3, 2).tanh(), draw(8, 3), torch.arange(8) % 3
     base[4, 0] = strange  # image 4 is of class 1
-    betas, alphas = grid_search.grid((9.0, 6.0), (20, 4))
-    found = grid_search.right(near, base, truth, betas, alphas)
+    betas, alphas = search.grid((9.0, 6.0), (20, 4))
+    found = search.right(near, base, truth, betas, alphas)
     votes = torch.stack([((near - 1) * beta).exp().sum(2) for beta in betas], 1)
     mixed = base[:, None, None] + torch.tensor(alphas, dtype=base.dtype)[:, None] * votes[:, :, None]
     assert torch.equal(found, mixed.argmax(3) == truth[:, None, None]) and not found[4].any() and found.any()
@@ -249,7 +250,7 @@ def test_clip_adapter_is_its_equation(images, text):
     expected = 100 * unit(0.2 * inner + 0.8 * images.numpy()) @ text.numpy().T
     np.testing.assert_allclose(clip_adapter.logits(adapter, images, text, 0.2).detach(), expected, **EXACT)
     np.testing.assert_allclose(
-        clip_adapter.logits(adapter, images, text, 0.0).detach(), zero_shot.logits(images, text), **EXACT
+        clip_adapter.logits(adapter, images, text, 0.0).detach(), cosine_logits(images, text), **EXACT
     )
 
 
@@ -267,9 +268,7 @@ def test_calip_is_its_equation(draw, images, text):
         pooled = image_side.mean(0) + image_side.max(0)
         expected[i] = 100 * (x[i] @ w.T + 1.12 * text_side @ x[i] + 0.02 * w @ pooled)
     np.testing.assert_allclose(calip.logits(images, maps, text), expected, **EXACT)
-    np.testing.assert_allclose(
-        calip.logits(images, maps, text, (1.0, 0.0, 0.0)), zero_shot.logits(images, text), **EXACT
-    )
+    np.testing.assert_allclose(calip.logits(images, maps, text, (1.0, 0.0, 0.0)), cosine_logits(images, text), **EXACT)
 
 
 def test_calip_fs_is_its_equation(draw, images, text):
@@ -295,7 +294,7 @@ def test_calip_fs_is_its_equation(draw, images, text):
         expected[i] = 100 * (x[i] @ w.T + 1.12 * by_text @ x[i] + 0.02 * w @ (by_map.mean(0) + by_map.max(0)))
     np.testing.assert_allclose(calip_fs.logits(attention, images, maps, text).detach(), expected, **EXACT)
     begun = calip_fs.logits(attention, images, maps, text, (1.0, 0.0, 0.0)).detach()
-    np.testing.assert_allclose(begun, zero_shot.logits(images, text), **EXACT)
+    np.testing.assert_allclose(begun, cosine_logits(images, text), **EXACT)
 
 
 # --- VT-CLIP
@@ -305,7 +304,7 @@ def test_vt_clip_begins_at_zero_shot_and_is_its_equation(draw, images, text):
     torch.manual_seed(0)
     maps, attention = draw(N, P, D), vt_clip.TextAttention(D, heads=2)
     begun = vt_clip.logits(attention, images, maps, text).detach()
-    np.testing.assert_allclose(begun, zero_shot.logits(images, text), **EXACT)
+    np.testing.assert_allclose(begun, cosine_logits(images, text), **EXACT)
     inner = attention.attention
     torch.nn.init.normal_(inner.out_proj.weight)
     torch.nn.init.normal_(inner.in_proj_bias)
@@ -359,7 +358,7 @@ def test_context_begins_small_and_is_shared_or_not():
 
 
 def test_coops_learning_rate_is_the_published_trace():
-    found = [coop.learning_rate(epoch, 50) for epoch in range(50)]
+    found = [data.dassl_rate(epoch, 50) for epoch in range(50)]
     assert found[:3] == pytest.approx([1e-5, 2e-3, 1.998e-3], rel=1e-4) and found[-1] == pytest.approx(
         7.89e-6, rel=1e-3
     )
@@ -435,9 +434,9 @@ def test_classes_in_another_order_give_the_same_logits_in_that_order(draw, image
     torch.nn.init.normal_(guided.attention.out_proj.weight)
 
     def everything(text, labels):
-        base = zero_shot.logits(images, text)
-        keys = [tip_adapter.keys_of(each, labels, C) for each in (views, views.roll(1, 2))]
-        votes = torch.stack([tip_adapter.votes(tip_adapter.affinity(images, each), 1.5) for each in keys])
+        base = cosine_logits(images, text)
+        keys = [keys_.keys_of(each, labels, C) for each in (views, views.roll(1, 2))]
+        votes = torch.stack([keys_.votes(keys_.affinity(images, each), 1.5) for each in keys])
         return {
             "tip_adapter": tip_adapter.logits(images, keys[0], base, 2.0, 1.5),
             "cafo": cafo.logits(votes, base, 0.7),

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common.config.composition import plain, validate
+from common.config.composition import validate
 from common.config.schema import LoraConfig
 from common.data import task
 from common.data.loading import Loader
@@ -27,6 +27,7 @@ from common.run.result import describe
 from common.training.sft import target
 from common.types import UserError
 from common.vlm import build
+from common.vlm.learner import VLMLearner
 
 
 def stock_inputs(vlm, task, prompts):
@@ -300,9 +301,9 @@ def test_a_run_hashes_the_weights_once(monkeypatch, compose, untrained_folder, t
     values = [f"model.path={untrained_folder}", "model.recipe=null", f"cache_dir={tmp_path}", "label_scoring=false"]
     values += ["model.freeze_vision=true", "model.feature_cache_gb=0.1", "rewards=alert", "model.attention=merge"]
     cfg = compose(*values)
-    config, questions = validate(cfg), task.build(validate(cfg))
-    made = build.build(config, questions, torch.device("cpu"), tmp_path, Checkpoints(tmp_path / "checkpoints", 2))
-    result = describe(config, plain(cfg), made.weights, questions, made.decoding)
+    config, data = validate(cfg), task.build(validate(cfg))
+    made = VLMLearner(config, data, torch.device("cpu"), tmp_path, Checkpoints(tmp_path / "checkpoints", 2))
+    result = describe(config, made.weights, data, made.decoding)
     assert hashed == [untrained_folder] and result.weights["sha256"] == "1234"
     text = made.policy.model.config.get_text_config()
     assert text._attn_implementation == attention.NAMES["merge"], "sampler and scorers keep what was asked for"
@@ -341,9 +342,9 @@ def test_lora_targets_that_match_nothing(load_vlm):
 
 
 def test_official_system_prompt_replaces_the_default(load_vlm, digits_task):
-    from clsrl.method import ClosedFormQuestion
+    from clsrl.prompting import ClassListPrompt
 
-    method = ClosedFormQuestion(instruction="no_think", seed=1, train_system_prompt="think")
+    method = ClassListPrompt(instruction="no_think", seed=1, train_system_prompt="think")
     vlm = load_vlm()
     text = vlm.processor.tokenizer.decode(
         Encoder(vlm, Loader(digits_task.images, 32), 512)(method.train_prompts(digits_task)[:1])[0].ids

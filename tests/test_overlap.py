@@ -13,7 +13,7 @@ import torch
 from common.config.composition import validate
 from common.rollout.hf import HFRollout
 from common.types import UserError
-from common.vlm.build import check_logps
+from common.vlm.build import check_logprobs
 from tests.test_training import grpo
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("process_group")]
@@ -152,5 +152,5 @@ def test_refused_where_it_would_be_wrong(compose, changes, message):
 def test_refused_for_a_sampler_that_shares_the_policys_weights(compose):
     config = validate(compose("rollout.overlap=true", "trainer.importance_correction=token_mask"))
     with pytest.raises(UserError, match="weights of its own.*rollout=vllm"):
-        check_logps(config, HFRollout)
-    check_logps(config, OwnWeights)
+        check_logprobs(config, HFRollout)
+    check_logprobs(config, OwnWeights)

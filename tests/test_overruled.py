@@ -43,6 +43,8 @@ REFUSED = [
         ["method=alert", "model=tiny_gemma3", "method.bank=b", "method.initialisation=random"],
         "method.bank=b goes first",
     ),
+    (["method=alert", "model=tiny_gemma3", "few_shot=cafo"], "few_shot=cafo has no effect: method.draft=class_means"),
+    (["method=clsrl", "few_shot=cafo"], "few_shot=cafo has no effect: method=clsrl goes first; a learner is fitted by"),
     (["run_name=mine", "label=other"], "label=other has no effect: run_name=mine goes first"),
 ]
 TAKEN = [
@@ -57,6 +59,7 @@ TAKEN = [
     ["setting=open_set", "data.open_question=What is it?"],
     ["data.question=What is it?"],
     ["method=zeroshot", "trainer.epochs=1"],  # of a sweep over methods
+    ["method=alert", "model=tiny_gemma3", "few_shot=cafo", "few_shot.epochs=2", "method.draft=few_shot"],
     ["label=mine"],
 ]
 

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 import run
-from common.config.composition import plain, signature, validate
+from common import preflight
+from common.config.composition import plain, validate
 from common.data import manifest, pictures, task
-from common.run import preflight
 from common.run.result import describe
 from common.run.run_folder import RunFolder
 from common.types import UserError
@@ -156,12 +156,12 @@ def test_a_finished_run_is_shown_only_with_its_pictures(compose, configured, roo
     place.claim(plain(cfg))
     frozen = pictures.readable(validate(cfg))
     manifest.write(frozen.manifest, folder / "manifest.json")
-    place.write_result(describe(validate(cfg), plain(cfg), {"path": "", "sha256": ""}, frozen, ""))
+    place.write_result(describe(validate(cfg), {"path": "", "sha256": ""}, frozen, ""))
     monkeypatch.setattr("common.report.tables.show", lambda *arguments: None)  # nothing was measured
     monkeypatch.setattr(run, "write_page", lambda folder: None)
     run.job(cfg, folder)
     assert f"already finished: {folder}" in capsys.readouterr().out
-    image = frozen.train[0].image
+    image = frozen.task.train.items[0].image
     data_tree.picture(file_of(root, image), 7)
     with pytest.raises(
         UserError, match=f"is finished, but 1 of 20 pictures .first: {image}. has changed since; {folder}"
@@ -195,12 +195,6 @@ def test_transparent_pictures_are_counted_and_said_once(configured, root, capsys
 def test_a_background_is_a_colour(configured, value):
     with pytest.raises(UserError, match="data.background=.* is no colour: give a name such as white"):
         configured(f"data.background={value}")
-
-
-def test_the_usual_background_is_no_part_of_the_signature(compose):
-    usual, black = (plain(compose("data=folder", *given)) for given in ((), ("data.background=black",)))
-    before = {**usual, "data": {key: value for key, value in usual["data"].items() if key != "background"}}
-    assert signature(before) == signature(usual) != signature(black)
 
 
 def test_replacements_from_a_training_part_are_tried_too(configured, root):
@@ -242,7 +236,7 @@ def test_the_field_s_picks_are_not_replaced(tmp_path, compose):
 
 def test_without_training_every_photo_is_tested(configured):
     found = task.build(configured("method=zeroshot", "shots=16"))
-    assert found.train == [] and len(found.evaluation["test"]) == 20
+    assert found.task.train.items == () and len(found.task.evaluation["test"].items) == 20
     assert found.manifest["splits"]["train"]["n"] == 0 and found.manifest["short_classes"] == {}
 
 

@@ -127,7 +127,7 @@ def reasons_of(path, split="test"):
 
 
 CAFO = ("method=cafo", "data=dtd", "clip=rn50", "visual=dino_rn50")
-SENTENCES, PICTURES = "clip.prompts=cupl.json", "few_shot.cafo.generated=dalle"
+SENTENCES, PICTURES = "clip.prompts=cupl.json", "few_shot.generated=dalle"
 
 
 @pytest.mark.sampled
@@ -137,7 +137,7 @@ SENTENCES, PICTURES = "clip.prompts=cupl.json", "few_shot.cafo.generated=dalle"
         ((), ["CaFo without generated pictures and sentences"]),
         ((SENTENCES,), ["CaFo without generated pictures"]),
         ((PICTURES,), ["CaFo without sentences"]),
-        ((SENTENCES, PICTURES, "few_shot.cafo.per_class=0"), ["CaFo without generated pictures"]),
+        ((SENTENCES, PICTURES, "few_shot.per_class=0"), ["CaFo without generated pictures"]),
         ((SENTENCES, PICTURES), []),
         ((SENTENCES, PICTURES, "selection=paper"), []),
     ],

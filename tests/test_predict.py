@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 from dataclasses import replace
-from functools import partial
 from io import BytesIO
 from itertools import pairwise
 from types import SimpleNamespace
@@ -21,11 +20,12 @@ from common.config import composition
 from common.config.composition import validate
 from common.data import manifest, pictures, task
 from common.data.digits import Digits
+from common.learner import learner_class
 from common.predict import __main__ as command
 from common.predict import cards, photos, trained
 from common.predict.abstain import choose, threshold_of
 from common.predict.classifier import Answer
-from common.predict.trained import Trained, config_of, questions_of
+from common.predict.trained import Trained, config_of, data_of
 from common.report.html import transcripts
 from common.run.result import Result
 from common.types import Answers, BadImage, Prediction, Probabilities, Split, UserError
@@ -46,21 +46,21 @@ METHODS = {
     "alert": ["method=alert", "experiment=alert_no_judge", "model=tiny_gemma3", "trainer.updates=3"],
     "alert over cafo": [
         *["method=alert", "experiment=alert_no_judge", "model=tiny_gemma3", "trainer.updates=2"],
-        *["method.draft=cafo", "few_shot.cafo.epochs=2", "few_shot.cafo.key_views=2"],
+        *["few_shot=cafo", "method.draft=few_shot", "few_shot.epochs=2", "few_shot.key_views=2"],
     ],
-    "cache": ["method=tip_adapter_f", "few_shot.tip_adapter_f.epochs=2", "few_shot.tip_adapter_f.key_views=2"],
-    "words": ["method=coop", "few_shot.coop.epochs=2"],
+    "cache": ["method=tip_adapter_f", "few_shot.epochs=2", "few_shot.key_views=2"],
+    "words": ["method=coop", "few_shot.epochs=2"],
     "no training": ["method=clip_zero_shot"],
     "closed form": ["method=linear_probe"],
-    "attention": ["method=calip_fs", "few_shot.calip_fs.epochs=2"],
-    "text attention": ["method=vt_clip", "few_shot.vt_clip.epochs=2"],
-    "adapter": ["method=clip_adapter", "few_shot.clip_adapter.epochs=2"],
-    "two caches": ["method=cafo", "few_shot.cafo.epochs=2", "few_shot.cafo.key_views=2"],
-    "cache as it is": ["method=tip_adapter", "few_shot.tip_adapter.key_views=2"],
+    "attention": ["method=calip_fs", "few_shot.epochs=2"],
+    "text attention": ["method=vt_clip", "few_shot.epochs=2"],
+    "adapter": ["method=clip_adapter", "few_shot.epochs=2"],
+    "two caches": ["method=cafo", "few_shot.epochs=2", "few_shot.key_views=2"],
+    "cache as it is": ["method=tip_adapter", "few_shot.key_views=2"],
     "parameter-free": ["method=calip"],
     "chosen by its test images": [
-        *["method=tip_adapter", "selection=paper", "validation=few", "few_shot.tip_adapter.key_views=2"],
-        "few_shot.tip_adapter.search_scale=[60,8]",
+        *["method=tip_adapter", "selection=paper", "validation=few", "few_shot.key_views=2"],
+        "few_shot.search_scale=[60,8]",
     ],
 }
 
@@ -90,7 +90,7 @@ def test_answers_are_the_evaluations(runner, tmp_path, method, monkeypatch):
     run = tmp_path / "run"
     assert runner(run, [*QUICK, *METHODS[method]]) == 0
     if Result.load(run).model == "features":
-        for path in ("common.predict.trained.tasks.build", "alert.draft.fit.learner.FewShotLearner._begin"):
+        for path in ("common.predict.trained.tasks.build", "common.few_shot.learner.FewShotLearner._begin"):
             monkeypatch.setattr(path, refuse)
     before = sorted((path.name, path.stat().st_mtime_ns) for path in run.rglob("*"))
     rows, digits = expected(run)[:60], Digits()
@@ -294,17 +294,17 @@ def test_what_is_fitted_anew_needs_the_pictures_that_its_run_saw(compose, tmp_pa
     config = validate(compose(*asked, "data.skip_bad=true", f"cache_dir={tmp_path / 'cache'}"))
     frozen = pictures.readable(config)
     manifest.write(frozen.manifest, tmp_path / "manifest.json")
-    run, method_of = Trained(tmp_path, tmp_path, tmp_path / "model"), trained.method_of
-    monkeypatch.setattr(trained, "method_of", lambda *arguments: (method_of(*arguments)[0], True))
-    questions = trained.questions_of(run, config)
-    assert [item.image for item in questions.task.train.items] == [prompt.image for prompt in frozen.train]
-    assert frozen.manifest["left_out"] == ["folder/light/3.bmp"] and "folder/light/3.bmp" not in questions.images
-    tested, used = frozen.evaluation["test"][0].image, frozen.train[0].image
+    run = Trained(tmp_path, tmp_path, tmp_path / "model")
+    monkeypatch.setattr(learner_class(config), "answers_alone", lambda config, folder: False)
+    data = trained.data_of(run, config)
+    assert data.task.train == frozen.task.train
+    assert frozen.manifest["left_out"] == ["folder/light/3.bmp"] and "folder/light/3.bmp" not in data.images
+    tested, used = (split.items[0].image for split in (frozen.task.evaluation["test"], frozen.task.train))
     Image.new("L", (8, 8), 150).save(folder / tested.removeprefix("folder/"))
-    trained.questions_of(run, config)  # a test image has no part in it
+    trained.data_of(run, config)  # a test image has no part in it
     Image.new("L", (8, 8), 150).save(folder / used.removeprefix("folder/"))
     with pytest.raises(UserError, match=f"that {tmp_path} was trained on, 1 changed since, first: {used}; put"):
-        trained.questions_of(run, config)
+        trained.data_of(run, config)
 
 
 def test_a_new_picture_goes_before_the_datasets():
@@ -328,8 +328,7 @@ def test_an_answer_has_its_own_confidence_and_is_one_of_the_names(threshold):
     places, values = np.array([[1, 0]] * 3, np.int32), np.array([shares for _, shares in said], np.float32)
     asked = Classifier.__new__(Classifier)
     asked.threshold, asked.config = threshold, SimpleNamespace(method={})
-    asked.method = SimpleNamespace(well_formed=lambda reply: False)
-    asked.questions = SimpleNamespace(task=SimpleNamespace(evaluation={"test": Split((), ("boot", "bag"), "?", "?")}))
+    asked.data = SimpleNamespace(task=SimpleNamespace(evaluation={"test": Split((), ("boot", "bag"), "?", "?")}))
     table = Probabilities(("boot", "bag"), places, values)  # the first of each row is the bag's
     found = list(asked._read(Answers(predictions, 0.0, table)))
     assert [a.confidence for a in found] == [pytest.approx(0.6), None, pytest.approx(0.8)]
@@ -382,7 +381,13 @@ def moved(compose, tmp_path):
         (folder / name).mkdir(parents=True)
         for number in range(8):
             Image.new("L", (8, 8), 200 * label + number).save(folder / name / f"{number}.png")
-    asked = ["method=alert", "model=tiny_gemma3", "method.draft=linear_probe", "rewards=alert_no_judge"]
+    asked = [
+        "method=alert",
+        "model=tiny_gemma3",
+        "few_shot=linear_probe",
+        "method.draft=few_shot",
+        "rewards=alert_no_judge",
+    ]
     cfg = compose(*asked, "data=folder", f"data.folder={folder}", "shots=2", "validation=few", "tracking=none")
     run.mkdir()
     (run / "config.yaml").write_text(yaml.safe_dump(composition.plain(cfg)))
@@ -392,7 +397,7 @@ def moved(compose, tmp_path):
 
 def asked_again(run, data=None):
     trained = Trained.of(run, data=data)
-    return questions_of(trained, config_of(trained))
+    return data_of(trained, config_of(trained))
 
 
 def test_a_dataset_that_was_moved_is_read_where_it_is_now(moved, tmp_path):
@@ -405,7 +410,8 @@ def test_a_dataset_that_was_moved_is_read_where_it_is_now(moved, tmp_path):
     with pytest.raises(UserError, match=r"data=.*nowhere does not exist"):
         asked_again(run, tmp_path / "nowhere")
     again = asked_again(run, now)
-    assert again.manifest["splits"] == before["splits"] and again.task.images.open(again.train[0].image).size == (8, 8)
+    assert again.manifest["splits"] == before["splits"]
+    assert again.task.images.open(again.task.train.items[0].image).size == (8, 8)
 
 
 @pytest.mark.slow
@@ -439,34 +445,6 @@ def test_a_few_shot_run_answers_from_where_its_photos_are_now(runner, moved, tmp
         said.append(json.loads(capsys.readouterr().out))
         folder.exists() and folder.rename(folder.with_name("now"))
     assert said[0] == said[1] and said[0]["label"] == "dark"
-
-
-def test_the_garbage_collector_rests_only_while_libraries_are_imported(monkeypatch):
-    """A command's first answer waits for imports, a sixth of which the collector would take."""
-    steps = []
-    for name in ("rest", "resume"):
-        monkeypatch.setattr(command.garbage, name, partial(steps.append, name))
-    monkeypatch.setattr(photos, "find", lambda what: {what: what})
-
-    class Asked:
-        def quieten(self):
-            steps.append("loaded")
-
-        def __call__(self, pictures):
-            return []
-
-        def close(self):
-            steps.append("closed")
-
-    monkeypatch.setattr(cards, "about", lambda *_: None)
-    monkeypatch.setattr(Classifier, "load", lambda *_, **__: Asked())
-    asked = SimpleNamespace(pictures=["a.png"], run="x", names=None, risk=None, open=False, trust_code=False, data=None)
-    command.classify(asked)
-    assert steps == ["rest", "loaded", "closed", "resume"]
-    with pytest.raises(UserError, match="nothing"):
-        monkeypatch.setattr(photos, "find", refused)
-        command.classify(SimpleNamespace(pictures=["a.png"]))
-    assert steps[4:] == ["rest", "resume"]
 
 
 def refused(what):

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import pytest
 import yaml
 
-from alert.method import Alert
-from clsrl.method import ClosedFormQuestion
+from alert.prompting import AlertPrompting
+from clsrl.prompting import ClassListPrompt
 from common.config.composition import validate
 from common.data import task, wordnet
 from common.data.names import display, imagenet_names
@@ -106,7 +106,7 @@ THINK = 18  # tokens of CLS-RL's instruction beyond those of No-Thinking's
 
 def questions(data, names, images, share=0.4, **choices):
     """Questions of CLS-RL's methods: those of the training, those of the test."""
-    asks = ClosedFormQuestion(**{"instruction": "no_think", "seed": 1, "list_share": share, **choices})
+    asks = ClassListPrompt(**{"instruction": "no_think", "seed": 1, "list_share": share, **choices})
     asked = asked_about(data, names, images)
     return asks.train_prompts(asked), asks.evaluation_prompts(asked, "test")
 
@@ -132,10 +132,10 @@ def test_lengths(metre, data):
     assert trained == asked and max(direct) <= most
 
     few = tuple(sorted(dict.fromkeys(names), key=lambda name: len(name.encode()))[:2])
-    two = gemma.tokens(Alert(seed=1).train_prompts(asked_about(data, few, 2)), 896)
+    two = gemma.tokens(AlertPrompting(seed=1).train_prompts(asked_about(data, few, 2)), 896)
     every = asked_about(data, names, len(names))
-    eight = gemma.tokens(Alert(seed=1).train_prompts(every), 896)
-    tested = gemma.tokens(Alert(seed=1, k=2).evaluation_prompts(every, "test"), 896)
+    eight = gemma.tokens(AlertPrompting(seed=1).train_prompts(every), 896)
+    tested = gemma.tokens(AlertPrompting(seed=1, k=2).evaluation_prompts(every, "test"), 896)
     replies = [len(m.tokenizer.encode(f"<answer>{name}</answer>").ids) for m in (qwen, gemma) for name in names]
     found = Row(listed, (min(direct), max(direct)), most, without, (min(two), max(eight)), max(tested), max(replies))
     assert found == LENGTHS[data]
@@ -161,7 +161,7 @@ def test_a_prompt_counted_by_hand(metre):
         " directly output the answer.<|im_end|>\n<|im_start|>assistant\n"
     )
     assert qwen.tokens([prompt], 384) == [len(qwen.tokenizer.encode(text).ids) + 14 * 14]
-    prompt = Alert(seed=1).train_prompts(asked_about("dtd", names, 2))[0]
+    prompt = AlertPrompting(seed=1).train_prompts(asked_about("dtd", names, 2))[0]
     written = prompt.text.replace("<category>", "<pad>")
     text = f"<bos><start_of_turn>user\n{written}\n\n<start_of_image><end_of_image>\n\n<end_of_turn>\n<start_of_turn>model\n"
     ids = gemma.tokenizer.encode(text, add_special_tokens=False).ids

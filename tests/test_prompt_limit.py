@@ -10,13 +10,12 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from clsrl.method import ClosedFormQuestion
+from clsrl.prompting import ClassListPrompt
 from common.config import composition
 from common.config.composition import validate
 from common.models import checks, meter
 from common.models.tiny import qwen2_vl
 from common.predict.trained import Trained, config_of
-from common.run.run_folder import RunFolder
 from common.sweep.plan import decides
 from common.types import Item, Prompt, Split, Task, UserError
 from common.vlm import build
@@ -45,7 +44,7 @@ def cars(instruction):
     items = tuple(Item(*entry) for entry in parts["test"][::EVERY])
     split = Split(items, tuple(names[label] for label in range(196)), "What type of object is in the photo?", "", {})
     task = Task(split, {"test": split}, None, "", {})
-    return ClosedFormQuestion(instruction=instruction, seed=1).evaluation_prompts(task, "test")
+    return ClassListPrompt(instruction=instruction, seed=1).evaluation_prompts(task, "test")
 
 
 @real
@@ -61,7 +60,7 @@ def test_lengths_of_the_prompts_of_cars(qwen):
 @pytest.mark.parametrize("data", ["dtd", "stanford_cars"])
 def test_cars_may_be_asked_whatever_was_trained(compose, qwen, setting, data):
     chosen = ["method=clsrl", f"data={data}", f"setting={setting}", "model=qwen2_vl_2b", "shots=4"]
-    asked = SimpleNamespace(train=[], evaluation={"test": cars("think")})
+    asked = [cars("think")]
     checks.check_lengths(validate(compose(*chosen)), asked, qwen)
     with pytest.raises(UserError, match=r"has 1[12]\d\d tokens, but model.max_prompt_tokens=1024; prompts are never"):
         checks.check_lengths(validate(compose(*chosen, "model.max_prompt_tokens=1024")), asked, qwen)
@@ -80,7 +79,7 @@ def lengths(limit=None, completion=64, context=None):
         model=SimpleNamespace(name="mine", max_prompt_tokens=limit, image_size=32),
         rollout=SimpleNamespace(max_completion_tokens=completion),
     )
-    checks.check_lengths(config, SimpleNamespace(train=[], evaluation={"test": prompts}), measure)
+    checks.check_lengths(config, [prompts], measure)
     return max(measure.tokens(prompts, 32))
 
 
@@ -127,20 +126,6 @@ def test_a_limit_by_hand_is_the_same_run(compose, setting):
     values = [composition.plain(compose(*chosen, *more)) for more in ((), ("model.max_prompt_tokens=4096",))]
     assert composition.signature(values[0]) == composition.signature(values[1])
     assert not decides("model.max_prompt_tokens") and decides("model.image_size"), "so numbers stay comparable"
-
-
-def test_a_folder_of_the_time_when_the_limit_counted_is_continued(tmp_path):
-    model = {"name": "m", "path": None, "recipe": "r", "max_prompt_tokens": 512}
-    old = {"shots": 4, "model": model}
-    former = composition._digits(composition.decides_result(old) | {"model": {k: model[k] for k in model}})
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"signature": former, **old}))
-    now = {"shots": 4, "model": {**model, "max_prompt_tokens": None}}
-    assert RunFolder(tmp_path).finished_result(now) is None
-    with pytest.raises(UserError, match="shots: 4 -> 8"):
-        RunFolder(tmp_path).finished_result({**now, "shots": 8})
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"signature": "0" * 12, **old}))
-    with pytest.raises(UserError, match="the file was edited"):
-        RunFolder(tmp_path).finished_result(now)
 
 
 def test_questions_about_new_pictures_may_be_longer(compose, tmp_path):

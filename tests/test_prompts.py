@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from clsrl import prompts
-from clsrl.method import ClosedFormQuestion
+from clsrl.prompting import ClassListPrompt
 from common.config.composition import method_arguments, validate
 from common.data import digits
 from common.types import Item, Split, Task, UserError
@@ -44,7 +44,7 @@ def texts(asked):
 @pytest.mark.parametrize("instruction", ["think", "no_think"])
 @pytest.mark.parametrize(("share", "asked"), [(0.4, LISTED), (0.0, OPEN)], ids=["closed", "open"])
 def test_training_prompts(protocol, instruction, share, asked):
-    method = ClosedFormQuestion(instruction=instruction, seed=1, list_share=share, evaluation_prompt=protocol)
+    method = ClassListPrompt(instruction=instruction, seed=1, list_share=share, evaluation_prompt=protocol)
     found = method.train_prompts(FEW_SHOT)
     assert texts(found) == {asked + TRAINED[instruction]}
     assert {(p.system, p.image_last) for p in found} == {(None, False)}
@@ -72,7 +72,7 @@ def test_evaluation_prompts(of, name, share, asked, thinking):
         ("official", "no_think"): asked + NAME,
     }
     for (wording, instruction), text in expected.items():
-        method = ClosedFormQuestion(instruction=instruction, seed=1, list_share=share, evaluation_prompt=wording)
+        method = ClassListPrompt(instruction=instruction, seed=1, list_share=share, evaluation_prompt=wording)
         found = method.evaluation_prompts(of, name)
         assert texts(found) == {text}
         assert {(p.system, p.image_last) for p in found} == {(None, False)}
@@ -87,7 +87,7 @@ SFT = {
 @pytest.mark.parametrize(("protocol", "expected"), SFT.items(), ids=SFT)
 def test_supervised_baseline_of_a_protocol(compose, protocol, expected):
     text, system, image_last, target, evaluated = expected
-    method = ClosedFormQuestion(**method_arguments(validate(compose("method=sft", f"protocol={protocol}"))))
+    method = ClassListPrompt(**method_arguments(validate(compose("method=sft", f"protocol={protocol}"))))
     found = method.train_prompts(FEW_SHOT)
     assert texts(found) == {text}
     assert {(p.system, p.image_last) for p in found} == {(system, image_last)}
@@ -101,7 +101,7 @@ def test_supervised_baseline_of_a_protocol(compose, protocol, expected):
 @pytest.mark.parametrize("method", ["clsrl", "nothinking", "zeroshot"])
 def test_the_other_methods_train_alike_in_both_protocols(compose, method):
     found = [
-        ClosedFormQuestion(**method_arguments(validate(compose(f"method={method}", f"protocol={protocol}"))))
+        ClassListPrompt(**method_arguments(validate(compose(f"method={method}", f"protocol={protocol}"))))
         for protocol in ("clean", "official")
     ]
     assert found[0].train_prompts(FEW_SHOT) == found[1].train_prompts(FEW_SHOT)
@@ -119,7 +119,7 @@ SWITCHES = {
 @pytest.mark.sampled
 @pytest.mark.parametrize(("switch", "expected"), SWITCHES.items(), ids=SWITCHES)
 def test_each_switch_of_the_supervised_baseline_is_one_difference(compose, switch, expected):
-    method = ClosedFormQuestion(**method_arguments(validate(compose("method=sft", f"protocol.{switch}"))))
+    method = ClassListPrompt(**method_arguments(validate(compose("method=sft", f"protocol.{switch}"))))
     found = method.train_prompts(FEW_SHOT)
     (text,) = texts(found)
     assert (text, found[0].system, found[0].image_last, method.label_response("cat")) == expected
@@ -129,7 +129,7 @@ def test_class_lists_belong_to_the_image(digits_task, no_think):
     first = no_think.train_prompts(digits_task)
     assert first == no_think.train_prompts(digits_task)
     assert len({p.choices for p in first}) > 150, "lists differ from image to image"
-    other = ClosedFormQuestion(instruction="no_think", seed=2).train_prompts(digits_task)
+    other = ClassListPrompt(instruction="no_think", seed=2).train_prompts(digits_task)
     assert [p.choices for p in other] != [p.choices for p in first]
     assert first[0].text.count(f"[ {', '.join(first[0].choices)}]") == 1
 
@@ -154,7 +154,7 @@ def test_list_holds_the_truth_once():
 )
 def test_unknown_values_are_refused(argument, choices):
     with pytest.raises(UserError, match=f"method.{argument}=maybe: choose one of {choices}"):
-        ClosedFormQuestion(**{"instruction": "think", "seed": 1, argument: "maybe"})
+        ClassListPrompt(**{"instruction": "think", "seed": 1, argument: "maybe"})
 
 
 @pytest.mark.parametrize(

@@ -10,18 +10,19 @@ import pytest
 from rich.console import Console
 
 import run
-from clsrl import prompts
+from clsrl import prompts as wording
 from common.config.composition import plain, validate
 from common.data import manifest, task
-from common.report import questions
+from common.report import prompts
 from common.run.run_folder import RunFolder
 from common.types import Prompt, UserError
+from tests.conftest import prompts_of
 from tests.test_literal_names import NAMES
 
 
-def shown(asked, path="manifest.json"):
+def shown(manifest, asked=None, path="manifest.json"):
     console = Console(file=io.StringIO(), width=300, force_terminal=True, color_system=None)
-    questions.show(asked, path, console)
+    prompts.show(manifest, asked, path, console)
     return console.file.getvalue()
 
 
@@ -33,24 +34,25 @@ def row(text, name):
 
 def test_a_long_list_is_cut_and_the_rest_of_the_question_stays():
     names = tuple(f"name {number}" for number in range(100))
-    text = prompts.question("What is it?", names, prompts.TRAINING["no_think"])
-    cut = questions.shortened(text, names)
-    assert cut.startswith(text[: text.index("name 20")]) and cut.endswith(prompts.TRAINING["no_think"])
+    text = wording.question("What is it?", names, wording.TRAINING["no_think"])
+    cut = prompts.shortened(text, names)
+    assert cut.startswith(text[: text.index("name 20")]) and cut.endswith(wording.TRAINING["no_think"])
     assert "name 20" not in cut and "… (100 names)" in cut
     few = names[:20]
-    text = prompts.question("What is it?", few, "")
-    assert questions.shortened(text, few) == text
+    text = wording.question("What is it?", few, "")
+    assert prompts.shortened(text, few) == text
 
 
 def test_a_list_is_found_behind_words_that_are_names_too():
     names = ("a", "b", *(f"n{number}" for number in range(30)))
     text = f"a question about a, b and more: {', '.join(names)}; a or b?"
-    assert questions.shortened(text, names, 3) == "a question about a, b and more: a, b, n0, … (32 names); a or b?"
+    assert prompts.shortened(text, names, 3) == "a question about a, b and more: a, b, n0, … (32 names); a or b?"
 
 
 def test_questions_of_every_split_stand_above_the_summary(compose):
-    asked = task.build(validate(compose("shots=4", "protocol=official", "method=sft")))
-    text = shown(asked)
+    config = validate(compose("shots=4", "protocol=official", "method=sft"))
+    data, asked = task.build(config), prompts_of(config)
+    text = shown(data.manifest, asked)
     # protocol=official trains SFT with a system message; the evaluation has none
     assert text.count("system: ") == 3 and text.count("train · ") == 3
     for split, asking in {"train": asked.train, **asked.evaluation}.items():
@@ -61,29 +63,29 @@ def test_questions_of_every_split_stand_above_the_summary(compose):
 
 
 def test_names_are_literal(compose):
-    asked = task.build(validate(compose("shots=1")))
+    manifest, asked = task.build(validate(compose("shots=1"))).manifest, prompts_of(validate(compose("shots=1")))
     for name in NAMES:
         prompt = Prompt(f"photos/{name}", f"Is it {name}?", name, (name,), system=f"say {name}")
-        facts = {**asked.manifest, "data": name, "origins": {name: name}, "short_classes": {name: 1}, "notes": [name]}
-        text = shown(replace(asked, train=[prompt], evaluation={}, manifest=facts), f"/{name}/manifest.json")
+        facts = {**manifest, "data": name, "origins": {name: name}, "short_classes": {name: 1}, "notes": [name]}
+        text = shown(facts, replace(asked, train=[prompt], evaluation={}), f"/{name}/manifest.json")
         # image, label, question, system; title; origin of every split; short class, note, path
         assert text.count(name) == 4 + 1 + len(facts["splits"]) + 3, name
 
 
 def test_what_was_found_is_summed_up(compose):
-    asked = task.build(validate(compose("shots=1")))
-    first, second = asked.task.train.items[0].image, asked.task.evaluation["test"].items[0].image
+    data = task.build(validate(compose("shots=1")))
+    first, second = data.task.train.items[0].image, data.task.evaluation["test"].items[0].image
     found = {"passed_over": {"litter": 3}, "duplicates": {"train_and_test": [[first, second]]}}
-    text = shown(replace(asked, manifest={**asked.manifest, **found}))
+    text = shown({**data.manifest, **found})
     assert row(text, "train")[-1] == "1" and row(text, "test")[-1] == "1"
     assert "3 litter" in text and f"first {first} and {second}" in text
 
 
 def test_a_split_on_another_dataset_names_its_origin(compose):
-    asked = task.build(validate(compose("shots=1")))
-    facts = {**asked.manifest, "origins": {"digits": "own", "other": "published"}}
+    data = task.build(validate(compose("shots=1")))
+    facts = {**data.manifest, "origins": {"digits": "own", "other": "published"}}
     facts["splits"] = {**facts["splits"], "other": facts["splits"]["test"]}
-    text = shown(replace(asked, manifest=facts))
+    text = shown(facts)
     assert [row(text, name)[2] for name in ("train", "test", "other")] == ["own", "own", "published"]
 
 

@@ -31,9 +31,9 @@ if __name__ == "__main__":
     configuration.register()
     with hydra.initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
         cfg = hydra.compose("config", sys.argv[2:])
-    config, values, folder = configuration.validate(cfg), configuration.plain(cfg), Path(sys.argv[1])
-    RunFolder(folder).claim(values)
-    start_ranks(2, config, values, folder)
+    config, folder = configuration.validate(cfg), Path(sys.argv[1])
+    RunFolder(folder).claim(configuration.values_of(config))
+    start_ranks(2, config, folder)
 """
 
 

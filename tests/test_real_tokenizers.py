@@ -7,15 +7,15 @@ import json
 import pytest
 import torch
 
-from alert.method import Alert
-from clsrl.method import ClosedFormQuestion
-from common.evaluation.replies import reasoning
+from alert.prompting import AlertPrompting
+from clsrl.prompting import ClassListPrompt
 from common.forward.label_scores import LabelScorer
 from common.forward.logprobs import PolicyScorer
 from common.forward.packing import Group, pack_plain
 from common.models import vlm
 from common.models.encoder import Encoded
 from common.training.sft import target
+from common.vlm.replies import reasoning
 from tests.conftest import TOKENIZERS
 
 pytestmark = pytest.mark.slow  # real vocabularies take seconds to build
@@ -67,7 +67,7 @@ def before(model, tokens, text):
 def test_names_after_reasoning_are_scored_as_tokens_of_the_whole_reply(loaded, family, method, reply):
     """`</think><answer>` holds one token `><`, which the two halves apart never give."""
     model = loaded(family)
-    asks = Alert(seed=1) if method == "alert" else ClosedFormQuestion(instruction="think", seed=1)
+    asks = AlertPrompting(seed=1) if method == "alert" else ClassListPrompt(instruction="think", seed=1)
     question = torch.tensor(ids(model, "What is in the photo? Think, then answer."))
     blocks = model.family.blocks(question, model.model.config)
     encoded = [Encoded(question, model.family.positions(question, None, model.model.config), blocks=blocks)]

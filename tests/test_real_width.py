@@ -16,7 +16,6 @@ import torch.nn.functional as F
 
 from common.config.schema import LoraConfig, ModelConfig
 from common.data.loading import Loader
-from common.evaluation.replies import reasoning
 from common.forward.exact import InFloat32
 from common.forward.label_scores import LabelScorer
 from common.forward.logprobs import PolicyScorer, head_rows
@@ -27,6 +26,7 @@ from common.rollout.base import Decoding, requests
 from common.rollout.hf import HFRollout
 from common.training import agreement
 from common.training.sft import target
+from common.vlm.replies import reasoning
 from tests.conftest import REAL, TOKENIZERS
 from tests.test_agreement import FAULTS, Late
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, chisquare
 
-from alert.draft.references import class_means, name_groups, sample_references, similarities, weights
+from alert.references import class_means, sample_references, similarities, weights
+from common.few_shot.candidates import name_groups
 from common.types import UserError
 
 DRAWS = 100_000

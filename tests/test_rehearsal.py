@@ -35,9 +35,9 @@ MODELS = {"qwen2_vl": ("qwen2_vl_2b", "clsrl", 84), "gemma3": ("gemma3_4b", "ale
 def learner(real_vocabulary, tmp_path_factory):
     """`learner(family)`: of a narrow model with the real tokenizer, in bf16, built as for a run."""
     from common.config.composition import validate
+    from common.learner import learner_class
     from common.run.checkpoint import Checkpoints
     from common.runtime.group import init_process_group
-    from common.vlm.build import build
 
     learners = {}
 
@@ -58,7 +58,7 @@ def learner(real_vocabulary, tmp_path_factory):
             with initialized() as compose:
                 config = validate(compose(*words))
             device, at = init_process_group(0), Checkpoints(folder / "checkpoints", 1)
-            learners[family] = build(config, task.build(config), device, folder, at)
+            learners[family] = learner_class(config)(config, task.build(config), device, folder, at)
         return learners[family]
 
     return make
@@ -158,10 +158,10 @@ def edited(monkeypatch, model):
 )
 def test_what_is_wrong_fails(learner, monkeypatch, fault, check, line):
     model = learner("qwen2_vl")
-    model.encoder.forget()
+    model.encoder.set_images(model.encoder.load_images)
     fault(monkeypatch, model)
     found = verdicts(check(model))
-    model.encoder.forget()
+    model.encoder.set_images(model.encoder.load_images)
     assert found[line] == "failed", found
 
 
@@ -331,7 +331,7 @@ def test_nothing_stays_on_the_cpu(learner, monkeypatch, family):
     with pretend_device.There():
         lines = [line for check in (checks.prompts, checks.forwards, checks.labels) for line in check(model)]
         assert {line.verdict for line in lines} == {"ok"}, lines
-        (encoded,) = model.encoder(model.questions.train[:1])
+        (encoded,) = model.encoder(model.prompts.train[:1])
         scorer = PolicyScorer(model.policy.model, model.policy.banned, 1.0, 4).to(model.policy.device)
         packed = pack_shared([Group(encoded, (torch.tensor([5, 6]),) * 2)], model.policy.family, model.policy.device)
         scorer(packed)[0].sum().backward()

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from clsrl.method import ClosedFormQuestion
+from clsrl.prompting import ClassListPrompt
 from common.config.composition import validate
 from common.config.schema_task import DataConfig
 from common.data import digits, settings, source, task
@@ -72,7 +72,7 @@ def test_shift_refuses_classes_that_were_not_trained():
 def ask(list_share, data=None, build=settings.few_shot, **options):
     found = build(data or dataset(), {}, Sampling(1, 1))
     task = Task(found.train, found.evaluation, digits.Digits(), "", {})
-    method = ClosedFormQuestion(instruction="no_think", seed=1, list_share=list_share, **options)
+    method = ClassListPrompt(instruction="no_think", seed=1, list_share=list_share, **options)
     return {split: method.evaluation_prompts(task, split) for split in task.evaluation}
 
 

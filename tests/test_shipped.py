@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from alert.draft.features import tiny as clip
 from alert.tiny import recipe as gemma3
+from common.few_shot.encoders import tiny as clip
 from common.models.tiny import cached, garments, glyphs, pictures, silhouettes, wordings
 from common.models.tiny import recipe as qwen2_vl
 from tests.conftest import REPOSITORY

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 
 import pytest
@@ -11,11 +10,8 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 import run
-from common import plugins, renamed
 from common.config import aliases, suggest
 from common.config import composition as config
-from common.models import meter
-from common.types import UserError
 from tests.conftest import REPOSITORY
 
 
@@ -148,6 +144,27 @@ def test_hydras_own_errors_are_explained(compose, argument, said):
     assert "search path" not in explanation
 
 
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("few_shot.cafo.epochs=2", "unknown config key few_shot.cafo.epochs; it is now few_shot.epochs"),
+        ("few_shot.epochs=2", "unknown config key few_shot.epochs; it is of few-shot learners, and this run has none"),
+        ("+clip.views=2", "unknown config key clip.views; it is of few-shot learners"),
+    ],
+)
+def test_a_run_without_a_few_shot_learner_has_none_of_its_values(compose, argument, said):
+    assert [compose("method=clsrl")[key] for key in ("few_shot", "clip", "visual")] == [None] * 3
+    with pytest.raises(AssertionError) as error:  # of OmegaConf: there is nothing below null
+        compose("method=clsrl", argument)
+    assert suggest.explain(error.value, ["method=clsrl", argument]).startswith(said)
+    assert suggest.explain(AssertionError("another"), ["method=clsrl"]) is None
+
+
+def test_a_value_of_another_learner_says_whose_it_is(compose):
+    said = suggest.unknown_key("few_shot.alpha", compose("method=coop"))
+    assert said.endswith("it belongs to few_shot=cafo|tip_adapter|tip_adapter_f, not few_shot=coop")
+
+
 def test_a_value_of_the_wrong_type_is_hydras_to_explain(compose):
     with pytest.raises(HydraException) as error:
         compose("trainer.learning_rate=fast")
@@ -178,40 +195,3 @@ def refusal(monkeypatch, *arguments):
     with pytest.raises(SystemExit) as ended:
         run.run()
     return ended.value.code
-
-
-def test_an_old_key_or_option_says_the_new_one(compose, monkeypatch):
-    monkeypatch.setitem(renamed.RENAMED, "trainer.optimizer", "trainer")
-    monkeypatch.setitem(renamed.RENAMED, "steps", "given per dataset now; see conf/tune/data/")
-    monkeypatch.setitem(renamed.RENAMED, "method=grpo", "method=nothinking")
-    cfg = compose()
-    assert suggest.unknown_key("trainer.optimizer.epochs", cfg).endswith("; it is now trainer.epochs")
-    assert suggest.unknown_key("steps", cfg).endswith("; it is now given per dataset now; see conf/tune/data/")
-    assert suggest.unknown_option("method", "grpo", ["sft"]).endswith("; it is now method=nothinking")
-    with pytest.raises(UserError, match="trainer.optimizer; it is now trainer$"):
-        config.validate(compose("+trainer.optimizer.epochs=3"))
-
-
-@pytest.mark.slow
-def test_an_old_dotted_path_says_the_new_one(compose, monkeypatch):
-    monkeypatch.setitem(renamed.MOVED, "old.rewards", "common.rewards")
-    monkeypatch.setitem(renamed.MOVED, "old.tiny", "common.models.tiny.recipe")
-    with pytest.raises(UserError, match=r"rewards\.equality\.fn=old.rewards.accuracy .*now common.rewards.accuracy"):
-        config.validate(compose("rewards.equality.fn=old.rewards.accuracy"))
-    with pytest.raises(UserError, match=r"rollout\.backend=old.rewards.HF .*now common.rewards.HF"):
-        plugins.check_module("old.rewards.HF", "rollout.backend")
-    with pytest.raises(UserError, match=r"model\.recipe=old.tiny .*now common.models.tiny.recipe$"):
-        meter.of_a_recipe("old.tiny")
-
-
-def test_what_has_moved_is_where_the_tables_say(compose):
-    for new in renamed.MOVED.values():
-        module, _, name = new.rpartition(".")
-        assert importlib.util.find_spec(new) or hasattr(importlib.import_module(module), name), new
-    cfg = compose()
-    for new in (text for text in renamed.RENAMED.values() if " " not in text):
-        group, _, option = new.partition("=")
-        if option:
-            assert option in suggest.options(group), new
-        else:
-            assert OmegaConf.select(cfg, new, default="") != "" or suggest.needs(new, cfg), new

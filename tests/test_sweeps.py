@@ -9,13 +9,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import ConfigCompositionException
 
-from common.config import composition, run_name
+from common.config import composition
+from common.config.command_line import of_each_run
 from common.report.paper import curves, page, pictures, published
 from common.report.paper.points import load as points_of
 from common.sweep import book, plugin
@@ -153,6 +154,23 @@ def test_a_needed_point_has_what_its_own_point_has_of_the_command_line():
     assert len({(p.overrides["model"], p.overrides["x"]) for p in points}) == 4
 
 
+@pytest.mark.slow
+def test_a_point_has_the_values_of_its_own_learner_alone():
+    """The command line gives them to all points; the encoders' are of few-shot learners."""
+    given = ["few_shot.generated=dalle", "few_shot.per_class=2", "clip.dtype=float16", "shots=1", "seed=1"]
+    sweep = ["-cd", str(REPOSITORY / "sweeps"), "-cn", "alert_table1", "data=digits", "model=tiny_gemma3"]
+    found, _, _ = jobs("alert_table1", *of_each_run([*sweep, *given])[4:])
+    values = {job.values["method"]["name"]: job for job in found}
+    assert {"cafo", "coop", "alert"} <= set(values)
+    few_shot = {name: job.values["few_shot"] for name, job in values.items()}
+    assert (few_shot["cafo"]["generated"], few_shot["cafo"]["per_class"]) == ("dalle", 2)
+    assert "generated" not in few_shot["coop"] and few_shot["alert"] is None is values["alert"].values["clip"]
+    assert {job.values["clip"]["dtype"] for name, job in values.items() if few_shot[name]} == {"float16"}
+    assert not {"clip", "clip.dtype", "few_shot.per_class"} & set(values["alert"].overrides)
+    with pytest.raises(ConfigCompositionException, match=r"few_shot\.alhpa"):
+        jobs("alert_table1", *of_each_run([*sweep, "few_shot.alhpa=1", "shots=1", "seed=1"])[4:])
+
+
 def test_a_method_on_the_command_line_chooses_points_and_those_that_they_need():
     named = {"draft": {"method": "cafo"}}
     spec = Spec({}, named, [{"method": ["sft", "clsrl"]}, {"method": "alert", "f": "{draft}"}])
@@ -230,8 +248,8 @@ def test_what_leaves_a_page_the_papers(tmp_path):
     closer = [
         "selection=paper",
         "clip.prompts=cupl.json",
-        "+few_shot.cafo.generated=dalle",
-        "few_shot.cafo.per_class=8",
+        "+few_shot.generated=dalle",
+        "few_shot.per_class=8",
     ]
     folder, _ = made.describe(made.chapters(), [shown], made.given(closer))
     assert points_of(folder).given == {}, "CaFo's authors have these"
@@ -556,39 +574,3 @@ def test_every_point_of_the_papers_in_miniature_composes(name):
     assert len({job.folder for job in found}) == len(found) > 50 and len(shown) == len(made.chapters()) > 6
     assert {job.values["model"]["name"] for job in found} == {"tiny_qwen2_vl", "tiny_gemma3", "features"}
     assert {job.values["data"]["name"] for job in found} == {"digits", "fashion"}
-
-
-@pytest.mark.slow
-def test_a_point_of_named_options_is_composed_once(monkeypatch):
-    """Names and values are those that a second composition gives; a sweep with a value of its own keeps that."""
-    made = []
-    compose = run_name.hydra.compose
-    monkeypatch.setattr(run_name.hydra, "compose", lambda *given: made.append(given) or compose(*given))
-    found = {}
-    for is_plain in (True, False):
-        run_name._composed.clear()
-        run_name._usual.cache_clear()
-        made.clear()
-        if not is_plain:
-            monkeypatch.setattr(book, "only_lays_out", lambda *_: False)
-        one, *_ = jobs("clsrl_table2", "data=dtd", "method=sft,nothinking", "seed=1,2")
-        found[is_plain] = [(job.folder.name, job.values) for job in one]
-        assert len(made) == (0 if is_plain else 2)
-    assert found[True] == found[False]
-    assert found[True][0][0] == "sft-dtd-few_shot-clean-qwen2_vl_2b-s4-seed1"
-
-
-def test_which_sweeps_have_values_of_their_own(tmp_path):
-    loader = SimpleNamespace(get_sources=lambda: [SimpleNamespace(scheme=lambda: "file", path=str(tmp_path))])
-    head = "defaults: [config, {override hydra/sweeper: paper}, _self_]\nhydra: {mode: MULTIRUN}\n"
-    others = {
-        "plain": (head, True),
-        "a value": (head + "shots: 4\n", False),
-        "an option": (head.replace("_self_", "{override trainer: sft}, _self_"), False),
-        "a file": (head.replace("config,", "config, mine,"), False),
-        "no config": (head.replace("config, ", ""), False),
-    }
-    for name, (text, is_plain) in others.items():
-        (tmp_path / f"{name}.yaml").write_text(text)
-        assert book.only_lays_out(name, loader) is is_plain, name
-    assert not book.only_lays_out("nowhere", loader)

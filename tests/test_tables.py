@@ -52,14 +52,20 @@ def test_several_splits_have_one_number():
         {"new": summary(accuracy_aliases=0.5)},
         {"new": summary(accuracy_aliases=0.75)},
         overall={"before": {"harmonic_mean": 0.5}, "after": {"harmonic_mean": 0.625}},
-        train={"updates": 3, "best": {"update": 2, "accuracy": 1.0, "split": "base"}},
+        train={
+            "updates": 3,
+            "tested": 3,
+            "best": {"update": 2, "accuracy": 1.0, "split": "base"},
+            "last": {"update": 3, "accuracy": 0.5, "split": "base"},
+        },
         left_out=2,
         short_classes={"a": 1},
     )
     assert tables.overall_lines(several) == [
         "harmonic mean: zero-shot 50.00 %, trained 62.50 %",
         "new, other words accepted: zero-shot 50.00 %, trained 75.00 %",
-        "trained: update 3 of 3; the best evaluation was after update 2 (100.00 % on base itself: no validation images)",
+        "trained: update 3 of 3; the best evaluation was after update 2 (100.00 % on base itself: no validation images;"
+        " after the last one 50.00 %)",
         "1 class has fewer training images than shots, first: 'a' has 1",
         "2 pictures that cannot be decoded were left out (manifest.json names them)",
     ]

@@ -17,20 +17,20 @@ PLAIN = "common.models.tiny.recipe"
 
 
 def asked(*names):
-    """Questions whose training split has the first half of the names, the test the others."""
+    """A task whose training split has the first half of the names, the test the others."""
     half = len(names) // 2
     parts = [SimpleNamespace(names=part, aliases={}) for part in (names[:half], names[half:])]
-    return SimpleNamespace(train=[], evaluation={}, task=SimpleNamespace(train=parts[0], evaluation={"test": parts[1]}))
+    return SimpleNamespace(train=parts[0], evaluation={"test": parts[1]})
 
 
 @pytest.fixture
 def warnings(compose, capsys):
     """What the check of a model says."""
 
-    def run(questions, *overrides):
+    def run(task, *overrides):
         config = validate(compose(*overrides))
         capsys.readouterr()
-        checks.check(config, questions)
+        checks.check(config, task, [])
         return capsys.readouterr().err.splitlines()
 
     return run

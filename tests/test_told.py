@@ -12,12 +12,12 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from common import pipeline
+from common import pipeline, preflight
 from common.config.composition import validate
 from common.config.schema import TrainerConfig
 from common.data import task
 from common.report import tables
-from common.run import doctor, loop, preflight
+from common.run import doctor, loop
 from common.run.checkpoint import Checkpoints, State
 from common.run.result import FORMAT, Result
 from common.runtime import progress, stopwatch
@@ -183,7 +183,7 @@ def test_what_is_cut_is_named_before_what_follows_from_it(caplog):
     assert first.startswith("92 % of completions were cut at rollout.max_completion_tokens=64: raise it")
     assert "'format' paid nobody" in last and "raise rollout.max_completion_tokens first" in last
     assert loop.note(rows[0], None, watch.silent).startswith("92 % cut at max_completion_tokens · reward")
-    learner = SimpleNamespace(questions=SimpleNamespace(train=[0] * 40))
+    learner = SimpleNamespace(task=SimpleNamespace(train=SimpleNamespace(items=[0] * 40)))
     config = SimpleNamespace(
         trainer=TrainerConfig("grpo", 1e-3, updates=10), rollout=SimpleNamespace(max_completion_tokens=64)
     )
@@ -254,9 +254,9 @@ def test_a_training_that_patience_has_ended_says_so():
     config = SimpleNamespace(
         trainer=TrainerConfig("sft", 1e-3, updates=8), rollout=SimpleNamespace(max_completion_tokens=64)
     )
-    told = pipeline.told(config, SimpleNamespace(questions=SimpleNamespace(train=[0] * 16)), 2, [])
+    told = pipeline.told(config, SimpleNamespace(task=SimpleNamespace(train=SimpleNamespace(items=[0] * 16))), 2, [])
     assert told["planned"] == 8
-    best = {"best": {"update": 0, "accuracy": 0.4875, "split": "val"}, "tested": 2}
+    best = {"best": {"update": 0, "accuracy": 0.4875, "split": "val"}, "tested": 2, "last": {"accuracy": 0.4}}
     lines = tables.training_lines(result({}, {}, train={"updates": 2, **told, **best}))
     assert lines[0] == "stopped by patience after 2 of 8 updates"
     assert "the best evaluation was before training (48.75 % on val" in lines[1]
@@ -267,7 +267,7 @@ def test_the_untrained_model_is_the_first_that_can_be_the_best(process_group):
     recorder = SimpleNamespace(
         kept=lambda phase, split: Answers(right, 0.0) if (phase, split) == ("before", "val") else 1
     )
-    predictor = SimpleNamespace(questions=SimpleNamespace(evaluation={"val": [], "test": []}))
+    predictor = SimpleNamespace(task=SimpleNamespace(evaluation={"val": [], "test": []}))
     config = SimpleNamespace(trainer=SimpleNamespace(evaluate_every=5, evaluate_limit=None))
     assert loop.untrained(predictor, config, recorder) == (0, 0.75)
     config.trainer.evaluate_limit = 2  # the images that are watched
@@ -312,7 +312,7 @@ def finished(tmp_path):
 def test_the_tested_update_and_the_best_one(finished, evaluate, last, tested, best):
     right = [Prediction("a", "x", 0, "x", True, True), Prediction("b", "x", 0, "y", last == 1, last == 1)]
     config = SimpleNamespace(evaluate=evaluate, trainer=SimpleNamespace(evaluate_limit=None))
-    learner = SimpleNamespace(questions=SimpleNamespace(evaluation={"val": [], "test": []}))
+    learner = SimpleNamespace(task=SimpleNamespace(evaluation={"val": [], "test": []}))
     after = SimpleNamespace(answers={"val": Answers(right, 0.0)})
     rows = [{"step": 6, "eval/val/accuracy": 0.75}, {"step": 9, "loss": 1.0}, {"step": 9, "eval/val/accuracy": 0.5}]
     told = pipeline.best_evaluation(config, learner, finished, after, 9, rows)
@@ -391,15 +391,6 @@ NOW = replace(
 )
 
 
-def former(now):
-    """The same result as it was written before there was a format number."""
-    values = now.to_json()
-    del values["format"]
-    old = {"before": "zero_shot", "after": "eval", "weights": "checkpoint"}
-    values["overall"] = {old[phase]: numbers for phase, numbers in values["overall"].items()}
-    return {old.get(name, name): value for name, value in values.items()}
-
-
 def written(folder, content):
     text = content if isinstance(content, str) else json.dumps(content)
     (folder / "metrics.json").write_text(text)
@@ -411,21 +402,8 @@ def test_a_result_is_read_as_it_was_written(tmp_path):
     assert Result.load(tmp_path / "metrics.json").final["test"].accuracy == 0.75
 
 
-def test_a_former_folder_loads(tmp_path):
-    assert {"zero_shot", "eval", "checkpoint"} <= former(NOW).keys()
-    assert Result.load(written(tmp_path, former(NOW))) == NOW
-
-
-def test_a_former_folder_without_training_has_one_evaluation(tmp_path):
-    same = replace(
-        NOW, after=NOW.before, overall={"before": {"mean": 0.25}, "after": {"mean": 0.25}}, train={"updates": 0}
-    )
-    found = Result.load(written(tmp_path, former(same)))
-    assert found.after == {} and found.final == NOW.before and found.overall == {"before": {"mean": 0.25}}
-
-
 DAMAGED = {
-    "a newer format": ({**NOW.to_json(), "format": FORMAT + 1}, "format 2.*update"),
+    "a newer format": ({**NOW.to_json(), "format": FORMAT + 1}, "format 2, and this version reads 1"),
     "cut short": (json.dumps(NOW.to_json())[:200], "damaged"),
     "empty": ("", "damaged"),
     "a list": ([1, 2], "damaged"),

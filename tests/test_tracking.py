@@ -245,11 +245,11 @@ def test_the_mode_is_settled_before_the_model_is_loaded(monkeypatch, compose, tm
         raise Loaded
 
     monkeypatch.setattr(pipeline, "settled_mode", lambda mode: "offline")
-    monkeypatch.setattr(pipeline, "locate", lambda *_: build)
+    monkeypatch.setattr(pipeline, "learner_class", lambda _: build)
     config = validate(compose("tracking.mode=online", "shots=170"))
     (tmp_path / "run").mkdir()
     with pytest.raises(Loaded):
-        pipeline.run(config, {}, tmp_path / "run")
+        pipeline.run(config, tmp_path / "run")
     assert config.tracking.mode == "online", "the request stays as it was given"
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clsrl.method import ClosedFormQuestion
+from clsrl.prompting import ClassListPrompt
 from common.config.schema import GRPOConfig, LoraConfig, TrainerConfig
 from common.data.loading import Loader
 from common.forward import attention
@@ -131,7 +131,7 @@ SFT = {
 @pytest.mark.parametrize(("loss", "options_of_method"), SFT.values(), ids=SFT.keys())
 def test_sft_loss_equals_transformers(load_vlm, digits_task, loss, options_of_method):
     vlm = load_vlm()
-    method = ClosedFormQuestion(instruction="no_think", seed=1, **options_of_method)
+    method = ClassListPrompt(instruction="no_think", seed=1, **options_of_method)
     load = Loader(digits_task.images, 32)
     prompts = method.train_prompts(digits_task)[::20][:4]
     trainer = SFTTrainer(

@@ -60,7 +60,8 @@ def foreign(write):  # noqa: F811
             *parents, last = key.split("__")
             node = values
             for name in parents:
-                node = node.setdefault(name, {})
+                node[name] = node.get(name) or {}  # of a group that the run has not, too
+                node = node[name]
             node[last] = value
         (folder / "config.yaml").write_text(yaml.safe_dump(values))
         return folder
@@ -70,7 +71,7 @@ def foreign(write):  # noqa: F811
 
 def placed(place):
     """A place of the configuration with names for its stars."""
-    return [{"few_shot": "coop", "rewards": "accuracy", "targets": "dtd"}[place[i - 1]] if name == "*" else name
+    return [{"rewards": "accuracy", "targets": "dtd"}[place[i - 1]] if name == "*" else name
             for i, name in enumerate(place)]  # fmt: skip
 
 
@@ -144,10 +145,10 @@ def test_reports_and_resuming_only_read_it(foreign, evil, capsys, compose):
         ("learner.build", "common.launch.start_ranks", "is no learner"),
         ("rollout.check", "common.models.files.weights_folder", "is no check of a sampler"),
         ("model.recipe", "shutil", "is not of this project"),
-        ("few_shot.coop._target_", "common.models.host_rows.HostRows", "is no few-shot learner"),
+        ("few_shot._target_", "common.models.host_rows.HostRows", "is no few-shot learner"),
         ("rewards.x.fn", "common.models.host_rows.HostRows", "is no reward"),
         ("rewards.x.fn", "common.models.hosted_slots.HostedSlots", "is no reward"),
-        ("few_shot.coop.extra._target_", "os.system", "is not of this project"),
+        ("few_shot.extra._target_", "os.system", "is not of this project"),
         ("method._target_", ["os", "system"], "is not of this project"),
         ("method._target_", "common", "is not of this project"),
         ("method._target_", "tests.test_trust.evil", "is not of this project"),
@@ -169,7 +170,6 @@ def options():
     for path in [*ROOT.glob("conf/**/*.yaml"), *ROOT.glob("sweeps/data/*.yaml")]:
         group, values = path.relative_to(ROOT).parts[1], yaml.safe_load(path.read_text())
         if isinstance(values, dict) and group != "hydra":
-            values = {path.stem: values} if path.parent.name == "learners" else values
             yield path, values if group in values else {group: values}
 
 
@@ -191,10 +191,9 @@ CALLS = {
     "config.rollout.backend": "rollout.backend",
     "config.rollout.check": "rollout.check",
     "config.learner.build": "learner.build",
-    "self.config.learner.build": "learner.build",
     "config.learner.check": "learner.check",
     "config.load": "clip.load",
-    "entry['_target_']": "data.reader._target_",  # and few_shot.<name>._target_
+    "entry['_target_']": "data.reader._target_",  # and few_shot._target_
     "reader": "data.reader.reader",
     "fallback['_target_']": "data.reader.fallback._target_",
     "entry['fn']": "rewards.x.fn",
@@ -218,18 +217,20 @@ def test_every_call_that_imports_what_it_is_told_is_known():
 
 
 def test_kinds_ask_for_members_that_their_protocols_have():
-    from alert.draft.fit.data import FewShot
-    from common.method import Method
+    from common.few_shot.heads.base import FewShotHead
+    from common.learner import Learner
     from common.models.families import Family
     from common.rollout.base import Rollout
+    from common.vlm.prompting import Prompting
 
     for kind, protocol in (
-        (trust.METHOD, Method),
+        (trust.METHOD, Prompting),
         (trust.FAMILY, Family),
         (trust.SAMPLER, Rollout),
-        (trust.LEARNER, FewShot),
+        (trust.LEARNER, FewShotHead),
+        (trust.PLACES["learner", "build"], Learner),
     ):
-        assert set(kind.members) <= {*vars(protocol), *protocol.__annotations__}
+        assert set(kind.members) <= {*dir(protocol), *protocol.__annotations__}
 
 
 def test_nothing_of_this_machine_is_looked_up(foreign, monkeypatch):
@@ -356,8 +357,8 @@ def test_nothing_else_unpickles():
 
 
 def test_candidates_of_somebody_else_are_arrays_of_numbers(tmp_path, bomb):
-    from alert.draft import candidate_file
-    from alert.draft.candidates import Candidates, Origin
+    from common.few_shot import candidate_file
+    from common.few_shot.candidates import Candidates, Origin
 
     found = Candidates(("a",), numpy.zeros((1, 1), int), numpy.zeros((1, 1)), Origin("coop", "dtd", 1, 1, False))
     candidate_file.write(tmp_path / "test", found, ["one"], [0])
@@ -465,7 +466,7 @@ def test_links_out_of_a_folder_are_not_given_away(foreign, tmp_path, capsys):
 
 
 def test_a_clip_is_one_of_the_librarys_own_names(tmp_path):
-    clip = pytest.importorskip("alert.draft.features.clip")
+    clip = pytest.importorskip("common.few_shot.encoders.clip")
     for name in (f"local-dir:{tmp_path}", "hf-hub:owner/name"):
         with pytest.raises(UserError, match=f"clip.options.model={name} is no name of open_clip's own models"):
             clip.load("clip", torch.device("cpu"), tmp_path, torch.float32, name, pretrained="openai")

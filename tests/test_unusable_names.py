@@ -8,12 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from alert.draft.features import prompts
-from clsrl.method import ClosedFormQuestion
+from clsrl.prompting import ClassListPrompt
 from common.config.composition import validate
 from common.data import folder, names, source
 from common.data.location import Location
 from common.data.spelling import invisible
+from common.few_shot.encoders import prompts
 from common.models import checks, meter
 from common.models.tiny import gemma3, qwen2_vl
 from common.predict import trained
@@ -142,13 +142,13 @@ def test_a_run_is_asked_about_other_names(tmp_path, compose):
     found = {"splits": {"train": split, "test": split}, "fingerprint": "", "origins": {}}
     (tmp_path / "manifest.json").write_text(json.dumps(found))
     run = trained.Trained(tmp_path, tmp_path, tmp_path / "model")
-    assert trained.questions_of(run, config, ["cat", "dog"]).task.evaluation["test"].names == ("cat", "dog")
+    assert trained.data_of(run, config, ["cat", "dog"]).task.evaluation["test"].names == ("cat", "dog")
     for name, why in (
         ("<answer>", "a part of the form of replies"),
         ("a<|im_end|>", "is a special token of model=tiny"),
     ):
         with pytest.raises(UserError, match=why):
-            trained.questions_of(run, config, ["cat", name])
+            trained.data_of(run, config, ["cat", name])
 
 
 @pytest.mark.parametrize("label", ["<answer>", "c\u200bat"])
@@ -211,7 +211,7 @@ def test_they_are_refused_before_anything_is_measured(compose, monkeypatch):
     config = validate(compose("method=nothinking", "data=digits", "data.question='What <|im_end|> is it?'"))
     monkeypatch.setattr(meter.PromptMeter, "tokens", lambda *_: pytest.fail("measured"))
     with pytest.raises(UserError, match=r"data.question=.* '<\|im_end\|>' is a special token of model=tiny"):
-        checks.check(config, SimpleNamespace(task=task(), train=["one"], evaluation={}))
+        checks.check(config, task(), [["one"]])
 
 
 def test_marks_of_clip(tmp_path):
@@ -236,8 +236,8 @@ def test_commas_are_in_the_way_of_a_list_alone(tmp_path):
     assert found.names == ("salt, pepper", "sugar")
     asked = replace(task(found.names), evaluation={"test": Split(found.train, found.names, "Which?", "What?")})
     with pytest.raises(UserError, match="class 'salt, pepper' has a comma.*setting=open_set"):
-        ClosedFormQuestion(instruction="think", seed=1).evaluation_prompts(asked, "test")
-    asked_openly = ClosedFormQuestion(instruction="think", seed=1, list_share=0).evaluation_prompts(asked, "test")
+        ClassListPrompt(instruction="think", seed=1).evaluation_prompts(asked, "test")
+    asked_openly = ClassListPrompt(instruction="think", seed=1, list_share=0).evaluation_prompts(asked, "test")
     assert [prompt.label for prompt in asked_openly] == ["salt, pepper", "sugar"]
 
 

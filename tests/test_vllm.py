@@ -13,7 +13,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from clsrl.method import ClosedFormQuestion
+from clsrl.prompting import ClassListPrompt
 from common.data.loading import Loader
 from common.forward.logprobs import PolicyScorer
 from common.forward.packing import Group, pack_plain
@@ -46,7 +46,7 @@ class Subject:
             entries = torch.randn(3, 4, width, generator=torch.Generator().manual_seed(5)) * 0.3
             self.vlm = replace(self.vlm, slots=slots.attach(self.vlm.model, entries, True))
         self.encoder = Encoder(self.vlm, Loader(task.images, 32), 512)
-        think = ClosedFormQuestion(instruction="think", seed=1).train_prompts(task)
+        think = ClassListPrompt(instruction="think", seed=1).train_prompts(task)
         self.prompts = [think[0], replace(think[17], image_last=True), replace(think[33], system="Say little.")]
         if categories:
             text = f"One is {CATEGORY}, the other {CATEGORY}."

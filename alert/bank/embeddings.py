@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from common.data.sampling import by_label
-from common.method import Vision
+from common.models.vision import VisionTower
 from common.runtime.distributed import gather, share_of
 from common.types import Item, UserError
 
@@ -20,7 +20,7 @@ STANDARD_DEVIATION = 0.02  # of `random`, our choice: the paper says "random val
 
 
 def see(
-    vision: Vision, items: Sequence[Item], categories: int, how: str | None, seed: int, patches: bool = False
+    vision: VisionTower, items: Sequence[Item], categories: int, how: str | None, seed: int, patches: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Look at every few-shot image once: what a category looks like on average, and where its embedding begins.
 
@@ -66,14 +66,14 @@ def see(
     return torch.stack(means), begun if len(begun) else None
 
 
-def shape_of(vision: Vision, image: str) -> tuple[int, int]:
+def shape_of(vision: VisionTower, image: str) -> tuple[int, int]:
     """M and D of a model, read off one image."""
     tokens, width = vision.project(vision.hidden([image])).shape[1:]
     return tokens, width
 
 
 def _category(
-    vision: Vision, images: list[str], how: str | None, seed: int
+    vision: VisionTower, images: list[str], how: str | None, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The mean of the tower's outputs, [P, V] on its device, and the embedding, [m, D] on the CPU."""
     outputs, projections = torch.tensor(0.0), torch.tensor(0.0)

@@ -22,7 +22,7 @@ from alert.tiny.guidance import guidance, prefer_alike
 from alert.tiny.layout import Row, forward, lay_out, reply_loss, visible
 from common.models.families import Gemma3
 from common.models.meter import messages
-from common.models.slots import spread
+from common.models.slots import expand_placeholders
 from common.models.tiny.gemma3 import END, IMAGE, IMAGE_TOKENS
 from common.models.tiny.pictures import Pictures
 from common.models.tiny.qwen2_vl import IMAGE_SIZE
@@ -148,7 +148,7 @@ class Episodes:
         whole = Gemma3.image_text(chat).replace(IMAGE["image_token"], IMAGE["image_token"] * IMAGE_TOKENS)
         marked = whole.replace(CATEGORY, self.tokenizer.pad_token)
         ids = torch.tensor(self.tokenizer(marked, add_special_tokens=False)["input_ids"])
-        ids = spread(ids, self.tokenizer.pad_token_id, categories, self.first, IMAGE_TOKENS)
+        ids = expand_placeholders(ids, self.tokenizer.pad_token_id, categories, self.first, IMAGE_TOKENS)
         start = int((ids == self.model.config.boi_token_index).nonzero()[0, 0])
         return ids[:start].tolist(), ids[start:].tolist()
 

@@ -6,8 +6,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from alert.draft.features import tiny as clip
 from alert.tiny import recipe as gemma3
+from common.few_shot.encoders import tiny as clip
 from common.models.tiny import recipe as qwen2_vl
 from common.models.tiny.cached import build_once
 

@@ -33,6 +33,7 @@ from common.forward.exact import InFloat32
 from common.forward.label_scores import LabelScorer
 from common.forward.logprobs import PolicyScorer
 from common.forward.packing import Group, pack_shared
+from common.learner import learner_class
 from common.models.adapters import without_adapters
 from common.models.families import Qwen2VL
 from common.models.files import lineage, weight_files
@@ -42,8 +43,8 @@ from common.rollout.base import Decoding, Request, Rollout, awake, requests
 from common.run.checkpoint import Checkpoints
 from common.runtime.group import init_process_group
 from common.training import agreement
-from common.vlm.build import build
-from common.vlm.learner import VLMLearner, sampling
+from common.vlm.build import sampling
+from common.vlm.learner import VLMLearner
 
 TOKENS, GROUP, COMPARED = 6, 3, 1  # of a completion; completions; how many of them go through stock forwards
 TRL_CASES = (setup.Case(700, 6, 4), setup.Case(700, 150, 4))  # CLS-RL on ImageNet: a label, a thought
@@ -83,9 +84,9 @@ def _held(policy: VLM) -> dict[str, torch.Tensor]:
 
 def prompts(learner: VLMLearner, each: int = 2) -> Iterator[Line]:
     """Ids, pixels and positions are the stock processor's and model's, and as long as the check before a run says."""
-    policy, questions = learner.policy, learner.questions
+    policy = learner.policy
     meter = of_folder(Path(learner.weights["path"]), learner.config.model.family)
-    asked = {"train": questions.train, **questions.evaluation}
+    asked = {"train": learner.prompts.train, **learner.prompts.evaluation}
     chosen = [prompt for own in asked.values() for prompt in own[:each]]
     counted = meter.tokens(chosen, learner.config.model.image_size)
     wrong: dict[str, str] = {}
@@ -177,21 +178,21 @@ def decoding_of(learner: VLMLearner) -> Decoding:
 
 def sampled(learner: VLMLearner, rollout: Rollout, size: int) -> tuple[Request, list[Any]]:
     """A group for the first training prompt."""
-    (request,) = requests(learner.encoder, learner.questions.train[:1], ["rehearsal"])
+    (request,) = requests(learner.encoder, learner.prompts.train[:1], ["rehearsal"])
     (completions,) = rollout.generate([request], size, decoding_of(learner))
     return request, completions
 
 
 def labels(learner: VLMLearner) -> Iterator[Line]:
     """Names as replies, bare and after a reasoning, against the stock forward of each whole text, tokenised at once."""
-    policy, method = learner.policy, learner.questions.method
-    prompt = learner.questions.train[0]
+    policy, asks = learner.policy, learner.prompting
+    prompt = learner.prompts.train[0]
     (encoded,) = learner.encoder([prompt])
-    names = next(iter(learner.questions.task.evaluation.values())).choices[:2]
+    names = next(iter(learner.task.evaluation.values())).choices[:2]
     scorer, tokenizer = LabelScorer(policy), policy.processor.tokenizer
     worst, noise, count = 0.0, 0.0, 0
     for begun in ("", REASONING):
-        texts = [method.label_response(name) if not begun else f"<answer>{name}</answer>" for name in names]
+        texts = [asks.label_response(name) if not begun else f"<answer>{name}</answer>" for name in names]
         with InFloat32():
             (found,), (apart,) = (each([encoded], [texts], [begun]) for each in (scorer, LabelScorer(policy, budget=1)))
         noise = max(noise, float(((found.logps - apart.logps) / found.lengths).abs().max()))  # in 8 bits, by the batch
@@ -326,7 +327,9 @@ def checked(config: Config, folder: Path, names: Sequence[str]) -> list[Line]:
     lines, learners = timed(lambda: arithmetic(device), "bf16 arithmetic", device), []
 
     def loads() -> Iterator[Line]:
-        learners.append(build(config, task.build(config), device, folder, Checkpoints(folder / "checkpoints", 1)))
+        made = learner_class(config)(config, task.build(config), device, folder, Checkpoints(folder / "checkpoints", 1))
+        assert isinstance(made, VLMLearner)
+        learners.append(made)
         return loading(learners[0])
 
     lines += timed(loads, "weights", device)

@@ -6,8 +6,11 @@ the quotes away: `data.folder=~/photos` would be an error.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
@@ -29,6 +32,51 @@ def literal(arguments: Sequence[str]) -> list[str]:
         raise UserError("task=predict is a command of its own now: python -m common.predict outputs/<run> <pictures>")
     parser = OverridesParser.create()
     return [_quoted(parser, argument) for argument in arguments]
+
+
+def of_each_run(arguments: Sequence[str]) -> list[str]:
+    """The arguments of a sweep, values of few-shot learners as choices of one.
+
+    Before it composes the runs of a sweep, Hydra composes the command line without what is swept, and applies all
+    other values to that. There `few_shot`, `clip` and `visual` may be null, although the runs have them.
+
+    >>> of_each_run(["-m", "method=coop,cafo", "few_shot.epochs=2,3", "clip.views=2", "seed=1"])
+    ['-m', 'method=coop,cafo', 'few_shot.epochs=2,3', 'clip.views=choice(2)', 'seed=1']
+    """
+    if not _is_sweep(arguments):
+        return list(arguments)
+    parser = OverridesParser.create()
+    return [f"{a.replace('=', '=choice(', 1)})" if _is_of_some(parser, a) else a for a in arguments]
+
+
+def _is_of_some(parser: OverridesParser, argument: str) -> bool:
+    """Whether it is one value of what only some runs have."""
+    key, _, value = argument.partition("=")
+    if not value or key.lstrip("+").partition(".")[0] not in ("few_shot", "clip", "visual") or "." not in key:
+        return False
+    override = parser.parse_override(argument)
+    return not override.is_sweep_override() and override.value() is not None  # Hydra knows no choice of null
+
+
+def _is_sweep(arguments: Sequence[str]) -> bool:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--multirun", "-m", action="store_true")
+    parser.add_argument("--config-name", "-cn")
+    parser.add_argument("--config-dir", "-cd")
+    known, _ = parser.parse_known_args(arguments)
+    named = known.config_name is not None and known.config_dir is not None
+    return known.multirun or (named and _sweeps(Path(known.config_dir), known.config_name))
+
+
+def _sweeps(folder: Path, name: str) -> bool:
+    """Whether a configuration of a folder, or one that it begins from, makes a sweep by itself."""
+    path = folder / f"{name.removesuffix('.yaml')}.yaml"
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        mode, begins = values.get("hydra", {}).get("mode"), values.get("defaults", [])
+    except (OSError, yaml.YAMLError, AttributeError):
+        return False  # Hydra says what is wrong with it
+    return mode == "MULTIRUN" or any(_sweeps(folder, each) for each in begins if isinstance(each, str))
 
 
 def _quoted(parser: OverridesParser, argument: str) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -35,7 +35,7 @@ from common.config.schema_learner import ClipConfig, EncoderConfig, LearnerConfi
 from common.config.schema_task import SAMPLERS, VALIDATIONS, DataConfig, ProtocolConfig, SettingConfig
 from common.config.suggest import unknown_key
 from common.plugins import check_call, check_module, locate, unknown_arguments
-from common.rewards import build_rewards, check_match
+from common.rewards import build_rewards
 from common.types import UserError
 
 SCHEMAS = {
@@ -148,10 +148,10 @@ def user_error(error: BaseException) -> UserError | None:
 
 
 def _check_calls(config: Config, cfg: DictConfig) -> None:
-    for key in ("_target_", "name"):
-        if key not in config.method:
-            raise UserError(f"method.{key} is missing; see conf/method/ for examples")
-    _check_entry(cfg, config.method["_target_"], "method._target_", method_arguments(config))
+    if "name" not in config.method:
+        raise UserError("method.name is missing; see conf/method/ for examples")
+    if "_target_" in config.method:  # a learner without a language model asks nothing
+        _check_entry(cfg, config.method["_target_"], "method._target_", method_arguments(config))
     if config.model.family not in (*FAMILIES, NO_FAMILY) and "." not in config.model.family:
         raise UserError(
             f"model.family={config.model.family}: choose one of {', '.join(FAMILIES)}, or give the path of a class"
@@ -170,7 +170,6 @@ def _check_calls(config: Config, cfg: DictConfig) -> None:
             raise UserError(f"rewards.{name} must be {{weight: number, fn: dotted.path, ...}}, got {entry}")
         if isinstance(entry["weight"], bool) or not isinstance(entry["weight"], int | float):
             raise UserError(f"rewards.{name}.weight={entry['weight']!r} must be a number")
-        check_match(name, entry)
         arguments = {key: value for key, value in entry.items() if key not in ("weight", "fn")}
         key = f"rewards.{name}.fn"
         is_class = isinstance(locate(entry["fn"], key), type)
@@ -215,8 +214,14 @@ def _unknown_keys(node: DictConfig, path: str = "") -> Iterator[str]:
             yield from _unknown_keys(node[key], here)
 
 
+def values_of(config: Config) -> dict[str, Any]:
+    """The configuration as nested dicts and lists; this is what W&B and the run folder get."""
+    found: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    return found
+
+
 def plain(cfg: DictConfig) -> dict[str, Any]:
-    """The resolved configuration as nested dicts; this is what ranks, W&B and the run folder get."""
+    """A composed configuration, resolved, as nested dicts and lists."""
     container = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
@@ -226,40 +231,25 @@ def decides_result(values: dict[str, Any]) -> dict[str, Any]:
     """The part of a plain configuration that a result depends on."""
     kept = {key: value for key, value in values.items() if key not in NOT_IN_SIGNATURE}
     if "data" in kept:
-        kept["data"] = _data(kept["data"])
-    if "learner" in kept:  # how it is asked afterwards
-        kept["learner"] = _without(kept["learner"], ("asks_alone",))
-    if "setting" in kept and kept["setting"].get("test_per_class") is None:  # as before there was such a key
-        kept["setting"] = _without(kept["setting"], ("test_per_class",))
+        kept["data"] = _without(kept["data"], NOT_IN_SIGNATURE_OF_DATA)
     if targets := kept.get("setting", {}).get("targets"):
-        targets = {name: _data(one) for name, one in targets.items()}
+        targets = {name: _without(one, NOT_IN_SIGNATURE_OF_DATA) for name, one in targets.items()}
         kept["setting"] = kept["setting"] | {"targets": targets}
     if "model" in kept:
         model = _without(kept["model"], NOT_IN_SIGNATURE_OF_MODEL)
         kept["model"] = model if model.get("path") is None else model | {"recipe": None}  # not used then
-    if (trainer := kept.get("trainer", {})).get("patience") == 0:  # likewise
-        kept["trainer"] = _without(trainer, ("patience",))
-    chosen = few_shot_of(kept)
-    if chosen is None:
+    if few_shot_of(kept) is None:
         kept = _without(kept, ("clip", "visual", "few_shot", "selection"))
-    elif "few_shot" in kept:
-        kept["few_shot"] = {name: one for name, one in kept["few_shot"].items() if name == chosen}
     if rewards := kept.get("rewards"):
         kept["rewards"] = {name: _without(one, NOT_IN_SIGNATURE_OF_REWARDS) for name, one in rewards.items()}
     return kept
 
 
-def _data(values: dict[str, Any]) -> dict[str, Any]:
-    """What decides of a dataset's configuration; the usual background as before there was such a key."""
-    usual = ("background",) if values.get("background") == "white" else ()
-    return _without(values, (*NOT_IN_SIGNATURE_OF_DATA, *usual))
-
-
 def few_shot_of(values: dict[str, Any]) -> str | None:
     """The few-shot learner that a run fits: its method's own, or the draft of its method; None: none."""
     method = values.get("method", {})
-    name = method.get("learner", method.get("draft"))
-    return name if name in values.get("few_shot", {}) else None
+    is_fitted = "learner" in method or method.get("draft") == "few_shot"
+    return (values.get("few_shot") or {}).get("name") if is_fitted else None
 
 
 def _without(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
@@ -268,18 +258,7 @@ def _without(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 
 def signature(values: dict[str, Any]) -> str:
     """Twelve hex digits that name a configuration; equal for equal results."""
-    return _digits(decides_result(values))
-
-
-def signed(values: dict[str, Any], digits: str) -> bool:
-    """Whether these are the signature of the values, also as it was while `model.max_prompt_tokens` counted."""
-    kept, limit = decides_result(values), values.get("model", {}).get("max_prompt_tokens")
-    former = kept | {"model": kept.get("model", {}) | {"max_prompt_tokens": limit}}
-    return digits in (_digits(kept), _digits(former))
-
-
-def _digits(kept: dict[str, Any]) -> str:
-    text = json.dumps(kept, sort_keys=True, default=str)
+    text = json.dumps(decides_result(values), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -299,7 +278,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> lis
     return lines
 
 
-run_name.register(decides_result)  # here, since a launcher's worker imports this module but does not call `register`
+run_name.register(signature)  # here, since a launcher's worker imports this module but does not call `register`
 OmegaConf.register_new_resolver("of_shots", of_shots, replace=True)
 OmegaConf.register_new_resolver("of_selection", of_selection, replace=True)
 OmegaConf.register_new_resolver("of_trainer", of_trainer, replace=True)

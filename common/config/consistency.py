@@ -94,6 +94,13 @@ def _given(value: Any) -> bool:
     return value is not None
 
 
+def _not_fitted(config: Config) -> str | None:
+    """What decides that a run fits no few-shot learner; None: it fits one."""
+    if "learner" in config.method or config.method.get("draft") == "few_shot":
+        return None
+    return f"method.draft={config.method['draft']}" if "draft" in config.method else f"method={config.method['name']}"
+
+
 def _differs(key: str, other: Callable[[Config], Any]) -> Callable[[Config], str | None]:
     return lambda config: _if(key, lambda value: value != other(config))(config)
 
@@ -132,6 +139,11 @@ OVERRULED = (
     Overruled("data.hub", _if("data.source", lambda source: source == "local"), "use data.source=hub"),
     Overruled("clip.templates", _if("clip.prompts", _given), "add clip.prompts=null"),
     Overruled("method.draft_file", _if("method.draft", lambda draft: draft != "file"), "add method.draft=file"),
+    Overruled(
+        "few_shot",
+        _not_fitted,
+        "a learner is fitted by the method of its name, or by method=alert with method.draft=few_shot",
+    ),
     Overruled("method.initialisation", _if("method.bank", _given), "add method.bank=null"),
 )
 

@@ -281,9 +281,9 @@ class Config:
     model: ModelConfig = MISSING
     rewards: dict[str, Any] = field(default_factory=dict)
     trainer: TrainerConfig = MISSING
-    clip: ClipConfig = MISSING
-    visual: EncoderConfig = MISSING
-    few_shot: dict[str, Any] = field(default_factory=dict)
+    clip: ClipConfig | None = None
+    visual: EncoderConfig | None = None
+    few_shot: dict[str, Any] | None = None
     selection: str = "val"
     rollout: RolloutConfig = MISSING
     deepspeed: dict[str, Any] = field(default_factory=dict)

@@ -13,15 +13,14 @@ from common.types import UserError
 
 @dataclass
 class LearnerConfig:
-    """What is trained and tested (common/learner.py). needs_shots: without a `trainer`, too. asks_alone: a finished one
-    is asked without the pictures that it was trained on.
+    """What is trained and tested (common/learner.py). build: its class. check: a function that checks its
+    configuration. needs_shots: it learns from the few-shot images without a `trainer`, too, so its classes are theirs.
     """
 
     name: str = MISSING
     build: str = MISSING
     check: str = MISSING
     needs_shots: bool = True
-    asks_alone: bool = False
 
 
 @dataclass

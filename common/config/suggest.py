@@ -25,7 +25,6 @@ from common.config.aliases import ALIASES
 from common.config.consistency import DEEPSPEED_KEYS
 from common.config.run_name import CONF
 from common.plugins import locate
-from common.renamed import RENAMED, successor
 from common.types import UserError
 
 GROUPS = sorted({file.parent.name for file in CONF.glob("*/*.yaml")})
@@ -40,6 +39,8 @@ def explain(error: Exception, arguments: Sequence[str]) -> str | None:
         arguments: Of the command line.
     """
     text = f"{error} {error.__cause__ or ''}"
+    if isinstance(error, AssertionError):  # OmegaConf's own, of a value below a group that is null
+        return below_nothing(arguments) if "Unexpected type" in text else None
     if "Config group override must be" in text or "Error resolving interpolation" in text:
         return no_option(arguments)
     if several := re.search(r"Ambiguous value for argument '([^=']+)=(.*?)'\n", text):
@@ -78,10 +79,24 @@ def no_option(arguments: Sequence[str]) -> str | None:
     return None
 
 
+def below_nothing(arguments: Sequence[str]) -> str | None:
+    """One line about the first value of a group of which nothing is chosen."""
+    keys = [key for key in (each.lstrip("+~").partition("=")[0] for each in arguments) if "." in key]
+    for cfg in (_composed(arguments), _composed([])):  # of a sweep, the first run may have what another has not
+        for key in keys:
+            if _lacks_group(key, cfg):
+                return unknown_key(key, cfg, arguments)
+    return None
+
+
+def _lacks_group(key: str, cfg: DictConfig) -> bool:
+    """Whether the key's group is null: encoders and values of few-shot learners, where a run has none."""
+    group = key.partition(".")[0]
+    return group in GROUPS and group in cfg and cfg[group] is None
+
+
 def unknown_option(group: str, option: str, options: Sequence[str]) -> str:
     """One line about an option that a group does not have."""
-    if new := successor(f"{group}={option}", RENAMED):
-        return f"{group}={option} is not an option; it is now {new}"
     near = get_close_matches(option, options, 1)
     hint = f"; did you mean {group}={near[0]}?" if near else ";"
     return f"Could not find '{group}/{option}'{hint} Available options in '{group}': {' '.join(options)}"
@@ -95,8 +110,13 @@ def unknown_key(key: str, cfg: DictConfig, arguments: Sequence[str] = ()) -> str
         cfg: The composed configuration, without the key or with it where a `+` has appended it.
         arguments: Of the command line, for the value that was given.
     """
-    if new := successor(key, RENAMED):
-        return f"unknown config key {key}; it is now {new}"
+    parts = key.split(".")
+    if parts[0] == "few_shot" and parts[-1] and set(parts[1:-1]) & set(options("few_shot")):
+        return f"unknown config key {key}; it is now few_shot.{parts[-1]}"
+    if _lacks_group(key, cfg):
+        return (
+            f"unknown config key {key}; it is of few-shot learners, and this run has none: choose one, as method=cafo"
+        )
     if needed := needs(key, cfg):
         return f"unknown config key {key}; {needed}"
     given = next((a for a in arguments if a.lstrip("+~").partition("=")[0] == key), "")
@@ -116,7 +136,6 @@ def nearest(key: str, cfg: DictConfig) -> list[str]:
     """The keys and groups that are probably meant, the likeliest first; with a `+` what has to be appended."""
     parent, _, leaf = key.partition("@")[0].lower().replace("-", "_").rpartition(".")
     known = [name for name in _keys(cfg) if name != key and name.startswith("hydra.") == key.startswith("hydra.")]
-    known = [name for name in known if not name.startswith("few_shot.") or _is_fitted(name.split(".")[1], cfg)]
     words = [(_leaf(name), name) for name in (*known, *GROUPS, *_appendable(key.rpartition(".")[0], cfg))]
     words += ALIASES.items()
     scores: dict[str, float] = {}
@@ -131,18 +150,18 @@ def nearest(key: str, cfg: DictConfig) -> list[str]:
     return (best if len(best) <= 3 else []) + ([f"+{key}"] if _takes_any(key, cfg) else [])
 
 
-def _is_fitted(learner: str, cfg: DictConfig) -> bool:
-    """Whether the run fits this few-shot learner; the values of the others are there, too."""
-    return learner in [OmegaConf.select(cfg, f"method.{key}", default=None) for key in ("learner", "draft")]
-
-
 def needs(key: str, cfg: DictConfig) -> str:
     """Which other options of the key's group have the key, in words; empty if none has."""
     group, _, rest = key.partition(".")
-    owners = [option for option in options(group) if rest and rest in _keys(_written(group, option))]
+    having = owners(group, rest)
     chosen = OmegaConf.select(cfg, f"{group}.name", default=None)
     here = f", not {group}={chosen}" if chosen else ""
-    return f"it belongs to {group}={'|'.join(owners)}{here}" if owners else ""
+    return f"it belongs to {group}={'|'.join(having)}{here}" if having else ""
+
+
+def owners(group: str, key: str) -> list[str]:
+    """The options of a group whose own files have a key."""
+    return [option for option in options(group) if key and key in _keys(_written(group, option))]
 
 
 def _shown(name: str, cfg: DictConfig, value: str) -> str:

@@ -53,11 +53,11 @@ PLACES: dict[tuple[str, ...], Kind] = {
     ("setting", "build"): Kind("setting", parameters=("data", "targets", "how"), returns="Splits"),
     ("rollout", "backend"): SAMPLER,
     ("rollout", "check"): Kind("check of a sampler", parameters=("config",), returns="None"),
-    ("learner", "build"): Kind("learner", parameters=("config", "questions", "device", "folder", "checkpoints")),
-    ("learner", "check"): Kind("check of a learner", parameters=("config", "questions"), returns="None"),
+    ("learner", "build"): Kind("learner", ("predict", "train", "save", "load", "set_task", "close")),
+    ("learner", "check"): Kind("check of a learner", parameters=("config", "data")),
     ("clip", "load"): (ENCODER := Kind("encoder", parameters=("key", "device", "cache_dir", "dtype"))),
     ("visual", "load"): ENCODER,
-    ("few_shot", "*", "_target_"): LEARNER,
+    ("few_shot", "_target_"): LEARNER,
     ("rewards", "*", "fn"): Kind("reward", ("__call__",), ("samples",), "list[float]"),
     **{
         (*data, source, *place): kind

@@ -16,11 +16,9 @@ from PIL import Image
 from common.config.schema import NO_FAMILY, Config, GRPOConfig
 from common.cost.update import GIB, Batch, Pass, cache_bytes, measure, memory
 from common.counted import counted
-from common.data.task import Questions
 from common.forward import attention
 from common.forward.logprobs import head_rows
 from common.forward.packing import Group, pack, score_prompts
-from common.method import Looks
 from common.models import files, meter, vlm
 from common.models.adapters import without_adapters
 from common.models.encoder import Encoded, Encoder
@@ -28,6 +26,7 @@ from common.models.slots import attach
 from common.training.schedule import total_updates
 from common.training.sft import target
 from common.types import Prompt
+from common.vlm.prompting import TaskPrompts
 
 # A card: GiB, dense bf16 operations per second, bytes of memory traffic per second; the makers' data sheets.
 CARDS = {
@@ -90,25 +89,25 @@ class Cost:
         return found[0], found[1]
 
 
-def of_run(config: Config, questions: Questions, folder: Path, ranks: int, lengths: Sequence[int] = ()) -> Cost:
+def of_run(config: Config, asked: TaskPrompts, folder: Path, ranks: int, lengths: Sequence[int] = ()) -> Cost:
     """Compute what the training of a run costs.
 
     Args:
-        config: Of the run; its trainer trains.
-        questions: With the training prompts.
-        folder: Of the model, from `files.find`; its weights need not be there.
+        config: The run's configuration, with a trainer that trains.
+        asked: The run's prompts.
+        folder: Folder of the model, from `files.find`; its weights need not be there.
         ranks: Number of GPUs.
         lengths: Tokens of a completion to count operations for; none: those of the longest label's reply and the limit.
     """
     trainer, size, limit = config.trainer, config.model.image_size, config.rollout.max_completion_tokens
-    policy = _with_bank(vlm.on_meta(folder, config.model), config, questions)
+    policy = _with_bank(vlm.on_meta(folder, config.model), config, asked)
     attention.install(policy.model, config.model.attention)
     measure_tokens = meter.of_folder(folder, config.model.family).tokens
-    tokens = measure_tokens(questions.train, size)
-    prompt = _encoded(policy, _longest(questions.train, tokens), size)
-    asked = [each for split in questions.evaluation.values() for each in split]
-    tested = _encoded(policy, _longest(asked, measure_tokens(asked, size)), size) if asked else prompt
-    label = max((_reply(policy, questions, each, config) for each in _labels(questions)), key=len)
+    tokens = measure_tokens(asked.train, size)
+    prompt = _encoded(policy, _longest(asked.train, tokens), size)
+    tests = [each for split in asked.evaluation.values() for each in split]
+    tested = _encoded(policy, _longest(tests, measure_tokens(tests, size)), size) if tests else prompt
+    label = max((_reply(policy, asked, each, config) for each in _labels(asked)), key=len)
     prompts, sampled, most = math.ceil(trainer.prompts_per_update / ranks), None, len(label)
     if isinstance(trainer, GRPOConfig):
         sampled, most = Batch(prompt, prompts, trainer.group_size, limit), limit
@@ -116,21 +115,21 @@ def of_run(config: Config, questions: Questions, folder: Path, ranks: int, lengt
     passes = {length: _measured(policy, prompt, label, length, 1, config) for length in {*shown, most}}
     fits = _groups_per_forward(config, len(prompt.ids) + _group_size(config) * most, prompts)
     largest = passes[most] if fits == 1 else _measured(policy, prompt, label, most, fits, config)
-    evaluated = Batch(tested, min(config.rollout.evaluation_batch, max(1, len(asked))), 1, limit)
+    evaluated = Batch(tested, min(config.rollout.evaluation_batch, max(1, len(tests))), 1, limit)
     weights = _weight_bytes(policy, config)
     return Cost(
         (min(tokens), len(prompt.ids)),
         most,
         {length: _operations(passes[length], config, prompts) for length in shown},
         memory(policy, largest, sampled, evaluated, trainer, config.deepspeed, ranks, weights),
-        total_updates(trainer, len(questions.train)),
+        total_updates(trainer, len(asked.train)),
         ranks,
         {length: _traffic(policy, sampled, length) for length in shown},
         trainer.num_iterations if isinstance(trainer, GRPOConfig) else 1,
     )
 
 
-def foreseen(config: Config, questions: Questions) -> list[str]:
+def foreseen(config: Config, asked: TaskPrompts) -> list[str]:
     """The cost of a run that has not begun, for a reader; empty where no vision-language model is trained, and for
     models that are built here, which are tiny.
     """
@@ -138,7 +137,7 @@ def foreseen(config: Config, questions: Questions) -> list[str]:
     if model.family == NO_FAMILY or config.trainer.name == "none" or model.path is None:
         return []
     folder = files.find(model.path, model.revision, weights=False)
-    return lines(of_run(config, questions, folder, max(1, config.gpus)))
+    return lines(of_run(config, asked, folder, max(1, config.gpus)))
 
 
 def _measured(policy: vlm.VLM, prompt: Encoded, label: torch.Tensor, length: int, groups: int, config: Config) -> Pass:
@@ -184,15 +183,15 @@ def _traffic(policy: vlm.VLM, sampled: Batch | None, length: int) -> float:
     return weights + cache
 
 
-def _with_bank(policy: vlm.VLM, config: Config, questions: Questions) -> vlm.VLM:
+def _with_bank(policy: vlm.VLM, config: Config, asked: TaskPrompts) -> vlm.VLM:
     """The model with as many embeddings beside its vocabulary as the method will put there."""
-    if not isinstance(questions.method, Looks):
+    count, trained = asked.prompting.embeddings(asked.task), bool(config.method.get("trainable", True))
+    if count == 0:
         return policy
     text = policy.model.config.get_text_config()
     tokens = policy.family.image_tokens(policy.model.config.to_dict(), config.model.image_size)
-    count, trained = len(questions.task.train.names), bool(config.method.get("trainable", True))
     if config.trainer.embeddings == "host":  # which lends those of a prompt
-        count, trained = max(len(prompt.categories) for prompt in questions.train), False
+        count, trained = max(len(prompt.categories) for prompt in asked.train), False
     entries = torch.empty(count, tokens, text.hidden_size, device="meta")
     return replace(policy, slots=attach(policy.model, entries, trained))
 
@@ -210,14 +209,14 @@ def _longest(prompts: Sequence[Prompt], tokens: Sequence[int]) -> Prompt:
     return prompts[max(range(len(prompts)), key=tokens.__getitem__)]
 
 
-def _labels(questions: Questions) -> list[str]:
-    return list(dict.fromkeys(prompt.label for prompt in questions.train))
+def _labels(asked: TaskPrompts) -> list[str]:
+    return list(dict.fromkeys(prompt.label for prompt in asked.train))
 
 
-def _reply(policy: vlm.VLM, questions: Questions, label: str, config: Config) -> torch.Tensor:
+def _reply(policy: vlm.VLM, asked: TaskPrompts, label: str, config: Config) -> torch.Tensor:
     """Ids of the reply that says a label, and of its end."""
     loss = "answer" if isinstance(config.trainer, GRPOConfig) else config.protocol.sft_loss
-    return target(policy, questions.method.label_response(label), loss)
+    return target(policy, asked.prompting.label_response(label), loss)
 
 
 def _weight_bytes(policy: vlm.VLM, config: Config) -> int | None:

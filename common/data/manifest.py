@@ -1,4 +1,4 @@
-"""The manifest of a run: which images, which labels, which questions, frozen with hashes.
+"""The manifest of a run: which images and which labels, frozen with hashes.
 
 "What exactly was the split?" is answered by this file alone, and evaluation refuses a task that does not match it.
 """
@@ -13,30 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from common.counted import counted
-from common.types import Prompt, Task, UserError
+from common.types import Task, UserError
 
 # How the data was read, on this machine and day. It may change without changing the task, so no hash covers it.
 OBSERVED = ("passed_over", "notes", "duplicates", "unusable", "treated", "background")
 DIGITS = 16  # of the hash of a picture's content
 
 
-def build(
-    task: Task,
-    train: Sequence[Prompt],
-    evaluation: dict[str, list[Prompt]],
-    header: dict[str, Any],
-    observed: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+def build(task: Task, header: dict[str, Any], observed: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Everything that defines the task, as JSON-ready values; `hash` covers all the rest but what was OBSERVED."""
-    splits = {"train": (task.train, train)} | {name: (task.evaluation[name], evaluation[name]) for name in evaluation}
     content: dict[str, Any] = {**header, "splits": {}}
-    for name, (split, prompts) in splits.items():
+    for name, split in {"train": task.train, **task.evaluation}.items():
         rows = [[item.image, item.label] for item in split.items]
         content["splits"][name] = {
             "n": len(rows),
             "names": list(split.names),
             "items_sha256": digest(rows),
-            "prompts_sha256": digest([[prompt.system, prompt.text] for prompt in prompts]),
             "rows": rows,
         }
         if split.aliases:
@@ -67,7 +59,7 @@ def with_contents(manifest: Mapping[str, Any], stamps: Mapping[str, str]) -> dic
 
 
 def changed(frozen: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
-    """Images of both that hold something else now than they did; earlier versions did not write down what they held."""
+    """Images of both that hold something else now than they did."""
     before, now = (
         {row[0]: row[2] for split in each["splits"].values() for row in split["rows"] if len(row) > 2}
         for each in (frozen, manifest)
@@ -118,7 +110,7 @@ def verify(path: Path, manifest: dict[str, Any]) -> None:
     """Compare the run's manifest with the task that is about to be evaluated.
 
     Raises:
-        UserError: They differ; names the first differing source or split, the pictures that hold something else now, or
+        UserError: They differ; names the first differing split, the pictures that hold something else now, or
             the file if it was edited.
     """
     frozen = json.loads(path.read_text(encoding="utf-8"))
@@ -131,16 +123,10 @@ def verify(path: Path, manifest: dict[str, Any]) -> None:
         )
     if frozen["hash"] == manifest["hash"]:
         return
-    for key, digest_now in manifest.get("sources", {}).items():
-        if frozen.get("sources", {}).get(key) != digest_now:
-            raise UserError(
-                f"{key}: the file is not the one that {path} froze; put that one back or use another run folder"
-            )
     for name, split in manifest["splits"].items():
         before = frozen["splits"].get(name, {})
-        for key in ("items_sha256", "prompts_sha256"):
-            if before.get(key) != split[key]:
-                raise UserError(f"{path} froze another task: {key} of split '{name}' differs; use another run folder")
+        if before.get("items_sha256") != split["items_sha256"]:
+            raise UserError(f"{path} froze another task: the images of split '{name}' differ; use another run folder")
     raise UserError(f"{path} froze another task; use another run folder")
 
 

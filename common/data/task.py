@@ -1,6 +1,6 @@
-"""From configuration to the task of a run: images, questions, manifest. No torch.
+"""From configuration to the task of a run: images, labels, picks and their manifest. No torch, no method, no prompt.
 
-Read once per process: the checks before a run hand their questions on to it. Ranks of their own read for themselves,
+Read once per process: the checks before a run hand their data on to it. Ranks of their own read for themselves,
 and the manifest's hash says that all agree.
 """
 
@@ -11,9 +11,8 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from common.config.composition import method_arguments
 from common.config.schema import Config
 from common.config.schema_task import DataConfig
 from common.counted import agree, counted
@@ -24,34 +23,30 @@ from common.data.litter import summary
 from common.data.sampling import Sampling
 from common.data.settings import Splits, fewer
 from common.data.source import Dataset, load_dataset
-from common.method import Accounts, Looks, Method
 from common.plugins import locate
 from common.runtime.progress import doing
-from common.types import Images, Prompt, Task, UserError
+from common.types import Images, Task, UserError
 
 
 @dataclass(frozen=True)
-class Questions:
-    """The task with every question of the run. `manifest` is what manifest.json holds."""
+class TaskData:
+    """The task of a run, and what manifest.json holds of it."""
 
     task: Task
-    method: Method
-    train: list[Prompt]
-    evaluation: dict[str, list[Prompt]]
     manifest: dict[str, Any]
 
     @property
     def images(self) -> list[str]:
         """Every image of the task, each once."""
-        prompts = [self.train, *self.evaluation.values()]
-        return list(dict.fromkeys(prompt.image for part in prompts for prompt in part))
+        splits = [self.task.train, *self.task.evaluation.values()]
+        return list(dict.fromkeys(item.image for split in splits for item in split.items))
 
 
-def build(config: Config, without: Collection[str] = ()) -> Questions:
-    """Read the data, pick the shots, ask the questions.
+def build(config: Config, without: Collection[str] = ()) -> TaskData:
+    """Read the data and pick the shots.
 
     Args:
-        config: Of the run.
+        config: The run's configuration.
         without: Images to leave out after the draw, since they cannot be decoded.
 
     Raises:
@@ -67,9 +62,6 @@ def build(config: Config, without: Collection[str] = ()) -> Questions:
         splits = replace(splits, evaluation=tested)
     task = _task(config, datasets, splits)
     _check_enough(config, task)
-    method: Method = locate(config.method["_target_"], "method._target_")(**method_arguments(config))
-    train = method.train_prompts(task)
-    evaluation = {split: method.evaluation_prompts(task, split) for split in task.evaluation}
     header = {
         "data": config.data.name,
         "setting": config.setting.name,
@@ -87,10 +79,8 @@ def build(config: Config, without: Collection[str] = ()) -> Questions:
         header["test_per_class"] = count
     if splits.refilled:
         header["refilled"] = splits.refilled
-    if isinstance(method, Accounts) and (sources := method.sources(task)):
-        header["sources"] = sources
     observed = _observed(datasets, len(seen))
-    return Questions(task, method, train, evaluation, manifest.build(task, train, evaluation, header, observed))
+    return TaskData(task, manifest.build(task, header, observed))
 
 
 def _observed(datasets: dict[str, Dataset], seen: int) -> dict[str, Any]:
@@ -109,13 +99,6 @@ def _seen(config: Config, data: Dataset) -> frozenset[str]:
         return frozenset()
     folder = Path(config.model.path).expanduser()
     return manifest.trained_images(folder, config.data.name, data.source.fingerprint)
-
-
-def ask_again(questions: Questions) -> Questions:
-    """The questions of a method that has seen the pictures meanwhile. What the manifest froze stays as it is."""
-    method, task = questions.method, questions.task
-    evaluation = {split: method.evaluation_prompts(task, split) for split in task.evaluation}
-    return replace(questions, train=method.train_prompts(task), evaluation=evaluation)
 
 
 def read_datasets(config: Config) -> dict[str, Dataset]:
@@ -163,15 +146,13 @@ def sampling(config: Config, seen: frozenset[str] = frozenset(), unusable: froze
         seen: Images that the model was trained on before.
         unusable: Images that cannot be decoded.
     """
-    looks = issubclass(cast(type, locate(config.method["_target_"], "method._target_")), Looks)
     return Sampling(
         shots=None if config.shots == "all" else config.shots,
         seed=config.seed,
         sampler=config.sampler,
         validation=config.validation,
         test_rows=config.protocol.test_rows,
-        # who looks at the shots needs them without a trainer, too
-        trains=looks or config.learner.needs_shots or config.trainer.name != "none",
+        trains=config.learner.needs_shots or config.trainer.name != "none",
         held_out=seen,
         unusable=unusable,
         refill=config.data.own_photos,
@@ -221,3 +202,17 @@ def _check_enough(config: Config, task: Task) -> None:
                 f" also in {name}, first: {min(shared)}; let"
                 " each image belong to one part"
             )
+
+
+def own_labels(task: Task, split: str) -> list[int]:
+    """The trained class of every class of a split, by name; of two classes of one name each keeps its own."""
+    names, trained = task.evaluation[split].names, task.train.names
+    if names == trained:
+        return list(range(len(names)))
+    first = {name: label for label, name in reversed(list(enumerate(trained)))}
+    return [first[name] for name in names]
+
+
+def dataset_of(task: Task, split: str) -> str:
+    """The dataset that a split tests on."""
+    return split if split in list(task.origins)[1:] else next(iter(task.origins), split)

@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from common.data.task import Questions
 from common.evaluation import metrics
 from common.evaluation.summary import Summary
-from common.method import Accounts
-from common.types import Answers
+from common.types import Answers, Task
 
 T = TypeVar("T")
 # Name in metrics.jsonl to its name in a summary's `probability`.
 PROBABILITY = {"probability_accuracy": "top1", "top5_accuracy": "top5", "ece": "ece", "brier": "brier"}
 
 
-class Predictor(Protocol):
+class Predictor(ABC):
     """What can be evaluated. Ranks share the work of `predict`, and every rank gets all answers."""
 
-    @property
-    def questions(self) -> Questions:
-        """What it is asked."""
+    task: Task
 
+    @abstractmethod
     def predict(self, split: str, limit: int | None = None) -> Answers:
         """Answers to a split of the task, with the probabilities of the classes if they are to be had.
 
-        `limit`: only so many images (see `spread`), and answers alone.
+        `limit`: only so many images (see `evenly_spaced`), and answers alone.
         """
 
+    def diagnostics(self, split: str, answers: Answers) -> dict[str, Any]:
+        """What metrics.json says of a split's predictions beside the accuracies.
 
-class Shelf(Protocol):
+        The answers may be those of an earlier attempt of the run; their columns say what was true of each then.
+        """
+        return {}
+
+
+class PredictionCache(Protocol):
     """Where finished splits are kept (see common/run/recorder.py)."""
 
     def kept(self, phase: str, split: str) -> Answers | None:
@@ -65,45 +70,45 @@ class Evaluation:
         return scalars | {f"eval/{name}": value for name, value in self.overall.items()}
 
 
-def all_splits(predictor: Predictor, phase: str, shelf: Shelf) -> Evaluation:
+def all_splits(predictor: Predictor, phase: str, cache: PredictionCache) -> Evaluation:
     """Every image of every split, `before` or `after` training.
 
     Splits that an earlier attempt of the run finished are not asked again.
     """
     answers = {}
-    for split in predictor.questions.evaluation:
-        known = shelf.kept(phase, split)
+    for split in predictor.task.evaluation:
+        known = cache.kept(phase, split)
         answers[split] = predictor.predict(split) if known is None else known
         if known is None:
-            shelf.keep(phase, split, answers[split])
-    return _summarized(predictor.questions, answers)
+            cache.keep(phase, split, answers[split])
+    return _summarized(predictor, answers)
 
 
 def during_training(predictor: Predictor, limit: int | None) -> Evaluation:
-    """`limit` images of the watched split; answers only."""
-    split = watched(predictor.questions)
-    images = len(predictor.questions.evaluation[split])
-    return _summarized(predictor.questions, {split: predictor.predict(split, images if limit is None else limit)})
+    """`limit` images of the split that is monitored; answers only."""
+    split = monitor_split(predictor.task)
+    images = len(predictor.task.evaluation[split].items)
+    return _summarized(predictor, {split: predictor.predict(split, images if limit is None else limit)})
 
 
-def watched(questions: Questions) -> str:
+def monitor_split(task: Task) -> str:
     """The split that is evaluated during training: val where there is one, else the first test."""
-    return "val" if "val" in questions.evaluation else next(iter(questions.evaluation))
+    return "val" if "val" in task.evaluation else next(iter(task.evaluation))
 
 
-def _summarized(questions: Questions, answers: dict[str, Answers]) -> Evaluation:
+def _summarized(predictor: Predictor, answers: dict[str, Answers]) -> Evaluation:
     summary = {}
     for split, split_answers in answers.items():
-        asked, method = questions.task.evaluation[split], questions.method
-        facts = method.facts(questions.task, split, split_answers) if isinstance(method, Accounts) else {}
+        asked = predictor.task.evaluation[split]
+        facts = predictor.diagnostics(split, split_answers)
         summary[split] = metrics.summarize(split_answers, asked.choices, aliases=bool(asked.aliases), facts=facts)
     return Evaluation(answers, summary)
 
 
-def spread(items: Sequence[T], limit: int | None) -> list[T]:
+def evenly_spaced(items: Sequence[T], limit: int | None) -> list[T]:
     """At most `limit` of them, evenly spaced: splits are often in the order of the classes.
 
-    >>> spread([0, 1, 2, 3, 4, 5, 6], 3), spread([0, 1], 3), spread([0, 1], None)
+    >>> evenly_spaced([0, 1, 2, 3, 4, 5, 6], 3), evenly_spaced([0, 1], 3), evenly_spaced([0, 1], None)
     ([0, 2, 4], [0, 1], [0, 1])
     """
     if limit is None or limit >= len(items):

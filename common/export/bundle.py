@@ -17,13 +17,16 @@ from common.config import trust
 from common.config.schema import Config, LoraConfig, ModelConfig
 from common.export import plain
 from common.export.card import write_card
-from common.method import Exports, Looks, Recalls, Words
+from common.learner import learner_class
 from common.models import vlm
 from common.models.files import ADAPTERS, check_links, weights_folder
 from common.models.meter import messages
-from common.predict.trained import RECORDS, Trained, config_of, method_of, questions_of
+from common.predict.trained import RECORDS, Trained, config_of, data_of
 from common.run.result import Result
 from common.types import Item, Prompt, UserError
+from common.vlm import prompting
+from common.vlm.learner import VLMLearner
+from common.vlm.prompting import Words
 
 ASKING = "asking.json"
 
@@ -68,26 +71,20 @@ def export(run: Path, target: Path, kind: str = "model", licence: str | None = N
 def _model(trained: Trained, config: Config, target: Path) -> dict[str, Any]:
     values = {key: value for key, value in vars(config.model).items() if key != "lora"}
     settings = ModelConfig(**{**values, "lora": LoraConfig(), "load_in_8bit": False})
-    (method, looks), words = method_of(trained, config), None
-    if isinstance(method, Looks) and not trained.embeddings.is_dir():
-        raise UserError(
-            f"method={config.method['name']} has trained no category embeddings, and without them its model is the one"
-            " that it began from"
-        )
+    learner = learner_class(config)
+    assert issubclass(learner, VLMLearner), "it has a language model"
     policy = plain.merged(vlm.load(weights_folder(config), settings, torch.device("cpu")))
-    if isinstance(method, Exports) and trained.embeddings.is_dir():
-        words = method.into_vocabulary(policy.model, policy.processor, policy.pad, trained.embeddings)
+    words = learner.into_vocabulary(config, policy, trained.model)
     never = {*policy.banned, *(() if words is None else words.ids)}
     plain.save(policy, target, never, config.rollout.max_completion_tokens)
     asking = how_to_ask(trained, config, words)
     (target / ASKING).write_text(json.dumps(asking, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    if isinstance(method, Recalls) and not looks and config.model.freeze_vision:
-        kept = target / trained.embeddings.name
-        kept.mkdir()
-        for name in method.kept:
-            shutil.copyfile(trained.embeddings / name, kept / name)
-    elif isinstance(method, Looks):  # nobody else could choose its candidates
+    kept = learner.kept_files(config, trained.model)
+    if kept is None:
         return asking
+    for name in kept:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(trained.model / name, target / name)
     _write_records(trained, target / RECORDS)
     return asking
 
@@ -124,11 +121,10 @@ def how_to_ask(trained: Trained, config: Config, words: Words | None) -> dict[st
 
 
 def _example(trained: Trained, config: Config) -> Prompt:
-    questions = questions_of(trained, config)
-    (split,) = questions.task.evaluation
-    asked = replace(questions.task.evaluation[split], items=(Item("photo.jpg", -1, ""),))
-    task = replace(questions.task, evaluation={split: asked})
-    return questions.method.evaluation_prompts(task, split)[0]
+    task = data_of(trained, config).task
+    (split,) = task.evaluation
+    asked = replace(task.evaluation[split], items=(Item("photo.jpg", -1, ""),))
+    return prompting.of_config(config).evaluation_prompts(replace(task, evaluation={split: asked}), split)[0]
 
 
 def _write_records(trained: Trained, folder: Path) -> None:
@@ -136,13 +132,12 @@ def _write_records(trained: Trained, folder: Path) -> None:
     folder.mkdir()
     values = trust.read(trained.records / "config.yaml")
     # what could say where or whose it was, and what no answer depends on
-    values |= {"rewards": {}, "few_shot": {}, "cache_dir": "cache", "label": None, "run_name": "exported"}
+    values |= {"rewards": {}, "cache_dir": "cache", "label": None, "run_name": "exported"}
+    values |= {"few_shot": None, "clip": None, "visual": None}
     values["data"] = _anywhere(values["data"])
     values["setting"]["targets"] = {name: _anywhere(one) for name, one in values["setting"]["targets"].items()}
     values["model"]["path"] = named(values["model"]["path"])
     values["tracking"] |= {"group": None, "tags": [], "project": values["tracking"]["name"]}
-    for encoder in ("clip", "visual"):
-        values[encoder]["options"] = {}
     (folder / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     manifest = json.loads((trained.records / "manifest.json").read_text(encoding="utf-8"))
     splits = {name: {"names": split["names"]} for name, split in manifest["splits"].items()}

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 
 from common.config.schema import Config
 from common.config.schema_task import DataConfig
-from common.data.task import Questions
 from common.models import files, meter
 from common.runtime.progress import say
-from common.types import CATEGORY, Task, UserError
+from common.types import CATEGORY, Prompt, Task, UserError
 
 ADAPTERS_MOVE = 5e-6  # the lowest rate that any paper here trains adapters at, ALERT's
 INSTEAD = (  # of a tiny model, on photos
@@ -18,17 +18,22 @@ INSTEAD = (  # of a tiny model, on photos
 )
 
 
-def check(config: Config, questions: Questions) -> None:
-    """See `Check` in common/learner.py.
+def check(config: Config, task: Task, asked: Collection[Sequence[Prompt]]) -> None:
+    """Check devices, files, words and lengths.
+
+    Args:
+        config: The run's configuration.
+        task: With the class names.
+        asked: The prompts of every split.
 
     Raises:
         UserError: Names the key, the file or the image at fault.
     """
     check_8bit(config)
     measure = check_weights(config)
-    check_words(config, measure, questions.task)
-    check_lengths(config, questions, measure)
-    for line in (unknown_classes(config, questions), still_adapters(config)):
+    check_words(config, measure, task)
+    check_lengths(config, asked, measure)
+    for line in (unknown_classes(config, task), still_adapters(config)):
         if line:
             say(f"warning: {line}")
 
@@ -60,7 +65,7 @@ def _questions(data: DataConfig) -> tuple[tuple[str, str], ...]:
     return ("question", data.question), ("open_question", data.open_question)
 
 
-def check_lengths(config: Config, questions: Questions, measure: meter.PromptMeter) -> None:
+def check_lengths(config: Config, asked: Collection[Sequence[Prompt]], measure: meter.PromptMeter) -> None:
     """Every prompt is within the limit, if there is one, and leaves the model its completion."""
     limit, completion = config.model.max_prompt_tokens, config.rollout.max_completion_tokens
     bounds = [limit] if limit is not None else []
@@ -68,7 +73,7 @@ def check_lengths(config: Config, questions: Questions, measure: meter.PromptMet
         bounds.append(measure.context - completion)
     if not bounds:
         return
-    for prompts in (questions.train, *questions.evaluation.values()):
+    for prompts in asked:
         if (found := measure.over(prompts, config.model.image_size, min(bounds))) is None:
             continue
         length, prompt = found
@@ -82,7 +87,7 @@ def check_lengths(config: Config, questions: Questions, measure: meter.PromptMet
         )
 
 
-def unknown_classes(config: Config, questions: Questions) -> str | None:
+def unknown_classes(config: Config, task: Task) -> str | None:
     """What to say if the model is of a recipe that was taught other classes than those of the data; else None.
 
     A recipe that does not say what it `knows` was taught no certain classes.
@@ -90,7 +95,7 @@ def unknown_classes(config: Config, questions: Questions) -> str | None:
     if config.model.path is not None or config.model.recipe is None:
         return None
     known: frozenset[str] | None = getattr(import_module(config.model.recipe), "knows", None)
-    splits = [questions.task.train, *questions.task.evaluation.values()]
+    splits = [task.train, *task.evaluation.values()]
     names = dict.fromkeys(name for split in splits for name in split.names)
     if known is None or not (unknown := [name for name in names if name.lower() not in known]):
         return None

@@ -15,7 +15,7 @@ import torch
 from common.models.adapters import without_adapters
 from common.models.features import FeatureStore
 from common.models.meter import messages, too_long
-from common.models.slots import spread
+from common.models.slots import expand_placeholders
 from common.models.vlm import VLM
 from common.types import CATEGORY, Prompt
 
@@ -78,8 +78,9 @@ class Encoder:
             self.used -= _bytes(self.memory.popitem(last=False)[1])
         return encodings
 
-    def forget(self) -> None:
-        """Pictures are known by their names: forget them where a name may stand for another one."""
+    def set_images(self, load_images: Callable[[Sequence[str]], list[Image]]) -> None:
+        """Take pictures from elsewhere; a key may stand for another one now, so nothing is remembered."""
+        self.load_images = load_images
         self.memory.clear()
         self.used = 0
 
@@ -127,7 +128,7 @@ class Encoder:
             return ids
         slots = self.vlm.slots
         assert slots is not None, "a method with category embeddings attaches them to the model"
-        return spread(ids, self.vlm.pad, prompt.categories, slots.first, slots.width)
+        return expand_placeholders(ids, self.vlm.pad, prompt.categories, slots.first, slots.width)
 
     @torch.no_grad()
     def _features(self, pixels: torch.Tensor, grid: torch.Tensor | None) -> torch.Tensor:

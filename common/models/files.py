@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from common.config.schema import Config
-from common.plugins import check_moved
 from common.types import UserError
 
 NEEDED = ("config.json", "tokenizer.json")
@@ -193,7 +192,6 @@ def build(recipe: str, cache_dir: str) -> Path:
 
 def of_recipe(recipe: str, name: str) -> Callable[..., Any]:
     """A function of a recipe module."""
-    check_moved(recipe, "model.recipe")
     try:
         return getattr(import_module(recipe), name)
     except (ImportError, AttributeError, TypeError, ValueError) as error:

@@ -154,7 +154,7 @@ def detached(model: Any) -> Iterator[None]:
         base.set_input_embeddings(slots)
 
 
-def spread(ids: torch.Tensor, mark: int, entries: Sequence[int], first: int, width: int) -> torch.Tensor:
+def expand_placeholders(ids: torch.Tensor, mark: int, entries: Sequence[int], first: int, width: int) -> torch.Tensor:
     """Put the ids of entries where the marks stand.
 
     Args:
@@ -167,7 +167,7 @@ def spread(ids: torch.Tensor, mark: int, entries: Sequence[int], first: int, wid
     Returns:
         Shape: [P + marks * (width - 1)].
 
-    >>> spread(torch.tensor([5, 0, 6, 0]), mark=0, entries=[1, 0], first=10, width=2).tolist()
+    >>> expand_placeholders(torch.tensor([5, 0, 6, 0]), mark=0, entries=[1, 0], first=10, width=2).tolist()
     [5, 12, 13, 6, 10, 11]
     """
     marked = (ids == mark).nonzero()[:, 0].tolist()

@@ -71,21 +71,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def classify(chosen: argparse.Namespace) -> tuple[list[Answer], dict[str, Path], About]:
     """The answers to all pictures of the request, these by name, and what a reader must know of the run."""
-    garbage.rest()
-    try:
-        return _classified(chosen)
-    finally:
-        garbage.resume()  # where a request was refused before its model was there
-
-
-def _classified(chosen: argparse.Namespace) -> tuple[list[Answer], dict[str, Path], About]:
     from common.predict.photos import find, names_of
 
     pictures = {name: path for what in chosen.pictures for name, path in find(what).items()}
     say(f"{counted(len(pictures), 'picture')}; loading {chosen.run}")
     with doing(f"loading {chosen.run}"):
-        from common.predict.cards import about
-        from common.predict.classifier import Classifier  # torch, some seconds
+        with garbage.at_rest():
+            from common.predict.cards import about
+            from common.predict.classifier import Classifier  # torch, some seconds
 
         classifier = Classifier.load(
             chosen.run,

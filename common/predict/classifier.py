@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -16,20 +17,17 @@ from common import parsing
 from common.config.schema import NO_FAMILY, Config
 from common.data import notes
 from common.data.loading import Loader, count_treated, examine
-from common.data.task import Questions
 from common.launch import quiet_libraries
-from common.learner import Asks, Build, Learner, Prepares, Restores
-from common.method import Looks, LooksAgain, Method
-from common.plugins import locate
+from common.learner import Learner, learner_class
 from common.predict.abstain import threshold_of
 from common.predict.photos import Photos, Picture
-from common.predict.trained import SPLIT, Trained, config_of, method_of, questions_of, without_list
+from common.predict.trained import SPLIT, Trained, config_of, data_of, without_list
 from common.run.checkpoint import Checkpoints
 from common.run.result import Result
 from common.runtime import garbage
 from common.runtime.group import init_process_group
 from common.runtime.progress import say
-from common.types import Answers, Item, Task, UserError
+from common.types import Answers, Item, Reply, Task, UserError
 
 TOP = 5
 UNKNOWN = -1  # label of a picture that nobody has named
@@ -66,7 +64,6 @@ class Classifier:
         names: Sequence[str] | None = None,
         threshold: float | None = None,
         began_from: str | None = None,
-        before: Config | None = None,
     ) -> None:
         """See `load`.
 
@@ -76,16 +73,14 @@ class Classifier:
             names: Of the classes, if not its own.
             threshold: Of the confidence, below which it abstains.
             began_from: Hash of the weights, if they are not the run's own.
-            before: The configuration with the weights that the run began from, if it has trained them.
         """
         self.config, self.run, self.threshold = config, run, threshold
         self.workplace = tempfile.TemporaryDirectory(prefix="predict-")
         self.device = init_process_group(config.gpus)
-        self.questions = questions_of(run, config, names)
-        self.photos = Photos(self.questions.task.images, config.data.background)
-        self.began_from, self.before = began_from, before
+        self.data = data_of(run, config, names)
+        self.photos = Photos(self.data.task.images, config.data.background)
+        self.began_from = began_from
         self.learner: Learner | None = None
-        self.method = self.questions.method
 
     @classmethod
     def load(
@@ -118,12 +113,12 @@ class Classifier:
             raise UserError(f"risk={risk}: an export has no answers to validation images; ask the run itself")
         threshold = None if risk is None else threshold_of(trained.records, risk)
         config = config_of(trained)
+        config = learner_class(config).restored(config, trained.model, partial(config_of, trained, began=True))
         if not lists_names:
             config = without_list(config)
         if config.model.path != str(trained.model):
             return cls(config, trained, names, threshold, began_from=result.weights["sha256"])
-        before = None if config.model.freeze_vision else config_of(trained, began=True)
-        return cls(config, trained, names, threshold, before=before)
+        return cls(config, trained, names, threshold)
 
     @property
     def background(self) -> str:
@@ -133,7 +128,7 @@ class Classifier:
     @property
     def names(self) -> tuple[str, ...]:
         """The class names that it chooses among."""
-        return self.questions.task.evaluation[SPLIT].choices
+        return self.data.task.evaluation[SPLIT].choices
 
     def __call__(self, pictures: Mapping[str, Picture] | Iterable[Picture] | Picture) -> list[Answer]:
         """Classify pictures, or one; a broken one has an answer that says so.
@@ -168,48 +163,33 @@ class Classifier:
         self.workplace.cleanup()
 
     def _answers(self, keys: Sequence[str]) -> dict[str, Answer]:
-        splits = self.questions.task.evaluation  # learners that are fitted anew choose by the validation images
+        splits = self.data.task.evaluation  # learners that are fitted anew choose by the validation images
         new = replace(splits[SPLIT], items=tuple(Item(key, UNKNOWN, "") for key in keys))
-        task = replace(self.questions.task, evaluation={**splits, SPLIT: new}, images=self.photos)
+        task = replace(self.data.task, evaluation={**splits, SPLIT: new}, images=self.photos)
         return {answer.image: answer for answer in self._read(self._ready(task).predict(SPLIT))}
 
     def _ready(self, task: Task) -> Learner:
-        """The learner with the pictures of a task. One that cannot be asked about others begins anew."""
-        method = self.method
-        looks, again = isinstance(method, (Looks, Prepares)), isinstance(method, LooksAgain)
-        if isinstance(self.learner, Asks) and (again or not looks):
-            if isinstance(method, LooksAgain):
-                method.look_again(task, SPLIT)
-            self.learner.ask(self._asked(task))
-            return self.learner
+        """The learner with the pictures of a task; it is built for the first ones."""
         if self.learner is not None:
-            self.learner.close()
-            self.learner = None
-        self.method, _ = method_of(self.run, self.config)  # a new one: it remembers what it has looked at
-        questions = self._asked(task)
+            self.learner.set_task(task)
+            return self.learner
         folder = Path(self.workplace.name) / "learner"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        build: Build = locate(self.config.learner.build, "learner.build")
-        if self.before is not None and isinstance(self.method, Looks):
-            # the method keeps what it has seen: the run chose its candidates before it trained the vision tower
-            build(self.before, questions, self.device, folder, Checkpoints(folder / "before", 1)).close()
-        learner = build(self.config, questions, self.device, folder, Checkpoints(folder / "checkpoints", 1))
-        garbage.resume()  # everything is imported
+        with garbage.at_rest():
+            build = learner_class(self.config)
+        data = replace(self.data, task=task)
+        learner = build(self.config, data, self.device, folder, Checkpoints(folder / "checkpoints", 1))
         if self.began_from is not None and learner.weights["sha256"] != self.began_from:
             path = learner.weights["path"]
             raise UserError(f"{self.run.folder} was made with other weights than {path} holds now; make it anew")
-        if isinstance(learner, Restores) and self.run.model.is_dir():
-            learner.take_over(self.run.model)
+        if self.run.model.is_dir():
+            learner.load(self.run.model)
         self.learner = learner  # at last: what was refused is not asked
         return learner
 
-    def _asked(self, task: Task) -> Questions:
-        prompts = self.method.evaluation_prompts(task, SPLIT)
-        return replace(self.questions, task=task, method=self.method, evaluation={SPLIT: prompts})
-
     def _read(self, answers: Answers) -> Iterable[Answer]:
-        method, table = self.method, answers.probabilities
+        table = answers.probabilities
         candidates = answers.columns.get("candidates")
         for number, prediction in enumerate(answers.predictions):
             shares: dict[str, float] = {}  # of all names, the most probable first
@@ -220,14 +200,13 @@ class Classifier:
             label = self._spelt(prediction.answer)
             confidence = shares.get(label or "")
             abstained = self.threshold is not None and (confidence is None or confidence < self.threshold)
-            reply = prediction.reply.text if prediction.reply else ""
             yield Answer(
                 image=prediction.image,
                 label=None if abstained else label,
                 confidence=confidence,
                 top=tuple(itertools.islice(shares.items(), TOP)),
-                reasoning=_reasoning(method, reply),
-                reply=reply,
+                reasoning=_reasoning(prediction.reply),
+                reply=prediction.reply.text if prediction.reply else "",
                 candidates=() if candidates is None else tuple(candidates[number]),
                 abstained=abstained,
             )
@@ -247,6 +226,6 @@ def _named(pictures: Iterable[Picture]) -> dict[str, Picture]:
     return found
 
 
-def _reasoning(method: Method, reply: str) -> str:
-    text = parsing.reasoning_before(reply) if reply and method.well_formed(reply) else ""
+def _reasoning(reply: Reply | None) -> str:
+    text = parsing.reasoning_before(reply.text) if reply is not None and reply.well_formed else ""
     return text.replace("<think>", "").replace("</think>", "").strip()

@@ -19,12 +19,10 @@ from common.counted import counted
 from common.data import manifest, pictures
 from common.data import task as tasks
 from common.data.names import objections
-from common.data.task import Questions
-from common.learner import Prepares
-from common.method import Looks, Method, Recalls
+from common.data.task import TaskData
+from common.learner import learner_class
 from common.models import checks
 from common.models.files import ADAPTERS
-from common.plugins import locate
 from common.predict.photos import Photos
 from common.types import Split, Task, UserError
 
@@ -66,7 +64,9 @@ class Trained:
 def config_of(run: Trained, began: bool = False) -> Config:
     """The configuration with which a run's model is asked: its own, with what it has trained, and no training.
 
-    `began`: with the weights that it began from.
+    Args:
+        run: The finished run.
+        began: With the weights that it began from.
 
     Raises:
         UserError: This version cannot read it, or it names foreign code (common/config/trust.py).
@@ -89,8 +89,6 @@ def config_of(run: Trained, began: bool = False) -> Config:
             values["data"] |= _moved(values["data"], run.data)
         if not began and run.has_weights:
             values["model"] = {**values["model"], "path": str(run.model)}
-        if run.embeddings.is_dir() and "bank" in values["method"]:
-            values["method"] = {**values["method"], "bank": str(run.embeddings)}
     except (KeyError, TypeError) as error:
         raise UserError(other.format(f"lacks or misuses {error}")) from error
     trust.check(values, file, run.trust_code)
@@ -127,14 +125,6 @@ def without_list(config: Config) -> Config:
     return replace(config, method={**config.method, "list_share": 0.0})
 
 
-def method_of(run: Trained, config: Config) -> tuple[Method, bool]:
-    """The method, as the run made it, and whether it has to see the run's pictures again."""
-    method: Method = locate(config.method["_target_"], "method._target_")(**composition.method_arguments(config))
-    recalls = isinstance(method, Recalls) and run.embeddings.is_dir() and method.recall(run.embeddings)
-    looks = isinstance(method, (Looks, Prepares)) and not recalls
-    return method, looks or (config.learner.needs_shots and not config.learner.asks_alone)
-
-
 def check_names(names: Sequence[str]) -> None:
     """Names that somebody gave can be answers, and there is one at least.
 
@@ -147,46 +137,45 @@ def check_names(names: Sequence[str]) -> None:
         raise UserError(f"names: {objection}")
 
 
-def questions_of(run: Trained, config: Config, names: Sequence[str] | None = None) -> Questions:
-    """What the run asked. From its manifest, where the method needs no pictures of the dataset.
+def data_of(run: Trained, config: Config, names: Sequence[str] | None = None) -> TaskData:
+    """The task of a run, whose one test split has no pictures yet: from its manifest, where its learner needs no others
+    to answer.
 
     Args:
-        run: Where it lies.
-        config: Its own.
+        run: The finished run.
+        config: Its configuration.
         names: Other class names; None: its own.
 
     Raises:
-        UserError: The method cannot be asked about others, or one of them can be no answer.
+        UserError: The learner cannot be asked about others, or one of them can be no answer.
     """
-    method, looks = method_of(run, config)
-    if names is not None and (config.learner.needs_shots or isinstance(method, (Looks, Prepares))):
+    if names is not None and config.learner.needs_shots:
         raise UserError(
             f"names: the categories of method={config.method['name']} are those that it was trained on:"
             " other names need a method that only reads them, such as clsrl"
         )
-    if looks:
-        questions = _asked_again(run, config)
-        splits = questions.task.evaluation
+    if not learner_class(config).answers_alone(config, run.model):
+        data = _read_again(run, config)
+        splits = data.task.evaluation
         first = next(split for name, split in splits.items() if name != "val")
         kept = {name: split for name, split in splits.items() if name == "val"}
         if config.selection == "paper":  # a few-shot learner chooses by its own test images again, not by the new ones
             kept |= {"chosen by": first}
-        return replace(questions, task=replace(questions.task, evaluation={**kept, SPLIT: first}))
+        return replace(data, task=replace(data.task, evaluation={**kept, SPLIT: replace(first, items=())}))
     if names is not None:
         check_names(names)
     frozen = _manifest(run)
     first = next(split for name, split in frozen["splits"].items() if name not in ("train", "val"))
     chosen = tuple(names) if names is not None else tuple(first["names"])
     split = Split((), chosen, config.data.question, config.data.open_question)
-    trained = isinstance(method, Looks) or config.learner.needs_shots
-    train = replace(split, names=tuple(frozen["splits"]["train"]["names"])) if trained else split
+    train = replace(split, names=tuple(frozen["splits"]["train"]["names"])) if config.learner.needs_shots else split
     task = Task(train, {SPLIT: split}, Photos(), frozen["fingerprint"], frozen["origins"])
     if names is not None:
         checks.check_words(config, checks.check_weights(config), task)
-    return Questions(task, method, [], {SPLIT: []}, frozen)
+    return TaskData(task, frozen)
 
 
-def _asked_again(run: Trained, config: Config) -> Questions:
+def _read_again(run: Trained, config: Config) -> TaskData:
     """The task of a run with its images, read anew.
 
     Raises:
@@ -194,7 +183,7 @@ def _asked_again(run: Trained, config: Config) -> Questions:
     """
     frozen = _manifest(run)
     try:
-        questions = tasks.build(config, manifest.left_out(run.records / "manifest.json"))
+        data = tasks.build(config, manifest.left_out(run.records / "manifest.json"))
     except UserError as error:
         if run.data is not None:
             raise
@@ -202,9 +191,9 @@ def _asked_again(run: Trained, config: Config) -> Questions:
             f"{error}. method={config.method['name']} looks at the run's training images again: if they lie elsewhere"
             " now, say where with --data <folder> (in Python data=...)"
         ) from error
-    first = next(name for name in questions.task.evaluation if name != "val")
+    first = next(name for name in data.task.evaluation if name != "val")
     for split in ("train", "val", *([first] if config.selection == "paper" else [])):
-        before, now = (each["splits"].get(split, {"rows": [], "names": []}) for each in (frozen, questions.manifest))
+        before, now = (each["splits"].get(split, {"rows": [], "names": []}) for each in (frozen, data.manifest))
         old, new = ([tuple(row[:2]) for row in each["rows"]] for each in (before, now))
         if (before["names"], old) != (now["names"], new):
             others = [image for image, label in new if (image, label) not in set(old)]
@@ -217,20 +206,21 @@ def _asked_again(run: Trained, config: Config) -> Questions:
                 f"these are not the images that {run.records / 'manifest.json'} names: {split} {what}; give the folder"
                 " of the run's own with --data <folder> (in Python data=...)"
             )
-    _check_pictures(run, questions)
-    return questions
+    _check_pictures(run, data)
+    return data
 
 
-def _check_pictures(run: Trained, questions: Questions) -> None:
+def _check_pictures(run: Trained, data: TaskData) -> None:
     """What is fitted anew has to see the pictures that the run saw.
 
     Raises:
         UserError: Some that it was trained on, or chosen by, hold something else now.
     """
     frozen = _manifest(run)
-    seen = [prompt.image for prompt in (*questions.train, *questions.evaluation.get("val", ()))]
-    stamps = pictures.of_each(questions.task.images.stamp, seen)
-    now = manifest.with_contents(questions.manifest, stamps)
+    task = data.task
+    splits = [task.train, *(split for name, split in task.evaluation.items() if name == "val")]
+    stamps = pictures.of_each(task.images.stamp, [item.image for split in splits for item in split.items])
+    now = manifest.with_contents(data.manifest, stamps)
     if others := [image for image in manifest.changed(frozen, now) if image in stamps]:
         raise UserError(
             f"of the pictures that {run.folder} was trained on, {len(others)} changed since, first: {others[0]}; put"

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from common.evaluation.metrics import exact_p
 from common.report.groups import Group, photos
 from common.report.intervals import newcombe_interval, t_interval
-from common.run.result import FORMER
 
 OWN = ("val", "test", "base", "new")  # splits of the dataset that was trained on; others are called by their own
 
@@ -89,7 +88,7 @@ def answers(folder: Path, split: str) -> dict[str, bool]:
     table = parquet.read_table(
         folder / "predictions.parquet", columns=["phase", "split", "image", "correct"]
     ).to_pydict()
-    rows = [(FORMER.get(phase, phase), *rest) for phase, *rest in zip(*table.values(), strict=True)]
+    rows = list(zip(*table.values(), strict=True))
     last = "after" if any(phase == "after" for phase, *_ in rows) else "before"
     return {image: right for phase, where, image, right in rows if phase == last and where == split}
 

@@ -148,12 +148,11 @@ def training_lines(result: Result) -> list[str]:
         lines.append(f"stopped by patience after {result.train['updates']} of {counted(planned, 'update')}")
     if best:
         where = "val" if best["split"] == "val" else f"{best['split']} itself: no validation images"
-        tested = result.train.get("tested", result.train["updates"])
-        last = result.train.get("last")  # earlier versions did not say
+        tested, last = result.train["tested"], result.train["last"]
         lines.append(
             f"trained: update {tested} of {result.train['updates']}; the best evaluation was {at(best['update'])}"
             f" ({percent(best['accuracy'])} % on {where}"
-            + (f"; after the last one {percent(last['accuracy'])} %)" if last else ")")
+            f"; after the last one {percent(last['accuracy'])} %)"
         )
     lines += [line for name, line in result.train.get("signs", {}).items() if not (cut and name == "cut")]
     share = cut["share"] if cut else 0.0

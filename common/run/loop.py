@@ -12,8 +12,7 @@ from typing import Any
 
 from common.config.schema import Config, GRPOConfig
 from common.counted import counted
-from common.data.task import Questions
-from common.evaluation.evaluate import Evaluation, Predictor, during_training, spread, watched
+from common.evaluation.evaluate import Evaluation, Predictor, during_training, evenly_spaced, monitor_split
 from common.models.checks import INSTEAD, unknown_classes
 from common.run.checkpoint import Checkpoints, State, seed_generators
 from common.run.recorder import Recorder
@@ -23,7 +22,7 @@ from common.runtime.progress import bar
 from common.training.base import Step, Trainer
 from common.training.signs import WINDOW, Signs, at
 from common.training.silent import CUT, fix, hardly_paid, silent_rewards
-from common.types import UserError
+from common.types import Task, UserError
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +55,7 @@ def train(
         checkpoints.restore_generators(config.seed)
         done, best, trainer.tokens = state.update, state.best, state.tokens
     iterations = config.trainer.num_iterations if isinstance(config.trainer, GRPOConfig) else 1
-    limit, stranger = config.rollout.max_completion_tokens, is_stranger(config, predictor.questions)
+    limit, stranger = config.rollout.max_completion_tokens, is_stranger(config, predictor.task)
     watch = Watch(recorder.files.read_log("metrics.jsonl"), limit, stranger)
     if is_over(config, done, best):  # an earlier attempt ended here, and stopped before its result
         return done
@@ -91,7 +90,7 @@ def train(
             if evaluation is not None:
                 recorder.evaluation(number, evaluation)
                 watch.see({"step": number, **evaluation.scalars})
-                accuracy = evaluation.summary[watched(predictor.questions)].accuracy
+                accuracy = evaluation.summary[monitor_split(predictor.task)].accuracy
                 better = best is None or accuracy > best[1]
                 best = (number, accuracy) if better else best
             shown.advance(note(step.metrics, best, watch.silent, watch.signs.flat))
@@ -117,10 +116,10 @@ def untrained(predictor: Predictor, config: Config, recorder: Recorder) -> tuple
     """
     if not config.trainer.evaluate_every:
         return None
-    answers = recorder.kept("before", watched(predictor.questions)) if rank() == 0 else None
+    answers = recorder.kept("before", monitor_split(predictor.task)) if rank() == 0 else None
     right = None
     if answers is not None:
-        right = fmean(p.correct for p in spread(answers.predictions, config.trainer.evaluate_limit))
+        right = fmean(p.correct for p in evenly_spaced(answers.predictions, config.trainer.evaluate_limit))
     right = gather(right)[0]
     return None if right is None else (0, right)
 
@@ -159,9 +158,9 @@ def note(
     return " · ".join(said + [f"{name} paid {whom}" for name, whom in (silent or {}).items()])
 
 
-def is_stranger(config: Config, questions: Questions) -> bool:
+def is_stranger(config: Config, task: Task) -> bool:
     """Whether a model that was never taught the classes of a user's own photos is to stop where it earns nothing."""
-    return config.data.own_photos and config.doctor is not False and unknown_classes(config, questions) is not None
+    return config.data.own_photos and config.doctor is not False and unknown_classes(config, task) is not None
 
 
 def hopeless(poor: Mapping[str, float]) -> str:

@@ -17,9 +17,9 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from common.config.composition import signature
+from common.config.composition import signature, values_of
 from common.config.schema import Config
-from common.data.task import Questions
+from common.data.task import TaskData
 from common.evaluation import metrics
 from common.evaluation.evaluate import Evaluation
 from common.evaluation.summary import Summary
@@ -27,8 +27,6 @@ from common.types import UserError
 
 FORMAT = 1
 PACKAGES = ("torch", "transformers", "deepspeed", "peft", "hydra-core", "wandb", "datasets", "timm")
-# Keys of metrics.json before there was a format number, and what they are called now.
-FORMER = {"zero_shot": "before", "eval": "after", "checkpoint": "weights"}
 
 
 @dataclass
@@ -40,7 +38,7 @@ class Result:
     weights: path and sha256 of what the learner began from. overall: one number for several splits, by phase.
     train: updates, seconds by phase, the paired comparison, the update that was tested at last, the best evaluation,
     and rewards that paid everybody or nobody. remarks: what a table must say of the trained results. device: the GPU's
-    model, or CPU; empty: an earlier version did not say.
+    model, or CPU.
     """
 
     method: str
@@ -87,10 +85,10 @@ class Result:
         """The result of a finished run.
 
         Args:
-            path: The run folder, or its metrics.json. Folders of earlier versions load as well.
+            path: The run folder, or its metrics.json.
 
         Raises:
-            UserError: There is no result, it is damaged, or a later version wrote it.
+            UserError: There is no result, it is damaged, or another version wrote it.
         """
         file = Path(path).expanduser()
         file = file / "metrics.json" if file.is_dir() else file
@@ -110,32 +108,24 @@ class Result:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Result:
-        """The inverse of `to_json`; takes the keys of earlier versions.
+        """The inverse of `to_json`.
 
         Raises:
-            UserError: A later version wrote it.
+            UserError: Another version wrote it.
         """
-        if values.get("format", 0) > FORMAT:
-            raise UserError(f"this result has format {values['format']}, and this version reads up to {FORMAT}; update")
-        if "format" not in values:
-            values = {FORMER.get(name, name): value for name, value in values.items()}
-            values["overall"] = {FORMER[phase]: numbers for phase, numbers in values["overall"].items()}
-            if not values["train"]["updates"]:  # then the evaluation before training stood in both places
-                values |= {"after": {}, "overall": {"before": values["overall"]["before"]}}
+        if (found := values.get("format")) != FORMAT:
+            raise UserError(f"this result has format {found}, and this version reads {FORMAT}; run it again, or update")
         splits = {phase: {n: Summary.from_json(s) for n, s in values[phase].items()} for phase in ("before", "after")}
         return cls(**{**values, **splits, "format": FORMAT})
 
 
-def describe(
-    config: Config, values: dict[str, Any], weights: dict[str, str], questions: Questions, decoding: str
-) -> Result:
+def describe(config: Config, weights: dict[str, str], data: TaskData, decoding: str) -> Result:
     """Everything of the result that is known before the first evaluation.
 
     Args:
         config: Of the run.
-        values: The same as plain values.
         weights: Path and sha256 of what the learner begins from.
-        questions: What it is asked.
+        data: The task and its manifest.
         decoding: How its answers are chosen.
     """
     return Result(
@@ -147,17 +137,17 @@ def describe(
         shots=config.shots,
         seed=config.seed,
         sampler=config.sampler,
-        origins=questions.task.origins,
-        left_out=len(questions.manifest["left_out"]),
-        short_classes=questions.manifest["short_classes"],
-        refilled=questions.manifest.get("refilled", {}),
-        passed_over=questions.manifest["passed_over"],
-        duplicates={kind: len(groups) for kind, groups in questions.manifest.get("duplicates", {}).items()},
-        signature=signature(values),
+        origins=data.task.origins,
+        left_out=len(data.manifest["left_out"]),
+        short_classes=data.manifest["short_classes"],
+        refilled=data.manifest.get("refilled", {}),
+        passed_over=data.manifest["passed_over"],
+        duplicates={kind: len(groups) for kind, groups in data.manifest.get("duplicates", {}).items()},
+        signature=signature(values_of(config)),
         git_commit=git_commit(),
         versions=installed_versions(),
         weights=weights,
-        manifest=questions.manifest["hash"],
+        manifest=data.manifest["hash"],
         decoding=decoding,
     )
 

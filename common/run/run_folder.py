@@ -29,7 +29,7 @@ from typing import IO, Any
 import yaml
 
 from common.config import trust
-from common.config.composition import decides_result, differences, signature, signed
+from common.config.composition import decides_result, differences, signature
 from common.data import manifest
 from common.run import predictions
 from common.run.result import Result
@@ -64,7 +64,7 @@ class RunFolder:
             raise UserError(f"{config} was not written by a run; choose another folder")
         digits = old.pop("signature")
         changed = differences(decides_result(old), decides_result(values))
-        if changed or not signed(old, digits):
+        if changed or digits != signature(old):
             changed = changed or ["the file was edited"]
             raise UserError(
                 f"{self.path} already holds a run with other values ({'; '.join(changed)});"

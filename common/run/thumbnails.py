@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.evaluation.evaluate import Evaluation, spread
+from common.evaluation.evaluate import Evaluation, evenly_spaced
 from common.types import Images
 
 if TYPE_CHECKING:
@@ -24,15 +24,15 @@ TINY = 32  # pixels up to which every one is kept
 def choose(before: Evaluation, after: Evaluation, trained_on: Sequence[str], limit: int) -> list[str]:
     """Keys of at most `limit` pictures of each split and `limit` trained ones.
 
-    First those that are wrong before or after training, then others, spread over their split.
+    First those that are wrong before or after training, then others, evenly spaced over their split.
     """
-    chosen = dict.fromkeys(spread(trained_on, limit))
+    chosen = dict.fromkeys(evenly_spaced(trained_on, limit))
     for split, answers in after.answers.items():
         wrong = {p.image for each in (before, after) for p in each.answers[split].predictions if not p.correct}
         images = [prediction.image for prediction in answers.predictions]
-        troubled = spread([image for image in images if image in wrong], limit)
+        troubled = evenly_spaced([image for image in images if image in wrong], limit)
         chosen |= dict.fromkeys(troubled)
-        chosen |= dict.fromkeys(spread([image for image in images if image not in wrong], limit - len(troubled)))
+        chosen |= dict.fromkeys(evenly_spaced([image for image in images if image not in wrong], limit - len(troubled)))
     return list(chosen)
 
 

@@ -23,13 +23,13 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
+from common.config.composition import values_of
 from common.config.schema import Config, TrackingConfig
-from common.data.task import Questions
 from common.evaluation.evaluate import Evaluation
 from common.parsing import normalize
 from common.run.result import Result
 from common.runtime.distributed import rank
-from common.types import Prediction
+from common.types import Prediction, Task
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -190,17 +190,15 @@ def numbers(result: Result) -> dict[str, float]:
     return metrics
 
 
-def make_tracker(
-    config: Config, values: dict[str, Any], folder: Path, questions: Questions, known: str | None
-) -> Tracker:
+def make_tracker(config: Config, folder: Path, task: Task, known: str | None) -> Tracker:
     """W&B on rank 0, nothing elsewhere. `known`: id of the tracker's run that is continued."""
     if rank() != 0 or config.tracking.mode == "disabled":
         return NullTracker()
-    whose = dict.fromkeys(questions.task.origins.values())
+    whose = dict.fromkeys(task.origins.values())
     tags = [config.method["name"], config.data.name, config.setting.name, f"s{config.shots}", *whose]
     job_type = "eval" if config.trainer.name == "none" else "train"
     return WandbTracker(
-        config.tracking, folder, job_type, tags, values, questions.evaluation, questions.task.images.open, known
+        config.tracking, folder, job_type, tags, values_of(config), task.evaluation, task.images.open, known
     )
 
 

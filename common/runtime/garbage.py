@@ -1,4 +1,4 @@
-"""Python's garbage collector rests while the first run of a process imports its libraries.
+"""Python's garbage collector rests while a process imports its libraries.
 
 What they make stays for good, yet the collector would walk over it again and again, a tenth of the time until the first
 update.
@@ -7,23 +7,21 @@ update.
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
-def rest() -> None:
-    """Stop collecting until `resume`. Only once in a process: later runs import nothing."""
-    if not gc.get_freeze_count():
-        gc.disable()
-
-
-def set_aside() -> None:
-    """Never look at what exists now again, if the collector rests.
-
-    Call it before a run makes its model: what is set aside is not freed where it refers to itself.
+@contextmanager
+def at_rest() -> Iterator[None]:
+    """Collect nothing inside, and never look at what was made there again. Only the first time in a process: later runs
+    import nothing.
     """
-    if not gc.isenabled():
+    if gc.get_freeze_count() or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
         gc.freeze()
-
-
-def resume() -> None:
-    """Collect as usual."""
-    gc.enable()
+        gc.enable()

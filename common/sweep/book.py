@@ -29,7 +29,7 @@ KEYS = {"sweep", "title", "text", "given"}
 # Another choice of these is still the paper's table; what a row must have of them: common/report/paper/comparable.py.
 STILL_THE_PAPERS = (
     *("seed", "protocol", "rollout", "deepspeed", "selection"),
-    *("clip.prompts", "few_shot.cafo.generated", "few_shot.cafo.per_class", "clip.options.file", "visual.options.file"),
+    *("clip.prompts", "few_shot.generated", "few_shot.per_class", "clip.options.file", "visual.options.file"),
 )
 
 
@@ -74,17 +74,6 @@ class Chapter:
 def folders(loader: ConfigLoader) -> list[Path]:
     """Where Hydra looks for configurations, in its order."""
     return [Path(source.path) for source in loader.get_sources() if source.scheme() == "file"]
-
-
-def only_lays_out(name: str, loader: ConfigLoader) -> bool:
-    """Whether a sweep's YAML has nothing of its own for its runs: `config` and Hydra's part alone."""
-    path = next((path for folder in folders(loader) if (path := folder / f"{name}.yaml").is_file()), None)
-    whole: Any = {} if path is None else OmegaConf.to_container(OmegaConf.load(path))
-    defaults = [next(iter(each)) if isinstance(each, dict) else each for each in whole.get("defaults", ())]
-    of_others = [
-        each for each in defaults if each not in ("config", "_self_") and not each.startswith("override hydra/")
-    ]
-    return whole.keys() == {"defaults", "hydra"} and "config" in defaults and not of_others
 
 
 def alone(name: str, keys: Mapping[str, Any]) -> Chapter:

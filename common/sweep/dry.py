@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from common import preflight
 from common.config.schema import Config
 from common.counted import counted
-from common.run import preflight
 from common.runtime.progress import bar
 from common.types import UserError
 
@@ -60,7 +60,7 @@ def refusals(runs: Sequence[Run], here: bool) -> tuple[dict[str, str], dict[str,
     with bar("checking", len(groups)) as shown:
         for group in groups.values():
             config = max(group, key=lambda run: _shots(run.config)).config
-            if reason := preflight.refusal(preflight.check_asked, config):
+            if reason := preflight.refusal(preflight.check_data, config):
                 found |= dict.fromkeys((run.name for run in group), reason)
             shown.advance()
     for run in open_:
@@ -81,14 +81,14 @@ def show_one(config: Config, folder: Path, finished: bool) -> None:
     if finished:
         return
     try:
-        questions = preflight.check_asked(config)
+        asked = preflight.check_data(config)[1]
     except UserError as error:
         print(f"it would be refused: {error}")
     else:
-        if config.model.path is not None:  # else torch would be imported for nothing
+        if asked is not None and config.model.path is not None:  # else torch would be imported for nothing
             from common.cost import estimate
 
-            for line in estimate.foreseen(config, questions):
+            for line in estimate.foreseen(config, asked):
                 print(line)
     if reason := preflight.refusal(preflight.check_devices, config):
         print(f"it would be refused: {reason}")

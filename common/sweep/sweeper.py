@@ -23,7 +23,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from common.config import composition, run_name
+from common.config import composition, suggest
 from common.config.command_line import literal
 from common.config.schema import Config
 from common.counted import counted
@@ -214,28 +214,34 @@ class Composer:
     def __init__(self, loader: ConfigLoader, master: DictConfig) -> None:
         self.loader, self.master = loader, master
         self.composed: dict[tuple[tuple[str, str], ...], tuple[DictConfig, DictConfig]] = {}
-        self.is_plain = book.only_lays_out(str(master.hydra.job.config_name), loader)
-        self.learners: dict[str | None, str] = {}
+        self.learners: dict[tuple[str, ...], tuple[str, set[str] | None]] = {}
 
     def jobs(self, point: Point) -> list[Job]:
         """A point behind those that it needs."""
         needed = {name: self.jobs(other) for name, other in point.needs.items()}
         folders = {name: jobs[-1].folder for name, jobs in needed.items()}
         overrides = {key: RUN.sub(lambda found: str(folders[found[1]]), v) for key, v in point.overrides.items()}
-        if self.few_shot(overrides.get("method")):  # has no language model to choose
-            overrides.pop("model", None)
+        overrides = self.fitting(overrides)
         cfg, task = self.compose(overrides)
         folder = Path(cfg.hydra.sweep.dir) / cfg.hydra.sweep.subdir
         config: Any = OmegaConf.to_object(task)
         job = Job(point, folder, overrides, composition.plain(task), tuple(folders.values()), config)
         return [*(job for jobs in needed.values() for job in jobs), job]
 
-    def few_shot(self, method: str | None) -> bool:
-        """Whether a method is a learner on frozen features."""
-        if method not in self.learners:
-            cfg = self.loader.load_sweep_config(self.master, literal([f"method={method}"] if method else []))
-            self.learners[method] = str(cfg.learner.name)
-        return self.learners[method] == "few_shot"
+    def fitting(self, overrides: Mapping[str, str]) -> dict[str, str]:
+        """The overrides without those that are of other points: a value of the command line is given to all of them."""
+        name, own = self.learner(overrides)
+        no_model = {"model"} if name == "few_shot" else set()
+        return {key: value for key, value in overrides.items() if key not in no_model and not _of_others(key, own)}
+
+    def learner(self, overrides: Mapping[str, str]) -> tuple[str, set[str] | None]:
+        """The learner of a point, and the keys of its few-shot learner; None: it fits none."""
+        chosen = tuple(f"{key}={overrides[key]}" for key in ("method", "few_shot") if key in overrides)
+        if chosen not in self.learners:
+            cfg = self.loader.load_sweep_config(self.master, literal(chosen))
+            keys = None if cfg.few_shot is None else {str(key) for key in cfg.few_shot}
+            self.learners[chosen] = str(cfg.learner.name), keys
+        return self.learners[chosen]
 
     def compose(self, overrides: Mapping[str, str]) -> tuple[DictConfig, DictConfig]:
         """The configuration of a run, Hydra's part included, and as the run gets it, but for its name.
@@ -249,8 +255,6 @@ class Composer:
             texts = literal([f"{key}={value}" for key, value in overrides.items()])
             cfg = self.loader.load_sweep_config(self.master, texts)
             task = _task(cfg)
-            if self.is_plain and overrides.keys() <= {*run_name.NAMED, *LATER}:
-                run_name.already_composed(task.copy())
             try:
                 composition.validate(task, texts)
             except UserError as error:
@@ -261,6 +265,19 @@ class Composer:
                 if key in overrides:
                     each[key] = int(overrides[key]) if overrides[key].isdecimal() else overrides[key]
         return both
+
+
+def _of_others(key: str, own: set[str] | None) -> bool:
+    """Whether a key is an encoder of few-shot learners or a value of one, and not of the point's own learner.
+
+    Args:
+        key: Of an override.
+        own: The keys of the point's few-shot learner; None: it fits none.
+    """
+    group, _, value = key.lstrip("+").partition(".")
+    if own is None:
+        return group in ("clip", "visual") or (group == "few_shot" and value != "")
+    return group == "few_shot" and value not in own and bool(suggest.owners(group, value))
 
 
 def _task(cfg: DictConfig) -> DictConfig:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from common.config.schema import NO_FAMILY, Config
-from common.data.task import Questions
-from common.learner import Prepares
+from common.data.task import TaskData
 from common.models import checks
 from common.plugins import locate
 from common.types import UserError
+from common.vlm import prompting
+from common.vlm.prompting import TaskPrompts
 
 
-def check(config: Config, questions: Questions) -> None:
+def check(config: Config, data: TaskData) -> TaskPrompts:
     """See `Check` in common/learner.py.
 
     Raises:
@@ -20,6 +21,7 @@ def check(config: Config, questions: Questions) -> None:
         raise UserError(f"model={config.model.name} is no language model, and method={config.method['name']} needs one")
     if config.rollout.check is not None:
         locate(config.rollout.check, "rollout.check")(config)
-    checks.check(config, questions)
-    if isinstance(questions.method, Prepares):
-        questions.method.check(config, questions.task)
+    asked = prompting.ask(prompting.of_config(config), data.task)
+    asked.prompting.sources(data.task)  # files that are missing are named before anything is loaded
+    checks.check(config, data.task, [asked.train, *asked.evaluation.values()])
+    return asked

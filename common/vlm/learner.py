@@ -1,99 +1,144 @@
 """A vision-language model as the learner of a run.
 
-It answers in words (common/evaluation/replies.py), is trained by GRPO or SFT (common/training/), and samples by the
-backend that `rollout.backend` names.
+It answers in words (common/vlm/replies.py), is trained by GRPO or SFT (common/training/), and samples by the backend
+that `rollout.backend` names. A method that needs more than prompts (ALERT: a draft, pictures seen beforehand,
+embeddings behind the vocabulary) derives from it and overrides the steps in which it differs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
-from common.config.schema import Config, GRPOConfig, RolloutConfig
+from common.config.schema import Config, GRPOConfig
 from common.cost import estimate
 from common.counted import counted
-from common.data.task import Questions
-from common.evaluation import evaluate
-from common.evaluation.replies import Replies, greedy
+from common.data import frozen
+from common.data.pictures import make_loader
+from common.data.task import TaskData
+from common.evaluation.evaluate import evenly_spaced
+from common.forward import attention
 from common.forward.label_scores import LabelScorer
-from common.method import Looks
-from common.models import adapters, vlm
-from common.models.encoder import Encoder
+from common.learner import Learner
+from common.models import adapters, files, vlm
 from common.models.slots import detached
-from common.rewards import Reward
-from common.rollout.base import Decoding, Rollout, awake
+from common.plugins import check_call, locate
+from common.rollout.base import Rollout, awake
 from common.run import doctor, loop
 from common.run.checkpoint import Checkpoints, read_state
 from common.run.recorder import Recorder
 from common.runtime.distributed import rank, world
 from common.training.base import Trainer
 from common.training.grpo.trainer import GRPOTrainer
+from common.training.reward_mix import bind_rewards, prepare_rewards
 from common.training.schedule import Epochs, total_updates
 from common.training.sft import SFTTrainer
-from common.types import Answers, UserError
+from common.types import Answers, Task, UserError
+from common.vlm import build, prompting
+from common.vlm.prompting import Words
+from common.vlm.replies import Replies, greedy
 
-EMBEDDINGS = "embeddings"  # beside the weights
 
-
-class VLMLearner:
+class VLMLearner(Learner):
     """See `Learner` in common/learner.py."""
 
-    remarks = ()
-
     def __init__(
-        self,
-        config: Config,
-        questions: Questions,
-        policy: vlm.VLM,
-        encoder: Encoder,
-        rollout: Rollout,
-        rewards: dict[str, Reward],
-        weights: dict[str, str],
-        checkpoints: Checkpoints,
+        self, config: Config, data: TaskData, device: torch.device, folder: Path, checkpoints: Checkpoints
     ) -> None:
+        """See `Learner` in common/learner.py.
+
+        Raises:
+            UserError: The weights do not load, have changed since the run began, or the doctor refuses the training.
         """
-        Args:
-            config: Of the run.
-            questions: Images, labels and prompts.
-            policy: The model.
-            encoder: Prompts to tensors.
-            rollout: Samples with the model's weights.
-            rewards: The reward mix, the same for the doctor and for the training.
-            weights: Path and sha256 of what the model was loaded from.
-            checkpoints: Of the run.
-        """
-        self.config, self.questions, self.policy, self.encoder = config, questions, policy, encoder
-        self.rollout, self.rewards, self.weights, self.checkpoints = rollout, rewards, weights, checkpoints
-        self.updates = total_updates(config.trainer, len(questions.train))
+        self.config, self.data, self.task, self.device = config, data, data.task, device
+        self.folder, self.checkpoints = folder, checkpoints
+        self.prompting = prompting.of_config(config)
+        self.prompts = prompting.ask(self.prompting, self.task)
+        sources = self.prompting.sources(self.task)
+        frozen.check_sources(folder, sources)
+        self.updates = total_updates(config.trainer, len(self.task.train.items))
         self.trainer: Trainer | None = None
-        labels = LabelScorer(policy) if config.label_scoring else None
+
+        # what can be refused before weights are loaded
+        options = build.backend_options(config, self.prompts)
+        check_call(config.rollout.backend, "rollout.backend", options, given=1)
+        backend = locate(config.rollout.backend, "rollout.backend")
+        build.check_logprobs(config, backend)
+        state = checkpoints.state
+        learns = isinstance(config.trainer, GRPOConfig) and self.updates > (0 if state is None else state.update)
+        self.rewards = prepare_rewards(config.rewards) if learns else {}
+        self.prepare()
+
+        # the model, with fresh adapters that are alike on all ranks
+        source = files.weights_folder(config)
+        torch.manual_seed(config.seed)
+        self.policy = vlm.load(source, config.model, device, train=config.trainer.name != "none")
+        attention.install(self.policy.model, config.model.attention)
+        self.weights = {"path": str(source), "sha256": build.shared_hash(source)}
+        checkpoints.begin_from(self.weights["sha256"], self.weights["path"])
+        # rewards take the model before anything is attached or trained, and before a training is continued
+        name = build.weights_name(config, self.weights["sha256"])
+        bind_rewards(self.rewards, self.policy, config.rollout.evaluation_batch, name)
+
+        # the prompts that will really be asked: from here on they do not change
+        self.setup()
+        if not self.prompts.prompting.final or self.prompts.task is not self.task:
+            raise AssertionError("setup makes the prompts final")
+        if config.doctor is not True:  # which leaves nothing behind
+            frozen.freeze(folder, self.prompts.hashes(), sources)
+
+        self.encoder = build.make_encoder(config, self.policy, self.weights["sha256"], self.task)
+        self.rollout: Rollout = backend(self.policy, **options)
+        build.check_logprobs(config, self.rollout)  # again: it may say so of an object alone
         self.replies = Replies(
-            encoder,
-            labels,
+            self.encoder,
+            LabelScorer(self.policy) if config.label_scoring else None,
             reasoned=config.label_scoring != "direct",
             max_tokens=config.rollout.max_completion_tokens,
             batch=config.rollout.evaluation_batch,
             articles=config.protocol.articles,
         )
+        long = state is None and config.doctor == "auto" and doctor.is_long(self.updates, config.trainer)
+        if config.doctor is True or long:
+            self.examine()
+
+    def prepare(self) -> None:
+        """Make what is needed before the model is loaded. All ranks call it together."""
+
+    def setup(self) -> None:
+        """Give the loaded model what the method puts beside it, and make `prompts` final. All ranks call it
+        together.
+        """
 
     @property
     def decoding(self) -> str:
         return str(greedy(self.config.rollout.max_completion_tokens))
 
     def predict(self, split: str, limit: int | None = None) -> Answers:
-        prompts = evaluate.spread(self.questions.evaluation[split], limit)
+        prompts = evenly_spaced(self.prompts.evaluation[split], limit)
         with self._sampling():
-            return self.replies(self.rollout, self.questions, split, prompts, scored=limit is None)
+            return self.replies(self.rollout, self.prompts, split, prompts, scored=limit is None)
 
-    def ask(self, questions: Questions) -> None:
-        """See `Asks`."""
-        self.questions = questions
-        self.encoder.forget()
+    def diagnostics(self, split: str, answers: Answers) -> dict[str, Any]:
+        return self.prompting.diagnostics(self.task, split, answers)
+
+    def set_task(self, task: Task) -> None:
+        old, self.task = self.task, task
+        asked = {  # a split that is the same is not asked anew
+            split: self.prompts.evaluation[split]
+            if old.evaluation.get(split) is each
+            else self.prompting.evaluation_prompts(task, split)
+            for split, each in task.evaluation.items()
+        }
+        self.prompts = replace(self.prompts, task=task, evaluation=asked)
+        self.encoder.set_images(make_loader(self.config, task))
 
     def train(self, recorder: Recorder) -> int:
         if self.updates:
@@ -106,7 +151,39 @@ class VLMLearner:
 
     def save(self, folder: Path) -> None:
         with self._sampling():
-            self._save_weights(folder)
+            if rank() == 0:
+                self.save_weights(folder)
+
+    def save_weights(self, folder: Path) -> None:
+        """Write a folder that `from_pretrained` loads: model (or adapters) and processor. Rank 0 calls it."""
+        policy = self.policy
+        with detached(policy.model):
+            policy.model.save_pretrained(folder)
+        if policy.hub is not None and hasattr(policy.model, "disable_adapter"):
+            adapters.name_base(folder, *policy.hub)
+        policy.processor.save_pretrained(folder)
+
+    @classmethod
+    def into_vocabulary(cls, config: Config, policy: vlm.VLM, folder: Path) -> Words | None:
+        """Make words of the vocabulary of what a run has trained beside the weights, for readers that know nothing of
+        the method.
+
+        Args:
+            config: The run's configuration.
+            policy: The trained model without adapters, and its processor; both are changed.
+            folder: What `save` wrote.
+
+        Returns:
+            The words; None: the weights are all that was trained.
+        """
+        return None
+
+    @classmethod
+    def kept_files(cls, config: Config, folder: Path) -> tuple[str, ...] | None:
+        """Which files of `folder`, beside the weights, an exported model needs to be asked by this class again; None:
+        it cannot be, without the pictures that it was trained on.
+        """
+        return ()
 
     def close(self) -> None:
         if self.trainer is not None:
@@ -114,10 +191,10 @@ class VLMLearner:
         self.rollout.close()
 
     def examine(self) -> None:
-        """The doctor (common/run/doctor.py): its findings as a table, and an error if one is a reason not to train.
+        """Let the doctor (common/run/doctor.py) show its findings as a table.
 
         Raises:
-            UserError: Names the finding and the fix.
+            UserError: One is a reason not to train; names the finding and the fix.
         """
         config = self.config
         assert isinstance(config.trainer, GRPOConfig)
@@ -126,14 +203,14 @@ class VLMLearner:
                 vlm=self.policy,
                 encoder=self.encoder,
                 rollout=self.rollout,
-                prompts=self.questions.train,
+                prompts=self.prompts.train,
                 rewards=self.rewards,
-                decoding=sampling(config.rollout),
+                decoding=build.sampling(config.rollout),
                 config=config.trainer,
                 image_size=config.model.image_size,
                 updates=self.updates,
                 ranks=world(),
-                cost=estimate.of_run(config, self.questions, Path(self.weights["path"]), world()),
+                cost=estimate.of_run(config, self.prompts, Path(self.weights["path"]), world()),
                 seed=config.seed,
             )
         if rank() == 0:
@@ -149,13 +226,13 @@ class VLMLearner:
             yield
 
     def make_trainer(self) -> Trainer:
-        """What `train` steps; it begins where an earlier attempt of the run stopped."""
-        config, questions, resumed = self.config, self.questions, self.checkpoints.resumed
+        """The trainer, which begins where an earlier attempt of the run stopped."""
+        config, resumed = self.config, self.checkpoints.resumed
         shared: dict[str, Any] = {
             "vlm": self.policy,
             "encoder": self.encoder,
             "rollout": self.rollout,
-            "prompts": Epochs(partial(questions.method.train_prompts, questions.task), questions.train),
+            "prompts": Epochs(partial(self.prompting.train_prompts, self.task), self.prompts.train),
             "config": config.trainer,
             "deepspeed": config.deepspeed,
             "updates": self.updates,
@@ -164,10 +241,9 @@ class VLMLearner:
             "done": 0 if self.checkpoints.state is None else self.checkpoints.state.update,
         }
         if isinstance(config.trainer, GRPOConfig):
-            return GRPOTrainer(
-                **shared, rewards=self.rewards, decoding=sampling(config.rollout), overlap=config.rollout.overlap
-            )
-        return SFTTrainer(**shared, loss=config.protocol.sft_loss, reply=questions.method.label_response)
+            decoding = build.sampling(config.rollout)
+            return GRPOTrainer(**shared, rewards=self.rewards, decoding=decoding, overlap=config.rollout.overlap)
+        return SFTTrainer(**shared, loss=config.protocol.sft_loss, reply=self.prompting.label_response)
 
     def _restore_best(self, made: int) -> None:
         """Take over the weights of the best evaluation among the updates that were made.
@@ -188,25 +264,7 @@ class VLMLearner:
         self.trainer.restore(best / "deepspeed", read_state(best).update)
 
     def _save_all(self, folder: Path) -> None:
-        """What a checkpoint holds of the model: to resume from, and to load elsewhere."""
+        """Write a checkpoint of the model: to resume from, and to load elsewhere."""
         assert self.trainer is not None
         self.trainer.save(folder / "deepspeed")
         self.save(folder / "model")
-
-    def _save_weights(self, folder: Path) -> None:
-        """A folder that `from_pretrained` loads: model (or adapter) and processor; embeddings beside them."""
-        if rank() != 0:
-            return
-        policy, questions = self.policy, self.questions
-        with detached(policy.model):
-            policy.model.save_pretrained(folder)
-        if policy.hub is not None and hasattr(policy.model, "disable_adapter"):
-            adapters.name_base(folder, *policy.hub)
-        policy.processor.save_pretrained(folder)
-        if policy.slots is not None and isinstance(questions.method, Looks):
-            questions.method.export(folder / EMBEDDINGS, policy.slots.table().cpu(), questions.task)
-
-
-def sampling(config: RolloutConfig) -> Decoding:
-    """How completions are drawn for training."""
-    return Decoding(config.temperature, config.top_k, config.top_p, config.max_completion_tokens)

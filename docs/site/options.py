@@ -27,7 +27,6 @@ Choose one option of a group with `group=option`, and set a single value with `k
 `python run.py --cfg job` shows the values of one run, `--info defaults-tree` says which files they come from.
 """
 NOTES = {
-    "few_shot/learners": "The values of each few-shot learner. `method=<learner>` chooses one; all of them are there.",
     "tune": "Exceptions for one combination of choices. They apply by themselves; nobody names them.",
 }
 
@@ -57,7 +56,7 @@ def page() -> str:
 
 def _values_of_a_run(schema: Schema) -> Iterator[str]:
     """The keys of conf/config.yaml itself."""
-    types = {key: kind for key, kind, _ in schema.classes["Config"].fields}
+    types = schema.types
     plain = {key: kind for key, kind in types.items() if kind not in schema.classes}
     written = Written((CONF / "config.yaml").read_text(encoding="utf-8"))
     rows = [row for row in written.rows() if not row.key.startswith("hydra.")]
@@ -84,8 +83,6 @@ def _option(folder: str, path: Path) -> Iterator[str]:
         if chosen:
             yield f"<p>{verb} {', '.join(f'<code>{escape(each)}</code>' for each in chosen)}.</p>\n"
     prefix = "" if PRESET in written.text else folder.replace("/", ".")
-    if folder == "few_shot/learners":
-        prefix = f"few_shot.{option}"
     rows = [(f"{prefix}.{row.key}".lstrip("."), row.value, row.comment) for row in written.rows()]
     if rows:
         yield _table(("key", "value", ""), rows)
@@ -111,6 +108,7 @@ def _choices(folder: str, defaults: Sequence[object]) -> dict[str, list[str]]:
         f"{folder}={entry}" for entry in defaults if isinstance(entry, str) and not re.search("[/@]|_self_", entry)
     ]
     pairs = [(str(key), value) for entry in defaults if isinstance(entry, dict) for key, value in entry.items()]
+    pairs = [(key, value) for key, value in pairs if not key.startswith("optional ")]  # files of conf/tune/
     chooses = [f"{key.removeprefix('override ').removeprefix('/')}={value}" for key, value in pairs if "@" not in key]
     return {"Begins from": begins, "Chooses": chooses}
 
@@ -218,10 +216,17 @@ class Schema:
                     fields = tuple(_field(each) for each in node.body if isinstance(each, ast.AnnAssign))
                     self.classes[node.name] = Kind(bases, ast.get_docstring(node) or "", fields)
 
+    @property
+    def types(self) -> dict[str, str]:
+        """The type of every key of a run; a class also where the key may be null."""
+        types = {key: kind for key, kind, _ in self.classes["Config"].fields}
+        bare = {key: kind.removesuffix(" | None") for key, kind in types.items()}
+        return {key: bare[key] if bare[key] in self.classes else kind for key, kind in types.items()}
+
     def of_group(self, group: str) -> str | None:
         """The class of a group; None for those whose keys are free."""
-        types = {key: kind for key, kind, _ in self.classes["Config"].fields}
-        return types[group] if types.get(group) in self.classes else None
+        kind = self.types.get(group)
+        return kind if kind in self.classes else None
 
     def describe(self, prefix: str, name: str) -> Iterator[str]:
         """What a class says and its fields, those that it inherits included; then the classes of its fields, and those
@@ -232,7 +237,7 @@ class Schema:
         for key, kind, _ in self.classes[name].fields:
             if kind in self.classes:
                 yield from self.describe(f"{prefix}.{key}", kind)
-        taken = {kind for _, kind, _ in self.classes["Config"].fields}
+        taken = {*self.types.values()}
         for child, more in self.classes.items():
             if name in more.bases and child not in taken:
                 yield from self._described(prefix, [more])

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import hydra
 import yaml
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
 
 from common.config import trust
-from common.config.composition import decides_result, differences, register
-from common.config.run_name import usual
+from common.config.composition import decides_result, differences, plain, register
+from common.config.run_name import CONF
 from common.counted import agree, counted
 from common.data.notes import data_lines
 from common.evaluation import metrics
@@ -27,6 +31,7 @@ from common.run.result import Result
 from common.run.run_folder import RunFolder
 
 FILE, FOLDER = "report.html", "report"
+NAMED, DRAWN = ("method", "data", "setting", "protocol", "model"), ("shots", "seed")  # what a run's name says
 PARTS = {
     "results": "Results",
     "pictures": "Curves",
@@ -117,14 +122,14 @@ def class_tables(result: Result) -> list[tuple[str, Table]]:
         columns = ("class", "images", *(f"{phase} %" for phase, _ in shown), "95 % interval")
         rows = []
         for name in sorted(last.per_class, key=lambda name: last.per_class[name]):
-            n = last.images_per_class.get(name)  # results of earlier versions do not say
-            interval = None if n is None else metrics.wilson_interval(round(last.per_class[name] * n), n)
+            n = last.images_per_class[name]
+            interval = metrics.wilson_interval(round(last.per_class[name] * n), n)
             rows.append(
                 (
                     name,
-                    "–" if n is None else str(n),
+                    str(n),
                     *(tables.percent(summary.per_class.get(name)) for _, summary in shown),
-                    "–" if interval is None else " – ".join(map(tables.percent, interval)),
+                    " – ".join(map(tables.percent, interval)),
                 )
             )
         found.append((split, Table(columns, rows, [])))
@@ -159,9 +164,8 @@ def _pictures(folder: Path, result: Result, tally: Tally) -> list[tuple[str, Any
 
 def _changed(values: dict[str, Any]) -> list[tuple[str, str, str]] | None:
     """What differs from what the run's options give by themselves: key, usual value, its own; None: nobody knows."""
-    register()
-    expected = usual(values)
-    if not expected:
+    expected = _usual(values)
+    if expected is None:
         return None
     own = {key: value for key, value in values.items() if key != "signature"}
     found = []
@@ -170,6 +174,20 @@ def _changed(values: dict[str, Any]) -> list[tuple[str, str, str]] | None:
         before, _, after = change.partition(" -> ")
         found.append((key, before, after))
     return found
+
+
+def _usual(values: dict[str, Any]) -> dict[str, Any] | None:
+    """What the named options, shots and seed of a run give by themselves; None: these are options of others."""
+    register()
+    chosen = [f"{group}={values[group]['name']}" for group in NAMED] + [f"{key}={values[key]}" for key in DRAWN]
+    own = (
+        None if GlobalHydra.instance().is_initialized() else hydra.initialize_config_dir(str(CONF), version_base="1.3")
+    )
+    try:
+        with own or nullcontext():  # a run's end looks where the run did, in its user's folders too
+            return plain(hydra.compose("config", chosen))
+    except HydraException:
+        return None
 
 
 def _about(changed: list[tuple[str, str, str]] | None) -> str:

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from common.parsing import normalize
-from common.run.result import FORMER
 from common.types import UserError
 
 if TYPE_CHECKING:
@@ -81,7 +80,7 @@ def tests(folder: Path, pictures: Mapping[str, bytes]) -> Iterator[Row]:
         pictures: WebP by image.
 
     Raises:
-        UserError: predictions.parquet is missing, damaged, or of a version that wrote less.
+        UserError: predictions.parquet is missing or damaged.
     """
     file = _predictions(folder)
     parts: dict[str, dict[str, int]] = {}
@@ -89,7 +88,7 @@ def tests(folder: Path, pictures: Mapping[str, bytes]) -> Iterator[Row]:
         head = next(file.iter_batches(1, [number], ["phase", "split"]), None)
         if head is not None:
             phase = head["phase"][0].as_py()
-            parts.setdefault(head["split"][0].as_py(), {})[FORMER.get(phase, phase)] = number
+            parts.setdefault(head["split"][0].as_py(), {})[phase] = number
     nothing: list[dict[str, Any]] = []
     for phases in parts.values():
         first, last = (_pieces(file, phases.get(phase)) for phase in ("before", "after"))
@@ -108,7 +107,7 @@ def _predictions(folder: Path) -> pyarrow.parquet.ParquetFile:
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:100]})") from error
     if missing := NEEDED - set(file.schema_arrow.names):
-        raise UserError(f"{path} has no column {min(missing)}: an earlier version wrote it; run it again")
+        raise UserError(f"{path} has no column {min(missing)}, so no run wrote it; run it again")
     return file
 
 

@@ -47,7 +47,7 @@ def _lacking(values: Mapping[str, Any]) -> str:
     """What CaFo's authors give it and this configuration does not; empty: nothing, or it is no CaFo."""
     if few_shot_of({**values}) != "cafo":
         return ""
-    own = values["few_shot"]["cafo"]
+    own = values["few_shot"]
     there = {
         "generated pictures": own.get("generated") and own.get("per_class"),
         "sentences": values["clip"].get("prompts"),
@@ -72,7 +72,7 @@ def reasons(run: Run, result: Result, split: str, summary: Summary) -> list[str]
     learner = values["method"].get("learner")
     if learner == "cafo" and (lacking := _lacking(values)):
         found.append(f"CaFo without {lacking}")
-    if learner not in (None, "cafo") and values.get("clip", {}).get("prompts"):
+    if learner not in (None, "cafo") and (values.get("clip") or {}).get("prompts"):
         found.append("sentences of clip.prompts, which the published number has not")
     return found
 

@@ -1,0 +1,261 @@
+"""Where an answer went wrong: in the draft's list or in the choice from it (ALERT sections 3.1 and 3.3, Table 5).
+
+ALERT over k candidates can never be better than the draft's recall@k; that and the two rates that make up the rest are
+always reported. Names are compared as answers are (`common.parsing.normalize`). Pure Python.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from common.few_shot.candidates import place_of, recall
+from common.parsing import FORMAT, normalize
+
+RIGHT = "right"
+NOT_SHOWN = "not_among_candidates"
+CHOSEN_WRONG = "chosen_wrong"
+NONE_NAMED = "no_candidate_named"
+CLAUSE_END = re.compile(r"[.:;!?]|,(?! (?:which|who|whose|that)\b)|\bbut\b")  # a relative clause belongs to its noun
+DENIAL = re.compile(
+    r"\b(?:not|no|nor|neither|never|cannot|unlike|without|differ\w*|(?:rather|other) than|instead of)\b|n['’]t\b"
+)
+
+PUBLISHED_K = 2
+# ALERT's published accuracies over two candidates, which recall@2 of the candidates bounds.
+PUBLISHED: dict[str, dict[int | str, float]] = {
+    "imagenet": {1: 76.95, 2: 77.80, 4: 78.63, 8: 78.69, 16: 78.74},  # Table 1
+    "imagenet_v2": {16: 76.70},  # Table 2
+    "imagenet_sketch": {16: 69.12},
+    "oxford_pets": {16: 92.3},  # figure 4
+    "caltech101": {16: 96.8},
+    "dtd": {16: 75.5},
+    "food101": {16: 89.7},
+    "eurosat": {16: 85.6},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One test image.
+
+    Args:
+        truth: Its class name.
+        shown: Names of the candidates in the order of the prompt.
+        ranking: Names by the draft's own order, best first, no name twice; as many as are known.
+        answer: The final answer; empty if the reply gives none or several.
+    """
+
+    truth: str
+    shown: tuple[str, ...]
+    ranking: tuple[str, ...]
+    answer: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a case. `rank`: of the truth by the draft, `position`: among the shown; from 1, None if missing.
+
+    `named_unseen`: the answer is the truth although it was not shown.
+    """
+
+    kind: str
+    rank: int | None
+    position: int | None
+    named_unseen: bool
+
+
+def outcome(case: Case) -> Outcome:
+    """Judge one answer. A missing truth counts as wrong, even if the model names it all the same.
+
+    Raises:
+        ValueError: The draft's first candidate is the truth, yet it is not shown.
+
+    >>> outcome(Case("ox", shown=("fox", "ox"), ranking=("ox", "fox", "cow"), answer="Ox"))
+    Outcome(kind='right', rank=1, position=2, named_unseen=False)
+    >>> outcome(Case("cow", shown=("fox", "ox"), ranking=("ox", "fox", "cow"), answer="cow"))
+    Outcome(kind='not_among_candidates', rank=3, position=None, named_unseen=True)
+    """
+    truth, answer = normalize(case.truth), normalize(case.answer)
+    shown = [normalize(name) for name in case.shown]
+    rank = place_of(truth, [normalize(name) for name in case.ranking])
+    position = place_of(truth, shown)
+    if position is None:
+        if rank == 1:
+            raise ValueError(f"the draft's first candidate '{case.truth}' is not shown: {', '.join(case.shown)}")
+        return Outcome(NOT_SHOWN, rank, None, answer == truth)
+    kind = RIGHT if answer == truth else CHOSEN_WRONG if answer in shown else NONE_NAMED
+    return Outcome(kind, rank, position, False)
+
+
+def account(cases: Sequence[Case]) -> dict[str, Any]:
+    """The accounts of one split.
+
+    Returns:
+        Shares of 1 unless said otherwise; None where there is no image to take a share of.
+        `n`: images (a count). `accuracy`. `presence`: the truth is shown; accuracy cannot be higher.
+        `accuracy_given_presence`. `recall@k`: of the draft. `errors`: shares of all images by kind; together with
+        `accuracy` they add up to 1. `fix_rate`: right among the images whose truth is shown but not the draft's first.
+        `break_rate`: wrong among those whose truth is the draft's first. `fixed`, `broken`: their counts.
+        `by_position`: `n` and `accuracy` by the truth's position in the prompt, from the first.
+        `truth_named_unseen`: a count of images that are wrong here although the answer is the label.
+
+    Raises:
+        ValueError: There is no case.
+
+    So accuracy = recall@1 (1 - break_rate) + (presence - recall@1) fix_rate: here 1/2 * 1/2 + 1/4 * 1.
+
+    >>> ranking, shown = ("a", "b", "c"), ("a", "b")
+    >>> pairs = (("a", "a"), ("a", "b"), ("b", "b"), ("c", "a"))
+    >>> accounts = account([Case(truth, shown, ranking, answer) for truth, answer in pairs])
+    >>> [accounts[key] for key in ("accuracy", "recall@1", "presence", "break_rate", "fix_rate")]
+    [0.5, 0.5, 0.75, 0.5, 1.0]
+    >>> accounts["errors"]
+    {'not_among_candidates': 0.25, 'chosen_wrong': 0.25, 'no_candidate_named': 0.0}
+    """
+    if not cases:
+        raise ValueError("no images to account for")
+    outcomes = [outcome(case) for case in cases]
+    n, kinds = len(outcomes), Counter(each.kind for each in outcomes)
+    shown = [each for each in outcomes if each.position is not None]
+    led, trailed = ([each.kind == RIGHT for each in shown if (each.rank == 1) is first] for first in (True, False))
+    return {
+        "n": n,
+        "accuracy": kinds[RIGHT] / n,
+        "presence": len(shown) / n,
+        "accuracy_given_presence": _share(kinds[RIGHT], len(shown)),
+        **recall([each.rank for each in outcomes], min(len(case.ranking) for case in cases)),
+        "errors": {kind: kinds[kind] / n for kind in (NOT_SHOWN, CHOSEN_WRONG, NONE_NAMED)},
+        "fix_rate": _share(sum(trailed), len(trailed)),
+        "break_rate": _share(len(led) - sum(led), len(led)),
+        "fixed": sum(trailed),
+        "broken": len(led) - sum(led),
+        "by_position": _by_position(shown, max(len(case.shown) for case in cases)),
+        "truth_named_unseen": sum(each.named_unseen for each in outcomes),
+    }
+
+
+def led_by(shown: Sequence[str], ranking: Sequence[str], order: str) -> tuple[str, ...]:
+    """A ranking that begins with the candidates that an image was asked with, whatever the draft prefers by now.
+
+    Args:
+        shown: Names, as the prompt listed them.
+        ranking: Names, best first.
+        order: Order of the prompt. After `shuffle` it does not say which of them led, so they stand as in the ranking.
+
+    >>> led_by(("b", "a"), ("a", "b", "c"), "rank"), led_by(("b", "a"), ("a", "b", "c"), "shuffle")
+    (('b', 'a', 'c'), ('a', 'b', 'c'))
+    """
+    rank = {name: number for number, name in enumerate(ranking)}
+    best = shown if order == "rank" else sorted(shown, key=lambda name: rank.get(name, len(rank)))
+    return tuple(dict.fromkeys((*best, *ranking)))
+
+
+def published_above(dataset: str, shots: int | str, recall: Mapping[str, float]) -> dict[str, Any]:
+    """A sentence if ALERT's published accuracy lies above what these candidates could ever give; else nothing.
+
+    Args:
+        dataset: The tested dataset.
+        shots: Shots of the training.
+        recall: `recall@2` of the candidates, a share of 1.
+
+    >>> published_above("imagenet_sketch", 16, {"recall@2": 0.53})["published_above_bound"]
+    "ALERT's published 69.12 % lies above recall@2 of these candidates, 53.00 %: it was not reached over such ones"
+    >>> published_above("imagenet_sketch", 16, {"recall@2": 0.7}), published_above("dtd", 4, {"recall@2": 0.1})
+    ({}, {})
+    """
+    bound, accuracy = recall.get(f"recall@{PUBLISHED_K}"), PUBLISHED.get(dataset, {}).get(shots)
+    if bound is None or accuracy is None or accuracy <= 100 * bound:
+        return {}
+    said = (
+        f"ALERT's published {accuracy:.2f} % lies above recall@{PUBLISHED_K} of these candidates, {100 * bound:.2f} %:"
+        " it was not reached over such ones"
+    )
+    return {"published_above_bound": said}
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def _by_position(shown: Sequence[Outcome], longest: int) -> list[dict[str, float | None]]:
+    table: list[dict[str, float | None]] = []
+    for position in range(1, longest + 1):
+        right = [each.kind == RIGHT for each in shown if each.position == position]
+        table.append({"n": len(right), "accuracy": _share(sum(right), len(right))})
+    return table
+
+
+def reasoning_agrees(think: str, answer: str, candidates: Sequence[str]) -> bool | None:
+    """Whether the answer is what the reasoning concludes: the last candidate that it names and does not deny.
+
+    The rule is our choice. Names count as whole words, and a name inside a longer candidate's name does not. A name is
+    denied by a word like "not" or "unlike" before it in the same clause: contrasts often end with what the image is
+    not. Words only: "foxes" names nothing, and "it can hardly be a fox" says fox. It is a count to watch, not a reward.
+
+    Args:
+        think: The reasoning.
+        answer: The final answer.
+        candidates: The names that the prompt offered.
+
+    Returns:
+        None if the reasoning names no candidate, or denies all that it names.
+
+    >>> reasoning_agrees("Not a fox: the tusks say elephant.", "elephant", ("fox", "elephant", "ant"))
+    True
+    >>> reasoning_agrees("White as an arctic fox, but it is not a fox.", "arctic fox", ("fox", "arctic fox"))
+    True
+    >>> reasoning_agrees("It is an arctic fox.", "fox", ("fox", "arctic fox"))
+    False
+    >>> reasoning_agrees("It is white.", "fox", ("fox", "arctic fox")) is None
+    True
+    """
+    conclusion = _last_mentioned(normalize(think), {normalize(name) for name in candidates} - {""})
+    return None if conclusion is None else conclusion == normalize(answer)
+
+
+def agrees(reply: str, answer: str, candidates: Sequence[str]) -> bool | None:
+    """`reasoning_agrees` of a whole reply; None also without a reasoning."""
+    thought = FORMAT.search(reply)
+    return reasoning_agrees(thought["think"], answer, candidates) if thought else None
+
+
+def _last_mentioned(text: str, names: set[str]) -> str | None:
+    """The name that ends last in the text and is not denied. Longer names are looked for first, and what they cover is
+    taken out.
+    """
+    end, last = -1, None
+    for name in sorted(names, key=lambda name: (-len(name), name)):
+        whole_word = re.compile(rf"(?<!\w){re.escape(name)}(?!\w)")
+        ends = [match.end() for match in whole_word.finditer(text) if not _is_denied(text[: match.start()])]
+        if ends and ends[-1] > end:
+            end, last = ends[-1], name
+        text = whole_word.sub("\0" * len(name), text)  # of equal length, so that later ends can be compared
+    return last
+
+
+def _is_denied(before: str) -> bool:
+    """Whether the clause that a text ends with denies what comes next."""
+    return DENIAL.search(CLAUSE_END.split(before)[-1]) is not None
+
+
+def agreement(verdicts: Sequence[bool | None], malformed: int) -> dict[str, int]:
+    """How often reasoning and answer agree: counts of images.
+
+    Args:
+        verdicts: What `reasoning_agrees` says of every image with a reasoning.
+        malformed: Images whose completion has no reasoning before an answer.
+
+    >>> agreement([True, None, False, True], malformed=2)
+    {'agree': 2, 'differ': 1, 'reasoning_names_none': 1, 'malformed': 2}
+    """
+    counts = Counter(verdicts)
+    return {
+        "agree": counts[True],
+        "differ": counts[False],
+        "reasoning_names_none": counts[None],
+        "malformed": malformed,
+    }

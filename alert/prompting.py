@@ -1,0 +1,248 @@
+"""ALERT's prompts (section 3): the meta-task over category embeddings, with references while training and a draft's
+candidates when testing.
+
+`method=alert` and `method=gemma_1shot` are this one class with other arguments. What it must know of the pictures
+(which categories are alike, which candidates a draft names) the learner tells it (alert/learner.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alert import accounting, categories
+from alert import references as reference
+from alert.bank import file as bank_file
+from alert.prompt import INSTRUCTIONS, meta_task
+from alert.rewards import tagged_answer
+from common import parsing
+from common.config.checks import one_of
+from common.config.suggest import options
+from common.data.task import dataset_of
+from common.few_shot import candidate_file, candidates
+from common.runtime.distributed import rank
+from common.types import Answers, Item, Prediction, Prompt, Split, Task, UserError
+from common.vlm.prompting import Prompting
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
+DRAFTS = ("class_means", "oracle_recall", "file", "few_shot")
+INITIALISATIONS = ("proposed", "averaging", "random", "one_shot")
+
+
+class AlertPrompting(Prompting):
+    """Asks which of some reference categories an image shows, each given by its name and its embedding."""
+
+    def __init__(
+        self,
+        *,
+        seed: int,
+        instruction: str = "paper",
+        initialisation: str = "proposed",
+        trainable: bool = True,
+        bank: str | None = None,
+        tower: str | None = None,
+        tau: float = 0.1,
+        smallest: int = 2,
+        largest: int = 8,
+        features: str = "mean",
+        draft: str = "class_means",
+        draft_file: str | None = None,
+        k: int = 2,
+        order: str = "rank",
+    ) -> None:
+        """
+        Args:
+            seed: Draws references and initialisation; the order of candidates depends on the image alone.
+            instruction: `paper` (appendix A) or `short` (for tiny models).
+            initialisation: How the embeddings begin, see `alert.bank.embeddings.see`.
+            trainable: False: the bank stays as it begins (Table 3).
+            bank: Folder of an exported bank to begin from, instead of an initialisation.
+            tower: Folder of the weights whose vision tower chooses the candidates; None: the model's own.
+            tau: Temperature of the reference weights (section 4.1.2).
+            smallest: Fewest references in a training prompt.
+            largest: Most.
+            features: What stands for an image in class means, of references and draft: `mean` of the patches, or
+                all `patches` in a row (our choice: the paper does not say; patches know places, and take P times the
+                memory).
+            draft: Who chooses the candidates of a test image: `class_means`, `oracle_recall` (an upper bound: it knows
+                the truth), `file`, or `few_shot`, the chosen few-shot learner, which is fitted on the same shots first.
+            draft_file: For `file`: the folder of a few-shot learner's run, or what `write` of
+                common/few_shot/candidate_file.py wrote; `SPLIT` stands for the split.
+            k: Candidates of a test image.
+            order: Order of the candidates in the prompt, `rank` or `shuffle` (our choice: the paper does not say).
+
+        Raises:
+            UserError: An argument has an unknown value.
+        """
+        for key, value, allowed in (
+            ("instruction", instruction, tuple(INSTRUCTIONS)),
+            ("initialisation", initialisation, INITIALISATIONS),
+            ("features", features, ("mean", "patches")),
+            ("order", order, candidates.ORDERS),
+        ):
+            one_of(f"method.{key}", value, allowed)
+        if draft in options("few_shot"):
+            raise UserError(
+                f"method.draft={draft}: a few-shot learner as the draft is few_shot={draft} method.draft=few_shot"
+            )
+        one_of("method.draft", draft, DRAFTS)
+        if draft == "file" and draft_file is None:
+            raise UserError("method.draft=file needs method.draft_file, the candidates that a learner wrote")
+        if not (2 <= smallest <= largest and k >= 1 and tau > 0):
+            raise UserError(
+                f"method.smallest={smallest}, largest={largest}, k={k}, tau={tau}: 2 <= smallest <= largest, k >= 1"
+                " and tau > 0 are needed"
+            )
+        if k > candidates.DEPTH:
+            raise UserError(f"method.k={k}: at most {candidates.DEPTH} candidates are kept of a draft")
+        self.seed, self.instruction = seed, instruction
+        self.initialisation, self.trainable = initialisation, trainable
+        self.bank = None if bank is None else Path(bank).expanduser()
+        self.tau, self.smallest, self.largest = tau, smallest, largest
+        self.draft, self.draft_file, self.k, self.order = draft, draft_file, k, order
+        self.patches = features == "patches"
+        self.tower = None if tower is None else Path(tower).expanduser()
+        # told by the learner, once it has seen the pictures
+        self.similarities: NDArray[np.float64] | None = None  # [C, C]
+        self.drafted: dict[str, candidates.Candidates] = {}
+
+    def sources(self, task: Task) -> dict[str, str]:
+        sources = {}
+        if self.bank is not None:
+            with bank_file.asked_by("method.bank"):
+                sources["method.bank"] = bank_file.facts(self.bank, task.train.names)["sha256"]
+        if self.draft == "file":
+            for split in task.evaluation:
+                sources[f"method.draft_file of '{split}'"] = candidate_file.identity(self._draft_path(split))
+        return sources
+
+    @property
+    def final(self) -> bool:
+        return self.similarities is not None
+
+    def embeddings(self, task: Task) -> int:
+        return len(task.train.names)
+
+    def train_prompts(self, task: Task, epoch: int = 0) -> list[Prompt]:
+        """With other references in every epoch. Before pictures were seen, the longest prompts that there could be."""
+        split = task.train
+        longest = categories.longest(split, self.largest)
+        return [self._prompt(item, split, self._references(item, split, longest, epoch)) for item in split.items]
+
+    def evaluation_prompts(self, task: Task, split: str) -> list[Prompt]:
+        asked = task.evaluation[split]
+        labels = categories.train_labels(task, split)
+        if self.k > len(asked.choices):
+            raise UserError(
+                f"method.k={self.k}, but '{split}' has only {len(asked.choices)} to choose among; use fewer candidates"
+            )
+        if self.draft == "file" and split not in self.drafted:
+            # before the model is loaded: a file that does not fit costs a second then
+            images = [item.image for item in asked.items]
+            path = self._draft_path(split)
+            self.drafted[split] = candidate_file.read(path, images, asked.names, dataset_of(task, split), split)
+        if split not in self.drafted:
+            shown = [categories.longest(asked, self.k)] * len(asked.items)
+        else:
+            shown = [self.drafted[split].shown(item.image, self.k, self.order) for item in asked.items]
+        return [self._prompt(item, asked, chosen, labels) for item, chosen in zip(asked.items, shown, strict=True)]
+
+    def well_formed(self, completion: str) -> bool:
+        return parsing.is_strict_format(completion)
+
+    def answer(self, completion: str) -> str | None:
+        return tagged_answer(completion)
+
+    def label_response(self, name: str) -> str:
+        """The name in its tags."""
+        return f"<answer>{name}</answer>"
+
+    def diagnostics(self, task: Task, split: str, answers: Answers) -> dict[str, Any]:
+        """The accounts of the two stages, and whether reasoning and answer agree (alert/accounting.py).
+
+        What an image was asked with stands in its columns: the answers may be those of an earlier attempt of the run,
+        whose draft may have differed by a rounding. What follows in the ranking is this attempt's.
+        """
+        drafted, names, predictions = self.drafted[split], task.evaluation[split].names, answers.predictions
+        asked = [tuple(shown) for shown in answers.columns["candidates"]]
+        differing = sum(a != b for a, b in zip(asked, self._shown(task, split, predictions), strict=True))
+        if differing and rank() == 0:
+            log.warning(
+                "%d of the %d images of '%s' were asked with other candidates than the draft gives now; they are"
+                " accounted for with those that they were asked with",
+                differing,
+                len(asked),
+                split,
+            )
+        cases = []
+        for p, shown in zip(predictions, asked, strict=True):
+            ranking = accounting.led_by(shown, [names[label] for label in drafted.ranking(p.image)], self.order)
+            cases.append(accounting.Case(p.label, shown, ranking, p.answer))
+        said = zip(predictions, answers.columns["reasoning_agrees"], strict=True)
+        verdicts = [verdict for p, verdict in said if parsing.FORMAT.search(_text(p))]
+        accounts = accounting.account(cases)
+        origin = drafted.origin
+        draft = {
+            **vars(origin),
+            "k": self.k,
+            **accounts,
+            **accounting.published_above(origin.dataset, origin.shots, accounts),
+        }
+        return {"draft": draft, "reasoning": accounting.agreement(verdicts, len(predictions) - len(verdicts))}
+
+    def extra_columns(self, task: Task, split: str, predictions: Sequence[Prediction]) -> dict[str, list[Any]]:
+        """The candidates in the order of the prompt, and whether the reasoning concludes the answer (None: it names no
+        candidate, or there is none).
+        """
+        shown = self._shown(task, split, predictions)
+        asked = zip(predictions, shown, strict=True)
+        agrees = [accounting.agrees(_text(p), p.answer, names) for p, names in asked]
+        return {"candidates": [list(names) for names in shown], "reasoning_agrees": agrees}
+
+    def _draft_path(self, split: str) -> Path:
+        assert self.draft_file is not None
+        path = Path(self.draft_file.replace("SPLIT", split)).expanduser()
+        return path / candidate_file.FOLDER / split if path.is_dir() else path
+
+    def _shown(self, task: Task, split: str, predictions: Sequence[Prediction]) -> list[tuple[str, ...]]:
+        """Names of the candidates of every image, in the order of the prompt."""
+        drafted, names = self.drafted[split], task.evaluation[split].names
+        return [tuple(names[label] for label in drafted.shown(p.image, self.k, self.order)) for p in predictions]
+
+    def _references(self, item: Item, split: Split, longest: tuple[int, ...], epoch: int) -> tuple[int, ...]:
+        if self.similarities is None:
+            return (item.label, *[label for label in longest if label != item.label][: self.largest - 1])
+        return reference.sample_references(
+            item.label,
+            self.similarities[item.label],
+            split.names,
+            random.Random(f"references-{self.seed}-{epoch}-{item.image}"),
+            tau=self.tau,
+            smallest=self.smallest,
+            largest=self.largest,
+        )
+
+    def _prompt(self, item: Item, split: Split, shown: Sequence[int], labels: Sequence[int] | None = None) -> Prompt:
+        names = tuple(split.names[label] for label in shown)
+        entries = tuple(shown if labels is None else (labels[label] for label in shown))
+        return Prompt(
+            image=item.image,
+            text=meta_task(names, self.instruction),
+            label=item.name,
+            choices=names,
+            aliases=split.aliases.get(item.name, ()),
+            categories=entries,
+            image_last=True,
+        )
+
+
+def _text(prediction: Prediction) -> str:
+    assert prediction.reply is not None, "a vision-language model replies"
+    return prediction.reply.text

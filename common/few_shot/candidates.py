@@ -1,0 +1,226 @@
+"""Candidates: the best classes of every picture by a few-shot learner, and how often the truth is among them. No torch.
+
+A learner writes them into its run folder (candidate_file.py); a method such as ALERT, for which the learner is a draft,
+offers the first k of them to a language model.
+
+Shapes: N images, C classes, k candidates per image, K >= k that are kept.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from common.config.checks import one_of
+from common.parsing import normalize
+from common.types import UserError
+
+DEPTH = 16  # categories that are kept of a draft's ranking; the paper shows up to 8 (Table 5)
+CHUNK = 4096  # images that are sorted together, which bounds the memory
+ORDERS = ("rank", "shuffle")
+RECALL_AT = (1, 2, 3, 4, 5, 8)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Whose ranking it is. `uses_labels`: the truth was put in, so what comes of it is an upper bound."""
+
+    method: str
+    dataset: str
+    shots: int | str
+    seed: int
+    uses_labels: bool = False
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The best categories of every image.
+
+    Args:
+        images: Keys, each once. Length: N.
+        indices: Classes, best first, no name twice. Shape: [N, K].
+        logits: Logits of these classes, not increasing along a row. Shape: [N, K].
+        origin: Whose ranking it is.
+
+    Raises:
+        ValueError: Shapes do not fit, or an image occurs twice.
+    """
+
+    images: tuple[str, ...]
+    indices: NDArray[np.int64]
+    logits: NDArray[np.float64]
+    origin: Origin
+
+    def __post_init__(self) -> None:
+        if self.indices.shape != self.logits.shape or self.indices.shape[:-1] != (len(self.images),):
+            raise ValueError(
+                f"{len(self.images)} images, indices of shape {self.indices.shape}, logits of shape {self.logits.shape}"
+            )
+        if len(self._row) != len(self.images):
+            raise ValueError("an image occurs twice")
+
+    @cached_property
+    def _row(self) -> dict[str, int]:
+        return {image: row for row, image in enumerate(self.images)}
+
+    def ranking(self, image: str) -> tuple[int, ...]:
+        """All classes that are kept of an image, best first. Length: K."""
+        return tuple(self.indices[self._row[image]].tolist())
+
+    def shown(self, image: str, k: int, order: str = "rank") -> tuple[int, ...]:
+        """The k best classes of an image, as the prompt lists them. The paper does not say in which order: our choice.
+
+        Args:
+            image: Its key.
+            k: How many; the paper's default is 2.
+            order: `rank` (best first, which tells the model what the draft prefers) or `shuffle` (a random order that
+                depends on the image alone).
+
+        Raises:
+            UserError: `k` or `order` cannot be met.
+        """
+        one_of("method.order", order, ORDERS)
+        _check_k(k, self.indices.shape[1], "are kept of each image")
+        best = list(self.ranking(image)[:k])
+        if order == "shuffle":
+            random.Random(f"candidates-{image}").shuffle(best)
+        return tuple(best)
+
+
+@lru_cache(maxsize=16)
+def name_groups(names: tuple[str, ...]) -> tuple[int, ...]:
+    """For every class the first class of the same name, by which classes that cannot be told apart are known.
+
+    Names are compared as answers are (`common.parsing.normalize`).
+
+    >>> name_groups(("missile", "crane", "Missile"))
+    (0, 1, 0)
+    """
+    first: dict[str, int] = {}
+    return tuple(first.setdefault(normalize(name), label) for label, name in enumerate(names))
+
+
+def select(logits: ArrayLike, k: int, names: Sequence[str] | None = None) -> NDArray[np.int64]:
+    """The k classes of the highest logits, best first; equal ones by class index (section 3.1). Knows no labels.
+
+    Of classes that share a name only the best one counts, since a list must not offer a name twice.
+
+    Args:
+        logits: One number per class; higher is more likely. Shape: [N, C].
+        k: How many classes.
+        names: Class names, as they are shown. Length: C. None: no two share one.
+
+    Returns:
+        Class indices. Shape: [N, k].
+
+    Raises:
+        UserError: There are fewer than k names.
+        ValueError: The logits do not fit the names, or one is not a number.
+
+    >>> select([[0.1, 0.7, 0.7], [0.5, 0.2, 0.3]], k=2).tolist()
+    [[1, 2], [0, 2]]
+    >>> select([[0.1, 0.7, 0.7], [0.5, 0.2, 0.3]], k=2, names=("a", "b", "B")).tolist()
+    [[1, 0], [0, 2]]
+    """
+    rows = np.asarray(logits)
+    if rows.ndim != 2 or np.isnan(rows).any():
+        raise ValueError(f"logits of shape {rows.shape}; expected [N, C] without NaN")
+    if names is not None and len(names) != rows.shape[1]:
+        raise ValueError(f"{rows.shape[1]} logits per image, but {len(names)} names")
+    groups = tuple(range(rows.shape[1])) if names is None else name_groups(tuple(names))
+    _check_k(k, len(set(groups)), "class names are different")
+    chosen = np.empty((len(rows), k), np.int64)
+    for start in range(0, len(rows), CHUNK):
+        part = slice(start, start + CHUNK)
+        chosen[part] = _order(rows[part].astype(np.float64), groups)[:, :k]
+    return chosen
+
+
+def _order(rows: NDArray[np.float64], groups: Sequence[int]) -> NDArray[np.int64]:
+    """All classes of each row, best first; those that another one of their name beats come last."""
+    behind = np.zeros(rows.shape, bool)
+    for first in sorted({first for label, first in enumerate(groups) if label != first}):
+        same = np.array([label for label, group in enumerate(groups) if group == first])
+        best = same[rows[:, same].argmax(1)]  # of equal ones the lowest index
+        behind[:, same] = True
+        behind[np.arange(len(rows)), best] = False
+    return np.lexsort((-rows, behind))  # stable, unlike torch.topk: equal logits stay in the order of the classes
+
+
+def _check_k(k: int, available: int, what: str) -> None:
+    if k < 1:
+        raise UserError(f"method.k={k} must be 1 or more")
+    if k > available:
+        raise UserError(f"method.k={k}, but only {available} {what}; use method.k={available} or less")
+
+
+def rank(images: Sequence[str], logits: ArrayLike, names: Sequence[str], origin: Origin) -> Candidates:
+    """A draft's logits as candidates, the best DEPTH of each image or all if there are fewer names.
+
+    Args:
+        images: Keys. Length: N.
+        logits: Shape: [N, C].
+        names: Class names. Length: C.
+        origin: Whose logits they are.
+    """
+    indices = select(logits, min(DEPTH, len(set(name_groups(tuple(names))))), names)
+    return Candidates(tuple(images), indices, logits_of(logits, indices), origin)
+
+
+def join(parts: Sequence[Candidates], images: Sequence[str]) -> Candidates:
+    """The candidates of some images each, of one draft, as those of all.
+
+    Args:
+        parts: At least one.
+        images: Keys, in the order that the result shall have. Length: N.
+    """
+    row_of = {image: row for row, image in enumerate(image for part in parts for image in part.images)}
+    rows = [row_of[image] for image in images]
+    indices, logits = (np.concatenate(each)[rows] for each in zip(*((p.indices, p.logits) for p in parts), strict=True))
+    return Candidates(tuple(images), indices, logits, parts[0].origin)
+
+
+def logits_of(logits: ArrayLike, indices: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The logits of some classes of every image. Shapes: [N, C] and [N, k] -> [N, k]."""
+    return np.take_along_axis(np.asarray(logits), indices, axis=1).astype(np.float64)
+
+
+def place_of(name: str, names: Sequence[str]) -> int | None:
+    """Position of a name in a list, counted from 1; None if it is not there."""
+    return names.index(name) + 1 if name in names else None
+
+
+def recall(ranks: Sequence[int | None], depth: int, at: Sequence[int] = RECALL_AT) -> dict[str, float]:
+    """Share of the images whose truth is among the first k, for every k of `at`.
+
+    Args:
+        ranks: Ranks of the truth, from 1; None: not among the first `depth`.
+        depth: How many candidates are known of every image.
+        at: The values of k. Those beyond `depth` are left out, unless every truth was found before.
+
+    >>> recall([1, 3, None, 1], depth=4)
+    {'recall@1': 0.5, 'recall@2': 0.5, 'recall@3': 0.75, 'recall@4': 0.75}
+    """
+    known = [k for k in at if k <= depth or None not in ranks]
+    return {f"recall@{k}": sum(rank is not None and rank <= k for rank in ranks) / len(ranks) for k in known}
+
+
+def recall_at(candidates: Candidates, names: Sequence[str], truths: Sequence[int]) -> dict[str, float]:
+    """recall@k of the ranking for k of 1, 2, 3, 4, 5, 8 and 16, as far as it is known.
+
+    A class that shares its name with the truth is as good as the truth.
+    """
+    ranks = truth_ranks(candidates, names, truths)
+    return recall(ranks, candidates.indices.shape[1], (*RECALL_AT, DEPTH))
+
+
+def truth_ranks(candidates: Candidates, names: Sequence[str], truths: Sequence[int]) -> list[int | None]:
+    """The rank of every image's truth, from 1; None: not among those that are kept. Arguments as of `recall_at`."""
+    groups = np.array(name_groups(tuple(names)))
+    shown = groups[candidates.indices].tolist()
+    return [place_of(groups[truth], row) for truth, row in zip(truths, shown, strict=True)]

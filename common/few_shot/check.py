@@ -1,0 +1,116 @@
+"""What a run's configuration settles about its few-shot learner, and what it cannot have. No torch is needed to refuse,
+but for the learner's own arguments.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.config.schema import Config
+from common.config.schema_learner import EncoderConfig
+from common.counted import agree
+from common.data.task import TaskData
+from common.plugins import check_call, locate
+from common.types import Task, UserError
+
+if TYPE_CHECKING:
+    from common.few_shot.heads.base import FewShotHead
+
+
+def name_of(config: Config) -> str:
+    """The chosen learner.
+
+    Raises:
+        UserError: None is chosen.
+    """
+    if not config.few_shot or not {"name", "_target_"} <= config.few_shot.keys():
+        raise UserError("no few-shot learner is chosen; add one, such as few_shot=cafo")
+    return str(config.few_shot["name"])
+
+
+def make(config: Config) -> FewShotHead:
+    """The learner that `few_shot` describes, not fitted.
+
+    Raises:
+        UserError: There is none, or an argument is wrong.
+    """
+    name_of(config)
+    entry: Any = config.few_shot
+    arguments = {key: value for key, value in entry.items() if key not in ("name", "_target_")} | {"seed": config.seed}
+    key = "few_shot._target_"
+    check_call(entry["_target_"], key, arguments)
+    learner: FewShotHead = locate(entry["_target_"], key)(**arguments)
+    return learner
+
+
+def check(config: Config, data: TaskData) -> None:
+    """See `Check` in common/learner.py."""
+    if (name := name_of(config)) != (own := config.method["learner"]):
+        raise UserError(f"few_shot={name}: method={config.method['name']} fits {own}; choose method={name}")
+    check_fit(config, data.task)
+
+
+def check_fit(config: Config, task: Task) -> None:
+    """Everything that can be refused before an encoder is loaded.
+
+    Raises:
+        UserError: Names the key and the fix.
+    """
+    from common.few_shot.encoders import encoder, generated, prompts
+
+    name, learner, clip, visual = name_of(config), make(config), config.clip, config.visual
+    if clip is None or clip.load is None:
+        if learner.needs & {"text", "maps"}:
+            raise UserError(
+                f"{name} compares pictures with class names, and clip={named(clip)} has no text tower: choose a"
+                " clip, or a learner that only looks: linear_probe, nearest_mean, tip_adapter, tip_adapter_f, cafo"
+            )
+        if visual is None or visual.load is None:
+            raise UserError(f"{name} needs an encoder: clip={named(clip)} and visual={named(visual)} are none")
+    for encoder_key, chosen in (("clip", clip), ("visual", visual)):
+        if chosen is not None:
+            encoder.check(encoder_key, chosen)
+    if clip is not None and clip.load is not None:
+        splits = [task.train, *task.evaluation.values()]
+        names = list(dict.fromkeys(name for split in splits for name in split.names))
+        if clip.prompts is None:
+            prompts.of_templates(names, clip.templates)
+        else:
+            prompts.of_file(Path(clip.prompts).expanduser(), names)
+    learner.check_val("val" in task.evaluation or config.selection == "paper")
+    if learner.generated is not None and learner.generated_per_class:
+        generated.pick(
+            "few_shot.generated", learner.generated, learner.generated_per_class, task.train.names, config.seed
+        )
+    check_classes(name, learner, task)
+
+
+def named(encoder: EncoderConfig | None) -> str:
+    """The name of a group's choice, as a user types it."""
+    return "null" if encoder is None else encoder.name
+
+
+def check_classes(name: str, learner: FewShotHead, task: Task) -> None:
+    """Every class has a shot, and no split has classes that a learner of fixed classes was not fitted on.
+
+    Raises:
+        UserError: Names the first.
+    """
+    if not learner.steps:
+        return
+    present = {item.label for item in task.train.items}
+    if missing := [each for label, each in enumerate(task.train.names) if label not in present]:
+        raise UserError(
+            f"{name} needs a picture of every class, but {len(missing)} {agree(len(missing), 'has', 'have')} none,"
+            f" first: '{missing[0]}'; use more"
+            " shots"
+        )
+    if learner.fixed_classes:
+        for split, asked in task.evaluation.items():
+            if strange := sorted(set(asked.names) - set(task.train.names)):
+                raise UserError(
+                    f"{name} knows only the classes that it was fitted on, but '{split}' has {len(strange)} others,"
+                    f" first: '{strange[0]}'; use setting=few_shot or shift, or a learner that reads names:"
+                    " clip_zero_shot, coop, clip_adapter, vt_clip, calip, calip_fs"
+                )

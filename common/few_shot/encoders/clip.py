@@ -1,0 +1,197 @@
+"""CLIP through open_clip: any of its models, from the hub or a local file. The tiny one is in tiny.py.
+
+The models of OpenAI compute with the quick form of GELU: `RN50-quickgelu`. open_clip only warns of the other name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.few_shot.encoders.views import Look
+from common.types import UserError
+
+TEXTS = 256  # in a forward
+
+
+class OpenClip:
+    """See `TextEncoder`."""
+
+    def __init__(
+        self, model: Any, tokenize: Callable[[list[str]], Tensor], look: Look, identity: str, source: str
+    ) -> None:
+        """
+        Args:
+            model: An `open_clip.CLIP`.
+            tokenize: Texts to ids, cut to the context. Shape: [T, tokens].
+            look: Size and normalisation of its pictures.
+            identity: Name of model and weights, for caches.
+            source: Where the weights came from.
+        """
+        self.model, self.tokenize, self.look = model.eval().requires_grad_(False), tokenize, look
+        self.identity, self.source = identity, source
+        self.width = int(model.text_projection.shape[1])
+        self.positions = _positions(model.visual)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.text_projection.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.text_projection.dtype
+
+    def images(self, pixels: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return self.model.encode_image(pixels.to(self.device, self.dtype)).float()
+
+    def maps(self, pixels: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return _map(self.model.visual, pixels.to(self.device, self.dtype)).float()
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        parts = [list(texts[start : start + TEXTS]) for start in range(0, len(texts), TEXTS)]
+        with torch.inference_mode():
+            encoded = [self.model.encode_text(self.tokenize(part).to(self.device)).float() for part in parts]
+        return torch.cat(encoded).clone()
+
+    def embed(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        ids = self.tokenize(list(texts)).to(self.device)
+        for text, row in zip(texts, ids, strict=True):
+            if row[-1] != 0:  # the end token: the text fills all places, or lost its end
+                raise UserError(f"'{text}' has {len(row)} tokens or more, too long for the text tower of {self.source}")
+        return self.model.token_embedding(ids).float(), ids.argmax(dim=1)
+
+    def read(self, embedded: Tensor, ends: Tensor) -> Tensor:
+        model = self.model
+        x = embedded.to(self.dtype) + model.positional_embedding[: embedded.shape[1]]
+        x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask))
+        return (x[torch.arange(len(x), device=x.device), ends] @ model.text_projection).float()
+
+
+def _positions(visual: Any) -> int:
+    if hasattr(visual, "attnpool"):
+        return int(visual.attnpool.positional_embedding.shape[0]) - 1
+    return int(visual.positional_embedding.shape[0]) - 1
+
+
+def _map(visual: Any, pixels: Tensor) -> Tensor:
+    """What the last layer says of each position, projected as the picture's own feature is. Shape: [B, P, D]."""
+    if not hasattr(visual, "attnpool"):
+        tokens = visual.transformer(visual._embeds(pixels))
+        return visual.ln_post(tokens)[:, 1:] @ visual.proj
+    for layer in (visual.stem, visual.layer1, visual.layer2, visual.layer3, visual.layer4):
+        pixels = layer(pixels)
+    return attention_pool(visual.attnpool, pixels)[:, 1:]
+
+
+def attention_pool(pool: Any, features: Tensor) -> Tensor:
+    """All outputs of the attention pool of a CLIP ResNet; open_clip itself keeps the first, the picture's feature.
+
+    Shape: [B, width, height of the map, its width] -> [B, 1 + P, D].
+    """
+    x = features.flatten(2).permute(2, 0, 1)
+    x = torch.cat([x.mean(0, keepdim=True), x]) + pool.positional_embedding[:, None].to(x.dtype)
+    pooled, _ = F.multi_head_attention_forward(
+        query=x,
+        key=x,
+        value=x,
+        embed_dim_to_check=x.shape[-1],
+        num_heads=pool.num_heads,
+        q_proj_weight=pool.q_proj.weight,
+        k_proj_weight=pool.k_proj.weight,
+        v_proj_weight=pool.v_proj.weight,
+        in_proj_weight=None,
+        in_proj_bias=torch.cat([pool.q_proj.bias, pool.k_proj.bias, pool.v_proj.bias]),
+        bias_k=None,
+        bias_v=None,
+        add_zero_attn=False,
+        dropout_p=0.0,
+        out_proj_weight=pool.c_proj.weight,
+        out_proj_bias=pool.c_proj.bias,
+        use_separate_proj_weight=True,
+        training=False,
+        need_weights=False,
+    )
+    return pooled.transpose(0, 1)
+
+
+def load(
+    key: str,
+    device: torch.device,
+    cache_dir: Path,
+    dtype: torch.dtype,
+    model: str,
+    pretrained: str | None = None,
+    file: str | None = None,
+) -> OpenClip:
+    """See `Load`.
+
+    Args:
+        key: For errors.
+        device: Where it computes.
+        cache_dir: Not used: the hub's own cache holds the weights.
+        dtype: It computes in.
+        model: A name of open_clip, such as RN50-quickgelu.
+        pretrained: A tag of open_clip, such as openai; fetched from the hub unless it was fetched before.
+        file: Weights on this machine, instead of a tag.
+
+    Raises:
+        UserError: open_clip is not installed, knows no such model, or the weights cannot be had or are of another one.
+    """
+    try:
+        import open_clip
+    except ImportError as error:
+        raise UserError(f"{key}: open_clip is not installed; uv pip install 'open_clip_torch>=3.3,<3.4'") from error
+    if file is None and pretrained is None:
+        raise UserError(f"{key}.options needs pretrained=<tag> or file=<weights>: without them {model} knows nothing")
+    if ":" in model:  # open_clip also takes addresses, and what lies there can bring code along
+        raise UserError(f"{key}.options.model={model} is no name of open_clip's own models, such as RN50-quickgelu")
+    weights = pretrained if file is None else str(Path(file).expanduser().resolve())
+    logger, level = logging.getLogger(), logging.getLogger().level
+    try:
+        logger.setLevel(logging.CRITICAL)  # the hub's client says at length that it tries again
+        made: Any = open_clip.create_model(model, pretrained=weights, precision="fp32", require_pretrained=True)
+    except Exception as error:  # of the hub's client, of torch, of safetensors: of many kinds
+        raise UserError(_unusable(key, model, weights, file, error)) from error
+    finally:
+        logger.setLevel(level)
+    if not isinstance(made, open_clip.CLIP):
+        raise UserError(f"{key}.options.model={model} is a {type(made).__name__}; choose a model of the kind CLIP")
+    shown = made.visual.preprocess_cfg if hasattr(made.visual, "preprocess_cfg") else {}
+    size = made.visual.image_size
+    look = Look(
+        size[0] if isinstance(size, tuple) else size,
+        *(tuple(shown[name]) for name in ("mean", "std") if name in shown),
+    )
+    made = made.to(device=device, dtype=dtype)
+    identity = f"{model}-{parameters_hash(made)[:16]}"
+    return OpenClip(made, open_clip.get_tokenizer(model), look, identity, f"open_clip {model}, {weights}")
+
+
+def _unusable(key: str, model: str, weights: str | None, file: str | None, error: Exception) -> str:
+    said = " ".join(str(error).split())[:160]
+    if file is not None:
+        return (
+            f"{key}.options.file={weights} does not hold the weights of {model} ({said}); give the file of this model"
+        )
+    return (
+        f"{key}: the weights '{weights}' of open_clip's {model} are neither in the cache of the hub (HF_HOME) nor to be"
+        f" fetched ({said}); fetch them where there is a network, or give a file: {key}.options.file=<path>"
+    )
+
+
+def parameters_hash(model: torch.nn.Module) -> str:
+    """SHA-256 of all parameters and buffers by name."""
+    total = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        total.update(f"{name}{tuple(value.shape)}".encode())
+        total.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()

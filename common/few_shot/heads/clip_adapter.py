@@ -1,0 +1,81 @@
+"""CLIP-Adapter (Gao et al. 2021): two small layers on the image's feature, mixed with the feature itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from common.few_shot.heads.base import DASSL_CROP, GradientHead, cosine_logits
+from common.few_shot.heads.data import Pictures, Plan, Text
+
+
+class Adapter(nn.Module):
+    """ReLU(W2 ReLU(W1 x)) without biases; a quarter of the width in between, as in the authors' code."""
+
+    def __init__(self, width: int, reduction: int = 4) -> None:
+        """
+        Args:
+            width: D.
+            reduction: D / reduction hidden units.
+        """
+        super().__init__()
+        hidden = width // reduction
+        self.layers = nn.Sequential(
+            nn.Linear(width, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, width, bias=False), nn.ReLU()
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """From raw features to raw features. Shape of both: [N, D]."""
+        return self.layers(images)
+
+
+def logits(adapter: Adapter, images: Tensor, text: Tensor, ratio: float) -> Tensor:
+    """
+    Args:
+        adapter: The trained layers.
+        images: Raw features: they are mixed before their length becomes 1. Shape: [N, D].
+        text: Text weights, of length 1. Shape: [C, D].
+        ratio: Share of the adapter; 0 leaves zero-shot CLIP.
+
+    Returns:
+        Shape: [N, C].
+    """
+    return cosine_logits(torch.lerp(images, adapter(images), ratio), text)
+
+
+class ClipAdapter(GradientHead):
+    """CLIP-Adapter; the last epoch counts."""
+
+    crop = DASSL_CROP
+    module: Adapter | None
+
+    def __init__(
+        self,
+        *,
+        seed: int,
+        epochs: int,
+        batch: int,
+        learning_rate: float,
+        weight_decay: float,
+        ratio: float,
+        drop_last: bool = False,
+    ) -> None:
+        """
+        Args:
+            seed: Draws the start and the order of the pictures.
+            epochs: Passes over the shots.
+            batch: Pictures in a step.
+            learning_rate: Peak of the learning rate.
+            weight_decay: Weight decay of SGD.
+            ratio: Share of the adapter in the mixed feature.
+            drop_last: See `Plan`.
+        """
+        super().__init__(seed=seed, plan=Plan("sgd", epochs, batch, learning_rate, weight_decay, drop_last))
+        self.ratio = ratio
+
+    def build(self) -> nn.Module:
+        return Adapter(self.text.known.shape[1])
+
+    def forward(self, pictures: Pictures, text: Text) -> Tensor:
+        assert self.module is not None
+        return logits(self.module, pictures.images, text.known, self.ratio)

@@ -1,0 +1,98 @@
+"""VT-CLIP (Qiu et al. 2021), a reconstruction: neither its code nor its full text was to be had.
+
+Known: CLIP is frozen, the class texts ask the positions of the image's map by cross-attention, a residual keeps the
+texts. Our choices: 8 heads, no further layers, and an output projection that begins at zero, so training begins at
+zero-shot CLIP.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from common.few_shot.heads.base import RECONSTRUCTION, SCALE, GradientHead, maps_of
+from common.few_shot.heads.data import Pictures, Plan, Text
+
+HEADS = 8
+
+
+class TextAttention(nn.Module):
+    """The class texts as an image changes them."""
+
+    def __init__(self, width: int, heads: int = HEADS) -> None:
+        """
+        Args:
+            width: D.
+            heads: Must divide D.
+        """
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        nn.init.zeros_(self.attention.out_proj.weight)
+        nn.init.zeros_(self.attention.out_proj.bias)
+
+    def forward(self, maps: Tensor, text: Tensor) -> Tensor:
+        """
+        Args:
+            maps: Features of the positions. Shape: [N, P, D].
+            text: Text weights, of length 1. Shape: [C, D].
+
+        Returns:
+            Shape: [N, C, D].
+        """
+        asked = text.expand(len(maps), -1, -1)
+        return text + self.attention(asked, maps, maps, need_weights=False)[0]
+
+
+def logits(attention: TextAttention, images: Tensor, maps: Tensor, text: Tensor) -> Tensor:
+    """
+    Args:
+        attention: The trained network.
+        images: Raw features. Shape: [N, D].
+        maps: Features of the positions. Shape: [N, P, D].
+        text: Text weights, of length 1. Shape: [C, D].
+
+    Returns:
+        Shape: [N, C].
+    """
+    guided = normalize(attention(maps, text), dim=2)
+    return SCALE * torch.einsum("nd,ncd->nc", normalize(images, dim=1), guided)
+
+
+class VTClip(GradientHead):
+    """VT-CLIP."""
+
+    needs = frozenset({"text", "maps"})
+    remark = RECONSTRUCTION
+    module: TextAttention | None
+
+    def __init__(
+        self,
+        *,
+        seed: int,
+        epochs: int,
+        batch: int,
+        learning_rate: float,
+        weight_decay: float,
+        heads: int = HEADS,
+        drop_last: bool = False,
+    ) -> None:
+        """
+        Args:
+            seed: Draws the start and the order of the pictures.
+            epochs: Passes over the shots.
+            batch: Pictures in a step.
+            learning_rate: Peak of the learning rate.
+            weight_decay: Weight decay of SGD.
+            heads: Heads of the attention.
+            drop_last: See `Plan`.
+        """
+        super().__init__(seed=seed, plan=Plan("sgd", epochs, batch, learning_rate, weight_decay, drop_last))
+        self.heads = heads
+
+    def build(self) -> nn.Module:
+        return TextAttention(self.text.known.shape[1], self.heads)
+
+    def forward(self, pictures: Pictures, text: Text) -> Tensor:
+        assert self.module is not None
+        return logits(self.module, pictures.images, maps_of(pictures), text.known)

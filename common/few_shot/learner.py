@@ -1,0 +1,238 @@
+"""A few-shot learner on frozen features as the learner of a run (common/learner.py), or as ALERT's draft.
+
+An update in the log is an epoch of its training; a learner that is fitted in one go makes one.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from common.config.schema import Config
+from common.data import frozen
+from common.data.manifest import digest
+from common.data.task import TaskData, dataset_of, own_labels
+from common.evaluation.evaluate import evenly_spaced
+from common.few_shot import candidate_file, candidates
+from common.few_shot.check import make, name_of
+from common.few_shot.features import FeatureExtractor
+from common.few_shot.heads.base import FewShotHead
+from common.few_shot.heads.data import Pictures, Text
+from common.learner import Learner
+from common.run import loop
+from common.run.checkpoint import Checkpoints
+from common.run.recorder import Recorder
+from common.runtime import saved
+from common.runtime.distributed import barrier, rank
+from common.training.base import Step
+from common.types import Answers, Item, Prediction, Probabilities, Task, UserError
+
+log = logging.getLogger(__name__)
+STATE = "few_shot.pt"
+
+
+class FewShotLearner(Learner):
+    """See `Learner` in common/learner.py. Also a `Trainer`, whose step is an epoch (common/training/base.py)."""
+
+    tokens = 0.0
+
+    def __init__(
+        self, config: Config, data: TaskData, device: torch.device, folder: Path, checkpoints: Checkpoints
+    ) -> None:
+        """See `Learner`. `folder` gets the candidates that the learner would give ALERT."""
+        self.config, self.data, self.task, self.name = config, data, data.task, name_of(config)
+        self.folder, self.checkpoints = folder, checkpoints
+        frozen.freeze(folder, {}, sources(config))
+        self.learner: FewShotHead = make(config)
+        self.features = FeatureExtractor(config, self.learner, device)
+        self.weights = self.features.weights
+        checkpoints.begin_from(self.weights["sha256"], self.weights["path"])
+        self.texts: dict[tuple[str, ...], Text] = {}
+        self.facts: dict[str, Any] = {}
+        self.begun = False
+
+    @property
+    def decoding(self) -> str:
+        return f"the highest of {self.name}'s logits"
+
+    @property
+    def blank(self) -> bool:
+        return self.learner.steps > 0 and self.features.clip is None
+
+    @property
+    def remarks(self) -> list[str]:
+        by_test = "selected on the test images" if self.begun and self.learner.chosen_by_test else ""
+        return [each for each in (self.learner.remark, by_test) if each]
+
+    def predict(self, split: str, limit: int | None = None) -> Answers:
+        began, asked = time.perf_counter(), self.task.evaluation[split]
+        items = evenly_spaced(list(asked.items), limit)
+        logits = self.logits(split, items)
+        chosen = logits.argmax(1)
+        made = [
+            Prediction(item.image, item.name, item.label, asked.names[c], bool(c == item.label), bool(c == item.label))
+            for item, c in zip(items, chosen.tolist(), strict=True)
+        ]
+        ranks: list[Any] = self._truth_ranks(split, items, logits, write=limit is None)
+        likely = probabilities(logits, asked.names, asked.choices)
+        return Answers(made, time.perf_counter() - began, likely, 0.0, {"truth_rank": ranks})
+
+    def diagnostics(self, split: str, answers: Answers) -> dict[str, Any]:
+        """What the fit chose, and recall@k of the ranking."""
+        ranks: list[int | None] = answers.columns["truth_rank"]
+        depth = min(candidates.DEPTH, len(self.task.evaluation[split].choices))
+        found = candidates.recall(ranks, depth, (*candidates.RECALL_AT, candidates.DEPTH))
+        return {**({"chosen": self.facts} if self.facts else {}), "draft": found}
+
+    def set_task(self, task: Task) -> None:
+        self.task = task  # features are kept by the content of pictures, so nothing is to be forgotten
+
+    def train(self, recorder: Recorder) -> int:
+        return self.fit(recorder)
+
+    @classmethod
+    def answers_alone(cls, config: Config, folder: Path) -> bool:
+        return True  # its head lies in the run's model folder
+
+    def load(self, folder: Path) -> None:
+        head = saved.load(folder / STATE, self.features.device)
+        try:
+            self.learner.ready(head, self._text(self.task.train.names))
+        except (RuntimeError, KeyError) as error:
+            raise UserError(
+                f"{folder / STATE} is of a version that kept less of {self.name} ({error}); fit it again under another"
+                " run_name"
+            ) from error
+
+    def _begin(self) -> None:
+        learner, task = self.learner, self.task
+        support = self.features.support(task, learner.generated, learner.generated_per_class)
+        learner.begin(support, self._labelled("val"), self._text(task.train.names), self._tested())
+        self.begun = True
+
+    def fit(self, recorder: Recorder) -> int:
+        """All steps; goes on where an earlier attempt stopped."""
+        learner = self.learner
+        if not learner.steps:
+            return 0
+        self._begin()
+        if self.checkpoints.resumed is not None:
+            learner.restore(saved.load(self.checkpoints.resumed / STATE, self.features.device))
+        made = loop.train(self, self, learner.steps, self.config, self.checkpoints, recorder, self._save_state)
+        self.facts = learner.end()
+        log.info("%s chose %s", self.name, self.facts)
+        return made
+
+    def step(self, update: int) -> Step:
+        clock = time.perf_counter()
+        metrics = self.learner.step(update)
+        return Step(metrics, {"fitting": time.perf_counter() - clock}, [])
+
+    def save(self, folder: Path) -> None:
+        self._write(folder, self.learner.head())
+
+    def _save_state(self, folder: Path) -> None:
+        self._write(folder, self.learner.state())
+
+    def _write(self, folder: Path, values: dict[str, Any]) -> None:
+        if rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(values, folder / STATE)
+        barrier()
+
+    @contextmanager
+    def sampling(self, sampler_only: bool = False) -> Iterator[None]:
+        yield
+
+    def restore(self, folder: Path, done: int) -> None:
+        self.learner.restore(saved.load(folder / STATE, self.features.device))
+
+    def close(self) -> None:
+        self.features.close()
+
+    def logits(self, split: str, items: list[Item]) -> NDArray[np.float32]:
+        """Logits of some pictures of a split. Shape: [N, C]; classes of the split."""
+        task = self.task
+        fixed = self.learner.fixed_classes
+        text = self._text(task.train.names if fixed else task.evaluation[split].names)
+        parts = []
+        with torch.no_grad():
+            for part in self.features.chunks(task.images, items):
+                parts.append(self.learner.logits(part, text).float().cpu().numpy())
+        logits = np.concatenate(parts)
+        return logits[:, own_labels(task, split)] if fixed else logits
+
+    def _text(self, names: tuple[str, ...]) -> Text:
+        if names not in self.texts:
+            self.texts[names] = self.features.text(names)
+        return self.texts[names]
+
+    def _labelled(self, split: str) -> Pictures | None:
+        """The pictures of a split with the labels of the training classes."""
+        task = self.task
+        if split not in task.evaluation:
+            return None
+        own = own_labels(task, split)
+        items = [replace(item, label=own[item.label]) for item in task.evaluation[split].items]
+        return self.features.pictures(task.images, items)
+
+    def _tested(self) -> Pictures | None:
+        """With `selection=paper`, the pictures of the first test of the training classes."""
+        if self.config.selection != "paper":
+            return None
+        first = next(split for split in self.task.evaluation if split != "val")
+        return self._labelled(first)
+
+    def _truth_ranks(self, split: str, items: list[Item], logits: NDArray[np.float32], write: bool) -> list[int | None]:
+        """The truth's rank among the best classes of every picture, from 1, or None; `write`: these classes as well."""
+        task, config = self.task, self.config
+        asked, dataset = task.evaluation[split], dataset_of(task, split)
+        origin = candidates.Origin(self.name, dataset, config.shots, config.seed)
+        ranked = candidates.rank([item.image for item in items], logits, asked.names, origin)
+        truths = [item.label for item in items]
+        if write and rank() == 0:
+            about = {
+                "manifest": self.data.manifest["hash"],
+                "selection": config.selection,
+                "chosen": self.facts,
+                **self.weights,
+            }
+            candidate_file.write(self.folder / candidate_file.FOLDER / split, ranked, asked.names, truths, about)
+        barrier()
+        return candidates.truth_ranks(ranked, asked.names, truths)
+
+
+def probabilities(logits: NDArray[np.float32], names: tuple[str, ...], choices: tuple[str, ...]) -> Probabilities:
+    """The softmax; classes of one name add up.
+
+    Args:
+        logits: Shape: [N, C].
+        names: Class names. Length: C.
+        choices: The names, each once.
+    """
+    shifted = np.exp(logits - logits.max(1, keepdims=True))
+    values = (shifted / shifted.sum(1, keepdims=True)).astype(np.float32)
+    if len(choices) < len(names):
+        place = {name: number for number, name in enumerate(choices)}
+        merged = np.zeros((len(values), len(choices)), np.float32)
+        for label, name in enumerate(names):
+            merged[:, place[name]] += values[:, label]
+        values = merged
+    everyone = np.broadcast_to(np.arange(len(choices), dtype=np.int32), values.shape)
+    return Probabilities(choices, everyone, values)
+
+
+def sources(config: Config) -> dict[str, str]:
+    """A hash of the file of sentences about the classes, if CLIP reads one."""
+    if config.clip is None or config.clip.prompts is None:
+        return {}
+    return {"clip.prompts": digest(Path(config.clip.prompts).expanduser().read_text(encoding="utf-8"))}

@@ -1,0 +1,181 @@
+"""A vision-language model's answers: greedy replies, matched with the labels, and the probability of every name that a
+prompt offers, after the reply's own reasoning.
+
+Shapes: N prompts, C classes of a split, K names that a prompt offers (at most).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy
+
+from common import parsing
+from common.forward.label_scores import LabelScorer, LabelScores
+from common.forward.packing import micro_batches
+from common.models.encoder import Encoder
+from common.rollout.base import Completion, Decoding, Request, Rollout, finish, requests
+from common.runtime.distributed import gather, interleave, rank, share_of, world
+from common.runtime.progress import progress
+from common.types import Answers, Prediction, Probabilities, Prompt, Reply
+from common.vlm.prompting import Prompting, TaskPrompts
+
+
+class Replies:
+    """Asks the model about the images of a split. Ranks share the work, and every rank gets all answers."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        labels: LabelScorer | None,
+        reasoned: bool,
+        max_tokens: int,
+        batch: int,
+        articles: bool = False,
+    ) -> None:
+        """
+        Args:
+            encoder: Prompts to tensors.
+            labels: Scores the names that a prompt offers; None: nobody does.
+            reasoned: They are scored as the end of the reply, after its own reasoning where it has the format for one;
+                False: as replies of their own, without reasoning.
+            max_tokens: Most tokens of a reply.
+            batch: Prompts that are asked together.
+            articles: See `grade`.
+        """
+        self.encoder, self.labels, self.reasoned, self.articles = encoder, labels, reasoned, articles
+        self.decoding, self.batch = greedy(max_tokens), batch
+
+    def __call__(
+        self, rollout: Rollout, asked: TaskPrompts, split: str, prompts: Sequence[Prompt], scored: bool
+    ) -> Answers:
+        """Answers to some prompts of a split, in their order; the seconds are this rank's.
+
+        `scored`: with the probabilities of the names. All ranks call it together.
+        """
+        began, scoring = time.perf_counter(), 0.0
+        labels = self.labels if scored else None
+        asked_about, prompting = asked.task.evaluation[split], asked.prompting
+        indices = {item.image: item.label for item in asked_about.items}
+        table = ScoreTable(asked_about.choices, [prompt.choices for prompt in prompts]) if labels else None
+        predictions: list[Prediction] = []
+        parts = list(micro_batches(share_of(list(prompts)), self.batch))
+        for part in progress(parts, f"evaluating {split}", len(parts)):
+            wanted = requests(self.encoder, part, [""] * len(part))
+            groups = rollout.generate(wanted, 1, self.decoding)
+            graded = [
+                grade(prompting, prompt, indices[prompt.image], group[0], asked_about.choices, self.articles)
+                for prompt, group in zip(part, groups, strict=True)
+            ]
+            predictions += graded
+            if labels is not None and table is not None:
+                start = time.perf_counter()
+                table.add(self._scores(labels, prompting, asked_about.choices, part, wanted, graded))
+                scoring += time.perf_counter() - start
+        finish(rollout)
+        everyone = interleave(gather(predictions))
+        probabilities = None if table is None else table.of_all_ranks()
+        seconds = time.perf_counter() - began - scoring
+        columns = prompting.extra_columns(asked.task, split, everyone)
+        columns["prompt"] = [prompt.text for prompt in prompts]
+        return Answers(everyone, seconds, probabilities, scoring, columns)
+
+    def _scores(
+        self,
+        labels: LabelScorer,
+        prompting: Prompting,
+        everything: Sequence[str],
+        prompts: Sequence[Prompt],
+        asked: Sequence[Request],
+        graded: Sequence[Prediction],
+    ) -> list[LabelScores]:
+        """Of the names that each prompt offers; an open question offers `everything`."""
+        responses = [[prompting.label_response(name) for name in prompt.choices or everything] for prompt in prompts]
+        texts = [prediction.reply.text if prediction.reply else "" for prediction in graded]
+        begun = [reasoning(prompting, text) if self.reasoned else "" for text in texts]
+        return labels([request.encoded for request in asked], responses, begun)
+
+
+class ScoreTable:
+    """The probabilities of this rank's prompts, row by row, and then those of all ranks as one table."""
+
+    def __init__(self, names: Sequence[str], offered: Sequence[Sequence[str]]) -> None:
+        """
+        Args:
+            names: Of the classes, each once. Length: C.
+            offered: Names that each prompt of all ranks offers; none: all of them. Length: N.
+        """
+        self.names = tuple(dict.fromkeys([*names, *(name for choices in offered for name in choices)]))
+        index = {name: number for number, name in enumerate(self.names)}
+        everything = [index[name] for name in names]
+        width = max((len(choices) or len(names) for choices in offered), default=0)
+        self.classes = numpy.full((len(offered), width), -1, numpy.int32)  # [N, K]
+        for row, choices in zip(self.classes, offered, strict=True):
+            shown = [index[name] for name in choices] if choices else everything
+            row[: len(shown)] = shown
+        mine = len(range(rank(), len(offered), world()))
+        self.values, self.raw = (numpy.zeros((mine, width), numpy.float32) for _ in range(2))  # [n, K]
+        self.filled = 0
+
+    def add(self, scores: Sequence[LabelScores]) -> None:
+        """The next prompts of this rank, in their order."""
+        for score in scores:
+            count = len(score.logps)
+            self.values[self.filled, :count], self.raw[self.filled, :count] = score.normalised, score.raw
+            self.filled += 1
+
+    def of_all_ranks(self) -> Probabilities:
+        """All ranks call it together."""
+        values, raw = (numpy.zeros(self.classes.shape, numpy.float32) for _ in range(2))
+        for number, (part, raw_part) in enumerate(gather((self.values, self.raw))):
+            values[number :: world()], raw[number :: world()] = part, raw_part
+        return Probabilities(self.names, self.classes, values, raw)
+
+
+def reasoning(prompting: Prompting, completion: str) -> str:
+    """The beginning of a completion up to its answer; nothing if it is malformed or the method asks for none."""
+    return parsing.reasoning_before(completion) if prompting.well_formed(completion) else ""
+
+
+def greedy(max_tokens: int) -> Decoding:
+    """The decoding of every evaluation; named in metrics.json."""
+    return Decoding(temperature=0.0, top_k=0, top_p=1.0, max_tokens=max_tokens)
+
+
+def grade(
+    prompting: Prompting,
+    prompt: Prompt,
+    label_index: int,
+    completion: Completion,
+    names: Sequence[str] = (),
+    articles: bool = False,
+) -> Prediction:
+    """Compare one completion with its label.
+
+    Args:
+        prompting: Reads the answer.
+        prompt: With the label and the names that it offers.
+        label_index: Of the label among the classes of the split.
+        completion: The reply.
+        names: What an open question asks about.
+        articles: "a fox" answers "fox", unless it is itself a name (`protocol.articles`); rewards never allow that.
+    """
+    text, label = completion.text, parsing.normalize(prompt.label)
+    answer = prompting.answer(text)
+    if articles and answer is not None:
+        answer = parsing.without_article(answer, (*(prompt.choices or names), prompt.label, *prompt.aliases))
+    # a label that was not offered cannot be chosen
+    offered = not prompt.choices or label in map(parsing.normalize, prompt.choices)
+    official = prompting.matches_officially(text, prompt.label)
+    if official is not None:
+        official = offered and official
+    return Prediction(
+        image=prompt.image,
+        label=prompt.label,
+        label_index=label_index,
+        answer=answer or "",
+        correct=offered and answer == label,
+        correct_alias=offered and answer in (label, *map(parsing.normalize, prompt.aliases)),
+        reply=Reply(text, len(completion.ids), completion.truncated, prompting.well_formed(text), official),
+    )
