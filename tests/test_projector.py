@@ -141,10 +141,16 @@ def test_refused_combinations_name_the_key(compose, values, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("preset", "way"), [("alert_projector_lora", "lora"), ("alert_projector_full", "full")])
+@pytest.mark.parametrize(
+    ("values", "way"),
+    [
+        (["model.lora.projector=lora", "model.lora.targets=null", "model.lora.r=16"], "lora"),
+        (["model.lora.projector=full", "model.lora.r=0"], "full"),
+    ],
+)
 @pytest.mark.parametrize("model", ["gemma3_4b", "tiny_gemma3"])
-def test_presets_train_the_projector_alone(compose, load_vlm, preset, way, model):
-    used = validate(compose(f"experiment={preset}", f"model={model}", "data=digits")).model
+def test_alert_may_train_the_projector_alone(compose, load_vlm, values, way, model):
+    used = validate(compose("method=alert", f"model={model}", "data=digits", "model.freeze_vision=true", *values)).model
     assert (used.lora.projector, used.freeze_vision, used.load_in_8bit) == (way, True, model == "gemma3_4b")
     found = trained(load_vlm(family="gemma3", freeze_vision=True, lora=used.lora).model)
     assert found and all(".multi_modal_projector." in name for name in found)

@@ -118,8 +118,8 @@ def test_a_label_that_is_no_part_of_a_folder_name_is_refused(compose_named, labe
     ("chosen", "front"),
     [
         ("none", ""),
-        ("alert_top4", "alert_top4-"),
-        ("[alert_top4,shuffled_rewards]", "alert_top4-shuffled_rewards-"),
+        ("alert_no_judge", "alert_no_judge-"),
+        ("[alert_no_judge,shuffled_rewards]", "alert_no_judge-shuffled_rewards-"),
     ],
 )
 def test_presets_stand_in_front_and_folders_are_named_alike(compose_named, monkeypatch, chosen, front):
