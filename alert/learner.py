@@ -25,6 +25,8 @@ from alert.export import into_vocabulary
 from alert.prompting import AlertPrompting
 from common.config.schema import Config, TrainerConfig
 from common.data.pictures import make_loader
+from common.data.task import dataset_of
+from common.few_shot import candidate_file
 from common.few_shot.candidates import Candidates
 from common.models import files, vlm
 from common.models.hosted_slots import attach_hosted
@@ -48,6 +50,7 @@ class AlertLearner(VLMLearner):
     draft: Drafted | None = None  # the few-shot learner that names the candidates, if one does
     means: ClassMeans | None = None
     ranks: Callable[[Task, str], Candidates] | None = None  # names candidates of pictures that come later
+    begun: str | None = None  # hash of the bank that training starts from
 
     def prepare(self) -> None:
         """Fit the few-shot learner that names the candidates, if the draft is one."""
@@ -61,7 +64,9 @@ class AlertLearner(VLMLearner):
         trains = config.trainer.name != "none"
         tower = self._tower()
         entries, self.means = begin(asked, tower, self.task, self.folder / "model" / EMBEDDINGS if trains else None)
-        ranks = name_candidates(asked, self.means, tower, self.task)
+        if trains:
+            self.begun = bank_file.bank_hash(entries.float(), self.task.train.names)
+        ranks = name_candidates(asked, self.means, tower, self.task, self.folder / "draft" if trains else None)
         if not trains and asked.draft in ("class_means", "oracle_recall"):
             self.ranks = ranks
         elif asked.patches:
@@ -70,6 +75,10 @@ class AlertLearner(VLMLearner):
             self.policy, slots=attach_bank(self.policy.model, entries, asked.trainable, config.trainer)
         )
         self.prompts = prompting.ask(asked, self.task)
+
+    def sources(self) -> dict[str, str]:
+        bank = {} if self.begun is None else {f"model/{EMBEDDINGS}/{bank_file.BEGUN}": self.begun}
+        return {**super().sources(), **bank}
 
     def _tower(self) -> VisionTower:
         """What sees the pictures: the model's own tower, or the one that chose the candidates before it was trained."""
@@ -148,28 +157,49 @@ def begin(
     image = next(item.image for split in (train, *task.evaluation.values()) for item in split.items)
     shape = (count, *bank.shape_of(vision, image))
     entries = bank_file.known_entries(known, asked.bank, train.names, shape, vision.architecture)
+    asked.similarities = None if known is None else bank_file.read_similarities(known)
     if means is None or entries is None:
         how = asked.initialisation if entries is None else None
         seen, fresh = bank.see(vision, train.items, count, how, asked.seed, asked.patches)
         entries = fresh if entries is None else entries
         means = ClassMeans(reference.class_means(seen.numpy(), range(count), count), asked.patches)
     assert entries is not None
+    if asked.similarities is None:
+        asked.similarities = reference.similarities(means.means)
     if folder is not None and known is None and rank() == 0:
-        bank_file.export_begun(folder, entries)
-    asked.similarities = reference.similarities(means.means)
+        bank_file.save_similarities(folder, asked.similarities)
+        bank_file.export_begun(folder, entries)  # at last: with it all of them are known
     return entries, means
 
 
 def name_candidates(
-    asked: AlertPrompting, means: ClassMeans, vision: VisionTower, task: Task
+    asked: AlertPrompting, means: ClassMeans, vision: VisionTower, task: Task, folder: Path | None = None
 ) -> Callable[[Task, str], Candidates]:
     """Tell the prompting the candidates of every split that no other draft has named. All ranks call it together.
+
+    Args:
+        asked: Is told the candidates.
+        means: Mean features of the categories.
+        vision: What the means were seen with.
+        task: With the images.
+        folder: Where they are kept; a continued run takes them from there. None: they are not kept.
 
     Returns:
         The same for pictures that come later: from a task and the name of a split to its candidates.
     """
     ranks = partial(means.candidates, vision, asked.seed, asked.k if asked.draft == "oracle_recall" else None)
-    asked.drafted |= {split: ranks(task, split) for split in task.evaluation if split not in asked.drafted}
+    for split, tested in task.evaluation.items():
+        if split in asked.drafted:
+            continue
+        path = None if folder is None else folder / candidate_file.FOLDER / split
+        images = [item.image for item in tested.items]
+        if path is not None and all(gather(path.with_suffix(".json").is_file())):
+            asked.drafted[split] = candidate_file.read(path, images, tested.names, dataset_of(task, split), split)
+            continue
+        asked.drafted[split] = ranks(task, split)
+        if path is not None and rank() == 0:
+            truths = [item.label for item in tested.items]
+            candidate_file.write(path, asked.drafted[split], tested.names, truths)
     return ranks
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import replace
@@ -22,7 +23,7 @@ from alert.learner import begin, name_candidates
 from alert.prompting import INITIALISATIONS, AlertPrompting
 from common import rewards
 from common.config.composition import validate
-from common.data import frozen, task
+from common.data import digits, frozen, task
 from common.few_shot import candidate_file, candidates
 from common.rollout.base import Completion
 from common.types import CATEGORY, Answers, Item, Prediction, Prompt, Reply, Sample, Split, Task, UserError
@@ -499,6 +500,43 @@ def embeddings(run):
 
 
 @pytest.mark.slow
+def test_what_was_frozen_is_what_was_asked(undisturbed):
+    """The hash of prompts.json, from the prompts beside the answers; training prompts are among those that it covers."""
+    rows = pyarrow.parquet.read_table(undisturbed / "predictions.parquet").to_pylist()
+    kept = json.loads((undisturbed / "prompts.json").read_text())
+    for phase in ("before", "after"):
+        asked = [[None, row["prompt"]] for row in rows if (row["phase"], row["split"]) == (phase, "test")]
+        text = json.dumps(asked, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+        assert kept["prompts"]["test"] == hashlib.sha256(text.encode()).hexdigest()
+    assert set(kept["prompts"]) == {"train", "test"} and len({row["prompt"] for row in rows}) > 20
+    assert kept["sources"] == {
+        "model/embeddings/begun.safetensors": bank_file.bank_hash(embeddings(undisturbed)[1], digits.NAMES)
+    }
+
+
+@pytest.mark.slow
+def test_a_continued_run_asks_what_it_asked_or_says_what_has_changed(job, runner, tmp_path):
+    """Not what the tower would say now: a GPU may round otherwise when it sees the images again."""
+    run = tmp_path / "run"
+    arguments = [*job, *FULL, f"cache_dir={tmp_path}"]
+    assert runner(run, arguments, Kill("common.training.grpo.trainer:GRPOTrainer._update", 3)) == -9
+    begun, similar = (
+        run / "model" / "embeddings" / "begun.safetensors",
+        run / "model" / "embeddings" / "similarities.npy",
+    )
+    whole, alike = begun.read_bytes(), np.load(similar)
+    bank_file.export_begun(begun.parent, bank_file.read_begun(begun.parent) * 1.01)
+    assert runner(run, arguments) == 1
+    said = (run / "run.log").read_text()
+    assert "model/embeddings/begun.safetensors: the file is not the one that" in said and "prompts.json froze" in said
+    begun.write_bytes(whole)
+    np.save(similar, alike[::-1].copy())  # other categories are alike, so other references are drawn
+    assert runner(run, arguments) == 1
+    assert "prompts.json froze other prompts for split 'train'" in (run / "run.log").read_text()
+    np.save(similar, alike)
+    assert runner(run, arguments) == 0
+
+
 def test_a_run_moves_the_bank_and_accounts_for_its_answers(undisturbed):
     moved = bank.drift(*embeddings(undisturbed))
     assert moved.shape == (10,) and float(moved.min()) > 0, "all ten categories are referred to"

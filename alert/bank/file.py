@@ -3,6 +3,7 @@
     bank.json           names of the categories, shape, architecture, a hash of names and embeddings
     bank.safetensors    `entries`: the embeddings
     begun.safetensors   `begun`: those that the training started from; written once, beside the final weights alone
+    similarities.npy    how alike the categories were then; likewise
 
 The architecture and the shape are all that tie a bank to a model. A hash of the weights would refuse the most common
 pair, a bank and the fine-tuned weights that were trained with it; so a bank of other weights of the same
@@ -21,6 +22,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from common.counted import counted
 from common.types import UserError
 
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
     import torch
 
 FACTS, ENTRIES, BEGUN = "bank.json", "bank.safetensors", "begun.safetensors"
+SIMILARITIES = "similarities.npy"
 AGAIN = "copy the bank again from the run that trained it"
 BEGIN_AGAIN = "of an unfinished run, delete it: continuing computes it again; of a finished run, copy it again"
 
@@ -56,7 +61,7 @@ def export(folder: Path, entries: torch.Tensor, names: Sequence[str], architectu
         "names": list(names),
         "shape": list(entries.shape),
         "architecture": architecture,
-        "sha256": _hash(entries, names),
+        "sha256": bank_hash(entries, names),
     }
     (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
@@ -68,6 +73,33 @@ def export_begun(folder: Path, begun: torch.Tensor) -> None:
     with unfinished.open("rb") as file:
         os.fsync(file.fileno())  # a rename that survives a power cut must not name half a file
     os.replace(unfinished, folder / BEGUN)
+
+
+def save_similarities(folder: Path, similarities: NDArray[np.float64]) -> None:
+    """Write how alike the categories are, shape [C, C]: references are drawn by it, and a continued run must draw the
+    same, although a GPU may round otherwise when it sees the images again. Whole or not at all.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / f"{SIMILARITIES}.unfinished"
+    with unfinished.open("wb") as file:
+        np.save(file, similarities)
+    os.replace(unfinished, folder / SIMILARITIES)
+
+
+def read_similarities(folder: Path) -> NDArray[np.float64] | None:
+    """What `save_similarities` wrote, if it did.
+
+    Raises:
+        UserError: It is damaged.
+    """
+    path = folder / SIMILARITIES
+    if not path.is_file():
+        return None
+    try:
+        found: NDArray[np.float64] = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); {BEGIN_AGAIN}") from error
+    return found
 
 
 def facts(folder: Path, names: Sequence[str] | None = None) -> dict[str, Any]:
@@ -107,7 +139,7 @@ def read(folder: Path, names: Sequence[str]) -> torch.Tensor:
     """
     known = facts(folder, names)
     entries = _load(folder / ENTRIES, "entries", AGAIN)
-    if list(entries.shape) != known["shape"] or known["sha256"] != _hash(entries, names):
+    if list(entries.shape) != known["shape"] or known["sha256"] != bank_hash(entries, names):
         raise UserError(f"{folder} is damaged: {ENTRIES} does not match its hash in {FACTS}; {AGAIN}")
     return entries
 
@@ -193,7 +225,8 @@ def _load(path: Path, name: str, fix: str) -> torch.Tensor:
     return tensor.float()
 
 
-def _hash(entries: torch.Tensor, names: Sequence[str]) -> str:
+def bank_hash(entries: torch.Tensor, names: Sequence[str]) -> str:
+    """SHA-256 of the names and embeddings of a bank, fp32."""
     digest = hashlib.sha256(json.dumps(list(names)).encode())
     digest.update(entries.flatten().numpy().data)
     return digest.hexdigest()

@@ -61,8 +61,7 @@ class VLMLearner(Learner):
         self.folder, self.checkpoints = folder, checkpoints
         self.prompting = prompting.of_config(config)
         self.prompts = prompting.ask(self.prompting, self.task)
-        sources = self.prompting.sources(self.task)
-        frozen.check_sources(folder, sources)
+        frozen.check_sources(folder, self.sources())
         self.updates = total_updates(config.trainer, len(self.task.train.items))
         self.trainer: Trainer | None = None
 
@@ -92,7 +91,7 @@ class VLMLearner(Learner):
         if not self.prompts.prompting.final or self.prompts.task is not self.task:
             raise AssertionError("setup makes the prompts final")
         if config.doctor is not True:  # which leaves nothing behind
-            frozen.freeze(folder, self.prompts.hashes(), sources)
+            frozen.freeze(folder, self.prompts.hashes(), self.sources())
 
         self.encoder = build.make_encoder(config, self.policy, self.weights["sha256"], self.task)
         self.rollout: Rollout = backend(self.policy, **options)
@@ -116,6 +115,10 @@ class VLMLearner(Learner):
         """Give the loaded model what the method puts beside it, and make `prompts` final. All ranks call it
         together.
         """
+
+    def sources(self) -> dict[str, str]:
+        """A hash of everything beside the data that decides what is asked, by what it is called."""
+        return self.prompting.sources(self.task)
 
     @property
     def decoding(self) -> str:
