@@ -108,10 +108,10 @@ def job(cfg: DictConfig, folder: Path) -> None:
 def write_page(folder: Path) -> None:
     """report.html, if the run has none yet; `python -m common.report html` makes it anew."""
     from common.report.html import run_page  # draws
-    from common.run.safe import result_is_safe
+    from common.run.safe import best_effort
 
     if not (folder / run_page.FILE).is_file():
-        with result_is_safe(run_page.FILE):
+        with best_effort(run_page.FILE):
             run_page.make(folder)
 
 

@@ -25,7 +25,7 @@ from common.runtime.stopwatch import Stopwatch
 from common.types import Task
 
 
-class Drafted:
+class FewShotDraft:
     """A few-shot learner that names candidates."""
 
     def __init__(self, config: Config, data: TaskData, device: torch.device, folder: Path) -> None:

@@ -20,7 +20,7 @@ from alert import references as reference
 from alert.bank import embeddings as bank
 from alert.bank import file as bank_file
 from alert.class_means import ClassMeans
-from alert.draft import Drafted
+from alert.draft import FewShotDraft
 from alert.export import into_vocabulary
 from alert.prompting import AlertPrompting
 from common.config.schema import Config, TrainerConfig
@@ -47,7 +47,7 @@ class AlertLearner(VLMLearner):
     """See `Learner` in common/learner.py."""
 
     prompting: AlertPrompting
-    draft: Drafted | None = None  # the few-shot learner that names the candidates, if one does
+    draft: FewShotDraft | None = None  # the few-shot learner that names the candidates, if one does
     means: ClassMeans | None = None
     ranks: Callable[[Task, str], Candidates] | None = None  # names candidates of pictures that come later
     begun: str | None = None  # hash of the bank that training starts from
@@ -55,7 +55,7 @@ class AlertLearner(VLMLearner):
     def prepare(self) -> None:
         """Fit the few-shot learner that names the candidates, if the draft is one."""
         if self.prompting.draft == "few_shot":
-            self.draft = Drafted(self.config, self.data, self.device, self.folder / "draft")
+            self.draft = FewShotDraft(self.config, self.data, self.device, self.folder / "draft")
             self.prompting.drafted, self.ranks = self.draft.candidates(), self.draft.of
 
     def setup(self) -> None:

@@ -46,7 +46,7 @@ from benchmarks.setup import (
 from common.models.encoder import Encoded
 from common.models.families import Qwen2VL
 from common.models.vlm import VLM
-from common.rollout.base import Decoding, Request, Rollout, awake
+from common.rollout.base import Decoding, Request, Rollout, sampling_mode
 from common.rollout.hf import HFRollout
 
 PROMPTS = 8
@@ -71,7 +71,7 @@ def side(rollout: Rollout, requests: list[Request], case: Case) -> Callable[[], 
     """A turn of a backend; it returns the number of tokens."""
 
     def turn() -> int:
-        with awake(rollout, 0):
+        with sampling_mode(rollout, 0):
             groups = rollout.generate(requests, case.group, Decoding(1.0, 0, 1.0, case.completion))
         forget(rollout)
         return sum(len(completion.ids) for group in groups for completion in group)
@@ -112,7 +112,7 @@ def measure(case: Case, folder: Path, rollouts: dict[str, Rollout], policy: VLM,
     requests, greedy = make_requests(policy, case), Decoding(0.0, 0, 1.0, case.completion)
     found = []
     for rollout in rollouts.values():
-        with awake(rollout, 0):
+        with sampling_mode(rollout, 0):
             found.append([group[0].ids.tolist() for group in rollout.generate(requests, 1, greedy)])
         forget(rollout)
     same = sum(a == b for a, b in zip(*found, strict=True)) if len(found) == 2 else PROMPTS

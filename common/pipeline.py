@@ -24,7 +24,7 @@ from common.run.checkpoint import Checkpoints, read_state
 from common.run.recorder import Recorder
 from common.run.result import Result, describe, paired
 from common.run.run_folder import RunFolder
-from common.run.safe import result_is_safe
+from common.run.safe import best_effort
 from common.run.tracking import make_tracker, settled_mode
 from common.runtime.distributed import barrier, rank
 from common.runtime.group import init_process_group, model_of
@@ -122,7 +122,7 @@ def keep_thumbnails(
 ) -> None:
     """Small copies of some pictures, for the run's report."""
     if rank() == 0 and config.tracking.thumbnails:
-        with result_is_safe("thumbnails"):
+        with best_effort("thumbnails"):
             trained_on = list(dict.fromkeys(item.image for item in learner.task.train.items))
             chosen = thumbnails.choose(before or after, after, trained_on, config.tracking.thumbnails)
             thumbnails.write(folder, learner.task.images, chosen)

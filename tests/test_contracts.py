@@ -15,7 +15,7 @@ from common.data.loading import Loader
 from common.models import files
 from common.models.encoder import Encoder
 from common.rewards import STATEFUL, Reward, StatefulReward, build_rewards
-from common.rollout.base import Completion, Decoding, awake, check_fresh
+from common.rollout.base import Completion, Decoding, check_fresh, sampling_mode
 from common.rollout.hf import HFRollout
 from common.run import doctor
 from common.training.grpo.sampling import Sampling
@@ -53,7 +53,7 @@ def test_stale_completions_stop_the_training(load_vlm, digits_task, think, backe
         CONFIG,
         seed=1,
     )
-    with awake(samples.rollout, version):
+    with sampling_mode(samples.rollout, version):
         if backend is Forgetful and version:
             with pytest.raises(RuntimeError, match="after 0 updates.*seen 3.*refresh"):
                 samples(0, version)
@@ -128,7 +128,7 @@ def test_a_reward_that_lacks_a_member_is_told_which(monkeypatch, member):
 class Truncated(HFRollout):
     """Its log-probabilities are of what top_k and top_p left."""
 
-    full_logps = False
+    logprobs_untruncated = False
 
 
 class TruncatedObject(HFRollout):
@@ -136,7 +136,7 @@ class TruncatedObject(HFRollout):
 
     def __init__(self, vlm):
         super().__init__(vlm)
-        self.full_logps = False
+        self.logprobs_untruncated = False
 
 
 RESTRICTED = [["rollout.top_k=5"], ["rollout.top_p=0.9"]]
@@ -171,7 +171,7 @@ def test_an_object_may_say_so_too(compose, load_vlm):
     config = validate(compose(CORRECTED, "rollout.top_k=5"))
     build.check_logprobs(config, HFRollout)
     build.check_logprobs(config, TruncatedObject)  # the class does not know
-    with pytest.raises(UserError, match="full_logps=False"):
+    with pytest.raises(UserError, match="logprobs_untruncated=False"):
         build.check_logprobs(config, TruncatedObject(load_vlm()))
 
 

@@ -115,7 +115,7 @@ class Family(Qwen2VL):
 class Sampler:
     """A rollout backend that writes down what it is told."""
 
-    full_logps = True
+    logprobs_untruncated = True
 
     def __init__(self, vlm, *, diary: str) -> None:
         self.inside, self.diary = HFRollout(vlm), open(diary, "w")

@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("process_group")]
 class OwnWeights(HFRollout):
     """It samples with a copy, slowly, and minds being asked for two things at a time."""
 
-    own_weights = True
+    has_weight_copy = True
 
     def __init__(self, vlm, pause=0.0, broken_at=None):
         super().__init__(replace(vlm, model=copy.deepcopy(vlm.model)))

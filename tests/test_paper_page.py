@@ -30,7 +30,7 @@ def sweep(tmp_path, write):  # noqa: F811
             if right is not None:
                 own = (f"method={method}", f"data={data}", f"seed={seed}", "shots=4", *overrides)
                 write(name, *own, right=right, **options)
-            shown.append(points.Shown(name, seed, {"method": method, "data": data}))
+            shown.append(points.SweepRun(name, seed, {"method": method, "data": data}))
         points.Sweep("clsrl_table2", dict(spec), given or {}, shown, chosen or {}).save(tmp_path / "page")
         return tmp_path / "page"
 
@@ -189,7 +189,7 @@ def test_a_seed_of_two_runs_is_judged_by_neither(write, tmp_path):  # noqa: F811
     shown = []
     for name, rate, right in (("a", "1e-3", 5), ("b", "1e-4", 15)):
         write(name, "method=sft", "data=dtd", f"trainer.learning_rate={rate}", right=share(right))
-        shown.append(points.Shown(name, 1, {"method": "sft", "data": "dtd"}))
+        shown.append(points.SweepRun(name, 1, {"method": "sft", "data": "dtd"}))
     points.Sweep("clsrl_table2", dict(ROWS), {}, shown).save(tmp_path / "page")
     one = entry(page.build(tmp_path / "page"), method="sft", data="dtd")
     assert one.ours == 25 and "seed 1 is there twice: a and b" in one.reasons
@@ -221,10 +221,10 @@ def test_a_curve_of_accuracies_is_of_one_split():
 
 
 def test_a_verdict_is_given_on_the_papers_images_alone():
-    ours = page.Entry({}, 77.0, 1.0, (74.5, 79.5), (1, 2, 3), 8100, 75.16, (), (), ())
+    ours = page.TableCell({}, 77.0, 1.0, (74.5, 79.5), (1, 2, 3), 8100, 75.16, (), (), ())
     assert ours.verdict == "inside"
-    assert page.Entry({}, 80.0, 0.1, (79.7, 80.3), (1, 2, 3), 8100, 75.16, (), (), ()).verdict == "above"
-    assert page.Entry({}, 70.0, 0.1, (69.7, 70.3), (1, 2, 3), 8100, 75.16, (), (), ()).verdict == "below"
+    assert page.TableCell({}, 80.0, 0.1, (79.7, 80.3), (1, 2, 3), 8100, 75.16, (), (), ()).verdict == "above"
+    assert page.TableCell({}, 70.0, 0.1, (69.7, 70.3), (1, 2, 3), 8100, 75.16, (), (), ()).verdict == "below"
 
 
 def test_a_missing_seed_is_named_and_the_rest_is_quoted(sweep):
@@ -248,7 +248,7 @@ def test_a_missing_seed_is_named_where_splits_are_columns_too(sweep):
 
 def test_averages_come_last_on_every_axis_and_names_that_end_like_them_do_not():
     shown = [
-        page.Entry({"d": d, "s": s}, 1.0, None, None, (1,), 1, None, (), (), ())
+        page.TableCell({"d": d, "s": s}, 1.0, None, None, (1,), 1, None, (), (), ())
         for d in ("average", "ETH", "a")
         for s in ("H", "base")
     ]

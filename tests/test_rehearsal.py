@@ -168,7 +168,7 @@ def test_what_is_wrong_fails(learner, monkeypatch, fault, check, line):
 class Copied(HFRollout):
     """A sampler with weights of its own, which it takes over when it is told."""
 
-    own_weights = True
+    has_weight_copy = True
 
     def __init__(self, policy):
         super().__init__(replace(policy, model=copy.deepcopy(policy.model)))

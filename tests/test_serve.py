@@ -22,8 +22,8 @@ from common.data.source import load_dataset
 from common.predict.classifier import Answer
 from common.run.result import Result
 from common.serve import __main__ as command
-from common.serve.desk import Desk, Limits
 from common.serve.page import Uploads
+from common.serve.service import Limits, PredictionService
 from common.types import UserError
 from tests.conftest import REPOSITORY
 from tests.test_browser import BROWSER
@@ -63,9 +63,9 @@ GOOD = png(Image.new("RGB", (7, 5), "red"))
 
 
 def test_what_is_too_much_is_refused_and_the_others_are_answered(tmp_path):
-    desk = Desk(Echo(), tmp_path, Limits(megabytes=0.01, megapixels=1, pictures=5))
+    service = PredictionService(Echo(), tmp_path, Limits(megabytes=0.01, megapixels=1, pictures=5))
     noise = png(Image.frombytes("RGB", (100, 100), os.urandom(30_000)))
-    answers = desk.answer({"big": noise, "bomb": bomb(), "text": b"no picture", "good": GOOD, "empty": b""})
+    answers = service.answer({"big": noise, "bomb": bomb(), "text": b"no picture", "good": GOOD, "empty": b""})
     assert [each.image for each in answers] == ["big", "bomb", "text", "good", "empty"]
     assert answers[3] == Answer("good", label="7")
     troubles = [each.trouble for each in answers]
@@ -73,28 +73,28 @@ def test_what_is_too_much_is_refused_and_the_others_are_answered(tmp_path):
     assert troubles[2] == troubles[4] and troubles[2].startswith("not a picture that is taken here") and not troubles[3]
     nested = BytesIO()  # PIL decodes what is inside before it knows how large that is
     Image.new("RGB", (256, 256)).save(nested, "ICO")
-    assert desk.refusal(nested.getvalue()).startswith("not a picture that is taken here")
+    assert service.refusal(nested.getvalue()).startswith("not a picture that is taken here")
     for kind in ("HEIF", "AVIF"):  # as phones write them
         photo = BytesIO()
         Image.new("RGB", (64, 64)).save(photo, kind)
-        assert desk.refusal(photo.getvalue()) == ""
+        assert service.refusal(photo.getvalue()) == ""
     with pytest.raises(UserError, match="300 MB at once; at most 200 MB"):
         Limits().check([150_000_000] * 2)
-    assert desk.answer({"bomb": bomb()})[0].trouble, "nobody is asked about nothing"
+    assert service.answer({"bomb": bomb()})[0].trouble, "nobody is asked about nothing"
     with pytest.raises(UserError, match="6 pictures at once; at most 5"):
-        desk.answer({str(n): GOOD for n in range(6)})
+        service.answer({str(n): GOOD for n in range(6)})
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
 def test_corrections_are_a_dataset(tmp_path, compose):
     """Written anew without metadata, a later name replaces the earlier, and data=folder reads them."""
-    desk, exif = Desk(Echo(), tmp_path / "feedback"), Image.Exif()
+    service, exif = PredictionService(Echo(), tmp_path / "feedback"), Image.Exif()
     exif[0x010E] = "where I live"
     pictures = [Image.new("RGB", (9, 9), (n * 20, 0, 0)) for n in range(6)]
     for number, picture in enumerate(pictures):
-        table = desk.keep(png(picture, exif=exif), "wide" if number % 2 else "  very   narrow ", "7")
-    assert desk.keep(png(pictures[1]), "narrow too", None) == table
+        table = service.keep(png(picture, exif=exif), "wide" if number % 2 else "  very   narrow ", "7")
+    assert service.keep(png(pictures[1]), "narrow too", None) == table
     rows = list(csv.DictReader(table.open()))
     assert [row["label"] for row in rows] == ["very narrow", "narrow too", *["very narrow", "wide"] * 2]
     assert rows[0]["answered"] == "7" and rows[1]["answered"] == ""
@@ -105,9 +105,9 @@ def test_corrections_are_a_dataset(tmp_path, compose):
     assert data.source.names == ("narrow too", "very narrow", "wide") and len(data.source.train) == 6
     for label in ("", " ", "a,b", "x" * 101, "?!"):
         with pytest.raises(UserError, match="is no class name"):
-            desk.keep(GOOD, label, None)
+            service.keep(GOOD, label, None)
     with pytest.raises(UserError, match="not a picture"):
-        desk.keep(b"text", "wide", None)
+        service.keep(b"text", "wide", None)
     assert len(list(csv.DictReader(table.open()))) == 6
 
 

@@ -212,7 +212,13 @@ def test_the_api_is_read_without_a_gap(site):
     assert len(asked) > 15 and ":::" not in text_of(page)
     assert set(asked) <= Loads(page).anchors
     text = text_of(page)
-    for words in ("Abstain where more than this share", "train_prompts", "take_over", "full_logps", "StatefulReward"):
+    for words in (
+        "Abstain where more than this share",
+        "train_prompts",
+        "take_over",
+        "logprobs_untruncated",
+        "StatefulReward",
+    ):
         assert words in text, words
 
 

@@ -435,7 +435,7 @@ def test_a_sampler_that_disagrees_is_refused_before_anything_is_learnt(load_vlm,
 
 def test_numbers_of_another_distribution_are_not_compared(load_vlm, digits_task, think):
     class Truncated(Shifted):
-        full_logps = False
+        logprobs_untruncated = False
 
     vlm = load_vlm()
     trainer = grpo(vlm, digits_task, think, top_k=5, rollout=Truncated(vlm))

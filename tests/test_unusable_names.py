@@ -17,7 +17,7 @@ from common.few_shot.encoders import prompts
 from common.models import checks, meter
 from common.models.tiny import gemma3, qwen2_vl
 from common.predict import trained
-from common.serve.desk import Desk
+from common.serve.service import PredictionService
 from common.types import CATEGORY, Item, Split, Task, UserError
 
 HIDDEN = {
@@ -154,7 +154,7 @@ def test_a_run_is_asked_about_other_names(tmp_path, compose):
 @pytest.mark.parametrize("label", ["<answer>", "c\u200bat"])
 def test_a_correction_on_the_page(tmp_path, label):
     with pytest.raises(UserError, match="the name '.*' has "):
-        Desk(SimpleNamespace(names=("cat",)), tmp_path).keep(b"", label, None)
+        PredictionService(SimpleNamespace(names=("cat",)), tmp_path).keep(b"", label, None)
 
 
 def test_a_path_that_was_copied_with_a_hidden_character(tmp_path):
@@ -242,7 +242,7 @@ def test_commas_are_in_the_way_of_a_list_alone(tmp_path):
 
 
 def test_a_class_of_the_model_may_have_a_comma_or_no_letter_on_the_page(tmp_path):
-    desk = Desk(SimpleNamespace(names=("salt, pepper", "\U0001f415")), tmp_path)
+    desk = PredictionService(SimpleNamespace(names=("salt, pepper", "\U0001f415")), tmp_path)
     for label in ("salt, pepper", "\U0001f415"):
         with pytest.raises(UserError, match="not a picture"):  # the name was taken
             desk.keep(b"", label, None)

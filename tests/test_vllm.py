@@ -20,7 +20,7 @@ from common.forward.packing import Group, pack_plain
 from common.models import adapters, slots, vlm
 from common.models.encoder import Encoded, Encoder
 from common.models.families import family
-from common.rollout.base import Decoding, Request, awake, requests
+from common.rollout.base import Decoding, Request, requests, sampling_mode
 from common.rollout.hf import HFRollout
 from common.rollout.vllm.engine import describe
 from common.types import CATEGORY, UserError
@@ -63,7 +63,7 @@ class Subject:
         asked = requests(self.encoder, self.prompts, list(seeds))
         if not synchronised:
             return asked, self.rollout.generate(asked, size, decoding)
-        with awake(self.rollout, self.version):
+        with sampling_mode(self.rollout, self.version):
             return asked, self.rollout.generate(asked, size, decoding)
 
     @torch.no_grad()
@@ -233,7 +233,7 @@ def test_a_prompt_without_a_picture(subject):
     ids = torch.tensor(subject.vlm.processor.tokenizer("What is this?", add_special_tokens=False)["input_ids"])
     encoded = Encoded(ids, subject.vlm.family.positions(ids, None, subject.vlm.model.config))
     asked = [Request(encoded, "text", lambda: ids, list)]
-    with awake(subject.rollout, subject.version):
+    with sampling_mode(subject.rollout, subject.version):
         found = subject.rollout.generate(asked, 4, SAMPLE)
     sampled = torch.cat([c.logps for c in found[0]])
     assert float((subject.scored(asked, found, SAMPLE.temperature) - sampled).abs().max()) < TOLERANCE
@@ -264,7 +264,7 @@ def test_unexpected_prompt_ids_are_an_error(make):
     subject = make("vllm", "qwen2_vl")
     asked, _ = subject.sample()
     wrong = replace(asked[0], unexpanded=lambda: asked[0].unexpanded()[1:])
-    with awake(subject.rollout, subject.version), pytest.raises(RuntimeError, match="other prompt ids"):
+    with sampling_mode(subject.rollout, subject.version), pytest.raises(RuntimeError, match="other prompt ids"):
         subject.rollout.generate([wrong], 2, SAMPLE)
 
 

@@ -39,7 +39,7 @@ from common.models.families import Qwen2VL
 from common.models.files import lineage, weight_files
 from common.models.meter import of_folder
 from common.models.vlm import VLM
-from common.rollout.base import Decoding, Request, Rollout, awake, requests
+from common.rollout.base import Decoding, Request, Rollout, requests, sampling_mode
 from common.run.checkpoint import Checkpoints
 from common.runtime.group import init_process_group
 from common.training import agreement
@@ -122,7 +122,7 @@ def forwards(learner: VLMLearner) -> Iterator[Line]:
     decoding = decoding_of(learner)
     group = Group(request.encoded, tuple(completion.ids for completion in completions))
     scorer = PolicyScorer(policy.model, policy.banned, decoding.temperature, 128).to(policy.device)
-    own = None if getattr(learner.rollout, "own_weights", False) else learner.rollout
+    own = None if getattr(learner.rollout, "has_weight_copy", False) else learner.rollout
     found = agreement.measure(scorer, policy, group, own, request, decoding)
     trained = scorer(pack_shared([group], policy.family, policy.device), entropy=False)[0].cpu()
     drawn = torch.cat([completion.logps for completion in completions])
@@ -250,7 +250,7 @@ def push(learner: VLMLearner, other: Rollout | None = None) -> Iterator[Line]:
     begun = [p.detach().clone() for _, p in own]
 
     def gap(version: int) -> tuple[float, Group]:
-        with awake(rollout, version):
+        with sampling_mode(rollout, version):
             request, completions = sampled(learner, rollout, GROUP)
         group = Group(request.encoded, tuple(completion.ids for completion in completions))
         scored = scorer(pack_shared([group], policy.family, policy.device), entropy=False)[0].cpu()
@@ -270,7 +270,7 @@ def push(learner: VLMLearner, other: Rollout | None = None) -> Iterator[Line]:
     second, _ = gap(1)
     for (_, parameter), value in zip(own, begun, strict=True):
         parameter.copy_(value)
-    with awake(rollout, 2):
+    with sampling_mode(rollout, 2):
         pass
     line = within("weights pushed", "after them it differs by", second, allowed, "rollout.options.sleep=0; rollout=hf")
     yield line if change > 2 * allowed else Line("weights pushed", "off", f"the change itself is only {change:.1e}")

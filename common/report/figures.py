@@ -20,7 +20,7 @@ from common.evaluation.summary import Summary
 from common.report.paper.style import style
 from common.run.result import Result
 from common.run.run_folder import RunFolder
-from common.run.safe import result_is_safe
+from common.run.safe import best_effort
 from common.types import Task
 
 matplotlib.use("Agg")
@@ -61,7 +61,7 @@ def of_run(folder: Path, result: Result, evaluation: Evaluation, task: Task) -> 
         drawings[f"confusion-{split}.png"] = partial(confusion, table, names)
         titles[f"confusion-{split}.png"] = note
     for name, draw in drawings.items():
-        with result_is_safe(name):
+        with best_effort(name):
             save(draw(), folder / name, titles[name])
 
 

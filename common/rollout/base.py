@@ -39,7 +39,7 @@ class Completion:
 
     `logps` are natural logarithms at the sampling temperature without the banned ids, as the trainer's scoring pass
     computes them. Of which distribution they are, the full one or what top_k and top_p left of it, says
-    `Rollout.full_logps`. `version` counts the updates of the weights that it was sampled with.
+    `Rollout.logprobs_untruncated`. `version` counts the updates of the weights that it was sampled with.
     """
 
     ids: torch.Tensor
@@ -69,9 +69,9 @@ class Rollout(Protocol):
     """A sampling backend: `rollout.backend` names a class `(vlm, **rollout.options)`."""
 
     # Its log-probabilities are those of the whole distribution, although top_k and top_p restrict what is drawn.
-    full_logps: bool
+    logprobs_untruncated: bool
 
-    # A backend may say `own_weights = True`: it samples with a copy of its own, and needs the policy's weights in
+    # A backend may say `has_weight_copy = True`: it samples with a copy of its own, and needs the policy's weights in
     # `refresh` alone, where those that ranks have parted among them are gathered one at a time.
 
     def generate(self, requests: Sequence[Request], group_size: int, decoding: Decoding) -> list[list[Completion]]:
@@ -98,7 +98,7 @@ class AsksTogether(Protocol):
         """Answer the other ranks until none of them asks any more."""
 
 
-def comparable(backend: object, decoding: Decoding) -> bool:
+def logprobs_match_policy(backend: object, decoding: Decoding) -> bool:
     """Whether a sampler's log-probabilities are of the distribution that the trainer scores.
 
     Args:
@@ -106,10 +106,10 @@ def comparable(backend: object, decoding: Decoding) -> bool:
         decoding: How completions are drawn.
     """
     restricted = decoding.top_k > 0 or decoding.top_p < 1
-    return not restricted or getattr(backend, "full_logps", True)
+    return not restricted or getattr(backend, "logprobs_untruncated", True)
 
 
-def check_comparable(backend: object, decoding: Decoding, correction: str) -> None:
+def check_logprobs_match(backend: object, decoding: Decoding, correction: str) -> None:
     """
     Args:
         backend: A `Rollout`, or its class.
@@ -119,10 +119,10 @@ def check_comparable(backend: object, decoding: Decoding, correction: str) -> No
     Raises:
         UserError: They would be of another distribution.
     """
-    if correction != "none" and not comparable(backend, decoding):
+    if correction != "none" and not logprobs_match_policy(backend, decoding):
         raise UserError(
             f"trainer.importance_correction={correction} needs log-probabilities of the whole distribution, and the"
-            " sampler of rollout.backend gives those of what top_k and top_p left (full_logps=False); set"
+            " sampler of rollout.backend gives those of what top_k and top_p left (logprobs_untruncated=False); set"
             " rollout.top_k=0 rollout.top_p=1.0, or trainer.importance_correction=none"
         )
 
@@ -174,7 +174,7 @@ def finish(rollout: Rollout) -> None:
 
 
 @contextmanager
-def awake(rollout: Rollout, version: int) -> Iterator[None]:
+def sampling_mode(rollout: Rollout, version: int) -> Iterator[None]:
     """Inside, the sampler is ready and has the policy's weights of now, which have seen `version` updates."""
     rollout.wake()
     rollout.refresh(version)

@@ -28,7 +28,7 @@ from common.rollout.base import Completion, Decoding, Request
 class HFRollout:
     """The `Rollout` backend that needs nothing beside transformers: it samples with the training model itself."""
 
-    full_logps = True
+    logprobs_untruncated = True
 
     def __init__(self, vlm: VLM) -> None:
         attention.install(vlm.model)

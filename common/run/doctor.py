@@ -25,7 +25,7 @@ from common.forward.packing import Group, pack_shared, shared_tokens, within_bud
 from common.models.encoder import Encoded, Encoder
 from common.models.vlm import VLM
 from common.rewards import Reward
-from common.rollout.base import Completion, Decoding, Rollout, comparable, requests
+from common.rollout.base import Completion, Decoding, Rollout, logprobs_match_policy, requests
 from common.run.estimate import Finding, check_memory, estimate_time
 from common.training import agreement
 from common.training.agreement import Agreement
@@ -40,7 +40,7 @@ FEW_LEARN = 0.8  # share of groups without differences from which on a warning i
 NOT_COMPARED = Finding(
     "sampler against trainer",
     "warning",
-    "not compared: the sampler's log-probabilities are of what top_k and top_p left (full_logps=False)",
+    "not compared: the sampler's log-probabilities are of what top_k and top_p left (logprobs_untruncated=False)",
     "compare with rollout.top_k=0 rollout.top_p=1.0",
 )
 
@@ -96,7 +96,7 @@ def examine(
     groups = [Group(e, tuple(c.ids for c in group)) for e, group in zip(encoded, completions, strict=True)]
     scorer = PolicyScorer(vlm.model, vlm.banned, decoding.temperature, config.head_chunk).to(vlm.device)
     gaps, scoring = score(scorer, vlm, groups, completions, config)
-    sampler = None if getattr(rollout, "own_weights", False) else rollout
+    sampler = None if getattr(rollout, "has_weight_copy", False) else rollout
     found = agreement.measure(scorer, vlm, groups[0], sampler, asked[0], decoding)
     scores = score_groups(chosen, completions, rewards)
     total, parts = scores.total, scores.parts
@@ -117,7 +117,7 @@ def examine(
         check_distinct(completions),
         check_rewards(total, parts, config.group_size, cut, decoding.max_tokens),
         check_sampler(gaps, found, corrected=config.importance_correction != "none")
-        if comparable(rollout, decoding)
+        if logprobs_match_policy(rollout, decoding)
         else NOT_COMPARED,
         estimate_time(sampling / len(chosen), scoring / len(chosen), config, updates, ranks),
         check_memory(cost, vlm.device),

@@ -9,7 +9,7 @@ from common.evaluation.evaluate import Evaluation
 from common.run.checkpoint import State
 from common.run.result import Result
 from common.run.run_folder import RunFolder
-from common.run.safe import result_is_safe
+from common.run.safe import best_effort
 from common.run.tracking import Tracker
 from common.runtime.distributed import barrier, rank
 from common.runtime.stopwatch import Stopwatch
@@ -95,11 +95,11 @@ class Recorder:
             self.files.merge_completions()
             self.files.merge_predictions()
             self.files.write_result(result)
-            with result_is_safe("the tracker"):
+            with best_effort("the tracker"):
                 self.tracker.result(result, evaluation)
 
     def close(self, failed: bool) -> None:
         """End the tracker's run and release the files."""
-        with result_is_safe("the tracker"):
+        with best_effort("the tracker"):
             self.tracker.close(failed)
         self.files.close()

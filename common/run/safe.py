@@ -1,4 +1,4 @@
-"""What may fail without harm once a result is written."""
+"""Work that may fail without harm once a result is written."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def result_is_safe(who: str) -> Iterator[None]:
-    """Inside, a failure costs a warning: what it would take with it is worth more."""
+def best_effort(who: str) -> Iterator[None]:
+    """Log exceptions instead of raising them: the result is already saved."""
     try:
         yield
     except Exception as error:  # of whatever kind: a mirror's or a drawing's library decides

@@ -55,8 +55,8 @@ def serve(chosen: argparse.Namespace) -> None:
         from common.predict.cards import about
         from common.predict.classifier import Classifier  # torch, some seconds
         from common.predict.photos import names_of
-        from common.serve.desk import Desk, Limits
         from common.serve.page import Page
+        from common.serve.service import Limits, PredictionService
 
         classifier = Classifier.load(
             chosen.run, names_of(chosen.names), chosen.risk, trust_code=chosen.trust_code, data=chosen.data
@@ -66,8 +66,8 @@ def serve(chosen: argparse.Namespace) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
     with tempfile.TemporaryDirectory(prefix="uploads-") as uploads:
-        desk = Desk(classifier, chosen.feedback.expanduser(), Limits(chosen.max_mb))
-        page = Page(desk, about(classifier, chosen.risk), Path(uploads), is_local=chosen.host in LOCAL)
+        service = PredictionService(classifier, chosen.feedback.expanduser(), Limits(chosen.max_mb))
+        page = Page(service, about(classifier, chosen.risk), Path(uploads), is_local=chosen.host in LOCAL)
         try:
             server = page.launch(chosen.host, chosen.port)
         except OSError as error:

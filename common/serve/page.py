@@ -15,7 +15,7 @@ from markupsafe import escape
 
 from common.predict import cards
 from common.predict.classifier import Answer
-from common.serve.desk import Desk
+from common.serve.service import PredictionService
 from common.types import UserError
 
 STALE = 3600.0  # seconds after which an upload that nobody has asked about is deleted
@@ -76,12 +76,12 @@ class Uploads:
 
 
 class Page:
-    """A Gradio page over a desk."""
+    """A Gradio page over a prediction service."""
 
-    def __init__(self, desk: Desk, about: cards.About, uploads: Path, is_local: bool = True) -> None:
+    def __init__(self, service: PredictionService, about: cards.About, uploads: Path, is_local: bool = True) -> None:
         """
         Args:
-            desk: Answers and keeps.
+            service: Answers and keeps.
             about: Of the run, for the head of the page.
             uploads: An empty folder of ours, in which Gradio keeps an upload until it is read.
             is_local: Whether only this machine reaches the page.
@@ -90,14 +90,14 @@ class Page:
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         import gradio
 
-        self.desk, self.gradio = desk, gradio
-        self.uploads = Uploads(uploads, int(desk.limits.together * 1e6))
+        self.service, self.gradio = service, gradio
+        self.uploads = Uploads(uploads, int(service.limits.together * 1e6))
         photos = LOCAL if is_local else REMOTE
         with gradio.Blocks(title=about.run, analytics_enabled=False) as self.blocks:
             gradio.HTML(f"<h2>{escape(about.run)}</h2>{cards.head(about, photos=photos)}")
             kept = gradio.State({}, time_to_live=STALE)
             files = gradio.File(
-                label=f"Photos, at most {desk.limits.megabytes:g} MB each",
+                label=f"Photos, at most {service.limits.megabytes:g} MB each",
                 file_count="multiple",
                 file_types=["image"],
                 height=140,
@@ -106,7 +106,10 @@ class Page:
             with gradio.Row(visible=False) as correction:
                 which = gradio.Dropdown(label="Picture", choices=[], interactive=True)
                 right = gradio.Dropdown(
-                    label="Right name", choices=list(desk.classifier.names), allow_custom_value=True, interactive=True
+                    label="Right name",
+                    choices=list(service.classifier.names),
+                    allow_custom_value=True,
+                    interactive=True,
                 )
                 save = gradio.Button("Save correction")
             said = gradio.Markdown()
@@ -122,7 +125,7 @@ class Page:
         self.blocks.launch(
             server_name=host,
             server_port=port,
-            max_file_size=int(self.desk.limits.megabytes * 1e6),
+            max_file_size=int(self.service.limits.megabytes * 1e6),
             prevent_thread_lock=True,
             quiet=True,
             share=False,
@@ -152,7 +155,7 @@ class Page:
             return "Choose a picture and its right name."
         content, answered = kept[which]
         try:
-            table = self.desk.keep(content, label, answered)
+            table = self.service.keep(content, label, answered)
         except UserError as error:
             return f"Not saved: {error}"
         return f"Saved in `{table}`. With nine or more of every class you can train on it (docs/predict.md)"
@@ -164,14 +167,14 @@ class Page:
 
     def _answers(self, contents: Mapping[str, bytes]) -> list[Answer]:
         try:
-            return self.desk.answer(contents)
+            return self.service.answer(contents)
         except UserError as error:
             raise self.gradio.Error(str(error)) from error
 
     def _read(self, files: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
         """Contents by name."""
         try:
-            read = self.uploads([str(file.get("path", "")) for file in files], self.desk.limits.check)
+            read = self.uploads([str(file.get("path", "")) for file in files], self.service.limits.check)
         except UserError as error:
             raise self.gradio.Error(str(error)) from error
         contents: dict[str, bytes] = {}

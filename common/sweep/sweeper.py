@@ -29,7 +29,7 @@ from common.config.schema import Config
 from common.counted import counted
 from common.report.paper import page, points
 from common.run.run_folder import RunFolder
-from common.run.safe import result_is_safe
+from common.run.safe import best_effort
 from common.runtime.progress import doing, progress
 from common.sweep import book, dry, plugin
 from common.sweep.plan import LATER, RUN, Point, decides, expand
@@ -106,7 +106,7 @@ class PaperSweeper(Sweeper):
             from common.report.html import book_page
 
             print(book_page.make(folder, self.keys["title"], chapters, found))
-        with result_is_safe("the tracker"):
+        with best_effort("the tracker"):
             for built, where in zip(found, pages, strict=True):
                 tracked.publish(built, where, self.config.tracking)
         for each in returns:
@@ -127,7 +127,7 @@ class PaperSweeper(Sweeper):
 
     def jobs(
         self, chapters: Sequence[book.Chapter], given: Mapping[str, Sequence[str]]
-    ) -> tuple[list[Job], list[list[points.Shown]]]:
+    ) -> tuple[list[Job], list[list[points.SweepRun]]]:
         """The points of all chapters with their folders, each once, those first that others need; and for each chapter
         where its page shows them.
 
@@ -142,14 +142,14 @@ class PaperSweeper(Sweeper):
         composer = Composer(self.hydra_context.config_loader, self.config)
         print("composing and checking every point before the first one runs", flush=True)
         found: dict[Path, Job] = {}
-        shown: list[list[points.Shown]] = [[] for _ in chapters]
+        shown: list[list[points.SweepRun]] = [[] for _ in chapters]
         asked = [(n, point) for n, one in enumerate(chapters) for point in expand(one.spec, one.values(given))]
         for number, point in progress(asked, "composing", len(asked)):
             jobs = composer.jobs(point)
             for job in jobs:
                 found.setdefault(job.folder, job)
             seed, where = int(jobs[-1].values["seed"]), keys(jobs[-1], chapters[number].page)
-            shown[number].append(points.Shown(jobs[-1].folder.name, seed, where))
+            shown[number].append(points.SweepRun(jobs[-1].folder.name, seed, where))
         return sorted(found.values(), key=lambda job: job.point.depth), shown
 
     def given(self, arguments: Sequence[str]) -> dict[str, list[str]]:
@@ -167,7 +167,10 @@ class PaperSweeper(Sweeper):
         return values
 
     def describe(
-        self, chapters: Sequence[book.Chapter], shown: Sequence[list[points.Shown]], given: Mapping[str, Sequence[str]]
+        self,
+        chapters: Sequence[book.Chapter],
+        shown: Sequence[list[points.SweepRun]],
+        given: Mapping[str, Sequence[str]],
     ) -> tuple[Path, list[Path]]:
         """Write down what the pages need. Returns the sweep's folder and its chapters', beside those of the runs."""
         assert self.config is not None

@@ -20,7 +20,7 @@ import torch
 from common.config.schema import TrainerConfig
 from common.models.hosted_slots import HostedSlots
 from common.models.slots import Slots
-from common.rollout.base import Rollout, awake
+from common.rollout.base import Rollout, sampling_mode
 from common.runtime import saved as saved_files
 from common.runtime.distributed import barrier, rank, world
 from common.training.schedule import learning_rate
@@ -186,8 +186,8 @@ class EngineTrainer:
 
     @contextmanager
     def sampling(self, sampler_only: bool = False) -> Iterator[None]:
-        apart = sampler_only and getattr(self.rollout, "own_weights", False)
-        with nullcontext() if apart else self.engine.whole_weights(), awake(self.rollout, self.version):
+        apart = sampler_only and getattr(self.rollout, "has_weight_copy", False)
+        with nullcontext() if apart else self.engine.whole_weights(), sampling_mode(self.rollout, self.version):
             yield
 
     def save(self, folder: Path) -> None:

@@ -10,7 +10,7 @@ from common.data.pictures import make_loader
 from common.models import checks, files, meter, vlm
 from common.models.encoder import Encoder
 from common.models.features import FeatureStore
-from common.rollout.base import Decoding, check_comparable
+from common.rollout.base import Decoding, check_logprobs_match
 from common.runtime.distributed import gather, rank
 from common.types import Task, UserError
 from common.vlm.prompting import TaskPrompts
@@ -33,14 +33,14 @@ def backend_options(config: Config, asked: TaskPrompts) -> dict[str, Any]:
 
 
 def check_logprobs(config: Config, backend: object) -> None:
-    """See `check_comparable`; before the weights are loaded `backend` is a class, then its object."""
+    """See `check_logprobs_match`; before the weights are loaded `backend` is a class, then its object."""
     if isinstance(config.trainer, GRPOConfig):
-        if config.rollout.overlap and not getattr(backend, "own_weights", False):
+        if config.rollout.overlap and not getattr(backend, "has_weight_copy", False):
             raise UserError(
                 "rollout.overlap=true needs a sampler with weights of its own, but this one samples with the policy"
                 " that is being updated; use rollout=vllm, or rollout.overlap=false"
             )
-        check_comparable(backend, sampling(config.rollout), config.trainer.importance_correction)
+        check_logprobs_match(backend, sampling(config.rollout), config.trainer.importance_correction)
 
 
 def shared_hash(folder: Path) -> str:

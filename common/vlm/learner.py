@@ -30,7 +30,7 @@ from common.learner import Learner
 from common.models import adapters, files, vlm
 from common.models.slots import detached
 from common.plugins import check_call, locate
-from common.rollout.base import Rollout, awake
+from common.rollout.base import Rollout, sampling_mode
 from common.run import doctor, loop
 from common.run.checkpoint import Checkpoints, read_state
 from common.run.recorder import Recorder
@@ -225,7 +225,7 @@ class VLMLearner(Learner):
         """See `Trainer.sampling`; before there is a trainer, the weights are those that were loaded."""
         if self.policy.slots is not None:
             self.policy.slots.settle()
-        with awake(self.rollout, 0) if self.trainer is None else self.trainer.sampling():
+        with sampling_mode(self.rollout, 0) if self.trainer is None else self.trainer.sampling():
             yield
 
     def make_trainer(self) -> Trainer:

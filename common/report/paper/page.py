@@ -47,7 +47,7 @@ KINDS = ("table", "shots", "bars", "gain", "training", "examples")  # examples: 
 
 
 @dataclass(frozen=True)
-class Entry:
+class TableCell:
     """One cell with its verdict. ours: over seeds; None: no run has it. interval: 95 %. percent: else a time. mean:
     else ours is the lowest or highest.
     """
@@ -77,7 +77,7 @@ class Entry:
         None of these where runs are missing, and no `inside` where the interval would hold nearly any number.
 
         >>> from dataclasses import replace
-        >>> entry = Entry({}, 80.0, 1.0, (78.0, 82.0), (1, 2, 3), 100, 84.0, (), (), ())
+        >>> entry = TableCell({}, 80.0, 1.0, (78.0, 82.0), (1, 2, 3), 100, 84.0, (), (), ())
         >>> entry.verdict, replace(entry, published=81.0).verdict, replace(entry, published=None).verdict
         ('below', 'inside', 'ours')
         >>> replace(entry, reasons=("model=tiny",)).verdict, replace(entry, ours=None).verdict
@@ -107,7 +107,7 @@ class Page:
     """All entries of a page, in the order of their runs."""
 
     sweep: points.Sweep
-    entries: list[Entry]
+    entries: list[TableCell]
     source: str
     runs: list[Run] = field(default_factory=list)
 
@@ -125,7 +125,7 @@ class Page:
         """Where something with these keys stands on an axis."""
         return SEPARATOR.join(keys[key] for key in self.sweep.page.get(part, ()) if key in keys)
 
-    def at(self, *, rows: str, columns: str, panels: str) -> Entry | None:
+    def at(self, *, rows: str, columns: str, panels: str) -> TableCell | None:
         """The entry of a place."""
         wanted = {"rows": rows, "columns": columns, "panels": panels}
         fits = (e for e in self.entries if all(self.place(e.keys, part) == text for part, text in wanted.items()))
@@ -184,7 +184,7 @@ def _of_the_same_average(theirs: Mapping[Keys, float], ours: Collection[Keys], k
     return {keys: number for keys, number in theirs.items() if dict(keys).get(key) != AVERAGE}
 
 
-def _entry(keys: Keys, cell: Cell, known: float | None, changed: Sequence[str]) -> Entry:
+def _entry(keys: Keys, cell: Cell, known: float | None, changed: Sequence[str]) -> TableCell:
     seeds = sorted(cell.values)
     values = [cell.values[seed] for seed in seeds]
     ours = cell.combine(values) if values else None
@@ -192,7 +192,7 @@ def _entry(keys: Keys, cell: Cell, known: float | None, changed: Sequence[str]) 
     if values and cell.combine is fmean:
         std = mean_std(values)[1]
         bounds = interval(values, [cell.intervals[seed] for seed in seeds if seed in cell.intervals])
-    return Entry(
+    return TableCell(
         keys=dict(keys),
         ours=ours,
         std=std,

@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 
 from common.report.figures import literal_text
 from common.report.paper import curves
-from common.report.paper.page import Entry, Page
+from common.report.paper.page import Page, TableCell
 from common.report.paper.style import OKABE_ITO, PRINT, WIDTH, legend, note, panels, save, style
-from common.run.safe import result_is_safe
+from common.run.safe import best_effort
 
 
 def draw(page: Page, folder: Path) -> None:
@@ -24,7 +24,7 @@ def draw(page: Page, folder: Path) -> None:
     if kind == "examples" or not page.entries:  # nothing to draw
         return
     painter = PAINTERS[kind]
-    with result_is_safe("the figure"), matplotlib.rc_context(PRINT):
+    with best_effort("the figure"), matplotlib.rc_context(PRINT):
         save(painter(page), folder / "figure")
 
 
@@ -99,7 +99,7 @@ def dots(page: Page) -> Figure:
     return figure
 
 
-def _error(entry: Entry) -> Any:
+def _error(entry: TableCell) -> Any:
     if entry.interval is None or entry.ours is None:
         return None
     return [[max(0.0, entry.ours - entry.interval[0])], [max(0.0, entry.interval[1] - entry.ours)]]
@@ -159,7 +159,7 @@ def gains(page: Page) -> Figure:
     return figure
 
 
-def _value(entry: Entry | None) -> float:
+def _value(entry: TableCell | None) -> float:
     return float("nan") if entry is None or entry.ours is None else entry.ours
 
 

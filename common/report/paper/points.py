@@ -17,7 +17,7 @@ FILE = "points.json"
 
 
 @dataclass(frozen=True)
-class Shown:
+class SweepRun:
     """A run of a page. folder: beside the sweep's; keys: where the page shows it, as `method: cafo, shots: 4`."""
 
     folder: str
@@ -36,7 +36,7 @@ class Sweep:
     name: str
     page: dict[str, Any]
     given: dict[str, str]
-    runs: list[Shown]
+    runs: list[SweepRun]
     chosen: dict[str, str] = field(default_factory=dict)
     folder: Path = field(default_factory=Path)
 
@@ -48,7 +48,7 @@ class Sweep:
         temporary.write_text(json.dumps(values, indent=1), encoding="utf-8")
         temporary.replace(folder / FILE)
 
-    def path(self, run: Shown) -> Path:
+    def path(self, run: SweepRun) -> Path:
         """A run's folder."""
         return self.folder.parent / run.folder
 
@@ -64,7 +64,7 @@ def load(folder: Path) -> Sweep:
         raise UserError(f"{folder} is no sweep's folder: there is no {FILE}; run one of sweeps/ first (docs/papers.md)")
     try:
         values: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        runs = [Shown(**each) for each in values["runs"]]
+        runs = [SweepRun(**each) for each in values["runs"]]
         return Sweep(values["name"], values["page"], values["given"], runs, values.get("chosen", {}), folder)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged ({error}); the sweep's command writes it again") from error

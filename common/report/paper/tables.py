@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from common.report.compare import Table
-from common.report.paper.page import Entry, Page
+from common.report.paper.page import Page, TableCell
 
 SHORT = {
     "a reconstruction": "reconstruction",
@@ -30,7 +30,7 @@ def matrices(page: Page) -> Iterator[tuple[str, Table]]:
         yield panel, Table((corner, *columns), rows, [])
 
 
-def _cell(page: Page, entry: Entry | None) -> str:
+def _cell(page: Page, entry: TableCell | None) -> str:
     if entry is None:
         return ""
     if entry.ours is None:

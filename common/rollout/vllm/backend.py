@@ -26,8 +26,8 @@ from common.rollout.vllm.watchdog import Watchdog
 class VLLMRollout:
     """See `Rollout` in common/rollout/base.py."""
 
-    own_weights = True
-    full_logps = True  # taken before top_k and top_p restrict what is drawn
+    has_weight_copy = True
+    logprobs_untruncated = True  # taken before top_k and top_p restrict what is drawn
 
     def __init__(
         self,

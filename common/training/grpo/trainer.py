@@ -25,7 +25,7 @@ from common.forward.packing import Group, Packed, pack, shared_tokens, within_bu
 from common.models.encoder import Encoder
 from common.models.vlm import VLM
 from common.rewards import Reward, StatefulReward
-from common.rollout.base import Decoding, Request, Rollout, check_agreement, comparable
+from common.rollout.base import Decoding, Request, Rollout, check_agreement, logprobs_match_policy
 from common.runtime.distributed import gather, world
 from common.training import agreement
 from common.training.base import Step
@@ -74,8 +74,8 @@ class GRPOTrainer(EngineTrainer):
         self._counts()  # what the doctor's questions cost is not the training's
         self.tokens = 0.0
         self.scorer, self.checked, self.allowed_gap = scorer, not config.self_check, math.inf
-        self.comparable = comparable(rollout, decoding)
-        self.agreed = not config.self_check or not self.comparable or config.importance_correction != "none"
+        self.logprobs_match = logprobs_match_policy(rollout, decoding)
+        self.agreed = not config.self_check or not self.logprobs_match or config.importance_correction != "none"
         self.current: RolloutBatch
 
     @contextmanager
@@ -166,7 +166,7 @@ class GRPOTrainer(EngineTrainer):
             # DeepSpeed averages gradients over ranks, the loss is a sum over them
             self.engine.backward(outputs.loss * world(), last=number + 1 == forwards)
             if part:
-                gap = inputs.old_logps - rollouts.sampled_logps(shown).to(logps) if self.comparable else None
+                gap = inputs.old_logps - rollouts.sampled_logps(shown).to(logps) if self.logprobs_match else None
                 measured.add(inputs, outputs, entropy, gap, first)
                 measured.tokens(sum(len(g.prompt.ids) + len(c) for g in groups for c in g.completions), packed.tokens)
         metrics = measured.over_ranks()
@@ -258,7 +258,7 @@ class GRPOTrainer(EngineTrainer):
 
     def _self_check(self, request: Request, group: Group) -> None:
         """Refuse to train if sampler, shared and plain forward disagree on real data."""
-        sampler = None if getattr(self.rollout, "own_weights", False) else self.rollout
+        sampler = None if getattr(self.rollout, "has_weight_copy", False) else self.rollout
         with self.engine.whole_weights():
             found = agreement.measure(self.scorer, self.vlm, group, sampler, request, self.samples.decoding)
         if self.config.impl != "plain" and not found.forwards_agree:

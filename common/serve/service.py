@@ -49,7 +49,7 @@ class Limits:
             raise UserError(f"{sum(sizes) / 1e6:.0f} MB at once; at most {self.together:g} MB are taken together")
 
 
-class Desk:
+class PredictionService:
     """Takes requests from many threads. Nothing of an upload stays but what is corrected."""
 
     def __init__(self, classifier: Classifier, feedback: Path, limits: Limits | None = None) -> None:
