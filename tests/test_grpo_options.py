@@ -124,7 +124,9 @@ def test_truncated_completions_are_left_out(load_vlm, digits_task, think):
     masked.close()
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
+@pytest.mark.parametrize(
+    "loss_type", ["dr_grpo", *(pytest.param(each, marks=pytest.mark.faults) for each in ("grpo", "bnpo", "dapo"))]
+)
 def test_loss_types_train_the_same_in_any_forwards(load_vlm, digits_task, think, loss_type):
     ended = []
     for budget, at_most in ((None, 4), (150, 4), (None, 1)):

@@ -118,7 +118,9 @@ def longest_in_a_list(measure, names, count):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("data", LENGTHS)
+@pytest.mark.parametrize(
+    "data", [pytest.param(data, marks=[pytest.mark.faults] * (data in ("imagenet", "sun397"))) for data in LENGTHS]
+)
 def test_lengths(metre, data):
     qwen, gemma, names = metre("qwen2_vl"), metre("gemma3"), names_of(data)
     assert len(names) == CONFIG[data]["published"]["classes"]

@@ -215,7 +215,7 @@ def test_the_api_is_read_without_a_gap(site):
     for words in (
         "Abstain where more than this share",
         "train_prompts",
-        "take_over",
+        "set_task",
         "logprobs_untruncated",
         "StatefulReward",
     ):

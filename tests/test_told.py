@@ -287,12 +287,12 @@ def test_best_needs_evaluations_and_validation_images(compose, tmp_path):
     chosen = ["evaluate=best", "trainer.evaluate_every=5", "shots=1", "data=dtd", f"data.root={root}"]
     config = validate(compose(*chosen, "validation=none"))
     with pytest.raises(UserError, match="evaluate=best.*validation images.*evaluate=last"):
-        preflight.check_choice(config, task.build(config))
+        preflight.check_choice(config, task.build(config).task)
     config = validate(compose(*chosen, "checkpoint.max_checkpoints=1"))
     with pytest.raises(UserError, match="checkpoint.max_checkpoints=2"):
-        preflight.check_choice(config, task.build(config))
+        preflight.check_choice(config, task.build(config).task)
     config = validate(compose(*chosen))
-    preflight.check_choice(config, task.build(config))
+    preflight.check_choice(config, task.build(config).task)
 
 
 @pytest.fixture

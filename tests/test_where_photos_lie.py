@@ -39,7 +39,7 @@ def test_every_way_to_write_a_folder(here, given, data, compose, monkeypatch):
     if not data:
         monkeypatch.delenv("DATA")
     config = validate(compose("data=folder", *literal([f"data.folder={given}"]), "shots=1"))
-    assert len(task.build(config).train) == 2
+    assert len(task.build(config).task.train.items) == 2
 
 
 def test_the_working_directory_goes_first(here, compose):
