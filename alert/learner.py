@@ -51,6 +51,7 @@ class AlertLearner(VLMLearner):
     means: ClassMeans | None = None
     ranks: Callable[[Task, str], Candidates] | None = None  # names candidates of pictures that come later
     begun: str | None = None  # hash of the bank that training starts from
+    tower: VisionTower  # what sees the pictures
 
     def prepare(self) -> None:
         """Fit the few-shot learner that names the candidates, if the draft is one."""
@@ -61,8 +62,8 @@ class AlertLearner(VLMLearner):
     def setup(self) -> None:
         """See the pictures, name the candidates, and put the bank behind the vocabulary."""
         config, asked = self.config, self.prompting
-        trains = config.trainer.name != "none"
-        tower = self._tower()
+        trains = config.trainer.name != "none" and config.doctor is not True  # which leaves nothing behind
+        self.tower = tower = self._tower()
         entries, self.means = begin(asked, tower, self.task, self.folder / "model" / EMBEDDINGS if trains else None)
         if trains:
             self.begun = bank_file.bank_hash(entries.float(), self.task.train.names)
@@ -71,9 +72,8 @@ class AlertLearner(VLMLearner):
             self.ranks = ranks
         elif asked.patches:
             self.means = None  # ImageNet's patches are 38 GB
-        self.policy = replace(
-            self.policy, slots=attach_bank(self.policy.model, entries, asked.trainable, config.trainer)
-        )
+        slots = attach_bank(self.policy.model, entries, asked.trainable, config.trainer)
+        self.policy = replace(self.policy, slots=slots)
         self.prompts = prompting.ask(asked, self.task)
 
     def sources(self) -> dict[str, str]:
@@ -88,6 +88,7 @@ class AlertLearner(VLMLearner):
         return VisionTower(policy, load)
 
     def set_task(self, task: Task) -> None:
+        self.tower.load_images = make_loader(self.config, task)
         for split, asked in task.evaluation.items():
             if self.task.evaluation.get(split) is not asked:
                 self.prompting.drafted.pop(split, None)
