@@ -65,7 +65,7 @@ def test_offline_file_holds_the_run(tmp_path):
 @pytest.mark.slow
 def test_a_page_is_logged_beside_its_runs(tmp_path):
     sweep = points.Sweep("clsrl_table2", {"rows": ["method"], "columns": ["data"]}, {}, [])
-    ours = [page.Entry({"method": "sft", "data": "dtd"}, 61.5, None, None, (1,), 9, 60.0, (), (), ())]
+    ours = [page.TableCell({"method": "sft", "data": "dtd"}, 61.5, None, None, (1,), 9, 60.0, (), (), ())]
     folder = tmp_path / "clsrl_table2-seed1"
     folder.mkdir()
     (folder / "report.html").write_text("<p>all of it</p>")
