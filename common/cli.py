@@ -47,7 +47,7 @@ def main() -> None:
 
 def program(command: str) -> str:
     """How a command was called, for its usage line."""
-    called_by_script = Path(sys.argv[0].split(" ")[0]).stem == "fewshot"
+    called_by_script = Path(sys.argv[0]).name.startswith("fewshot")
     return f"fewshot {command}" if called_by_script else f"python -m common.{command.replace('-', '.')}"
 
 

@@ -97,14 +97,14 @@ def worker(config: Config, folder: Path, data: TaskData | None = None) -> None:
     logging.getLogger("common").setLevel(logging.INFO)
     kept = None if rank() > 0 or config.doctor is True else folder / "run.log"
     with heeded(), logged(kept), watched(f"{folder.name}: running", SOON):
-        with garbage.at_rest():
-            from safetensors import SafetensorError
+        from safetensors import SafetensorError
 
-            from common.learner import learner_class
-            from common.pipeline import examine, run
-
-            learner_class(config)  # imports what the run needs, seconds for a language model
         try:
+            with garbage.at_rest():
+                from common.learner import learner_class
+                from common.pipeline import examine, run
+
+                learner_class(config)  # imports what the run needs, seconds for a language model
             if config.doctor is True:
                 examine(config, folder)
             else:

@@ -361,6 +361,19 @@ def test_a_stopped_rank_is_no_success_to_torch_elastic(monkeypatch, tmp_path):
         launch.as_rank(None, tmp_path)
 
 
+def test_a_stop_while_libraries_are_imported_is_one_too(monkeypatch, compose, tmp_path):
+    """A rank that torch elastic has started must not end with a KeyboardInterrupt."""
+    from common import launch, learner
+
+    def stopped(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(learner, "learner_class", stopped)
+    with pytest.raises(Interrupted, match="the same command goes on"):
+        launch.worker(validate(compose()), tmp_path)
+    assert "interrupted" in (tmp_path / "run.log").read_text()
+
+
 @pytest.mark.faults
 def test_ctrl_c_on_the_command_line(untrained_folder, tmp_path):
     folder = tmp_path / "run"

@@ -138,3 +138,8 @@ def test_the_command_line_quotes(monkeypatch):
     monkeypatch.setattr(run, "main", lambda: None)
     run.run()
     assert sys.argv == ["run.py", "data=folder", "data.folder='~/photos'"]
+
+
+def test_predicting_is_a_command_of_its_own():
+    with pytest.raises(UserError, match=r"task=predict is a command of its own now: python -m common.predict outputs/"):
+        literal(["task=predict", "run=outputs/a", "pictures=b.png"])

@@ -88,8 +88,7 @@ class VLMLearner(Learner):
 
         # the prompts that will really be asked: from here on they do not change
         self.setup()
-        if not self.prompts.prompting.final or self.prompts.task is not self.task:
-            raise AssertionError("setup makes the prompts final")
+        assert self.prompts.prompting.final, "setup makes the prompts final"
         if config.doctor is not True:  # which leaves nothing behind
             frozen.freeze(folder, self.prompts.hashes(), self.sources())
 
