@@ -22,7 +22,7 @@ from common.config import composition as configuration
 from common.config import suggest
 from common.config.command_line import literal, of_each_run
 from common.plugins import locate
-from common.runtime import slurm, threads, utf8
+from common.runtime import process, slurm
 from common.runtime.distributed import rank, world
 from common.runtime.interrupt import Interrupted, heeded
 from common.runtime.progress import SOON, watched
@@ -66,7 +66,7 @@ def job(cfg: DictConfig, folder: Path) -> None:
     would be refused and what it would cost, the second shows the prompts, the third examines.
     """
     from common import launch, preflight
-    from common.data import pictures
+    from common.data import loading
     from common.report import tables
     from common.run.run_folder import RunFolder
     from common.sweep import dry
@@ -97,7 +97,7 @@ def job(cfg: DictConfig, folder: Path) -> None:
             launch.launch(config, folder, data)
         result = run_folder.finished_result(values)
     else:
-        pictures.check_finished(config, folder / "manifest.json")
+        loading.check_finished(config, folder / "manifest.json")
         print(f"already finished: {folder}")
     if result is not None and rank() == 0:
         if config.tracking.report:
@@ -108,7 +108,7 @@ def job(cfg: DictConfig, folder: Path) -> None:
 def write_page(folder: Path) -> None:
     """report.html, if the run has none yet; `python -m common.report html` makes it anew."""
     from common.report.html import run_page  # draws
-    from common.run.safe import best_effort
+    from common.run.run_folder import best_effort
 
     if not (folder / run_page.FILE).is_file():
         with best_effort(run_page.FILE):
@@ -122,12 +122,12 @@ def preview(config: Config, folder: RunFolder) -> None:
         UserError: There are several processes, pictures cannot be used, or the folder holds a run that asks something
             else.
     """
-    from common.data import pictures
+    from common.data import loading
     from common.report import prompts
 
     if world() > 1:
         raise UserError(f"manifest=true needs no ranks, but {world()} were started; call run.py by itself")
-    data = pictures.examined(config)
+    data = loading.examined(config)
     asked = locate(config.learner.check, "learner.check")(config, data)
     prompts.show(data.manifest, asked, folder.preview(data.manifest))
 
@@ -158,9 +158,9 @@ def sweeps_beside(words: list[str]) -> list[str]:
 
 def run() -> None:
     """Entry point: mistakes in the request become one line and exit code 1, anything else a traceback."""
-    utf8.ensure()
+    process.ensure_utf8()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that errors reach this function and not Hydra's own printer
-    threads.settle()
+    process.set_thread_policy()
     try:
         slurm.adopt()
         sys.argv[1:] = of_each_run(literal(sweeps_beside(sys.argv[1:])))

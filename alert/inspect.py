@@ -23,7 +23,7 @@ from alert.bank import embeddings as bank
 from alert.bank import file as bank_file
 from common.counted import counted
 from common.report.figures import drawable, literal_text
-from common.runtime import utf8
+from common.runtime import process
 from common.runtime.progress import SOON, watched
 from common.types import UserError
 
@@ -91,5 +91,5 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    utf8.ensure()
+    process.ensure_utf8()
     main(sys.argv[1:])

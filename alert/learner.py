@@ -15,18 +15,16 @@ from typing import Any
 
 import torch
 
-from alert import class_means
 from alert import references as reference
 from alert.bank import embeddings as bank
 from alert.bank import file as bank_file
-from alert.class_means import ClassMeans
-from alert.draft import FewShotDraft
+from alert.draft import FILE, ClassMeans, FewShotDraft
 from alert.export import into_vocabulary
 from alert.prompting import AlertPrompting
 from common.config.schema import Config, TrainerConfig
-from common.data.pictures import make_loader
+from common.data.loading import make_loader
 from common.data.task import dataset_of
-from common.few_shot import candidate_file
+from common.few_shot import candidates
 from common.few_shot.candidates import Candidates
 from common.models import files, vlm
 from common.models.hosted_slots import attach_hosted
@@ -40,7 +38,7 @@ from common.vlm.learner import VLMLearner
 from common.vlm.prompting import Words
 
 EMBEDDINGS = "embeddings"  # folder beside the weights
-KEPT = (bank_file.FACTS, bank_file.ENTRIES, class_means.FILE)  # all that answering needs, beside the weights
+KEPT = (bank_file.FACTS, bank_file.ENTRIES, FILE)  # all that answering needs, beside the weights
 
 
 class AlertLearner(VLMLearner):
@@ -192,15 +190,17 @@ def name_candidates(
     for split, tested in task.evaluation.items():
         if split in asked.drafted:
             continue
-        path = None if folder is None else folder / candidate_file.FOLDER / split
+        path = None if folder is None else folder / candidates.FOLDER / split
         images = [item.image for item in tested.items]
         if path is not None and all(gather(path.with_suffix(".json").is_file())):
-            asked.drafted[split] = candidate_file.read(path, images, tested.names, dataset_of(task, split), split)
+            asked.drafted[split] = candidates.read_candidates(
+                path, images, tested.names, dataset_of(task, split), split
+            )
             continue
         asked.drafted[split] = ranks(task, split)
         if path is not None and rank() == 0:
             truths = [item.label for item in tested.items]
-            candidate_file.write(path, asked.drafted[split], tested.names, truths)
+            candidates.write_candidates(path, asked.drafted[split], tested.names, truths)
     return ranks
 
 

@@ -1,9 +1,4 @@
-"""ALERT's prompts (section 3): the meta-task over category embeddings, with references while training and a draft's
-candidates when testing.
-
-`method=alert` and `method=gemma_1shot` are this one class with other arguments. What it must know of the pictures
-(which categories are alike, which candidates a draft names) the learner tells it (alert/learner.py).
-"""
+"""ALERT's prompts (section 3): the meta-task over category embeddings, with references while training. No torch."""
 
 from __future__ import annotations
 
@@ -13,23 +8,93 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alert import accounting, categories
+from alert import accounting
 from alert import references as reference
 from alert.bank import file as bank_file
-from alert.prompt import INSTRUCTIONS, meta_task
 from alert.rewards import tagged_answer
 from common import parsing
-from common.config.checks import one_of
+from common.config.schema import Config, one_of
 from common.config.suggest import options
-from common.data.task import dataset_of
-from common.few_shot import candidate_file, candidates
+from common.counted import agree
+from common.data.task import TaskData, dataset_of
+from common.few_shot import candidates
+from common.few_shot.check import check_fit
 from common.runtime.distributed import rank
 from common.types import Answers, Item, Prediction, Prompt, Split, Task, UserError
-from common.vlm.prompting import Prompting
+from common.vlm.check import check_vlm
+from common.vlm.prompting import Prompting, TaskPrompts
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+from alert.prompt import INSTRUCTIONS, meta_task
+
+# The categories that a run has images of: only these have an embedding.
+
+
+def check_images(task: Task) -> None:
+    """Every category needs an image: its embedding begins from them, and references are similar by them.
+
+    Raises:
+        UserError: Names the first without.
+    """
+    present = {item.label for item in task.train.items}
+    if missing := [name for label, name in enumerate(task.train.names) if label not in present]:
+        raise UserError(
+            f"ALERT begins every category from its training images, but {len(missing)}"
+            f" {agree(len(missing), 'has', 'have')} none, first: '{missing[0]}'"
+            "; use more shots, or put the dataset's training images into its folder"
+        )
+
+
+def train_labels(task: Task, split: str) -> list[int]:
+    """The trained category of every class of a split, by name.
+
+    Raises:
+        UserError: A class was not trained, so it has no embedding.
+    """
+    trained = {name: label for label, name in reversed(list(enumerate(task.train.names)))}
+    names = task.evaluation[split].names
+    if missing := [name for name in names if name not in trained]:
+        raise UserError(
+            f"ALERT knows only categories with training images, but {len(missing)} of '{split}'"
+            f" {agree(len(missing), 'has', 'have')} none, first:"
+            f" '{missing[0]}'; use setting=few_shot or shift"
+        )
+    if names == task.train.names:
+        return list(range(len(names)))  # of two classes of one name each keeps its own embedding
+    return [trained[name] for name in names]
+
+
+def longest(split: Split, count: int) -> tuple[int, ...]:
+    """The classes of the longest names, no name twice: by bytes, which tokens follow in every script."""
+    first = {name: label for label, name in reversed(list(enumerate(split.names)))}
+    return tuple(first[name] for name in sorted(first, key=lambda name: len(name.encode()), reverse=True)[:count])
+
+
+# What can be refused of an ALERT run before a model is loaded. No torch.
+
+
+def check(config: Config, data: TaskData) -> TaskPrompts:
+    """See `Check` in common/learner.py.
+
+    Raises:
+        UserError: Names the key, the file, the class or the image at fault.
+    """
+    if config.method["draft"] == "few_shot" and config.few_shot is None:
+        raise UserError("method.draft=few_shot: no few-shot learner is chosen; add one, such as few_shot=cafo")
+    check_images(data.task)
+    asked = check_vlm(config, data)
+    if config.method["draft"] == "few_shot":
+        check_fit(config, data.task)
+    return asked
+
+
+# ALERT's prompts (section 3): the meta-task over category embeddings, with references while training and a draft's
+# candidates when testing.
+#
+# `method=alert` and `method=gemma_1shot` are this one class with other arguments. What it must know of the pictures
+# (which categories are alike, which candidates a draft names) the learner tells it (alert/learner.py).
 
 log = logging.getLogger(__name__)
 DRAFTS = ("class_means", "oracle_recall", "file", "few_shot")
@@ -74,7 +139,7 @@ class AlertPrompting(Prompting):
             draft: Who chooses the candidates of a test image: `class_means`, `oracle_recall` (an upper bound: it knows
                 the truth), `file`, or `few_shot`, the chosen few-shot learner, which is fitted on the same shots first.
             draft_file: For `file`: the folder of a few-shot learner's run, or what `write` of
-                common/few_shot/candidate_file.py wrote; `SPLIT` stands for the split.
+                common/few_shot/candidates.py wrote; `SPLIT` stands for the split.
             k: Candidates of a test image.
             order: Order of the candidates in the prompt, `rank` or `shuffle` (our choice: the paper does not say).
 
@@ -120,7 +185,7 @@ class AlertPrompting(Prompting):
                 sources["method.bank"] = bank_file.facts(self.bank, task.train.names)["sha256"]
         if self.draft == "file":
             for split in task.evaluation:
-                sources[f"method.draft_file of '{split}'"] = candidate_file.identity(self._draft_path(split))
+                sources[f"method.draft_file of '{split}'"] = candidates.identity(self._draft_path(split))
         return sources
 
     @property
@@ -133,12 +198,12 @@ class AlertPrompting(Prompting):
     def train_prompts(self, task: Task, epoch: int = 0) -> list[Prompt]:
         """With other references in every epoch. Before pictures were seen, the longest prompts that there could be."""
         split = task.train
-        longest = categories.longest(split, self.largest)
-        return [self._prompt(item, split, self._references(item, split, longest, epoch)) for item in split.items]
+        names = longest(split, self.largest)
+        return [self._prompt(item, split, self._references(item, split, names, epoch)) for item in split.items]
 
     def evaluation_prompts(self, task: Task, split: str) -> list[Prompt]:
         asked = task.evaluation[split]
-        labels = categories.train_labels(task, split)
+        labels = train_labels(task, split)
         if self.k > len(asked.choices):
             raise UserError(
                 f"method.k={self.k}, but '{split}' has only {len(asked.choices)} to choose among; use fewer candidates"
@@ -147,9 +212,9 @@ class AlertPrompting(Prompting):
             # before the model is loaded: a file that does not fit costs a second then
             images = [item.image for item in asked.items]
             path = self._draft_path(split)
-            self.drafted[split] = candidate_file.read(path, images, asked.names, dataset_of(task, split), split)
+            self.drafted[split] = candidates.read_candidates(path, images, asked.names, dataset_of(task, split), split)
         if split not in self.drafted:
-            shown = [categories.longest(asked, self.k)] * len(asked.items)
+            shown = [longest(asked, self.k)] * len(asked.items)
         else:
             shown = [self.drafted[split].shown(item.image, self.k, self.order) for item in asked.items]
         return [self._prompt(item, asked, chosen, labels) for item, chosen in zip(asked.items, shown, strict=True)]
@@ -209,7 +274,7 @@ class AlertPrompting(Prompting):
     def _draft_path(self, split: str) -> Path:
         assert self.draft_file is not None
         path = Path(self.draft_file.replace("SPLIT", split)).expanduser()
-        return path / candidate_file.FOLDER / split if path.is_dir() else path
+        return path / candidates.FOLDER / split if path.is_dir() else path
 
     def _shown(self, task: Task, split: str, predictions: Sequence[Prediction]) -> list[tuple[str, ...]]:
         """Names of the candidates of every image, in the order of the prompt."""

@@ -33,8 +33,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from common.few_shot.heads import cafo, search, tip_adapter
 from common.few_shot.heads import keys as keys_
-from common.few_shot.heads.base import cosine_logits
-from common.few_shot.heads.data import Plan
+from common.few_shot.heads.base import Plan, cosine_logits
 
 CLASSES, SHOTS, WIDTH, SECOND, BATCH = 1000, 16, 1024, 2048, 256
 SCALE, STEPS = (7.0, 3.0), 20

@@ -29,8 +29,7 @@ from common.models.encoder import Encoded
 from common.models.families import Qwen2VL
 from common.models.tiny import qwen2_vl as tiny
 from common.models.vlm import VLM
-from common.training.grpo.advantages import scaled
-from common.training.grpo.loss import LossInputs, policy_loss, token_weights
+from common.training.grpo.loss import LossInputs, policy_loss, scaled, token_weights
 
 VOCABULARY = 8192
 GRID = (1, 24, 24)  # 576 patches, 144 image tokens: an image of 336x336 pixels

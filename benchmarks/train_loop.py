@@ -100,7 +100,7 @@ def trl(pipe: Connection, plan: Plan) -> None:
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     from common.runtime.group import init_process_group
-    from common.training.schedule import learning_rate
+    from common.training.base import learning_rate
 
     prepare()
     init_process_group(gpus=0)
@@ -176,7 +176,7 @@ def trl_dataset(config: Any, learner: VLMLearner, updates: int) -> Any:
     from datasets import Dataset
     from PIL.Image import Resampling
 
-    from common.training.schedule import batch
+    from common.training.base import batch
 
     train, settings = learner.prompts.train, config.trainer
     size = (config.model.image_size,) * 2

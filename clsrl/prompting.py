@@ -1,18 +1,87 @@
-"""The methods of the CLS-RL paper: they differ in the instruction (think or not) and in the rewards, nothing else.
-
-`method=clsrl`, `method=nothinking`, `method=sft` and `method=zeroshot` are this one class with other arguments; which
-trainer and which rewards they use stands in conf/method/.
-"""
+"""The methods of the CLS-RL paper and their prompts: a class list, and an instruction to think or to answer."""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
 from dataclasses import replace
 
-from clsrl import matching, prompts
+from clsrl import rewards
 from common import parsing
-from common.config.checks import one_of
+from common.config.schema import one_of
 from common.types import Prompt, Split, Task, UserError
 from common.vlm.prompting import Prompting
+
+# The questions of CLS-RL: a class list, and an instruction to think or to answer directly.
+#
+# Wording of the authors' code where the paper differs (it prints "What kind of object in this phote?"). Their files are
+# named beside each constant.
+
+
+THINK = "output the thinking process in <think> </think> and final answer in <answer> </answer> tags."
+# What follows the question in training: grpo.py, grpo_direct.py (sections 3.2 and 3.3).
+TRAINING = {"think": f"\n Please {THINK}", "no_think": "\n Please directly output the answer."}
+# In their evaluation: test_qwen2vl_fewshot.py, .._b2n_new.py; and .._b2n_base.py, .._open_fewshot.py.
+OFFICIAL_FEW_SHOT = {"think": f" First {THINK}", "no_think": " Please directly output the answer name."}
+OFFICIAL_BASE_OR_OPEN = {"think": f" Please {THINK}", "no_think": " Please directly output the answer name."}
+# The system message of sft.py, whose targets do not think.
+SFT_SYSTEM = "Output the thinking process in <think> </think> and final answer in <answer> </answer> tags."
+
+
+def class_list_size(classes: int, share: float, smallest: int, largest: int) -> int:
+    """How many names the question lists (authors' code; the paper, section 4.1, says 40 % of the labels).
+
+    >>> [class_list_size(c, 0.4, 30, 100) for c in (1000, 397, 196, 102, 100, 47, 37, 10)]
+    [100, 100, 78, 40, 40, 47, 37, 10]
+
+    Base-to-new lists 80 % of the half; a share of 0 lists none:
+
+    >>> [class_list_size(c, 0.8, 30, 100) for c in (500, 51, 24, 5)], class_list_size(1000, 0.0, 30, 100)
+    ([100, 40, 24, 5], 0)
+    """
+    if share == 0:
+        return 0
+    size = int(share * classes)
+    return classes if size < smallest else min(size, largest)
+
+
+def class_list(names: Sequence[str], truth: str, size: int, seed: int, image: str) -> tuple[str, ...]:
+    """Draw the names to list: shuffle, cut, put the truth in place of the last one if it is missing, shuffle again.
+
+    The authors draw without a seed; here the draw belongs to the image, so it does not change with the order of data.
+    Two classes that share one display name are listed once.
+    """
+    rng = random.Random(f"class-list-{seed}-{image}")
+    if size == 0:
+        return ()
+    pool = list(dict.fromkeys(names))
+    if size < len(pool):
+        chosen = rng.sample(pool, size)  # what shuffling all and cutting gives, sooner
+    else:
+        chosen = pool
+        rng.shuffle(chosen)
+    if truth not in chosen:
+        chosen[-1] = truth
+    rng.shuffle(chosen)
+    return tuple(chosen)
+
+
+def question(prefix: str, choices: Sequence[str], instruction: str) -> str:
+    """The user message: the dataset's question, the names to choose from, and an instruction as it stands, if any.
+
+    >>> print(question("What type of digit is in the photo?", ["one", "two"], TRAINING["no_think"]))
+    What type of digit is in the photo?
+     Please choose one from list [ one, two].
+     Please directly output the answer.
+    """
+    listed = f"\n Please choose one from list [ {', '.join(choices)}]." if choices else ""
+    return f"{prefix}{listed}{instruction}"
+
+
+# The methods of the CLS-RL paper: they differ in the instruction (think or not) and in the rewards, nothing else.
+#
+# `method=clsrl`, `method=nothinking`, `method=sft` and `method=zeroshot` are this one class with other arguments; which
+# trainer and which rewards they use stands in conf/method/.
 
 
 class ClassListPrompt(Prompting):
@@ -60,8 +129,8 @@ class ClassListPrompt(Prompting):
         self.instruction, self.seed = instruction, seed
         self.list_share, self.list_all_below, self.list_at_most = list_share, list_all_below, list_at_most
         self.evaluation_prompt = evaluation_prompt
-        self.train_system = prompts.SFT_SYSTEM if train_system_prompt == "think" else None
-        self.train_ending = "" if train_question == "bare" else prompts.TRAINING[instruction]
+        self.train_system = SFT_SYSTEM if train_system_prompt == "think" else None
+        self.train_ending = "" if train_question == "bare" else TRAINING[instruction]
         self.train_image_last = train_image == "last"
         self.tagged = instruction == "think" or train_target == "tagged"
 
@@ -70,10 +139,10 @@ class ClassListPrompt(Prompting):
         return [replace(prompt, system=self.train_system, image_last=self.train_image_last) for prompt in asked]
 
     def evaluation_prompts(self, task: Task, split: str) -> list[Prompt]:
-        ending = prompts.TRAINING
+        ending = TRAINING
         if self.evaluation_prompt == "official":
             base = split == "base" or (split == "val" and "base" in task.evaluation)  # val is watched for base
-            ending = prompts.OFFICIAL_BASE_OR_OPEN if base or self.list_share == 0 else prompts.OFFICIAL_FEW_SHOT
+            ending = OFFICIAL_BASE_OR_OPEN if base or self.list_share == 0 else OFFICIAL_FEW_SHOT
         return self._prompts(task.evaluation[split], ending[self.instruction])
 
     def well_formed(self, completion: str) -> bool:
@@ -85,7 +154,7 @@ class ClassListPrompt(Prompting):
         return parsing.strict_answer(completion)
 
     def matches_officially(self, completion: str, label: str) -> bool:
-        return matching.matches_officially(completion, label)
+        return rewards.matches_officially(completion, label)
 
     def label_response(self, name: str) -> str:
         """The bare name, or the name in its tags where the reply is asked or trained to have them."""
@@ -93,7 +162,7 @@ class ClassListPrompt(Prompting):
 
     def _prompts(self, split: Split, instruction: str) -> list[Prompt]:
         names = split.choices
-        size = prompts.class_list_size(len(names), self.list_share, self.list_all_below, self.list_at_most)
+        size = class_list_size(len(names), self.list_share, self.list_all_below, self.list_at_most)
         if size and (several := next((name for name in names if "," in name), None)):
             raise UserError(
                 f"class '{several}' has a comma, which separates the names that a question lists; rename it, or ask"
@@ -102,7 +171,7 @@ class ClassListPrompt(Prompting):
         built = []
         for item in split.items:
             listed = size if item.name or not size else len(names)  # nobody knows the truth: it is among all names
-            choices = prompts.class_list(names, item.name or names[0], listed, self.seed, item.image)
-            text = prompts.question(split.question if choices else split.open_question, choices, instruction)
+            choices = class_list(names, item.name or names[0], listed, self.seed, item.image)
+            text = question(split.question if choices else split.open_question, choices, instruction)
             built.append(Prompt(item.image, text, item.name, choices, aliases=split.aliases.get(item.name, ())))
         return built

@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 
 from common import __version__
-from common.runtime import utf8
+from common.runtime import process
 
 # module and function by command; each is imported only when it is asked for
 COMMANDS = {
@@ -29,7 +29,7 @@ COMMANDS = {
 
 def main() -> None:
     """Hand the remaining arguments to one command; its exit code is this one's."""
-    utf8.ensure()
+    process.ensure_utf8()
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         print(usage())

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from common.config.schema import NO_FAMILY, Config
 from common.data.task import TaskData
-from common.runtime import garbage
+from common.runtime import process
 from common.runtime.distributed import forget_group_alone, rank, started_by_launcher
 from common.runtime.interrupt import Interrupted, heeded, left_to_ranks
 from common.runtime.progress import SOON, watched
@@ -100,7 +100,7 @@ def worker(config: Config, folder: Path, data: TaskData | None = None) -> None:
         from safetensors import SafetensorError
 
         try:
-            with garbage.at_rest():
+            with process.garbage_collector_paused():
                 from common.learner import learner_class
                 from common.pipeline import examine, run
 

@@ -15,24 +15,21 @@ from typing import Any
 
 from common.config.schema import Config
 from common.data import manifest
-from common.data.pictures import readable
+from common.data.loading import readable
 from common.data.task import TaskData
 from common.evaluation.evaluate import Evaluation, all_splits, evenly_spaced, monitor_split
 from common.learner import Learner, learner_class
-from common.run import thumbnails
 from common.run.checkpoint import Checkpoints, read_state
+from common.run.predictions import choose_thumbnails, write_thumbnails
 from common.run.recorder import Recorder
 from common.run.result import Result, describe, paired
-from common.run.run_folder import RunFolder
-from common.run.safe import best_effort
+from common.run.run_folder import RunFolder, best_effort
 from common.run.tracking import make_tracker, settled_mode
 from common.runtime.distributed import barrier, rank
 from common.runtime.group import init_process_group, model_of
-from common.runtime.progress import doing
-from common.runtime.stopwatch import Stopwatch
-from common.training.schedule import total_updates
-from common.training.signs import Signs
-from common.training.silent import CUT, silent_rewards
+from common.runtime.progress import Stopwatch, doing
+from common.training.base import total_updates
+from common.training.signs import CUT, Signs, silent_rewards
 
 
 def run(config: Config, folder: Path, data: TaskData | None = None) -> Result:
@@ -124,8 +121,8 @@ def keep_thumbnails(
     if rank() == 0 and config.tracking.thumbnails:
         with best_effort("thumbnails"):
             trained_on = list(dict.fromkeys(item.image for item in learner.task.train.items))
-            chosen = thumbnails.choose(before or after, after, trained_on, config.tracking.thumbnails)
-            thumbnails.write(folder, learner.task.images, chosen)
+            chosen = choose_thumbnails(before or after, after, trained_on, config.tracking.thumbnails)
+            write_thumbnails(folder, learner.task.images, chosen)
 
 
 def conclude(result: Result, before: Evaluation | None, after: Evaluation, updates: int) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from common.config.schema import Config
 from common.counted import counted
-from common.data import pictures, task
+from common.data import loading, task
 from common.data.loading import examine, report
 from common.learner import Check
 from common.plugins import locate
@@ -82,8 +82,8 @@ def check_images(config: Config, data: task.TaskData) -> None:
     """
     if config.data.skip_bad:
         return
-    if len(pictures.of_each(data.task.images.size, data.images)) < len(data.images):
-        found = examine(pictures.make_loader(config, data.task), data.images)
+    if len(loading.of_each(data.task.images.size, data.images)) < len(data.images):
+        found = examine(loading.make_loader(config, data.task), data.images)
         raise report(found.bad, len(data.images))
 
 

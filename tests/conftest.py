@@ -16,9 +16,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
-from common.runtime import garbage
+from common.runtime import process
 
-resting = garbage.at_rest()  # as a run does, until all tests are imported
+resting = process.garbage_collector_paused()  # as a run does, until all tests are imported
 resting.__enter__()
 
 REPOSITORY = Path(__file__).parent.parent

@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
-from common.data.assemble import Parts
-from common.data.location import Location
+from common.data.listing import Location
+from common.data.source import Parts
 from common.data.split_file import save_split
 from common.types import Item
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from common.few_shot.encoders import tiny
 from common.few_shot.encoders.clip import OpenClip, parameters_hash
-from common.few_shot.encoders.views import Look
+from common.few_shot.encoders.encoder import Look
 from common.few_shot.heads.base import SCALE
 
 RESNET = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16}

@@ -16,12 +16,13 @@ from common.config.schema import LoraConfig
 from common.data.loading import Loader
 from common.forward.logprobs import PolicyScorer
 from common.forward.packing import Group, images, pack_plain, pack_shared
-from common.models import checks, files, meter, vlm
+from common.models import files, meter, vlm
 from common.models.adapters import without_adapters
 from common.models.encoder import Encoder
 from common.rollout.vllm.weights import hub_name, named
 from common.run.result import Result
 from common.types import UserError
+from common.vlm import check
 from common.vlm.learner import VLMLearner
 from tests.test_shared_prefix import LORA, groups
 
@@ -185,7 +186,7 @@ def test_adapters_name_their_base_on_the_hub(hub, model_config, digits_task, no_
     assert (settings["base_model_name_or_path"], settings["revision"]) == ("owner/name", COMMIT)
     hub.clear()
     asked = SimpleNamespace(model=model_config(path=str(folder)))
-    checks.check_weights(asked)
+    check.check_weights(asked)
     assert hub == [(COMMIT, False)], "not the weights, before the checks are done"
     assert files.weights_folder(asked) == folder and hub[1:] == [(COMMIT, True)]
     kept = vlm.load(folder, model_config(path=str(folder), lora=LORA), CPU, train=False)

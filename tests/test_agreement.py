@@ -9,10 +9,8 @@ import torch
 
 from common.data.loading import Loader
 from common.forward import attention, merged
-from common.forward.exact import InFloat32
-from common.forward.layout import SharedPrefix
-from common.forward.logprobs import PolicyScorer
-from common.forward.packing import Group, pack_plain, pack_shared
+from common.forward.logprobs import InFloat32, PolicyScorer
+from common.forward.packing import Group, SharedPrefix, pack_plain, pack_shared
 from common.models.encoder import Encoder
 from common.rollout.base import Decoding, requests
 from common.rollout.hf import HFRollout

@@ -13,18 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from alert import class_means
+from alert import draft as draft_module
 from alert import references as reference
 from alert.bank import embeddings as bank
 from alert.bank import file as bank_file
-from alert.categories import check_images
-from alert.check import check
 from alert.learner import begin, name_candidates
-from alert.prompting import INITIALISATIONS, AlertPrompting
+from alert.prompting import INITIALISATIONS, AlertPrompting, check, check_images
 from common import rewards
 from common.config.composition import validate
-from common.data import digits, frozen, task
-from common.few_shot import candidate_file, candidates
+from common.data import digits, manifest, task
+from common.few_shot import candidates
 from common.rollout.base import Completion
 from common.types import CATEGORY, Answers, Item, Prediction, Prompt, Reply, Sample, Split, Task, UserError
 from common.vlm.replies import grade
@@ -164,18 +162,18 @@ def test_images_are_ranked_by_the_batch_as_they_were_all_at_once(draft, features
             return self.hidden(keys).flatten(1) if patches else self.hidden(keys).mean(1)
 
     ranks, parts = iter(range(2)), []
-    monkeypatch.setattr("alert.class_means.share_of", lambda items: items[next(ranks) :: 2])
-    monkeypatch.setattr("alert.class_means.gather", lambda part: parts.append(part) or parts)
+    monkeypatch.setattr("alert.draft.share_of", lambda items: items[next(ranks) :: 2])
+    monkeypatch.setattr("alert.draft.gather", lambda part: parts.append(part) or parts)
     problem = Task(train, {"x": test}, None, "", {"d": "own", "x": "own"})
     method = AlertPrompting(seed=1, features=features, draft=draft, k=3)
     means = np.stack([np.mean([seen[f"{i}"], seen[f"{i + 8}"]], 0, np.float64) for i in range(8)])
     flat = [v.reshape(len(v), -1) if features == "patches" else v.mean(1) for v in (np.stack([*seen.values()]), means)]
-    whole = class_means.class_mean_logits(flat[0][16:], reference.class_means(flat[1], range(8), 8)[6::-1])
+    whole = draft_module.class_mean_logits(flat[0][16:], reference.class_means(flat[1], range(8), 8)[6::-1])
     images, truths = [item.image for item in test.items], [item.label for item in test.items]
     origin = candidates.Origin("class_means", "x", 2, 1)
     ranked = candidates.rank(images, whole, shown, origin)
     if draft == "oracle_recall":
-        ranked = class_means.oracle_recall(images, whole, truths, 3, shown, origin)
+        ranked = draft_module.oracle_recall(images, whole, truths, 3, shown, origin)
     with pytest.raises(KeyError):  # the other rank's images are missing yet
         name_candidates(method, begin(method, Vision(), problem, None)[1], Vision(), problem)
     name_candidates(method, begin(method, Vision(), problem, None)[1], Vision(), problem)
@@ -280,7 +278,7 @@ def drafted(place, task, seed):
     images = [item.image for item in split.items]
     origin = candidates.Origin("class_means", "digits", 16, 1)
     made = candidates.rank(images, generator.normal(size=(len(images), 10)), split.names, origin)
-    candidate_file.write(place / "test", made, split.names, [item.label for item in split.items])
+    candidates.write_candidates(place / "test", made, split.names, [item.label for item in split.items])
     return made
 
 
@@ -317,11 +315,11 @@ def test_a_run_does_not_continue_with_other_files(compose, digits_task, tmp_path
             arguments = ["method.draft=file", f"method.draft_file={tmp_path}/SPLIT"]
         folder = tmp_path / key
         folder.mkdir()
-        frozen.freeze(folder, {}, sources(asked_of(compose, *arguments)))
-        frozen.check_sources(folder, sources(asked_of(compose, *arguments)))
+        manifest.freeze_prompts(folder, {}, sources(asked_of(compose, *arguments)))
+        manifest.check_sources(folder, sources(asked_of(compose, *arguments)))
         change()
         with pytest.raises(UserError, match=f"{key}: the file is not the one that .*prompts.json froze"):
-            frozen.check_sources(folder, sources(asked_of(compose, *arguments)))
+            manifest.check_sources(folder, sources(asked_of(compose, *arguments)))
     assert sources(asked_of(compose)) == {}
 
 
@@ -663,7 +661,7 @@ def test_every_path_of_imagenet(job, runner, compose, tmp_path):
         images, truths = zip(*((item.image, item.label) for item in asked.items), strict=True)
         origin = candidates.Origin("CaFo", split if split == "imagenet_v2" else "imagenet", 2, 1)
         logits = np.random.default_rng(1).normal(size=(len(images), len(asked.names)))
-        candidate_file.write(
+        candidates.write_candidates(
             tmp_path / "cafo" / split, candidates.rank(images, logits, asked.names, origin), asked.names, truths
         )
     tested = [

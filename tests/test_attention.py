@@ -11,9 +11,8 @@ import torch
 from common.config.schema import ModelConfig
 from common.forward import attention, merged
 from common.forward.attention import merges, shared_prefix_attention
-from common.forward.layout import ALIGNED, Seen
 from common.forward.merged import CPU, EFFICIENT, FLASH, PLAIN, Block
-from common.forward.packing import Group, pack_shared
+from common.forward.packing import ALIGNED, Group, Seen, pack_shared
 from common.models.encoder import Encoded
 from common.models.families import Gemma3, Qwen2VL
 from common.types import UserError

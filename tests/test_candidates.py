@@ -10,11 +10,19 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from alert.class_means import class_mean_logits, oracle_recall
+from alert.draft import class_mean_logits, oracle_recall
 from alert.references import class_means
 from common.few_shot import candidates as module
-from common.few_shot.candidate_file import read, write
-from common.few_shot.candidates import Candidates, Origin, join, rank, recall_at, select
+from common.few_shot.candidates import (
+    Candidates,
+    Origin,
+    join,
+    rank,
+    read_candidates,
+    recall_at,
+    select,
+    write_candidates,
+)
 from common.types import UserError
 
 NAMES = ("crane", "missile", "ox", "Missile", "fox", "crane ")  # 0 and 5, 1 and 3 share a name
@@ -175,14 +183,14 @@ def test_oracle_always_has_the_truth_and_the_hardest_others(logits, k):
 def saved(tmp_path):
     """Three images, four classes, on disk; truths are at rank 1, 2 and 4."""
     made = rank(("d/a.png", "d/b.png", "d/ü.png"), [[9, 1, 2, 3], [1, 2, 3, 4], [5, 4.5, 4.25, 4]], "wxyz", DRAFT)
-    facts = write(tmp_path / "s1" / "test.v2", made, "wxyz", [0, 2, 3])
+    facts = write_candidates(tmp_path / "s1" / "test.v2", made, "wxyz", [0, 2, 3])
     return tmp_path / "s1" / "test.v2", made, facts
 
 
 @pytest.mark.parametrize("suffix", ["", ".npz", ".json"], ids=["stem", "npz", "json"])
 def test_what_is_read_is_what_was_written(saved, suffix):
     path, *_ = saved
-    found = read(path.with_name(path.name + suffix), ("d/ü.png", "d/a.png"), "wxyz", "digits", "test")
+    found = read_candidates(path.with_name(path.name + suffix), ("d/ü.png", "d/a.png"), "wxyz", "digits", "test")
     assert found.images == ("d/ü.png", "d/a.png") and found.origin == DRAFT
     assert found.ranking("d/ü.png") == (0, 1, 2, 3) and found.ranking("d/a.png") == (0, 3, 2, 1)
     assert found.logits.tolist() == [[5, 4.5, 4.25, 4], [9, 3, 2, 1]]
@@ -204,9 +212,11 @@ def test_content_of_the_files(saved):
 
 def test_the_same_content_has_the_same_hash(saved, tmp_path):
     _, made, facts = saved
-    again = write(tmp_path / "again", made, "wxyz", [0, 2, 3])
+    again = write_candidates(tmp_path / "again", made, "wxyz", [0, 2, 3])
     assert again == facts
-    other = write(tmp_path / "other", Candidates(made.images, made.indices, made.logits + 1, DRAFT), "wxyz", [0, 2, 3])
+    other = write_candidates(
+        tmp_path / "other", Candidates(made.images, made.indices, made.logits + 1, DRAFT), "wxyz", [0, 2, 3]
+    )
     assert other["arrays_sha256"] != facts["arrays_sha256"]
 
 
@@ -262,24 +272,24 @@ def test_files_that_cannot_be_used_are_named_in_one_line(saved, damage, message)
     path, *_ = saved
     damage(path.with_name("test.v2.npz"), path.with_name("test.v2.json"))
     with pytest.raises(UserError, match=message) as error:
-        read(path, ("d/a.png",), "wxyz", "digits", "test")
+        read_candidates(path, ("d/a.png",), "wxyz", "digits", "test")
     assert str(error.value).startswith("method.draft_file: ") and "\n" not in str(error.value)
 
 
 def test_missing_images_are_counted_and_the_first_is_named(saved):
     images = ("d/a.png", "d/c.png", "d/e.png")
     with pytest.raises(UserError, match=r"for d/c.png \(2 of 3 images of 'test' are missing\).* SPLIT .* its name$"):
-        read(saved[0], images, "wxyz", "digits", "test")
+        read_candidates(saved[0], images, "wxyz", "digits", "test")
 
 
 def test_images_to_watch_need_candidates_too(saved):
     with pytest.raises(UserError, match=r"1 of 1 image of 'val' is missing\).* SPLIT .*validation=none"):
-        read(saved[0], ("d/c.png",), "wxyz", "digits", "val")
+        read_candidates(saved[0], ("d/c.png",), "wxyz", "digits", "val")
     with pytest.raises(UserError, match=r"val\.json is missing; .* watch none with validation=none"):
-        read(saved[0].with_name("val"), ("d/c.png",), "wxyz", "digits", "val")
+        read_candidates(saved[0].with_name("val"), ("d/c.png",), "wxyz", "digits", "val")
 
 
 def test_a_place_that_cannot_be_written(saved, tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(UserError, match="candidates cannot be written to .*taken/test.npz"):
-        write(tmp_path / "taken" / "test", saved[1], "wxyz", [0, 2, 3])
+        write_candidates(tmp_path / "taken" / "test", saved[1], "wxyz", [0, 2, 3])

@@ -23,7 +23,7 @@ from statsmodels.stats.proportion import confint_proportions_2indep, proportion_
 from common.config import composition
 from common.evaluation import metrics
 from common.report import __main__ as command
-from common.report import callback, compare, folders, groups, paired
+from common.report import callback, compare, folders, statistics
 from common.run.result import FORMAT
 from tests.conftest import REPOSITORY
 
@@ -109,7 +109,7 @@ def test_seeds_stand_together_and_their_statistics_are_scipys(write, capsys):
 
 def test_the_mean_of_classes_has_a_column_where_classes_are_uneven(write, capsys):
     even = write("even", "method=sft", right=answers(1, 0.5))
-    assert "class mean" not in compare.build(groups.group(folders.find([even]))).columns
+    assert "class mean" not in compare.build(folders.group(folders.find_runs([even]))).columns
     summary = {"n": 40, "accuracy": 0.9, "ci95": [0.8, 0.95], "per_class": {}, "seconds": 1.0}
     paths = [
         write(
@@ -129,7 +129,7 @@ def test_what_tells_groups_apart_is_in_their_names(write):
         write("c", "method=sft", "setting=base_to_new", right=answers(1, 0.5)),
         write("shuffled_rewards-nothinking-digits-few_shot", "shots=4", right=answers(1, 0.5)),
     ]
-    names = [group.label for group in groups.group(folders.find(paths))]
+    names = [group.label for group in folders.group(folders.find_runs(paths))]
     assert names == [
         "nothinking · digits · tiny_qwen2_vl · 16 shots trainer.learning_rate=0.001",
         "nothinking · digits · tiny_qwen2_vl · 16 shots trainer.learning_rate=0.0001",
@@ -150,7 +150,7 @@ def test_a_difference_is_of_the_same_images(write, capsys):
     assert (
         row["difference"] == f"{100 * np.mean([b.mean() - a.mean() for a, b in zip(first, second, strict=True)]):+.2f}"
     )
-    assert float(row["p"]) == pytest.approx(paired.over_seeds(np.array(changes))[2], rel=0.05)
+    assert float(row["p"]) == pytest.approx(statistics.over_seeds(np.array(changes))[2], rel=0.05)
     low, high = (float(bound) for bound in row["95 % interval of it"].split(" – "))
     assert low < float(row["difference"]) < high
 
@@ -174,9 +174,9 @@ def drawn(generator, pairs, images, correlation, shares, seeds=3):
 def test_seeds_of_one_image_are_no_independent_tests(correlation):
     """Of 2,000 pairs of equal classifiers few are called different, and of unequal ones the interval holds the truth."""
     generator = np.random.default_rng(3)
-    called = [paired.over_seeds(each)[2] for each in drawn(generator, 2000, 1000, correlation, (0.15, 0.7, 0.15))]
+    called = [statistics.over_seeds(each)[2] for each in drawn(generator, 2000, 1000, correlation, (0.15, 0.7, 0.15))]
     assert 0.03 <= np.mean(np.array(called) < 0.05) <= 0.065
-    held = [paired.over_seeds(each)[1] for each in drawn(generator, 1000, 1000, correlation, (0.12, 0.68, 0.2))]
+    held = [statistics.over_seeds(each)[1] for each in drawn(generator, 1000, 1000, correlation, (0.12, 0.68, 0.2))]
     assert 0.93 <= np.mean([low <= 0.08 <= high for low, high in held]) <= 0.98
 
 
@@ -196,7 +196,7 @@ def test_seeds_that_differ_are_a_sample_too(seeds, spread, images, correlation):
             better, worse = max(0.2 + shift / 2, 0), max(0.12 - shift / 2, 0)
             number = np.where(generator.random(images) < correlation, common, generator.random(images))
             changes.append(KINDS[np.searchsorted([worse, 1 - better], number, "right")])
-        _, (low, high), _ = paired.over_seeds(np.array(changes))
+        _, (low, high), _ = statistics.over_seeds(np.array(changes))
         inside += low <= 0.08 <= high
     assert inside / 500 >= 0.93
 
@@ -208,15 +208,15 @@ def changes_of(seed, images=400):
 def test_one_seed_is_the_paired_test_of_a_run():
     one = changes_of(0)
     expected = metrics.paired_test([change < 0 for change in one], [change > 0 for change in one])
-    mean, interval, p = paired.over_seeds(one[None])
+    mean, interval, p = statistics.over_seeds(one[None])
     assert mean == pytest.approx(expected["difference"]) and p == expected["p_value"]
     assert interval == pytest.approx(expected["ci95"])
 
 
 def test_a_seed_that_repeats_another_adds_nothing():
     one = changes_of(0)
-    mean, interval, p = paired.over_seeds(np.array([one] * 3))
-    once = paired.over_seeds(one[None])
+    mean, interval, p = statistics.over_seeds(np.array([one] * 3))
+    once = statistics.over_seeds(one[None])
     assert mean == pytest.approx(once[0]) and interval == pytest.approx(once[1])
     assert p == pytest.approx(stats.chi2.sf((one.sum() / np.sqrt((one**2).sum())) ** 2, 1), rel=0.2), "McNemar's"
 
@@ -224,9 +224,9 @@ def test_a_seed_that_repeats_another_adds_nothing():
 def test_seeds_on_images_of_their_own_are_students():
     """Up to the two images that every seed has more."""
     rows = [{f"{seed}-{i}": int(change) for i, change in enumerate(changes_of(seed, 20_000))} for seed in range(4)]
-    table = paired.aligned(rows)
+    table = statistics.aligned(rows)
     assert table.shape == (4, 80_000) and np.isnan(table).sum() == 3 * 80_000
-    mean, interval, p = paired.over_seeds(table)
+    mean, interval, p = statistics.over_seeds(table)
     means = [np.mean([*row.values()]) for row in rows]
     expected = stats.ttest_1samp(means, 0)
     assert mean == pytest.approx(np.mean(means)) and p == pytest.approx(expected.pvalue, rel=0.02)
@@ -237,7 +237,7 @@ def test_seeds_that_are_equal_on_average_alone_are_independent_images():
     """Each has 30 up and 30 down of 300, on images of its own: two sums of 62 squares over 302 images."""
     table = np.zeros((2, 300))
     table[0, :30], table[0, 30:60], table[1, 100:130], table[1, 130:160] = 1, -1, 1, -1
-    mean, interval, p = paired.over_seeds(table)
+    mean, interval, p = statistics.over_seeds(table)
     half = 1.959964 * np.sqrt(2 * 62 / 302**2 / 4)
     assert (mean, p) == (0, 1) and interval == pytest.approx((-half, half))
 
@@ -255,7 +255,7 @@ def test_seeds_and_images_are_the_two_ways_of_an_analysis_of_variance():
     rest = ((more - seeds - images + more.mean()) ** 2).sum() / (2 * 3001)
     error = np.sqrt((of_seeds + of_images - rest) / (3 * 3002))
     freedom = (of_seeds + of_images - rest) ** 2 / (of_seeds**2 / 2)
-    _, (low, high), p = paired.over_seeds(table)
+    _, (low, high), p = statistics.over_seeds(table)
     assert (high - low) / 2 == pytest.approx(stats.t.ppf(0.975, freedom) * error, rel=1e-3)
     assert p == pytest.approx(2 * stats.t.sf(abs(more.mean()) / error, freedom), rel=1e-2)
 
@@ -272,7 +272,7 @@ def test_on_other_images_two_seeds_are_as_many_images_as_one_has(write, second, 
         for (method, images), both in rights.items()
         for seed in (1, 2)
     ]
-    found = paired.compare(*groups.group(folders.find(paths)), "test")
+    found = statistics.compare_groups(*folders.group(folders.find_runs(paths)), "test")
     newcombe = confint_proportions_2indep(28, 40, 8, 20, method="newcomb", compare="diff")
     student = stats.t.interval(0.95, 1, loc=0.3, scale=stats.sem([0.25, 0.35]))
     assert found.p is None and found.difference == pytest.approx(0.3)
@@ -303,9 +303,9 @@ def test_other_tasks_are_not_compared(write, capsys):
 def test_images_of_other_datasets_are_others_though_their_names_are_the_same(write, other):
     common = ("method=linear_probe", "clip=none", "data=folder", "data.folder=garden")
     one, two = write("a", *common, right=answers(1, 0.5)), write("b", *common, other, right=answers(2, 0.9))
-    assert paired.compare(*groups.group(folders.find([one, two])), "test") is None
+    assert statistics.compare_groups(*folders.group(folders.find_runs([one, two])), "test") is None
     moved = write("c", *common, "data.folder=/elsewhere/garden", right=answers(2, 0.9))
-    assert paired.compare(*groups.group(folders.find([one, moved])), "test").p is not None
+    assert statistics.compare_groups(*folders.group(folders.find_runs([one, moved])), "test").p is not None
 
 
 def test_folders_without_a_result_are_named_and_the_exit_code_says_so(write, tmp_path, capsys):
@@ -344,14 +344,14 @@ def test_a_seed_that_was_run_twice_is_no_second_seed(write, capsys):
     assert (first["seeds"], again["seeds"], again["± std"]) == ("1, 2, 3", "1", "–")
     assert again["95 % interval"].endswith("(of images)")
     assert str(paths[0]) in first["run"] and again["run"].endswith(f"in {paths[3]}")
-    (note,) = [line for line in compare.build(groups.group(folders.find(paths))).notes if "times" in line]
+    (note,) = [line for line in compare.build(folders.group(folders.find_runs(paths))).notes if "times" in line]
     assert note.startswith("seed 1 was run 2 times") and note.endswith(f"{paths[0]}, {paths[3]}")
 
 
 def test_a_folder_that_is_given_twice_is_one_run(write, tmp_path):
     path = write("a", right=answers(1, 0.5))
     (tmp_path / "link").symlink_to(path)
-    assert [run.path for run in folders.find([path, path, tmp_path / "link"])] == [path]
+    assert [run.path for run in folders.find_runs([path, path, tmp_path / "link"])] == [path]
 
 
 @pytest.mark.slow
@@ -370,7 +370,7 @@ def test_own_photos_are_called_by_their_folder(write, second, shown):
         write("linear_probe-folder-a", *common, "data.folder=new/garden", "shots=4", right=answers(1, 0.5)),
         write("linear_probe-folder-b", *common, second, "shots=8", right=answers(1, 0.5)),
     ]
-    found = [each.label.split(" · ") for each in groups.group(folders.find(paths))]
+    found = [each.label.split(" · ") for each in folders.group(folders.find_runs(paths))]
     assert [label[1] for label in found] == shown and [label[-1] for label in found] == ["4 shots", "8 shots"]
 
 

@@ -10,8 +10,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from common.config import composition as config
-from common.models import checks
 from common.types import UserError
+from common.vlm import check
 
 CONF = Path(__file__).parent.parent / "conf"
 
@@ -115,17 +115,17 @@ def test_adapters_have_a_rate_of_their_own(compose, method, rate):
     assert (c.trainer.learning_rate, c.model.lora.r, c.model.lora.alpha) == (rate, 16, 32)
     whole = config.validate(compose(*chosen, "model.lora.r=16"))
     assert replace(c.trainer, learning_rate=1e-6) == whole.trainer and c.model == whole.model, "and nothing else"
-    said = checks.still_adapters(whole)
+    said = check.still_adapters(whole)
     assert said is not None and "trainer.learning_rate=1e-06" in said and "experiment=lora" in said
-    assert checks.still_adapters(c) is None and checks.still_adapters(config.validate(compose(*chosen))) is None
+    assert check.still_adapters(c) is None and check.still_adapters(config.validate(compose(*chosen))) is None
 
 
 def test_adapters_of_alert_keep_the_papers_rate(compose):
     c = config.validate(compose("method=alert"))
     assert (c.trainer.learning_rate, c.model.lora.r, c.model.lora.alpha) == (5e-6, 16, 32)
-    assert checks.still_adapters(c) is None
+    assert check.still_adapters(c) is None
     untrained = ["method=zeroshot", "model=qwen2_vl_2b"]
-    assert checks.still_adapters(config.validate(compose(*untrained, "model.lora.r=4"))) is None
+    assert check.still_adapters(config.validate(compose(*untrained, "model.lora.r=4"))) is None
 
 
 @pytest.mark.sampled

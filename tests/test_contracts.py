@@ -18,10 +18,10 @@ from common.rewards import STATEFUL, Reward, StatefulReward, build_rewards
 from common.rollout.base import Completion, Decoding, check_fresh, sampling_mode
 from common.rollout.hf import HFRollout
 from common.run import doctor
-from common.training.grpo.sampling import Sampling
-from common.training.schedule import Epochs
+from common.training.base import Epochs
+from common.training.grpo.trainer import Sampling
 from common.types import UserError
-from common.vlm import build
+from common.vlm import learner
 from common.vlm.learner import VLMLearner
 from tests.rewards import shorter
 from tests.test_doctor import COST
@@ -164,15 +164,15 @@ def test_correction_by_other_numbers_is_refused_before_the_weights_are_loaded(
     ids=["nothing restricted", "not corrected", "not trained"],
 )
 def test_other_numbers_are_fine_where_nobody_divides_by_them(compose, changes):
-    build.check_logprobs(validate(compose(*changes)), Truncated)
+    learner.check_logprobs(validate(compose(*changes)), Truncated)
 
 
 def test_an_object_may_say_so_too(compose, load_vlm):
     config = validate(compose(CORRECTED, "rollout.top_k=5"))
-    build.check_logprobs(config, HFRollout)
-    build.check_logprobs(config, TruncatedObject)  # the class does not know
+    learner.check_logprobs(config, HFRollout)
+    learner.check_logprobs(config, TruncatedObject)  # the class does not know
     with pytest.raises(UserError, match="logprobs_untruncated=False"):
-        build.check_logprobs(config, TruncatedObject(load_vlm()))
+        learner.check_logprobs(config, TruncatedObject(load_vlm()))
 
 
 def test_the_doctor_does_not_compare_other_numbers(load_vlm, digits_task, think):

@@ -19,8 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from common.config.composition import validate
 from common.config.schema import GRPOConfig
 from common.cost import estimate, update
-from common.cost.counting import META, ShapeCounter
-from common.cost.update import GIB, Batch, Pass
+from common.cost.update import GIB, META, Batch, Pass, ShapeCounter
 from common.forward import attention
 from common.forward.logprobs import PolicyScorer
 from common.models import vlm

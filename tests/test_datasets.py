@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from common.config.composition import validate
-from common.data import manifest, settings, task
+from common.data import manifest, task
 from common.types import UserError
 from tests import data_tree
 from tests.conftest import REPOSITORY, prompts_of
@@ -298,4 +298,4 @@ def test_settings_without_training_images(data_root, compose, tmp_path):
 def test_every_setting_has_a_function():
     names = [path.stem for path in (REPOSITORY / "conf" / "setting").glob("*.yaml")]
     assert sorted(names) == ["base_to_new", "cross_dataset", "few_shot", "open_set", "shift"]
-    assert all(hasattr(settings, name) for name in names if name != "open_set")
+    assert all(hasattr(task, name) for name in names if name != "open_set")

@@ -13,13 +13,13 @@ from common.config.schema import GRPOConfig
 from common.cost.estimate import Cost
 from common.cost.update import GIB
 from common.data.loading import Loader
-from common.forward.layout import SharedPrefix
+from common.forward.packing import SharedPrefix
 from common.models.encoder import Encoder
 from common.rewards import Reward, equality
 from common.rollout.base import Decoding
 from common.rollout.hf import HFRollout
 from common.run import doctor
-from common.run.estimate import check_memory
+from common.run.doctor import check_memory
 from common.types import UserError
 from tests.rewards import shorter
 

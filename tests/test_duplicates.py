@@ -11,7 +11,7 @@ from PIL import Image
 from scipy.spatial.distance import cdist
 
 from common.config.composition import plain, signature, validate
-from common.data import duplicates, manifest, pictures, task
+from common.data import duplicates, loading, manifest, task
 from common.data.digits import Digits
 from common.types import Item, Split, Task, UserError
 
@@ -144,7 +144,7 @@ def configured(compose, root, tmp_path):
 
 
 def test_a_run_warns_and_its_manifest_names_all(configured, capsys, tmp_path):
-    found = pictures.readable(configured("data.near_duplicates=false"))
+    found = loading.readable(configured("data.near_duplicates=false"))
     bad = found.manifest["left_out"]
     assert found.manifest["duplicates"] == {"train_and_test": [TRAIN_AND_TEST], "two_labels": [TWO_LABELS]} and not bad
     (line,) = capsys.readouterr().err.splitlines()
@@ -157,11 +157,11 @@ def test_a_run_warns_and_its_manifest_names_all(configured, capsys, tmp_path):
 
 def test_pictures_that_look_alike_are_found_among_few_own_photos_and_by_choice_among_many(configured, monkeypatch):
     exact = {"train_and_test": [TRAIN_AND_TEST], "two_labels": [TWO_LABELS]}
-    found = pictures.readable(configured()).manifest["duplicates"]
+    found = loading.readable(configured()).manifest["duplicates"]
     assert found == exact | {"near_train_and_test": [LOOK_ALIKE]}
     monkeypatch.setattr(duplicates, "FEW", 18)  # of 19
-    assert pictures.readable(configured()).manifest["duplicates"] == exact
-    assert pictures.readable(configured("data.near_duplicates=true")).manifest["duplicates"] == found
+    assert loading.readable(configured()).manifest["duplicates"] == exact
+    assert loading.readable(configured("data.near_duplicates=true")).manifest["duplicates"] == found
 
 
 @pytest.mark.sampled
@@ -170,7 +170,7 @@ def test_copies_of_photo_services_are_found(configured, root, name):
     """Edited a little brighter, or saved once more in another size: a test photo that was trained on."""
     edited = photo(2).point(lambda level: min(255, level * 1.2 + 5)) if "edited" in name else photo(2).resize((60, 40))
     edited.save(root / "test/cat" / name, quality=60)
-    found = pictures.readable(configured()).manifest["duplicates"]["near_train_and_test"]
+    found = loading.readable(configured()).manifest["duplicates"]["near_train_and_test"]
     assert ["folder/train/cat/2.png", f"folder/test/cat/{name}"] in found
 
 
@@ -181,13 +181,13 @@ def test_published_data_is_compared_by_content_alone(compose):
 @pytest.mark.slow
 def test_a_run_can_refuse(configured):
     with pytest.raises(UserError, match="data.duplicates=refuse: identical.*cat/copy.png.*data.duplicates=warn"):
-        pictures.readable(configured("data.duplicates=refuse"))
+        loading.readable(configured("data.duplicates=refuse"))
 
 
 @pytest.mark.slow
 def test_a_run_can_ignore(configured, capsys, monkeypatch):
     monkeypatch.setattr(duplicates, "equal", None)  # nothing is even looked for
-    assert "duplicates" not in pictures.readable(configured("data.duplicates=ignore")).manifest
+    assert "duplicates" not in loading.readable(configured("data.duplicates=ignore")).manifest
     assert capsys.readouterr().err == ""
 
 
@@ -197,7 +197,7 @@ def test_photos_that_are_not_asked_about_do_not_matter(configured, root):
     (root / "test/cat/other.png").unlink()
     for number in range(4):  # of the eight photos of the class, a seed picks one
         shutil.copy(root / f"train/cat/{number}.png", root / f"train/cat/again{number}.png")
-    assert "duplicates" not in pictures.readable(configured("shots=1")).manifest
+    assert "duplicates" not in loading.readable(configured("shots=1")).manifest
 
 
 @pytest.mark.slow

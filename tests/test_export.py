@@ -26,7 +26,8 @@ from common.data.digits import Digits
 from common.data.images import decode, resize
 from common.data.loading import Loader
 from common.export import __main__ as command
-from common.export import hub, plain
+from common.export import bundle
+from common.export import card as card_module
 from common.export.bundle import ASKING
 from common.export.card import CODE, RESIZED
 from common.forward.logprobs import token_logps
@@ -69,9 +70,9 @@ def exported(request, load_vlm, digits_task, tmp_path):
         asked = requests(encoder, prompts, [""] * len(prompts))
         replies[attention] = [group[0].text for group in HFRollout(vlm).generate(asked, 1, GREEDY)]
     bank_file.export(tmp_path / "bank", entries, NAMES, "any")
-    policy = plain.merged(trained())
+    policy = bundle.merged(trained())
     words = export.into_vocabulary(policy.model, policy.processor, policy.pad, tmp_path / "bank", "short")
-    plain.save(policy, tmp_path / "plain", {*policy.banned, *words.ids}, GREEDY.max_tokens)
+    bundle.save(policy, tmp_path / "plain", {*policy.banned, *words.ids}, GREEDY.max_tokens)
     (tmp_path / "plain" / ASKING).write_text(json.dumps({"words": words.of_names}))
     return tmp_path / "plain", [pictures([p.image])[0] for p in prompts], prompts, replies
 
@@ -314,7 +315,7 @@ def test_what_is_sent_to_the_hub(tmp_path, monkeypatch, capsys):
             return SimpleNamespace(private=name != "me/public")
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    monkeypatch.setattr(hub, "check_card", lambda folder, run: None)
+    monkeypatch.setattr(card_module, "check_card", lambda folder, run: None)
     (tmp_path / "README.md").write_text("exported before")
     asked = ["no/run", str(tmp_path), "--push", "me/birds"]
     assert command.main(asked) == 0 and not calls

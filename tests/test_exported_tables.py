@@ -9,7 +9,7 @@ import pytest
 
 from common.config.composition import validate
 from common.data import folder, source
-from common.data.location import Location
+from common.data.listing import Location
 from common.predict import photos
 from common.types import UserError
 from tests import data_tree

@@ -25,8 +25,8 @@ from __future__ import annotations
 from io import BytesIO
 from PIL import Image, ImageDraw
 
-from common.data.assemble import Parts, fingerprint
-from common.data.settings import Splits
+from common.data.source import Parts, fingerprint
+from common.data.task import Splits
 from common.models.families import Qwen2VL
 from common.rollout.hf import HFRollout
 from common.types import Item, Prompt, Source
@@ -245,7 +245,7 @@ import time
 
 import numpy as np
 
-from common.data.pictures import make_loader
+from common.data.loading import make_loader
 from common.evaluation.evaluate import evenly_spaced
 from common.learner import Learner
 from common.training.base import Step

@@ -12,7 +12,7 @@ import pytest
 
 from common.config.composition import validate
 from common.data import idx, task
-from common.data.location import Location
+from common.data.listing import Location
 from common.data.sampling import Sampling, draw
 from common.types import Item, Source, UserError
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from common.few_shot.encoders import clip, generated, prompts, tiny, visual
+from common.few_shot.encoders import clip, generated, texts, tiny, visual
 from common.few_shot.encoders import store as store_module
+from common.few_shot.encoders.encoder import Look, View, crop_box, see
 from common.few_shot.encoders.store import KEY, Encoded, Rows, Store, key_of
-from common.few_shot.encoders.views import Look, View, crop_box, see
 from common.types import BadImage, UserError
 from tests import encoders
 
@@ -362,7 +362,7 @@ def test_lite0_is_the_published_network(tmp_path):
 def test_sentences_of_a_file(tmp_path):
     path = tmp_path / "gpt.json"
     path.write_text(json.dumps({"king crab": ["Red.", "Red."], "ox": ["Big."], "more": []}))
-    assert prompts.of_file(path, ["ox", "king_crab"]) == [["Big."], ["Red.", "Red."]]
+    assert texts.of_file(path, ["ox", "king_crab"]) == [["Big."], ["Red.", "Red."]]
     for content, said in (
         ('{"ox": ["a"]}', "lacks 1 of 2 classes: 'king crab'"),
         ('{"ox": [], "king crab": ["a"]}', "'ox' must have a list"),
@@ -372,11 +372,11 @@ def test_sentences_of_a_file(tmp_path):
     ):
         path.write_text(content)
         with pytest.raises(UserError, match=said):
-            prompts.of_file(path, ["ox", "king_crab"])
+            texts.of_file(path, ["ox", "king_crab"])
     with pytest.raises(UserError, match="cannot be read"):
-        prompts.of_file(tmp_path / "none.json", ["ox"])
+        texts.of_file(tmp_path / "none.json", ["ox"])
     with pytest.raises(UserError, match=r"must have one \{\}"):
-        prompts.of_templates(["ox"], ["a photo"])
+        texts.of_templates(["ox"], ["a photo"])
 
 
 def test_pictures_that_cannot_be_used_are_named(tmp_path):

@@ -26,8 +26,18 @@ from common.few_shot.heads import (
     vt_clip,
 )
 from common.few_shot.heads import keys as keys_
-from common.few_shot.heads.base import GradientHead, accuracy, all_logits, cosine_logits, fit
-from common.few_shot.heads.data import Pictures, Plan, Support, Text, batches
+from common.few_shot.heads.base import (
+    GradientHead,
+    Pictures,
+    Plan,
+    Support,
+    Text,
+    accuracy,
+    all_logits,
+    batches,
+    cosine_logits,
+    fit,
+)
 from common.few_shot.learner import probabilities
 from common.types import Item, Split, Task, UserError
 from tests import encoders
@@ -445,10 +455,10 @@ def test_mistakes_cost_a_second(compose, task, overrides, said):
 
 
 def test_a_language_model_is_needed_by_who_asks(compose):
-    from common.vlm.check import check
+    from common.vlm.check import check_vlm
 
     with pytest.raises(UserError, match="model=features is no language model, and method=nothinking needs one"):
-        check(validate(compose("model=features")), None)
+        check_vlm(validate(compose("model=features")), None)
 
 
 # --- published configurations

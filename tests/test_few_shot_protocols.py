@@ -10,11 +10,10 @@ from torch.utils.data import DataLoader
 from common.config.composition import validate
 from common.data import task as tasks
 from common.few_shot.check import check_fit, make
-from common.few_shot.features import FeatureExtractor
 from common.few_shot.heads import cafo, clip_adapter, linear_probe, tip_adapter
-from common.few_shot.heads.base import fit
-from common.few_shot.heads.data import Pictures, Plan
+from common.few_shot.heads.base import Pictures, Plan, fit
 from common.few_shot.heads.search import Found
+from common.few_shot.learner import FeatureExtractor
 from tests import data_tree
 from tests.test_few_shot import KEYS, LEARNERS, PLAN, VIEWS, C, N, task, world  # noqa: F401
 

@@ -13,9 +13,9 @@ import torch
 from rich.console import Console
 
 from common.data import idx
-from common.data.location import Location
-from common.few_shot import candidate_file
-from common.report import compare, folders, groups, tables
+from common.data.listing import Location
+from common.few_shot import candidates
+from common.report import compare, folders, tables
 from common.report.html import run_page
 from common.run.result import Result
 from tests.faults import Kill
@@ -95,12 +95,12 @@ def test_a_run_has_everything_that_other_runs_have(whole):
     "kill",
     [
         pytest.param(Kill("common.few_shot.heads.base:GradientHead.step", 4, after=True), marks=pytest.mark.faults),
-        pytest.param(Kill("common.few_shot.features:FeatureExtractor.support", 1), marks=pytest.mark.faults),
+        pytest.param(Kill("common.few_shot.learner:FeatureExtractor.support", 1), marks=pytest.mark.faults),
         pytest.param(Kill("common.few_shot.encoders.store:Store.add", 3), marks=pytest.mark.faults),
         pytest.param(
             Kill("common.few_shot.heads.tip_adapter:TrainedKeys.end", 1, after=True), marks=pytest.mark.faults
         ),
-        pytest.param(Kill("common.few_shot.candidate_file:write", 4), marks=pytest.mark.faults),
+        pytest.param(Kill("common.few_shot.candidates:write", 4), marks=pytest.mark.faults),
     ],
     ids=["training", "shots", "encoding", "search", "candidates"],
 )
@@ -121,7 +121,7 @@ def test_two_ranks_give_what_one_gives(whole, runner, small, tmp_path):
     assert runner.ranks(2, tmp_path / "run", arguments) == [0, 0]
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     ours, theirs = (f / "candidates" / "test" for f in (tmp_path / "run", whole))
-    assert candidate_file.identity(ours) == candidate_file.identity(theirs)
+    assert candidates.identity(ours) == candidates.identity(theirs)
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +187,7 @@ def test_alert_killed_in_its_draft_ends_as_if_nothing_had_happened(kill, alert, 
     for name in ("metrics.jsonl", "draft/metrics.jsonl", "model/model.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (over_cafo / name).read_bytes(), name
     ours, theirs = (f / "draft" / "candidates" / "test" for f in (tmp_path / "run", over_cafo))
-    assert candidate_file.identity(ours) == candidate_file.identity(theirs)
+    assert candidates.identity(ours) == candidates.identity(theirs)
     assert predictions(tmp_path / "run") == predictions(over_cafo)
 
 
@@ -262,5 +262,5 @@ def test_a_learner_that_knows_nothing_before_its_fit_has_no_row_of_it(runner, sm
     tables.show(result, tmp_path / "run", console := Console(record=True, width=120))
     said = console.export_text()
     assert "zero-shot" not in said and "McNemar" not in said and "test, trained" in said
-    (row,) = [row for row in compare.build(groups.group([folders.read(tmp_path / "run")])).rows if "test" in row]
+    (row,) = [row for row in compare.build(folders.group([folders.read_run(tmp_path / "run")])).rows if "test" in row]
     assert row[compare.COLUMNS.index("before")] == "–"

@@ -9,26 +9,26 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 STEPS = """
 import gc, weakref
-from common.runtime import garbage
+from common.runtime import process
 
 class Thing:
     def __init__(self):
         self.itself = self
 
-with garbage.at_rest():
+with process.garbage_collector_paused():
     resting, libraries = not gc.isenabled(), Thing()
 aside, on = gc.get_freeze_count(), gc.isenabled()
 own = weakref.ref(Thing())
 gc.collect()
-with garbage.at_rest():  # the second run
+with process.garbage_collector_paused():  # the second run
     never = gc.isenabled()
 print(resting, aside > 0, on, own() is None, never, gc.isenabled(), gc.get_freeze_count() == aside)
 """
 FAILS = """
 import gc
-from common.runtime import garbage
+from common.runtime import process
 try:
-    with garbage.at_rest():
+    with process.garbage_collector_paused():
         raise ImportError
 except ImportError:
     print(gc.isenabled())

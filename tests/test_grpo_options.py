@@ -201,7 +201,7 @@ def test_two_rewards_are_compared_as_asked(load_vlm, digits_task, think, aggrega
 
 
 def test_frozen_vision_features_are_the_tower_s(load_vlm, digits_task, think, tmp_path):
-    from common.models.features import FeatureStore
+    from common.models.vision import FeatureStore
 
     for family in ("qwen2_vl", "gemma3"):
         vlm = load_vlm(family=family, freeze_vision=True)
@@ -228,7 +228,7 @@ def test_frozen_vision_features_are_the_tower_s(load_vlm, digits_task, think, tm
 
 
 def test_a_feature_store_is_bounded_and_survives_damage(tmp_path):
-    from common.models.features import FeatureStore
+    from common.models.vision import FeatureStore
 
     store = FeatureStore(tmp_path, 5000)
     for number in range(12):
@@ -243,7 +243,7 @@ def test_a_feature_store_is_bounded_and_survives_damage(tmp_path):
 
 
 def test_training_with_frozen_vision_equals_training_with_its_features(load_vlm, digits_task, think, tmp_path):
-    from common.models.features import FeatureStore
+    from common.models.vision import FeatureStore
 
     ended = []
     for cached in (False, True):

@@ -16,12 +16,11 @@ from statsmodels.stats.proportion import proportion_confint
 from common.config import composition
 from common.evaluation import metrics
 from common.evaluation.evaluate import Evaluation
-from common.evaluation.summary import Summary
+from common.evaluation.metrics import Summary
 from common.report import __main__ as command
 from common.report import figures, prints
-from common.report.html import pieces, render, run_page, transcripts
-from common.report.paper import style
-from common.run import thumbnails
+from common.report.html import render, run_page, transcripts
+from common.run import predictions
 from common.run.result import Result
 from common.run.run_folder import RunFolder
 from common.types import Answers, Prediction, Probabilities, Reply
@@ -81,7 +80,7 @@ def write(compose, tmp_path):
             folder.write_completions(list(samples), 25)
             folder.merge_completions()
         if keep:
-            thumbnails.write(folder.path, Plain(), keep)
+            predictions.write_thumbnails(folder.path, Plain(), keep)
         for step in (1, 2) if after is not None else ():
             folder.log("metrics.jsonl", {"step": step, "loss": 1.0, "reward": 0.5, "rewards/accuracy/mean": 0.5})
         folder.close()
@@ -175,7 +174,7 @@ def test_confusions_are_counted_by_hand(write):
     cells = {(int(a["data-label"]), int(a["data-answer"])): a["class"] for tag, a in page.found if "data-label" in a}
     assert cells == {(0, 0): "right", (1, 0): "wrong", (2, -1): "wrong"}
     pairs = transcripts.tally(folder).pairs["test"]
-    found = prints.confusion(pairs, transcripts.class_names(folder))
+    found = prints.confusion_print(pairs, transcripts.class_names(folder))
     assert found == ([[2, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]], list(NAMES))
 
 
@@ -276,7 +275,7 @@ def test_whatever_a_run_has_written_stays_text(write):
 
 
 def test_many_rows_lie_beside_the_page(write, monkeypatch):
-    monkeypatch.setattr(pieces, "INSIDE", 60_000)
+    monkeypatch.setattr(render, "INSIDE", 60_000)
     images = [f"{n}.png" for n in range(250)]
     labels = [NAMES[n % 3] for n in range(250)]
     folder = write("run", answered(images, labels, labels, NAMES, [0.9] * 250, ["x" * 500] * 250))
@@ -383,23 +382,23 @@ def test_small_copies_show_what_went_wrong_first():
     after = answered(images, labels, ["six", "six", "six", "six", "nine", "six"], NAMES)
     summary = {"test": Summary(6, 0.5, [0, 1], {}, 1.0)}
     evaluations = [Evaluation({"test": each}, summary) for each in (before, after)]
-    chosen = thumbnails.choose(*evaluations, ["t0", "t1", "t2", "t3"], 2)
+    chosen = predictions.choose_thumbnails(*evaluations, ["t0", "t1", "t2", "t3"], 2)
     assert chosen == ["t0", "t2", "2", "4"]
-    assert len(thumbnails.choose(*evaluations, [], 3)) == 3
+    assert len(predictions.choose_thumbnails(*evaluations, [], 3)) == 3
 
 
 @pytest.mark.slow
 def test_pictures_of_names_with_dots_do_not_overwrite_each_other(tmp_path):
     for version in (1, 2):
-        style.save(figures.plt.figure(), tmp_path / f"confusion-noise.v{version}")
+        figures.save_picture(figures.plt.figure(), tmp_path / f"confusion-noise.v{version}")
     assert {path.name for path in tmp_path.glob("*.png")} == {"confusion-noise.v1.png", "confusion-noise.v2.png"}
 
 
 def test_a_legend_of_long_names_stays_inside_its_figure():
-    figure, axes = style.panels(3, 2.4)
+    figure, axes = figures.panels(3, 2.4)
     for number in range(3):
         axes[0].plot([0, 1], label=f"configuration {number} " + "and so on " * 40)
-    style.legend(figure, axes)
+    figures.legend(figure, axes)
     figure.draw_without_rendering()
     (legend,) = figure.legends
     box, width = legend.get_window_extent(), figure.bbox.width
@@ -414,8 +413,8 @@ def test_a_small_copy_is_small_and_a_tiny_one_exact(tmp_path):
         def open(self, image):
             return tiny if image == "tiny" else Image.new("RGB", (640, 320), "blue")
 
-    thumbnails.write(tmp_path, Pictures(), ["tiny", "large"])
-    kept = thumbnails.read(tmp_path)
+    predictions.write_thumbnails(tmp_path, Pictures(), ["tiny", "large"])
+    kept = predictions.read_thumbnails(tmp_path)
     (tmp_path / "tiny.webp").write_bytes(kept["tiny"])
     (tmp_path / "large.webp").write_bytes(kept["large"])
     with Image.open(tmp_path / "tiny.webp") as again:

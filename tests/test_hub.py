@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from common.data import contents, hub
-from common.data.hub_classes import WORDINGS, match
-from common.data.location import Location
+from common.data.hub import WORDINGS, match
+from common.data.listing import Location
 from common.types import BadImage, UserError
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)

@@ -25,7 +25,7 @@ from common.run.run_folder import RunFolder
 from common.run.tracking import NullTracker
 from common.runtime import interrupt
 from common.runtime.interrupt import Interrupted, heeded, left_to_ranks, requested
-from common.runtime.stopwatch import Stopwatch
+from common.runtime.progress import Stopwatch
 from common.training.base import Step
 from common.types import UserError
 from tests.conftest import REPOSITORY

@@ -17,8 +17,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from alert.judge import openai as judge_openai
-from alert.judge.base import JudgeUnavailable, Model, OwnBase, Runtime
-from alert.judge.cache import Replies
+from alert.judge.base import JudgeUnavailable, Model, OwnBase, Replies, Runtime
 from alert.judge.hf import Checkpoint
 from alert.judge.openai import OpenAIServer
 from alert.judge.prompt import CLOSE, OPEN, PROMPT, judge_prompt, neutral, parse_score, reasoning
@@ -28,7 +27,7 @@ from common.config import composition as config
 from common.models.files import weights_hash
 from common.rewards import build_rewards, score
 from common.types import Prompt, Sample, UserError
-from common.vlm.build import weights_name
+from common.vlm.learner import weights_name
 from tests.conftest import REPOSITORY
 from tests.judge_server import JudgeServer, Reply, contrasts, obedient
 
@@ -544,7 +543,7 @@ def test_a_damaged_reply_is_no_reply(tmp_path, content):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from alert.judge.cache import Replies
+from alert.judge.base import Replies
 replies, write = Replies(Path(sys.argv[1]), 2**20), Path.write_bytes
 replies.put("a", "first", "8")
 def half(path, content):

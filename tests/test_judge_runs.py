@@ -20,7 +20,7 @@ from common.learner import learner_class
 from common.models import files
 from common.models.slots import Slots
 from common.models.tiny import gemma3 as tiny_gemma3
-from common.rollout.text import FrozenReplies
+from common.rollout.hf import FrozenReplies
 from common.run import doctor
 from common.run.checkpoint import Checkpoints
 from common.runtime.distributed import LONGEST_WAIT

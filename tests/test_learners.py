@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from common.few_shot.heads import base as base_module
 from common.few_shot.heads import (
     cafo,
     calip,
     calip_fs,
     clip_adapter,
     coop,
-    data,
     linear_probe,
     search,
     tip_adapter,
@@ -358,7 +358,7 @@ def test_context_begins_small_and_is_shared_or_not():
 
 
 def test_coops_learning_rate_is_the_published_trace():
-    found = [data.dassl_rate(epoch, 50) for epoch in range(50)]
+    found = [base_module.dassl_rate(epoch, 50) for epoch in range(50)]
     assert found[:3] == pytest.approx([1e-5, 2e-3, 1.998e-3], rel=1e-4) and found[-1] == pytest.approx(
         7.89e-6, rel=1e-3
     )

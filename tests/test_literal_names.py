@@ -16,7 +16,7 @@ from alert import inspect
 from common.data import check
 from common.report import figures, tables
 from common.run import doctor
-from common.run.estimate import Finding
+from common.run.doctor import Finding
 from common.runtime import progress
 from tests.test_tables import result as result_with
 from tests.test_tables import summary as summary_with

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from common.config.schema import AGGREGATIONS, LEVELS, LOSS_TYPES, SCALINGS
-from common.training.grpo.advantages import advantages, scaled
-from common.training.grpo.loss import LossInputs, importance_correction, policy_loss, token_weights
+from common.training.grpo.loss import LossInputs, advantages, importance_correction, policy_loss, scaled, token_weights
 
 
 def inputs(**changes):

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from common.config.composition import validate
-from common.data import frozen, manifest, task
+from common.data import manifest, task
 from common.types import UserError
 from tests.conftest import prompts_of
 
@@ -57,10 +57,10 @@ def test_verify_names_what_differs(compose, tmp_path):
 @pytest.mark.slow
 def test_a_run_that_goes_on_asks_what_it_asked(compose, tmp_path):
     asked, other = (prompts_of(validate(compose("shots=2", *method))) for method in ([], ["method=clsrl"]))
-    frozen.freeze(tmp_path, asked.hashes(), {})
-    frozen.freeze(tmp_path, asked.hashes(), {})
+    manifest.freeze_prompts(tmp_path, asked.hashes(), {})
+    manifest.freeze_prompts(tmp_path, asked.hashes(), {})
     with pytest.raises(UserError, match="prompts.json froze other prompts for split 'train' than this configuration"):
-        frozen.freeze(tmp_path, other.hashes(), {})
+        manifest.freeze_prompts(tmp_path, other.hashes(), {})
 
 
 def test_an_edited_manifest_is_noticed(compose, tmp_path):

@@ -17,8 +17,8 @@ from statsmodels.stats.proportion import confint_proportions_2indep, proportion_
 
 from common.evaluation import metrics
 from common.evaluation.evaluate import Evaluation
-from common.evaluation.summary import Summary
-from common.report.intervals import newcombe_interval
+from common.evaluation.metrics import Summary
+from common.report.statistics import newcombe_interval
 from common.types import Answers, Prediction, Probabilities, Reply
 
 NAMES = ["one", "six", "nine"]

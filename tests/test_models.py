@@ -15,18 +15,19 @@ from common.config.schema import LoraConfig
 from common.data import task
 from common.data.loading import Loader
 from common.forward import attention
-from common.models import checks, families, files, meter
+from common.models import families, files, meter
 from common.models.encoder import Encoder
 from common.models.families import Gemma3, Qwen2VL
 from common.models.tiny import gemma3 as tiny_gemma3
-from common.models.tiny import glyphs, pretrain
+from common.models.tiny import pictures as pictures_module
+from common.models.tiny import pretrain
 from common.models.tiny import qwen2_vl as tiny
 from common.models.vlm import after_reply
 from common.run.checkpoint import Checkpoints
 from common.run.result import describe
 from common.training.sft import target
 from common.types import UserError
-from common.vlm import build
+from common.vlm import check, learner
 from common.vlm.learner import VLMLearner
 
 
@@ -150,7 +151,9 @@ def test_encoder_memory_is_bounded(load_vlm, digits_task, think):
 def test_pretraining_patches_equal_the_processor(load_vlm):
     from PIL import Image
 
-    pixels = glyphs.render(glyphs.glyph_bank("37"), torch.tensor([0, 1]), 32, torch.Generator().manual_seed(0))
+    pixels = pictures_module.render_glyphs(
+        pictures_module.glyph_bank("37"), torch.tensor([0, 1]), 32, torch.Generator().manual_seed(0)
+    )
     pictures = [Image.fromarray((p[0] * 255).round().byte().numpy()).convert("RGB") for p in pixels]
     stock = load_vlm().processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
     # PIL images hold bytes: half a grey level over CLIP's smallest deviation
@@ -163,7 +166,7 @@ def test_lanczos_matrix_equals_pil():
 
     low = np.random.default_rng(0).random((8, 8), dtype=np.float32)
     expected = np.asarray(Image.fromarray(low).resize((32, 32), Image.Resampling.LANCZOS))
-    matrix = glyphs.lanczos_matrix(32)
+    matrix = pictures_module.lanczos_matrix(32)
     assert np.allclose((matrix @ torch.from_numpy(low) @ matrix.T).numpy(), expected, atol=1e-5)
 
 
@@ -284,14 +287,14 @@ def test_a_given_checkpoint_goes_before_a_recipe(compose_named, untrained_folder
     cfg = compose_named(f"model={model}", f"model.path={folder}", *filter(None, [recipe]))
     config = validate(cfg)
     assert files.weights_folder(config) == folder.resolve()
-    assert checks.check_weights(config).family is families.family(family)
+    assert check.check_weights(config).family is families.family(family)
     assert cfg.run_name == compose_named(f"model={model}", f"model.path={folder}").run_name, "the same run"
 
 
 def test_one_rank_hashes_the_weights_for_all(monkeypatch, tmp_path):
-    monkeypatch.setattr(build, "rank", lambda: 1)
-    monkeypatch.setattr(build, "gather", lambda own: ["by rank 0", own])
-    assert build.shared_hash(tmp_path / "nothing to read here") == "by rank 0"
+    monkeypatch.setattr(learner, "rank", lambda: 1)
+    monkeypatch.setattr(learner, "gather", lambda own: ["by rank 0", own])
+    assert learner.shared_hash(tmp_path / "nothing to read here") == "by rank 0"
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import torch
 from common.config.composition import validate
 from common.rollout.hf import HFRollout
 from common.types import UserError
-from common.vlm.build import check_logprobs
+from common.vlm.learner import check_logprobs
 from tests.test_training import grpo
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("process_group")]

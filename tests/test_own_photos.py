@@ -12,12 +12,10 @@ import pytest
 from common.config.composition import validate
 from common.data import folder, imagenet, task, wordnet
 from common.data.layout import parts_by_name
-from common.data.listing import files, subfolders
-from common.data.litter import reason
-from common.data.location import Location
+from common.data.listing import Location, files, litter_reason, subfolders
 from common.data.names import objections
-from common.models import checks
 from common.types import UserError
+from common.vlm import check
 
 
 def photos(root, *paths):
@@ -80,7 +78,7 @@ def test_every_reason_is_counted(tmp_path):
 
 @pytest.mark.parametrize("name", ["Recycled", "recycler", "thumbs", "Icon", "desktop", "cat.db", "lost", "at @ home"])
 def test_classes_with_similar_names_are_classes(tmp_path, name):
-    assert reason(name) is None
+    assert litter_reason(name) is None
     assert name in read(photos(tmp_path, *CLASSES, f"{name}/1.jpg")).names
 
 
@@ -320,4 +318,4 @@ def test_the_first_command_for_own_photos_works_on_a_laptop(compose, page):
     command = re.search(r"^python run\.py (data=folder (?:.*\\\n)*.*)", text, re.MULTILINE)[1]
     config = validate(compose(*shlex.split(command.replace("\\\n", " "), comments=True)))
     assert (config.method["name"], config.clip.name, config.visual.name) == ("linear_probe", "none", "lite0")
-    assert config.gpus == 0 and "method=linear_probe clip=none visual=lite0" in checks.INSTEAD
+    assert config.gpus == 0 and "method=linear_probe clip=none visual=lite0" in check.INSTEAD

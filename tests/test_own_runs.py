@@ -13,7 +13,7 @@ from PIL import Image
 import run
 from common import preflight
 from common.config.composition import plain, validate
-from common.data import manifest, pictures, task
+from common.data import loading, manifest, task
 from common.run.result import describe
 from common.run.run_folder import RunFolder
 from common.types import UserError
@@ -60,12 +60,12 @@ def test_photos_that_cannot_be_used_are_replaced_and_named(configured, root, cap
     before = task.build(config).task
     bad = before.train.items[0]
     spoil(root, bad.image)
-    first = pictures.readable(config)
+    first = loading.readable(config)
     left_out = first.manifest["left_out"]
     fresh = first.task.train.items[0]
     assert fresh.label == bad.label and keys(first.task.train)[1:] == keys(before.train)[1:]
     spoil(root, fresh.image)  # its replacement is no better
-    found = pictures.readable(config)
+    found = loading.readable(config)
     left_out = found.manifest["left_out"]
     assert left_out == sorted((bad.image, fresh.image)) == list(found.manifest["unusable"])
     assert set(found.manifest["unusable"].values()) == {"not a picture that PIL can read"}
@@ -75,7 +75,7 @@ def test_photos_that_cannot_be_used_are_replaced_and_named(configured, root, cap
     said = capsys.readouterr().err
     assert f"left out 2 pictures that cannot be used: {bad.image} (not a picture that PIL can read), " in said
     # after a resume, on every rank, and before the final evaluation
-    assert pictures.readable(config).manifest == found.manifest
+    assert loading.readable(config).manifest == found.manifest
     assert task.build(config, left_out).manifest["hash"] == found.manifest["hash"]
 
 
@@ -86,10 +86,10 @@ def test_pictures_that_changed_under_their_names_stop_what_goes_on_with_them(con
         for photo in (root / name).iterdir():
             Image.new("RGB", (8, 8), (number * 100, int(photo.stem[3:]) * 9, 0)).save(photo.with_suffix(".bmp"))
             photo.unlink()
-    before = pictures.readable(config)
-    assert pictures.readable(config).manifest == before.manifest
+    before = loading.readable(config)
+    assert loading.readable(config).manifest == before.manifest
     manifest.write(before.manifest, path)
-    pictures.check_finished(config, path)
+    loading.check_finished(config, path)
     manifest.verify(path, before.manifest)
     one, other = (file_of(root, before.task.evaluation["test"].items[number].image) for number in (0, -1))
     kept = one.stat()
@@ -99,15 +99,15 @@ def test_pictures_that_changed_under_their_names_stop_what_goes_on_with_them(con
     with pytest.raises(
         UserError, match=f"1 of 20 pictures .first: {key}. has changed since .*manifest.json was written"
     ):
-        manifest.verify(path, pictures.readable(configured("shots=2", "data.duplicates=ignore")).manifest)
+        manifest.verify(path, loading.readable(configured("shots=2", "data.duplicates=ignore")).manifest)
     with pytest.raises(UserError, match=f"the run is finished, but 1 of 20 pictures .first: {key}. has changed since"):
-        pictures.check_finished(config, path)
+        loading.check_finished(config, path)
     one.unlink()
     with pytest.raises(UserError, match="the run is finished, but 'train' has other images or labels now, first: "):
-        pictures.check_finished(config, path)
+        loading.check_finished(config, path)
     (root / "cat").rename(tmp_path / "cat")
     (root / "dog").rename(tmp_path / "dog")
-    pictures.check_finished(config, path)  # the result can be looked at without the data
+    loading.check_finished(config, path)  # the result can be looked at without the data
     assert "whether its pictures are still the same cannot be told: data=folder" in capsys.readouterr().err
 
 
@@ -154,7 +154,7 @@ def test_a_finished_run_is_shown_only_with_its_pictures(compose, configured, roo
     folder = tmp_path / "run"
     place = RunFolder(folder)
     place.claim(plain(cfg))
-    frozen = pictures.readable(validate(cfg))
+    frozen = loading.readable(validate(cfg))
     manifest.write(frozen.manifest, folder / "manifest.json")
     place.write_result(describe(validate(cfg), {"path": "", "sha256": ""}, frozen, ""))
     monkeypatch.setattr("common.report.tables.show", lambda *arguments: None)  # nothing was measured
@@ -178,7 +178,7 @@ def test_transparent_pictures_are_counted_and_said_once(configured, root, capsys
     bad = configured("method=zeroshot", "data.skip_bad=true")
     said = "transparent parts of 2 pictures are shown on white (data.background)"
     for _ in range(2):  # the second time, nothing is decoded
-        found = pictures.readable(bad)
+        found = loading.readable(bad)
         assert found.manifest["treated"] == {"transparent": 2, "stretched": 1}
         assert found.manifest["unusable"] == {
             "folder/cat/cat0.png": "nothing of it can be seen: all of it is transparent"
@@ -186,7 +186,7 @@ def test_transparent_pictures_are_counted_and_said_once(configured, root, capsys
         error = capsys.readouterr().err
         assert error.count(said) == 1 and error.count("16-bit levels of 1 picture use a part of their range") == 1
     assert found.task.images.open("folder/cat/cat1.png").getpixel((0, 0)) == (205, 205, 205)  # 255 * (1 - 50 / 255)
-    black = pictures.readable(configured("method=zeroshot", "data.skip_bad=true", "data.background=black"))
+    black = loading.readable(configured("method=zeroshot", "data.skip_bad=true", "data.background=black"))
     assert black.task.images.open("folder/cat/cat1.png").getpixel((0, 0)) == (0, 0, 0)
     assert black.manifest["hash"] == found.manifest["hash"] and manifest.changed(found.manifest, black.manifest)
 
@@ -214,7 +214,7 @@ def test_replacements_from_a_training_part_are_tried_too(configured, root):
     )
     good = unpicked.pop()
     spoil(root, *(image for image in picks if "/cat/" in image), *unpicked)
-    found = pictures.readable(config)
+    found = loading.readable(config)
     left_out = found.manifest["left_out"]
     assert [image for image in keys(found.task.train) if "/cat/" in image] == [good]
     assert found.manifest["short_classes"] == {"cat": 1} and found.manifest["refilled"] == {"cat": 1}
@@ -228,7 +228,7 @@ def test_the_field_s_picks_are_not_replaced(tmp_path, compose):
     config = validate(compose(*arguments, "data.duplicates=ignore"))
     bad = task.build(config).task.train.items[0]
     (root / "dtd" / bad.image.removeprefix("dtd/")).write_bytes(b"no picture")
-    found = pictures.readable(config)
+    found = loading.readable(config)
     left_out = found.manifest["left_out"]
     assert left_out == [bad.image] and len(found.task.train.items) == 2
     assert found.manifest["short_classes"] == {bad.name: 0} and "refilled" not in found.manifest
@@ -301,7 +301,7 @@ def test_what_readers_pass_over_stands_in_the_manifest_but_not_in_its_hash(confi
     (root / "cat/@eaDir").mkdir()  # the server made its thumbnails meanwhile
     data_tree.picture(root / "cat/@eaDir/cat1.png")
     (root / "cat/notes.txt").touch()
-    found = pictures.readable(config).manifest
+    found = loading.readable(config).manifest
     assert found["passed_over"] == {"litter": 1, "unknown suffix": 1}
     assert "passed over in the folders of the data: 1 litter, 1 unknown suffix" in capsys.readouterr().err
     manifest.verify(tmp_path / "manifest.json", found)
@@ -311,7 +311,7 @@ def test_how_parts_were_recognised_is_said(configured, root, capsys):
     for part in ("Training_Set", "Test_Set"):
         for name in CLASSES:
             data_tree.picture(root / "new" / part / name / f"{part}.png")
-    found = pictures.readable(configured(f"data.folder={root / 'new'}", "shots=1"))
+    found = loading.readable(configured(f"data.folder={root / 'new'}", "shots=1"))
     (note,) = found.manifest["notes"]
     assert note.startswith("data=folder: ") and "Training_Set/ is read as train" in note
     assert note in capsys.readouterr().err

@@ -11,7 +11,7 @@ import pytest
 from common.evaluation.metrics import wilson_interval
 from common.report import __main__ as command
 from common.report import folders
-from common.report.paper import cells, comparable, curves, page, points, tables
+from common.report.paper import cells, page, pictures, results, tables
 from common.report.paper.cells import Cell
 from common.types import UserError
 from tests.test_compare import write  # noqa: F401
@@ -30,8 +30,8 @@ def sweep(tmp_path, write):  # noqa: F811
             if right is not None:
                 own = (f"method={method}", f"data={data}", f"seed={seed}", "shots=4", *overrides)
                 write(name, *own, right=right, **options)
-            shown.append(points.SweepRun(name, seed, {"method": method, "data": data}))
-        points.Sweep("clsrl_table2", dict(spec), given or {}, shown, chosen or {}).save(tmp_path / "page")
+            shown.append(results.SweepRun(name, seed, {"method": method, "data": data}))
+        results.Sweep("clsrl_table2", dict(spec), given or {}, shown, chosen or {}).save(tmp_path / "page")
         return tmp_path / "page"
 
     return make
@@ -122,8 +122,8 @@ def test_a_verdict_that_needs_an_interval_says_why_there_is_none():
 
 
 def reasons_of(path, split="test"):
-    run = folders.read(path)
-    return comparable.reasons(run, run.result, split, run.result.final[split])
+    run = folders.read_run(path)
+    return cells.reasons(run, run.result, split, run.result.final[split])
 
 
 CAFO = ("method=cafo", "data=dtd", "clip=rn50", "visual=dino_rn50")
@@ -153,8 +153,8 @@ def test_other_learners_numbers_are_without_sentences(write):  # noqa: F811
 
 
 def marks_of(path):
-    run = folders.read(path)
-    return comparable.marks(run, run.result, run.result.final["test"])
+    run = folders.read_run(path)
+    return cells.marks(run, run.result, run.result.final["test"])
 
 
 @pytest.mark.slow
@@ -189,8 +189,8 @@ def test_a_seed_of_two_runs_is_judged_by_neither(write, tmp_path):  # noqa: F811
     shown = []
     for name, rate, right in (("a", "1e-3", 5), ("b", "1e-4", 15)):
         write(name, "method=sft", "data=dtd", f"trainer.learning_rate={rate}", right=share(right))
-        shown.append(points.SweepRun(name, 1, {"method": "sft", "data": "dtd"}))
-    points.Sweep("clsrl_table2", dict(ROWS), {}, shown).save(tmp_path / "page")
+        shown.append(results.SweepRun(name, 1, {"method": "sft", "data": "dtd"}))
+    results.Sweep("clsrl_table2", dict(ROWS), {}, shown).save(tmp_path / "page")
     one = entry(page.build(tmp_path / "page"), method="sft", data="dtd")
     assert one.ours == 25 and "seed 1 is there twice: a and b" in one.reasons
 
@@ -213,11 +213,13 @@ def test_a_curve_of_accuracies_is_of_one_split():
         {"step": 10, "eval/val/accuracy": 0.85},
         {"step": 20, "eval/test/accuracy": 0.66, "eval/val/accuracy": 0.8},
     ]
-    assert curves.series(log, "test_accuracy") == pytest.approx({0: 70, 10: 85, 20: 80})
-    assert curves.series(log, "reward") == {10: 0.5}
-    assert curves.series([line for line in log if "eval/test/accuracy" in line], "test_accuracy").keys() == {0, 20}
+    assert pictures.series(log, "test_accuracy") == pytest.approx({0: 70, 10: 85, 20: 80})
+    assert pictures.series(log, "reward") == {10: 0.5}
+    assert pictures.series([line for line in log if "eval/test/accuracy" in line], "test_accuracy").keys() == {0, 20}
     del log[2]
-    assert curves.series(log, "test_accuracy") == pytest.approx({0: 70, 20: 80}), "validation images if both are there"
+    assert pictures.series(log, "test_accuracy") == pytest.approx({0: 70, 20: 80}), (
+        "validation images if both are there"
+    )
 
 
 def test_a_verdict_is_given_on_the_papers_images_alone():
@@ -252,7 +254,7 @@ def test_averages_come_last_on_every_axis_and_names_that_end_like_them_do_not():
         for d in ("average", "ETH", "a")
         for s in ("H", "base")
     ]
-    found = page.Page(points.Sweep("x", {"rows": ["d"], "columns": ["s"]}, {}, []), shown, "")
+    found = page.Page(results.Sweep("x", {"rows": ["d"], "columns": ["s"]}, {}, []), shown, "")
     assert found.axis("rows") == ["ETH", "a", "average"] and found.axis("columns") == ["base", "H"]
 
 
@@ -307,7 +309,7 @@ def test_images_are_counted_by_the_protocol(protocol, images, reasons):
     eurosat = {"published": {"train": 13500, "val": 5400, "test": 8100}}
     run = SimpleNamespace(values={"data": eurosat, "setting": {"targets": {}}, "method": {}})
     result = SimpleNamespace(left_out=0, protocol=protocol, final={})
-    assert comparable.reasons(run, result, "test", SimpleNamespace(n=images)) == reasons
+    assert cells.reasons(run, result, "test", SimpleNamespace(n=images)) == reasons
 
 
 @pytest.mark.sampled
@@ -324,7 +326,7 @@ def test_images_are_counted_by_the_protocol(protocol, images, reasons):
 )
 def test_times_of_other_machines_are_not_the_papers(write, gpus, device, reasons):  # noqa: F811
     path = write("run", f"gpus={gpus}", right=[True], before=[True], device=device, train={"seconds": {"total": 120.0}})
-    run = folders.read(path)
+    run = folders.read_run(path)
     (number,) = cells._train_minutes(run, run.result, "test", run.result.final["test"])
     assert (number.value, number.reasons) == (2.0, reasons)
 
@@ -419,9 +421,9 @@ def test_a_folder_that_is_no_sweeps(tmp_path, capsys):
     assert f"{tmp_path} is no sweep's folder: there is no points.json" in capsys.readouterr().err
     (tmp_path / "points.json").write_text("{")
     with pytest.raises(UserError, match=r"points\.json is damaged"):
-        points.load(tmp_path)
+        results.load_sweep(tmp_path)
 
 
 def test_a_sweeps_own_folder_is_no_run(sweep):
     folder = sweep([("sft", "eurosat", 1, share(15))])
-    assert [run.path.name for run in folders.find(sorted(folder.parent.iterdir()))] == ["sft-eurosat-1"]
+    assert [run.path.name for run in folders.find_runs(sorted(folder.parent.iterdir()))] == ["sft-eurosat-1"]

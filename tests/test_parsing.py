@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 
 from alert.rewards import tagged_answer
-from clsrl import matching
+from clsrl import rewards
 from common import parsing
 
 
@@ -87,7 +87,7 @@ OFFICIAL = {
 @pytest.mark.parametrize(("completion", "label", "strict", "official"), OFFICIAL.values(), ids=OFFICIAL.keys())
 def test_strict_and_official_match(completion, label, strict, official):
     assert parsing.matches_strictly(completion, label) is strict
-    assert matching.matches_officially(completion, label) is official
+    assert rewards.matches_officially(completion, label) is official
 
 
 def test_the_official_answer_is_that_of_the_authors_pattern():
@@ -97,7 +97,7 @@ def test_the_official_answer_is_that_of_the_authors_pattern():
         reply = "".join(pieces)
         found = pattern.search(reply)
         expected = (found[1].strip() if found else "") or reply.strip()
-        assert matching.evaluated_answer(reply) == expected
+        assert rewards.evaluated_answer(reply) == expected
 
 
 # marks around an answer that hide nothing

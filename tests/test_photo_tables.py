@@ -7,7 +7,7 @@ import unicodedata
 import pytest
 
 from common.data import folder
-from common.data.location import Location
+from common.data.listing import Location
 from common.types import UserError
 from tests import data_tree
 

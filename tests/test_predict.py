@@ -18,13 +18,13 @@ from PIL import Image
 from common import Classifier
 from common.config import composition
 from common.config.composition import validate
-from common.data import manifest, pictures, task
+from common.data import loading, manifest, task
 from common.data.digits import Digits
 from common.learner import learner_class
 from common.predict import __main__ as command
 from common.predict import cards, photos, trained
-from common.predict.abstain import choose, threshold_of
 from common.predict.classifier import Answer
+from common.predict.photos import choose, threshold_of
 from common.predict.trained import Trained, config_of, data_of
 from common.report.html import transcripts
 from common.run.result import Result
@@ -292,7 +292,7 @@ def test_what_is_fitted_anew_needs_the_pictures_that_its_run_saw(compose, tmp_pa
     (folder / "light" / "3.bmp").write_bytes(b"no picture")
     asked = ["method=linear_probe", "clip=none", "visual=pixels", "data=folder", f"data.folder={folder}", "shots=3"]
     config = validate(compose(*asked, "data.skip_bad=true", f"cache_dir={tmp_path / 'cache'}"))
-    frozen = pictures.readable(config)
+    frozen = loading.readable(config)
     manifest.write(frozen.manifest, tmp_path / "manifest.json")
     run = Trained(tmp_path, tmp_path, tmp_path / "model")
     monkeypatch.setattr(learner_class(config), "answers_alone", lambda config, folder: False)

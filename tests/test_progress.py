@@ -149,10 +149,10 @@ def slow(*_, **__):
 COMMANDS = {  # what each says before the step that may be slow
     "predict": (["outputs/none", "README.md"], "common.predict.photos.find", "looking for pictures, then outputs/none"),
     "serve": (["outputs/none"], "common.predict.classifier.Classifier.load", "loading outputs/none"),
-    "export": (["outputs/none", "x", "--push", "a/b"], "common.export.hub.check_name", "exporting outputs/none"),
+    "export": (["outputs/none", "x", "--push", "a/b"], "common.export.card.check_name", "exporting outputs/none"),
     "report": (
         ["compare", "outputs/none"],
-        "common.report.folders.find",
+        "common.report.folders.find_runs",
         "compare: reading what the runs have written",
     ),
     "data.check": (["dtd"], "common.data.check.configured", "reading the configurations of dtd"),

@@ -17,9 +17,10 @@ from common.config.composition import validate
 from common.data import task, wordnet
 from common.data.names import display, imagenet_names
 from common.data.source import Dataset
-from common.models import checks, meter
+from common.models import meter
 from common.sweep.plan import Spec, expand
 from common.types import Item, Source, Split, Task
+from common.vlm import check
 from tests.conftest import REPOSITORY, TOKENIZERS
 from tests.test_sweeps import SWEEPS
 
@@ -237,7 +238,7 @@ def test_every_point_of_a_sweep_fits(metre, tokens, compose, monkeypatch, sweep)
     for overrides in points(sweep):
         config = validate(compose(*overrides))
         measure, asked = metre(config.model.family), task.build(config)
-        checks.check_lengths(config, asked, measure)
+        check.check_lengths(config, asked, measure)
         room = config.rollout.max_completion_tokens
         longest = 0
         for prompt in {p.text: p for part in (asked.train, *asked.evaluation.values()) for p in part}.values():

@@ -13,12 +13,12 @@ import yaml
 from clsrl.prompting import ClassListPrompt
 from common.config import composition
 from common.config.composition import validate
-from common.models import checks, meter
+from common.models import meter
 from common.models.tiny import qwen2_vl
 from common.predict.trained import Trained, config_of
 from common.sweep.plan import decides
 from common.types import Item, Prompt, Split, Task, UserError
-from common.vlm import build
+from common.vlm import check, learner
 from tests.conftest import REPOSITORY
 
 SHARED = REPOSITORY.parent / "shared" / "data"
@@ -61,9 +61,9 @@ def test_lengths_of_the_prompts_of_cars(qwen):
 def test_cars_may_be_asked_whatever_was_trained(compose, qwen, setting, data):
     chosen = ["method=clsrl", f"data={data}", f"setting={setting}", "model=qwen2_vl_2b", "shots=4"]
     asked = [cars("think")]
-    checks.check_lengths(validate(compose(*chosen)), asked, qwen)
+    check.check_lengths(validate(compose(*chosen)), asked, qwen)
     with pytest.raises(UserError, match=r"has 1[12]\d\d tokens, but model.max_prompt_tokens=1024; prompts are never"):
-        checks.check_lengths(validate(compose(*chosen, "model.max_prompt_tokens=1024")), asked, qwen)
+        check.check_lengths(validate(compose(*chosen, "model.max_prompt_tokens=1024")), asked, qwen)
 
 
 def of_length(text):
@@ -79,7 +79,7 @@ def lengths(limit=None, completion=64, context=None):
         model=SimpleNamespace(name="mine", max_prompt_tokens=limit, image_size=32),
         rollout=SimpleNamespace(max_completion_tokens=completion),
     )
-    checks.check_lengths(config, [prompts], measure)
+    check.check_lengths(config, [prompts], measure)
     return max(measure.tokens(prompts, 32))
 
 
@@ -140,9 +140,9 @@ def test_an_engine_gets_room_for_the_questions(compose):
     config = validate(compose("rollout=vllm"))
     assert config.rollout.options["prompt_tokens"] is None
     asked = SimpleNamespace(train=[of_length("short")], evaluation={"test": [of_length("x y z " * 100)]})
-    assert build.backend_options(config, asked)["prompt_tokens"] == 1024
+    assert learner.backend_options(config, asked)["prompt_tokens"] == 1024
     longer = SimpleNamespace(train=[], evaluation={"test": [of_length("x y z " * 250)]})
     (length,) = qwen2_vl.meter().tokens(longer.evaluation["test"], 32)
-    assert 1024 < length < 2048 - 40 == build.backend_options(config, longer)["prompt_tokens"]
+    assert 1024 < length < 2048 - 40 == learner.backend_options(config, longer)["prompt_tokens"]
     given = validate(compose("rollout=vllm", "model.max_prompt_tokens=777"))
-    assert build.backend_options(given, asked)["prompt_tokens"] == 777
+    assert learner.backend_options(given, asked)["prompt_tokens"] == 777

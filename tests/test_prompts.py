@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from clsrl import prompts
+from clsrl import prompting
 from clsrl.prompting import ClassListPrompt
 from common.config.composition import method_arguments, validate
 from common.data import digits
@@ -137,7 +137,7 @@ def test_class_lists_belong_to_the_image(digits_task, no_think):
 def test_list_holds_the_truth_once():
     names = [f"class {i}" for i in range(200)] + ["class 7"]  # two classes of one display name
     for image in range(50):
-        drawn = prompts.class_list(names, "class 7", 80, seed=1, image=str(image))
+        drawn = prompting.class_list(names, "class 7", 80, seed=1, image=str(image))
         assert len(drawn) == len(set(drawn)) == 80 and "class 7" in drawn
 
 

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 import run
-from clsrl import prompts as wording
+from clsrl import prompting as wording
 from common.config.composition import plain, validate
 from common.data import manifest, task
 from common.report import prompts

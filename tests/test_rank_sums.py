@@ -15,11 +15,11 @@ from common.models.encoder import Encoded, Encoder
 from common.rewards import Reward, Scores
 from common.rollout.base import Completion, Decoding
 from common.runtime.distributed import interleave, share_of
+from common.training.base import Epochs
 from common.training.grpo import batch
 from common.training.grpo import trainer as grpo_module
 from common.training.grpo.batch import RolloutBatch
 from common.training.grpo.trainer import GRPOTrainer
-from common.training.schedule import Epochs
 from common.training.sft import SFTTrainer
 from common.types import Prompt
 from tests.test_training import grpo_options, options

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from common.data import fallback, source
 from common.data import folder as own_photos
+from common.data import source, split_file
 from common.data.check import configured
-from common.data.location import Location
+from common.data.listing import Location
 from common.data.split_file import parse
 from common.plugins import check_call, locate
 from common.types import Item, UserError
@@ -324,7 +324,7 @@ def test_own_photos_in_a_table_with_parts(tmp_path):
 )
 def test_split_trainval_equals_coop(tmp_path, seed, train, val):
     items = [Item(f"x{i}", 1, "x") for i in range(6)] + [Item(f"y{i}", 0, "y") for i in range(5)]
-    parts = fallback.split_trainval(Location("d", tmp_path, tmp_path), items, random.Random(seed))
+    parts = split_file.split_trainval(Location("d", tmp_path, tmp_path), items, random.Random(seed))
     assert [" ".join(item.image for item in part) for part in parts] == [train, val]
 
 
@@ -343,7 +343,7 @@ def test_split_folders_equals_coop(tmp_path, seed, train, val, test):
     (tmp_path / "alpha/.hidden").touch()
     (tmp_path / ".cache").mkdir()
     (tmp_path / "list.txt").touch()
-    parts = fallback.folders(Location("d", tmp_path, tmp_path), ".", random.Random(seed))
+    parts = split_file.folders(Location("d", tmp_path, tmp_path), ".", random.Random(seed))
     found = [" ".join(Path(item.image).name for item in part) for part in (parts.train, parts.val, parts.test)]
     assert found == [train, val, test]
 
@@ -668,8 +668,8 @@ def test_refused_by_fallbacks(tmp_path, name, damage, message):
     ("entry", "message"),
     [
         ({"ignored": []}, "data.reader.fallback._target_ is missing"),
-        ({"_target_": "common.data.fallback.foldres"}, "data.reader.fallback._target_=.* cannot be imported"),
-        ({"_target_": "common.data.fallback.folders", "ignore": []}, "unexpected keyword argument 'ignore'"),
+        ({"_target_": "common.data.split_file.foldres"}, "data.reader.fallback._target_=.* cannot be imported"),
+        ({"_target_": "common.data.split_file.folders", "ignore": []}, "unexpected keyword argument 'ignore'"),
         (None, "Textures.json does not exist; docs/datasets.md#dtd says what belongs there$"),
     ],
     ids=["no target", "misspelt target", "misspelt argument", "no fallback"],

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from common.data.location import Location
+from common.data.listing import Location
 from common.data.sampling import by_label, pick
 from common.data.split_file import parse, prefix, read, save_split
 from tests import published_picks

@@ -16,9 +16,8 @@ import torch.nn.functional as F
 
 from common.config.schema import LoraConfig, ModelConfig
 from common.data.loading import Loader
-from common.forward.exact import InFloat32
 from common.forward.label_scores import LabelScorer
-from common.forward.logprobs import PolicyScorer, head_rows
+from common.forward.logprobs import InFloat32, PolicyScorer, head_rows
 from common.forward.packing import Group, pack_plain, pack_shared
 from common.models import vlm
 from common.models.encoder import Encoder

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.rehearse import __main__ as rehearsal
-from benchmarks.rehearse import checks, varied
+from benchmarks.rehearse import checks, composed, varied
 from benchmarks.rehearse.lines import Line, timed, within
 from benchmarks.setup import Case
 from common.data import task
@@ -62,6 +62,20 @@ def learner(real_vocabulary, tmp_path_factory):
         return learners[family]
 
     return make
+
+
+def test_a_check_needs_no_run_before_it(tmp_path):
+    """The tiny model in a folder that is not there: its learner writes down the hashes of its prompts."""
+    words = [
+        "data=digits",
+        "shots=1",
+        "method=nothinking",
+        "tracking=none",
+        "gpus=0",
+        f"cache_dir={tmp_path / 'cache'}",
+    ]
+    lines = checks.checked(composed(words), tmp_path / "none", ["prompts"])
+    assert lines and {line.verdict for line in lines} == {"ok"}, lines
 
 
 @pytest.fixture(autouse=True)

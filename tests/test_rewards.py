@@ -7,8 +7,7 @@ import time
 import pytest
 
 from alert.rewards import soft_format
-from clsrl.matching import matches_officially
-from clsrl.rewards import accuracy_reward, format_reward
+from clsrl.rewards import accuracy_reward, format_reward, matches_officially
 from common.rewards import Reward, accuracy, build_rewards, equality, score, strict_format
 from common.types import Prompt, Sample, UserError
 

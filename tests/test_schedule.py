@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from common.config.schema import TrainerConfig
-from common.training.schedule import Epochs, batch, learning_rate, total_updates
+from common.training.base import Epochs, batch, learning_rate, total_updates
 
 
 def trainer(**values):

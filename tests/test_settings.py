@@ -9,8 +9,8 @@ import pytest
 
 from clsrl.prompting import ClassListPrompt
 from common.config.composition import validate
-from common.config.schema_task import DataConfig
-from common.data import digits, settings, source, task
+from common.config.schema import DataConfig
+from common.data import digits, source, task
 from common.data.sampling import Sampling
 from common.data.source import Dataset
 from common.evaluation import metrics
@@ -28,7 +28,7 @@ def dataset(name="letters", prefix="", names=NAMES, train=TRAIN, val=VAL, test=T
 
 
 def test_few_shot():
-    found = settings.few_shot(dataset(), {}, Sampling(4, 1))
+    found = task.few_shot(dataset(), {}, Sampling(4, 1))
     assert keys(found.train.items) == GOLDEN[2][2].split()
     assert keys(found.evaluation["val"].items) == GOLDEN[2][3].split()
     assert found.evaluation["test"].items == TEST and found.evaluation["test"].names == NAMES
@@ -36,7 +36,7 @@ def test_few_shot():
 
 
 def test_base_to_new_leaves_out_after_the_draw():
-    found = settings.base_to_new(dataset(), {}, Sampling(4, 1))
+    found = task.base_to_new(dataset(), {}, Sampling(4, 1))
     drawn = GOLDEN[2][2].split()
     assert keys(found.train.items) == [key for key in drawn if key[0] in "ab"], "as few_shot, without c"
     assert [item.label for item in found.train.items] == [1] * 4 + [0] * 4
@@ -49,13 +49,13 @@ def test_base_to_new_leaves_out_after_the_draw():
 
 
 def test_base_to_new_with_all_images():
-    found = settings.base_to_new(dataset(), {}, Sampling(None, 1))
+    found = task.base_to_new(dataset(), {}, Sampling(None, 1))
     assert len(found.train.items) == 11, "13 images, two of them of c"
 
 
 def test_cross_dataset_asks_each_about_its_own_names():
     other = dataset("others", "o/", names=("c", "b", "x"), train=(), val=(), test=(Item("1", 2, "x"),))
-    found = settings.cross_dataset(dataset(), {"others": other, "letters": dataset()}, Sampling(1, 1))
+    found = task.cross_dataset(dataset(), {"others": other, "letters": dataset()}, Sampling(1, 1))
     assert list(found.evaluation) == ["val", "test", "others"], "never on itself twice"
     assert found.evaluation["others"].names == ("c", "b", "x") and keys(found.evaluation["others"].items) == ["o/1"]
     assert found.evaluation["others"].question == "Which others?"
@@ -64,12 +64,12 @@ def test_cross_dataset_asks_each_about_its_own_names():
 def test_shift_refuses_classes_that_were_not_trained():
     target = dataset("others", "o/", names=("c", "x"), train=(), val=(), test=(Item("1", 0, "c"), Item("2", 1, "x")))
     with pytest.raises(UserError, match="setting=shift: 1 class of others is none of data=letters, first: 'x'"):
-        settings.shift(dataset(), {"others": target}, Sampling(1, 1))
+        task.shift(dataset(), {"others": target}, Sampling(1, 1))
     fewer = dataset("others", "o/", names=("c",), train=(), val=(), test=(Item("1", 0, "c"),))
-    assert settings.shift(dataset(), {"others": fewer}, Sampling(1, 1)).evaluation["others"].names == ("c",)
+    assert task.shift(dataset(), {"others": fewer}, Sampling(1, 1)).evaluation["others"].names == ("c",)
 
 
-def ask(list_share, data=None, build=settings.few_shot, **options):
+def ask(list_share, data=None, build=task.few_shot, **options):
     found = build(data or dataset(), {}, Sampling(1, 1))
     task = Task(found.train, found.evaluation, digits.Digits(), "", {})
     method = ClassListPrompt(instruction="no_think", seed=1, list_share=list_share, **options)
@@ -84,7 +84,7 @@ def test_open_set_lists_nothing():
 
 
 def test_new_classes_are_listed_among_themselves():
-    prompts = ask(0.8, build=settings.base_to_new)
+    prompts = ask(0.8, build=task.base_to_new)
     assert {prompt.choices for prompt in prompts["new"]} == {("c",)}
     assert {frozenset(prompt.choices) for prompt in prompts["base"]} == {frozenset("ab")}
 
@@ -136,13 +136,13 @@ def test_folders_inside_the_root_or_absolute(tmp_path):
 def test_fewer_images_of_each_class_are_the_same_ones_whatever_is_trained():
     """Five of a class, by the hashes of their keys; in the order of the split."""
     test = tuple(Item(f"{name}{i}", label, name) for i in range(20) for label, name in enumerate(NAMES))
-    whole = settings.few_shot(dataset(test=test), {}, Sampling(4, 1))
-    found = settings.fewer(whole.evaluation["test"], 5)
+    whole = task.few_shot(dataset(test=test), {}, Sampling(4, 1))
+    found = task.fewer(whole.evaluation["test"], 5)
     for name in "abc":
         first = sorted((f"{name}{i}" for i in range(20)), key=lambda key: hashlib.sha256(key.encode()).hexdigest())[:5]
         assert sorted(item.image for item in found.items if item.name == name) == sorted(first)
     assert found.items == tuple(item for item in whole.evaluation["test"].items if item in found.items)
-    assert settings.fewer(whole.evaluation["test"], 20) == whole.evaluation["test"]
+    assert task.fewer(whole.evaluation["test"], 20) == whole.evaluation["test"]
 
 
 @pytest.mark.slow

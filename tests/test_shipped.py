@@ -11,7 +11,7 @@ import torch
 
 from alert.tiny import recipe as gemma3
 from common.few_shot.encoders import tiny as clip
-from common.models.tiny import cached, garments, glyphs, pictures, silhouettes, wordings
+from common.models.tiny import cached, garments, pictures, wordings
 from common.models.tiny import recipe as qwen2_vl
 from tests.conftest import REPOSITORY
 
@@ -62,8 +62,8 @@ def test_pictures_are_of_their_labels():
     draw = pictures.Pictures(32, torch.Generator().manual_seed(0))
     drawn = draw(labels)
     generator = torch.Generator().manual_seed(0)
-    digits = glyphs.render(glyphs.glyph_bank(), torch.tensor([2, 7]), 32, generator)
-    clothes = silhouettes.render(silhouettes.silhouette_bank(), torch.tensor([3, 9, 1]), 32, generator)
+    digits = pictures.render_glyphs(pictures.glyph_bank(), torch.tensor([2, 7]), 32, generator)
+    clothes = garments.render_garments(garments.silhouette_bank(), torch.tensor([3, 9, 1]), 32, generator)
     assert torch.equal(drawn[[1, 3]], digits) and torch.equal(drawn[[0, 2, 4]], clothes)
     assert drawn.shape == (5, 1, 32, 32) and drawn.min() >= 0 and drawn.max() <= 1
     assert all(0.05 < float(picture.mean()) < 0.95 for picture in drawn)
@@ -71,9 +71,9 @@ def test_pictures_are_of_their_labels():
 
 def test_every_garment_is_another():
     """The nearest mean drawing tells most drawings apart; chance is a tenth."""
-    bank = silhouettes.silhouette_bank()
+    bank = garments.silhouette_bank()
     means, others = bank[:, ::2].mean(1).flatten(1), bank[:, 1::2].flatten(2)
     nearest = torch.cdist(others.flatten(0, 1), means).argmin(1)
     right = (nearest == torch.arange(10).repeat_interleave(others.shape[1])).float().mean()
     assert right > 0.6
-    assert torch.equal(bank, silhouettes.silhouette_bank()), "the same drawings every time"
+    assert torch.equal(bank, garments.silhouette_bank()), "the same drawings every time"

@@ -11,9 +11,8 @@ import unicodedata
 import pytest
 
 from common.data import folder, split_file
-from common.data.location import Location
+from common.data.listing import Location, on_disk, spellings
 from common.data.names import display
-from common.data.spelling import on_disk, spellings
 from common.types import BadImage, UserError
 from tests import data_tree
 from tests.conftest import REPOSITORY
@@ -105,8 +104,8 @@ READ = r"""
 import json, os, sys
 from pathlib import Path
 from common.data import folder
-from common.data.location import Location
-from common.data.spelling import on_disk
+from common.data.source import Location
+from common.data.listing import on_disk
 assert sys.getfilesystemencoding() == "ascii" and "\udcc3" in sys.argv[1]
 root = Path(sys.argv[1])
 assert os.fsencode(on_disk(root / "\u00f6.jpg")).endswith(b"/\xc3\xb6.jpg")  # though there is none

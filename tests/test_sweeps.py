@@ -17,9 +17,10 @@ from hydra.errors import ConfigCompositionException
 
 from common.config import composition
 from common.config.command_line import of_each_run
-from common.report.paper import curves, page, pictures, published
-from common.report.paper.points import load as points_of
-from common.sweep import book, plugin
+from common.report.paper import page, pictures
+from common.report.paper import results as results_module
+from common.report.paper.results import load_sweep as points_of
+from common.sweep import plan, plugin
 from common.sweep.plan import Point, Spec, expand
 from common.sweep.sweeper import Job, PaperSweeper
 from common.types import UserError
@@ -210,7 +211,7 @@ def made_job(name, *needs, depth=0):
 def test_choosing_among_a_sweeps_own_values_keeps_it_the_papers():
     rows = [{"method": "sft", "shots": 1}, {"method": "clsrl", "shots": [1, 4]}]
     keys = {"params": {"data": ["dtd", "eurosat"]}, "named": {}, "points": rows, "page": {}, "tiny": {}}
-    chapter = book.alone("any", keys)
+    chapter = plan.alone("any", keys)
     given = {"data": ["dtd"], "method": ["clsrl"], "shots": ["4"], "model": ["tiny"]}
     # 4 shots are not all points' own: SFT would run with others than the table's
     assert chapter.parted(given) == ({"shots": "4", "model": "tiny"}, {"data": "dtd", "method": "clsrl"})
@@ -296,9 +297,9 @@ def test_every_file_of_published_numbers_is_shown_and_found():
     for name in SWEEPS:
         page = yaml.safe_load((REPOSITORY / "sweeps" / f"{name}.yaml").read_text()).get("hydra", {})
         shown.add(page.get("sweeper", {}).get("page", {}).get("published"))
-    assert {path.stem for path in published.FOLDER.glob("*.csv")} == shown - {None}
-    for path in published.FOLDER.glob("*.csv"):
-        assert published.load(path.stem).source.startswith(("ALERT, ", "CLS-RL (arXiv 2503.16188), "))
+    assert {path.stem for path in results_module.FOLDER.glob("*.csv")} == shown - {None}
+    for path in results_module.FOLDER.glob("*.csv"):
+        assert results_module.load_published(path.stem).source.startswith(("ALERT, ", "CLS-RL (arXiv 2503.16188), "))
 
 
 def written(name):
@@ -322,13 +323,15 @@ def test_figure_3_shows_accuracies_of_the_test_images():
     _, points = written("clsrl_fig3")
     assert {point.overrides["validation"] for point in points} == {"none"}
     lines = [{"step": step, "eval/test/accuracy": 0.5} for step in (10, 20)]
-    assert curves.series(lines, "test_accuracy") == {10: 50.0, 20: 50.0}
+    assert pictures.series(lines, "test_accuracy") == {10: 50.0, 20: 50.0}
 
 
 def test_one_published_number_is_compared_with_one_model():
     """Tables 1 and 2 print the same accuracy of Gemma, so ours has the same draft in both: CaFo's with one shot."""
-    numbers = {dict(keys)["method"]: value for keys, value in published.load("alert_table1").numbers.items()}
-    again = published.load("alert_table2").numbers
+    numbers = {
+        dict(keys)["method"]: value for keys, value in results_module.load_published("alert_table1").numbers.items()
+    }
+    again = results_module.load_published("alert_table2").numbers
     assert {value for keys, value in again.items() if set(dict(keys).values()) == {"gemma_1shot", "imagenet"}} == {
         numbers["gemma_1shot"]
     }
@@ -354,7 +357,7 @@ def test_published_numbers_are_the_papers():
     alert, clsrl = facts["alert"], facts["clsrl"]
     ours = {"clip_zero_shot": "zero_shot_clip", "gemma_1shot": "gemma3_1shot", "zeroshot": "qwen2vl"}
     table = clsrl["table1_base_to_new"]
-    read = {path.stem: published.load(path.stem).numbers for path in published.FOLDER.glob("*.csv")}
+    read = {path.stem: results_module.load_published(path.stem).numbers for path in results_module.FOLDER.glob("*.csv")}
     at = {"base": 0, "new": 1, "H": 2}
     assert len(read["clsrl_table1"]) == 12 * 4 * 3
     for keys, value in read["clsrl_table1"].items():
@@ -404,7 +407,7 @@ def test_averages_and_harmonic_means_of_the_published_numbers_recompute():
 
     def rows(name, key, average="average"):
         found = {}
-        for keys, value in published.load(name).numbers.items():
+        for keys, value in results_module.load_published(name).numbers.items():
             named = dict(keys)
             column = named.pop(key)
             found.setdefault(tuple(sorted(named.items())), {})[column] = value
@@ -550,21 +553,21 @@ def test_a_wrong_chapter_is_named(tmp_path, chapter, message):
     (tmp_path / "more.yaml").write_text(f"{MINE}\nseed: 1\n")
     keys = {"params": {}, "tiny": {}, "given": {}, "chapters": [*([chapter] * (chapter == {"sweep": "mine"})), chapter]}
     with pytest.raises(UserError, match=message):
-        book.read(keys, [tmp_path])
+        plan.read(keys, [tmp_path])
 
 
 def test_values_of_a_chapter_go_before_the_books_and_after_the_command_lines(tmp_path):
     (tmp_path / "mine.yaml").write_text(MINE)
     chapter = {"sweep": "mine", "given": {"shots": [4, 8], "model": "tiny_x"}}
     keys = {"params": {"seed": [7]}, "tiny": {"clip": "tiny"}, "given": {"shots": 1, "on": True}, "chapters": [chapter]}
-    (found,) = book.read(keys, [tmp_path])
+    (found,) = plan.read(keys, [tmp_path])
     assert found.values({}) == {"clip": ["tiny"], "shots": ["4", "8"], "on": ["true"], "model": ["tiny_x"]}
     assert found.values({"shots": ["2"], "model": ["large"]}) == {"shots": ["2"], "on": ["true"], "model": ["large"]}
     assert found.spec.params == {"seed": [1], "data": "digits", "clip": "tiny"} and found.page["kind"] == "shots"
     assert found.methods == {"linear_probe", "tip_adapter_f"}
-    assert book.with_methods([found], ["cafo"]) == [found], "whose error says what it has"
+    assert plan.with_methods([found], ["cafo"]) == [found], "whose error says what it has"
     other = replace(found, name="other", spec=replace(found.spec, points=[{"method": "cafo"}]))
-    assert book.with_methods([found, other], ["cafo"]) == [other] and len(book.with_methods([found, other], None)) == 2
+    assert plan.with_methods([found, other], ["cafo"]) == [other] and len(plan.with_methods([found, other], None)) == 2
 
 
 @pytest.mark.faults

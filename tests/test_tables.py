@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import MISSING, fields
 
-from common.evaluation.summary import ProbabilitySummary, Summary
+from common.evaluation.metrics import ProbabilitySummary, Summary
 from common.report import figures, tables
 from common.run import tracking
 from common.run.result import Result

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from common.config.composition import validate
-from common.models import checks
 from common.run import loop
 from common.runtime import progress
 from common.types import UserError
+from common.vlm import check
 
 PLAIN = "common.models.tiny.recipe"
 
@@ -30,7 +30,7 @@ def warnings(compose, capsys):
     def run(task, *overrides):
         config = validate(compose(*overrides))
         capsys.readouterr()
-        checks.check(config, task, [])
+        check.check_model(config, task, [])
         return capsys.readouterr().err.splitlines()
 
     return run

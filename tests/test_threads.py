@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from common.runtime import group, threads
+from common.runtime import group, process
 from tests.conftest import REPOSITORY
 
 
@@ -49,7 +49,7 @@ def test_the_number_of_threads_does_not_follow_the_load(monkeypatch):
     monkeypatch.setenv("OMP_DYNAMIC", "TRUE")
     monkeypatch.delenv("MKL_DYNAMIC", raising=False)
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    threads.settle()
+    process.set_thread_policy()
     told = [os.environ[name] for name in ("OMP_DYNAMIC", "MKL_DYNAMIC", "OMP_WAIT_POLICY")]
     assert told == ["FALSE", "FALSE", "ACTIVE"]
 

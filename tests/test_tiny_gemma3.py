@@ -11,8 +11,8 @@ import torch
 
 from alert.prompt import meta_task
 from alert.tiny import episodes as tiny_episodes
-from alert.tiny import guidance as tiny_guidance
 from alert.tiny import layout as tiny_layout
+from alert.tiny import pretrain as tiny_guidance
 from alert.tiny import pretrain as tiny_pretrain
 from alert.tiny import recipe as tiny_gemma3
 from alert.tiny.episodes import Reference

@@ -20,7 +20,7 @@ from common.report import tables
 from common.run import doctor, loop
 from common.run.checkpoint import Checkpoints, State
 from common.run.result import FORMAT, Result
-from common.runtime import progress, stopwatch
+from common.runtime import progress
 from common.training.signs import Signs
 from common.types import Answers, Prediction, UserError
 from tests import data_tree
@@ -362,8 +362,8 @@ def test_nothing_to_do_has_no_bar(terminal, total, done):
 
 def test_seconds_by_phase_and_other_add_up(monkeypatch):
     now = 100.0
-    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: now)
-    clock = stopwatch.Stopwatch()
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now)
+    clock = progress.Stopwatch()
     clock.earlier = 20.0  # of a former attempt, whose phases are not known
     for name, inside, outside in (("data", 3.0, 1.0), ("model", 5.0, 0.5), ("data", 2.0, 0.0)):
         with clock.phase(name):

@@ -17,8 +17,8 @@ from common.config.schema import TrackingConfig
 from common.data.digits import Digits
 from common.evaluation.evaluate import Evaluation
 from common.report import __main__ as command
-from common.report import tables
-from common.report.paper import page, points, tracked
+from common.report import publish, tables
+from common.report.paper import page, results
 from common.run import tracking
 from common.types import Answers, Prediction, Reply
 from tests.test_tables import result as result_with
@@ -64,13 +64,15 @@ def test_offline_file_holds_the_run(tmp_path):
 
 @pytest.mark.slow
 def test_a_page_is_logged_beside_its_runs(tmp_path):
-    sweep = points.Sweep("clsrl_table2", {"rows": ["method"], "columns": ["data"]}, {}, [])
+    sweep = results.Sweep("clsrl_table2", {"rows": ["method"], "columns": ["data"]}, {}, [])
     ours = [page.TableCell({"method": "sft", "data": "dtd"}, 61.5, None, None, (1,), 9, 60.0, (), (), ())]
     folder = tmp_path / "clsrl_table2-seed1"
     folder.mkdir()
     (folder / "report.html").write_text("<p>all of it</p>")
     for _ in range(2):
-        tracked.publish(page.Page(sweep, ours, ""), folder, {"project": "p", "mode": "offline", "tags": ["mine"]})
+        publish.publish_to_wandb(
+            page.Page(sweep, ours, ""), folder, {"project": "p", "mode": "offline", "tags": ["mine"]}
+        )
     files = sorted(folder.rglob("*.wandb"))
     found = summary_of(files[0])
     assert (found["group"], found["job_type"], found["tags"]) == ("clsrl_table2", "table", ["clsrl_table2", "mine"])
@@ -80,7 +82,7 @@ def test_a_page_is_logged_beside_its_runs(tmp_path):
     assert (["method", "dtd"], [["sft", "61.50 (60)"]]) in tables
     assert any(path.read_text() == "<p>all of it</p>" for path in folder.rglob("*.html") if path.parent != folder)
     nowhere = tmp_path / "other"
-    tracked.publish(page.Page(sweep, ours, ""), nowhere, {"project": "p", "mode": "disabled", "tags": []})
+    publish.publish_to_wandb(page.Page(sweep, ours, ""), nowhere, {"project": "p", "mode": "disabled", "tags": []})
     assert not nowhere.exists()
 
 

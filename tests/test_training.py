@@ -24,9 +24,9 @@ from common.rewards import Reward, accuracy, strict_format
 from common.rollout.base import Decoding
 from common.rollout.hf import HFRollout
 from common.run import tracking
+from common.training.base import Epochs
 from common.training.engine import Engine
 from common.training.grpo.trainer import GRPOTrainer
-from common.training.schedule import Epochs
 from common.training.sft import SFTTrainer
 from common.types import UserError
 

@@ -21,7 +21,7 @@ from PIL import Image
 from common import Classifier
 from common.config import composition, trust
 from common.export import __main__ as export
-from common.export import hub
+from common.export import card
 from common.models import files, meter
 from common.models import vlm as vlms
 from common.predict import __main__ as predict
@@ -357,15 +357,15 @@ def test_nothing_else_unpickles():
 
 
 def test_candidates_of_somebody_else_are_arrays_of_numbers(tmp_path, bomb):
-    from common.few_shot import candidate_file
+    from common.few_shot import candidates
     from common.few_shot.candidates import Candidates, Origin
 
     found = Candidates(("a",), numpy.zeros((1, 1), int), numpy.zeros((1, 1)), Origin("coop", "dtd", 1, 1, False))
-    candidate_file.write(tmp_path / "test", found, ["one"], [0])
-    assert candidate_file.read(tmp_path / "test", ["a"], ["one"], "dtd", "test").images == ("a",)
+    candidates.write_candidates(tmp_path / "test", found, ["one"], [0])
+    assert candidates.read_candidates(tmp_path / "test", ["a"], ["one"], "dtd", "test").images == ("a",)
     numpy.savez(tmp_path / "test.npz", image_id=numpy.array([bomb], object), topk_idx=[[0]], topk_logit=[[0.0]])
     with pytest.raises(UserError, match=r"test.npz is no .npz file or"):
-        candidate_file.read(tmp_path / "test", ["a"], ["one"], "dtd", "test")
+        candidates.read_candidates(tmp_path / "test", ["a"], ["one"], "dtd", "test")
     assert not bomb.path.exists()
 
 
@@ -461,7 +461,7 @@ def test_links_out_of_a_folder_are_not_given_away(foreign, tmp_path, capsys):
         assert export.main([str(folder), str(tmp_path / "new"), "--as", kind]) == 2
         assert f"notes.txt is a link to {tmp_path / 'secret'}, outside of" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"notes.txt is a link"):
-        hub.plan(folder / "model", "me/birds")
+        card.plan(folder / "model", "me/birds")
     assert not (tmp_path / "new").exists()
 
 

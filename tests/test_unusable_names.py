@@ -11,14 +11,14 @@ import pytest
 from clsrl.prompting import ClassListPrompt
 from common.config.composition import validate
 from common.data import folder, names, source
-from common.data.location import Location
-from common.data.spelling import invisible
-from common.few_shot.encoders import prompts
-from common.models import checks, meter
+from common.data.listing import Location, invisible
+from common.few_shot.encoders import texts
+from common.models import meter
 from common.models.tiny import gemma3, qwen2_vl
 from common.predict import trained
 from common.serve.service import PredictionService
 from common.types import CATEGORY, Item, Split, Task, UserError
+from common.vlm import check
 
 HIDDEN = {
     "zero width space": ("\u200b", "U+200B (zero width space)"),
@@ -182,17 +182,17 @@ TOKENS = [("qwen2_vl", "<|im_end|>"), ("qwen2_vl", "<|image_pad|>"), ("gemma3", 
 def test_special_tokens_in_names_questions_and_words(meters, compose, model, token):
     config = validate(compose("method=nothinking", "data=digits"))
     measure = meters[model]
-    checks.check_words(config, measure, task())
+    check.check_words(config, measure, task())
     bad = f"a {token} b"
     with pytest.raises(UserError, match=r"class 'a .* b': '.*' is a special token of model=") as refusal:
-        checks.check_words(config, measure, task(("cat", bad)))
+        check.check_words(config, measure, task(("cat", bad)))
     assert f"'{token}' is a special token" in str(refusal.value)
     with pytest.raises(UserError, match="'a .* b', a word for 'cat': '.*' is a special token"):
-        checks.check_words(config, measure, task(aliases={"cat": (bad,)}))
+        check.check_words(config, measure, task(aliases={"cat": (bad,)}))
     for key in ("question", "open_question"):
         asked = replace(config, data=replace(config.data, **{key: f"What? {token}"}))
         with pytest.raises(UserError, match=f"data.{key}=What.*: '.*' is a special token"):
-            checks.check_words(asked, measure, task())
+            check.check_words(asked, measure, task())
 
 
 def test_the_first_special_token_is_named(meters):
@@ -203,7 +203,7 @@ def test_the_first_special_token_is_named(meters):
 def test_the_place_of_an_embedding_in_a_question(meters, compose):
     config = validate(compose("method=nothinking", "data=digits", f"data.question='Which {CATEGORY}?'"))
     with pytest.raises(UserError, match="data.question=Which <category>.: '<category>' marks the place"):
-        checks.check_words(config, meters["qwen2_vl"], task())
+        check.check_words(config, meters["qwen2_vl"], task())
 
 
 def test_they_are_refused_before_anything_is_measured(compose, monkeypatch):
@@ -211,23 +211,23 @@ def test_they_are_refused_before_anything_is_measured(compose, monkeypatch):
     config = validate(compose("method=nothinking", "data=digits", "data.question='What <|im_end|> is it?'"))
     monkeypatch.setattr(meter.PromptMeter, "tokens", lambda *_: pytest.fail("measured"))
     with pytest.raises(UserError, match=r"data.question=.* '<\|im_end\|>' is a special token of model=tiny"):
-        checks.check(config, task(), [["one"]])
+        check.check_model(config, task(), [["one"]])
 
 
 def test_marks_of_clip(tmp_path):
     with pytest.raises(UserError, match="clip.templates: 'cat<end_of_text> there' of class 'cat' has '<end_of_text>'"):
-        prompts.of_templates(["cat"], ["a photo of a {}.", "{}<end_of_text> there"])
+        texts.of_templates(["cat"], ["a photo of a {}.", "{}<end_of_text> there"])
     path = tmp_path / "sentences.json"
     path.write_text(json.dumps({"cat": ["Small.", "<start_of_text> Big."]}))
     with pytest.raises(UserError, match=f"clip.prompts={path}: '<start_of_text> Big.' of class 'cat'"):
-        prompts.of_file(path, ["cat"])
+        texts.of_file(path, ["cat"])
 
 
 def test_sentences_under_a_hidden_character(tmp_path):
     path = tmp_path / "sentences.json"
     path.write_text(json.dumps({"cat\u200b": ["Small."]}))
     with pytest.raises(UserError, match=r"'cat'; its key 'cat' has the invisible character U\+200B"):
-        prompts.of_file(path, ["cat"])
+        texts.of_file(path, ["cat"])
 
 
 def test_commas_are_in_the_way_of_a_list_alone(tmp_path):

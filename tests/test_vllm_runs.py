@@ -14,7 +14,7 @@ import torch
 
 from common.config.composition import validate
 from common.rollout.vllm import check, weights
-from common.rollout.vllm.together import Asked, Together
+from common.rollout.vllm.backend import Asked, Together
 from common.types import UserError
 from tests.conftest import REPOSITORY
 from tests.test_ranks import metrics, sampled, trained

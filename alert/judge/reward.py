@@ -18,10 +18,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from alert.judge.base import Generate, Judge, JudgeUnavailable, Keep, Model, OwnBase, Runtime, settings
-from alert.judge.cache import Replies
+from alert.judge.base import Generate, Judge, JudgeUnavailable, Keep, Model, OwnBase, Replies, Runtime, settings
 from alert.judge.prompt import SCALES, judge_prompt, normalised, parse_score, reasoning
-from common.config.checks import one_of
+from common.config.schema import one_of
 from common.types import Sample, UserError
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from common.models.tiny.wordings import CLASSES
 
 HERE, MODELS = Path(__file__).parent, Path(tiny_gemma3.__file__).parent
 SOURCES = (
-    *(HERE / f"{name}.py" for name in ("episodes", "guidance", "layout", "pretrain")),
+    *(HERE / f"{name}.py" for name in ("episodes", "layout", "pretrain")),
     HERE.parent / "prompt.py",
     *(MODELS / f"{name}.py" for name in (*PICTURES, "qwen2_vl", "gemma3", "wordings")),
 )

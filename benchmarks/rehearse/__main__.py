@@ -49,7 +49,7 @@ from benchmarks.rehearse.lines import Line
 from common.config import suggest
 from common.config.schema import Config, GRPOConfig
 from common.models import files
-from common.runtime import threads
+from common.runtime import process
 from common.types import UserError
 from run import one_line
 
@@ -403,7 +403,7 @@ def main(words: Sequence[str]) -> int:
     chosen = own.get("steps", ",".join(name for name in STEPS if name != "update")).split(",")
     if unknown := set(chosen) - set(STEPS):
         raise UserError(f"steps={unknown.pop()}: choose from {', '.join(STEPS)}")
-    threads.settle()
+    process.set_thread_policy()
     plan = prepare(own, given)
     for name in chosen:
         print(f"{name} …", flush=True)

@@ -1,7 +1,7 @@
 """Checks of a learner in one process: is what it loads, asks, samples and scores what the model's authors compute?
 
 The other side is the stock processor and the stock forward of transformers, in fp32 arithmetic on the same weights
-(`common.forward.exact`): what is right differs by 1e-5 nats, what is wrong by a thousand times that, at every depth.
+(`common.forward.logprobs`): what is right differs by 1e-5 nats, what is wrong by a thousand times that, at every depth.
 
 Shapes: P prompt tokens, R tokens of a reply.
 """
@@ -29,9 +29,8 @@ from benchmarks.rehearse.lines import Line, timed, within
 from benchmarks.rehearse.stock import stock_attention, stock_inputs, stock_logps, stock_positions, without_categories
 from common.config.schema import Config
 from common.data import task
-from common.forward.exact import InFloat32
 from common.forward.label_scores import LabelScorer
-from common.forward.logprobs import PolicyScorer
+from common.forward.logprobs import InFloat32, PolicyScorer
 from common.forward.packing import Group, pack_shared
 from common.learner import learner_class
 from common.models.adapters import without_adapters
@@ -43,8 +42,7 @@ from common.rollout.base import Decoding, Request, Rollout, requests, sampling_m
 from common.run.checkpoint import Checkpoints
 from common.runtime.group import init_process_group
 from common.training import agreement
-from common.vlm.build import sampling
-from common.vlm.learner import VLMLearner
+from common.vlm.learner import VLMLearner, sampling
 
 TOKENS, GROUP, COMPARED = 6, 3, 1  # of a completion; completions; how many of them go through stock forwards
 TRL_CASES = (setup.Case(700, 6, 4), setup.Case(700, 150, 4))  # CLS-RL on ImageNet: a label, a thought
@@ -319,10 +317,11 @@ def checked(config: Config, folder: Path, names: Sequence[str]) -> list[Line]:
 
     Args:
         config: Of a run; none is made.
-        folder: Of such a run.
+        folder: Run folder, where the hashes of its prompts are kept; made if it is missing.
         names: Of CHECKS.
     """
     os.environ.setdefault("LOCAL_RANK", "0")
+    folder.mkdir(parents=True, exist_ok=True)
     device = init_process_group(config.gpus)
     lines, learners = timed(lambda: arithmetic(device), "bf16 arithmetic", device), []
 

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from common.config.aliases import ALIASES
 from common.config.consistency import DEEPSPEED_KEYS
-from common.config.run_name import CONF
+from common.config.schema import CONF
 from common.plugins import locate
 from common.types import UserError
 

@@ -23,7 +23,7 @@ from common.models import files, meter, vlm
 from common.models.adapters import without_adapters
 from common.models.encoder import Encoded, Encoder
 from common.models.slots import attach
-from common.training.schedule import total_updates
+from common.training.base import total_updates
 from common.training.sft import target
 from common.types import Prompt
 from common.vlm.prompting import TaskPrompts

@@ -1,8 +1,4 @@
-"""Splits of our own (see fallback.py) for datasets whose labels stand in annotation files.
-
-Each takes the location, its image folder and the generator. Where the authors publish a test part, it stays the
-test part, and only their training part is cut into train and val.
-"""
+"""Our own splits of datasets whose labels stand in annotation files, and FGVC-Aircraft's official lists."""
 
 from __future__ import annotations
 
@@ -13,12 +9,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from common.data.assemble import Parts
-from common.data.fallback import split_classes, split_trainval
-from common.data.listing import fields, lines, number, text
-from common.data.location import Location
-from common.data.split_file import prefix
-from common.types import Item
+from common.data.listing import Location, fields, lines, number, text
+from common.data.source import Parts, assemble
+from common.data.split_file import prefix, split_classes, split_trainval
+from common.types import Item, Source
+
+# Splits of our own (see fallback.py) for datasets whose labels stand in annotation files.
+#
+# Each takes the location, its image folder and the generator. Where the authors publish a test part, it stays the
+# test part, and only their training part is cut into train and val.
 
 
 def pets(location: Location, images: str, rng: random.Random) -> Parts:
@@ -157,3 +156,33 @@ def _matlab(location: Location, file: str, variable: str) -> Any:
     if variable not in content:
         raise location.error(f"{path} has no variable '{variable}'")
     return content[variable][0]
+
+
+# FGVC-Aircraft by the official lists, which are also CoOp's split; there is no split file.
+#
+# `variants.txt` has one class per line, `images_variant_{train,val,test}.txt` lines of image number and class.
+
+
+def aircraft(location: Location) -> Source:
+    """The dataset with its own parts; a label is a class's line in `variants.txt`, counted from 0.
+
+    Raises:
+        UserError: A file is missing, or a line names an unknown class.
+    """
+    location.need("images")
+    names = [name for _, name in lines(location, location.need("variants.txt"))]
+    labels = {name: label for label, name in enumerate(names)}
+    train, val, test = (
+        _items(location, location.need(f"images_variant_{part}.txt"), labels) for part in ("train", "val", "test")
+    )
+    return assemble(location, names, Parts(train, val, test), "official lists")
+
+
+def _items(location: Location, path: Path, labels: dict[str, int]) -> list[Item]:
+    items = []
+    for line in lines(location, path):
+        image, name = fields(location, line, "image variant")
+        if name not in labels:
+            raise location.error(f"{line[0]}: '{name}' is not in variants.txt")
+        items.append(Item(location.key(f"images/{image}.jpg"), labels[name], name))
+    return items

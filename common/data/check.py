@@ -10,7 +10,6 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -24,14 +23,13 @@ from rich.text import Text
 from common.cli import program
 from common.config import composition as config
 from common.config.command_line import literal
-from common.config.schema_task import DataConfig
+from common.config.schema import CONF, DataConfig
 from common.counted import agree, counted
 from common.data.source import find, load
-from common.runtime import utf8
+from common.runtime import process
 from common.runtime.progress import bar, doing, watched
 from common.types import BadImage, Source, UserError
 
-CONF = Path(__file__).parent.parent.parent / "conf"
 SIZES = ("classes", "train", "val", "test")
 
 
@@ -174,5 +172,5 @@ def command() -> int:
 
 
 if __name__ == "__main__":
-    utf8.ensure()
+    process.ensure_utf8()
     sys.exit(command())

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.data.location import Location
+from common.data.listing import Location
 from common.types import Item, Source, UserError
 
 if TYPE_CHECKING:

@@ -1,8 +1,4 @@
-"""Your own photos: one folder per class, or a table (table.py), which may lie in the folder.
-
-Folders `train`, `test` and, if you like, `val` above the class folders (in a CSV the column `split`) are the parts.
-Without them, all photos are one pool to pick from, and those that are not picked are for testing.
-"""
+"""Your own photos: one folder per class, or a table (table.py), which may lie in the folder."""
 
 from __future__ import annotations
 
@@ -13,17 +9,16 @@ from pathlib import Path
 
 from common.counted import counted
 from common.data import wordnet
-from common.data.assemble import PARTS, Parts, assemble
 from common.data.layout import PICTURES, parts_of, pictures
-from common.data.listing import scan
-from common.data.litter import summary, worded
-from common.data.location import Location
+from common.data.listing import Location, litter_summary, litter_worded, on_disk, scan
 from common.data.names import objections, remarks
-from common.data.spelling import on_disk
-from common.data.table import Photo, photos_in_table
-from common.data.tables import in_place_of_folders, metadata, others, photos_in_tables, usable
+from common.data.source import PARTS, Parts, assemble
+from common.data.table import Photo, in_place_of_folders, metadata, others, photos_in_table, photos_in_tables, usable
 from common.parsing import normalize
 from common.types import Item, Source, UserError
+
+# Folders `train`, `test` and, if you like, `val` above the class folders (in a CSV the column `split`) are the parts.
+# Without them, all photos are one pool to pick from, and those that are not picked are for testing.
 
 
 def read(location: Location, *, csv: str | None = None) -> Source:
@@ -156,4 +151,4 @@ def _pass_over(location: Location, folder: Path, names: Sequence[str]) -> None:
 def _instead(location: Location, folder: Path) -> str:
     """What a class folder has in place of photos."""
     reasons = [why for path, why in location.passed_over.items() if path.startswith(f"{folder}{os.sep}")]
-    return f"; passed over: {worded(summary(reasons))}" if reasons else ""
+    return f"; passed over: {litter_worded(litter_summary(reasons))}" if reasons else ""

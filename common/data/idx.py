@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.counted import counted
-from common.data.location import Location
+from common.data.listing import Location
 from common.types import BadImage, Item, Source
 
 if TYPE_CHECKING:

@@ -1,20 +1,24 @@
-"""ImageNet (ILSVRC 2012): `images/train` and `images/val` with one folder per class, named by its WordNet id, and
-`classnames.txt` with CLIP's class names. Two of the 1,000 names occur twice (missile, sunglasses).
+"""ImageNet's classes as WordNet has them, from the lists that the package timm ships. No download, no torch.
 
-CoOp tests on the official validation set, since the test set's labels are secret. It takes file names in the order in
-which the file system lists them; here they are sorted, so that a seed picks the same images on every machine.
+A class is a WordNet id such as `n01440764`; ImageNet's label order is that of the sorted ids. ImageNet has 1000 of the
+21,844 ids in these lists.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from common.counted import agree, counted
-from common.data.assemble import Parts, assemble
-from common.data.listing import collect, fields, files, lines, subfolders
-from common.data.location import Location
-from common.types import Item, Source
+from common.data.listing import Location, collect, fields, files, lines, subfolders
+from common.data.source import Parts, assemble
+from common.types import Item, Source, UserError
+
+# ImageNet (ILSVRC 2012): `images/train` and `images/val` with one folder per class, named by its WordNet id, and
+# `classnames.txt` with CLIP's class names. Two of the 1,000 names occur twice (missile, sunglasses).
+#
+# CoOp tests on the official validation set, since the test set's labels are secret. It takes file names in the order in
+# which the file system lists them; here they are sorted, so that a seed picks the same images on every machine.
 
 TRAIN, TEST = "images/train", "images/val"
 CLASSNAMES = "classnames.txt"
@@ -88,3 +92,78 @@ def same_folders(location: Location, folder: Path, actual: Iterable[str], expect
 def items(location: Location, folder: Path, key: str, wnids: list[str], names: dict[str, str]) -> list[Item]:
     """The images of class folders; labels count `wnids`."""
     return collect(location, folder, key, [(wnid, label, names[wnid]) for label, wnid in enumerate(wnids)])
+
+
+# Other pictures of ImageNet's classes: ImageNetV2, -Sketch, -A and -R. All their images are for testing.
+#
+# To train, take ImageNet's own training images of the classes that the set has, if `imagenet/images/train` lies beside
+# it. Class names come from the `classnames.txt` in the set's folder or, without it, from ImageNet's.
+
+IMAGENET = "imagenet"  # ImageNet's folder beside this one, and its name in keys
+
+
+def by_wnid(location: Location, *, images: str, all_classes: bool = False) -> Source:
+    """A set with one folder per class, named by its WordNet id; a label is its number among the set's own folders.
+
+    Args:
+        location: Of the dataset.
+        images: The folder of the class folders, in the dataset's folder.
+        all_classes: Whether every class of `classnames.txt` must be there.
+
+    Raises:
+        UserError: A folder or `classnames.txt` is missing, or a folder is not a class.
+    """
+    names = _classnames(location)
+    folder = location.need(images)
+    wnids = class_folders(location, folder, names)
+    if all_classes:
+        same_folders(location, folder, wnids, names)
+    test = items(location, folder, location.key(images), wnids, names)
+    return _source(location, wnids, names, test)
+
+
+def by_number(location: Location, *, images: str) -> Source:
+    """A set whose class folders are the labels 0, 1, 2, ...: the lines of `classnames.txt`.
+
+    Args:
+        location: Of the dataset.
+        images: The folder of the class folders, in the dataset's folder.
+
+    Raises:
+        UserError: A folder or `classnames.txt` is missing, or folders and lines differ in number.
+    """
+    names = _classnames(location)
+    if list(names) != sorted(names):
+        raise location.error(
+            "classnames.txt is not in the order of WordNet ids, so its lines are not the labels; sort it"
+        )
+    folder = location.need(images)
+    same_folders(location, folder, subfolders(location, folder), map(str, range(len(names))))
+    classes = [(str(label), label, name) for label, name in enumerate(names.values())]
+    return _source(location, list(names), names, collect(location, folder, location.key(images), classes))
+
+
+def _classnames(location: Location) -> dict[str, str]:
+    location.need(".")
+    own, shared = location.folder / CLASSNAMES, location.root / IMAGENET / CLASSNAMES
+    path = own if own.exists() else shared
+    if not path.exists():
+        raise UserError(
+            f"data={location.name}: neither {own} nor {shared} exists; {location.section} says how to make one"
+        )
+    return classnames(location, path)
+
+
+def _source(location: Location, wnids: list[str], names: dict[str, str], test: Sequence[Item]) -> Source:
+    folders = {location.name: location.folder, IMAGENET: location.root / IMAGENET}
+    train = _training_images(location, wnids, names, location.root / IMAGENET / TRAIN)
+    origin = "official test set, trained on ImageNet" if train else "official test set"
+    return assemble(location, [names[wnid] for wnid in wnids], Parts(train, (), test), origin, folders)
+
+
+def _training_images(location: Location, wnids: list[str], names: dict[str, str], folder: Path) -> list[Item]:
+    if location.only_test or not folder.is_dir():
+        return []
+    present = set(subfolders(location, folder))
+    same_folders(location, folder, present & set(wnids), wnids)
+    return items(location, folder, f"{IMAGENET}/{TRAIN}", wnids, names)

@@ -1,20 +1,184 @@
-"""Folders and text files of a dataset, read the same way on every machine: sorted, names in NFC, without hidden entries
-and litter.
-"""
+"""Folders, text files and the names in them, read the same way on every machine; where a dataset lies."""
 
 from __future__ import annotations
 
 import codecs
 import os
+import re
+import unicodedata
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.data.litter import reason
-from common.data.location import Location
-from common.data.spelling import as_text, on_disk, spellings
-from common.types import Item
+from common.data.contents import Contents
+from common.types import Item, UserError
+
+# Names of files as text, whatever the locale says and however a disk spells accents, and what nobody sees in a name.
+#
+# macOS stores `ö` as `o` and a combining mark (Unicode's form NFD), most others as one letter (NFC). Both are one name:
+# class names, keys and manifests have it in NFC, and a file is found in whichever form it is stored.
+
+
+# Unicode's controls, formats and half letters, and what has no ink although it counts as a letter, mark or symbol:
+# joiners of graphemes, fillers of Hangul, vowels of Khmer, an empty cell of Braille, selectors of variants.
+UNSEEN = ("Cc", "Cf", "Cs")
+INKLESS = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0\ufe00-\ufe0f\U000e0100-\U000e01ef]")
+# Where some of them belong to what is seen: joiners inside words of Persian or Hindi and inside emoji, the colour of an
+# emoji, and the flag of England.
+MEANT = re.compile(
+    r"(?<=[^\x00-\x7f\s])[\u200c\u200d](?=[^\x00-\x7f\s])"
+    r"|(?<=[#*0-9\xa9\xae\u2000-\u3299\U0001f000-\U0001faff])[\ufe0e\ufe0f]"
+    r"|(?<=\U0001f3f4)[\U000e0020-\U000e007f]+"
+)
+
+URL = re.compile(r"[a-z][a-z\d+.-]+://|data:", re.IGNORECASE)  # how an address begins that is no path
+
+
+def as_text(name: str) -> str:
+    """A name that the file system gave, as text in NFC.
+
+    Raises:
+        UnicodeDecodeError: It is not UTF-8, as in old archives.
+
+    >>> as_text("Vo\\u0308gel") == "V\\u00f6gel"
+    True
+    """
+    return name if name.isascii() else composed(os.fsencode(name).decode("utf-8"))
+
+
+def composed(text: str) -> str:
+    """The text in NFC: one letter where a letter and its accent may be two."""
+    return unicodedata.normalize("NFC", text)
+
+
+def invisible(text: str) -> str:
+    """The first character of a text that nobody sees, by number and name; empty if all can be seen.
+
+    >>> invisible("c\\u200bat"), invisible("\\u202ac:/cat"), invisible("cat")
+    ('U+200B (zero width space)', 'U+202A (left-to-right embedding)', '')
+    >>> invisible("\\U0001f469\\u200d\\U0001f373"), invisible("cat\\u200d")  # a joiner where it belongs, and not
+    ('', 'U+200D (zero width joiner)')
+    """
+    hidden = next(filter(_is_unseen, MEANT.sub("", text)), "")
+    return f"U+{ord(hidden):04X} ({unicodedata.name(hidden, 'a control character').lower()})" if hidden else ""
+
+
+def visible(text: str) -> str:
+    """The text without all characters that nobody sees; two that are equal then look the same."""
+    return "".join(letter for letter in text if not _is_unseen(letter))
+
+
+def _is_unseen(letter: str) -> bool:
+    return unicodedata.category(letter) in UNSEEN or INKLESS.match(letter) is not None
+
+
+def readable(path: Path) -> str:
+    """A path as text in NFC, also where the locale hides the letters of an argument in bytes."""
+    return composed(str(path).encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape"))
+
+
+def on_disk(path: Path) -> Path:
+    """The path as its disk spells it. A path that does not exist in any form stays as it is given."""
+    if str(path).isascii():
+        return path
+    exact = Path(_stored(str(path)))
+    if os.path.exists(exact):  # unlike Path.exists, it takes every path
+        return exact
+    return next(iter(spellings(path)), exact)
+
+
+def spellings(path: Path) -> list[Path]:
+    """All paths that read as this one, as given if it is ASCII. There may be two: a folder in each form.
+
+    A path of other characters is looked for, and missing if it does not exist.
+    """
+    if str(path).isascii():
+        return [path]
+    ways = [Path(path.anchor)]
+    for part in path.parts[1:] if path.anchor else path.parts:
+        ways = [folder / name for folder in ways for name in _forms(folder, part)]
+    return [way for way in ways if os.path.exists(way)]
+
+
+def _forms(folder: Path, part: str) -> list[str]:
+    """The names in a folder that read as `part`."""
+    if part.isascii():
+        return [part]
+    text = part.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    forms = (part, composed(text), unicodedata.normalize("NFD", text))
+    names = [name for name in dict.fromkeys(map(_stored, forms)) if os.path.lexists(folder / name)]
+    return names or [name for name in _names(folder) if _reads_as(name, composed(text))]
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:  # no folder, or one that may be passed through but not listed
+        return []
+
+
+def _reads_as(name: str, text: str) -> bool:
+    return composed(os.fsencode(name).decode("utf-8", "replace")) == text
+
+
+def _stored(name: str) -> str:
+    """Text as the functions of `os` take it: under a locale without UTF-8 they want it byte by byte."""
+    return os.fsdecode(name.encode("utf-8", "surrogateescape"))
+
+
+# What photo servers, archives and file managers leave beside pictures. No reader takes it for data.
+
+# Whole names in lower case. Some of them hold reduced copies of the pictures beside them, under the pictures' names.
+LITTER = frozenset(
+    (
+        *("@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", ".@__thumb"),  # Synology, QNAP
+        *("__macosx", ".ds_store", ".trashes", ".fseventsd", ".spotlight-v100", "icon\r"),  # macOS
+        *("network trash folder", "temporary items", ".temporaryitems", ".appledouble"),
+        *("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini"),  # Windows
+        *("$recycle.bin", "system volume information"),
+        *(".thumbnails", ".directory", "lost+found"),  # Linux
+        *("picasa.ini", ".picasa.ini", ".picasaoriginals", "zbthumbnail.info"),
+        *("__pycache__", ".ipynb_checkpoints"),
+    )
+)
+APPLE_DOUBLE = "._"  # begins the names of files in which macOS keeps what other file systems cannot hold
+
+
+def litter_reason(name: str) -> str | None:
+    """Why a file or folder of this name is passed over; None for one that may be data.
+
+    >>> [litter_reason(name) for name in ("@eaDir", "._cat.jpg", "Thumbs.db", ".git", "cat.jpg")]
+    ['litter', 'litter', 'litter', 'hidden', None]
+    """
+    if name.lower() in LITTER or name.startswith(APPLE_DOUBLE):
+        return "litter"
+    return "hidden" if name.startswith(".") else None
+
+
+def litter_summary(reasons: Iterable[str]) -> dict[str, int]:
+    """How often each reason occurs, by the reasons' names.
+
+    >>> litter_summary(["litter", "hidden", "litter"])
+    {'hidden': 1, 'litter': 2}
+    """
+    counts: dict[str, int] = {}
+    for one in sorted(reasons):
+        counts[one] = counts.get(one, 0) + 1
+    return counts
+
+
+def litter_worded(passed_over: Mapping[str, int]) -> str:
+    """The counts of `litter_summary` as text.
+
+    >>> litter_worded({"hidden": 1, "litter": 2})
+    '1 hidden, 2 litter'
+    """
+    return ", ".join(f"{count:,} {why}" for why, count in passed_over.items())
+
+
+# Folders and text files of a dataset, read the same way on every machine: sorted, names in NFC, without hidden entries
+# and litter.
 
 MARKS = {  # the longest first: one of UTF-32 begins like one of UTF-16
     codecs.BOM_UTF32_LE: "utf-32",
@@ -156,7 +320,9 @@ def _entries(location: Location, folder: Path) -> list[tuple[str, str]]:
     # os.scandir knows files from folders without asking for each: ImageNet's 1.3 million take seconds.
     try:
         with os.scandir(folder) as entries:
-            return [(name := _name(location, folder, entry.name), reason(name) or _kind(entry)) for entry in entries]
+            return [
+                (name := _name(location, folder, entry.name), litter_reason(name) or _kind(entry)) for entry in entries
+            ]
     except OSError as error:
         raise location.error(f"{folder} cannot be listed ({error.strerror})") from error
 
@@ -184,3 +350,76 @@ def _name(location: Location, folder: Path, name: str) -> str:
         raise location.error(
             f"{folder} has the name {name!a}, which is not UTF-8; rename it (convmv -f latin1 -t utf8)"
         ) from None
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a dataset lies on this machine.
+
+    Args:
+        name: Of the dataset; its section in docs/datasets.md, and the first part of its images' keys.
+        root: The folder of all datasets (CoOp's `$DATA`).
+        folder: This dataset's.
+        allow_fallback_split: Whether a split of our own may stand in for a missing split file.
+        only_test: The training images are not needed; a reader may save the time that it takes to list them.
+        tried: Where the dataset was looked for, if `folder` is not the only choice.
+        passed_over: What readers left aside so far, by its path, and why.
+        notes: What readers have to say about how they took what they found, each a sentence.
+        background: Colour behind transparent parts of its pictures.
+        contents: Where the hashes of its files are kept.
+    """
+
+    name: str
+    root: Path
+    folder: Path
+    allow_fallback_split: bool = False
+    only_test: bool = False
+    tried: tuple[Path, ...] = ()
+    passed_over: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
+    notes: list[str] = field(default_factory=list, compare=False, repr=False)
+    background: str = "white"
+    contents: Contents = field(default_factory=Contents, compare=False, repr=False)
+
+    @property
+    def section(self) -> str:
+        return f"docs/datasets.md#{self.name}"
+
+    def need(self, relative: str) -> Path:
+        """A file or folder of the dataset.
+
+        Raises:
+            UserError: It is not there.
+        """
+        if not _is_there(self.folder) and len(self.tried) > 1:
+            paths = " nor ".join(map(str, self.tried))
+            raise UserError(
+                f"data={self.name}: neither {paths} exists{_hidden(paths)}; {self.section} says what belongs there"
+            )
+        for path in (self.folder, self.folder / relative):
+            if not _is_there(path):
+                raise UserError(
+                    f"data={self.name}: {path} does not exist{_hidden(str(path))}; {self.section} says what belongs"
+                    " there"
+                )
+        return self.folder / relative
+
+    def key(self, relative: str) -> str:
+        """The key of an image, from its path inside the folder (with `/`); in NFC, however the path is written."""
+        return composed(f"{self.name}/{relative}")
+
+    def pass_over(self, path: Path, why: str) -> None:
+        """Note a file or folder that is no data. A folder counts once; so does what is listed twice."""
+        self.passed_over[str(path)] = why
+
+    def error(self, what: str) -> UserError:
+        """A mistake in the dataset's files."""
+        return UserError(f"data={self.name}: {what}; see {self.section}")
+
+
+def _hidden(path: str) -> str:
+    """What a path has that nobody sees, as copied from a web page or a window of Windows."""
+    return f" (the path has the invisible character {character})" if (character := invisible(path)) else ""
+
+
+def _is_there(path: Path) -> bool:
+    return os.path.exists(on_disk(path))  # unlike Path.exists, it answers for every path

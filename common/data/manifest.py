@@ -1,19 +1,25 @@
-"""The manifest of a run: which images and which labels, frozen with hashes.
-
-"What exactly was the split?" is answered by this file alone, and evaluation refuses a task that does not match it.
-"""
+"""What a run is about, frozen with hashes: its images and labels (manifest.json) and its prompts (prompts.json)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.counted import counted
+from common.counted import agree, counted
+from common.data.duplicates import WORDS
+from common.data.listing import litter_worded
+from common.runtime.distributed import barrier, rank
 from common.types import Task, UserError
+
+# The manifest of a run: which images and which labels, frozen with hashes.
+#
+# "What exactly was the split?" is answered by this file alone, and evaluation refuses a task that does not match it.
+
 
 # How the data was read, on this machine and day. It may change without changing the task, so no hash covers it.
 OBSERVED = ("passed_over", "notes", "duplicates", "unusable", "treated", "background")
@@ -172,3 +178,125 @@ def trained_images(model: Path, data: str, fingerprint: str) -> frozenset[str]:
         if manifest["data"] == data and (manifest["fingerprint"] == fingerprint or len(manifest["origins"]) > 1):
             return frozenset(row[0] for row in manifest["splits"]["train"]["rows"])
     return frozenset()
+
+
+# What a result says about its data: what was passed over, left out, replaced, and there twice. No torch.
+
+SHOWN = 10  # bad pictures that are named
+
+
+def passed_over(facts: Mapping[str, Any]) -> list[str]:
+    """A line about files and folders that were no data, from a manifest or a result; none if there were none.
+
+    >>> passed_over({"passed_over": {"litter": 2, "unknown suffix": 1}})
+    ['passed over in the folders of the data: 2 litter, 1 unknown suffix']
+    """
+    reasons = facts.get("passed_over")
+    return [f"passed over in the folders of the data: {litter_worded(reasons)}"] if reasons else []
+
+
+def unusable(bad: Mapping[str, str]) -> str:
+    """Pictures that cannot be used, each with its reason; of many the first, and how often each reason occurs."""
+    shown = ", ".join(f"{image} ({reason})" for image, reason in list(bad.items())[:SHOWN])
+    if len(bad) <= SHOWN:
+        return shown
+    reasons = Counter(bad.values()).most_common(3)
+    return f"{shown} and {len(bad) - SHOWN:,} more (of all: {', '.join(f'{n:,} {reason}' for reason, n in reasons)})"
+
+
+def treated(counts: Mapping[str, int], background: str) -> list[str]:
+    """A line for each kind of pictures that are not shown as they are stored (see `rgb.to_rgb`).
+
+    >>> treated({"transparent": 1, "stretched": 2}, "white")  # doctest: +NORMALIZE_WHITESPACE
+    ['transparent parts of 1 picture are shown on white (data.background)',
+     '16-bit levels of 2 pictures use a part of their range, and are stretched to the whole']
+    """
+    said = {
+        "transparent": f"transparent parts of {{}} are shown on {background} (data.background)",
+        "stretched": "16-bit levels of {} use a part of their range, and are stretched to the whole",
+    }
+    return [said[kind].format(_pictures(n)) for kind, n in counts.items()]
+
+
+def _pictures(count: int) -> str:
+    return f"{count:,} picture{'s' * (count != 1)}"
+
+
+def notes_of(facts: Mapping[str, Any]) -> list[str]:
+    """What a manifest says of how the data was read; which pictures are there twice has a line of its own."""
+    bad = facts.get("unusable", {})
+    left_out = f"left out {_pictures(len(bad))} that cannot be used: {unusable(bad)}; manifest.json names all"
+    return [
+        *([left_out] if bad else []),
+        *passed_over(facts),
+        *facts.get("notes", []),
+        *treated(facts.get("treated", {}), facts.get("background", "")),
+    ]
+
+
+def data_lines(facts: Mapping[str, Any]) -> list[str]:
+    """All that a reader of a result should know of its data; results of older runs lack some of the entries."""
+    lines = passed_over(facts)
+    if replaced := sum(facts.get("refilled", {}).values()):
+        many, were = counted(replaced, "training picture"), agree(replaced, "was", "were")
+        others = agree(replaced, "another of its class, since it", "others of their class, since they")
+        lines.append(f"{many} {were} replaced by {others} cannot be decoded")
+    for kind, count in facts.get("duplicates", {}).items():
+        lines.append(f"{WORDS[kind]}: {count} (manifest.json lists them)")
+    return lines
+
+
+# What a learner asks beside the images, frozen with hashes: prompts.json in a run folder.
+#
+# The manifest says which images and labels; this says which prompts, and which files decided them. It is written once
+# they are those that will really be asked (not before the model has seen the pictures, if they depend on it), and a
+# continued run compares.
+
+PROMPTS_FILE = "prompts.json"
+PROMPTS_AGAIN = "put that one back or use another run folder"
+
+
+def freeze_prompts(folder: Path, prompts: Mapping[str, str], sources: Mapping[str, str]) -> None:
+    """Write the hashes down, or check that an earlier attempt had the same. All ranks call it together.
+
+    Args:
+        folder: Run folder.
+        prompts: Hash of every split's prompts, by the split's name.
+        sources: Hash of every file that decides them, by its configuration key.
+
+    Raises:
+        UserError: One has changed since.
+    """
+    path = folder / PROMPTS_FILE
+    if rank() == 0 and not path.is_file():
+        unfinished = path.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps({"prompts": prompts, "sources": sources}, indent=2) + "\n", encoding="utf-8")
+        os.replace(unfinished, path)
+    barrier()
+    check_sources(folder, sources)
+    before = _read_prompts(path)["prompts"]
+    if changed := [split for split, found in prompts.items() if before.get(split) != found]:
+        raise UserError(
+            f"{path} froze other prompts for split '{changed[0]}' than this configuration and this model ask now; use"
+            " another run folder"
+        )
+
+
+def check_sources(folder: Path, sources: Mapping[str, str]) -> None:
+    """Check before anything is loaded that the files that decide the prompts are those of an earlier attempt.
+
+    Raises:
+        UserError: One of them is another file now.
+    """
+    path = folder / PROMPTS_FILE
+    if not path.is_file():
+        return
+    before = _read_prompts(path)["sources"]
+    for key, found in sources.items():
+        if before.get(key) != found:
+            raise UserError(f"{key}: the file is not the one that {path} froze; {PROMPTS_AGAIN}")
+
+
+def _read_prompts(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found

@@ -17,9 +17,9 @@ from pathlib import Path
 from runpy import run_path
 
 from common.data import wordnet
-from common.data.spelling import composed, invisible, visible
+from common.data.listing import composed, invisible, visible
 from common.parsing import TAG, normalize
-from common.runtime import utf8
+from common.runtime import process
 from common.runtime.progress import SOON, watched
 from common.types import CATEGORY, UserError
 
@@ -211,5 +211,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    utf8.ensure()
+    process.ensure_utf8()
     main()

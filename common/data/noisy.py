@@ -10,7 +10,7 @@ import hashlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from common.data.location import Location
+from common.data.listing import Location
 from common.plugins import locate
 from common.types import Images, Source, UserError
 

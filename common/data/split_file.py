@@ -1,22 +1,25 @@
-"""The split files of CoOp (K. Zhou et al. 2022): one JSON object with `train`, `val` and `test`, each a list of
-`[path, label, class name]`, paths relative to the dataset's image folder.
-
-The order of the entries decides which images a seed picks, so it is kept.
-"""
+"""CoOp's split files, and splits of our own by the rules that made them where such a file is missing."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.data.assemble import PARTS, Parts, assemble, names_by_label
-from common.data.listing import text
-from common.data.location import Location
+from common.counted import counted
+from common.data.listing import Location, collect, subfolders, text
+from common.data.sampling import by_label
+from common.data.source import PARTS, Parts, assemble, names_by_label
 from common.plugins import check_call, locate
 from common.types import Item, Source, UserError
+
+# The split files of CoOp (K. Zhou et al. 2022): one JSON object with `train`, `val` and `test`, each a list of
+# `[path, label, class name]`, paths relative to the dataset's image folder.
+#
+# The order of the entries decides which images a seed picks, so it is kept.
+
 
 FALLBACK = "data.reader.fallback._target_"
 
@@ -35,7 +38,7 @@ def read(
         location: Of the dataset.
         split: The split file, in the dataset's folder.
         images: The folder that its paths are relative to, in the dataset's folder.
-        fallback: `_target_` and keyword arguments of the function that splits without it (common/data/fallback.py).
+        fallback: `_target_` and keyword arguments of the function that splits without it (common/data/split_file.py).
         fallback_seed: Of that split; the run's own seed does not change it.
 
     Raises:
@@ -114,3 +117,85 @@ def _fall_back(location: Location, images: str, fallback: Mapping[str, Any], rng
     arguments = {key: value for key, value in fallback.items() if key != "_target_"}
     check_call(fallback["_target_"], FALLBACK, arguments, given=3)
     return locate(fallback["_target_"], FALLBACK)(location, images, rng, **arguments)
+
+
+# Splits of our own where a split file is missing, by the rules that CoOp's code made its split files with.
+#
+# They hold other images than the published split files, because those were made from an unsorted listing and an unknown
+# state of the generator. Here listings are sorted and the generator has a seed of its own, so that the same files give
+# the same split everywhere. `annotations.py` has the datasets whose labels stand in files.
+
+TRAIN_SHARE, VAL_SHARE = 0.5, 0.2  # of a class; the rest is for testing (CoOp)
+
+
+def folders(
+    location: Location,
+    images: str,
+    rng: random.Random,
+    *,
+    ignored: Sequence[str] = (),
+    renames: Mapping[str, str] | None = None,
+) -> Parts:
+    """Split the images of class folders.
+
+    Args:
+        location: Of the dataset.
+        images: The folder of the class folders, in the dataset's folder.
+        rng: Shuffles the classes one after the other.
+        ignored: Folders that are no class.
+        renames: Class name by folder name, where they differ.
+
+    Raises:
+        UserError: A class has fewer images than a split needs.
+    """
+    folder = location.need(images)
+    renames = renames or {}
+    categories = [name for name in subfolders(location, folder) if name not in ignored]
+    classes = [(name, label, renames.get(name, name)) for label, name in enumerate(categories)]
+    return split_classes(location, collect(location, folder, location.key(images), classes), rng)
+
+
+def split_classes(location: Location, items: Iterable[Item], rng: random.Random) -> Parts:
+    """Half of every class for training, a fifth for validation, the rest for testing, rounded half to even.
+
+    Raises:
+        UserError: A class is too small to give every part an image.
+    """
+    train: list[Item] = []
+    val: list[Item] = []
+    test: list[Item] = []
+    for group in by_label(list(items)).values():
+        trained, validated = round(len(group) * TRAIN_SHARE), round(len(group) * VAL_SHARE)
+        _check(location, group, min(trained, validated, len(group) - trained - validated), "train, val and test")
+        rng.shuffle(group)
+        train += group[:trained]
+        val += group[trained : trained + validated]
+        test += group[trained + validated :]
+    return Parts(train, val, test)
+
+
+def split_trainval(
+    location: Location, items: Iterable[Item], rng: random.Random, share: float = VAL_SHARE
+) -> tuple[list[Item], list[Item]]:
+    """Training and validation images: `share` of every class for validation, rounded half to even.
+
+    Raises:
+        UserError: A class is too small to give both parts an image.
+    """
+    train: list[Item] = []
+    val: list[Item] = []
+    for group in by_label(list(items)).values():
+        validated = round(len(group) * share)
+        _check(location, group, min(validated, len(group) - validated), "train and val")
+        rng.shuffle(group)
+        val += group[:validated]
+        train += group[validated:]
+    return train, val
+
+
+def _check(location: Location, group: Sequence[Item], smallest: int, parts: str) -> None:
+    if smallest == 0:
+        raise location.error(
+            f"class '{group[0].name}' has {counted(len(group), 'image')}, too few to make {parts} of them; use the"
+            " split file"
+        )

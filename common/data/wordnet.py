@@ -1,8 +1,4 @@
-"""ImageNet's classes as WordNet has them, from the lists that the package timm ships. No download, no torch.
-
-A class is a WordNet id such as `n01440764`; ImageNet's label order is that of the sorted ids. ImageNet has 1000 of the
-21,844 ids in these lists.
-"""
+"""ImageNet's classes as WordNet has them, from the lists that the package timm ships. No download, no torch."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from common.evaluation import metrics
-from common.evaluation.summary import Summary
+from common.evaluation.metrics import Summary
 from common.types import Answers, Task
 
 T = TypeVar("T")

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from common.cli import program
-from common.export import hub
-from common.runtime import utf8
+from common.export import card
+from common.runtime import process
 from common.runtime.progress import watched
 from common.types import UserError
 
@@ -50,7 +50,7 @@ def export_or_show(chosen: argparse.Namespace) -> None:
         UserError: It cannot be done.
     """
     if chosen.push is not None:
-        hub.check_name(chosen.push)
+        card.check_name(chosen.push)
     run, folder = chosen.run.expanduser(), chosen.folder.expanduser()
     if chosen.push is None or not (folder / "README.md").is_file():  # else it was shown before, and is sent now
         from common.export.bundle import export  # torch, some seconds
@@ -60,12 +60,12 @@ def export_or_show(chosen: argparse.Namespace) -> None:
         export(run, folder, chosen.kind, chosen.licence)
         print(f"wrote {folder}; its README.md says how to ask it")
     else:
-        hub.check_card(folder, run)
+        card.check_card(folder, run)
     if chosen.push is not None:
-        print(hub.plan(folder, chosen.push))
-        print(hub.push(folder, chosen.push, not chosen.public) if chosen.yes else "nothing was sent; --yes sends it")
+        print(card.plan(folder, chosen.push))
+        print(card.push(folder, chosen.push, not chosen.public) if chosen.yes else "nothing was sent; --yes sends it")
 
 
 if __name__ == "__main__":
-    utf8.ensure()
+    process.ensure_utf8()
     sys.exit(main())

@@ -1,32 +1,79 @@
-"""From a run folder to one that can be given away: model, adapter or embeddings, how to ask, and a model card."""
+"""From a run folder to one that can be given away: model, adapter or embeddings, how to ask, an example."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from common.config import trust
 from common.config.schema import Config, LoraConfig, ModelConfig
-from common.export import plain
 from common.export.card import write_card
 from common.learner import learner_class
 from common.models import vlm
 from common.models.files import ADAPTERS, check_links, weights_folder
 from common.models.meter import messages
+from common.models.vlm import VLM
 from common.predict.trained import RECORDS, Trained, config_of, data_of
+from common.rollout.vllm.weights import hub_name
 from common.run.result import Result
 from common.types import Item, Prompt, UserError
 from common.vlm import prompting
 from common.vlm.learner import VLMLearner
 from common.vlm.prompting import Words
+
+# A trained model as plain files, which transformers and vLLM load and which answer as the run's own model does.
+
+
+def merged(policy: VLM) -> VLM:
+    """The model without adapters: what they add is in its weights for good."""
+    model = policy.model
+    return replace(policy, model=model.merge_and_unload()) if hasattr(model, "merge_and_unload") else policy
+
+
+def save(policy: VLM, folder: Path, never: Collection[int], max_tokens: int) -> None:
+    """Write a model and its processor.
+
+    Args:
+        policy: Without adapters.
+        folder: Is made.
+        never: Token ids that it never says.
+        max_tokens: Of a reply, at most.
+    """
+    generation = policy.model.generation_config
+    generation.suppress_tokens = sorted(never)
+    generation.max_new_tokens = max_tokens
+    generation.do_sample = False
+    generation.temperature = generation.top_k = generation.top_p = None
+    policy.model.save_pretrained(folder)
+    as_on_the_hub(folder)
+    policy.processor.save_pretrained(folder)
+
+
+def as_on_the_hub(folder: Path) -> None:
+    """Give the weights in a folder the names that they have on the hub; vLLM knows no others (Gemma's vision tower)."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            tensors = {hub_name(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
+            changed, facts = set(tensors) != set(file.keys()), file.metadata()
+        if changed:
+            save_file(tensors, path, metadata=facts)
+    for path in folder.glob("*.safetensors.index.json"):
+        index = json.loads(path.read_text(encoding="utf-8"))
+        index["weight_map"] = {hub_name(name): where for name, where in index["weight_map"].items()}
+        path.write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+# From a run folder to one that can be given away: model, adapter or embeddings, how to ask, and a model card.
 
 ASKING = "asking.json"
 
@@ -73,10 +120,10 @@ def _model(trained: Trained, config: Config, target: Path) -> dict[str, Any]:
     settings = ModelConfig(**{**values, "lora": LoraConfig(), "load_in_8bit": False})
     learner = learner_class(config)
     assert issubclass(learner, VLMLearner), "it has a language model"
-    policy = plain.merged(vlm.load(weights_folder(config), settings, torch.device("cpu")))
+    policy = merged(vlm.load(weights_folder(config), settings, torch.device("cpu")))
     words = learner.into_vocabulary(config, policy, trained.model)
     never = {*policy.banned, *(() if words is None else words.ids)}
-    plain.save(policy, target, never, config.rollout.max_completion_tokens)
+    save(policy, target, never, config.rollout.max_completion_tokens)
     asking = how_to_ask(trained, config, words)
     (target / ASKING).write_text(json.dumps(asking, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     kept = learner.kept_files(config, trained.model)

@@ -7,8 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.config.schema import Config
-from common.config.schema_learner import EncoderConfig
+from common.config.schema import Config, EncoderConfig
 from common.counted import agree
 from common.data.task import TaskData
 from common.plugins import check_call, locate
@@ -57,7 +56,7 @@ def check_fit(config: Config, task: Task) -> None:
     Raises:
         UserError: Names the key and the fix.
     """
-    from common.few_shot.encoders import encoder, generated, prompts
+    from common.few_shot.encoders import encoder, generated, texts
 
     name, learner, clip, visual = name_of(config), make(config), config.clip, config.visual
     if clip is None or clip.load is None:
@@ -75,9 +74,9 @@ def check_fit(config: Config, task: Task) -> None:
         splits = [task.train, *task.evaluation.values()]
         names = list(dict.fromkeys(name for split in splits for name in split.names))
         if clip.prompts is None:
-            prompts.of_templates(names, clip.templates)
+            texts.of_templates(names, clip.templates)
         else:
-            prompts.of_file(Path(clip.prompts).expanduser(), names)
+            texts.of_file(Path(clip.prompts).expanduser(), names)
     learner.check_val("val" in task.evaluation or config.selection == "paper")
     if learner.generated is not None and learner.generated_per_class:
         generated.pick(

@@ -11,7 +11,7 @@ A completion's keys are its prompt's and its own, and there are two ways to atte
 side: S (W + R) keys and values, on a GPU for each of H heads, since its kernels with a mask know no grouped ones.
 `merge` leaves them where they are (common/forward/merged.py). `auto` chooses by `merges`.
 
-Shapes: H query heads, K key heads, D head size; N, S, P, R, L as in common/forward/layout.py.
+Shapes: H query heads, K key heads, D head size; N, S, P, R, L as in common/forward/packing.py.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from common.forward.layout import SharedPrefix
 from common.forward.merged import merged_attention
+from common.forward.packing import SharedPrefix
 
 NAME = "shared_prefix"
 IN_CACHE = 2**22  # bytes

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention
 
-from common.forward.layout import Seen
+from common.forward.packing import Seen
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten

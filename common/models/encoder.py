@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from common.models.adapters import without_adapters
-from common.models.features import FeatureStore
 from common.models.meter import messages, too_long
 from common.models.slots import expand_placeholders
+from common.models.vision import FeatureStore
 from common.models.vlm import VLM
 from common.types import CATEGORY, Prompt
 

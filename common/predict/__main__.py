@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from common.cli import program
 from common.counted import counted
-from common.runtime import garbage, threads, utf8
+from common.runtime import process
 from common.runtime.progress import doing, say, watched
 from common.types import UserError
 
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--format", choices=FORMATS, default="table")
     parser.add_argument("--output", type=Path, help="file to write; otherwise the terminal")
     chosen = parser.parse_args(arguments)
-    threads.settle()
+    process.set_thread_policy()
     try:
         with watched(f"looking for pictures, then {chosen.run} is loaded"):
             answers, pictures, known = classify(chosen)
@@ -76,7 +76,7 @@ def classify(chosen: argparse.Namespace) -> tuple[list[Answer], dict[str, Path],
     pictures = {name: path for what in chosen.pictures for name, path in find(what).items()}
     say(f"{counted(len(pictures), 'picture')}; loading {chosen.run}")
     with doing(f"loading {chosen.run}"):
-        with garbage.at_rest():
+        with process.garbage_collector_paused():
             from common.predict.cards import about
             from common.predict.classifier import Classifier  # torch, some seconds
 
@@ -146,5 +146,5 @@ def _target(path: Path | None) -> Iterator[TextIO]:
 
 
 if __name__ == "__main__":
-    utf8.ensure()
+    process.ensure_utf8()
     sys.exit(main())

@@ -15,16 +15,15 @@ from PIL import Image
 
 from common import parsing
 from common.config.schema import NO_FAMILY, Config
-from common.data import notes
+from common.data import manifest
 from common.data.loading import Loader, count_treated, examine
 from common.launch import quiet_libraries
 from common.learner import Learner, learner_class
-from common.predict.abstain import threshold_of
-from common.predict.photos import Photos, Picture
+from common.predict.photos import Photos, Picture, threshold_of
 from common.predict.trained import SPLIT, Trained, config_of, data_of, without_list
 from common.run.checkpoint import Checkpoints
 from common.run.result import Result
-from common.runtime import garbage
+from common.runtime import process
 from common.runtime.group import init_process_group
 from common.runtime.progress import say
 from common.types import Answers, Item, Reply, Task, UserError
@@ -144,7 +143,7 @@ class Classifier:
         model = self.config.model
         load = Loader(self.photos, model.image_size, model.resize, workers=os.cpu_count() or 1)
         found = examine(load, list(given))
-        for line in notes.treated(count_treated(found.treated, given), self.background):
+        for line in manifest.treated(count_treated(found.treated, given), self.background):
             say(line)
         broken = found.bad
         good = [key for key in given if key not in broken]
@@ -176,7 +175,7 @@ class Classifier:
         folder = Path(self.workplace.name) / "learner"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        with garbage.at_rest():
+        with process.garbage_collector_paused():
             build = learner_class(self.config)
         data = replace(self.data, task=task)
         learner = build(self.config, data, self.device, folder, Checkpoints(folder / "checkpoints", 1))

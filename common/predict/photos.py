@@ -1,25 +1,26 @@
-"""The pictures to classify: found in folders, by patterns or in lists, and opened by the keys of their answers."""
+"""The pictures to classify, found and opened; and which answers to give at a stated risk."""
 
 from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from urllib.parse import unquote
 
 from PIL import Image
 
-from common.data.images import decode, on
+from common.data.images import WHITE, decode, on, to_rgb
 from common.data.layout import pictures
-from common.data.litter import reason
-from common.data.location import Location
-from common.data.rgb import WHITE, to_rgb
-from common.data.spelling import URL, invisible, visible
+from common.data.listing import URL, Location, invisible, litter_reason, visible
 from common.data.table import SUFFIXES, paths_in_table
+from common.report.html import transcripts
 from common.runtime.progress import say
 from common.types import BadImage, Images, UserError
+
+# The pictures to classify: found in folders, by patterns or in lists, and opened by the keys of their answers.
+
 
 Picture = str | Path | bytes | Image.Image
 
@@ -39,7 +40,9 @@ def find(what: str) -> dict[str, Path]:
     path = _as_written_or_decoded(Path(what).expanduser())
     if path.is_dir():
         names = sorted(each.relative_to(path).as_posix() for each in path.rglob("*") if each.is_file())
-        kept = [name for name in names if not any(map(reason, name.split("/")))]  # as a dataset's reader passes over
+        kept = [
+            name for name in names if not any(map(litter_reason, name.split("/")))
+        ]  # as a dataset's reader passes over
         found = {name: path / name for name in pictures(kept)}
     elif path.suffix.lower() in SUFFIXES and path.is_file():
         listed = Listed("pictures", path.parent, path.parent)
@@ -134,3 +137,48 @@ class Photos:
         if self.others is None:
             raise BadImage(f"{image} is none of the given pictures")
         return self.others
+
+
+# When to say nothing: the confidence below which too many answers of the validation images were wrong.
+
+
+def threshold_of(run: Path, risk: float) -> float:
+    """The threshold of a finished run.
+
+    Args:
+        run: Its folder.
+        risk: Share of wrong answers that is accepted among those that are given.
+
+    Raises:
+        UserError: It has no validation images, or their answers have no probabilities.
+    """
+    if not 0 <= risk < 1:
+        raise UserError(f"risk={risk} must be a share from 0 to below 1, such as 0.05")
+    rows = [row for row in transcripts.tests(run, {}) if row.split == "val" and row.sureness is not None]
+    if not rows:
+        raise UserError(
+            f"risk={risk}: {run} has no validation images with probabilities to choose a threshold by; train with"
+            " validation=held_out (or few) and label_scoring=true"
+        )
+    said = [row for row in rows if row.sureness]  # what is no class name is never given as an answer
+    return choose([row.sureness or 0.0 for row in said], [bool(row.after) for row in said], risk)
+
+
+def choose(confidences: Sequence[float], right: Sequence[bool], risk: float) -> float:
+    """The lowest confidence from which on at most `risk` of the answers are wrong; infinity if there is none.
+
+    Equal confidences stand or fall together. Geifman and El-Yaniv 2017 (arXiv 1705.08500), without their bound.
+
+    >>> choose([0.9, 0.8, 0.7, 0.6], [True, True, False, True], 0.25)
+    0.6
+    >>> choose([0.9, 0.8, 0.7, 0.6], [True, True, False, True], 0.1), choose([0.9], [False], 0.5)
+    (0.8, inf)
+    """
+    ordered = sorted(zip(confidences, right, strict=True), reverse=True)
+    best, wrong = float("inf"), 0
+    for number, (confidence, is_right) in enumerate(ordered, 1):
+        wrong += not is_right
+        last_of_equals = number == len(ordered) or ordered[number][0] < confidence
+        if last_of_equals and wrong <= risk * number:
+            best = confidence
+    return best

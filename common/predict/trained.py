@@ -16,15 +16,15 @@ from omegaconf.errors import OmegaConfBaseException
 from common.config import composition, trust
 from common.config.schema import Config, TrainerConfig
 from common.counted import counted
-from common.data import manifest, pictures
+from common.data import loading, manifest
 from common.data import task as tasks
 from common.data.names import objections
 from common.data.task import TaskData
 from common.learner import learner_class
-from common.models import checks
 from common.models.files import ADAPTERS
 from common.predict.photos import Photos
 from common.types import Split, Task, UserError
+from common.vlm import check
 
 SPLIT = "test"  # what the new pictures are called inside
 RECORDS = "run"  # of an exported model: configuration, manifest and result of its run
@@ -171,7 +171,7 @@ def data_of(run: Trained, config: Config, names: Sequence[str] | None = None) ->
     train = replace(split, names=tuple(frozen["splits"]["train"]["names"])) if config.learner.needs_shots else split
     task = Task(train, {SPLIT: split}, Photos(), frozen["fingerprint"], frozen["origins"])
     if names is not None:
-        checks.check_words(config, checks.check_weights(config), task)
+        check.check_words(config, check.check_weights(config), task)
     return TaskData(task, frozen)
 
 
@@ -219,7 +219,7 @@ def _check_pictures(run: Trained, data: TaskData) -> None:
     frozen = _manifest(run)
     task = data.task
     splits = [task.train, *(split for name, split in task.evaluation.items() if name == "val")]
-    stamps = pictures.of_each(task.images.stamp, [item.image for split in splits for item in split.items])
+    stamps = loading.of_each(task.images.stamp, [item.image for split in splits for item in split.items])
     now = manifest.with_contents(data.manifest, stamps)
     if others := [image for image in manifest.changed(frozen, now) if image in stamps]:
         raise UserError(

@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 
 from common.cli import program
-from common.report import compare, folders, groups
-from common.report.console import show
-from common.runtime import utf8
+from common.report import compare, folders
+from common.report.compare import show_table
+from common.runtime import process
 from common.runtime.progress import SOON, watched
 from common.types import UserError
 
@@ -60,45 +60,45 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _compare(chosen: argparse.Namespace) -> int:
-    runs = folders.find(chosen.folders)
-    together, strangers = groups.group(runs), [run for run in runs if not run.values]
+    runs = folders.find_runs(chosen.folders)
+    together, strangers = folders.group(runs), [run for run in runs if not run.values]
     found = compare.build(together, strangers, chosen.against)
     if chosen.format == "rich":
-        show(found)
+        show_table(found)
     else:
         print(compare.render(found, chosen.format), end="")
     return 0 if compare.complete(together, strangers) else 1
 
 
 def _paper(chosen: argparse.Namespace) -> int:
-    from common.report.paper import writing  # draws
+    from common.report import publish  # draws
 
-    found = writing.write(writing.find(chosen.sweep), shown=True)
+    found = publish.write_page(publish.find_sweep(chosen.sweep), shown=True)
     return 1 if found.unfinished else 0
 
 
 def _html(chosen: argparse.Namespace) -> int:
+    from common.report import publish
     from common.report.html import run_page, sweep_page  # draws
-    from common.report.paper import writing
 
     first, *others = chosen.folders
-    runs = folders.find(chosen.folders)
+    runs = folders.find_runs(chosen.folders)
     if others:
         path = sweep_page.of_runs(chosen.folders)
     elif runs and runs[0].values:
         path = run_page.make(first)
     else:
-        folder = writing.find(first)
-        writing.write(folder)
+        folder = publish.find_sweep(first)
+        publish.write_page(folder)
         path = folder / run_page.FILE
     print(path)
     return 0
 
 
 def _figures(chosen: argparse.Namespace) -> int:
-    from common.report.prints import write  # draws
+    from common.report.prints import write_prints
 
-    for path in write(chosen.run):
+    for path in write_prints(chosen.run):
         print(path)
     return 0
 
@@ -114,10 +114,10 @@ def _audit(chosen: argparse.Namespace) -> int:
     from common.report.audit import audit  # the rewards' packages
 
     table, cheats = audit(chosen.run, chosen.trust_code)
-    show(table)
+    show_table(table)
     return 1 if cheats else 0
 
 
 if __name__ == "__main__":
-    utf8.ensure()
+    process.ensure_utf8()
     sys.exit(main())

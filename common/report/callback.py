@@ -49,16 +49,16 @@ class Comparison(Callback):
     def show(self) -> None:
         """Print; a sweep of previews has nothing to compare."""
         # here: Hydra makes this object for every command, also for those that only show the configuration
-        from common.report import compare, folders, groups
-        from common.report.console import show
+        from common.report import compare, folders
+        from common.report.compare import show_table
 
         if self.notes is None or not self.notes.is_dir():
             return
         notes = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.notes.iterdir())]
         shutil.rmtree(self.notes, ignore_errors=True)
-        runs = folders.find(Path(note["folder"]) for note in notes if Path(note["folder"]).is_dir())
-        together = groups.group(runs)
+        runs = folders.find_runs(Path(note["folder"]) for note in notes if Path(note["folder"]).is_dir())
+        together = folders.group(runs)
         if len(notes) > 1 and any(group.finished for group in together):
             table = compare.build(together, [run for run in runs if not run.values])
             table.notes.extend(f"{Path(note['folder']).name}: failed" for note in notes if note["failed"])
-            show(table)
+            show_table(table)

@@ -1,4 +1,4 @@
-"""A table of one's own runs: a row per group of seeds and split, with what is missing beside what is there."""
+"""Tables of one's own runs, a row per group of seeds and split, with what is missing beside."""
 
 from __future__ import annotations
 
@@ -7,11 +7,31 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from common.report.folders import ASKED, Run
-from common.report.groups import Group, configuration
-from common.report.intervals import interval, mean_std
-from common.report.paired import compare
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from common.report.folders import ASKED, Group, Run, configuration
+from common.report.statistics import compare_groups, interval, mean_std
 from common.types import UserError
+
+# Tables of several runs on a terminal.
+
+
+def show_table(found: Table, title: str = "") -> None:
+    """Print for people."""
+    console = Console(width=None if Console().is_terminal else 200)
+    table = RichTable(title=title or None)
+    for number, column in enumerate(found.columns):
+        table.add_column(column, justify="left" if number < 2 else "right")
+    for row in found.rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console.print(table)
+    for note in found.notes:
+        console.print(Text(note))
+
+
+# A table of one's own runs: a row per group of seeds and split, with what is missing beside what is there.
 
 MACRO = "class mean"  # a column where a row has classes of unequal sizes
 COLUMNS = (
@@ -133,7 +153,7 @@ def _seconds(phases: Mapping[str, float]) -> float:
 
 
 def _against(group: Group, base: Group, split: str) -> tuple[str, ...]:
-    found = None if group is base else compare(group, base, split)
+    found = None if group is base else compare_groups(group, base, split)
     if found is None:
         return ("", "", "")
     low, high = found.interval

@@ -1,22 +1,26 @@
-"""Run folders as they lie on disk: finished ones with their result, the others with the reason why there is none."""
+"""Run folders as they lie on disk, and groups of runs that differ by their seed alone."""
 
 from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from common.config import trust
 from common.config.composition import decides_result
 from common.counted import counted
 from common.data import manifest
-from common.report.paper.points import FILE
+from common.evaluation.metrics import Summary
+from common.report.paper.results import FILE
 from common.run.result import Result
 from common.run.run_folder import LOCK, MANIFEST
 from common.types import UserError
+
+# Run folders as they lie on disk: finished ones with their result, the others with the reason why there is none.
+
 
 ASKED = "asked"
 
@@ -37,7 +41,7 @@ class Run:
     gpus: int = 0
 
 
-def read(path: Path) -> Run:
+def read_run(path: Path) -> Run:
     """What a folder holds."""
     config = path / "config.yaml"
     if not config.is_file():
@@ -62,7 +66,7 @@ def read(path: Path) -> Run:
         return Run(path, "damaged", str(error), values, gpus=gpus)
 
 
-def find(paths: Iterable[Path]) -> list[Run]:
+def find_runs(paths: Iterable[Path]) -> list[Run]:
     """The folders among the paths, each once; files beside them and sweeps' own folders are passed over.
 
     Raises:
@@ -72,7 +76,7 @@ def find(paths: Iterable[Path]) -> list[Run]:
     if missing := [path for path in paths if not path.exists()]:
         raise UserError(f"{missing[0]} does not exist")
     once = {path.resolve(): path for path in reversed(paths)}
-    return [read(path) for path in reversed(once.values()) if path.is_dir() and not (path / FILE).is_file()]
+    return [read_run(path) for path in reversed(once.values()) if path.is_dir() and not (path / FILE).is_file()]
 
 
 def _is_locked(path: Path) -> bool:
@@ -96,3 +100,155 @@ def _updates(path: Path) -> int:
             except (ValueError, KeyError, TypeError):
                 continue
     return last
+
+
+# Runs that differ by their seed alone belong together: what a group is called, and its numbers over the seeds.
+
+OWN_PHOTOS = "common.data.folder.read"
+USUAL = {"setting": "few_shot", "protocol": "clean"}  # not said of a group
+LONG = 60  # characters of a value that tells groups apart
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one configuration, by seed."""
+
+    label: str
+    runs: tuple[Run, ...]
+
+    @property
+    def finished(self) -> list[Run]:
+        """Those with a result."""
+        return [run for run in self.runs if run.result is not None]
+
+    @property
+    def seeds(self) -> list[int]:
+        """Of all runs."""
+        return [run.values["seed"] for run in self.runs]
+
+    def over_seeds(self, split: str, value: Callable[[Summary], float | None], phase: str = "final") -> list[float]:
+        """A number of every finished run on a split, in the order of the seeds; without those that have none."""
+        found = []
+        for run in self.finished:
+            summary = getattr(run.result, phase).get(split)
+            number = None if summary is None else value(summary)
+            if number is not None:
+                found.append(number)
+        return found
+
+
+def group(runs: Iterable[Run]) -> list[Group]:
+    """Runs with a configuration, by everything but the seed, in the order in which they come.
+
+    A seed that was run twice says nothing of other seeds: its second run begins a group of its own.
+    """
+    together: dict[tuple[str, int], list[Run]] = {}
+    for run in runs:
+        if run.values:
+            key, turn = configuration(run), 0
+            while any(run.values["seed"] == other.values["seed"] for other in together.get((key, turn), ())):
+                turn += 1
+            together.setdefault((key, turn), []).append(run)
+    groups = [tuple(sorted(each, key=lambda run: int(run.values["seed"]))) for each in together.values()]
+    repeated = [(key, 1) in together for key, _ in together]
+    return [Group(name, each) for name, each in zip(labels(groups, repeated), groups, strict=True)]
+
+
+def configuration(run: Run) -> str:
+    """What a run has in common with those of other seeds, as a text."""
+    return json.dumps(without_seed(run.values), sort_keys=True, default=str)
+
+
+def without_seed(values: Any) -> Any:
+    """The same without what is called `seed`, anywhere.
+
+    >>> without_seed({"seed": 1, "method": {"seed": 1, "k": 2}})
+    {'method': {'k': 2}}
+    """
+    if not isinstance(values, Mapping):
+        return values
+    return {key: without_seed(value) for key, value in values.items() if key != "seed"}
+
+
+def preset(run: Run) -> str:
+    """What stands in front of a run's name: its label and its presets (see `run_prefix`); all of a name that the user
+    chose.
+    """
+    own = f"{run.values['method']['name']}-{run.values['data']['name']}-"
+    before, found, _ = run.path.name.partition(own)
+    return before.rstrip("-") if found else run.path.absolute().name
+
+
+def photos(values: Mapping[str, Any]) -> str:
+    """The dataset of a configuration; of one's own photos also which, as `folder (garden)`.
+
+    >>> photos({"data": {"name": "dtd", "folder": "dtd", "reader": {"_target_": "x"}}})
+    'dtd'
+    >>> own = {"_target_": "common.data.folder.read", "csv": None}
+    >>> photos({"data": {"name": "folder", "folder": "/home/garden", "reader": own}})
+    'folder (garden)'
+    >>> photos({"data": {"name": "folder", "folder": "/home/garden", "reader": {**own, "csv": "may.csv"}}})
+    'folder (garden/may.csv)'
+    """
+    data = values["data"]
+    if data.get("reader", {}).get("_target_") != OWN_PHOTOS:
+        return str(data["name"])
+    where = "/".join(filter(None, (PurePath(data["folder"]).name, data["reader"].get("csv"))))
+    return str(data["name"]) if where in ("", data["name"]) else f"{data['name']} ({where})"
+
+
+def labels(groups: Sequence[Sequence[Run]], repeated: Sequence[bool]) -> list[str]:
+    """A name for each group: method, dataset and so on, and the values that tell apart those of one name.
+
+    Args:
+        groups: Their runs.
+        repeated: Whether another group has the same configuration; then folders tell them apart.
+    """
+    configurations = [runs[0].values for runs in groups]
+    datasets = _datasets(configurations)
+    names = [_dataset_name(runs, data) for runs, data in zip(groups, datasets, strict=True)]
+    own = [dict(leaves(without_seed(values))) for values in configurations]
+    alike: dict[str, list[int]] = {}
+    for number, name in enumerate(names):
+        alike.setdefault(name, []).append(number)
+    for name, numbers in alike.items():
+        keys = sorted({key for number in numbers for key in own[number]})
+        telling = [key for key in keys if len({str(own[number].get(key)) for number in numbers}) > 1]
+        for number in numbers:
+            parts = [f"{key}={str(own[number][key])[:LONG]}" for key in telling if key in own[number]]
+            if repeated[number] and len(numbers) > 1:
+                parts.append(f"in {', '.join(str(run.path) for run in groups[number])}")
+            names[number] = " ".join([name, *parts])
+    return names
+
+
+def _datasets(configurations: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What `photos` says; with the whole path where two sets of photos would be called the same."""
+    names = [photos(values) for values in configurations]
+    places = [str(values["data"].get("folder")) for values in configurations]
+    found: dict[str, set[str]] = {}
+    for name, place in zip(names, places, strict=True):
+        found.setdefault(name, set()).add(place)
+    return [
+        name if len(found[name]) == 1 else f"{name.partition(' (')[0]} ({place})"
+        for name, place in zip(names, places, strict=True)
+    ]
+
+
+def _dataset_name(runs: Sequence[Run], data: str) -> str:
+    values = runs[0].values
+    own = {key: values[key]["name"] for key in ("method", "data", "setting", "protocol", "model")}
+    own["data"] = data
+    parts = [name for key, name in own.items() if USUAL.get(key) != name]
+    before = ", ".join(dict.fromkeys(filter(None, map(preset, runs))))
+    parts[0] += f" ({before[:LONG]})" if before else ""
+    return " · ".join([*parts, counted(values["shots"], "shot")])
+
+
+def leaves(values: Any, path: str = "") -> Iterable[tuple[str, Any]]:
+    """Every value of nested dicts by its dotted key."""
+    if isinstance(values, Mapping) and values:
+        for key, value in values.items():
+            yield from leaves(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, values

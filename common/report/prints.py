@@ -9,38 +9,39 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from common.report import figures
+from common.report.figures import PRINT, accuracies, calibration, confusion, curves, save_picture
 from common.report.html.transcripts import class_names, tally
-from common.report.paper.style import PRINT, save
 from common.run.result import Result
 from common.run.run_folder import RunFolder
 
 FOLDER = "figures"
 
 
-def write(folder: Path) -> list[Path]:
+def write_prints(folder: Path) -> list[Path]:
     """Draw curves (or accuracies), calibration, and a confusion matrix per test into figures/; the PNGs' paths.
 
     Raises:
         UserError: The folder holds no finished run.
     """
     result = Result.load(folder)
-    drawings: dict[str, Callable[[], Figure]] = {"accuracies": partial(figures.accuracies, result.final)}
+    drawings: dict[str, Callable[[], Figure]] = {"accuracies": partial(accuracies, result.final)}
     if result.after:
-        drawings["curves"] = partial(figures.curves, RunFolder(folder).read_log("metrics.jsonl"))
+        drawings["curves"] = partial(curves, RunFolder(folder).read_log("metrics.jsonl"))
     counted, names = tally(folder), class_names(folder)
     if counted.surest:
-        drawings["calibration"] = partial(figures.calibration, counted.surest)
+        drawings["calibration"] = partial(calibration, counted.surest)
     for split in (split for split in counted.pairs if split != "val"):
-        drawings[f"confusion-{split}"] = partial(figures.confusion, *confusion(counted.pairs[split], names))
+        drawings[f"confusion-{split}"] = partial(confusion, *confusion_print(counted.pairs[split], names))
     (folder / FOLDER).mkdir(exist_ok=True)
     with matplotlib.rc_context(PRINT):
         for name, draw in drawings.items():
-            save(draw(), folder / FOLDER / name)
+            save_picture(draw(), folder / FOLDER / name)
     return [folder / FOLDER / f"{name}.png" for name in drawings]
 
 
-def confusion(pairs: Mapping[tuple[str, str], int], names: Mapping[str, str]) -> tuple[list[list[int]], list[str]]:
+def confusion_print(
+    pairs: Mapping[tuple[str, str], int], names: Mapping[str, str]
+) -> tuple[list[list[int]], list[str]]:
     """Counts of [true class][answered class, last: none of them], and the names of the classes that occur.
 
     Args:

@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from common.counted import agree, counted
-from common.data import duplicates, notes
+from common.data import duplicates
+from common.data.manifest import notes_of
 from common.evaluation.evaluate import evenly_spaced
 from common.types import Prompt
 from common.vlm.prompting import TaskPrompts
@@ -75,7 +76,7 @@ def overview(manifest: Mapping[str, Any]) -> Table:
 
 def remarks(manifest: Mapping[str, Any], asked: TaskPrompts | None) -> list[str]:
     """What the summary does not say: what was passed over, there twice, or is not decided yet."""
-    lines = notes.of_manifest(manifest)
+    lines = notes_of(manifest)
     if found := manifest.get("duplicates"):
         lines.append(duplicates.worded(found))
     if short := manifest["short_classes"]:

@@ -11,13 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from common.counted import agree, counted
-from common.data.notes import data_lines
-from common.evaluation.summary import Summary
+from common.data.manifest import data_lines
+from common.evaluation.metrics import Summary
 from common.report import folders
-from common.report.groups import photos
+from common.report.folders import photos
 from common.run.result import Result
-from common.training.signs import at
-from common.training.silent import CUT, cut_line, fix
+from common.training.signs import CUT, at, cut_line, fix
 
 PHASES = (("zero-shot", "before"), ("trained", "after"))  # what they are called, and their names in a result
 REMARK = " †"  # behind an accuracy that a line below the table says more about
@@ -181,7 +180,7 @@ def time_line(result: Result) -> str:
 def show(result: Result, folder: Path, console: Console | None = None) -> None:
     """Print the result of a run to standard output."""
     console = console or Console(width=None if Console().is_terminal else 140)
-    values = folders.read(folder).values
+    values = folders.read_run(folder).values
     console.print(result_table(result, photos(values) if values else None))
     lines = [*overall_lines(result), *data_lines(vars(result)), *probability_lines(result), *paired_lines(result)]
     for line in [*lines, time_line(result)]:

@@ -8,7 +8,7 @@
 
 A checkpoint is written under another name and renamed when it is complete, so a kill or a full disk at any moment
 leaves the previous one as it was. Schedule and data order are functions of the number of updates
-(common/training/schedule.py) and completions of their seeds, so the generators matter only to code that draws from
+(common/training/base.py) and completions of their seeds, so the generators matter only to code that draws from
 them, like a custom reward.
 """
 

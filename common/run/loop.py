@@ -13,16 +13,15 @@ from typing import Any
 from common.config.schema import Config, GRPOConfig
 from common.counted import counted
 from common.evaluation.evaluate import Evaluation, Predictor, during_training, evenly_spaced, monitor_split
-from common.models.checks import INSTEAD, unknown_classes
 from common.run.checkpoint import Checkpoints, State, seed_generators
 from common.run.recorder import Recorder
 from common.runtime.distributed import gather, rank, world
 from common.runtime.interrupt import Interrupted, requested
 from common.runtime.progress import bar
 from common.training.base import Step, Trainer
-from common.training.signs import WINDOW, Signs, at
-from common.training.silent import CUT, fix, hardly_paid, silent_rewards
+from common.training.signs import CUT, WINDOW, Signs, at, fix, hardly_paid, silent_rewards
 from common.types import Task, UserError
+from common.vlm.check import INSTEAD, unknown_classes
 
 log = logging.getLogger(__name__)
 

@@ -1,22 +1,29 @@
-"""Evaluated images as tables: one row per image, one file per split and phase, whole or not at all.
-
-Columns: phase (`before` or `after` training), split, the fields of `Prediction`, of a reply `completion`, `tokens`,
-`truncated`, `formatted` and `correct_official`, of probabilities `choices` (the offered names), `probabilities` and
-`probabilities_raw`, then the method's own (see `Accounts.columns`) and the text that a model was asked (`prompt`).
-"""
+"""Evaluated images as tables, and small copies of some of their pictures."""
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from common.types import Answers, Prediction, Probabilities, Reply
+from common.evaluation.evaluate import Evaluation, evenly_spaced
+from common.types import Answers, Images, Prediction, Probabilities, Reply
 
 if TYPE_CHECKING:
     import pyarrow
+    from PIL.Image import Image
+
+
+# Evaluated images as tables: one row per image, one file per split and phase, whole or not at all.
+#
+# Columns: phase (`before` or `after` training), split, the fields of `Prediction`, of a reply `completion`, `tokens`,
+# `truncated`, `formatted` and `correct_official`, of probabilities `choices` (the offered names), `probabilities` and
+# `probabilities_raw`, then the method's own (see `Accounts.columns`) and the text that a model was asked (`prompt`).
+
 
 REPLY = {"completion": "text", "tokens": "tokens", "truncated": "truncated", "formatted": "well_formed"}
 OFFERED = ("choices", "probabilities", "probabilities_raw")
@@ -115,3 +122,59 @@ def _probabilities(table: pyarrow.Table, names: Sequence[str]) -> Probabilities 
         filled.append(numbers)
     has_raw = raw.flatten().null_count == 0
     return Probabilities(tuple(names), classes, filled[0], filled[1] if has_raw else None)
+
+
+# Small copies of a run's pictures in its folder, so that its report shows them without the dataset.
+#
+# One file, thumbnails.parquet: `image` (the key) and `webp` (the bytes).
+
+THUMBNAILS = "thumbnails.parquet"
+THUMBNAIL_SIDE = 128  # pixels of the longer side at most; a smaller picture stays as it is
+TINY = 32  # pixels up to which every one is kept
+
+
+def choose_thumbnails(before: Evaluation, after: Evaluation, trained_on: Sequence[str], limit: int) -> list[str]:
+    """Keys of at most `limit` pictures of each split and `limit` trained ones.
+
+    First those that are wrong before or after training, then others, evenly spaced over their split.
+    """
+    chosen = dict.fromkeys(evenly_spaced(trained_on, limit))
+    for split, answers in after.answers.items():
+        wrong = {p.image for each in (before, after) for p in each.answers[split].predictions if not p.correct}
+        images = [prediction.image for prediction in answers.predictions]
+        troubled = evenly_spaced([image for image in images if image in wrong], limit)
+        chosen |= dict.fromkeys(troubled)
+        chosen |= dict.fromkeys(evenly_spaced([image for image in images if image not in wrong], limit - len(troubled)))
+    return list(chosen)
+
+
+def write_thumbnails(folder: Path, images: Images, keys: Iterable[str]) -> None:
+    """Decode and keep the pictures with these keys; the file is there whole or not at all."""
+    import pyarrow
+    import pyarrow.parquet
+
+    keys = list(keys)
+    table = pyarrow.table({"image": keys, "webp": [shrink(images.open(key)) for key in keys]})
+    unfinished = (folder / THUMBNAILS).with_suffix(".unfinished")
+    pyarrow.parquet.write_table(table, unfinished)
+    unfinished.replace(folder / THUMBNAILS)
+
+
+def shrink(picture: Image) -> bytes:
+    """As WebP, at most SIDE pixels wide and high; exact where the picture is tiny."""
+    small = picture.copy()
+    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    content = io.BytesIO()
+    small.save(content, "WEBP", quality=75, lossless=max(small.size) <= TINY)
+    return content.getvalue()
+
+
+def read_thumbnails(folder: Path) -> dict[str, bytes]:
+    """WebP by key; none of a run that kept none."""
+    import pyarrow.parquet
+
+    path = folder / THUMBNAILS
+    if not path.is_file():
+        return {}
+    table = pyarrow.parquet.read_table(path, columns=["image", "webp"]).to_pydict()
+    return dict(zip(table["image"], table["webp"], strict=True))

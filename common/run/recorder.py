@@ -8,11 +8,10 @@ from typing import Any
 from common.evaluation.evaluate import Evaluation
 from common.run.checkpoint import State
 from common.run.result import Result
-from common.run.run_folder import RunFolder
-from common.run.safe import best_effort
+from common.run.run_folder import RunFolder, best_effort
 from common.run.tracking import Tracker
 from common.runtime.distributed import barrier, rank
-from common.runtime.stopwatch import Stopwatch
+from common.runtime.progress import Stopwatch
 from common.training.base import Step
 from common.types import Answers
 

@@ -22,7 +22,7 @@ from common.config.schema import Config
 from common.data.task import TaskData
 from common.evaluation import metrics
 from common.evaluation.evaluate import Evaluation
-from common.evaluation.summary import Summary
+from common.evaluation.metrics import Summary
 from common.types import UserError
 
 FORMAT = 1

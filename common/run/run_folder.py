@@ -21,8 +21,11 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -222,3 +225,17 @@ class RunFolder:
         for file in self._logs.values():
             file.close()
         self._logs = {}
+
+
+# Work that may fail without harm once a result is written.
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def best_effort(who: str) -> Iterator[None]:
+    """Log exceptions instead of raising them: the result is already saved."""
+    try:
+        yield
+    except Exception as error:  # of whatever kind: a mirror's or a drawing's library decides
+        log.warning("%s failed (%s: %s); the run folder is whole", who, type(error).__name__, error)

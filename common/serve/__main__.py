@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from common.cli import program
-from common.runtime import threads, utf8
+from common.runtime import process
 from common.runtime.progress import watched
 from common.types import UserError
 
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument("--max-mb", type=float, default=20.0, help="largest picture that is taken")
     chosen = parser.parse_args(arguments)
-    threads.settle()
+    process.set_thread_policy()
     try:
         if find_spec("gradio") is None:
             raise UserError("the page needs Gradio, the extra `serve`: uv pip install 'gradio>=6.31,<7'")
@@ -81,5 +81,5 @@ def serve(chosen: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    utf8.ensure()
+    process.ensure_utf8()
     sys.exit(main())

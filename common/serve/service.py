@@ -14,8 +14,8 @@ from pathlib import Path
 from PIL import Image
 
 from common.data.images import decode
+from common.data.listing import visible
 from common.data.names import display, objection
-from common.data.spelling import visible
 from common.predict.classifier import Answer, Classifier
 from common.types import BadImage, UserError
 

@@ -7,7 +7,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from common.sweep import plugin
+from common.sweep.plugin import MODULE, register
 
 
 class Papers(Callback):
@@ -15,10 +15,10 @@ class Papers(Callback):
 
     def on_multirun_start(self, config: DictConfig, **options: Any) -> None:
         """Hydra makes the sweeper next."""
-        if str(config.hydra.sweeper._target_).startswith(plugin.MODULE):
+        if str(config.hydra.sweeper._target_).startswith(MODULE):
             from common.sweep.sweeper import PaperSweeper  # no other command needs it
 
-            plugin.register(PaperSweeper)
+            register(PaperSweeper)
         if str(config.hydra.launcher._target_).endswith(".SlurmLauncher"):
             from common.sweep import queue
 

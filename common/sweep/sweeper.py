@@ -1,5 +1,5 @@
 """Hydra's sweeper for the papers' tables and figures: `python run.py -cd sweeps -cn alert_table1`; and for several of
-them at once, `-cn mini_paper` (common/sweep/book.py).
+them at once, `-cn mini_paper` (common/sweep/plan.py).
 
 Where Hydra's own knows one product of values, this one knows a list of them, and points that need other points' runs
 (common/sweep/plan.py). All points are composed and checked before the first one runs, those with a result are left
@@ -27,11 +27,10 @@ from common.config import composition, suggest
 from common.config.command_line import literal
 from common.config.schema import Config
 from common.counted import counted
-from common.report.paper import page, points
-from common.run.run_folder import RunFolder
-from common.run.safe import best_effort
+from common.report.paper import page, results
+from common.run.run_folder import RunFolder, best_effort
 from common.runtime.progress import doing, progress
-from common.sweep import book, dry, plugin
+from common.sweep import dry, plan, plugin
 from common.sweep.plan import LATER, RUN, Point, decides, expand
 from common.types import UserError
 
@@ -87,7 +86,7 @@ class PaperSweeper(Sweeper):
         assert self.config is not None and self.hydra_context is not None
         plugin.unregister(PaperSweeper)
         given = self.given(arguments)
-        chapters = book.with_methods(self.chapters(), given.get("method"))
+        chapters = plan.with_methods(self.chapters(), given.get("method"))
         for chapter in chapters:
             page.check(chapter.page)
         jobs, shown = self.jobs(chapters, given)
@@ -99,16 +98,16 @@ class PaperSweeper(Sweeper):
         folder, pages = self.describe(chapters, shown, given)
         print(f"{folder}: {counted(len(jobs), 'point')}, {len(finished)} finished")
         returns = self.run(jobs, finished)
-        from common.report.paper import tracked, writing  # matplotlib, a second
+        from common.report import publish  # matplotlib, a second
 
-        found = [writing.write(each, shown=True) for each in pages]
+        found = [publish.write_page(each, shown=True) for each in pages]
         if self.is_book:
-            from common.report.html import book_page
+            from common.report.html import sweep_page
 
-            print(book_page.make(folder, self.keys["title"], chapters, found))
+            print(sweep_page.make_book(folder, self.keys["title"], chapters, found))
         with best_effort("the tracker"):
             for built, where in zip(found, pages, strict=True):
-                tracked.publish(built, where, self.config.tracking)
+                publish.publish_to_wandb(built, where, self.config.tracking)
         for each in returns:
             _ = each.return_value  # raises the first failure
         return [returns]
@@ -118,16 +117,16 @@ class PaperSweeper(Sweeper):
         """Whether this sweep is made of others."""
         return bool(self.keys["chapters"])
 
-    def chapters(self) -> list[book.Chapter]:
+    def chapters(self) -> list[plan.Chapter]:
         """Those of a book, or this sweep alone."""
         assert self.config is not None and self.hydra_context is not None
         if self.is_book:
-            return book.read(self.keys, book.folders(self.hydra_context.config_loader))
-        return [book.alone(str(self.config.hydra.job.config_name), self.keys)]
+            return plan.read(self.keys, plan.folders(self.hydra_context.config_loader))
+        return [plan.alone(str(self.config.hydra.job.config_name), self.keys)]
 
     def jobs(
-        self, chapters: Sequence[book.Chapter], given: Mapping[str, Sequence[str]]
-    ) -> tuple[list[Job], list[list[points.SweepRun]]]:
+        self, chapters: Sequence[plan.Chapter], given: Mapping[str, Sequence[str]]
+    ) -> tuple[list[Job], list[list[results.SweepRun]]]:
         """The points of all chapters with their folders, each once, those first that others need; and for each chapter
         where its page shows them.
 
@@ -142,14 +141,14 @@ class PaperSweeper(Sweeper):
         composer = Composer(self.hydra_context.config_loader, self.config)
         print("composing and checking every point before the first one runs", flush=True)
         found: dict[Path, Job] = {}
-        shown: list[list[points.SweepRun]] = [[] for _ in chapters]
+        shown: list[list[results.SweepRun]] = [[] for _ in chapters]
         asked = [(n, point) for n, one in enumerate(chapters) for point in expand(one.spec, one.values(given))]
         for number, point in progress(asked, "composing", len(asked)):
             jobs = composer.jobs(point)
             for job in jobs:
                 found.setdefault(job.folder, job)
             seed, where = int(jobs[-1].values["seed"]), keys(jobs[-1], chapters[number].page)
-            shown[number].append(points.SweepRun(jobs[-1].folder.name, seed, where))
+            shown[number].append(results.SweepRun(jobs[-1].folder.name, seed, where))
         return sorted(found.values(), key=lambda job: job.point.depth), shown
 
     def given(self, arguments: Sequence[str]) -> dict[str, list[str]]:
@@ -168,8 +167,8 @@ class PaperSweeper(Sweeper):
 
     def describe(
         self,
-        chapters: Sequence[book.Chapter],
-        shown: Sequence[list[points.SweepRun]],
+        chapters: Sequence[plan.Chapter],
+        shown: Sequence[list[results.SweepRun]],
         given: Mapping[str, Sequence[str]],
     ) -> tuple[Path, list[Path]]:
         """Write down what the pages need. Returns the sweep's folder and its chapters', beside those of the runs."""
@@ -180,9 +179,9 @@ class PaperSweeper(Sweeper):
         for chapter, runs in zip(chapters, shown, strict=True):
             values = {**chapter.given, **given}
             changed, chosen = chapter.parted({key: each for key, each in values.items() if decides(key)})
-            pages.append(outputs / book.folder_name(f"{name}-{chapter.name}" if self.is_book else name, said))
-            points.Sweep(chapter.name, chapter.page, changed, runs, chosen).save(pages[-1])
-        return outputs / book.folder_name(name, said), pages
+            pages.append(outputs / plan.folder_name(f"{name}-{chapter.name}" if self.is_book else name, said))
+            results.Sweep(chapter.name, chapter.page, changed, runs, chosen).save(pages[-1])
+        return outputs / plan.folder_name(name, said), pages
 
     def run(self, jobs: Sequence[Job], finished: set[Path]) -> list[JobReturn]:
         """Launch the rest. A point whose needs have no result is named and left out."""

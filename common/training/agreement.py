@@ -1,9 +1,10 @@
 """Whether sampler, shared-prefix forward and plain forward compute the same; asked on real data before a training.
 
 Whether the *logic* is the same (masks, positions, images) is asked in fp32 arithmetic on the weights as they are
-(common/forward/exact.py), where correct forwards differ by 1e-5 nats and wrong ones by a thousand times that. How much
-the *arithmetic* of the training rounds is measured beside it, as the difference of the forward as it is trained from
-the exact one; a sampler with weights and kernels of its own (vLLM) may differ from the trainer by a few times that.
+(`common.forward.logprobs.InFloat32`), where correct forwards differ by 1e-5 nats and wrong ones by a thousand times
+that. How much the *arithmetic* of the training rounds is measured beside it, as the difference of the forward as it
+is trained from the exact one; a sampler with weights and kernels of its own (vLLM) may differ from the trainer by a
+few times that.
 
 Shapes: T completion tokens of one group, G completions.
 """
@@ -16,8 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from common.forward import attention
-from common.forward.exact import InFloat32
-from common.forward.logprobs import PolicyScorer
+from common.forward.logprobs import InFloat32, PolicyScorer
 from common.forward.packing import Group, pack_plain, pack_shared
 from common.models.vlm import VLM
 from common.rollout.base import Decoding, Request, Rollout

@@ -23,7 +23,7 @@ from common.models.slots import Slots
 from common.rollout.base import Rollout, sampling_mode
 from common.runtime import saved as saved_files
 from common.runtime.distributed import barrier, rank, world
-from common.training.schedule import learning_rate
+from common.training.base import learning_rate
 
 HOSTED = "host_rows_{}"  # beside what DeepSpeed writes
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from common.models.vlm import VLM
 from common.rewards import Reward, StatefulReward, build_rewards
-from common.rollout.text import FrozenReplies
+from common.rollout.hf import FrozenReplies
 from common.runtime.distributed import barrier, rank
 
 

@@ -23,9 +23,8 @@ from common.models.encoder import Encoder
 from common.models.vlm import VLM, after_reply
 from common.rollout.base import Rollout
 from common.runtime.distributed import gather, share_of, world
-from common.training.base import Step
+from common.training.base import Epochs, Step, batch
 from common.training.engine import Engine, EngineTrainer, zero_stage
-from common.training.schedule import Epochs, batch
 
 
 class SFTTrainer(EngineTrainer):

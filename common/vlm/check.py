@@ -1,17 +1,150 @@
-"""What can be refused before a vision-language model is loaded, and before its method makes anything. No torch."""
+"""What a vision-language model can be checked for in a second: devices, files, lengths of the prompts. No torch."""
 
 from __future__ import annotations
 
-from common.config.schema import NO_FAMILY, Config
+from collections.abc import Collection, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+
+from common.config.schema import NO_FAMILY, Config, DataConfig
 from common.data.task import TaskData
-from common.models import checks
+from common.models import meter
+from common.models.files import find
 from common.plugins import locate
-from common.types import UserError
-from common.vlm import prompting
-from common.vlm.prompting import TaskPrompts
+from common.runtime.progress import say
+from common.types import CATEGORY, Prompt, Task, UserError
+from common.vlm.prompting import TaskPrompts, ask, of_config
+
+ADAPTERS_MOVE = 5e-6  # the lowest rate that any paper here trains adapters at, ALERT's
+INSTEAD = (  # of a tiny model, on photos
+    "on a laptop take method=linear_probe clip=none visual=lite0, on a GPU another model, such as model=qwen2_vl_2b"
+)
 
 
-def check(config: Config, data: TaskData) -> TaskPrompts:
+def check_model(config: Config, task: Task, asked: Collection[Sequence[Prompt]]) -> None:
+    """Check devices, files, words and lengths.
+
+    Args:
+        config: The run's configuration.
+        task: With the class names.
+        asked: The prompts of every split.
+
+    Raises:
+        UserError: Names the key, the file or the image at fault.
+    """
+    check_8bit(config)
+    measure = check_weights(config)
+    check_words(config, measure, task)
+    check_lengths(config, asked, measure)
+    for line in (unknown_classes(config, task), still_adapters(config)):
+        if line:
+            say(f"warning: {line}")
+
+
+def check_words(config: Config, measure: meter.PromptMeter, task: Task) -> None:
+    """No name and no question has what the tokenizer or the methods read as something else than its letters.
+
+    Raises:
+        UserError: Names the class or the key.
+    """
+    said = {f"data.{key}={text}": text for key, text in _questions(config.data)}
+    for name, target in config.setting.targets.items():
+        if name in task.evaluation:
+            said |= {f"setting.targets.{name}.{key}={text}": text for key, text in _questions(target)}
+    for split in (task.train, *task.evaluation.values()):
+        said |= {f"class '{name}'": name for name in split.names}
+        said |= {f"'{word}', a word for '{name}'": word for name, words in split.aliases.items() for word in words}
+    for what, text in said.items():
+        if token := measure.special_token(text):
+            raise UserError(
+                f"{what}: '{token}' is a special token of model={config.model.name}, which would not read it as text;"
+                " write it differently"
+            )
+        if CATEGORY in text:
+            raise UserError(f"{what}: '{CATEGORY}' marks the place of an embedding; write it differently")
+
+
+def _questions(data: DataConfig) -> tuple[tuple[str, str], ...]:
+    return ("question", data.question), ("open_question", data.open_question)
+
+
+def check_lengths(config: Config, asked: Collection[Sequence[Prompt]], measure: meter.PromptMeter) -> None:
+    """Every prompt is within the limit, if there is one, and leaves the model its completion."""
+    limit, completion = config.model.max_prompt_tokens, config.rollout.max_completion_tokens
+    bounds = [limit] if limit is not None else []
+    if measure.context is not None:
+        bounds.append(measure.context - completion)
+    if not bounds:
+        return
+    for prompts in asked:
+        if (found := measure.over(prompts, config.model.image_size, min(bounds))) is None:
+            continue
+        length, prompt = found
+        if limit is not None and length > limit:
+            raise meter.too_long(length, limit, prompt)
+        raise UserError(
+            f"the prompt of image {prompt.image} has {length} tokens, and with"
+            f" rollout.max_completion_tokens={completion} that is more than the {measure.context} that"
+            f" model={config.model.name} can read: lower rollout.max_completion_tokens, or list fewer names"
+            " (setting.list_share)"
+        )
+
+
+def unknown_classes(config: Config, task: Task) -> str | None:
+    """What to say if the model is of a recipe that was taught other classes than those of the data; else None.
+
+    A recipe that does not say what it `knows` was taught no certain classes.
+    """
+    if config.model.path is not None or config.model.recipe is None:
+        return None
+    known: frozenset[str] | None = getattr(import_module(config.model.recipe), "knows", None)
+    splits = [task.train, *task.evaluation.values()]
+    names = dict.fromkeys(name for split in splits for name in split.names)
+    if known is None or not (unknown := [name for name in names if name.lower() not in known]):
+        return None
+    return (
+        f"model={config.model.name} was taught {len(known)} classes only ({', '.join(sorted(known)[:3])}, …); of"
+        f" data={config.data.name} it cannot know {len(unknown)} of {len(names)}, first: '{unknown[0]}'. It will hardly"
+        f" earn a reward there; {INSTEAD}"
+    )
+
+
+def still_adapters(config: Config) -> str | None:
+    """What to say if adapters are to be trained at a rate that is made for whole weights; else None."""
+    r, rate = config.model.lora.r, config.trainer.learning_rate
+    if config.trainer.name == "none" or r == 0 or rate >= ADAPTERS_MOVE:
+        return None
+    return (
+        f"model.lora.r={r} with trainer.learning_rate={rate:g}: at a rate for whole weights adapters hardly move;"
+        " experiment=lora has one of their own, or give trainer.learning_rate"
+    )
+
+
+def check_8bit(config: Config) -> None:
+    """8-bit weights are bitsandbytes' and for GPUs alone."""
+    if not config.model.load_in_8bit:
+        return
+    if config.gpus == 0:
+        raise UserError("model.load_in_8bit=true needs a GPU: set gpus=1 or more, or model.load_in_8bit=false")
+    if find_spec("bitsandbytes") is None:
+        raise UserError("model.load_in_8bit=true needs bitsandbytes: uv pip install bitsandbytes")
+    if config.deepspeed.get("zero_optimization", {}).get("stage", 0) == 3:
+        raise UserError("model.load_in_8bit=true: ZeRO-3 cannot shard 8-bit weights; choose deepspeed=zero2")
+
+
+def check_weights(config: Config) -> meter.PromptMeter:
+    """Check the files of the model and return its prompt meter; weights on the hub are not fetched yet."""
+    model = config.model
+    if model.path is None:
+        assert model.recipe is not None
+        return meter.of_a_recipe(model.recipe)
+    return meter.of_folder(find(model.path, model.revision, weights=False), model.family)
+
+
+# What can be refused before a vision-language model is loaded, and before its method makes anything. No torch.
+
+
+def check_vlm(config: Config, data: TaskData) -> TaskPrompts:
     """See `Check` in common/learner.py.
 
     Raises:
@@ -21,7 +154,7 @@ def check(config: Config, data: TaskData) -> TaskPrompts:
         raise UserError(f"model={config.model.name} is no language model, and method={config.method['name']} needs one")
     if config.rollout.check is not None:
         locate(config.rollout.check, "rollout.check")(config)
-    asked = prompting.ask(prompting.of_config(config), data.task)
+    asked = ask(of_config(config), data.task)
     asked.prompting.sources(data.task)  # files that are missing are named before anything is loaded
-    checks.check(config, data.task, [asked.train, *asked.evaluation.values()])
+    check_model(config, data.task, [asked.train, *asked.evaluation.values()])
     return asked

@@ -1,9 +1,4 @@
-"""A vision-language model as the learner of a run.
-
-It answers in words (common/vlm/replies.py), is trained by GRPO or SFT (common/training/), and samples by the backend
-that `rollout.backend` names. A method that needs more than prompts (ALERT: a draft, pictures seen beforehand,
-embeddings behind the vocabulary) derives from it and overrides the steps in which it differs.
-"""
+"""A vision-language model as the learner of a run, and the parts it is built of."""
 
 from __future__ import annotations
 
@@ -17,33 +12,98 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from common.config.schema import Config, GRPOConfig
+from common.config.schema import Config, GRPOConfig, RolloutConfig
 from common.cost import estimate
 from common.counted import counted
-from common.data import frozen
-from common.data.pictures import make_loader
+from common.data import manifest
+from common.data.loading import make_loader
 from common.data.task import TaskData
 from common.evaluation.evaluate import evenly_spaced
 from common.forward import attention
 from common.forward.label_scores import LabelScorer
 from common.learner import Learner
-from common.models import adapters, files, vlm
+from common.models import adapters, files, meter, vlm
+from common.models.encoder import Encoder
 from common.models.slots import detached
+from common.models.vision import FeatureStore
 from common.plugins import check_call, locate
-from common.rollout.base import Rollout, sampling_mode
+from common.rollout.base import Decoding, Rollout, check_logprobs_match, sampling_mode
 from common.run import doctor, loop
 from common.run.checkpoint import Checkpoints, read_state
 from common.run.recorder import Recorder
-from common.runtime.distributed import rank, world
-from common.training.base import Trainer
+from common.runtime.distributed import gather, rank, world
+from common.training.base import Epochs, Trainer, total_updates
 from common.training.grpo.trainer import GRPOTrainer
 from common.training.reward_mix import bind_rewards, prepare_rewards
-from common.training.schedule import Epochs, total_updates
 from common.training.sft import SFTTrainer
 from common.types import Answers, Task, UserError
-from common.vlm import build, prompting
-from common.vlm.prompting import Words
+from common.vlm import check, prompting
+from common.vlm.prompting import TaskPrompts, Words
 from common.vlm.replies import Replies, greedy
+
+# The parts of a vision-language learner, from the configuration: rollout options, encoder, embeddings, checks.
+
+
+def backend_options(config: Config, asked: TaskPrompts) -> dict[str, Any]:
+    """Arguments of the rollout backend: those of the configuration; a backend that must know the longest prompt
+    (`prompt_tokens`) and was told no limit gets room for the run's prompts. All ranks call it together.
+    """
+    options = config.rollout.options
+    if options.get("prompt_tokens", 0) is not None:
+        return options
+    longest, context = 0, None
+    if rank() == 0:
+        measure, size = check.check_weights(config), config.model.image_size
+        prompts = [prompt for part in (asked.train, *asked.evaluation.values()) for prompt in part]
+        longest, context = max(measure.tokens(prompts, size), default=0), measure.context
+    longest, context = gather((longest, context))[0]
+    return {**options, "prompt_tokens": meter.room(longest, config.rollout.max_completion_tokens, context)}
+
+
+def check_logprobs(config: Config, backend: object) -> None:
+    """See `check_logprobs_match`; before the weights are loaded `backend` is a class, then its object."""
+    if isinstance(config.trainer, GRPOConfig):
+        if config.rollout.overlap and not getattr(backend, "has_weight_copy", False):
+            raise UserError(
+                "rollout.overlap=true needs a sampler with weights of its own, but this one samples with the policy"
+                " that is being updated; use rollout=vllm, or rollout.overlap=false"
+            )
+        check_logprobs_match(backend, sampling(config.rollout), config.trainer.importance_correction)
+
+
+def shared_hash(folder: Path) -> str:
+    """`files.weights_hash`, by one rank for all: it reads every weight. All ranks call it together."""
+    return gather(files.weights_hash(folder) if rank() == 0 else "")[0]
+
+
+def make_encoder(config: Config, policy: vlm.VLM, sha256: str, task: Task) -> Encoder:
+    """Prompts to tensors; with a store of image features if the vision tower is frozen and disk space is given.
+
+    `sha256`: of the weights; features of different ones are kept apart.
+    """
+    store = None
+    if config.model.feature_cache_gb > 0:
+        folder = Path(config.cache_dir).resolve() / "features" / weights_name(config, sha256)
+        store = FeatureStore(folder, int(config.model.feature_cache_gb * 2**30))
+    return Encoder(policy, make_loader(config, task), config.model.max_prompt_tokens, store)
+
+
+def weights_name(config: Config, sha256: str) -> str:
+    """Names the weights that a run begins from as they compute, for caches: their hash and their number format."""
+    number_format = "int8" if config.model.load_in_8bit else config.model.dtype
+    return f"{sha256[:16]}-{number_format}"
+
+
+def sampling(config: RolloutConfig) -> Decoding:
+    """How completions are drawn for training."""
+    return Decoding(config.temperature, config.top_k, config.top_p, config.max_completion_tokens)
+
+
+# A vision-language model as the learner of a run.
+#
+# It answers in words (common/vlm/replies.py), is trained by GRPO or SFT (common/training/), and samples by the backend
+# that `rollout.backend` names. A method that needs more than prompts (ALERT: a draft, pictures seen beforehand,
+# embeddings behind the vocabulary) derives from it and overrides the steps in which it differs.
 
 
 class VLMLearner(Learner):
@@ -61,15 +121,15 @@ class VLMLearner(Learner):
         self.folder, self.checkpoints = folder, checkpoints
         self.prompting = prompting.of_config(config)
         self.prompts = prompting.ask(self.prompting, self.task)
-        frozen.check_sources(folder, self.sources())
+        manifest.check_sources(folder, self.sources())
         self.updates = total_updates(config.trainer, len(self.task.train.items))
         self.trainer: Trainer | None = None
 
         # what can be refused before weights are loaded
-        options = build.backend_options(config, self.prompts)
+        options = backend_options(config, self.prompts)
         check_call(config.rollout.backend, "rollout.backend", options, given=1)
         backend = locate(config.rollout.backend, "rollout.backend")
-        build.check_logprobs(config, backend)
+        check_logprobs(config, backend)
         state = checkpoints.state
         learns = isinstance(config.trainer, GRPOConfig) and self.updates > (0 if state is None else state.update)
         self.rewards = prepare_rewards(config.rewards) if learns else {}
@@ -80,21 +140,21 @@ class VLMLearner(Learner):
         torch.manual_seed(config.seed)
         self.policy = vlm.load(source, config.model, device, train=config.trainer.name != "none")
         attention.install(self.policy.model, config.model.attention)
-        self.weights = {"path": str(source), "sha256": build.shared_hash(source)}
+        self.weights = {"path": str(source), "sha256": shared_hash(source)}
         checkpoints.begin_from(self.weights["sha256"], self.weights["path"])
         # rewards take the model before anything is attached or trained, and before a training is continued
-        name = build.weights_name(config, self.weights["sha256"])
+        name = weights_name(config, self.weights["sha256"])
         bind_rewards(self.rewards, self.policy, config.rollout.evaluation_batch, name)
 
         # the prompts that will really be asked: from here on they do not change
         self.setup()
         assert self.prompts.prompting.final, "setup makes the prompts final"
         if config.doctor is not True:  # which leaves nothing behind
-            frozen.freeze(folder, self.prompts.hashes(), self.sources())
+            manifest.freeze_prompts(folder, self.prompts.hashes(), self.sources())
 
-        self.encoder = build.make_encoder(config, self.policy, self.weights["sha256"], self.task)
+        self.encoder = make_encoder(config, self.policy, self.weights["sha256"], self.task)
         self.rollout: Rollout = backend(self.policy, **options)
-        build.check_logprobs(config, self.rollout)  # again: it may say so of an object alone
+        check_logprobs(config, self.rollout)  # again: it may say so of an object alone
         self.replies = Replies(
             self.encoder,
             LabelScorer(self.policy) if config.label_scoring else None,
@@ -207,7 +267,7 @@ class VLMLearner(Learner):
                 rollout=self.rollout,
                 prompts=self.prompts.train,
                 rewards=self.rewards,
-                decoding=build.sampling(config.rollout),
+                decoding=sampling(config.rollout),
                 config=config.trainer,
                 image_size=config.model.image_size,
                 updates=self.updates,
@@ -243,7 +303,7 @@ class VLMLearner(Learner):
             "done": 0 if self.checkpoints.state is None else self.checkpoints.state.update,
         }
         if isinstance(config.trainer, GRPOConfig):
-            decoding = build.sampling(config.rollout)
+            decoding = sampling(config.rollout)
             return GRPOTrainer(**shared, rewards=self.rewards, decoding=decoding, overlap=config.rollout.overlap)
         return SFTTrainer(**shared, loss=config.protocol.sft_loss, reply=self.prompting.label_response)
 

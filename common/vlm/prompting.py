@@ -84,7 +84,7 @@ class TaskPrompts:
     evaluation: dict[str, list[Prompt]]
 
     def hashes(self) -> dict[str, str]:
-        """A hash of the prompts of every split, for the run folder (common/data/frozen.py)."""
+        """A hash of the prompts of every split, for the run folder (common/data/manifest.py)."""
         return {split: prompts_hash(prompts) for split, prompts in {"train": self.train, **self.evaluation}.items()}
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.few_shot.encoders.views import Look
+from common.few_shot.encoders.encoder import Look
 from common.types import UserError
 
 TEXTS = 256  # in a forward

@@ -27,8 +27,7 @@ from numpy.typing import NDArray
 
 from common.data.images import VERSION
 from common.data.loading import on_all
-from common.few_shot.encoders.encoder import Encoder, TextEncoder
-from common.few_shot.encoders.views import TEST, View, see
+from common.few_shot.encoders.encoder import TEST, Encoder, TextEncoder, View, see
 from common.runtime.distributed import barrier, gather, rank, share_of
 from common.runtime.progress import bar
 from common.types import Images, UserError

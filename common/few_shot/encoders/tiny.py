@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common.few_shot.encoders.clip import OpenClip, parameters_hash
-from common.few_shot.encoders.views import CLIP_MEAN, CLIP_STD, Look
+from common.few_shot.encoders.encoder import CLIP_MEAN, CLIP_STD, Look
 from common.few_shot.heads.base import SCALE
 from common.models.tiny import pictures
 from common.models.tiny.cached import build_once, place

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from common.few_shot.encoders.clip import parameters_hash
-from common.few_shot.encoders.views import CLIP_MEAN, CLIP_STD, Look
+from common.few_shot.encoders.encoder import CLIP_MEAN, CLIP_STD, Look
 from common.types import UserError
 
 NORMS = {"clip": (CLIP_MEAN, CLIP_STD), "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}

@@ -16,8 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from common.config.checks import one_of
-from common.few_shot.heads.data import Pictures, Support
+from common.config.schema import one_of
+from common.few_shot.heads.base import Pictures, Support
 from common.few_shot.heads.keys import Keys, affinity, keys_of, votes
 from common.few_shot.heads.tip_adapter import KeyModule, TrainedKeys
 

@@ -12,8 +12,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from common.few_shot.heads.base import SCALE, FewShotHead, maps_of
-from common.few_shot.heads.data import Pictures, Text
+from common.few_shot.heads.base import SCALE, FewShotHead, Pictures, Text, maps_of
 from common.types import UserError
 
 SHARPNESS = 2.0

@@ -9,9 +9,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
-from common.few_shot.heads.base import RECONSTRUCTION, GradientHead, maps_of
+from common.few_shot.heads.base import RECONSTRUCTION, GradientHead, Pictures, Plan, Text, maps_of
 from common.few_shot.heads.calip import BETAS, three, weighed
-from common.few_shot.heads.data import Pictures, Plan, Text
 
 HIDDEN = 256
 

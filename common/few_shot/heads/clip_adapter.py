@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from common.few_shot.heads.base import DASSL_CROP, GradientHead, cosine_logits
-from common.few_shot.heads.data import Pictures, Plan, Text
+from common.few_shot.heads.base import DASSL_CROP, GradientHead, Pictures, Plan, Text, cosine_logits
 
 
 class Adapter(nn.Module):

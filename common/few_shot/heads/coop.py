@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from common.config.checks import one_of
-from common.few_shot.heads.base import DASSL_CROP, GradientHead, cosine_logits
-from common.few_shot.heads.data import Pictures, Plan, Text
+from common.config.schema import one_of
+from common.few_shot.heads.base import DASSL_CROP, GradientHead, Pictures, Plan, Text, cosine_logits
 
 
 class Context(nn.Module):

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from common.config.checks import one_of, positive
-from common.few_shot.heads.base import FewShotHead, base_logits
-from common.few_shot.heads.data import Pictures, Text
+from common.config.schema import one_of, positive
+from common.few_shot.heads.base import FewShotHead, Pictures, Text, base_logits
 from common.types import UserError
 
 COARSE = (1e6, 1e4, 1e2, 1.0, 1e-2, 1e-4, 1e-6)

@@ -13,8 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from common.few_shot.heads.base import FewShotHead, base_logits, cosine_logits
-from common.few_shot.heads.data import Pictures, Text
+from common.few_shot.heads.base import FewShotHead, Pictures, Text, base_logits, cosine_logits
 
 
 class NearestMean(FewShotHead):

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.config.checks import positive
-from common.few_shot.heads.base import base_logits
-from common.few_shot.heads.data import Pictures, Text
+from common.config.schema import positive
+from common.few_shot.heads.base import Pictures, Text, base_logits
 from common.few_shot.heads.keys import Keys, affinity, votes
 from common.types import UserError
 

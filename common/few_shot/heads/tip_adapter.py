@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.config.checks import positive
-from common.few_shot.heads.base import FewShotHead, GradientHead, accuracy, base_logits
-from common.few_shot.heads.data import Pictures, Plan, Text
+from common.config.schema import positive
+from common.few_shot.heads.base import FewShotHead, GradientHead, Pictures, Plan, Text, accuracy, base_logits
 from common.few_shot.heads.keys import Keys, affinity, keys_of, votes
 from common.few_shot.heads.search import Found, Searched
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from common.few_shot.heads.base import RECONSTRUCTION, SCALE, GradientHead, maps_of
-from common.few_shot.heads.data import Pictures, Plan, Text
+from common.few_shot.heads.base import RECONSTRUCTION, SCALE, GradientHead, Pictures, Plan, Text, maps_of
 
 HEADS = 8
 

@@ -15,9 +15,16 @@ from pathlib import Path
 
 
 def syntax_hash(sources: Iterable[Path]) -> str:
-    """12 hexadecimal digits that change with the code of the modules, comments and layout aside."""
-    code = [ast.dump(ast.parse(path.read_text(encoding="utf-8"))) for path in sources]
+    """12 hexadecimal digits that change with the code of the modules, comments, docstrings and layout aside."""
+    code = [ast.dump(_without_docstrings(ast.parse(path.read_text(encoding="utf-8")))) for path in sources]
     return hashlib.sha256("".join(code).encode()).hexdigest()[:12]
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return tree
 
 
 def place(name: str, sources: Iterable[Path], shipped: Path, cache: Path) -> Path:

@@ -1,16 +1,97 @@
-"""Rendered pictures of everything that the tiny models know: digits and garments, by one numbering.
-
-Shapes: N pictures, S image side.
-"""
+"""Rendered digits, and pictures of everything that the tiny models know: digits and garments, by one numbering."""
 
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
+import matplotlib
+import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 
-from common.models.tiny import glyphs, silhouettes
+from common.models.tiny import garments
 from common.models.tiny.wordings import DIGITS
+
+# Procedurally rendered digit images: the only pictures the tiny models are pre-trained on.
+#
+# Glyphs of the fonts that ship with matplotlib, under random affine views, averaged to 8x8 pixels with noise and
+# enlarged exactly as the real 8x8 digits are (Lanczos). No handwriting is ever shown, so real digits are a genuine
+# domain shift.
+#
+# Shapes: N glyphs, F fonts x strokes, S image side.
+
+
+FONTS = (
+    *("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSansMono-Bold"),
+    *("DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic"),
+    *("cmr10", "cmss10", "cmb10", "cmtt10"),
+)
+STROKES = (0, 3)
+CANVAS = 64
+LOW = 8  # side of scikit-learn's digit images
+
+
+def glyph_bank(characters: str = "0123456789") -> torch.Tensor:
+    """Every character in every font, scaled to a 40x48 box as NIST did. Shape: [characters, F, 64, 64], in [0, 1]."""
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    fonts = [ImageFont.truetype(str(folder / f"{name}.ttf"), 72) for name in FONTS]
+    return torch.stack(
+        [
+            torch.stack([_glyph(character, font, stroke) for font in fonts for stroke in STROKES])
+            for character in characters
+        ]
+    )
+
+
+def _glyph(character: str, font: ImageFont.FreeTypeFont, stroke: int) -> torch.Tensor:
+    drawing = Image.new("L", (160, 160))
+    ImageDraw.Draw(drawing).text((40, 30), character, font=font, fill=255, stroke_width=stroke)
+    drawing = drawing.crop(drawing.getbbox())
+    scale = min(40 / drawing.width, 48 / drawing.height)
+    size = (max(1, round(drawing.width * scale)), max(1, round(drawing.height * scale)))
+    canvas = Image.new("L", (CANVAS, CANVAS))
+    canvas.paste(drawing.resize(size, Image.Resampling.BILINEAR), ((CANVAS - size[0]) // 2, (CANVAS - size[1]) // 2))
+    return torch.from_numpy(np.asarray(canvas, dtype=np.float32) / 255)
+
+
+def lanczos_matrix(size: int) -> torch.Tensor:
+    """The linear map of PIL's Lanczos enlargement along one axis. Shape: [size, 8]."""
+    identity = Image.fromarray(np.eye(LOW, dtype=np.float32))
+    return torch.from_numpy(np.array(identity.resize((LOW, size), Image.Resampling.LANCZOS)))
+
+
+def render_glyphs(bank: torch.Tensor, labels: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
+    """Random views of the glyphs `labels` [N]. Shape: [N, 1, size, size], in [0, 1]."""
+    n = len(labels)
+
+    def uniform(low: float, high: float) -> torch.Tensor:
+        return torch.rand(n, generator=generator) * (high - low) + low
+
+    font = torch.randint(bank.shape[1], (n,), generator=generator)
+    glyph = bank[labels, font].unsqueeze(1)  # [N, 1, 64, 64]
+    angle, shear = uniform(-15, 15) * torch.pi / 180, uniform(-0.2, 0.2)
+    scale_x, scale_y = 1 / (uniform(0.8, 1.2) * uniform(0.8, 1.2)), 1 / uniform(0.8, 1.2)
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    affine = torch.stack(
+        [
+            torch.stack([scale_x * (cos + shear * sin), scale_x * (shear * cos - sin), uniform(-0.12, 0.12)], 1),
+            torch.stack([scale_y * sin, scale_y * cos, uniform(-0.12, 0.12)], 1),
+        ],
+        1,
+    )
+    grid = F.affine_grid(affine, [n, 1, 4 * LOW, 4 * LOW], align_corners=False)
+    view = F.grid_sample(glyph, grid, align_corners=False)
+    low = F.avg_pool2d(view, 4) * uniform(1.0, 1.5).view(-1, 1, 1, 1)
+    low = (low + 0.05 * torch.randn(low.shape, generator=generator)).clamp(0, 1)  # [N, 1, 8, 8]
+    enlarge = lanczos_matrix(size)
+    return (enlarge @ low @ enlarge.T).clamp(0, 1)
+
+
+# Rendered pictures of everything that the tiny models know: digits and garments, by one numbering.
+#
+# Shapes: N pictures, S image side.
 
 
 class Pictures:
@@ -24,7 +105,9 @@ class Pictures:
     def __call__(self, labels: torch.Tensor) -> torch.Tensor:
         """Fresh pictures of `labels` [N]. Shape: [N, 1, S, S], in [0, 1]."""
         pixels = torch.zeros(len(labels), 1, self.size, self.size)
-        for first, draw, bank in zip((0, len(DIGITS)), (glyphs.render, silhouettes.render), self.banks, strict=True):
+        for first, draw, bank in zip(
+            (0, len(DIGITS)), (render_glyphs, garments.render_garments), self.banks, strict=True
+        ):
             chosen = (labels >= first) & (labels < first + len(bank))
             if chosen.any():
                 pixels[chosen] = draw(bank, labels[chosen] - first, self.size, self.generator)
@@ -33,4 +116,4 @@ class Pictures:
 
 @cache
 def _banks() -> tuple[torch.Tensor, torch.Tensor]:
-    return glyphs.glyph_bank(), silhouettes.silhouette_bank()
+    return glyph_bank(), garments.silhouette_bank()

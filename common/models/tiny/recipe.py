@@ -15,7 +15,7 @@ from common.models.tiny import qwen2_vl
 from common.models.tiny.cached import build_once, place
 from common.models.tiny.wordings import CLASSES
 
-PICTURES = ("glyphs", "garments", "silhouettes", "pictures")
+PICTURES = ("garments", "pictures")
 SOURCES = tuple(Path(__file__).with_name(f"{name}.py") for name in (*PICTURES, "qwen2_vl", "pretrain", "wordings"))
 SHIPPED = Path(__file__).parent / "weights"
 knows = frozenset(CLASSES)  # classes whose pictures it was pre-trained on

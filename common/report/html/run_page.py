@@ -16,17 +16,16 @@ from hydra.errors import HydraException
 
 from common.config import trust
 from common.config.composition import decides_result, differences, plain, register
-from common.config.run_name import CONF
+from common.config.schema import CONF
 from common.counted import agree, counted
-from common.data.notes import data_lines
+from common.data.manifest import data_lines
 from common.evaluation import metrics
-from common.report import figures, groups, tables
+from common.report import figures, folders, tables
 from common.report.compare import Table
 from common.report.html import transcripts
-from common.report.html.pieces import Pieces
-from common.report.html.render import inline, render, write
+from common.report.html.render import Pieces, inline, render, write
 from common.report.html.transcripts import Tally
-from common.run import thumbnails
+from common.run import predictions
 from common.run.result import Result
 from common.run.run_folder import RunFolder
 
@@ -51,7 +50,7 @@ def make(folder: Path) -> Path:
     """
     result = Result.load(folder)
     values = trust.read(folder / "config.yaml")
-    pictures = thumbnails.read(folder)
+    pictures = predictions.read_thumbnails(folder)
     names = transcripts.class_names(folder)
     pieces = Pieces(folder / FOLDER, names)
     tally = Tally()
@@ -62,7 +61,7 @@ def make(folder: Path) -> Path:
         "run.html",
         "report.js",
         pieces.outside,
-        title=f"{result.method} · {groups.photos(values)}",
+        title=f"{result.method} · {folders.photos(values)}",
         subtitle=f"{result.model}, {result.setting}, {result.protocol}, {counted(result.shots, 'shot')},"
         f" seed {result.seed}; {folder.resolve().name}",
         parts=PARTS.items(),

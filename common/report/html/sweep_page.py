@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import quote
 
 import matplotlib
@@ -16,18 +16,17 @@ import yaml
 from markupsafe import Markup
 
 from common.counted import counted
-from common.report import compare, folders, groups
-from common.report.folders import Run
-from common.report.groups import Group
+from common.report import compare, folders
+from common.report.figures import PRINT
+from common.report.folders import Group, Run
 from common.report.html import transcripts
 from common.report.html.render import embedded, inline, render, write
 from common.report.html.run_page import FILE
-from common.report.paper import curves
 from common.report.paper import page as pages
 from common.report.paper.page import Page
-from common.report.paper.style import PRINT
+from common.report.paper.pictures import curves_of_runs
 from common.report.paper.tables import listing, matrices, notes
-from common.run import thumbnails
+from common.run import predictions
 from common.types import UserError
 
 LINES = 8  # groups whose curves one picture can hold
@@ -52,7 +51,7 @@ def of_runs(paths: Sequence[Path]) -> Path:
     Raises:
         UserError: There is no such folder, or none holds a run.
     """
-    runs = [run for run in folders.find(paths) if run.state != folders.ASKED]
+    runs = [run for run in folders.find_runs(paths) if run.state != folders.ASKED]
     if not any(run.values for run in runs):
         raise UserError(f"{paths[0]}{' and the others hold' if len(paths) > 1 else ' holds'} no run")
     together = Path(os.path.commonpath([path.resolve().parent for path in paths]))
@@ -60,7 +59,7 @@ def of_runs(paths: Sequence[Path]) -> Path:
 
 
 def _make(folder: Path, name: str, runs: Sequence[Run], page: Page | None) -> Path:
-    together, strangers = groups.group(runs), [run for run in runs if not run.values]
+    together, strangers = folders.group(runs), [run for run in runs if not run.values]
     examples = list(_examples(page)) if page is not None and page.sweep.page.get("kind") == "examples" else []
     drawn = _curves(together)
     there = {"paper": page, "examples": examples, "curves": drawn, "runs": True, "configuration": True}
@@ -113,7 +112,7 @@ def _curves(together: Sequence[Group]) -> Markup | None:
     if not 1 <= len(trained) <= LINES:
         return None
     with matplotlib.rc_context(PRINT):
-        return inline(curves.of_runs(trained))
+        return inline(curves_of_runs(trained))
 
 
 def _examples(page: Page) -> Iterator[dict[str, Any]]:
@@ -123,7 +122,7 @@ def _examples(page: Page) -> Iterator[dict[str, Any]]:
         path = page.sweep.path(shown)
         if not (path / "predictions.parquet").is_file():
             continue
-        pictures = thumbnails.read(path)
+        pictures = predictions.read_thumbnails(path)
         tested = [each for each in transcripts.tests(path, pictures) if each.split != "val"]
         kept = [each for each in tested if each.detail["picture"] or not pictures]
         by_turns = (
@@ -150,7 +149,7 @@ def _reply(row: transcripts.Row) -> dict[str, Any]:
 
 def configurations(together: Sequence[Group]) -> tuple[compare.Table, str]:
     """What tells groups apart, a row per value, and what they share, as YAML."""
-    leaves = [dict(groups.leaves(groups.without_seed(group.runs[0].values))) for group in together]
+    leaves = [dict(folders.leaves(folders.without_seed(group.runs[0].values))) for group in together]
     keys = sorted({key for each in leaves for key in each})
     telling = [key for key in keys if len({str(each.get(key, "–")) for each in leaves}) > 1]
     shared = {key: leaves[0][key] for key in keys if key not in set(telling)} if leaves else {}
@@ -175,3 +174,57 @@ def _environment(runs: Iterable[Run]) -> list[tuple[str, str]]:
         for kind, value in (("commit", run.result.git_commit or "none"), ("packages", packages), ("weights", weights)):
             facts[kind][value] = facts[kind].get(value, 0) + 1
     return [(kind, f"{value} (runs: {count})") for kind, found in facts.items() for value, count in found.items()]
+
+
+# report.html of a sweep that is made of others: every chapter's tables and picture, and the way to its own page.
+
+
+class Chapter(Protocol):
+    """What is said of a page."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def title(self) -> str: ...
+
+    @property
+    def text(self) -> str: ...
+
+
+def make_book(folder: Path, title: str, chapters: Sequence[Chapter], pages: Sequence[Page]) -> Path:
+    """Write the page into a folder, and return its path.
+
+    Args:
+        folder: Of the book; is made.
+        title: Of the book.
+        chapters: What is said of each page.
+        pages: Of the chapters, as their own folders have them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    runs = {run.path: run for page in pages for run in page.runs}
+    finished = sum(run.result is not None for run in runs.values())
+    html = render(
+        "book.html",
+        "",
+        title=title,
+        subtitle=f"{finished} of {counted(len(runs), 'run')} finished",
+        parts=[(f"chapter-{number}", chapter.title) for number, chapter in enumerate(chapters, 1)],
+        chapters=[_shown(folder, chapter, page) for chapter, page in zip(chapters, pages, strict=True)],
+    )
+    write(folder / FILE, html)
+    return folder / FILE
+
+
+def _shown(folder: Path, chapter: Chapter, page: Page) -> dict[str, Any]:
+    figure = page.sweep.folder / "figure.svg"
+    own = Path(os.path.relpath(page.sweep.folder.resolve() / FILE, folder.resolve())).as_posix()
+    return {
+        "title": chapter.title,
+        "text": chapter.text,
+        "sweep": chapter.name,
+        "link": quote(own),
+        "matrices": list(matrices(page)),
+        "notes": notes(page),
+        "figure": embedded(figure.read_text(encoding="utf-8"), 1.5) if figure.is_file() else None,
+    }

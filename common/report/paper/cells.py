@@ -1,9 +1,4 @@
-"""The numbers of a paper's table from the runs of its sweep, per seed, and from them differences and averages.
-
-Percent, percentage points or what the measure says; never a share of 1.
-
-Shapes: S seeds.
-"""
+"""The numbers of a paper's table from the runs of its sweep, per seed, and why some are not to be compared."""
 
 from __future__ import annotations
 
@@ -13,14 +8,96 @@ from pathlib import Path
 from statistics import fmean, harmonic_mean
 from typing import Any
 
-from common.evaluation.summary import Summary
+from common.config.composition import few_shot_of
+from common.counted import counted
+from common.evaluation.metrics import Summary
 from common.report import folders
 from common.report.folders import Run
-from common.report.intervals import reach
-from common.report.paper import comparable
-from common.report.paper.points import Sweep
+from common.report.paper.results import Sweep
+from common.report.statistics import reach
 from common.run.result import Result
 from common.run.run_folder import RunFolder
+
+# What stands between a run's number and the paper's: why they are not to be compared, and what a reader must know.
+
+
+PAPERS_GPUS, PAPERS_GPU = 8, "A100"  # CLS-RL, implementation details
+CACHED = ("tip_adapter", "tip_adapter_f", "cafo")  # whose authors chose by the test images
+HALVES = ("base", "new")
+
+
+def marks(run: Run, result: Result, summary: Summary) -> list[str]:
+    """What a reader must know: how it was made, and where the paper's number was made otherwise."""
+    values, found = run.values, list(result.remarks)
+    draft = summary.facts.get("draft", {})
+    found += [draft["published_above_bound"]] if "published_above_bound" in draft else []
+    if values.get("learner", {}).get("name") == "vlm" and values["rollout"]["name"] == "vllm":
+        found.append("replies sampled by vLLM, whose arithmetic is not the trainer's")
+    if values["method"].get("learner") in CACHED and values.get("selection") == "val":
+        found.append("chosen by validation images; the published number by the test images")
+    drafted = _draft(run)
+    if values["method"].get("learner") is None and (lacking := _lacking(drafted)):
+        found.append(f"over candidates of CaFo without {lacking}")
+    return found
+
+
+def _draft(run: Run) -> Mapping[str, Any]:
+    """The configuration that a run's candidates come from; empty: they come from no learner of ours."""
+    draft = run.values["method"].get("draft")
+    if draft != "file":
+        return run.values if draft else {}
+    other = Path(run.values["method"]["draft_file"])
+    beside = run.path.parent / other.name  # a sweep's runs lie side by side, wherever they have been taken since
+    return folders.read_run(beside if beside.is_dir() else other).values
+
+
+def _lacking(values: Mapping[str, Any]) -> str:
+    """What CaFo's authors give it and this configuration does not; empty: nothing, or it is no CaFo."""
+    if few_shot_of({**values}) != "cafo":
+        return ""
+    own = values["few_shot"]
+    there = {
+        "generated pictures": own.get("generated") and own.get("per_class"),
+        "sentences": values["clip"].get("prompts"),
+    }
+    return " and ".join(name for name, given in there.items() if not given)
+
+
+def reasons(run: Run, result: Result, split: str, summary: Summary) -> list[str]:
+    """Why the images or what is made of them are not the paper's."""
+    values = run.values
+    found = [f"{counted(result.left_out, 'image')} left out"] if result.left_out else []
+    targets = {one["name"]: one for one in values["setting"]["targets"].values()}
+    halves = [result.final[half].n for half in HALVES if half in result.final]
+    own = split == "test" or split in HALVES
+    data = values["data"] if own else targets.get(split)
+    tested = sum(halves) if split in HALVES else summary.n  # no paper says how many either half has
+    published = (data or {}).get("published", {})
+    test = published.get("test")
+    with_val = test and test + published.get("val", 0)  # the authors' scripts test the validation images, too
+    if test and tested not in (test, with_val if result.protocol == "official" else test):
+        found.append(f"{tested} of {test} test images")
+    learner = values["method"].get("learner")
+    if learner == "cafo" and (lacking := _lacking(values)):
+        found.append(f"CaFo without {lacking}")
+    if learner not in (None, "cafo") and (values.get("clip") or {}).get("prompts"):
+        found.append("sentences of clip.prompts, which the published number has not")
+    return found
+
+
+def as_fast(run: Run, result: Result) -> list[str]:
+    """Why times are not the paper's, which were taken on eight A100."""
+    found = [] if run.gpus == PAPERS_GPUS else [f"timed on {counted(run.gpus or 'no', 'GPU')} instead of {PAPERS_GPUS}"]
+    if run.gpus and PAPERS_GPU not in result.device:
+        found.append(f"timed on {result.device or 'an unknown GPU'} instead of {PAPERS_GPU}")
+    return found
+
+
+# The numbers of a paper's table from the runs of its sweep, per seed, and from them differences and averages.
+#
+# Percent, percentage points or what the measure says; never a share of 1.
+#
+# Shapes: S seeds.
 
 Keys = tuple[tuple[str, str], ...]  # sorted by key
 AVERAGE, HARMONIC = "average", "H"
@@ -100,7 +177,7 @@ def _axes(page: Mapping[str, Any]) -> list[str]:
 
 
 def _read(path: Path) -> Run:
-    return folders.read(path) if path.is_dir() else Run(path, "not run", "or it failed before it began")
+    return folders.read_run(path) if path.is_dir() else Run(path, "not run", "or it failed before it began")
 
 
 @dataclass(frozen=True)
@@ -124,12 +201,12 @@ def numbers(run: Run, result: Result, page: Mapping[str, Any]) -> Iterator[tuple
             continue
         name = result.data if split == "test" and run.values["setting"]["targets"] else split
         extra = {"split": name} if by_split else {}
-        marks = comparable.marks(run, result, summary)
-        reasons = comparable.reasons(run, result, split, summary)
+        noted = marks(run, result, summary)
+        apart = reasons(run, result, split, summary)
         for measure in page.get("measures") or ("",):
             for number in MEASURES[measure or "accuracy"](run, result, split, summary):
                 keys = {**extra, "measure": measure} if measure else extra
-                yield keys, replace(number, marks=marks, reasons=[*reasons, *number.reasons])
+                yield keys, replace(number, marks=noted, reasons=[*apart, *number.reasons])
 
 
 def _accuracy(run: Run, result: Result, split: str, summary: Summary) -> Iterator[Number]:
@@ -144,15 +221,15 @@ def _train_minutes(run: Run, result: Result, split: str, summary: Summary) -> It
     seconds = result.train.get("seconds", {})
     if result.after and "total" in seconds:
         minutes = (seconds["total"] - sum(seconds.get(phase, 0.0) for phase in NO_TRAINING)) / 60
-        yield Number(minutes, percent=False, reasons=comparable.as_fast(run, result))
+        yield Number(minutes, percent=False, reasons=as_fast(run, result))
 
 
 def _inference_minutes(run: Run, result: Result, split: str, summary: Summary) -> Iterator[Number]:
-    yield Number(summary.seconds / 60, summary.n, percent=False, reasons=comparable.as_fast(run, result))
+    yield Number(summary.seconds / 60, summary.n, percent=False, reasons=as_fast(run, result))
 
 
 def _milliseconds(run: Run, result: Result, split: str, summary: Summary) -> Iterator[Number]:
-    yield Number(1000 * summary.seconds / summary.n, summary.n, percent=False, reasons=comparable.as_fast(run, result))
+    yield Number(1000 * summary.seconds / summary.n, summary.n, percent=False, reasons=as_fast(run, result))
 
 
 def _lowest(run: Run, result: Result, split: str, summary: Summary) -> Iterator[Number]:

@@ -23,12 +23,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from common.config.checks import one_of
+from common.config.schema import one_of
 from common.report.folders import Run
-from common.report.intervals import interval, mean_std
 from common.report.paper import cells as numbers
-from common.report.paper import points, published
+from common.report.paper import results
 from common.report.paper.cells import AVERAGE, HARMONIC, Cell, Keys
+from common.report.statistics import interval, mean_std
 from common.types import UserError
 
 SYMBOLS = "†‡§¶"
@@ -106,7 +106,7 @@ class TableCell:
 class Page:
     """All entries of a page, in the order of their runs."""
 
-    sweep: points.Sweep
+    sweep: results.Sweep
     entries: list[TableCell]
     source: str
     runs: list[Run] = field(default_factory=list)
@@ -157,7 +157,7 @@ def check(page: Mapping[str, Any]) -> None:
     if page.get("kind") == "training" and not page.get("curves"):
         raise UserError(f"hydra.sweeper.page.kind=training needs curves: some of {', '.join(CURVES)}")
     if page.get("published"):
-        published.load(page["published"])
+        results.load_published(page["published"])
 
 
 def build(folder: Path) -> Page:
@@ -166,8 +166,10 @@ def build(folder: Path) -> Page:
     Raises:
         UserError: It is none.
     """
-    sweep = points.load(folder)
-    known = published.load(sweep.page["published"]) if sweep.page.get("published") else published.Published("", {})
+    sweep = results.load_sweep(folder)
+    known = (
+        results.load_published(sweep.page["published"]) if sweep.page.get("published") else results.Published("", {})
+    )
     found, runs = numbers.collect(sweep)
     changed = [f"{key}={value}" for key, value in sweep.given.items()]
     theirs = _of_the_same_average(known.numbers, found, sweep.page.get("average"))

@@ -1,11 +1,4 @@
-"""GRPO: roll out, score, compare within the group, and step (arXiv 2402.03300; CLS-RL section 3.1).
-
-With `num_iterations: 1` (both papers) every rollout batch is used for one update: the sampling policy is the current
-one, the ratio is 1 up to rounding, and clipping has no effect. With more, the log-probabilities of the first update are
-the old policy's in those that follow; no extra forward is spent on them.
-
-Shapes: n prompts of this rank, G completions each, T tokens, S = n G completions.
-"""
+"""GRPO: roll out, score, compare within the group, and step (arXiv 2402.03300; CLS-RL section 3.1)."""
 
 from __future__ import annotations
 
@@ -13,7 +6,9 @@ import copy
 import math
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +17,142 @@ import torch
 from common.config.schema import GRPOConfig
 from common.forward.logprobs import PolicyScorer
 from common.forward.packing import Group, Packed, pack, shared_tokens, within_budget
-from common.models.encoder import Encoder
+from common.models.encoder import Encoded, Encoder
 from common.models.vlm import VLM
 from common.rewards import Reward, StatefulReward
-from common.rollout.base import Decoding, Request, Rollout, check_agreement, logprobs_match_policy
-from common.runtime.distributed import gather, world
+from common.rollout.base import (
+    Completion,
+    Decoding,
+    Request,
+    Rollout,
+    check_agreement,
+    check_fresh,
+    finish,
+    logprobs_match_policy,
+    requests,
+)
+from common.runtime.distributed import gather, share_of, world
 from common.training import agreement
-from common.training.base import Step
+from common.training.base import Epochs, Step, batch
 from common.training.engine import Engine, EngineTrainer, zero_stage
-from common.training.grpo.batch import RolloutBatch, compare, describe, rows, score_groups
+from common.training.grpo.batch import (
+    GAP,
+    Measured,
+    RolloutBatch,
+    compare,
+    describe,
+    rows,
+    score_groups,
+    without_differences,
+)
 from common.training.grpo.loss import LossInputs, LossOutputs, importance_correction, policy_loss, token_weights
-from common.training.grpo.measured import GAP, Measured
-from common.training.grpo.sampling import Sampled, Sampling
-from common.training.schedule import Epochs
+from common.types import Prompt
+
+# The completions of a rollout batch: now, or for the next batch in a thread while the update runs.
+#
+# Sampled ahead, a batch is of the weights before the update that it waits for: one update old (`lag`). The importance
+# correction then weighs each token by the policy of now against the sampler (arXiv 2508.03772), and a group of the very
+# policy costs nothing but waiting. Sampling ahead needs a sampler with weights of its own.
+#
+# Shapes: n prompts of this rank, G completions each.
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """This rank's prompts, encoded, with their completions [n][G] by the weights after `version` updates.
+
+    resampled: groups that were drawn again because they had no differences.
+    """
+
+    prompts: list[Prompt]
+    requests: list[Request]
+    completions: list[list[Completion]]
+    version: int
+    resampled: int = 0
+
+    @property
+    def encoded(self) -> list[Encoded]:
+        return [request.encoded for request in self.requests]
+
+
+class Sampling:
+    """Which prompts a batch has, and what the sampler says to them."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        rollout: Rollout,
+        prompts: Epochs,
+        rewards: dict[str, Reward],
+        decoding: Decoding,
+        config: GRPOConfig,
+        seed: int,
+    ) -> None:
+        """As for `GRPOTrainer`."""
+        self.encoder, self.rollout, self.prompts, self.rewards = encoder, rollout, prompts, rewards
+        self.decoding, self.config, self.seed = decoding, config, seed
+        self.thread: ThreadPoolExecutor | None = None
+        self.pending: tuple[int, Future[Sampled]] | None = None
+
+    def __call__(self, number: int, version: int) -> Sampled:
+        """Batch `number` by the weights of now, which have seen `version` updates."""
+        return self._complete(*self._ask(number), version)
+
+    def begin(self, number: int, version: int) -> None:
+        """Start on batch `number`; the sampler keeps the weights that it has, whatever becomes of the policy's."""
+        if self.thread is None:
+            self.thread = ThreadPoolExecutor(1, "rollout")
+        prompts, asked = self._ask(number)  # here: an encoder is not made for two
+        self.pending = number, self.thread.submit(self._complete, prompts, asked, version)
+
+    def take(self, number: int) -> Sampled | None:
+        """Batch `number` if it was begun. Waits for it, and raises what the sampler raised."""
+        if self.pending is None:
+            return None
+        begun, future = self.pending
+        self.pending = None
+        assert begun == number, f"batch {begun} was begun, {number} is wanted"
+        return future.result()
+
+    def settle(self) -> None:
+        """Wait until the sampler is free for something else."""
+        if self.pending is not None:
+            wait([self.pending[1]])
+
+    def close(self) -> None:
+        """Let a batch that nobody will take end."""
+        if self.thread is not None:
+            self.thread.shutdown(cancel_futures=True)
+
+    def _ask(self, number: int) -> tuple[list[Prompt], list[Request]]:
+        chosen = batch(number, self.config.prompts_per_update, len(self.prompts), self.seed)
+        prompts = share_of([self.prompts(epoch)[i] for epoch, i in chosen])
+        seeds = [f"rollout-{self.seed}-{number}-{each}" for each in share_of(list(range(len(chosen))))]
+        return prompts, requests(self.encoder, prompts, seeds)
+
+    def _complete(self, prompts: list[Prompt], asked: Sequence[Request], version: int) -> Sampled:
+        """Groups without differences are drawn again if the config says so."""
+        size, again = self.config.group_size, 0
+        completions = self.rollout.generate(asked, size, self.decoding)
+        for attempt in range(self.config.resample_rounds if self.config.zero_variance == "resample" else 0):
+            flat = without_differences(score_groups(prompts, completions, self.rewards).total, size)
+            if not flat:
+                break
+            once_more = [replace(asked[i], seed=f"{asked[i].seed}-again-{attempt}") for i in flat]
+            fresh = self.rollout.generate(once_more, size, self.decoding)
+            again += len(flat)
+            for i, group in zip(flat, fresh, strict=True):
+                completions[i] = group
+        finish(self.rollout)
+        check_fresh(completions, version)
+        return Sampled(prompts, list(asked), completions, version, again)
+
+
+# With `num_iterations: 1` (both papers) every rollout batch is used for one update: the sampling policy is the
+# current one, the ratio is 1 up to rounding, and clipping has no effect. With more, the log-probabilities of the
+# first update are the old policy's in those that follow; no extra forward is spent on them.
+#
+# Shapes: n prompts of this rank, G completions each, T tokens, S = n G completions.
 
 
 class GRPOTrainer(EngineTrainer):

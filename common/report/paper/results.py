@@ -1,10 +1,8 @@
-"""What a sweep leaves behind for its page: which runs it has, and how they are laid out. One JSON file per sweep.
-
-outputs/<sweep>/points.json    the runs themselves lie beside this folder, so that sweeps share them
-"""
+"""What a page is made of: the runs that a sweep has left behind, and the paper's own numbers."""
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -12,6 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from common.types import UserError
+
+# What a sweep leaves behind for its page: which runs it has, and how they are laid out. One JSON file per sweep.
+#
+# outputs/<sweep>/points.json    the runs themselves lie beside this folder, so that sweeps share them
+
 
 FILE = "points.json"
 
@@ -53,7 +56,7 @@ class Sweep:
         return self.folder.parent / run.folder
 
 
-def load(folder: Path) -> Sweep:
+def load_sweep(folder: Path) -> Sweep:
     """Read it back.
 
     Raises:
@@ -68,3 +71,41 @@ def load(folder: Path) -> Sweep:
         return Sweep(values["name"], values["page"], values["given"], runs, values.get("chosen", {}), folder)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged ({error}); the sweep's command writes it again") from error
+
+
+# The papers' own numbers: sweeps/paper/*.csv. Lines with # say what they are and where they stand.
+
+FOLDER = Path(__file__).parents[3] / "sweeps" / "paper"
+VALUE = "published"
+
+
+@dataclass(frozen=True)
+class Published:
+    """source: the comment; numbers: by key columns, such as `(("method", "cafo"), ("shots", "4"))`, sorted by key."""
+
+    source: str
+    numbers: dict[tuple[tuple[str, str], ...], float]
+
+
+def load_published(name: str) -> Published:
+    """One file.
+
+    Args:
+        name: Without folder and ending.
+
+    Raises:
+        UserError: There is no such file, or a line of it is no number.
+    """
+    path = FOLDER / f"{name}.csv"
+    if not path.is_file():
+        raise UserError(f"page.published={name}: there is no {path}")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    source = " ".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
+    numbers = {}
+    for row in csv.DictReader(line for line in lines if not line.startswith("#")):
+        try:
+            value = float(row.pop(VALUE))
+        except (KeyError, ValueError, TypeError) as error:
+            raise UserError(f"{path}: {row} has no number in the column {VALUE!r}") from error
+        numbers[tuple(sorted(row.items()))] = value
+    return Published(source, numbers)

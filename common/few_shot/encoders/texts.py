@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.counted import counted
-from common.data.spelling import invisible, visible
+from common.data.listing import invisible, visible
 from common.types import UserError
 
 KEY = "clip.prompts"
