@@ -171,7 +171,7 @@ def compare(repetitions: int, updates: int) -> tuple[list[tuple[str, str, str, s
         folder = save_model(Path(workdir) / "model")
         loaded = load_ours(folder)
         policy = replace(loaded, banned=tuple(sorted({*loaded.banned, *loaded.eos})))
-        engine = VLLMRollout(policy, prompt_tokens=1024, completion_tokens=128, seed=1, cpu_gib=2)
+        engine = VLLMRollout(policy, prompt_tokens=1024, completion_tokens=128, seed=1, cpu_kvcache_space=2)
         rollouts: dict[str, Rollout] = {"hf": HFRollout(policy), "vllm": engine}
         numbers = {case.name: measure(case, folder, rollouts, policy, repetitions) for case in CASES}
         engine.close()

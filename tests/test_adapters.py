@@ -19,7 +19,8 @@ from common.forward.packing import Group, images, pack_plain, pack_shared
 from common.models import files, meter, vlm
 from common.models.adapters import without_adapters
 from common.models.encoder import Encoder
-from common.rollout.vllm.weights import hub_name, named
+from common.models.families import Qwen2VL
+from common.rollout.vllm.weights import named
 from common.run.result import Result
 from common.types import UserError
 from common.vlm import check
@@ -238,13 +239,17 @@ def predictions(folder, phase):
 def test_an_engine_beside_is_pushed_the_weights_under_adapters_again(load_vlm):
     """They need no gradient themselves, but what stands on them has moved: base + B A alpha / r, under the hub's name."""
     policy, plain = trained(load_vlm(lora=LORA), seed=1), load_vlm()
-    base = {hub_name(name): value.detach() for name, value in plain.model.named_parameters()}
+    base = {Qwen2VL.hub_name(name): value.detach() for name, value in plain.model.named_parameters()}
     layers = {name: layer for name, layer in policy.model.named_modules() if hasattr(layer, "lora_A")}
-    pushed, everything = dict(named(policy.model, trained=True)), dict(named(policy.model))
-    assert pushed.keys() == {hub_name(name.removeprefix("base_model.model.")) + ".weight" for name in layers} != set()
+    pushed, everything = dict(named(policy, trained=True)), dict(named(policy))
+    assert (
+        pushed.keys()
+        == {Qwen2VL.hub_name(name.removeprefix("base_model.model.")) + ".weight" for name in layers}
+        != set()
+    )
     assert everything.keys() == base.keys()
     for name, layer in layers.items():
-        own = hub_name(name.removeprefix("base_model.model.")) + ".weight"
+        own = Qwen2VL.hub_name(name.removeprefix("base_model.model.")) + ".weight"
         moved = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * LORA.alpha / LORA.r
         torch.testing.assert_close(pushed[own], (base[own] + moved).detach(), atol=1e-6, rtol=1e-5)
         assert float((pushed[own] - base[own]).abs().max()) > 1e-3
@@ -255,9 +260,9 @@ def test_an_engine_beside_is_pushed_the_weights_under_adapters_again(load_vlm):
 def test_an_engine_beside_is_pushed_what_is_trained_whole(load_vlm):
     """Without adapters all weights; with a projector of its own, that one and what stands under the adapters."""
     whole = load_vlm()
-    assert dict(named(whole.model, trained=True)).keys() == dict(named(whole.model)).keys()
+    assert dict(named(whole, trained=True)).keys() == dict(named(whole)).keys()
     wrapped = load_vlm(lora=replace(LORA, projector="full"))
-    pushed = dict(named(wrapped.model, trained=True))
+    pushed = dict(named(wrapped, trained=True))
     projector = {name for name, value in wrapped.model.named_parameters() if "modules_to_save" in name}
     assert projector and all(any(part in name for part in ("_proj.", "merger")) for name in pushed)
     assert sum("merger" in name for name in pushed) == len(projector)

@@ -270,7 +270,9 @@ def push(learner: VLMLearner, other: Rollout | None = None) -> Iterator[Line]:
         parameter.copy_(value)
     with sampling_mode(rollout, 2):
         pass
-    line = within("weights pushed", "after them it differs by", second, allowed, "rollout.options.sleep=0; rollout=hf")
+    line = within(
+        "weights pushed", "after them it differs by", second, allowed, "rollout.options.sleep_level=0; rollout=hf"
+    )
     yield line if change > 2 * allowed else Line("weights pushed", "off", f"the change itself is only {change:.1e}")
 
 

@@ -20,11 +20,11 @@ from common.config.schema import Config, LoraConfig, ModelConfig
 from common.export.card import write_card
 from common.learner import learner_class
 from common.models import vlm
+from common.models.families import Family
 from common.models.files import ADAPTERS, check_links, weights_folder
 from common.models.meter import messages
 from common.models.vlm import VLM
 from common.predict.trained import RECORDS, Trained, config_of, data_of
-from common.rollout.vllm.weights import hub_name
 from common.run.result import Result
 from common.types import Item, Prompt, UserError
 from common.vlm import prompting
@@ -55,21 +55,21 @@ def save(policy: VLM, folder: Path, never: Collection[int], max_tokens: int) -> 
     generation.do_sample = False
     generation.temperature = generation.top_k = generation.top_p = None
     policy.model.save_pretrained(folder)
-    as_on_the_hub(folder)
+    as_on_the_hub(folder, policy.family)
     policy.processor.save_pretrained(folder)
 
 
-def as_on_the_hub(folder: Path) -> None:
+def as_on_the_hub(folder: Path, family: type[Family]) -> None:
     """Give the weights in a folder the names that they have on the hub; vLLM knows no others (Gemma's vision tower)."""
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            tensors = {hub_name(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
+            tensors = {family.hub_name(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
             changed, facts = set(tensors) != set(file.keys()), file.metadata()
         if changed:
             save_file(tensors, path, metadata=facts)
     for path in folder.glob("*.safetensors.index.json"):
         index = json.loads(path.read_text(encoding="utf-8"))
-        index["weight_map"] = {hub_name(name): where for name, where in index["weight_map"].items()}
+        index["weight_map"] = {family.hub_name(name): where for name, where in index["weight_map"].items()}
         path.write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 

@@ -250,7 +250,9 @@ def micro_batches(items: list[T], size: int) -> Iterator[list[T]]:
 
 def pack(groups: Sequence[Group], family: type[Family], pad: int, device: torch.device, impl: str) -> Packed:
     """The layout that `trainer.impl` names: `shared`, `plain`, or `auto`, the shared one where it saves tokens."""
-    if impl == "auto":
+    if impl == "auto" and not family.shares_prefixes:
+        impl = "plain"
+    elif impl == "auto":
         saved = plain_tokens(groups) / sum(shared_tokens(group) for group in groups)
         impl = "shared" if saved >= WORTHWHILE else "plain"
     return pack_plain(groups, family, pad, device) if impl == "plain" else pack_shared(groups, family, device)
@@ -285,8 +287,7 @@ def pack_shared(groups: Sequence[Group], family: type[Family], device: torch.dev
     inputs = {
         "input_ids": torch.cat(pieces)[None].to(device),
         "position_ids": family.position_ids(positions[:, None]).to(device),
-        # one entry per kind of layer, so that transformers makes no mask of its own
-        "attention_mask": {"full_attention": None, "sliding_attention": None},
+        "attention_mask": family.no_mask,  # the layout below says who sees whom
         "shared_prefix": layout.to(device),
         **images(prompts, family, device),
     }

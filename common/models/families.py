@@ -9,8 +9,10 @@ Shapes: B rows, P prompt tokens, L tokens of a row, A position axes, n images in
 
 from __future__ import annotations
 
+import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from common.config.schema import FAMILIES
 from common.plugins import locate
@@ -19,8 +21,8 @@ if TYPE_CHECKING:
     import torch
 
 
-class Family(Protocol):
-    """What the rest of the framework asks about an architecture."""
+class Family(ABC):
+    """What depends on the architecture. The abstract members are for every family; the others have usual answers."""
 
     # What config.json calls the architecture.
     model_type: ClassVar[str]
@@ -28,14 +30,22 @@ class Family(Protocol):
     vision: ClassVar[tuple[str, ...]]
     # The last of these, from the tower's width to that of the language model, by its full name.
     projector: ClassVar[str]
+    # Whether the tokens of an image see each other both ways. vLLM can do that on some devices only.
+    both_ways: ClassVar[bool] = False
+    # Whether completions may share the row of their prompt. Not where a layer carries a state along the row.
+    shares_prefixes: ClassVar[bool] = True
+    # The `attention_mask` with which transformers makes no mask of its own: one entry per kind of layer.
+    no_mask: ClassVar[Any] = {"full_attention": None, "sliding_attention": None}
 
     @staticmethod
+    @abstractmethod
     def positions(ids: torch.Tensor, grid: torch.Tensor | None, config: Any) -> torch.Tensor:
         """Position ids of one unpadded prompt. Shape: [P] -> [A, P]."""
 
     @staticmethod
     def position_ids(positions: torch.Tensor) -> torch.Tensor:
-        """Positions [A, B, L] in the shape that the model takes."""
+        """Positions [A, B, L] in the shape that the model takes; this one is for several axes."""
+        return positions
 
     @staticmethod
     def blocks(ids: torch.Tensor, config: Any) -> torch.Tensor | None:
@@ -43,41 +53,58 @@ class Family(Protocol):
 
         Shape: [P] -> [P].
         """
+        return None
 
     @staticmethod
     def block_inputs(blocks: torch.Tensor) -> dict[str, torch.Tensor]:
         """What tells transformers' own masks about the blocks [B, L]."""
+        raise ValueError("this family attends causally throughout")
 
     @staticmethod
+    @abstractmethod
     def images(batch: Any) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
         """Pixels and grid of each image of a processed batch, in order."""
 
     @staticmethod
+    @abstractmethod
     def pixel_inputs(pixels: Sequence[torch.Tensor], grids: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         """What the model takes for some images, as `images` gave them; `grids` is empty where the family has none."""
 
     @staticmethod
+    @abstractmethod
     def placeholder_tokens(config: Any) -> tuple[int, ...]:
         """Ids that stand for pixels, the image token first; a policy that emitted one would break the next forward."""
 
     @staticmethod
+    @abstractmethod
     def image_tokens(config: dict[str, Any], image_size: int) -> int:
         """Number of prompt tokens that a square image of `image_size` pixels takes; `config` is config.json."""
 
     @staticmethod
     def bound(processor: Any, image_size: int) -> None:
-        """Let a processor make no picture larger than a square one of `image_size` pixels; that one stays as it is."""
+        """Let a processor make no picture larger than a square one of `image_size` pixels; that one stays as it is.
+
+        Nothing is to do where a processor makes pictures of one size.
+        """
+        return None
 
     @staticmethod
+    @abstractmethod
     def project(model: Any, hidden: torch.Tensor) -> torch.Tensor:
         """Outputs of the vision tower as input embeddings. Shape: [n, patches, V] -> [n, m, D]."""
 
     @staticmethod
     def image_text(text: str) -> str:
         """A rendered chat with the text that the processor puts around its images, one image token in each."""
+        return text
+
+    @staticmethod
+    def hub_name(name: str) -> str:
+        """A parameter's name in transformers as checkpoints on the hub have it, which vLLM loads."""
+        return name
 
 
-class Qwen2VL:
+class Qwen2VL(Family):
     """Qwen2-VL (arXiv 2409.12191): 3-D rotary positions (time, height, width), one token per 2x2 patches."""
 
     model_type: ClassVar[str] = "qwen2_vl"
@@ -114,18 +141,6 @@ class Qwen2VL:
         return torch.cat(pieces, dim=1).to(ids.device)
 
     @staticmethod
-    def position_ids(positions: torch.Tensor) -> torch.Tensor:
-        return positions
-
-    @staticmethod
-    def blocks(ids: torch.Tensor, config: Any) -> torch.Tensor | None:
-        return None
-
-    @staticmethod
-    def block_inputs(blocks: torch.Tensor) -> dict[str, torch.Tensor]:
-        raise ValueError("Qwen2-VL attends causally throughout")
-
-    @staticmethod
     def images(batch: Any) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
         grids = batch["image_grid_thw"]
         return list(zip(batch["pixel_values"].split(grids.prod(1).tolist()), grids.split(1), strict=True))
@@ -153,17 +168,13 @@ class Qwen2VL:
         images.size = {**dict(images.size), "longest_edge": (round(image_size / cell) * cell) ** 2}  # pixels
 
     @staticmethod
-    def image_text(text: str) -> str:
-        return text
-
-    @staticmethod
     def project(model: Any, hidden: torch.Tensor) -> torch.Tensor:
         return model.model.visual.merger(hidden.flatten(0, 1)).view(
             len(hidden), -1, model.config.text_config.hidden_size
         )
 
 
-class Gemma3:
+class Gemma3(Family):
     """Gemma 3 (arXiv 2503.19786): 1-D positions, most layers with a sliding window, and an image of 256 tokens that see
     each other both ways.
     """
@@ -171,6 +182,7 @@ class Gemma3:
     model_type: ClassVar[str] = "gemma3"
     vision: ClassVar[tuple[str, ...]] = ("vision_tower", "multi_modal_projector")
     projector: ClassVar[str] = "model.multi_modal_projector"
+    both_ways: ClassVar[bool] = True
 
     @staticmethod
     def positions(ids: torch.Tensor, grid: torch.Tensor | None, config: Any) -> torch.Tensor:
@@ -215,12 +227,16 @@ class Gemma3:
         return int(config["mm_tokens_per_image"])  # whatever the size: the processor resizes
 
     @staticmethod
-    def bound(processor: Any, image_size: int) -> None:
-        """Every picture has one size already."""
-
-    @staticmethod
     def image_text(text: str) -> str:
         return text.replace("<start_of_image>", "\n\n<start_of_image><image_soft_token><end_of_image>\n\n")
+
+    @staticmethod
+    def hub_name(name: str) -> str:
+        """
+        >>> Gemma3.hub_name("model.vision_tower.embeddings.patch_embedding.bias")
+        'model.vision_tower.vision_model.embeddings.patch_embedding.bias'
+        """
+        return re.sub(r"^((?:model\.)?vision_tower\.)(?!vision_model\.)", r"\1vision_model.", name)
 
     @staticmethod
     def project(model: Any, hidden: torch.Tensor) -> torch.Tensor:

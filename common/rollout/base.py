@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -90,14 +90,6 @@ class Rollout(Protocol):
         """Release everything."""
 
 
-@runtime_checkable
-class AsksTogether(Protocol):
-    """What a `Rollout` also has whose ranks can only ask together."""
-
-    def finish(self) -> None:
-        """Answer the other ranks until none of them asks any more."""
-
-
 def logprobs_match_policy(backend: object, decoding: Decoding) -> bool:
     """Whether a sampler's log-probabilities are of the distribution that the trainer scores.
 
@@ -162,15 +154,6 @@ def requests(encoder: Encoder, prompts: Sequence[Prompt], seeds: Sequence[str]) 
         Request(tensors, seed, partial(encoder.unexpanded, prompt), partial(encoder.pictures, prompt))
         for prompt, tensors, seed in zip(prompts, encoded, seeds, strict=True)
     ]
-
-
-def finish(rollout: Rollout) -> None:
-    """Say that this rank asks no more before it waits for the others in another way. All ranks call it together.
-
-    A sampler whose ranks can only ask together then answers the others until none of them asks any more.
-    """
-    if isinstance(rollout, AsksTogether):
-        rollout.finish()
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from common import parsing
 from common.forward.label_scores import LabelScorer, LabelScores
 from common.forward.packing import micro_batches
 from common.models.encoder import Encoder
-from common.rollout.base import Completion, Decoding, Request, Rollout, finish, requests
+from common.rollout.base import Completion, Decoding, Request, Rollout, requests
 from common.runtime.distributed import gather, interleave, rank, share_of, world
 from common.runtime.progress import progress
 from common.types import Answers, Prediction, Probabilities, Prompt, Reply
@@ -73,7 +73,6 @@ class Replies:
                 start = time.perf_counter()
                 table.add(self._scores(labels, prompting, asked_about.choices, part, wanted, graded))
                 scoring += time.perf_counter() - start
-        finish(rollout)
         everyone = interleave(gather(predictions))
         probabilities = None if table is None else table.of_all_ranks()
         seconds = time.perf_counter() - began - scoring

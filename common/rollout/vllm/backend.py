@@ -1,10 +1,16 @@
-"""The `Rollout` backend that samples with vLLM: an engine in every rank's process, shared by ranks if it is split."""
+"""The `Rollout` backend that samples with vLLM: an engine of its own in every rank's process.
+
+Prompts go in as ids with one placeholder per image, seeds are those of the requests, weights are the policy's:
+pushed whole at first, later only what an update has moved. Embeddings beyond the vocabulary are tokens of a longer
+vocabulary.
+
+Shapes: R completion tokens.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,80 +20,12 @@ from common.models.vlm import VLM
 from common.rollout.base import Completion, Decoding, Request
 from common.rollout.vllm import weights
 from common.rollout.vllm.engine import Engine, Watchdog
-from common.runtime.distributed import rank, world
 
 # Ranks that share an engine, each with a part of its weights, ask it together.
 #
 # A tensor-parallel engine answers only if all its ranks ask the same, but ranks have prompts of their own, and not
 # equally often: the last batch of an evaluation, or a group that is drawn again, concerns some alone. So they ask in
 # rounds, each for the prompts of all, and a rank that has no more joins the rounds of the others until nobody has.
-
-
-Ask = Callable[[Sequence[Any], Sequence[dict[str, Any]], float], list[Any]]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a rank wants to know: see `Engine.generate`."""
-
-    prompts: list[Any]
-    choices: list[dict[str, Any]]
-    temperature: float
-
-
-class Together:
-    """The ranks of one engine."""
-
-    def __init__(self, size: int, ask: Ask) -> None:
-        """
-        Args:
-            size: Ranks of an engine; it divides their number.
-            ask: The engine.
-        """
-        import torch.distributed as dist
-
-        self.ask, self.place = ask, rank() % size
-        groups = [dist.new_group(list(range(first, first + size)), backend="gloo") for first in range(0, world(), size)]
-        self.size, self.group = size, groups[rank() // size]
-
-    def round(self, mine: Asked) -> list[Any]:
-        """The engine's outputs for this rank's prompts."""
-        return self._round(self._of_all(mine))
-
-    def finish(self) -> None:
-        """Join the others' rounds until they have no more."""
-        while any(parts := self._of_all(None)):
-            self._round(parts)
-
-    def _of_all(self, mine: Asked | None) -> list[Asked | None]:
-        import torch.distributed as dist
-
-        parts: list[Asked | None] = [None] * self.size
-        dist.all_gather_object(parts, mine, group=self.group)
-        return parts
-
-    def _round(self, parts: list[Asked | None]) -> list[Any]:
-        """Ask for all, those of one temperature at a time; the outputs of this rank."""
-        outputs: list[Any] = []
-        for temperature in sorted({part.temperature for part in parts if part}):
-            shares = [part if part and part.temperature == temperature else Asked([], [], 0.0) for part in parts]
-            found = self.ask(
-                [prompt for part in shares for prompt in part.prompts],
-                [choice for part in shares for choice in part.choices],
-                temperature,
-            )
-            before = sum(len(part.prompts) for part in shares[: self.place])
-            outputs += found[before : before + len(shares[self.place].prompts)]
-        return outputs
-
-
-# The `Rollout` backend that samples with vLLM: an engine of its own in every rank's process.
-#
-# Prompts go in as ids with one placeholder per image, seeds are those of the requests, weights are the policy's:
-# pushed whole at first, later only what an update has moved. Embeddings beyond the vocabulary are tokens of a longer
-# vocabulary.
-#
-# Shapes: R completion tokens.
 
 
 class VLLMRollout:
@@ -104,12 +42,11 @@ class VLLMRollout:
         completion_tokens: int,
         seed: int,
         image_size: int | None = None,
-        memory: float = 0.4,
-        cpu_gib: int = 1,
-        sequences: int = 64,
-        eager: bool = False,
-        sleep: int = 1,
-        tensor_parallel: int = 1,
+        gpu_memory_utilization: float = 0.4,
+        cpu_kvcache_space: int = 1,
+        max_num_seqs: int = 64,
+        enforce_eager: bool = False,
+        sleep_level: int = 1,
         timeout: float = 1800.0,
     ) -> None:
         """
@@ -120,13 +57,12 @@ class VLLMRollout:
             seed: Of the engine; a completion's own comes with its request.
             image_size: Side of the largest picture in pixels, for which memory is reserved; None: the largest that the
                 model's own processor allows.
-            memory: Share of the GPU for the engine: weights, cache and work space.
-            cpu_gib: Size of the cache where there is no GPU.
-            sequences: Completions that are computed at a time.
-            eager: No CUDA graphs: slower, ready sooner, less memory. Always so on a CPU.
-            sleep: While the policy is updated, a GPU engine keeps its weights on the host (1), drops them (2: they are
-                pushed whole before the next sampling), or keeps everything where it is (0).
-            tensor_parallel: Ranks that share an engine, each with its part of the weights; neighbours on one machine.
+            gpu_memory_utilization: Share of the GPU for the engine: weights, cache and work space.
+            cpu_kvcache_space: Size of the cache in GiB where there is no GPU.
+            max_num_seqs: Completions that are computed at a time.
+            enforce_eager: No CUDA graphs: slower, ready sooner, less memory. Always so on a CPU.
+            sleep_level: While the policy is updated, a GPU engine keeps its weights on the host (1), drops them (2:
+                they are pushed whole before the next sampling), or keeps everything where it is (0).
             timeout: Seconds after which a call counts as hanging, and the process is ended.
 
         Raises:
@@ -140,24 +76,19 @@ class VLLMRollout:
                 length=prompt_tokens + completion_tokens,
                 seed=seed,
                 image_size=image_size,
-                memory=memory,
-                cpu_gib=cpu_gib,
-                sequences=sequences,
-                eager=eager,
-                sleep=sleep,
-                tensor_parallel=tensor_parallel,
+                gpu_memory_utilization=gpu_memory_utilization,
+                cpu_kvcache_space=cpu_kvcache_space,
+                max_num_seqs=max_num_seqs,
+                enforce_eager=enforce_eager,
+                sleep_level=sleep_level,
             )
-            self.team = Together(tensor_parallel, self.engine.generate) if tensor_parallel > 1 else None
 
     def generate(self, requests: Sequence[Request], group_size: int, decoding: Decoding) -> list[list[Completion]]:
         """See `Rollout.generate`."""
         prompts = [self._prompt(request) for request in requests]
         choices = [self._choices(request, group_size, decoding) for request in requests]
         with self.watchdog("sampling"):
-            if self.team is None:
-                outputs = self.engine.generate(prompts, choices, decoding.temperature or 1.0)
-            else:
-                outputs = self.team.round(Asked(prompts, choices, decoding.temperature or 1.0))
+            outputs = self.engine.generate(prompts, choices, decoding.temperature or 1.0)
         for request, output in zip(requests, outputs, strict=True):
             check_prompt(request, output.prompt_token_ids)
         groups = [[self._completion(each) for each in output.outputs] for output in outputs]
@@ -170,19 +101,13 @@ class VLLMRollout:
         complete = self.version < 0
         with self.watchdog("taking over the weights"):
             slots = self.vlm.slots
-            self.engine.push(weights.named(self.vlm.model, trained=not complete))
+            self.engine.push(weights.named(self.vlm, trained=not complete))
             if slots is not None and slots.trainable and not complete:
                 with weights.whole([slots.embedding.weight, *slots.parts()]):
                     rows = rows_of_vocabulary(slots.embedding, slots.table())
                 self.engine.push_rows(slots.first, rows)
             self.engine.forget()
         self.version = version
-
-    def finish(self) -> None:
-        """See `AsksTogether`."""
-        if self.team is not None:
-            with self.watchdog("sampling for other ranks"):
-                self.team.finish()
 
     def rest(self) -> None:
         """See `Rollout.rest`."""

@@ -21,7 +21,7 @@ import torch
 from common.models.adapters import without_adapters
 from common.models.vlm import VLM
 from common.rollout.vllm.weights import vocabulary
-from common.runtime.distributed import barrier, rank, world
+from common.runtime.distributed import rank, world
 from common.types import UserError
 
 # Ends a process that hangs in code which no exception can reach, and says so.
@@ -56,7 +56,8 @@ class Watchdog:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
             raise UserError(
                 f"vLLM failed while {what} ({reason}). The same command goes on from the last checkpoint; if memory was"
-                " short, with smaller rollout.options.memory, sequences or cpu_gib. run.log has the whole error"
+                " short, with smaller rollout.options.gpu_memory_utilization, max_num_seqs or cpu_kvcache_space. run.log has"
+                " the whole error"
             ) from error
         finally:
             timer.cancel()
@@ -100,12 +101,11 @@ class Engine:
         length: int,
         seed: int,
         image_size: int | None,
-        memory: float,
-        cpu_gib: int,
-        sequences: int,
-        eager: bool,
-        sleep: int,
-        tensor_parallel: int,
+        gpu_memory_utilization: float,
+        cpu_kvcache_space: int,
+        max_num_seqs: int,
+        enforce_eager: bool,
+        sleep_level: int,
     ) -> None:
         """`length`: of prompt and completion together. The others: see `VLLMRollout`.
 
@@ -113,29 +113,30 @@ class Engine:
             UserError: It does not start, or its attention is not the trainer's.
         """
         on_gpu = vlm.device.type == "cuda"
-        self.sleep, self.asleep, self.loaded = sleep if on_gpu else 0, False, False
+        self.sleep_level, self.asleep, self.loaded = sleep_level if on_gpu else 0, False, False
         self.temperature = torch.ones((), device=vlm.device)
         length = min(length, vlm.model.config.get_text_config().max_position_embeddings)
         options: dict[str, Any] = {
             "load_format": "dummy",
             "generation_config": "vllm",  # nothing of the model's own
             "dtype": str(vlm.model.dtype).removeprefix("torch."),
-            "seed": seed * 1_000 + rank() // tensor_parallel,
-            "tensor_parallel_size": tensor_parallel,
+            "seed": seed * 1_000 + rank(),
             "max_model_len": length,
             "max_num_batched_tokens": max(8192, length),
-            "max_num_seqs": sequences,
-            "enforce_eager": eager or not on_gpu,
-            "enable_sleep_mode": self.sleep > 0,
+            "max_num_seqs": max_num_seqs,
+            "enforce_eager": enforce_eager or not on_gpu,
+            "enable_sleep_mode": self.sleep_level > 0,
             "enable_chunked_prefill": on_gpu,  # a seeded request cut in two raises without a GPU
             "limit_mm_per_prompt": {"image": 1, "video": 0},
             "mm_device_do_normalize": False,  # its mean and deviation would be dummies, too
             "logprobs_mode": "raw_logprobs",  # of the logits as `_install` makes them
             "distributed_executor_backend": "external_launcher" if world() > 1 else "uni",
-            **({"gpu_memory_utilization": memory} if on_gpu else {"kv_cache_memory_bytes": cpu_gib * GIB}),
+            **(
+                {"gpu_memory_utilization": gpu_memory_utilization}
+                if on_gpu
+                else {"kv_cache_memory_bytes": cpu_kvcache_space * GIB}
+            ),
         }
-        if tensor_parallel > 1 and not on_gpu:
-            clear_shared_memory()
         with tempfile.TemporaryDirectory(prefix="vllm-") as folder, undisturbed():
             describe(vlm, Path(folder), image_size)
             from vllm import LLM  # ten seconds or more
@@ -147,7 +148,7 @@ class Engine:
                 raise UserError(
                     f"vLLM does not start ({type(error).__name__}: {reason}); see rollout.options, or use rollout=hf"
                 ) from error
-        if not vlm.causal_images and vlm.family.blocks(torch.zeros(1, dtype=torch.long), vlm.model.config) is not None:
+        if vlm.family.both_ways and not vlm.causal_images:
             self._check_images()
         output = vocabulary(vlm.model)
         beyond = range(without_adapters(vlm.model).get_output_embeddings().weight.shape[0], output)
@@ -179,10 +180,8 @@ class Engine:
         """
         inner, temperature = model.compute_logits, self.temperature
 
-        def computed(*args: Any, **options: Any) -> torch.Tensor | None:
-            logits = inner(*args, **options)  # [B, V], None where another rank of the engine has them
-            if logits is None:
-                return None
+        def computed(*args: Any, **options: Any) -> torch.Tensor:
+            logits = inner(*args, **options)  # [B, V]
             return logits.float().index_fill_(-1, banned, -torch.inf) / temperature
 
         model.compute_logits = computed
@@ -240,10 +239,7 @@ class Engine:
 
         def copy_rows(model: Any) -> None:
             layer = model.language_model.model.embed_tokens
-            begin, end = layer.shard_indices.org_vocab_start_index, layer.shard_indices.org_vocab_end_index
-            low, high = max(first, begin), min(first + len(rows), end)  # of this rank's shard
-            if low < high:
-                layer.weight.data[low - begin : high - begin].copy_(rows[low - first : high - first])
+            layer.weight.data[first : first + len(rows)].copy_(rows)
             retie(model)
 
         self.llm.apply_model(copy_rows)
@@ -260,10 +256,10 @@ class Engine:
 
     def rest(self) -> bool:
         """Give back GPU memory until `wake`. Returns whether the weights are gone."""
-        if self.sleep and not self.asleep:
-            self.llm.sleep(level=self.sleep)
+        if self.sleep_level and not self.asleep:
+            self.llm.sleep(level=self.sleep_level)
             self.asleep = True
-        return self.sleep == 2
+        return self.sleep_level == 2
 
     def wake(self) -> None:
         """Have memory again."""
@@ -276,14 +272,6 @@ class Engine:
         with kept_group():
             self.llm.llm_engine.engine_core.shutdown()
         del self.llm
-
-
-def clear_shared_memory() -> None:
-    """Remove what killed ranks have left: vLLM for the CPU names it alike in every run and fails where it finds it."""
-    if rank() == 0:
-        for left in Path("/dev/shm").glob("-tp:*-cpushm_*"):
-            left.unlink(missing_ok=True)
-    barrier()
 
 
 def describe(vlm: VLM, folder: Path, image_size: int | None = None) -> None:

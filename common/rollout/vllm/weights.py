@@ -8,7 +8,6 @@ Shapes: V vocabulary rows, E entries, m rows of an entry, D width.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,19 +17,9 @@ from peft.tuners.lora.layer import LoraLayer
 
 from common.models.adapters import without_adapters
 from common.models.slots import Slots, rows_of_vocabulary
+from common.models.vlm import VLM
 
 ROUND = 64  # rows of a vocabulary, a multiple of which engines want
-
-
-def hub_name(name: str) -> str:
-    """A parameter's name as checkpoints on the hub have it. Nothing but Gemma's vision tower differs.
-
-    >>> hub_name("model.vision_tower.embeddings.patch_embedding.bias")
-    'model.vision_tower.vision_model.embeddings.patch_embedding.bias'
-    >>> hub_name("model.visual.merger.ln_q.weight")
-    'model.visual.merger.ln_q.weight'
-    """
-    return re.sub(r"^((?:model\.)?vision_tower\.)(?!vision_model\.)", r"\1vision_model.", name)
 
 
 def vocabulary(model: Any) -> int:
@@ -42,18 +31,18 @@ def vocabulary(model: Any) -> int:
     return -(-rows // ROUND) * ROUND
 
 
-def named(model: Any, trained: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+def named(vlm: VLM, trained: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
     """Every weight, tied ones once. Nothing but the tensor at hand is held.
 
     Args:
-        model: The policy, adapters and slots included.
+        vlm: The policy, adapters and extra embeddings included.
         trained: Leave out what no update has changed, for an engine that has it already. A vocabulary that is not
             trained is left out, too, although the rows behind it may be.
 
     Yields:
         The name on the hub, and the tensor with its adapters added.
     """
-    base = without_adapters(model)
+    base = without_adapters(vlm.model)
     adapters: dict[int, list[Any]] = {}
     for module in base.modules():
         if isinstance(module, LoraLayer):
@@ -70,7 +59,7 @@ def named(model: Any, trained: bool = False) -> Iterator[tuple[str, torch.Tensor
                 tensor = extended(base, parameter, with_adapters(parameter.detach(), on_top))
                 # the engine may look at it later, when the ranks have parted it again
                 kept = tensor.clone() if was_apart else tensor
-            yield hub_name(plain_name(name)), kept
+            yield vlm.family.hub_name(plain_name(name)), kept
 
 
 def beside(base: Any, parameter: torch.nn.Parameter, layers: Sequence[Any]) -> list[torch.nn.Parameter]:

@@ -27,7 +27,6 @@ from common.rollout.base import (
     Rollout,
     check_agreement,
     check_fresh,
-    finish,
     logprobs_match_policy,
     requests,
 )
@@ -143,7 +142,6 @@ class Sampling:
             again += len(flat)
             for i, group in zip(flat, fresh, strict=True):
                 completions[i] = group
-        finish(self.rollout)
         check_fresh(completions, version)
         return Sampled(prompts, list(asked), completions, version, again)
 
