@@ -10,7 +10,7 @@ import os
 
 def settle() -> None:
     """Set them; call it before torch or NumPy is imported. Ranks inherit them."""
-    # threads that spin while they wait slow two runs on one machine down thirty times (docs/archive/log-2026-11.md)
+    # threads that spin while they wait slow two runs on one machine down thirty times (docs/log.md)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # a sum that fewer threads share rounds otherwise: always as many as there may be
     os.environ.setdefault("MKL_DYNAMIC", "FALSE")
