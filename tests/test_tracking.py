@@ -279,7 +279,7 @@ def test_a_server_that_takes_the_key_and_no_run_costs_a_warning(monkeypatch, tmp
 
 @pytest.mark.slow
 def test_a_group_holds_what_differs_in_its_seed_alone(compose_named):
-    """docs/runs.md: two runs are in one group where their configurations differ in nothing else that decides a result."""
+    """docs/reports.md: two runs are in one group where their configurations differ in nothing else that decides a result."""
     group = {
         change: compose_named(*change.split()).tracking.group
         for change in (
