@@ -30,7 +30,7 @@ from benchmarks.rehearse.stock import stock_attention, stock_inputs, stock_logps
 from common.config.schema import Config
 from common.data import task
 from common.forward.label_scores import LabelScorer
-from common.forward.logprobs import InFloat32, PolicyScorer
+from common.forward.logprobs import PolicyScorer, exact
 from common.forward.packing import Group, pack_shared
 from common.learner import learner_class
 from common.models.adapters import without_adapters
@@ -124,16 +124,16 @@ def forwards(learner: VLMLearner) -> Iterator[Line]:
     found = agreement.measure(scorer, policy, group, own, request, decoding)
     trained = scorer(pack_shared([group], policy.family, policy.device), entropy=False)[0].cpu()
     drawn = torch.cat([completion.logps for completion in completions])
-    with stock_attention(policy), InFloat32():
+    with stock_attention(policy), exact(policy.model):
         stock = stock_group(policy, group, decoding.temperature)
-    with InFloat32():
-        exact = scorer.eval()(pack_shared([group], policy.family, policy.device), entropy=False)[0].cpu()
+    with exact(policy.model):
+        right = scorer.eval()(pack_shared([group], policy.family, policy.device), entropy=False)[0].cpu()
     gap, allowed = agreement.difference(trained, drawn), found.allowed_of_sampler
     yield within("shared against plain forward", "differ by", found.shared, found.allowed, "trainer.impl=plain")
     yield within(
         "forward against transformers",
         "differ by",
-        agreement.difference(exact[: len(stock)], stock),
+        agreement.difference(right[: len(stock)], stock),
         found.allowed,
         "model.family",
     )
@@ -154,7 +154,7 @@ def forwards(learner: VLMLearner) -> Iterator[Line]:
         {"rounding": found.rounding, "noise": found.noise},
     )
     for kind in KERNELS:
-        yield kernel(policy, group, exact, kind, max(found.rounding, 1e-5), decoding.temperature)
+        yield kernel(policy, group, right, kind, max(found.rounding, 1e-5), decoding.temperature)
 
 
 def kernel(policy: VLM, group: Group, exact: torch.Tensor, kind: str, rounding: float, temperature: float) -> Line:
@@ -191,7 +191,7 @@ def labels(learner: VLMLearner) -> Iterator[Line]:
     worst, noise, count = 0.0, 0.0, 0
     for begun in ("", REASONING):
         texts = [asks.label_response(name) if not begun else f"<answer>{name}</answer>" for name in names]
-        with InFloat32():
+        with exact(policy.model):
             (found,), (apart,) = (each([encoded], [texts], [begun]) for each in (scorer, LabelScorer(policy, budget=1)))
         noise = max(noise, float(((found.logps - apart.logps) / found.lengths).abs().max()))  # in 8 bits, by the batch
         for number, text in enumerate(texts):
@@ -199,7 +199,7 @@ def labels(learner: VLMLearner) -> Iterator[Line]:
             stops = range(1, len(whole) + 1)
             ends = [len(tokenizer.decode(whole[:stop], clean_up_tokenization_spaces=False)) for stop in stops]
             reply = torch.tensor([*whole, policy.end_of_turn])
-            with stock_attention(policy), InFloat32():
+            with stock_attention(policy), exact(policy.model):
                 logps = stock_logps(policy, encoded, reply)
             counts = torch.tensor([end > len(begun) for end in ends] + [True])
             worst = max(worst, abs(float((logps * counts).sum()) - float(found.logps[number])) / int(counts.sum()))
@@ -257,9 +257,9 @@ def push(learner: VLMLearner, other: Rollout | None = None) -> Iterator[Line]:
     first, group = gap(0)
     packed = pack_shared([group], policy.family, policy.device)
     rounded = scorer(packed, entropy=False)[0]
-    with InFloat32():
-        exact = scorer(packed, entropy=False)[0]
-    allowed = max(agreement.SAMPLER[policy.model.dtype], agreement.MULTIPLE * agreement.difference(rounded, exact))
+    with exact(policy.model):
+        right = scorer(packed, entropy=False)[0]
+    allowed = max(agreement.SAMPLER[policy.model.dtype], agreement.MULTIPLE * agreement.difference(rounded, right))
     yield within("sampler of its own", "differs by", first, allowed, "rollout=hf", "failed")
     for _, parameter in own:
         spread = float(parameter.float().std(correction=0)) or 0.02

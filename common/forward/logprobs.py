@@ -10,10 +10,14 @@ Shapes: T tokens to score, V vocabulary, D width.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
@@ -132,7 +136,7 @@ class InFloat32(TorchDispatchMode):
     """Inside, every operation on 16-bit tensors is computed on fp32 copies of them, and results stay fp32.
 
     Weights are copied for each use and forgotten, so no second model is held. For forwards without gradients.
-    Operations of other libraries (8-bit products) are left as they are.
+    Operations of other libraries are left as they are; `exact` replaces the 8-bit products.
     """
 
     def __torch_dispatch__(
@@ -144,6 +148,33 @@ class InFloat32(TorchDispatchMode):
         elif computes(func):
             args, kwargs = tree_map(widened, (args, kwargs))
         return func(*args, **kwargs)
+
+
+@contextmanager
+def exact(model: torch.nn.Module) -> Iterator[None]:
+    """Compute without rounding: 16-bit tensors in fp32, 8-bit matrices as the fp32 matrices that they stand for.
+
+    LLM.int8() chooses its outlier columns over all rows of a forward, so that two correct forwards in other batch
+    shapes differ by as much as a wrong mask can change. The matrices themselves are the same in both.
+    """
+    bitsandbytes: Any = sys.modules.get("bitsandbytes")  # imported if any weight is in 8 bits
+    quantised = bitsandbytes.nn.Linear8bitLt if bitsandbytes else ()
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, quantised)]
+    for layer in layers:
+        layer.forward = partial(_dequantised_linear, layer)
+    try:
+        with InFloat32():
+            yield
+    finally:
+        for layer in layers:
+            del layer.forward  # the class's own is seen again
+
+
+def _dequantised_linear(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """The product with a matrix of bitsandbytes in fp32. Its numbers lie in the weight until the first forward."""
+    held = layer.state if layer.weight.CB is None else layer.weight
+    matrix = held.CB.float() * (held.SCB.float() / 127)[:, None]
+    return F.linear(x.float(), matrix, None if layer.bias is None else layer.bias.float())
 
 
 def widened(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """Whether sampler, shared-prefix forward and plain forward compute the same; asked on real data before a training.
 
 Whether the *logic* is the same (masks, positions, images) is asked in fp32 arithmetic on the weights as they are
-(`common.forward.logprobs.InFloat32`), where correct forwards differ by 1e-5 nats and wrong ones by a thousand times
+(`common.forward.logprobs.exact`), where correct forwards differ by 1e-5 nats and wrong ones by a thousand times
 that. How much the *arithmetic* of the training rounds is measured beside it, as the difference of the forward as it
 is trained from the exact one; a sampler with weights and kernels of its own (vLLM) may differ from the trainer by a
 few times that.
@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from common.forward import attention
-from common.forward.logprobs import InFloat32, PolicyScorer
+from common.forward.logprobs import PolicyScorer, exact
 from common.forward.packing import Group, pack_plain, pack_shared
 from common.models.vlm import VLM
 from common.rollout.base import Decoding, Request, Rollout
@@ -37,7 +37,7 @@ class Agreement:
 
     shared: between the shared-prefix and the plain forward, exact. replay: between a sampler that computes with the
     trained weights and the plain forward, exact; None: the sampler has weights of its own. noise: between plain
-    forwards in batches of other shapes, exact; in 8 bits a row's numbers depend on what it is computed beside.
+    forwards in batches of other shapes, exact.
     rounding: between the forward as it is trained and the exact plain one. merged, copied: relative errors of
     `attention.merge_error`, no log-probabilities.
     """
@@ -115,15 +115,15 @@ def compare(
     trained = shared()
     scorer.eval()
     half = (len(group.completions) + 1) // 2
-    with InFloat32():
-        exact = plain(group)
+    with exact(vlm.model):
+        right = plain(group)
         parts = [part for part in (group.completions[:half], group.completions[half:]) if part]
         apart = torch.cat([plain(replace(group, completions=part)) for part in parts])
         agreement = Agreement(
-            shared=difference(shared(), exact),
+            shared=difference(shared(), right),
             replay=None if rollout is None else replayed(plain, rollout, request, len(group.completions), decoding),
-            noise=difference(apart, exact),
-            rounding=difference(trained, exact),
+            noise=difference(apart, right),
+            rounding=difference(trained, right),
             dtype=vlm.model.dtype,
         )
     scorer.train(was_training)

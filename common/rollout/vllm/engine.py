@@ -56,8 +56,8 @@ class Watchdog:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
             raise UserError(
                 f"vLLM failed while {what} ({reason}). The same command goes on from the last checkpoint; if memory was"
-                " short, with smaller rollout.options.gpu_memory_utilization, max_num_seqs or cpu_kvcache_space. run.log"
-                " has the whole error"
+                " short, with smaller rollout.options.gpu_memory_utilization, max_num_seqs or cpu_kvcache_space."
+                " run.log has the whole error"
             ) from error
         finally:
             timer.cancel()
