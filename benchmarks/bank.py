@@ -59,7 +59,13 @@ def train(where: str, shape: tuple[int, int, int], result: Path) -> dict[str, fl
     del entries
     model = torch.nn.Sequential(slots, torch.nn.Linear(dim, 8))
     config = TrainerConfig(
-        "sft", RATE, schedule="constant", epochs=1.0, betas=list(BETAS), weight_decay=DECAY, grad_clip=1e-3
+        "sft",
+        learning_rate=RATE,
+        schedule="constant",
+        epochs=1.0,
+        betas=list(BETAS),
+        weight_decay=DECAY,
+        grad_clip=1e-3,
     )
     engine = Engine(model, config, {"zero_optimization": {"stage": 0}}, UPDATES)
     chosen, seen, clock = random.Random(3), [], time.perf_counter()

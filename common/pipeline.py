@@ -24,7 +24,7 @@ from common.run.predictions import choose_thumbnails, write_thumbnails
 from common.run.recorder import Recorder
 from common.run.result import Result, describe, paired
 from common.run.run_folder import RunFolder, best_effort
-from common.run.tracking import make_tracker, settled_mode
+from common.run.tracking import make_tracker, settled
 from common.runtime.distributed import barrier, rank
 from common.runtime.group import init_process_group, model_of
 from common.runtime.progress import Stopwatch, doing
@@ -44,7 +44,7 @@ def run(config: Config, folder: Path, data: TaskData | None = None) -> Result:
         The result, as written to metrics.json.
     """
     clock = Stopwatch()
-    config = replace(config, tracking=replace(config.tracking, mode=settled_mode(config.tracking.mode)))
+    config = replace(config, tracking=settled(config.tracking))
     device = init_process_group(config.gpus)
     with clock.phase("data"):
         data = readable(config, data)

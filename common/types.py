@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy
     from numpy.typing import NDArray
     from PIL.Image import Image
@@ -127,14 +129,28 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Sample:
-    """One completion, as the rewards see it."""
+    """One completion, as the rewards see it. tokens: its length, the end of turn included. truncated: it was cut."""
 
     prompt: Prompt
     completion: str
+    tokens: int = 0
+    truncated: bool = False
+    open_image: Callable[[str], Image] | None = field(default=None, repr=False, compare=False)
 
     @property
     def label(self) -> str:
         return self.prompt.label
+
+    @property
+    def picture(self) -> Image:
+        """The image of the prompt, as its dataset has it.
+
+        Raises:
+            ValueError: The sample was made without access to pictures.
+        """
+        if self.open_image is None:
+            raise ValueError(f"nothing opens the picture of '{self.prompt.image}' here")
+        return self.open_image(self.prompt.image)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,9 @@ import textwrap
 import pyarrow.parquet
 import pytest
 
+from common.config.composition import validate
 from common.run.result import Result
+from common.types import UserError
 from tests.conftest import REPOSITORY
 
 PACKAGE = '''
@@ -193,7 +195,7 @@ def outside(tmp_path):
             path.write_text(textwrap.dedent(text).strip() + "\n")
 
         def call(*overrides):
-            command = [sys.executable, "run.py", "-cd", str(tmp_path / "conf"), *overrides, "tracking=none"]
+            command = [sys.executable, "run.py", "-cd", str(tmp_path / "conf"), "tracking=none", *overrides]
             command += [f"hydra.run.dir={tmp_path / 'run'}", f"cache_dir={tmp_path / 'cache'}"]
             env = {**os.environ, "PYTHONPATH": str(tmp_path), **environment}
             done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True)
@@ -343,3 +345,129 @@ def test_another_learner_has_the_same_run_folder(outside, tmp_path):
     assert after.probability.top1 == after.accuracy and tested[0]["completion"] is None
     for name in ("curves.png", "confusion-test.png", "config.yaml", "metrics.jsonl", "model/means.npy"):
         assert (folder / name).is_file()
+
+
+PARTS = '''
+"""The parts of a trainer: a loss, advantages, an optimizer, a tracker, and a reward that looks at the picture."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+
+from common.training.grpo.loss import LossInputs, LossOutputs
+
+
+def note(*words):
+    with open(os.environ["DIARY"], "a") as diary:
+        print(*words, file=diary)
+
+
+def reinforce(inputs: LossInputs, config, *, scale: float) -> LossOutputs:
+    """Policy gradient without a ratio; the sign is that of a loss."""
+    weights = (inputs.weights * inputs.advantages.to(inputs.weights))[inputs.owner].to(inputs.logps)
+    loss = -scale * (weights * inputs.logps).sum()
+    note("loss", float(loss))
+    return LossOutputs(loss, {"reinforce": (float(loss), 1.0)}, None, None)
+
+
+def centred(parts, weights, config, *, factor: float) -> torch.Tensor:
+    total = (parts * weights[:, None, None]).sum(0)
+    return factor * (total - total.mean(1, keepdim=True))
+
+
+class Plain(torch.optim.SGD):
+    def __init__(self, params, lr, weight_decay=0.0, loud=False):
+        super().__init__(params, lr=lr, weight_decay=weight_decay)
+        note("optimizer", loud)
+
+
+class Diary:
+    id = "the-diary"
+
+    def __init__(self, config, folder, job_type, tags, values, splits, open_image, known=None):
+        note("tracker", job_type, values["shots"], *splits)
+
+    def log(self, metrics, step):
+        if "reinforce" in metrics:
+            note("step", step, metrics["reinforce"])
+
+    def completions(self, rows, step): ...
+
+    def result(self, result, evaluation):
+        note("result", result.method)
+
+    def close(self, failed):
+        note("closed", failed)
+
+
+def bright(samples) -> list[float]:
+    """Brightness of the picture, and a tenth for every token; nothing for what was cut."""
+    return [
+        0.0 if s.truncated else float(np.asarray(s.picture, dtype=float).mean() / 255) + s.tokens / 10 for s in samples
+    ]
+'''
+
+
+@pytest.mark.slow
+def test_the_parts_of_a_trainer_from_outside(outside, tmp_path):
+    """Loss, advantages, optimizer, tracker, and a reward that sees length, cut and picture; each of its own module."""
+    import numpy as np
+
+    from common.data.digits import Digits
+
+    diary = tmp_path / "diary.txt"
+    call = outside(PARTS, {"label/none": ""}, DIARY=str(diary))
+    folder = call(
+        "method=nothinking",
+        "rewards=none",
+        "+rewards.bright={weight: 2.0, fn: mine.bright}",
+        "trainer.loss=mine.reinforce",
+        "+trainer.loss_options.scale=0.5",
+        "trainer.advantages=mine.centred",
+        "+trainer.advantages_options.factor=3.0",
+        "trainer.optimizer=mine.Plain",
+        "+trainer.optimizer_options.loud=true",
+        "tracking=wandb",
+        "tracking.tracker=mine.Diary",
+        "shots=4",
+        "trainer.updates=2",
+        "trainer.prompts_per_update=4",
+        "evaluate=last",
+        "doctor=false",
+    )
+    lines = [line.split() for line in diary.read_text().splitlines()]
+    said = {line[0]: line[1:] for line in lines}
+    assert said["tracker"][:2] == ["train", "4"] and said["optimizer"] == ["True"]
+    assert said["result"] == ["nothinking"] and said["closed"] == ["False"]
+    losses = [float(line[1]) for line in lines if line[0] == "loss"]
+    steps = [(int(line[1]), float(line[2])) for line in lines if line[0] == "step"]
+    assert [step for step, _ in steps] == [1, 2]
+    assert sum(losses) / len(losses) == pytest.approx(sum(value for _, value in steps) / 2)
+    rows = pyarrow.parquet.read_table(folder / "completions.parquet").to_pylist()
+    opened = Digits()
+    for row in rows:
+        light = np.asarray(opened.open(row["image"]), dtype=float).mean() / 255
+        assert row["reward"] == pytest.approx(0.0 if row["truncated"] else 2 * (light + row["tokens"] / 10))
+    first = [row for row in rows if row["step"] == 1 and row["image"] == rows[0]["image"]]
+    mean = np.mean([row["reward"] for row in first])
+    assert [row["advantage"] for row in first] == pytest.approx([3 * (row["reward"] - mean) for row in first], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["trainer.loss=common.rewards.nothing"], "trainer.loss=common.rewards.nothing cannot be imported"),
+        (["+trainer.loss_options.scale=1"], "trainer.loss=common.training.grpo.loss.grpo_loss: .*'scale'"),
+        (["trainer.advantages=common.training.grpo.loss.advantages"], "trainer.advantages=.*'scaling'"),
+        (["trainer.optimizer=torch.optim.Sgd"], "trainer.optimizer=torch.optim.Sgd cannot be imported"),
+        (["+trainer.optimizer_options.amsgard=true"], "trainer.optimizer_options.amsgard: torch.optim.AdamW does not"),
+        (["trainer.optimizer=torch.optim.SGD", "trainer.embeddings=host"], "set trainer.embeddings=device"),
+        (["tracking=wandb", "tracking.tracker=nowhere.Tracker"], "there is no module 'nowhere'"),
+    ],
+)
+def test_a_part_that_is_not_there_is_refused_before_anything_is_loaded(compose, changes, said):
+    with pytest.raises(UserError, match=said):
+        validate(compose("method=clsrl", *changes))

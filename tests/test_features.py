@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 
 from common.few_shot.encoders import clip, generated, texts, tiny, visual
 from common.few_shot.encoders import store as store_module
-from common.few_shot.encoders.encoder import Look, View, crop_box, see
+from common.few_shot.encoders.encoder import TEST, Look, View, crop_box, see
 from common.few_shot.encoders.store import KEY, Encoded, Rows, Store, key_of
 from common.types import BadImage, UserError
 from tests import encoders
@@ -322,6 +323,105 @@ def test_clip_loads_a_local_file(tmp_path):
     for name, value in made.state_dict().items():
         assert torch.equal(loaded.model.state_dict()[name], value)
     assert loaded.look.size == 32 and loaded.texts(["a photo of a cat."]).shape == (1, 64)
+
+
+def two_towers(tmp_path, name="towers"):
+    """A model of open_clip's CustomTextCLIP, the class of SigLIP, PE and EVA02, with a tower of timm; its weights."""
+    import open_clip
+
+    vision = {"timm_model_name": "test_vit", "timm_model_pretrained": False, "timm_pool": "", "timm_proj": "linear"}
+    text = {**tiny.TEXT, "vocab_size": 49408}
+    config = {"embed_dim": 48, "custom_text": True, "vision_cfg": {**vision, "image_size": 160}, "text_cfg": text}
+    (tmp_path / f"{name}.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / f"{name}.json")
+    made = open_clip.create_model(name)
+    torch.save(made.state_dict(), tmp_path / f"{name}.pt")
+    return made.eval()
+
+
+def test_any_model_with_two_towers_gives_pictures_and_texts(tmp_path, photo):
+    """As open_clip itself computes them; what looks into a tower is refused in one line."""
+    import open_clip
+
+    made = two_towers(tmp_path)
+    assert not isinstance(made, open_clip.CLIP)
+    loaded = clip.load("clip", CPU, tmp_path, FP32, model="towers", file=str(tmp_path / "towers.pt"))
+    assert (loaded.width, loaded.look.size, loaded.positions) == (48, 160, 0)
+    pixels = see(photo, "key", TEST, loaded.look)[None]
+    texts = ["a photo of a cat.", "a dog"]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.images(pixels), made.encode_image(pixels))
+        torch.testing.assert_close(loaded.texts(texts), made.encode_text(open_clip.get_tokenizer("towers")(texts)))
+    for asked in (lambda: loaded.maps(pixels), lambda: loaded.embed(texts), lambda: loaded.read(pixels, pixels)):
+        with pytest.raises(UserError, match="which open_clip towers, .* does not show; choose a clip of CLIP's own"):
+            asked()
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "mean", "squash"),
+    [
+        ("ViT-B-16-SigLIP2", {"pretrained": None}, 0.5, True),
+        ("RN50-quickgelu", {"pretrained": "openai"}, 0.48145466, False),
+    ],
+)
+def test_pictures_for_a_file_of_weights_are_prepared_as_its_model_wants(
+    tmp_path, model, options, mean, squash, monkeypatch
+):
+    """The file does not say how, so open_clip alone would prepare SigLIP's as CLIP's."""
+    import open_clip
+
+    given = {}
+
+    def create(model, force_preprocess_cfg, **others):
+        given.update(force_preprocess_cfg, others=others)
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(open_clip, "create_model", create)
+    with pytest.raises(UserError, match="enough"):
+        clip.load("clip", CPU, tmp_path, FP32, model=model, file=str(tmp_path / "w.pt"), **options)
+    assert given["mean"][0] == mean and (given["resize_mode"] == "squash") is squash
+
+
+def test_a_picture_is_squashed_where_its_tower_wants_that(photo):
+    """The corner of the photograph is seen, which the centre crop leaves out."""
+    assert photo.width != photo.height
+    look = Look(32, (0.0,) * 3, (1.0,) * 3)
+    squashed, cropped = (see(photo, "key", TEST, each) for each in (replace(look, squash=True), look))
+    expected = torch.from_numpy(np.array(photo.resize((32, 32), Image.Resampling.BICUBIC))).permute(2, 0, 1) / 255
+    torch.testing.assert_close(squashed, expected, atol=1e-6, rtol=0)
+    assert float((squashed - cropped).abs().mean()) > 0.01
+
+
+def test_any_model_of_timm_is_an_encoder(tmp_path):
+    """Its features before the head, as timm gives them, prepared as its own configuration says."""
+    import timm
+
+    made = timm.create_model("test_resnet", pretrained=False, num_classes=0).eval()
+    torch.save(timm.create_model("test_resnet").state_dict() | made.state_dict(), tmp_path / "w.pth")
+    loaded = visual.load_timm("visual", CPU, tmp_path, FP32, model="test_resnet", file=str(tmp_path / "w.pth"))
+    pixels = torch.rand(2, 3, 160, 160, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.images(pixels), made(pixels))
+    assert loaded.look == Look(160, tuple(made.pretrained_cfg["mean"]), tuple(made.pretrained_cfg["std"]))
+    assert loaded.width == made.num_features == loaded.images(pixels).shape[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "visual.options.model=<model>, such as"),
+        ({"model": "hf-hub:someone/thing"}, "visual.options.model=<model>, such as"),
+        ({"model": "resnet5"}, "timm has no such model; did you mean "),
+        ({"model": "test_resnet", "file": "{tmp}/none.pth"}, "none.pth gives no weights of timm's test_resnet"),
+        ({"model": "test_resnet", "file": "{tmp}/other.pth"}, "other.pth gives no weights of timm's test_resnet"),
+    ],
+)
+def test_no_model_of_timm_begins_at_random(tmp_path, options, said):
+    torch.save({"x": torch.zeros(1)}, tmp_path / "other.pth")
+    options = {key: value.replace("{tmp}", str(tmp_path)) for key, value in options.items()}
+    with pytest.raises(UserError) as error:
+        visual.load_timm("visual", CPU, tmp_path, FP32, **options)
+    assert said in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.slow

@@ -24,7 +24,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from common.config import consistency
 from common.config.schema import (
+    ADAMW,
     FAMILIES,
+    GRPO_ADVANTAGES,
+    GRPO_LOSS,
     NO_FAMILY,
     SAMPLERS,
     VALIDATIONS,
@@ -184,6 +187,27 @@ def _check_calls(config: Config, cfg: DictConfig) -> None:
         is_class = isinstance(locate(entry["fn"], key), type)
         _check_entry(cfg, entry["fn"], key, arguments, given=0 if is_class else 1)
     build_rewards(config.rewards)  # classes check their own arguments
+    check_module(config.tracking.tracker, "tracking.tracker")
+    _check_trainer(config.trainer)
+
+
+def _check_trainer(trainer: TrainerConfig) -> None:
+    """Check functions and classes of one's own; those of the project need torch, which takes seconds to import."""
+    if trainer.name == "none":
+        return
+    if trainer.optimizer != ADAMW or trainer.optimizer_options:
+        options = trainer.optimizer_options
+        if unknown := unknown_arguments(trainer.optimizer, "trainer.optimizer", options):
+            raise UserError(f"trainer.optimizer_options.{unknown[0]}: {trainer.optimizer} does not take it")
+    if trainer.optimizer != ADAMW and trainer.embeddings == "host":
+        raise UserError("trainer.embeddings=host updates rows on the host as AdamW does; set trainer.embeddings=device")
+    if not isinstance(trainer, GRPOConfig):
+        return
+    if trainer.loss != GRPO_LOSS or trainer.loss_options:
+        check_call(trainer.loss, "trainer.loss", {"config": trainer, **trainer.loss_options}, given=1)
+    if trainer.advantages != GRPO_ADVANTAGES or trainer.advantages_options:
+        options = {"config": trainer, **trainer.advantages_options}
+        check_call(trainer.advantages, "trainer.advantages", options, given=2)
 
 
 def _check_entry(cfg: DictConfig, path: str, key: str, arguments: dict[str, Any], given: int = 0) -> None:

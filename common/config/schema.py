@@ -293,16 +293,25 @@ class ModelConfig:
             raise UserError("model.path and model.recipe are null: set model.path=<folder or hub id>")
 
 
+ADAMW = "torch.optim.AdamW"
+GRPO_LOSS = "common.training.grpo.loss.grpo_loss"
+GRPO_ADVANTAGES = "common.training.grpo.loss.grpo_advantages"
+
+
 @dataclass
 class TrainerConfig:
     """Optimisation shared by GRPO and SFT; an update is one optimiser step over `prompts_per_update` prompts.
 
     embedding_learning_rate: of embeddings that a method puts behind the vocabulary; null: as the rest. embeddings: they
     are parameters on every `device`, or stay on the `host`, which lends a batch the rows that it needs. patience: the
-    training ends after so many evaluations without a better one; 0: it goes on.
+    training ends after so many evaluations without a better one; 0: it goes on. optimizer: a class with the signature
+    of torch's; it is given `params`, `lr` and, if it takes them, `betas` and `weight_decay`. optimizer_options: its
+    other arguments.
     """
 
     name: str = MISSING
+    optimizer: str = ADAMW
+    optimizer_options: dict[str, Any] = field(default_factory=dict)
     learning_rate: float = 0.0
     embedding_learning_rate: float | None = None
     embeddings: str = "device"
@@ -349,8 +358,17 @@ class TrainerConfig:
 
 @dataclass
 class GRPOConfig(TrainerConfig):
-    """Group Relative Policy Optimization (arXiv 2402.03300)."""
+    """Group Relative Policy Optimization (arXiv 2402.03300).
 
+    loss: a function `(LossInputs, GRPOConfig, **loss_options) -> LossOutputs`. advantages: a function `(parts [K, N,
+    G], weights [K], GRPOConfig, **advantages_options) -> [N, G]` from the rewards of all completions of the update.
+    Both are described in common/training/grpo/loss.py.
+    """
+
+    loss: str = GRPO_LOSS
+    loss_options: dict[str, Any] = field(default_factory=dict)
+    advantages: str = GRPO_ADVANTAGES
+    advantages_options: dict[str, Any] = field(default_factory=dict)
     group_size: int = MISSING
     beta: float = MISSING
     epsilon: float = MISSING
@@ -430,9 +448,11 @@ class TrackingConfig:
     completions_every: updates between two tables of sampled completions. completions_rows, predictions_rows: rows of
     such a table, and of one of predictions at the end. thumbnails: small copies of that many pictures per split, and of
     as many trained ones, stay in the run folder for its report; 0: none. report: whether a run ends with report.html.
+    tracker: a class with the constructor of `WandbTracker` and the members of `Tracker` (common/run/tracking.py).
     """
 
     name: str = MISSING
+    tracker: str = "common.run.tracking.WandbTracker"
     project: str = MISSING
     group: str | None = None
     tags: list[str] = field(default_factory=list)

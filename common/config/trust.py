@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from common.config.schema import FAMILIES, NO_FAMILY
+from common.config.schema import ADAMW, FAMILIES, NO_FAMILY
 from common.types import UserError
 
 OWN = ("common", "alert", "clsrl")
@@ -42,6 +42,7 @@ class Kind:
 
 METHOD = Kind("method", ("train_prompts", "evaluation_prompts", "well_formed", "answer", "label_response"))
 FAMILY = Kind("model family", ("model_type", "vision", "positions", "blocks", "images", "placeholder_tokens"))
+OPTIMIZER = Kind("optimizer", ("step", "state_dict", "load_state_dict"))
 SAMPLER = Kind("sampler", ("generate", "refresh", "rest", "wake", "close"))
 LEARNER = Kind("few-shot learner", ("check_val", "begin", "step", "end", "logits", "state", "restore"))
 READER = Kind("reader of a dataset", parameters=("location",), returns="Source")
@@ -55,6 +56,10 @@ PLACES: dict[tuple[str, ...], Kind] = {
     ("rollout", "check"): Kind("check of a sampler", parameters=("config",), returns="None"),
     ("learner", "build"): Kind("learner", ("predict", "train", "save", "load", "set_task", "close")),
     ("learner", "check"): Kind("check of a learner", parameters=("config", "data")),
+    ("trainer", "loss"): Kind("loss", parameters=("inputs", "config"), returns="LossOutputs"),
+    ("trainer", "advantages"): Kind("advantages", parameters=("parts", "weights", "config"), returns="torch.Tensor"),
+    ("trainer", "optimizer"): OPTIMIZER,
+    ("tracking", "tracker"): Kind("tracker", ("log", "completions", "result", "close")),
     ("clip", "load"): (ENCODER := Kind("encoder", parameters=("key", "device", "cache_dir", "dtype"))),
     ("visual", "load"): ENCODER,
     ("few_shot", "_target_"): LEARNER,
@@ -134,7 +139,7 @@ def _named(values: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any, 
 
 def _foreign(value: Any, kind: Kind) -> str:
     """Why a value must not be run; empty: it may."""
-    if kind is FAMILY and value in (*FAMILIES, NO_FAMILY):
+    if (kind is FAMILY and value in (*FAMILIES, NO_FAMILY)) or (kind is OPTIMIZER and value == ADAMW):
         return ""
     if not isinstance(value, str) or not re.fullmatch(r"\w+(\.\w+)+", value) or value.partition(".")[0] not in OWN:
         return "is not of this project"

@@ -12,9 +12,9 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,6 +32,9 @@ from common.training.agreement import Agreement
 from common.training.grpo.batch import score_groups, without_differences
 from common.training.signs import CUT, fix, silent_rewards
 from common.types import Prompt, UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ def examine(
     ranks: int,
     cost: Cost,
     seed: int,
+    open_image: Callable[[str], Image] | None = None,
 ) -> list[Finding]:
     """Sample a few groups and check them. Call it before the optimizer takes over the weights.
 
@@ -92,7 +96,8 @@ def examine(
         updates: Planned updates.
         ranks: Number of processes.
         cost: Of the training, as computed.
-        seed: Of the run.
+        seed: Seed of the run.
+        open_image: From an image's key to its picture, for rewards that look at it.
 
     Returns:
         All findings, the failed ones included.
@@ -109,7 +114,7 @@ def examine(
     gaps, scoring = score(scorer, vlm, groups, completions, config)
     sampler = None if getattr(rollout, "has_weight_copy", False) else rollout
     found = agreement.measure(scorer, vlm, groups[0], sampler, asked[0], decoding)
-    scores = score_groups(chosen, completions, rewards)
+    scores = score_groups(chosen, completions, rewards, open_image)
     total, parts = scores.total, scores.parts
     cut = statistics.fmean(c.truncated for group in completions for c in group)
     for start in range(PROMPTS, MORE_PROMPTS, PROMPTS):  # few groups could all be flat by chance
@@ -120,7 +125,7 @@ def examine(
             break
         seeds = [f"doctor-{seed}-{start + number}" for number in range(len(others))]
         fresh = rollout.generate(requests(encoder, others, seeds), config.group_size, decoding)
-        scores = score_groups(others, fresh, rewards)
+        scores = score_groups(others, fresh, rewards, open_image)
         total = total + scores.total
         parts = {name: [*values, *scores.parts[name]] for name, values in parts.items()}
     findings = [

@@ -16,6 +16,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -27,6 +28,7 @@ from common.config.composition import values_of
 from common.config.schema import Config, TrackingConfig
 from common.evaluation.evaluate import Evaluation
 from common.parsing import normalize
+from common.plugins import locate
 from common.run.result import Result
 from common.runtime.distributed import rank
 from common.types import Prediction, Task
@@ -191,15 +193,14 @@ def numbers(result: Result) -> dict[str, float]:
 
 
 def make_tracker(config: Config, folder: Path, task: Task, known: str | None) -> Tracker:
-    """W&B on rank 0, nothing elsewhere. `known`: id of the tracker's run that is continued."""
+    """The tracker of the configuration on rank 0, nothing elsewhere. `known`: id of its run that is continued."""
     if rank() != 0 or config.tracking.mode == "disabled":
         return NullTracker()
     whose = dict.fromkeys(task.origins.values())
     tags = [config.method["name"], config.data.name, config.setting.name, f"s{config.shots}", *whose]
     job_type = "eval" if config.trainer.name == "none" else "train"
-    return WandbTracker(
-        config.tracking, folder, job_type, tags, values_of(config), task.evaluation, task.images.open, known
-    )
+    make = cast("type[WandbTracker]", locate(config.tracking.tracker, "tracking.tracker"))
+    return make(config.tracking, folder, job_type, tags, values_of(config), task.evaluation, task.images.open, known)
 
 
 def resolve_mode(mode: str) -> str:
@@ -221,6 +222,13 @@ def settled_mode(mode: str) -> str:
         return mode
     log.warning(OFFLINE, trouble)
     return "offline"
+
+
+def settled(config: TrackingConfig) -> TrackingConfig:
+    """The configuration with the mode that W&B will have; a tracker of one's own reads `mode` as it likes."""
+    if config.tracker != TrackingConfig.tracker:
+        return config
+    return replace(config, mode=settled_mode(config.mode))
 
 
 def what_keeps_offline() -> str | None:

@@ -5,6 +5,7 @@ DeepSpeed on its own would fix the number of micro-batches, which here varies fr
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
 import subprocess
@@ -20,12 +21,37 @@ import torch
 from common.config.schema import TrainerConfig
 from common.models.hosted_slots import HostedSlots
 from common.models.slots import Slots
+from common.plugins import locate
 from common.rollout.base import Rollout, sampling_mode
 from common.runtime import saved as saved_files
 from common.runtime.distributed import barrier, rank, world
 from common.training.base import learning_rate
+from common.types import UserError
 
 HOSTED = "host_rows_{}"  # beside what DeepSpeed writes
+
+
+def make_optimizer(config: TrainerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """The optimizer that `trainer.optimizer` names, AdamW by default.
+
+    Args:
+        config: Its class and values.
+        groups: Parameter groups, each with its `lr`.
+
+    Raises:
+        UserError: The class cannot be found, or does not take its options.
+    """
+    kind = locate(config.optimizer, "trainer.optimizer")
+    known = inspect.signature(kind).parameters
+    usual = {"lr": config.learning_rate, "betas": tuple(config.betas), "weight_decay": config.weight_decay}
+    options = {name: value for name, value in usual.items() if name in known} | config.optimizer_options
+    try:
+        return kind(groups, **options)  # type: ignore[no-any-return]
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"trainer.optimizer={config.optimizer} does not take these values ({error}); correct"
+            " trainer.optimizer_options"
+        ) from error
 
 
 class Engine:
@@ -70,12 +96,7 @@ class Engine:
         groups, self.peaks = [{"params": own, "lr": peak} for own, peak in kept], [peak for _, peak in kept]
         self.has_frozen = len(parameters) < len(list(module.parameters()))
         self.stage = zero_stage(deepspeed_config)
-        optimizer = torch.optim.AdamW(
-            groups,
-            lr=config.learning_rate,
-            betas=(config.betas[0], config.betas[1]),
-            weight_decay=config.weight_decay,
-        )
+        optimizer = make_optimizer(config, groups)
         folder, universal = (None, False) if resume is None else _for_this_world(resume, self.stage)
         zero = {"reduce_bucket_size": bucket_size(deepspeed_config, sum(p.numel() for p in parameters))}
         settings = {

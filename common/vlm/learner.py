@@ -274,6 +274,7 @@ class VLMLearner(Learner):
                 ranks=world(),
                 cost=estimate.of_run(config, self.prompts, Path(self.weights["path"]), world()),
                 seed=config.seed,
+                open_image=self.task.images.open,
             )
         if rank() == 0:
             Console().print(doctor.report(findings))
@@ -303,8 +304,13 @@ class VLMLearner(Learner):
             "done": 0 if self.checkpoints.state is None else self.checkpoints.state.update,
         }
         if isinstance(config.trainer, GRPOConfig):
-            decoding = sampling(config.rollout)
-            return GRPOTrainer(**shared, rewards=self.rewards, decoding=decoding, overlap=config.rollout.overlap)
+            return GRPOTrainer(
+                **shared,
+                rewards=self.rewards,
+                decoding=sampling(config.rollout),
+                overlap=config.rollout.overlap,
+                open_image=self.task.images.open,
+            )
         return SFTTrainer(**shared, loss=config.protocol.sft_loss, reply=self.prompting.label_response)
 
     def _restore_best(self, made: int) -> None:

@@ -1,4 +1,4 @@
-"""CLIP through open_clip: any of its models, from the hub or a local file. The tiny one is in tiny.py.
+"""CLIP and every other model with two towers that open_clip has, from the hub or a local file. The tiny one: tiny.py.
 
 The models of OpenAI compute with the quick form of GELU: `RN50-quickgelu`. open_clip only warns of the other name.
 """
@@ -15,21 +15,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.few_shot.encoders.encoder import Look
+from common.few_shot.encoders.encoder import CLIP_MEAN, CLIP_STD, Look
 from common.types import UserError
 
 TEXTS = 256  # in a forward
 
 
-class OpenClip:
-    """See `TextEncoder`."""
+class TwoTowers:
+    """An open_clip model of any kind with a tower for pictures and one for texts: SigLIP, SigLIP 2, PE, EVA02.
+
+    What looks into a tower (positions of a picture, embeddings of a text) is there for CLIP's own architecture alone.
+    """
+
+    positions = 0
 
     def __init__(
         self, model: Any, tokenize: Callable[[list[str]], Tensor], look: Look, identity: str, source: str
     ) -> None:
         """
         Args:
-            model: An `open_clip.CLIP`.
+            model: An open_clip model with `encode_image` and `encode_text`.
             tokenize: Texts to ids, cut to the context. Shape: [T, tokens].
             look: Size and normalisation of its pictures.
             identity: Name of model and weights, for caches.
@@ -37,30 +42,48 @@ class OpenClip:
         """
         self.model, self.tokenize, self.look = model.eval().requires_grad_(False), tokenize, look
         self.identity, self.source = identity, source
-        self.width = int(model.text_projection.shape[1])
-        self.positions = _positions(model.visual)
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.text_projection.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.model.text_projection.dtype
+        weight = next(model.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
+        self.width = self.images(torch.zeros(1, 3, look.size, look.size)).shape[1]
 
     def images(self, pixels: Tensor) -> Tensor:
         with torch.inference_mode():
             return self.model.encode_image(pixels.to(self.device, self.dtype)).float()
-
-    def maps(self, pixels: Tensor) -> Tensor:
-        with torch.inference_mode():
-            return _map(self.model.visual, pixels.to(self.device, self.dtype)).float()
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         parts = [list(texts[start : start + TEXTS]) for start in range(0, len(texts), TEXTS)]
         with torch.inference_mode():
             encoded = [self.model.encode_text(self.tokenize(part).to(self.device)).float() for part in parts]
         return torch.cat(encoded).clone()
+
+    def maps(self, pixels: Tensor) -> Tensor:
+        raise self._unlike_clip("the features of the positions of a picture")
+
+    def embed(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        raise self._unlike_clip("the token embeddings of a text")
+
+    def read(self, embedded: Tensor, ends: Tensor) -> Tensor:
+        raise self._unlike_clip("the token embeddings of a text")
+
+    def _unlike_clip(self, needed: str) -> UserError:
+        return UserError(
+            f"this few-shot learner needs {needed}, which {self.source} does not show; choose a clip of CLIP's own"
+            " architecture, such as clip=vit_b16, or another learner"
+        )
+
+
+class OpenClip(TwoTowers):
+    """A CLIP in its own architecture; see `TextEncoder`."""
+
+    def __init__(
+        self, model: Any, tokenize: Callable[[list[str]], Tensor], look: Look, identity: str, source: str
+    ) -> None:
+        super().__init__(model, tokenize, look, identity, source)
+        self.positions = _positions(model.visual)
+
+    def maps(self, pixels: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return _map(self.model.visual, pixels.to(self.device, self.dtype)).float()
 
     def embed(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         ids = self.tokenize(list(texts)).to(self.device)
@@ -128,10 +151,10 @@ def load(
     device: torch.device,
     cache_dir: Path,
     dtype: torch.dtype,
-    model: str,
+    model: str | None = None,
     pretrained: str | None = None,
     file: str | None = None,
-) -> OpenClip:
+) -> TwoTowers:
     """See `Load`.
 
     Args:
@@ -150,6 +173,8 @@ def load(
         import open_clip
     except ImportError as error:
         raise UserError(f"{key}: open_clip is not installed; uv pip install 'open_clip_torch>=3.3,<3.4'") from error
+    if model is None:
+        raise UserError(f"{key}.options.model=<name of open_clip> is needed, such as ViT-B-16-SigLIP2")
     if file is None and pretrained is None:
         raise UserError(f"{key}.options needs pretrained=<tag> or file=<weights>: without them {model} knows nothing")
     if ":" in model:  # open_clip also takes addresses, and what lies there can bring code along
@@ -158,22 +183,49 @@ def load(
     logger, level = logging.getLogger(), logging.getLogger().level
     try:
         logger.setLevel(logging.CRITICAL)  # the hub's client says at length that it tries again
-        made: Any = open_clip.create_model(model, pretrained=weights, precision="fp32", require_pretrained=True)
+        made: Any = open_clip.create_model(
+            model,
+            pretrained=weights,
+            precision="fp32",
+            require_pretrained=True,
+            force_preprocess_cfg=None if file is None else _preprocessing(model, pretrained),
+        )
     except Exception as error:  # of the hub's client, of torch, of safetensors: of many kinds
         raise UserError(_unusable(key, model, weights, file, error)) from error
     finally:
         logger.setLevel(level)
-    if not isinstance(made, open_clip.CLIP):
-        raise UserError(f"{key}.options.model={model} is a {type(made).__name__}; choose a model of the kind CLIP")
-    shown = made.visual.preprocess_cfg if hasattr(made.visual, "preprocess_cfg") else {}
-    size = made.visual.image_size
-    look = Look(
-        size[0] if isinstance(size, tuple) else size,
-        *(tuple(shown[name]) for name in ("mean", "std") if name in shown),
-    )
+    if not (hasattr(made, "encode_image") and hasattr(made, "encode_text")):
+        raise UserError(f"{key}.options.model={model} is a {type(made).__name__}; choose a model with two towers")
+    try:
+        tokenize = open_clip.get_tokenizer(model)
+    except Exception as error:  # SigLIP's vocabulary lies on the hub
+        raise UserError(_unusable(key, model, "tokenizer", None, error)) from error
+    kind = OpenClip if isinstance(made, open_clip.CLIP) else TwoTowers
     made = made.to(device=device, dtype=dtype)
     identity = f"{model}-{parameters_hash(made)[:16]}"
-    return OpenClip(made, open_clip.get_tokenizer(model), look, identity, f"open_clip {model}, {weights}")
+    return kind(made, tokenize, look_of(made.visual), identity, f"open_clip {model}, {weights}")
+
+
+def _preprocessing(model: str, pretrained: str | None) -> dict[str, Any]:
+    """How pictures of a model are prepared, which a file of weights does not say: as for its tag, or its first one."""
+    from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+
+    tags = list_pretrained_tags_by_model(model)
+    tag = pretrained if pretrained in tags else next(iter(tags), None)
+    known = {} if tag is None else get_pretrained_cfg(model, tag)
+    return {name: known[name] for name in ("mean", "std", "interpolation", "resize_mode") if name in known}
+
+
+def look_of(visual: Any) -> Look:
+    """How a tower's pictures are prepared, as its configuration says; CLIP's own way where it says nothing."""
+    shown = getattr(visual, "preprocess_cfg", {})
+    size = visual.image_size
+    return Look(
+        size[0] if isinstance(size, tuple) else size,
+        tuple(shown.get("mean", CLIP_MEAN)),
+        tuple(shown.get("std", CLIP_STD)),
+        squash=shown.get("resize_mode") == "squash",
+    )
 
 
 def _unusable(key: str, model: str, weights: str | None, file: str | None, error: Exception) -> str:

@@ -111,11 +111,15 @@ RATIO = (3 / 4, 4 / 3)
 
 @dataclass(frozen=True)
 class Look:
-    """How pictures are prepared: their side, and what is subtracted from and divides the three channels."""
+    """How pictures are prepared: their side, and what is subtracted from and divides the three channels.
+
+    squash: a picture is brought to S x S whole, as SigLIP's are, instead of losing what exceeds a square.
+    """
 
     size: int
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
+    squash: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,9 @@ def see(picture: Image.Image, image: str, view: View, look: Look) -> torch.Tenso
         view: Which one.
         look: Size and normalisation that the encoder wants.
     """
-    if view.number < 0:
+    if view.number < 0 and look.squash:
+        seen = F.resize(picture, [look.size, look.size], BICUBIC)
+    elif view.number < 0:
         seen = F.center_crop(F.resize(picture, [look.size], BICUBIC), [look.size, look.size])
     else:
         seen = random_view(picture, image, view, look.size)

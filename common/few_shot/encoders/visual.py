@@ -1,4 +1,4 @@
-"""Encoders without texts: DINO's ResNet-50, EfficientNet-Lite0, and the pixels themselves. None of them is a CLIP."""
+"""Encoders without texts: any model of timm, DINO's ResNet-50, EfficientNet-Lite0, the pixels themselves."""
 
 from __future__ import annotations
 
@@ -107,6 +107,57 @@ def load_lite0(key: str, device: torch.device, cache_dir: Path, dtype: torch.dty
     _take(key, model, dict(zip(ours, theirs, strict=True)), path, "EfficientNet-Lite0")
     look = Look(224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     return Timm(model.to(device=device, dtype=dtype), 1280, look, f"lite0-{LITE0_SHA256[:16]}", LITE0)
+
+
+def load_timm(
+    key: str,
+    device: torch.device,
+    cache_dir: Path,
+    dtype: torch.dtype,
+    model: str | None = None,
+    file: str | None = None,
+) -> Timm:
+    """Any model of timm by its name, without its head, prepared as its own configuration says; see `Load`.
+
+    Args:
+        key: For errors.
+        device: Where it computes.
+        cache_dir: Not used: the hub's own cache holds the weights.
+        dtype: It computes in.
+        model: A name of timm with its tag, such as vit_small_patch14_dinov2.lvd142m.
+        file: Weights on this machine, instead of those on the hub.
+
+    Raises:
+        UserError: timm knows no such model, or the weights cannot be had or are of another one.
+    """
+    import timm
+    from timm.data.config import resolve_model_data_config
+
+    if model is None or ":" in model:  # timm also takes addresses
+        raise UserError(
+            f"{key}=timm needs a name: {key}.options.model=<model>, such as vit_small_patch14_dinov2.lvd142m"
+        )
+    if not timm.is_model(model):
+        near = timm.list_models(f"*{model.partition('.')[0]}*")[:3]
+        said = f"; did you mean {' or '.join(near)}?" if near else "; timm.list_models() has all names"
+        raise UserError(f"{key}.options.model={model}: timm has no such model{said}")
+    path = None if file is None else Path(file).expanduser().resolve()
+    own = {"file": str(path)} if path else None
+    try:
+        # with its head, which is not used: without it timm would take a file of another model and stay silent
+        made = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=own)
+    except Exception as error:  # of the hub's client, of torch, of safetensors: of many kinds
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{key}: {path or model + ' on the hub'} gives no weights of timm's {model} ({reason}); fetch them where"
+            f" there is a network, or give a file: {key}.options.file=<path>"
+        ) from error
+    asked = resolve_model_data_config(made)
+    look = Look(asked["input_size"][-1], tuple(asked["mean"]), tuple(asked["std"]))
+    made = made.to(device=device, dtype=dtype)
+    encoder = Timm(made, 0, look, f"{model}-{parameters_hash(made)[:16]}", str(path or f"timm {model}"))
+    encoder.width = encoder.images(torch.zeros(1, 3, look.size, look.size)).shape[1]
+    return encoder
 
 
 def load_pixels(key: str, device: torch.device, cache_dir: Path, dtype: torch.dtype, size: int = 16) -> Pixels:

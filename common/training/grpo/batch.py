@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,8 +14,11 @@ from common.forward.packing import Group
 from common.rewards import Reward, Scores, StatefulReward, score, weighted
 from common.rollout.base import Completion
 from common.runtime.distributed import gather, interleave, share_of
-from common.training.grpo.loss import LossInputs, LossOutputs, advantages
+from common.training.grpo.loss import LossInputs, LossOutputs
 from common.types import Prompt, Sample
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 # What one update measures about itself, under TRL's names.
 #
@@ -115,10 +118,13 @@ class RolloutBatch:
         completions = [c for group in self.completions for c in group]
         return torch.tensor([0 if c.truncated and without_truncated else len(c.ids) for c in completions])
 
-    def flat(self, aggregation: str) -> set[int]:
-        """Groups whose completions all have the same advantage, so no gradient but that of the KL."""
+    def zero_variance_groups(self, by_sum: bool) -> set[int]:
+        """Groups whose completions all have the same advantage, so no gradient but that of the KL.
+
+        `by_sum`: advantages depend on the weighted sum of the rewards alone, not on each reward.
+        """
         size = self.advantages.shape[1]
-        if aggregation == "sum_then_normalize":
+        if by_sum:
             return set(without_differences(self.scores.total, size))
         return set.intersection(*(set(without_differences(part, size)) for part in self.scores.parts.values()))
 
@@ -128,14 +134,23 @@ class RolloutBatch:
 
 
 def score_groups(
-    prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], rewards: dict[str, Reward]
+    prompts: Sequence[Prompt],
+    completions: Sequence[Sequence[Completion]],
+    rewards: dict[str, Reward],
+    open_image: Callable[[str], Image] | None = None,
 ) -> Scores:
     """Every reward of every completion, group after group.
+
+    `open_image`: from an image's key to its picture, for rewards that look at it.
 
     A reward that says it may be missing (`may_be_missing`) gives NaN where it is, and is then left out for the whole
     group, as 0: the others are still compared fairly. NaN from any other reward stops the run, as it should.
     """
-    samples = [Sample(p, c.text) for p, group in zip(prompts, completions, strict=True) for c in group]
+    samples = [
+        Sample(prompt, completion.text, len(completion.ids), completion.truncated, open_image)
+        for prompt, group in zip(prompts, completions, strict=True)
+        for completion in group
+    ]
     scores = score(samples, rewards)
     parts, missing = dict(scores.parts), {}
     for name, reward in rewards.items():
@@ -170,8 +185,7 @@ def compare(
     scores: Scores,
     weights: dict[str, float],
     group_size: int,
-    scaling: str,
-    aggregation: str,
+    advantages: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     shuffle_seed: int | None,
 ) -> tuple[Scores, torch.Tensor]:
     """Advantages of this rank's completions, from the rewards of all ranks.
@@ -180,8 +194,7 @@ def compare(
         scores: This rank's rewards.
         weights: Weight of each reward.
         group_size: G.
-        scaling: See `advantages.scaled`.
-        aggregation: See `advantages.advantages`.
+        advantages: From rewards [K, N, G] and their weights [K] to advantages [N, G].
         shuffle_seed: The control experiment: permute the rewards over all completions of the update.
 
     Returns:
@@ -194,7 +207,7 @@ def compare(
         order = torch.randperm(everyone[0].numel(), generator=torch.Generator().manual_seed(shuffle_seed))
         everyone = everyone.flatten(1)[:, order].view_as(everyone)
     kinds, weight = len(scores.parts), torch.tensor([weights[name] for name in scores.parts], dtype=torch.float64)
-    estimates = advantages(everyone[:kinds], weight, scaling, aggregation)  # [N, G]
+    estimates = advantages(everyone[:kinds], weight)  # [N, G]
     used = torch.stack(share_of(list(everyone.unbind(1))), 1).flatten(1).tolist()
     parts = dict(zip(scores.parts, used[:kinds], strict=True))
     missing = {name: [gap > 0 for gap in row] for name, row in zip(scores.missing, used[kinds + 1 :], strict=True)}

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from common.config.schema import GRPOConfig
+
 # Advantages of GRPO: how much better a completion is than its group (arXiv 2402.03300, section 4.1.2).
 #
 # Example: rewards [1, 0, 0, 1] have mean 0.5 and unbiased standard deviation 0.57735; with the 1e-4 that TRL adds, the
@@ -36,6 +38,22 @@ def advantages(parts: torch.Tensor, weights: torch.Tensor, scaling: str, aggrega
     each = (parts - parts.mean(2, keepdim=True)) / (parts.std(2, keepdim=True) + EPSILON)  # [K, N, G]
     total = (each * weights[:, None, None]).sum(0)
     return (total - total.mean()) / (total.std() + EPSILON)
+
+
+def grpo_advantages(parts: torch.Tensor, weights: torch.Tensor, config: GRPOConfig) -> torch.Tensor:
+    """Advantages as `trainer.scale_rewards` and `trainer.multi_objective_aggregation` ask: `trainer.advantages`.
+
+    A function of your own takes the same, and the keys of `trainer.advantages_options` as keyword arguments.
+
+    Args:
+        parts: Every reward of every completion of the update, over all ranks. Shape: [K, N, G].
+        weights: Weight of each reward in the mix. Shape: [K].
+        config: The trainer's configuration.
+
+    Returns:
+        Shape: [N, G].
+    """
+    return advantages(parts, weights, config.scale_rewards, config.multi_objective_aggregation)
 
 
 def scaled(rewards: torch.Tensor, scaling: str = "group") -> torch.Tensor:
@@ -197,6 +215,18 @@ def policy_loss(
         measured["kl"] = kl.detach()
     loss = (token_loss * inputs.weights[inputs.owner].to(token_loss)).sum()
     return LossOutputs(loss, *_metrics(measured, inputs, counted, per_completion=level == "sequence"))
+
+
+def grpo_loss(inputs: LossInputs, config: GRPOConfig) -> LossOutputs:
+    """`policy_loss` with the trainer's values: what `trainer.loss` names by default.
+
+    A function of your own takes the same, and the keys of `trainer.loss_options` as keyword arguments. It sums over the
+    tokens with their `weights`, which carry the normalisation of the whole update, so that the losses of micro-batches
+    and ranks add up.
+    """
+    high = config.epsilon if config.epsilon_high is None else config.epsilon_high
+    level, correct_kl = config.importance_sampling_level, config.use_bias_correction_kl
+    return policy_loss(inputs, config.epsilon, high, config.beta, level, correct_kl)
 
 
 def _metrics(

@@ -5,20 +5,22 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from common.config.schema import GRPOConfig
+from common.config.schema import GRPO_ADVANTAGES, GRPOConfig
 from common.forward.logprobs import PolicyScorer
 from common.forward.packing import Group, Packed, pack, shared_tokens, within_budget
 from common.models.encoder import Encoded, Encoder
 from common.models.vlm import VLM
+from common.plugins import locate
 from common.rewards import Reward, StatefulReward
 from common.rollout.base import (
     Completion,
@@ -44,8 +46,11 @@ from common.training.grpo.batch import (
     score_groups,
     without_differences,
 )
-from common.training.grpo.loss import LossInputs, LossOutputs, importance_correction, policy_loss, token_weights
+from common.training.grpo.loss import LossInputs, importance_correction, token_weights
 from common.types import Prompt
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 # The completions of a rollout batch: now, or for the next batch in a thread while the update runs.
 #
@@ -86,10 +91,11 @@ class Sampling:
         decoding: Decoding,
         config: GRPOConfig,
         seed: int,
+        open_image: Callable[[str], Image] | None = None,
     ) -> None:
         """As for `GRPOTrainer`."""
         self.encoder, self.rollout, self.prompts, self.rewards = encoder, rollout, prompts, rewards
-        self.decoding, self.config, self.seed = decoding, config, seed
+        self.decoding, self.config, self.seed, self.open_image = decoding, config, seed, open_image
         self.thread: ThreadPoolExecutor | None = None
         self.pending: tuple[int, Future[Sampled]] | None = None
 
@@ -134,7 +140,7 @@ class Sampling:
         size, again = self.config.group_size, 0
         completions = self.rollout.generate(asked, size, self.decoding)
         for attempt in range(self.config.resample_rounds if self.config.zero_variance == "resample" else 0):
-            flat = without_differences(score_groups(prompts, completions, self.rewards).total, size)
+            flat = without_differences(score_groups(prompts, completions, self.rewards, self.open_image).total, size)
             if not flat:
                 break
             once_more = [replace(asked[i], seed=f"{asked[i].seed}-again-{attempt}") for i in flat]
@@ -172,12 +178,20 @@ class GRPOTrainer(EngineTrainer):
         resume: Path | None = None,
         done: int = 0,
         overlap: bool = False,
+        open_image: Callable[[str], Image] | None = None,
     ) -> None:
-        """`resume`: folder of an engine's state, written after `done` updates. `overlap`: see `Sampling`."""
+        """`resume`: folder of an engine's state, written after `done` updates. `overlap`: see `Sampling`. `open_image`:
+        from an image's key to its picture, for rewards that look at it.
+        """
         self.vlm, self.rollout, self.prompts = vlm, rollout, prompts
         self.version, self.overlap, self.updates = done, overlap, updates
-        self.samples = Sampling(encoder, rollout, prompts, rewards, decoding, config, seed)
-        self.rewards, self.config, self.seed = rewards, config, seed
+        self.samples = Sampling(encoder, rollout, prompts, rewards, decoding, config, seed, open_image)
+        self.rewards, self.config, self.seed, self.open_image = rewards, config, seed, open_image
+        loss, advantages = locate(config.loss, "trainer.loss"), locate(config.advantages, "trainer.advantages")
+        self.loss = partial(loss, config=config, **config.loss_options)
+        self.advantages = partial(advantages, config=config, **config.advantages_options)
+        # a function of one's own may make advantages of each reward
+        self.by_sum = (config.advantages, config.multi_objective_aggregation) == (GRPO_ADVANTAGES, "sum_then_normalize")
         scorer = PolicyScorer(vlm.model, vlm.banned, decoding.temperature, config.head_chunk).to(vlm.device)
         self.adapters = hasattr(vlm.model, "disable_adapter")
         # the frozen copy of full fine-tuning stays outside the engine; with adapters, the base is the reference, but
@@ -244,11 +258,10 @@ class GRPOTrainer(EngineTrainer):
 
     def _score(self, number: int, sampled: Sampled) -> RolloutBatch:
         scores, advantages = compare(
-            score_groups(sampled.prompts, sampled.completions, self.rewards),
+            score_groups(sampled.prompts, sampled.completions, self.rewards, self.open_image),
             {name: reward.weight for name, reward in self.rewards.items()},
             self.config.group_size,
-            self.config.scale_rewards,
-            self.config.multi_objective_aggregation,
+            self.advantages,
             self.seed * 1_000_003 + number if self.config.shuffle_rewards else None,
         )
         pairs = zip(sampled.encoded, sampled.completions, strict=True)
@@ -278,7 +291,7 @@ class GRPOTrainer(EngineTrainer):
             packed = self._pack(groups)
             logps, entropy = self.engine(packed)
             inputs = self._loss_inputs(shown, weights[shown] * bool(part), packed, logps, first)
-            outputs = self._loss(inputs)
+            outputs = self.loss(inputs)
             # DeepSpeed averages gradients over ranks, the loss is a sum over them
             self.engine.backward(outputs.loss * world(), last=number + 1 == forwards)
             if part:
@@ -307,8 +320,8 @@ class GRPOTrainer(EngineTrainer):
     def _parts(self) -> list[list[int]]:
         """The groups of each forward."""
         config, rollouts = self.config, self.current
-        flat = rollouts.flat(config.multi_objective_aggregation) if config.zero_variance == "skip" else set()
-        live = [i for i in range(len(rollouts.groups)) if i not in flat]
+        skipped = rollouts.zero_variance_groups(self.by_sum) if config.zero_variance == "skip" else set()
+        live = [i for i in range(len(rollouts.groups)) if i not in skipped]
         sizes = [shared_tokens(group) for group in rollouts.groups]
         return within_budget(live, sizes.__getitem__, config.tokens_per_forward, config.prompts_per_forward)
 
@@ -329,17 +342,6 @@ class GRPOTrainer(EngineTrainer):
             weights=weights.flatten().to(logps.device),
             owner=packed.owner,
             correction=correction,
-        )
-
-    def _loss(self, inputs: LossInputs) -> LossOutputs:
-        config = self.config
-        return policy_loss(
-            inputs,
-            config.epsilon,
-            config.epsilon if config.epsilon_high is None else config.epsilon_high,
-            config.beta,
-            config.importance_sampling_level,
-            config.use_bias_correction_kl,
         )
 
     def _pack(self, groups: Sequence[Group]) -> Packed:
