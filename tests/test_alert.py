@@ -763,6 +763,7 @@ def reported(judged, shuffle=None):
     from common.rewards import Scores
     from common.rollout.base import Completion
     from common.training.grpo.batch import RolloutBatch, compare, describe, rows
+    from common.training.grpo.loss import scaled
     from common.types import Prompt
 
     gone = [score is None for score in judged]
@@ -771,7 +772,9 @@ def reported(judged, shuffle=None):
     reply = Completion(torch.tensor([1]), torch.tensor([0.0]), "six", truncated=False)
     group, prompt = SimpleNamespace(prompt=SimpleNamespace(ids=[1])), Prompt("0", "?", "six")
     scores = Scores(parts, total, {"judge": gone}, {"judge": [None, *("abc"[: len(judged) - 1])]})
-    used, found = compare(scores, dict.fromkeys(parts, 1.0), 2, "group", "sum_then_normalize", shuffle)
+    used, found = compare(
+        scores, dict.fromkeys(parts, 1.0), 2, lambda p, w: scaled((p * w[:, None, None]).sum(0)), shuffle
+    )
     batch = RolloutBatch([prompt] * 2, [group] * 2, [[reply] * 2] * 2, used, found)
     return describe(batch), rows(1, batch)
 

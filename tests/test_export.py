@@ -246,6 +246,16 @@ def test_what_cannot_be_exported_is_named(tmp_path, capsys):
         export.into_vocabulary(None, None, 0, tmp_path / "embeddings", "short")
 
 
+@pytest.mark.parametrize("trusted", [False, True])
+def test_whoever_trusts_the_code_of_a_run_says_so_on_the_command_line(monkeypatch, tmp_path, trusted):
+    from common.export import bundle
+
+    given = []
+    monkeypatch.setattr(bundle, "export", lambda *arguments: given.append(arguments))
+    assert command.main([str(tmp_path), str(tmp_path / "new"), *["--trust-code"] * trusted]) == 0
+    assert given == [(tmp_path, tmp_path / "new", "model", None, trusted)]
+
+
 @pytest.mark.faults
 def test_alert_without_training_has_nothing_to_export(runner, tmp_path, capsys):
     run = tmp_path / "run"

@@ -171,7 +171,6 @@ YAML = {
         dtype: float32
         image_size: 32
         max_prompt_tokens: 512
-        gpus: 0
     """,
     "rollout/mine": """
         defaults: [hf, _self_]

@@ -182,6 +182,6 @@ def test_grpo_trains_both_alike(load_vlm, digits_task):
 
 def test_an_engine_beside_is_pushed_the_same_weights(load_vlm):
     """A sampler with weights of its own: names and tensors, the rows behind the vocabulary among them."""
-    pushed = [dict(named(vlm.model)) for vlm in (with_slots(load_vlm), on_the_host(load_vlm, Rule()))]
+    pushed = [dict(named(vlm)) for vlm in (with_slots(load_vlm), on_the_host(load_vlm, Rule()))]
     assert pushed[0].keys() == pushed[1].keys()
     assert all(torch.equal(pushed[0][name], tensor) for name, tensor in pushed[1].items())

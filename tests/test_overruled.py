@@ -26,7 +26,6 @@ REFUSED = [
     (["model.recipe=mine", "model.path=/m"], "model.recipe=mine has no effect: model.path=/m goes first"),
     (["model.revision=main"], "model.path=None"),
     ([*PAPER, "model.lora.alpha=8"], "model.lora.r=0"),
-    ([*PAPER, "gpus=1", "model.gpus=2"], "gpus=1 goes first"),
     (["sampler=coop", "protocol.sampler=clsrl"], "sampler=coop goes first"),
     (["method.list_share=0.5", "setting.list_share=0.2"], "method.list_share=0.5 goes first"),
     (["setting=open_set", "data.question=What is it?"], "open questions are data.open_question"),

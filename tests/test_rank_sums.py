@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from common.training.base import Epochs
 from common.training.grpo import batch
 from common.training.grpo import trainer as grpo_module
 from common.training.grpo.batch import RolloutBatch
+from common.training.grpo.loss import grpo_advantages
 from common.training.grpo.trainer import GRPOTrainer
 from common.training.sft import SFTTrainer
 from common.types import Prompt
@@ -182,7 +185,10 @@ def scores(which):
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_completions_are_compared_over_all_ranks(ranks, scaling, aggregation, seed):
     def compare(_):
-        return batch.compare(scores(share_of(list(range(6)))), WEIGHTS, 4, scaling, aggregation, seed)
+        config = SimpleNamespace(scale_rewards=scaling, multi_objective_aggregation=aggregation)
+        return batch.compare(
+            scores(share_of(list(range(6)))), WEIGHTS, 4, partial(grpo_advantages, config=config), seed
+        )
 
     (whole, expected), found = compare(None), ranks(3, compare)
     both = torch.stack(interleave([list(advantages) for _, advantages in found]))

@@ -246,7 +246,7 @@ def test_the_mode_is_settled_before_the_model_is_loaded(monkeypatch, compose, tm
         assert config.tracking.mode == "offline"
         raise Loaded
 
-    monkeypatch.setattr(pipeline, "settled_mode", lambda mode: "offline")
+    monkeypatch.setattr(tracking, "settled_mode", lambda mode: "offline")
     monkeypatch.setattr(pipeline, "learner_class", lambda _: build)
     config = validate(compose("tracking.mode=online", "shots=170"))
     (tmp_path / "run").mkdir()

@@ -193,6 +193,12 @@ CALLS = {
     "config.learner.build": "learner.build",
     "config.learner.check": "learner.check",
     "config.load": "clip.load",
+    "config.tracking.tracker": "tracking.tracker",
+    "config.optimizer": "trainer.optimizer",
+    "config.loss": "trainer.loss",
+    "config.advantages": "trainer.advantages",
+    "trainer.loss": "trainer.loss",
+    "trainer.advantages": "trainer.advantages",
     "entry['_target_']": "data.reader._target_",  # and few_shot._target_
     "reader": "data.reader.reader",
     "fallback['_target_']": "data.reader.fallback._target_",

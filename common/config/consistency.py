@@ -123,7 +123,6 @@ OVERRULED = (
     ),
     Overruled("model.lora.alpha", _if("model.lora.r", lambda r: r == 0), "set model.lora.r"),
     Overruled("model.lora.targets", _if("model.lora.r", lambda r: r == 0), "set model.lora.r"),
-    Overruled("model.gpus", _differs("gpus", lambda config: config.model.gpus), "set gpus alone"),
     Overruled("protocol.sampler", _differs("sampler", lambda config: config.protocol.sampler), "set sampler alone"),
     Overruled(
         "setting.list_share",

@@ -277,7 +277,6 @@ class ModelConfig:
     feature_cache_gb: float = 0.0
     load_in_8bit: bool = False
     lora: LoraConfig = field(default_factory=LoraConfig)
-    gpus: int = 1
     licence: str | None = None
 
     def __post_init__(self) -> None:
@@ -310,8 +309,6 @@ class TrainerConfig:
     """
 
     name: str = MISSING
-    optimizer: str = ADAMW
-    optimizer_options: dict[str, Any] = field(default_factory=dict)
     learning_rate: float = 0.0
     embedding_learning_rate: float | None = None
     embeddings: str = "device"
@@ -328,6 +325,8 @@ class TrainerConfig:
     evaluate_every: int = 0
     evaluate_limit: int | None = None
     patience: int = 0
+    optimizer: str = ADAMW
+    optimizer_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         one_of("trainer.schedule", self.schedule, ("linear", "cosine", "constant"))
@@ -452,7 +451,6 @@ class TrackingConfig:
     """
 
     name: str = MISSING
-    tracker: str = "common.run.tracking.WandbTracker"
     project: str = MISSING
     group: str | None = None
     tags: list[str] = field(default_factory=list)
@@ -462,6 +460,7 @@ class TrackingConfig:
     predictions_rows: int = 32
     thumbnails: int = 1000
     report: bool = True
+    tracker: str = "common.run.tracking.WandbTracker"
 
     def __post_init__(self) -> None:
         one_of("tracking.mode", self.mode, ("auto", "online", "offline", "disabled"))

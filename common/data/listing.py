@@ -272,15 +272,16 @@ def _advice(content: bytes) -> str:
 def wide(content: bytes) -> str | None:
     """The encoding of a text that takes two or four bytes for a letter, by its mark or its zeros; None: another text.
 
-    >>> [wide("path,label".encode(encoding)) for encoding in ("utf-16", "utf-16-be", "utf-32", "utf-8")]
-    ['utf-16', 'utf-16be', 'utf-32', None]
+    >>> [wide("path,label".encode(encoding)) for encoding in ("utf-16", "utf-16-be", "utf-32", "utf-32-le", "utf-8")]
+    ['utf-16', 'utf-16be', 'utf-32', 'utf-32le', None]
     """
     for mark, encoding in MARKS.items():
         if content.startswith(mark):
             return encoding
     if 4 * content.count(0) < len(content) or not content:
         return None
-    return "utf-16be" if content[0] == 0 else "utf-16le"
+    size = "32" if 2 * content.count(0) > len(content) else "16"  # of four bytes, Latin letters leave three empty
+    return f"utf-{size}{'be' if content[0] == 0 else 'le'}"
 
 
 def lines(location: Location, path: Path) -> list[tuple[str, str]]:

@@ -57,7 +57,7 @@ def export_or_show(chosen: argparse.Namespace) -> None:
         from common.launch import quiet_libraries
 
         quiet_libraries()
-        export(run, folder, chosen.kind, chosen.licence)
+        export(run, folder, chosen.kind, chosen.licence, chosen.trust_code)
         print(f"wrote {folder}; its README.md says how to ask it")
     else:
         card.check_card(folder, run)

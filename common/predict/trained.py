@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from common.config import composition, trust
-from common.config.schema import Config, TrainerConfig
+from common.config.schema import Config, TrackingConfig, TrainerConfig
 from common.counted import counted
 from common.data import loading, manifest
 from common.data import task as tasks
@@ -78,7 +78,7 @@ def config_of(run: Trained, began: bool = False) -> Config:
     other = f"{file} is of another version ({{}}); train it again with this one"
     try:
         values["gpus"] = 1 if values["gpus"] and torch.cuda.is_available() else 0  # this process alone
-        values["tracking"] = {**values["tracking"], "mode": "disabled"}
+        values["tracking"] = {**values["tracking"], "mode": "disabled", "tracker": TrackingConfig.tracker}
         values["data"] = {**values["data"], "cache_gb": 0.0}  # new pictures are not kept
         values["model"] = {**values["model"], "max_prompt_tokens": None}  # without the truth, all names are listed
         if values["rollout"]["options"].get("prompt_tokens"):
