@@ -1,4 +1,4 @@
-"""The table a run ends with, from its metrics.json. No torch."""
+"""Build the table that a run ends with, from its metrics.json. No torch."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from common.report.folders import photos
 from common.run.result import Result
 from common.training.signs import CUT, at, cut_line, fix
 
-PHASES = (("zero-shot", "before"), ("trained", "after"))  # what they are called, and their names in a result
-REMARK = " †"  # behind an accuracy that a line below the table says more about
+PHASES = (("zero-shot", "before"), ("trained", "after"))  # label of each phase, and its name in a result
+REMARK = " †"  # after an accuracy with a remark below the table
 
 
 def percent(share: float | None) -> str:
-    """A share of 1 as percent with two decimals; a dash where there is none."""
+    """Format a share as percent with two decimals; a dash for None."""
     return "–" if share is None else f"{100 * share:.2f}"
 
 
 def interval(summary: Summary) -> str:
-    """The 95 % interval in percent."""
+    """Format the 95 % interval in percent."""
     low, high = summary.ci95
     return f"{percent(low)} – {percent(high)}"
 
 
 def phases(result: Result, split: str) -> list[tuple[str, Summary]]:
-    """The summaries of a split by what they are called: before training, if something was known then, and after it."""
+    """Return the summaries of a split with their labels: before training, if there is one, and after it."""
     measured = ((said, getattr(result, phase)) for said, phase in PHASES)
     return [(said, summaries[split]) for said, summaries in measured if split in summaries]
 
 
 def result_table(result: Result, data: str | None = None) -> Table:
-    """Before and after training, per split. `data`: what to call the dataset, else by its name."""
+    """Return a table of before and after training, per split. `data`: label of the dataset instead of its name."""
     shots = counted(result.shots, "shot")
     title = f"{result.method} · {data or result.data} · {result.model} · {shots} · seed {result.seed}"
     where = "" if result.setting == "few_shot" else f" · {result.setting}"
@@ -56,7 +56,7 @@ def result_table(result: Result, data: str | None = None) -> Table:
 
 
 def result_cells(result: Result) -> tuple[list[str], list[list[str]]]:
-    """Names of columns, and a row per split and phase."""
+    """Return the names of columns, and a row per split and phase; columns without values are left out."""
     columns: dict[str, Callable[[Summary], str]] = {
         "images": lambda s: str(s.n),
         "accuracy %": lambda s: percent(s.accuracy),
@@ -89,7 +89,7 @@ def result_cells(result: Result) -> tuple[list[str], list[list[str]]]:
 
 
 def probability_lines(result: Result) -> list[str]:
-    """How often the most probable name is right, one line per split; none without label scoring."""
+    """Return the accuracy of the most probable name, one line per split; none without label scoring."""
     lines = []
     for split in result.final:
         texts = [
@@ -103,7 +103,7 @@ def probability_lines(result: Result) -> list[str]:
 
 
 def overall_lines(result: Result) -> list[str]:
-    """One number for several splits, and what was left out."""
+    """Return lines on truncated replies, numbers for several splits, training, and classes or images left out."""
     lines = cut_replies(result) + [f"†: {remark}" for remark in result.remarks]
     measured = [(said, result.overall[phase]) for said, phase in PHASES if phase in result.overall]
     for name in measured[-1][1] if measured else ():
@@ -128,7 +128,7 @@ def overall_lines(result: Result) -> list[str]:
 
 
 def cut_replies(result: Result) -> list[str]:
-    """Where many replies of an evaluation were cut: an answer that is cut off is wrong."""
+    """Return a line for each evaluation with many truncated replies: a truncated answer is wrong."""
     return [
         cut_line(summary.truncated, None, f"the replies to {split}, {phase},")
         for split in result.before
@@ -138,7 +138,7 @@ def cut_replies(result: Result) -> list[str]:
 
 
 def training_lines(result: Result) -> list[str]:
-    """Which update "trained" is, and which rewards taught nothing."""
+    """Return lines on which update was tested, and which rewards taught nothing."""
     best, lines = result.train.get("best"), []
     cut = result.train.get("cut")
     if cut:
@@ -161,7 +161,7 @@ def training_lines(result: Result) -> list[str]:
 
 
 def paired_lines(result: Result) -> list[str]:
-    """The paired comparison on the same images, one line per split."""
+    """Return the paired comparison on the same images, one line per split."""
     lines = []
     for split, test in result.train.get("paired", {}).items():
         low, high = (100 * bound for bound in test["ci95"])
@@ -173,7 +173,7 @@ def paired_lines(result: Result) -> list[str]:
 
 
 def time_line(result: Result) -> str:
-    """Seconds per phase."""
+    """Return a line with the seconds per phase."""
     return "seconds: " + ", ".join(f"{phase} {value:.1f}" for phase, value in result.train["seconds"].items())
 
 
@@ -184,10 +184,10 @@ def show(result: Result, folder: Path, console: Console | None = None) -> None:
     console.print(result_table(result, photos(values) if values else None))
     lines = [*overall_lines(result), *data_lines(vars(result)), *probability_lines(result), *paired_lines(result)]
     for line in [*lines, time_line(result)]:
-        console.print(Text(line))  # names are no markup
+        console.print(Text(line))  # as Text: square brackets in names are not markup
     console.print(Text(f"run folder: {folder}"), soft_wrap=True)
     if (folder / "report.html").is_file():
         console.print(Text(f"every reply, to look at: {folder / 'report.html'}"), soft_wrap=True)
-    if offline := sorted((folder / "wandb").glob("**/offline-run-*")):  # one of every attempt
+    if offline := sorted((folder / "wandb").glob("**/offline-run-*")):  # one for every attempt
         paths = " ".join(quote(str(path)) for path in offline)
         console.print(Text(f"W&B was offline; upload it with: wandb sync {paths}"), soft_wrap=True)
