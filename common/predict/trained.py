@@ -32,7 +32,7 @@ RECORDS = "run"  # folder in an export with configuration, manifest and result o
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained run. folder: as given. records: folder of config.yaml, manifest.json and metrics.json. model: of weights.
+    """A trained run. folder: as given. records: holds config.yaml, manifest.json, metrics.json. model: holds weights.
 
     trust_code: the configuration may name code of any package. data: where the dataset lies now, if it was moved.
     """
