@@ -369,6 +369,7 @@ def _counterparts(location: Location, words: Mapping[str, str], known: Sequence[
     by_word: dict[str, list[int]] = {}
     for label, one in enumerate(known):
         by_word.setdefault(one.word, []).append(label)
+    # every hub class must match exactly one class of the dataset
     candidates = {name: by_word.get(normalize(word), []) for name, word in words.items()}
     if unmatched := [name for name, labels in candidates.items() if not labels]:
         raise location.error(
@@ -376,6 +377,7 @@ def _counterparts(location: Location, words: Mapping[str, str], known: Sequence[
         )
     if several := [name for name, labels in candidates.items() if len(labels) > 1]:
         raise location.error(f"the hub's {_list(several)} could be several classes; say which with data.hub.renames")
+    # and every class of the dataset exactly one hub class
     labels = {name: candidates[name][0] for name in words}
     hits = Counter(labels.values())
     if missing := [one.name for label, one in enumerate(known) if label not in hits]:

@@ -96,6 +96,7 @@ def read(location: Location, names: Sequence[str], val_per_class: int = 0, embed
             raise location.error(
                 f"{folder}: label {highest} in {part}, but data.reader.names has {counted(len(names), 'name')}"
             )
+        # hash each part by itself, so that bytes cannot move between parts unnoticed
         for content in (tables[part].content, labels[part]):
             digest.update(hashlib.sha256(content).digest())
     items = {

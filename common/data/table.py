@@ -166,6 +166,7 @@ def _records(location: Location, path: Path) -> Iterator[tuple[str, list[str]]]:
             f"{path} is no list of objects with a path and a label each; export CSV or JSON-MIN from Label Studio, and"
             " write a CSV file for COCO's annotations"
         )
+    # objects may lack keys: the header is the union of all keys, in the order of appearance
     header = list(dict.fromkeys(key for each in objects for key in each))
     yield "", header
     for number, each in enumerate(objects, start=1):

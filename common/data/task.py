@@ -202,6 +202,7 @@ def read_datasets(config: Config) -> dict[str, Dataset]:
     contents = Contents(Path(config.cache_dir).resolve())
     with doing(f"reading {config.data.name}"):
         datasets = {config.data.name: load_dataset(config.data, contents=contents)}
+    # targets are only tested, so their readers may skip the training images
     for name in chosen:
         if name != config.data.name:
             target = _like(config.setting.targets[name], config.data)
