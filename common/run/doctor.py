@@ -151,6 +151,7 @@ def check_lengths(
     longest, limit = max(len(e.ids) for e in encoded), config.get_text_config().max_position_embeddings
     most = longest + decoding.max_tokens
     seen = f"up to {longest} tokens, {counts[0]} of them image; with the completion at most {most} of {limit}"
+    # a processor that resizes images differently gives other numbers of image tokens
     if set(counts) != {expected}:
         wrong = next(i for i, count in enumerate(counts) if count != expected)
         return Finding(
@@ -195,6 +196,7 @@ def check_rewards(
         if strange := [value for value in values if not math.isfinite(value)]:
             seen = f"'{name}' gave {strange[0]} for {len(strange)} of {len(values)} completions"
             return Finding("rewards", "failed", seen, f"correct the function that rewards.{name}.fn names")
+    # groups without differences, and rewards that are the same everywhere
     groups = len(total) // group_size
     flat = len(without_differences(total, group_size))
     seen = f"{flat} of {counted(groups, 'group')} without differences; mean reward {statistics.fmean(total):.3f}"
@@ -204,6 +206,7 @@ def check_rewards(
     if silent:
         seen += "; " + ", ".join(f"'{name}' paid {whom}" for name, whom in silent.items())
         help = "; ".join(f"'{name}': {fix(name, whom, cut)}" for name, whom in silent.items())
+    # named first, since truncation usually explains the other findings
     if cut >= CUT:
         seen = f"{100 * cut:.0f} % of completions were cut at rollout.max_completion_tokens={limit}; {seen}"
         help = f"raise rollout.max_completion_tokens; {help}"

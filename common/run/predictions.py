@@ -55,6 +55,7 @@ def to_table(phase: str, split: str, answers: Answers) -> pyarrow.Table:
         **_offered(answers.probabilities, len(predictions)),
         **{name: _column(name, values) for name, values in answers.columns.items()},
     }
+    # the order of the class names is kept in the metadata: the rows hold only the offered names
     names = [] if answers.probabilities is None else list(answers.probabilities.names)
     notes = (str(answers.seconds), str(answers.scoring_seconds), json.dumps(names))
     return pa.table(columns).replace_schema_metadata(dict(zip(NOTES, notes, strict=True)))
