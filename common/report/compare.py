@@ -123,12 +123,14 @@ def _rows(group: Group, base: Group | None) -> list[tuple[str, ...]]:
         summaries = [result.final[split] for result in finished if split in result.final]
         accuracies = [summary.accuracy for summary in summaries]
         mean, std = mean_std(accuracies)
+        # columns beside the accuracy; a dash where no run has the value
         remarks = any(result.remarks for result in finished)
         trained = any(result.after for result in finished)
         macro = group.over_seeds(split, lambda summary: summary.accuracy_macro)
         before = group.over_seeds(split, lambda summary: summary.accuracy, "before") if trained else []
         official = group.over_seeds(split, lambda summary: summary.accuracy_official)
         seconds = [_seconds(result.train["seconds"]) for result in finished if "seconds" in result.train]
+        # over seeds and images; of one seed over its images only
         bounds = interval(accuracies, [(summary.ci95[0], summary.ci95[1]) for summary in summaries])
         assert bounds is not None, "accuracies are of images"
         row = (

@@ -66,6 +66,7 @@ def workspace(entity: str, project: str, name: str = "few-shot training") -> Any
             smoothing_type="none",
         )
 
+    # seconds are rarely of interest, so their section is folded
     sections = [
         spaces.Section(name=section, panels=[line(*panel) for panel in lines.items()], is_open=section != "Time")
         for section, lines in SECTIONS.items()

@@ -53,8 +53,10 @@ def read_run(path: Path) -> Run:
     if "signature" not in values:
         return Run(path, "foreign", "no run wrote its config.yaml")
     values.pop("signature")
+    # read before `decides_result`, which drops it
     gpus = values.get("gpus", 0)
     values = decides_result(values)
+    # without a result: a lock tells whether a process is still at work
     if not (path / "metrics.json").is_file():
         state = "running" if _is_locked(path / LOCK) else "unfinished"
         return Run(path, state, f"after {counted(_updates(path), 'update')}", values, gpus=gpus)

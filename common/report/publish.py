@@ -90,6 +90,7 @@ def publish_to_wandb(page: Page, folder: Path, tracking: Mapping[str, Any]) -> N
     (place / "data").mkdir(parents=True, exist_ok=True)
     import wandb
 
+    # keep the id, so that a page that is written again updates its W&B run
     noted = place / "run_id"
     known = noted.read_text(encoding="utf-8") if noted.is_file() else uuid.uuid4().hex[:8]
     noted.write_text(known, encoding="utf-8")
@@ -106,6 +107,7 @@ def publish_to_wandb(page: Page, folder: Path, tracking: Mapping[str, Any]) -> N
         reinit="finish_previous",
         settings=wandb.Settings(console="off", disable_git=True, silent=True),
     )
+    # tables, then figure and report if they were written
     logged: dict[str, Any] = {
         f"table/{panel or page.sweep.name}": _wandb_table(table) for panel, table in matrices(page)
     }

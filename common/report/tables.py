@@ -67,6 +67,7 @@ def result_cells(result: Result) -> tuple[list[str], list[list[str]]]:
         "tokens": lambda s: "–" if s.mean_tokens is None else f"{s.mean_tokens:.1f}",
         "seconds": lambda s: f"{s.seconds:.1f}",
     }
+    # drop columns that are empty for this kind of learner
     summaries = [summary for split in result.final for _, summary in phases(result, split)]
     about = {
         "class mean %": "accuracy_macro",
@@ -82,6 +83,7 @@ def result_cells(result: Result) -> tuple[list[str], list[list[str]]]:
     rows = []
     for split in result.final:
         for phase, summary in phases(result, split):
+            # remarks concern the final weights only
             mark = REMARK if result.remarks and (phase == "trained" or not result.after) else ""
             cells = {name: text(summary) + (mark if name == "accuracy %" else "") for name, text in shown.items()}
             rows.append([f"{split}, {phase}", *cells.values()])
@@ -105,10 +107,12 @@ def probability_lines(result: Result) -> list[str]:
 def overall_lines(result: Result) -> list[str]:
     """Return lines on truncated replies, numbers for several splits, training, and classes or images left out."""
     lines = cut_replies(result) + [f"†: {remark}" for remark in result.remarks]
+    # numbers for several splits
     measured = [(said, result.overall[phase]) for said, phase in PHASES if phase in result.overall]
     for name in measured[-1][1] if measured else ():
         shown = ", ".join(f"{said} {percent(numbers[name])} %" for said, numbers in measured)
         lines.append(f"{name.replace('_', ' ')}: {shown}")
+    # accuracy if aliases count as right
     for split in result.final:
         accuracies = [
             (phase, s.accuracy_aliases) for phase, s in phases(result, split) if s.accuracy_aliases is not None
@@ -153,6 +157,7 @@ def training_lines(result: Result) -> list[str]:
             f" ({percent(best['accuracy'])} % on {where}"
             f"; after the last one {percent(last['accuracy'])} %)"
         )
+    # the sign `cut` would repeat the line on truncated completions above
     lines += [line for name, line in result.train.get("signs", {}).items() if not (cut and name == "cut")]
     share = cut["share"] if cut else 0.0
     for name, whom in result.train.get("silent_rewards", {}).items():

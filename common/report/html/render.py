@@ -132,6 +132,7 @@ class Pieces:
         for row in rows:
             if not self.splits or self.splits[-1] != row.split:
                 self.splits.append(row.split)
+            # columns of short values, so that the page can filter all rows without loading their texts
             values = {
                 "split": len(self.splits) - 1,
                 "image": row.image,
@@ -186,6 +187,7 @@ class Pieces:
         if self.outside:
             self._write()
             (self.unfinished / "index.js").write_text(f"report.index({index})\n", encoding="ascii")
+        # replace the files of an earlier page only now that all new ones are written
         shutil.rmtree(self.folder, ignore_errors=True)
         if self.outside:
             self.unfinished.rename(self.folder)

@@ -124,6 +124,7 @@ def class_tables(result: Result) -> list[tuple[str, Table]]:
         rows = []
         for name in sorted(last.per_class, key=lambda name: last.per_class[name]):
             n = last.images_per_class[name]
+            # classes have few images, so their intervals are wide: show them
             interval = metrics.wilson_interval(round(last.per_class[name] * n), n)
             rows.append(
                 (

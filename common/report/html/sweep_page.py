@@ -63,6 +63,7 @@ def _make(folder: Path, name: str, runs: Sequence[Run], page: Page | None) -> Pa
     examples = list(_examples(page)) if page is not None and page.sweep.page.get("kind") == "examples" else []
     drawn = _curves(together)
     there = {"paper": page, "examples": examples, "curves": drawn, "runs": True, "configuration": True}
+    # a comparison of run folders has no paper's page, so no numbers and verdicts
     numbers = None if page is None else listing(page)
     different, shared = configurations(together)
     html = render(

@@ -147,6 +147,7 @@ def _tested(before: dict[str, Any] | None, after: dict[str, Any] | None, picture
     if final.get("candidates") is not None:
         detail["candidates"] = final["candidates"]
     detail["picture"] = picture(pictures, final["image"])
+    # flags come from the final reply; None means that the method does not report it
     flags = MALFORMED * (final["formatted"] is False) + CUT * bool(final["truncated"])
     flags += DISAGREES * (final.get("reasoning_agrees") is False)
     said = {normalize(name): share for name, share in final["top"]}
@@ -212,6 +213,7 @@ def _trained(members: list[dict[str, Any]], pictures: Mapping[str, bytes]) -> Ro
         }
         for row in members
     ]
+    # all samples of a group share prompt and image
     detail = {
         "step": first["step"],
         "prompt": cut(first["prompt"]),

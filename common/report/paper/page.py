@@ -192,6 +192,7 @@ def _entry(keys: Keys, cell: Cell, known: float | None, changed: Sequence[str]) 
     values = [cell.values[seed] for seed in seeds]
     ours = cell.combine(values) if values else None
     std = bounds = None
+    # an extreme over seeds is not a mean, so it has neither deviation nor interval
     if values and cell.combine is fmean:
         std = mean_std(values)[1]
         bounds = interval(values, [cell.intervals[seed] for seed in seeds if seed in cell.intervals])

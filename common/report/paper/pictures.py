@@ -137,6 +137,7 @@ def over_shots(page: Page) -> Figure:
     names = page.axis("panels")
     figure, axes = panels(len(names), 2.8)
     for axis, panel in zip(axes, names, strict=True):
+        # averages are columns as well, but not numbers of shots
         shots = [column for column in page.axis("columns") if column.isdecimal()]
         at = {column: number for number, column in enumerate(shots)}
         for number, row in enumerate(page.axis("rows")):
@@ -227,6 +228,7 @@ def bars(page: Page) -> Figure:
                     xerr=_error(entry),
                     error_kw={"linewidth": 0.8, "capsize": 2},
                 )
+                # written below the bar, where neither bar nor interval hides it
                 axis.text(0, y + 0.42, f" {entry.ours:.4g}", ha="left", va="center", fontsize=6)
             if entry is not None and entry.published is not None:
                 axis.plot(entry.published, y, color=OKABE_ITO[1], marker="D", markerfacecolor="none", markersize=5)

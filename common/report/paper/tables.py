@@ -55,6 +55,7 @@ def listing(page: Page) -> Table:
             (
                 *(entry.keys.get(name, "") for name in names),
                 *map(_number, figures),
+                # seeds without a result in brackets
                 " ".join(map(str, entry.seeds)) + "".join(f" ({seed})" for seed in entry.missing),
                 "" if entry.images is None else str(entry.images),
                 "" if entry.published is None else f"{entry.published:g}",
