@@ -179,6 +179,7 @@ def summarize(
     correct = sum(p.correct for p in predictions)
     count = Counter(p.label for p in predictions)
     right = Counter(p.label for p in predictions if p.correct)
+    # classes without test images have no accuracy
     per_class = {name: right[name] / count[name] for name in names if count[name]}
     return Summary(
         n=n,
