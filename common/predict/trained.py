@@ -193,6 +193,7 @@ def _read_again(run: Trained, config: Config) -> TaskData:
             " now, say where with --data <folder> (in Python data=...)"
         ) from error
     first = next(name for name in data.task.evaluation if name != "val")
+    # only the splits that the learner is fitted on or selected by matter
     for split in ("train", "val", *([first] if config.selection == "paper" else [])):
         before, now = (each["splits"].get(split, {"rows": [], "names": []}) for each in (frozen, data.manifest))
         old, new = ([tuple(row[:2]) for row in each["rows"]] for each in (before, now))
