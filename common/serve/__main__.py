@@ -40,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     process.set_thread_policy()
     try:
+        # checked first: loading the model takes much longer
         if find_spec("gradio") is None:
             raise UserError("the page needs Gradio, the extra `serve`: uv pip install 'gradio>=6.31,<7'")
         serve(chosen)
