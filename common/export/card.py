@@ -86,6 +86,7 @@ def write_card(
         for split, summary in result.final.items()
         if split != "val"
     ]
+    # YAML header that the hub reads
     facts = ModelCardData(
         license=licence,
         library_name="peft" if kind == "adapter" else "transformers",
@@ -97,6 +98,7 @@ def write_card(
     )
     code = CODE.substitute(resized=RESIZED[config.model.resize])
     how = HOW[kind].format(code=code, words=WORDS if "words" in asking else "") if kind == "model" else HOW[kind]
+    # text for readers
     text = CARD.substitute(
         facts=facts.to_yaml(),
         title=f"{result.method} on {result.data}",
