@@ -63,6 +63,7 @@ def refusals(runs: Sequence[Run], here: bool) -> tuple[dict[str, str], dict[str,
             if reason := preflight.refusal(preflight.check_data, config):
                 found |= dict.fromkeys((run.name for run in group), reason)
             shown.advance()
+    # a refused run also stops those that need it
     for run in open_:
         if refused := [name for name in run.needs if name in found]:
             found.setdefault(run.name, f"it needs {refused[0]}")
@@ -117,12 +118,14 @@ def show(runs: Sequence[Run], cost: Mapping[str, Any], here: bool = True) -> Non
         table.add_row(*map(Text, (run.name, state, _text(hour), _text(size))))
     console = Console(width=None if Console().is_terminal else 200)
     console.print(table)
+    # sums without runs of unknown cost, whose number is printed beside
     known, disk = sum(filter(None, hours)), sum(filter(None, sizes))
     unknown = sum(hour is None for hour in hours)
     console.print(
         f"{len(hours)} of {counted(len(runs), 'run')} to do: about {known:.1f} GPU-hours of an A100 and {disk:.0f} GB"
         + (f"; {unknown} of unknown cost" if unknown else "")
     )
+    # most runs are refused for one reason, such as a missing dataset: print each reason once
     reasons = Counter(refused.values())
     for reason, count in reasons.most_common(MOST_REASONS):
         first = next(name for name, why in refused.items() if why == reason)
