@@ -89,7 +89,7 @@ def on_disk(path: Path) -> Path:
 
 
 def spellings(path: Path) -> list[Path]:
-    """Return all existing paths that differ from this one in how accents are stored: one, or two if both forms exist.
+    """Return all existing paths that read like this one: usually one, or two if a folder exists in both forms.
 
     An ASCII path is returned as given, without looking for it.
     """

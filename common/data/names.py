@@ -23,7 +23,7 @@ from common.runtime import process
 from common.runtime.progress import SOON, watched
 from common.types import CATEGORY, UserError
 
-# Names that exports give to folders of unlabelled images, in lower case and letters only.
+# Names that exports give to folders of unlabelled images, in lower case, without blanks and punctuation.
 UNLABELLED = frozenset(
     (
         *("nolabel", "nolabels", "unlabeled", "unlabelled", "notlabeled", "notlabelled", "unannotated", "unassigned"),

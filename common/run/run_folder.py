@@ -229,7 +229,7 @@ class RunFolder:
         self._logs = {}
 
 
-# Errors in work after the result.
+# Errors after the result is saved.
 
 log = logging.getLogger(__name__)
 

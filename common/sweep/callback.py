@@ -11,7 +11,7 @@ from common.sweep.plugin import MODULE, register
 
 
 class Papers(Callback):
-    """Registers the papers' sweeper for multiruns that use it, and a better queue watcher for SLURM arrays."""
+    """Registers the papers' sweeper for multiruns that use it, and a queue watcher for SLURM arrays."""
 
     def on_multirun_start(self, config: DictConfig, **options: Any) -> None:
         """Register both; Hydra instantiates the sweeper next."""

@@ -118,7 +118,7 @@ class Page:
         return [run for run in self.runs if run.result is None]
 
     def axis(self, part: str) -> list[str]:
-        """The values of rows, columns or panels, averages last."""
+        """Return the values of rows, columns or panels, averages last."""
         found = dict.fromkeys(self.place(entry.keys, part) for entry in self.entries)
         return sorted(found, key=lambda text: [text.split(SEPARATOR)[-1] == last for last in LAST])
 
