@@ -1,4 +1,4 @@
-"""Our own splits of datasets whose labels stand in annotation files, and FGVC-Aircraft's official lists."""
+"""Split datasets whose labels are in annotation files, and read FGVC-Aircraft's official lists."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from common.data.source import Parts, assemble
 from common.data.split_file import prefix, split_classes, split_trainval
 from common.types import Item, Source
 
-# Splits of our own (see fallback.py) for datasets whose labels stand in annotation files.
+# Splits of our own for datasets whose labels are in annotation files; `split_file.py` splits class folders.
 #
-# Each takes the location, its image folder and the generator. Where the authors publish a test part, it stays the
-# test part, and only their training part is cut into train and val.
+# Every function takes the location, the image folder and the random generator. A test part that the authors publish
+# stays the test part; only their training part is cut into train and val.
 
 
 def pets(location: Location, images: str, rng: random.Random) -> Parts:
-    """Oxford-IIIT Pets: lines `Abyssinian_100 1 1 1` (image, class, species, breed; from 1) in `annotations/`.
+    """Split Oxford-IIIT Pets: lines `Abyssinian_100 1 1 1` (image, class, species, breed; from 1) in `annotations/`.
 
-    The class name is the image's without its number, in lower case.
+    The class name is the image name without its number, in lower case.
     """
     start = location.key(prefix(images))
 
@@ -36,9 +36,9 @@ def pets(location: Location, images: str, rng: random.Random) -> Parts:
 
 
 def sun397(location: Location, images: str, rng: random.Random) -> Parts:
-    """SUN397: lines `/a/abbey/sun_x.jpg` of partition 01; a label is a folder's line in `ClassName.txt`.
+    """Split SUN397: lines `/a/abbey/sun_x.jpg` of partition 01; the label is the folder's line in `ClassName.txt`.
 
-    The class name is the folder's path backwards, without its first letter: `outdoor apartment_building`.
+    The class name is the folder's path backwards, without the letter folder: `outdoor apartment_building`.
     """
     folders = [line.strip("/") for _, line in lines(location, location.need("ClassName.txt"))]
     labels = {folder: label for label, folder in enumerate(folders)}
@@ -54,9 +54,9 @@ def sun397(location: Location, images: str, rng: random.Random) -> Parts:
 
 
 def ucf101(location: Location, images: str, rng: random.Random) -> Parts:
-    """UCF101's middle frames: lines `HammerThrow/v_x.avi` of list 01; labels in `classInd.txt` (from 1).
+    """Split UCF101's middle frames: lines `HammerThrow/v_x.avi` of list 01; labels in `classInd.txt` (from 1).
 
-    The class name is the folder's with `_` between the words: `Hammer_Throw`.
+    The class name is the folder name with `_` between the words: `Hammer_Throw`.
     """
     labels = {}
     for line in lines(location, location.need("ucfTrainTestlist/classInd.txt")):
@@ -74,7 +74,7 @@ def ucf101(location: Location, images: str, rng: random.Random) -> Parts:
 
 
 def cars(location: Location, images: str, rng: random.Random) -> Parts:
-    """Stanford Cars: the devkit's .mat files; class names with the year first: `2012 Ram C/V Cargo Van Minivan`."""
+    """Split Stanford Cars by the devkit's .mat files; names begin with the year: `2012 Ram C/V Cargo Van Minivan`."""
     names = [str(name[0]) for name in _matlab(location, "devkit/cars_meta.mat", "class_names")]
     start = location.key(prefix(images))
 
@@ -82,6 +82,7 @@ def cars(location: Location, images: str, rng: random.Random) -> Parts:
         examples = []
         for row in _matlab(location, file, "annotations"):
             image, label = str(row["fname"][0]), int(row["class"][0, 0]) - 1
+            # loadmat returns nested arrays; classes are counted from 1
             if not 0 <= label < len(names):
                 raise location.error(f"{location.folder / file}: {image} has class {label + 1} of {len(names)}")
             examples.append(Item(f"{start}{folder}/{image}", label, year_first(names[label])))
@@ -92,7 +93,7 @@ def cars(location: Location, images: str, rng: random.Random) -> Parts:
 
 
 def flowers(location: Location, images: str, rng: random.Random) -> Parts:
-    """Oxford Flowers: `imagelabels.mat` has the class of every image (from 1), `cat_to_name.json` its name.
+    """Split Oxford Flowers: `imagelabels.mat` has the class of every image (from 1), `cat_to_name.json` the names.
 
     The official parts (`setid.mat`) are not used, as in CoOp.
     """
@@ -110,6 +111,7 @@ def flowers(location: Location, images: str, rng: random.Random) -> Parts:
 def _official_test(
     location: Location, rng: random.Random, trainval: str, test: str, item: Callable[[tuple[str, str]], Item]
 ) -> Parts:
+    """Keep the official test list; cut the official training list into train and val."""
     train, val = split_trainval(location, map(item, lines(location, location.need(trainval))), rng)
     return Parts(train, val, [item(line) for line in lines(location, location.need(test))])
 
@@ -121,7 +123,7 @@ def _label(location: Location, line: tuple[str, str], labels: Mapping[str, int],
 
 
 def year_first(name: str) -> str:
-    """A car's name as CoOp's files have it.
+    """Return a car's name as CoOp's files spell it, the year first.
 
     >>> year_first("Audi TTS Coupe 2012")
     '2012 Audi TTS Coupe'
@@ -141,7 +143,7 @@ def _names(location: Location, path: Path) -> dict[str, str]:
 
 
 def _matlab(location: Location, file: str, variable: str) -> Any:
-    """The first row of a variable in a .mat file.
+    """Return the first row of a variable in a .mat file.
 
     Raises:
         UserError: The file is missing or has no such variable.
@@ -158,13 +160,13 @@ def _matlab(location: Location, file: str, variable: str) -> Any:
     return content[variable][0]
 
 
-# FGVC-Aircraft by the official lists, which are also CoOp's split; there is no split file.
+# FGVC-Aircraft: read by the official lists, which are also CoOp's split (CoOp has no split file for it).
 #
-# `variants.txt` has one class per line, `images_variant_{train,val,test}.txt` lines of image number and class.
+# `variants.txt` has one class per line; the lines of `images_variant_{train,val,test}.txt` are image number and class.
 
 
 def aircraft(location: Location) -> Source:
-    """The dataset with its own parts; a label is a class's line in `variants.txt`, counted from 0.
+    """Read the dataset with its official parts; a label is the line of the class in `variants.txt`, from 0.
 
     Raises:
         UserError: A file is missing, or a line names an unknown class.

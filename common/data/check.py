@@ -1,7 +1,7 @@
-"""Which datasets are there, complete and of the published size? `make data-check DATA=/folder`.
+"""Check which datasets are present, complete and of the published size: `make data-check DATA=/folder`.
 
-`python -m common.data.check dtd eurosat` looks at some only; `key=value` overrides a configuration as in run.py. The
-exit code is 0 unless a dataset that is there has a problem.
+`python -m common.data.check dtd eurosat` checks only these; `key=value` overrides a configuration as in run.py. The
+exit code is 0 unless a dataset that was found has a problem.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SIZES = ("classes", "train", "val", "test")
 
 @dataclass(frozen=True)
 class Report:
-    """What was found of one dataset. `problems` are half sentences, the gravest first."""
+    """Result of checking one dataset. `problems` are half sentences, the most serious first."""
 
     data: DataConfig
     found: bool
@@ -45,7 +45,7 @@ class Report:
 
 
 def examine(data: DataConfig) -> Report:
-    """Read a dataset, compare its sizes, look for all its images."""
+    """Read a dataset, compare its sizes with the published ones and look for all its images."""
     if data.folder and not find(data).folder.exists():
         return Report(data, found=False)
     try:
@@ -58,7 +58,7 @@ def examine(data: DataConfig) -> Report:
 
 
 def _missing_images(name: str, source: Source) -> Iterator[str]:
-    """The dataset's own images that are not there or empty; borrowed ones belong to another's report."""
+    """Yield a problem if images are missing or empty; only the dataset's own images, not those of another dataset."""
     items = (*source.train, *source.val, *source.test)
     own = [item.image for item in items if item.image.startswith(f"{name}/")]
     count, first = 0, ""
@@ -72,7 +72,7 @@ def _missing_images(name: str, source: Source) -> Iterator[str]:
 
 
 def _differences(published: dict[str, int], sizes: dict[str, int]) -> Iterator[str]:
-    """Sizes that are not the published ones. A part that is absent altogether is left out on purpose."""
+    """Yield the sizes that differ from the published ones; a part without images is not compared."""
     different = [key for key in SIZES if sizes[key] and sizes[key] != published.get(key, sizes[key])]
     if different:
         yield "not the published sizes: " + ", ".join(
@@ -81,7 +81,7 @@ def _differences(published: dict[str, int], sizes: dict[str, int]) -> Iterator[s
 
 
 def configured(names: Sequence[str], overrides: Sequence[str]) -> list[DataConfig]:
-    """The configurations of the datasets called `names`, of all without names.
+    """Compose the configurations of the datasets called `names`; without names, of all.
 
     Raises:
         UserError: There is no such dataset.
@@ -89,6 +89,7 @@ def configured(names: Sequence[str], overrides: Sequence[str]) -> list[DataConfi
     known = sorted(path.stem for path in (CONF / "data").glob("*.yaml"))
     if unknown := [name for name in names if name not in known]:
         raise UserError(f"there is no data={unknown[0]}; there are {', '.join(known)}")
+    # Hydra keeps one global instance per process, which another caller may have left initialised
     config.register()
     GlobalHydra.instance().clear()
     datasets = []
@@ -105,7 +106,7 @@ def configured(names: Sequence[str], overrides: Sequence[str]) -> list[DataConfi
 
 
 def table(reports: Sequence[Report]) -> Table:
-    """A line for every dataset."""
+    """Return a table with one row per dataset."""
     title = Text(f"datasets in {reports[0].data.root}", style="table.title")
     shown = Table(title=title, title_justify="left")
     for name in ("dataset", "there", "split"):
@@ -129,7 +130,7 @@ def _published(report: Report) -> str:
 
 
 def lines(reports: Sequence[Report]) -> Iterator[str]:
-    """The first problem of every dataset, and where to read on."""
+    """Yield the first problem of every dataset and where the documentation is."""
     for report in reports:
         if report.problems:
             section = f"docs/datasets.md#{report.data.name}"
@@ -140,7 +141,7 @@ def lines(reports: Sequence[Report]) -> Iterator[str]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the table and the problems; returns the exit code."""
+    """Print the table and the problems; return the exit code."""
     names = [argument for argument in arguments if "=" not in argument]
     overrides = [argument for argument in arguments if "=" in argument]
     console = Console(width=None if Console().is_terminal else 140)
@@ -159,7 +160,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def command() -> int:
-    """The command line's way in."""
+    """Parse the command line and run the check."""
     parser = argparse.ArgumentParser(
         prog=program("data-check"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,7 +1,7 @@
-"""What files hold, as SHA-256: each is read once, and again only when the file system says that it may have changed.
+"""Hash files with SHA-256: read each once, and again only when the file system says that it may have changed.
 
-A size and a time of modification say too little: rsync, unzip and `cp -p` keep the times of what they copy, and
-pictures without compression all have one size. No program can set the time of change (ctime), so it is asked for, too.
+Size and modification time are not enough: rsync, unzip and `cp -p` keep the times of what they copy, and uncompressed
+images of one shape have one size. So the time of change (ctime) is compared too, which no program can set.
 """
 
 from __future__ import annotations
@@ -15,42 +15,42 @@ from collections.abc import Callable
 from pathlib import Path
 
 log = logging.getLogger(__name__)
-FILE = "contents.txt"  # in the cache's folder: a line per file, `<hash of path and facts> <SHA-256 of its content>`
+FILE = "contents.txt"  # in the cache folder; a line per file: `<hash of path and facts> <SHA-256 of its content>`
 LINE = re.compile("([0-9a-f]{32}) ([0-9a-f]{64})")
-SETTLED = 2 * 10**9  # nanoseconds; a file that has just changed can change again without another time of change
+SETTLED = 2 * 10**9  # nanoseconds; within this time a file may change again without getting another ctime
 
 
 class Contents:
-    """Hashes of contents. Threads and processes may share them."""
+    """Cache of content hashes. Threads and processes may share it."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        """`folder`: where they are kept for other processes; None: in memory alone."""
+        """`folder`: where the hashes are kept for other processes; None: in memory only."""
         self.file = None if folder is None else folder / FILE
         self.known: dict[str, str] | None = None
         self.lock = threading.Lock()
 
     def of(self, path: Path) -> str:
-        """SHA-256 of a file, in hexadecimal.
+        """Return the SHA-256 of a file, in hexadecimal.
 
         Raises:
-            OSError: It cannot be read.
+            OSError: The file cannot be read.
         """
         name, changed = facts(path)
         return self.keep(name, changed, lambda: _sha256(path))
 
     def keep(self, name: str, changed: int, compute: Callable[[], str]) -> str:
-        """What is known under a name; computed, and kept from then on, if nothing is.
+        """Return the hash cached under a name; compute and cache it if there is none.
 
         Args:
-            name: Another one whenever `compute` may give something else.
-            changed: When what is computed from changed last, in nanoseconds. If that is hardly over, nothing is kept.
-            compute: SHA-256 in hexadecimal.
+            name: A text that differs whenever `compute` may return something else.
+            changed: When the hashed data changed last, in nanoseconds. If that is too recent, nothing is cached.
+            compute: Function that returns the SHA-256 in hexadecimal.
         """
         key = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:32]
         known = self._read().get(key)
         if known is not None:
             return known
-        settled = time.time_ns() - changed > SETTLED
+        settled = time.time_ns() - changed > SETTLED  # before computing: the file may change meanwhile
         digest = compute()
         if settled:
             self._write(key, digest)
@@ -77,7 +77,9 @@ class Contents:
                 return
             try:
                 self.file.parent.mkdir(parents=True, exist_ok=True)
-                with self.file.open("ab", buffering=0) as file:  # in one piece, after a line that may be torn
+                # one unbuffered append, so that lines of several processes do not mix; the line break in front ends a
+                # line that another process left unfinished
+                with self.file.open("ab", buffering=0) as file:
                     file.write(f"\n{key} {digest}\n".encode())
             except OSError as error:
                 self._give_up(error)
@@ -88,10 +90,10 @@ class Contents:
 
 
 def facts(path: Path) -> tuple[str, int]:
-    """A text that changes when the file may have changed, and when it changed last, in nanoseconds.
+    """Return a text that changes when the file may have changed, and when it changed last, in nanoseconds.
 
     Raises:
-        OSError: It is not there.
+        OSError: The file does not exist.
     """
     status = path.stat()
     parts = (path, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)

@@ -1,7 +1,7 @@
 """The embedded dataset: 1,797 real handwritten digits (UCI optical recognition, 8x8 pixels) shipped with scikit-learn.
 
-It has no split of its own: the reader returns all images as the pool to pick from, and every image that is not picked
-is a test image.
+The dataset has no split: the reader returns all images as the pool to pick from, and every image that is not picked is
+a test image.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _rows() -> tuple[tuple[int, ...], ...]:
 
 
 class Digits:
-    """The pictures: 8x8, white on black. An image's key is its row number."""
+    """Images of the digits, 8x8 pixels, white on black. An image's key is its row number."""
 
     def open(self, image: str) -> Image:
         from PIL import Image
@@ -55,13 +55,13 @@ class Digits:
         return SIDE * SIDE
 
     def content(self, image: str, start: int = 0, length: int | None = None) -> bytes:
-        """A byte for every pixel, from 0 to LEVELS."""
+        """Return a byte for every pixel, from 0 to LEVELS."""
         pixels = bytes(_rows()[int(image)][: SIDE * SIDE])
         return pixels[start : None if length is None else start + length]
 
 
 def read(location: Location) -> Source:
-    """All digits, in file order. `location` is not used: nothing has to be downloaded."""
+    """Read all digits, in file order. `location` is not used: nothing has to be downloaded."""
     fingerprint = hashlib.sha256(_file().read_bytes()).hexdigest()
     items = tuple(Item(str(i), row[-1], NAMES[row[-1]]) for i, row in enumerate(_rows()))
     return Source(NAMES, items, (), (), Digits(), fingerprint, "own split")

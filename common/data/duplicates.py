@@ -1,6 +1,6 @@
-"""Pictures that a task has twice: in training and in a test, or under two labels.
+"""Find images that a task has twice: in training and in a test, or under two labels.
 
-Identical ones are those with the same stamp (`Images.stamp`). Pictures that look alike are found by a difference hash.
+Identical images have the same stamp (`Images.stamp`). Images that look alike are found by a difference hash.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from common.types import Task
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SIDE = 8  # of a difference hash
-DISTANCE = 4  # bits of 64 in which pictures that look alike may differ: enough for other sizes and stronger compression
-FLAT = 8  # grey levels of 256: a picture within so few has no hash, since all such pictures would look alike
-FEW = 20_000  # pictures among which those that look alike are found within half a minute
-CHUNK = 1024  # pictures that are compared with all others together
+SIDE = 8  # fields per side of a difference hash
+DISTANCE = 4  # bits of 64 in which images that look alike may differ: enough for other sizes and stronger compression
+FLAT = 8  # grey levels of 256: an image with a smaller range gets no hash, since all such images would look alike
+FEW = 20_000  # up to so many images, those that look alike are found within half a minute
+CHUNK = 1024  # images that are compared with all others at once
 WORDS = {
     "train_and_test": "identical pictures in training and test",
     "two_labels": "identical pictures under two labels",
@@ -29,7 +29,7 @@ WORDS = {
 
 
 def equal(values: Mapping[str, Hashable]) -> list[tuple[str, ...]]:
-    """Groups of keys with the same value, two or more each.
+    """Return groups of keys with the same value, two or more each.
 
     >>> equal({"a": 1, "b": 2, "c": 1})
     [('a', 'c')]
@@ -41,7 +41,7 @@ def equal(values: Mapping[str, Hashable]) -> list[tuple[str, ...]]:
 
 
 def difference_hash(picture: Image) -> bytes | None:
-    """64 bits: whether each of 8 x 8 fields is brighter than the one to its left. None for a picture of one colour."""
+    """Return 64 bits: whether each of 8 x 8 fields is brighter than the one to its left; None for a flat image."""
     grey = np.asarray(picture.convert("L").resize((SIDE + 1, SIDE)), np.int16)
     if np.ptp(grey) < FLAT:
         return None
@@ -49,13 +49,13 @@ def difference_hash(picture: Image) -> bytes | None:
 
 
 def alike(hashes: Mapping[str, bytes | None], distance: int = DISTANCE) -> list[tuple[str, str]]:
-    """Pairs of pictures whose hashes differ in `distance` bits or fewer."""
+    """Return pairs of images whose hashes differ in `distance` bits or fewer."""
     keys = [key for key, value in hashes.items() if value is not None]
     packed = np.frombuffer(b"".join(value for value in hashes.values() if value is not None), np.uint8)
+    # bits as -1 and 1: the dot product of two hashes is 64 minus twice the number of bits that differ
     bits = np.unpackbits(packed).reshape(len(keys), SIDE * SIDE).astype(np.float32) * 2 - 1
     pairs = []
     for start in range(0, len(keys), CHUNK):
-        # of signs, the product is 64 less twice the bits that differ
         near = bits[start : start + CHUNK] @ bits[start:].T >= SIDE * SIDE - 2 * distance
         rows, columns = (index + start for index in np.nonzero(near))
         pairs += [(keys[row], keys[column]) for row, column in zip(rows, columns, strict=True) if row < column]
@@ -63,12 +63,12 @@ def alike(hashes: Mapping[str, bytes | None], distance: int = DISTANCE) -> list[
 
 
 def troubling(task: Task, groups: Sequence[tuple[str, ...]], prefix: str = "") -> dict[str, list[list[str]]]:
-    """Those of the groups that a result should know of, by kind (a key of WORDS); a kind without groups is left out.
+    """Return the groups that matter for a result, by kind (a key of WORDS); a kind without groups is left out.
 
     Args:
-        task: With the splits.
-        groups: Pictures that are the same or look alike.
-        prefix: Of the kinds: nothing, or `near_`.
+        task: The task with its splits.
+        groups: Groups of images that are the same or look alike.
+        prefix: Text before each kind: empty or `near_`.
     """
     trained = {item.image for item in task.train.items}
     splits = [task.train, *task.evaluation.values()]
@@ -82,12 +82,12 @@ def troubling(task: Task, groups: Sequence[tuple[str, ...]], prefix: str = "") -
 
 
 def worded(copies: Mapping[str, Sequence[Sequence[str]]]) -> str:
-    """What was found: how many groups of each kind, and the first."""
+    """Return a text with the number of groups of each kind, and the first group."""
     parts = (f"{WORDS[kind]}: {len(groups)}, first {' and '.join(groups[0][:2])}" for kind, groups in copies.items())
     return "; ".join(parts)
 
 
 def _disagree(group: Sequence[str], names: Mapping[str, str]) -> bool:
-    """Whether one dataset gives a picture two names; two datasets may. (The keys of digits name none.)"""
+    """Tell whether one dataset gives an image two names; two datasets may. (Keys of digits contain no dataset.)"""
     answers = {(image.partition("/")[0] if "/" in image else "", names[image]) for image in group}
     return len(answers) > len({dataset for dataset, _ in answers})

@@ -1,4 +1,4 @@
-"""Your own photos: one folder per class, or a table (table.py), which may lie in the folder."""
+"""Read your own photos: one folder per class, or a table (table.py), which may lie in the folder."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from common.data.table import Photo, in_place_of_folders, metadata, others, phot
 from common.parsing import normalize
 from common.types import Item, Source, UserError
 
-# Folders `train`, `test` and, if you like, `val` above the class folders (in a CSV the column `split`) are the parts.
+# Folders `train`, `test` and optionally `val` above the class folders (in a CSV file the column `split`) are the parts.
 # Without them, all photos are one pool to pick from, and those that are not picked are for testing.
 
 
 def read(location: Location, *, csv: str | None = None) -> Source:
-    """The photos; labels in the sorted order of class names, of which WordNet ids are read as words.
+    """Read the photos; labels follow the sorted class names, and WordNet ids are replaced by words.
 
     Args:
         location: The folder of photos, or the table itself.
-        csv: A table in that folder.
+        csv: Name of a table in that folder.
 
     Raises:
-        UserError: There are fewer than two classes, a class has no photo or a name that can be no answer, or a row of
-            the table is wrong.
+        UserError: There are fewer than two classes, a class has no photo or a name that cannot be an answer, or a row
+            of the table is wrong.
     """
     path = location.need(csv or ".")
     is_table = on_disk(path).is_file()
@@ -38,6 +38,7 @@ def read(location: Location, *, csv: str | None = None) -> Source:
     photos = photos_in_table(location, path, base) if is_table else _photos_in(location, path, base)
     names = sorted({photo.name for photo in photos})
     _refuse_few(location, path, names)
+    # labels are counted before WordNet ids become words, so that they do not depend on the words
     labels = {name: label for label, name in enumerate(names)}
     names = _in_words(location, names)
     for objection in objections(names):
@@ -57,15 +58,14 @@ def _refuse_few(location: Location, path: Path, names: Collection[str]) -> None:
 
 
 def _photos_in(location: Location, folder: Path, base: Path) -> list[Photo]:
-    """The photos of a folder: by a table in it that is called as such tables are, else by class folders, else by a
-    table that takes their place.
+    """Return the photos of a folder: by a table with a usual name, else by class folders, else by any table.
 
     Raises:
         UserError: There are no class folders, and no table or several; names what is there.
     """
     if described := metadata(location, folder):
         return photos_in_tables(location, folder, described, base)
-    aside = replace(location, passed_over={}, notes=[])
+    aside = replace(location, passed_over={}, notes=[])  # its notes count only if the folders can be read
     try:
         photos = list(_photos_in_folders(aside, folder))
         _refuse_few(location, folder, {photo.name for photo in photos})
@@ -84,10 +84,10 @@ def _photos_in(location: Location, folder: Path, base: Path) -> list[Photo]:
 
 
 def _in_words(location: Location, names: Sequence[str]) -> list[str]:
-    """The names, of which those that are WordNet ids become words.
+    """Return the names, with WordNet ids replaced by words.
 
     Raises:
-        UserError: A word is the name of another class.
+        UserError: A word is already the name of another class.
     """
     words = wordnet.named(filter(wordnet.WNID.fullmatch, names))
     known = {normalize(name): name for name in names}
@@ -117,9 +117,9 @@ def _photos_in_folders(location: Location, folder: Path) -> Iterator[Photo]:
 
 
 def _pictures_below(location: Location, base: Path, folder: Path) -> list[str]:
-    """The pictures in a class folder and in its folders, by their paths in it.
+    """Return the images in a class folder and in its subfolders, as paths inside it.
 
-    Links are followed, but not to a folder in or around one that is read: such a link could lead round in a circle.
+    Links are followed, except to a folder in or around one that is read already: these could form a circle.
     """
     paths: list[str] = []
     waiting, seen = [""], {os.path.realpath(on_disk(base)), os.path.realpath(on_disk(folder))}
@@ -139,7 +139,7 @@ def _pictures_below(location: Location, base: Path, folder: Path) -> list[str]:
 
 
 def _overlaps(seen: set[str], path: str) -> bool:
-    """Whether a folder lies in or around one of those that are read."""
+    """Tell whether a folder lies in or around one of those that are read."""
     return any(os.path.commonpath((path, other)) in (path, other) for other in seen)
 
 
@@ -149,6 +149,6 @@ def _pass_over(location: Location, folder: Path, names: Sequence[str]) -> None:
 
 
 def _instead(location: Location, folder: Path) -> str:
-    """What a class folder has in place of photos."""
+    """Return a text about the files that a class folder has instead of photos."""
     reasons = [why for path, why in location.passed_over.items() if path.startswith(f"{folder}{os.sep}")]
     return f"; passed over: {litter_worded(litter_summary(reasons))}" if reasons else ""

@@ -1,7 +1,7 @@
 """A dataset from the Hugging Face hub, or from a local folder in the hub's layout (parquet files), with `datasets`.
 
-For `data.source=hub`. The classes are matched by name (common/data/hub.py). Hub copies have their own splits:
-few-shot picks from them are not CoOp's, and every result says "hub split".
+Used with `data.source=hub`. Classes are matched by name (see `match`). Hub copies have their own splits, so few-shot
+picks from them are not CoOp's, and every result says "hub split".
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-SAMPLES = 64  # pictures of a part that are hashed
+SAMPLES = 64  # images of a part that are hashed for its fingerprint
 PAGE = "https://huggingface.co/datasets"
 
 
@@ -46,18 +46,18 @@ def read(
     renames: Mapping[str, str] | None = None,
     drop: Sequence[str] | None = None,
 ) -> Source:
-    """The hub's splits and images under the dataset's class names.
+    """Read the hub's splits and images under the dataset's class names.
 
     Args:
-        location: Where the dataset's own files may lie, which then name the classes and their order.
-        id: Of the hub dataset, or a folder.
+        location: Where the dataset's own files may lie; if they do, they define the classes and their order.
+        id: Name of the hub dataset, or a folder.
         revision: Branch, tag or commit on the hub.
-        config: Of a hub dataset that has several.
-        image: Column of the pictures.
+        config: Configuration of a hub dataset that has several.
+        image: Column of the images.
         label: Column of the classes: class labels, or their names as text.
-        parts: train, val, test to the hub's split; a part that is not named is empty.
-        wording: How the hub words the names, a key of `hub_classes.WORDINGS`.
-        renames: Hub name to class name, where the wording does not give it.
+        parts: The hub's split for each of train, val, test; a part without one is empty.
+        wording: How the hub words the names, a key of WORDINGS.
+        renames: Class name by hub name, where the wording does not give it.
         drop: Hub names of classes whose images are left out.
 
     Raises:
@@ -69,6 +69,7 @@ def read(
     tables = {part: _load(location, id, config, parts[part], revision) for part in PARTS if part in parts}
     for table in tables.values():
         _check_columns(location, table, id, image, label)
+    # some classes may have no image, and a text column declares no classes: take the union of both
     rows = {part: _names(location, table, label, parts[part]) for part, table in tables.items()}
     hub_names = sorted({name for table in tables.values() for name in _declared(table, label)}.union(*rows.values()))
     classes = match(location, hub_names, wording, renames or {}, drop or ())
@@ -87,14 +88,14 @@ def read(
 
 @dataclass(frozen=True)
 class Column:
-    """The pictures of one part, as Arrow columns in a file that is mapped into memory.
+    """Images of one part, as Arrow columns of memory-mapped files.
 
     Args:
-        origin: Hash of what the pictures are known by (see `_column`).
-        pictures: Of every row the bytes or, in repositories of plain image files, the path of its file.
-        sizes: Of the bytes; null where there are none. They tell an empty row without reading its picture.
-        files: Facts of the files that are mapped (see `contents.facts`), and when the last of them changed.
-        contents: Where hashes of the pictures are kept.
+        origin: Hash that identifies the images (see `_column`).
+        pictures: The bytes of every row or, in repositories of plain image files, the path of its file.
+        sizes: Number of bytes of every row; null without bytes. They reveal an empty row without reading its image.
+        files: Facts of the mapped files (see `contents.facts`), and when the last of them changed.
+        contents: Cache of image hashes.
     """
 
     origin: str
@@ -106,7 +107,7 @@ class Column:
 
 @dataclass(frozen=True)
 class HubImages:
-    """The pictures of a hub dataset, decoded when they are asked for. Keys are `<dataset>/hub/<part>/<row>`."""
+    """Images of a hub dataset, decoded when they are opened. Keys are `<dataset>/hub/<part>/<row>`."""
 
     parts: dict[str, Column]
     background: str = WHITE
@@ -137,10 +138,10 @@ class HubImages:
         return hashlib.sha256(self.content(image)).hexdigest()
 
     def _find(self, image: str) -> tuple[Column, int, Path | None]:
-        """Where a picture is stored; with its path if that is outside the column.
+        """Return the column and the row of an image, and its path if it is a file outside the column.
 
         Raises:
-            BadImage: There is none.
+            BadImage: There is no such image.
         """
         *_, part, row = image.split("/")
         column, number = self.parts[part], int(row)
@@ -162,16 +163,16 @@ def _load(location: Location, id: str, config: str | None, split: str, revision:
     try:
         cache = _prepared(id, location.contents)
         return load_dataset(id, name=config, split=split, revision=revision, cache_dir=cache)
-    # all that it raises for a missing network, right, repository, file, configuration or split
+    # all kinds of error for a missing network, permission, repository, file, configuration or split
     except (OSError, RuntimeError, ValueError, DatasetsError, httpx.HTTPError) as error:
         raise UserError(f"data={location.name}: {_advice(id, error)}; see {location.section}") from error
 
 
 def _prepared(id: str, contents: Contents) -> str | None:
-    """Where `datasets` keeps what it prepares of a folder; None: its usual place.
+    """Return the cache folder in which `datasets` prepares a local folder; None for its usual place.
 
-    It knows the files of a folder by path and time of modification alone, so files that were copied over them with the
-    times of others would give the old pictures. Each content has a place of its own.
+    `datasets` identifies the files of a folder by path and modification time alone, so files that were replaced under
+    the same times would give the old images. Here every content has a cache folder of its own.
     """
     import datasets
 
@@ -184,7 +185,7 @@ def _prepared(id: str, contents: Contents) -> str | None:
 
 
 def _advice(id: str, error: Exception) -> str:
-    """What went wrong, and what to do about it."""
+    """Return what went wrong and what to do about it."""
     text = " ".join(str(error).split())
     if "gated" in text:
         return f"data.hub.id={id} is gated: accept its terms at {PAGE}/{id}, then run `hf auth login`"
@@ -218,12 +219,12 @@ def _check_columns(location: Location, table: Any, id: str, image: str, label: s
 
 
 def _declared(table: Any, label: str) -> list[str]:
-    """The classes that the column knows, with or without images; none for a text column."""
+    """Return the classes that the column declares, with or without images; none for a text column."""
     return list(getattr(table.features[label], "names", None) or [])
 
 
 def _names(location: Location, table: Any, label: str, split: str) -> list[str]:
-    """The class name of every row, from the Arrow column: no picture is touched."""
+    """Return the class name of every row, from the Arrow column: no image is read."""
     values = table.data.column(label).to_pylist()
     declared = _declared(table, label)
     for row, value in enumerate(values):
@@ -244,7 +245,7 @@ def _items(location: Location, part: str, names: Sequence[str], classes: Classes
 
 
 def _column(table: Any, image: str, contents: Contents) -> Column:
-    """The pictures, known by the sizes of all and the content of SAMPLES of them: another revision has other ones."""
+    """Return the images of a part; its hash covers all sizes and the content of SAMPLES images, to tell revisions."""
     import pyarrow.compute as compute
 
     pictures = table.data.column(image)
@@ -254,6 +255,7 @@ def _column(table: Any, image: str, contents: Contents) -> Column:
     origin = _digest([*map(str, sizes.to_pylist()), *some])
     files = [facts(Path(each["filename"])) for each in table.cache_files]
     newest = max((changed for _, changed in files), default=0)
+    # the name under which hashes of these images are cached: it changes with the files and with their content
     mapped = ("\n".join([origin, *(name for name, _ in files)]), newest) if files else None
     return Column(origin, pictures, sizes, mapped, contents)
 
@@ -262,11 +264,10 @@ def _digest(parts: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-# From the class names of a hub copy to the classes of the dataset.
+# Matching the class names of a hub copy to the classes of the dataset.
 #
-# Copies on the hub number the classes as they like and word them as they like, so only names are compared,
-# normalised, and never numbers. Where the dataset's own files are on this machine, they say what the classes are and
-# in which order.
+# Hub copies number and word the classes in their own way, so only normalised names are compared, never numbers. If the
+# dataset's own files are on this machine, they define the classes and their order.
 
 SHOWN = 5  # names in an error
 
@@ -277,7 +278,7 @@ def _path(name: str) -> str:
 
 
 def _synonyms(name: str) -> str:
-    # ImageNet: "tench, Tinca tinca" is n01440764. The two cranes have one text; `renames` tells them apart.
+    # ImageNet: "tench, Tinca tinca" is n01440764. Both classes "crane" have one text; `renames` tells them apart.
     wnids = [wnid for wnid, words in wordnet.synonyms().items() if words == name]
     return wnids[0] if len(wnids) == 1 else name
 
@@ -294,9 +295,9 @@ BY_WNID = ("wnid", "synonyms")  # wordings that give WordNet ids, whose names ar
 
 @dataclass(frozen=True)
 class Classes:
-    """The classes of the dataset: `names` by label, and the label of every hub class that is not dropped.
+    """Classes of the dataset: `names` by label, and the label of every hub class that is not dropped.
 
-    canonical: names and order are those of the dataset's own files, not the hub's.
+    canonical: whether names and order come from the dataset's own files, not from the hub.
     """
 
     names: tuple[str, ...]
@@ -306,7 +307,7 @@ class Classes:
 
 @dataclass(frozen=True)
 class _Known:
-    # A class as the dataset's own files have it: the word that it goes by (normalised), and its name.
+    # A class of the dataset's own files: the normalised word to match it by, and its name.
     word: str
     name: str
 
@@ -314,13 +315,13 @@ class _Known:
 def match(
     location: Location, hub_names: Sequence[str], wording: str, renames: Mapping[str, str], drop: Sequence[str]
 ) -> Classes:
-    """Find the class of every hub class.
+    """Find the label of every hub class.
 
     Args:
-        location: Of the dataset; its folder may hold the files that name the classes.
-        hub_names: The hub's names.
+        location: Location of the dataset; its folder may hold the files that define the classes.
+        hub_names: Class names of the hub.
         wording: How they are worded, a key of WORDINGS.
-        renames: Hub name to name, for those that no rule covers; they come before the wording.
+        renames: Class name by hub name, for those that no rule covers; it takes precedence over the wording.
         drop: Hub names of classes that the dataset does not have.
 
     Raises:
@@ -356,7 +357,7 @@ def _refuse_unknown(key: str, named: Sequence[str], hub_names: Sequence[str]) ->
 
 
 def _own(location: Location, words: Mapping[str, str]) -> Classes:
-    """The hub's own names, in the order of the normalised names."""
+    """Return the hub's own names, sorted by normalised name."""
     order = sorted(words, key=lambda name: normalize(words[name]))
     if twice := [words[one] for one, other in pairwise(order) if normalize(words[one]) == normalize(words[other])]:
         raise location.error(f"two of the hub's classes are called {_list(twice)}")
@@ -364,10 +365,11 @@ def _own(location: Location, words: Mapping[str, str]) -> Classes:
 
 
 def _counterparts(location: Location, words: Mapping[str, str], known: Sequence[_Known]) -> Classes:
-    """The dataset's names and order; every hub class must be one of them and every one must be on the hub."""
+    """Return the dataset's names and order; hub classes and dataset classes must match one to one."""
     by_word: dict[str, list[int]] = {}
     for label, one in enumerate(known):
         by_word.setdefault(one.word, []).append(label)
+    # every hub class must match exactly one class of the dataset
     candidates = {name: by_word.get(normalize(word), []) for name, word in words.items()}
     if unmatched := [name for name, labels in candidates.items() if not labels]:
         raise location.error(
@@ -375,6 +377,7 @@ def _counterparts(location: Location, words: Mapping[str, str], known: Sequence[
         )
     if several := [name for name, labels in candidates.items() if len(labels) > 1]:
         raise location.error(f"the hub's {_list(several)} could be several classes; say which with data.hub.renames")
+    # and every class of the dataset exactly one hub class
     labels = {name: candidates[name][0] for name in words}
     hits = Counter(labels.values())
     if missing := [one.name for label, one in enumerate(known) if label not in hits]:
@@ -390,7 +393,7 @@ def _list(names: Sequence[str]) -> str:
 
 
 def _known(location: Location, wording: str) -> list[_Known] | None:
-    """The classes as the dataset's own files name them; None without such a file."""
+    """Return the classes of the dataset's own files; None if there are none."""
     if wording in BY_WNID:
         return _from_classnames(location)
     splits = sorted(location.folder.glob("split_zhou_*.json"))
@@ -409,7 +412,7 @@ def _known(location: Location, wording: str) -> list[_Known] | None:
 
 
 def _from_classnames(location: Location) -> list[_Known]:
-    """The lines `<WordNet id> <name>`, from the dataset's folder or ImageNet's."""
+    """Return the classes of `classnames.txt` (`<WordNet id> <name>`) in the dataset's folder or ImageNet's."""
     for folder in (location.folder, location.root / IMAGENET):
         if (path := folder / CLASSNAMES).is_file():
             return [_Known(normalize(wnid), name) for wnid, name in classnames(location, path).items()]

@@ -1,7 +1,7 @@
-"""Datasets in the IDX files of MNIST: two for training, two for testing, plain or gzipped. No torch.
+"""Read datasets in the IDX files of MNIST: two for training, two for testing, plain or gzipped. No torch.
 
-The embedded slice of Fashion-MNIST lies in common/data/fashion_mnist/; the whole of it, and whatever else has this
-form, is a folder with the four files.
+The embedded slice of Fashion-MNIST lies in common/data/fashion_mnist/; the complete dataset, or any other in this
+format, is a folder with the four files.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ if TYPE_CHECKING:
 
 EMBEDDED = Path(__file__).parent / "fashion_mnist"
 PARTS = {"train": "train", "test": "t10k"}
-BYTES = 8  # the code of unsigned bytes, the only type that pictures have
+BYTES = 8  # type code of unsigned bytes, the only type that images have
 
 
 @dataclass(frozen=True)
 class Table:
-    """What one file holds: `content` in rows of `width` bytes, of the `shape` that its header gives."""
+    """Content of one file: `content` in rows of `width` bytes, with the `shape` from its header."""
 
     shape: tuple[int, ...]
     content: bytes
 
     @property
     def width(self) -> int:
-        """Bytes of a row."""
+        """Number of bytes in a row."""
         return len(self.content) // max(1, self.shape[0])
 
 
 class Pictures:
-    """Grey pictures; a key is `<dataset>/<part>/<row>`."""
+    """Grey images; a key is `<dataset>/<part>/<row>`."""
 
     def __init__(self, tables: dict[str, Table]) -> None:
-        """`tables`: the pictures by part."""
+        """`tables`: the images by part."""
         self.tables = tables
 
     def open(self, image: str) -> Image:
@@ -72,13 +72,13 @@ class Pictures:
 
 
 def read(location: Location, names: Sequence[str], val_per_class: int = 0, embedded: bool = False) -> Source:
-    """The pictures with their labels, in the order of the files.
+    """Read the images with their labels, in the order of the files.
 
     Args:
         location: The folder of the four files.
-        names: Of the classes, by label.
-        val_per_class: So many training images of each class, the last ones, become validation images.
-        embedded: Without a folder of its own the slice in this package is read.
+        names: Class names, by label.
+        val_per_class: Number of training images of each class, the last ones, that become validation images.
+        embedded: Read the slice in this package if no folder is given.
 
     Raises:
         UserError: A file is missing, damaged or does not fit the others or the names.
@@ -96,6 +96,7 @@ def read(location: Location, names: Sequence[str], val_per_class: int = 0, embed
             raise location.error(
                 f"{folder}: label {highest} in {part}, but data.reader.names has {counted(len(names), 'name')}"
             )
+        # hash each part by itself, so that bytes cannot move between parts unnoticed
         for content in (tables[part].content, labels[part]):
             digest.update(hashlib.sha256(content).digest())
     items = {
@@ -111,7 +112,7 @@ def _item(location: Location, part: str, row: int, label: int, names: Sequence[s
 
 
 def _without_last(items: Sequence[Item], count: int) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
-    """All but the last `count` of each class, and these; both in the given order."""
+    """Return all but the last `count` items of each class, and these last ones; both in the given order."""
     left, first, last = Counter(item.label for item in items), list[Item](), list[Item]()
     for item in items:
         (last if left[item.label] <= count else first).append(item)
@@ -126,6 +127,7 @@ def _read(location: Location, folder: Path, name: str, dimensions: int) -> Table
     try:
         data = path.read_bytes()
         data = gzip.decompress(data) if path.suffix == ".gz" else data
+        # header: two zero bytes, type, number of dimensions; then every dimension as a big-endian integer
         magic, start = data[:4], 4 + 4 * dimensions
         shape = struct.unpack(f">{dimensions}I", data[4:start])
     except (OSError, EOFError, ValueError, struct.error) as error:

@@ -1,7 +1,6 @@
-"""ImageNet's classes as WordNet has them, from the lists that the package timm ships. No download, no torch.
+"""Read ImageNet and other image sets of its classes. No download, no torch.
 
-A class is a WordNet id such as `n01440764`; ImageNet's label order is that of the sorted ids. ImageNet has 1000 of the
-21,844 ids in these lists.
+A class is a WordNet id such as `n01440764`; ImageNet's label order is that of the sorted ids.
 """
 
 from __future__ import annotations
@@ -17,15 +16,15 @@ from common.types import Item, Source, UserError
 # ImageNet (ILSVRC 2012): `images/train` and `images/val` with one folder per class, named by its WordNet id, and
 # `classnames.txt` with CLIP's class names. Two of the 1,000 names occur twice (missile, sunglasses).
 #
-# CoOp tests on the official validation set, since the test set's labels are secret. It takes file names in the order in
-# which the file system lists them; here they are sorted, so that a seed picks the same images on every machine.
+# CoOp tests on the official validation set, since the labels of the test set are secret. CoOp takes file names in the
+# order of the file system; here they are sorted, so that a seed picks the same images on every machine.
 
 TRAIN, TEST = "images/train", "images/val"
 CLASSNAMES = "classnames.txt"
 
 
 def read(location: Location) -> Source:
-    """The training images, if they are there, and the validation set as test set; labels in the order of WordNet ids.
+    """Read the training images, if present, and the validation set as test set; labels in the order of WordNet ids.
 
     Raises:
         UserError: The validation set is missing or not sorted into class folders, or the class folders of the two
@@ -36,6 +35,7 @@ def read(location: Location) -> Source:
     wanted = (TEST,) if location.only_test else (TRAIN, TEST)
     present = [part for part in wanted if (location.folder / part).is_dir()]
     folders = {part: class_folders(location, location.folder / part, names) for part in present}
+    # both parts must have the same class folders, or labels would differ between them
     wnids = sorted(set().union(*folders.values()))
     for part in present:
         same_folders(location, location.folder / part, folders[part], wnids)
@@ -45,7 +45,7 @@ def read(location: Location) -> Source:
 
 
 def classnames(location: Location, path: Path) -> dict[str, str]:
-    """Class name by WordNet id, in file order; each line is `<WordNet id> <class name>`.
+    """Read the class name of every WordNet id, in file order; each line is `<WordNet id> <class name>`.
 
     Raises:
         UserError: A line has another form or repeats an id.
@@ -60,7 +60,7 @@ def classnames(location: Location, path: Path) -> dict[str, str]:
 
 
 def class_folders(location: Location, folder: Path, names: dict[str, str]) -> list[str]:
-    """The sorted class folders in a folder.
+    """Return the sorted class folders in a folder.
 
     Raises:
         UserError: There is none, or one is not in `classnames.txt`.
@@ -78,7 +78,7 @@ def class_folders(location: Location, folder: Path, names: dict[str, str]) -> li
 
 
 def same_folders(location: Location, folder: Path, actual: Iterable[str], expected: Iterable[str]) -> None:
-    """Refuse class folders that are missing or too many."""
+    """Raise an error if class folders are missing or there are too many."""
     actual, expected = set(actual), set(expected)
     if missing := sorted(expected - actual):
         raise location.error(
@@ -90,25 +90,25 @@ def same_folders(location: Location, folder: Path, actual: Iterable[str], expect
 
 
 def items(location: Location, folder: Path, key: str, wnids: list[str], names: dict[str, str]) -> list[Item]:
-    """The images of class folders; labels count `wnids`."""
+    """Return the images of class folders; a label is a position in `wnids`."""
     return collect(location, folder, key, [(wnid, label, names[wnid]) for label, wnid in enumerate(wnids)])
 
 
-# Other pictures of ImageNet's classes: ImageNetV2, -Sketch, -A and -R. All their images are for testing.
+# ImageNetV2, -Sketch, -A and -R: other images of ImageNet's classes, all of them for testing.
 #
-# To train, take ImageNet's own training images of the classes that the set has, if `imagenet/images/train` lies beside
-# it. Class names come from the `classnames.txt` in the set's folder or, without it, from ImageNet's.
+# Training uses ImageNet's own training images of the classes in the set, if `imagenet/images/train` lies beside it.
+# Class names come from the `classnames.txt` in the set's folder or, without it, from ImageNet's.
 
 IMAGENET = "imagenet"  # ImageNet's folder beside this one, and its name in keys
 
 
 def by_wnid(location: Location, *, images: str, all_classes: bool = False) -> Source:
-    """A set with one folder per class, named by its WordNet id; a label is its number among the set's own folders.
+    """Read a set with one folder per class, named by its WordNet id; labels number the sorted folders of the set.
 
     Args:
-        location: Of the dataset.
+        location: Location of the dataset.
         images: The folder of the class folders, in the dataset's folder.
-        all_classes: Whether every class of `classnames.txt` must be there.
+        all_classes: Require every class of `classnames.txt`.
 
     Raises:
         UserError: A folder or `classnames.txt` is missing, or a folder is not a class.
@@ -123,10 +123,10 @@ def by_wnid(location: Location, *, images: str, all_classes: bool = False) -> So
 
 
 def by_number(location: Location, *, images: str) -> Source:
-    """A set whose class folders are the labels 0, 1, 2, ...: the lines of `classnames.txt`.
+    """Read a set whose class folders are the labels 0, 1, 2, ...: the lines of `classnames.txt`.
 
     Args:
-        location: Of the dataset.
+        location: Location of the dataset.
         images: The folder of the class folders, in the dataset's folder.
 
     Raises:

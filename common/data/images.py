@@ -1,4 +1,4 @@
-"""Pictures of datasets: decoded to upright RGB, or a `BadImage` that says why not; resized; found by key."""
+"""Decode images to upright RGB or raise `BadImage` with the reason; resize them; find them by key."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 150_000_000  # 430 MiB as RGB
 REASON = 80  # characters of a decoder's message that are kept
-VERSION = 2  # of our own decoding and resizing: count up when pixels change
-WHITE = "white"  # behind what is transparent, as viewers and browsers show it
+VERSION = 2  # version of our decoding and resizing: increase it when pixels change
+WHITE = "white"  # background of transparent parts, as viewers and browsers show them
 LANCZOS = Image.Resampling.LANCZOS
 Turn = Image.Transpose
-UPRIGHT = {  # EXIF 2.32, section 4.6.4: what undoes each orientation
+UPRIGHT = {  # EXIF 2.32, section 4.6.4: the transposition that undoes each orientation
     2: Turn.FLIP_LEFT_RIGHT,
     3: Turn.ROTATE_180,
     4: Turn.FLIP_TOP_BOTTOM,
@@ -38,32 +38,33 @@ UPRIGHT = {  # EXIF 2.32, section 4.6.4: what undoes each orientation
     7: Turn.TRANSVERSE,
     8: Turn.ROTATE_90,
 }
-# Large photographs are meant to be read, so MAX_PIXELS takes the place of PIL's warning. What PIL says of damaged
-# metadata does not concern the pixels; damaged pixels are errors. Both are set for the process: the context managers
-# that limit such settings are not safe with threads.
+# MAX_PIXELS replaces PIL's warning about large images, since large photographs are wanted. PIL's warnings about damaged
+# metadata do not concern the pixels; damaged pixels are errors. Both are set for the whole process: the context
+# managers for such settings are not thread-safe.
 Image.MAX_IMAGE_PIXELS = None
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-PROGRAMS = ("EPS", "WMF")  # kinds that are programs: PIL would hand them to Ghostscript or to the system
-register_heif_opener()  # HEIC; it turns pictures as their own header says and resets the EXIF orientation
+PROGRAMS = ("EPS", "WMF")  # formats that are programs: PIL would hand them to Ghostscript or to the system
+register_heif_opener()  # HEIC; it rotates images by their own header and resets the EXIF orientation
 
 
 def decode(source: Path | bytes, background: str = WHITE) -> Image.Image:
-    """The first frame of a picture, RGB, turned as its EXIF orientation says, without its metadata.
+    """Decode the first frame of an image to RGB, rotated by its EXIF orientation, without its metadata.
 
     Args:
         source: A file or its content.
         background: Colour behind transparent parts, as PIL's ImageColor spells it.
 
     Returns:
-        A picture whose `info` holds what was done to it under TREATED, if anything was (see `to_rgb`).
+        An image whose `info[TREATED]` lists what was done to it, if anything was (see `to_rgb`).
 
     Raises:
-        BadImage: It is missing, damaged, cut off, larger than MAX_PIXELS, no picture, or nothing of it can be seen.
+        BadImage: It is missing, damaged, cut off, larger than MAX_PIXELS, no image, or wholly transparent.
     """
     try:
         with _opened(source) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BadImage(f"{image.width} x {image.height} is more than {MAX_PIXELS // 10**6} megapixels")
+            # PIL keeps only the upper bytes of 16-bit colours, so the file is opened again for the lower ones
             deep, stretched = has_deep_colours(image), None
             image.load()
             if deep:
@@ -79,7 +80,7 @@ def decode(source: Path | bytes, background: str = WHITE) -> Image.Image:
 
 
 def _opened(source: Path | bytes) -> ImageFile:
-    """A picture of any kind that a library decodes. Content decides, whatever the file is called."""
+    """Open an image of any format that can be decoded. The content decides, whatever the file is called."""
     Image.init()
     kinds = [kind for kind in Image.OPEN if kind not in PROGRAMS]
     return Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=kinds)
@@ -88,12 +89,12 @@ def _opened(source: Path | bytes) -> ImageFile:
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # damaged metadata, for which PIL raises many kinds: the pixels are good, and lie as stored
+    except Exception:  # damaged metadata, for which PIL raises many kinds: the pixels are good, and taken as stored
         return 1
 
 
 def _reason(error: Exception) -> str:
-    """A few words on why a picture cannot be used.
+    """Return a few words on why an image cannot be used.
 
     >>> [_reason(error) for error in (FileNotFoundError(2, "No such file", "a.jpg"), OSError("cut"), ValueError())]
     ['no such file', 'cut', 'ValueError']
@@ -132,7 +133,7 @@ POLICIES: dict[str, Callable[[Image.Image, int], Image.Image]] = {"squash": _squ
 
 
 def resize(picture: Image.Image, size: int, policy: str) -> Image.Image:
-    """A square of `size` pixels, by Lanczos.
+    """Resize to a square with Lanczos.
 
     Args:
         picture: RGB.
@@ -147,7 +148,7 @@ def resize(picture: Image.Image, size: int, policy: str) -> Image.Image:
 
 
 def on(background: str, digest: str) -> str:
-    """The stamp of a picture with this hash of its content, seen on a background.
+    """Return the stamp of an image: the hash of its content, with the background unless it is white.
 
     >>> on("white", "5f1e"), on("black", "5f1e")
     ('5f1e', '5f1e on black')
@@ -157,12 +158,12 @@ def on(background: str, digest: str) -> str:
 
 @dataclass(frozen=True)
 class FileImages:
-    """Pictures that lie in folders, one for each dataset. Keys are `<dataset>/<path inside the dataset's folder>`.
+    """Images that are files, in one folder per dataset. Keys are `<dataset>/<path inside the dataset's folder>`.
 
     Args:
-        folders: By dataset.
+        folders: Folder of each dataset.
         background: Colour behind transparent parts.
-        contents: Where the hashes of the files are kept.
+        contents: Cache of file hashes.
     """
 
     folders: dict[str, Path]
@@ -191,11 +192,11 @@ class FileImages:
             raise BadImage(_reason(error)) from error
 
     def _file(self, image: str) -> tuple[Path, int]:
-        """Path and size of a file with content."""
+        """Return path and size of a file; raise BadImage if it is missing or empty."""
         try:
             path = self._path(image)
             status = path.stat()
-        except (OSError, ValueError) as error:  # a value error: the path has a NUL or half a letter
+        except (OSError, ValueError) as error:  # ValueError: the path has a NUL or a lone surrogate
             raise BadImage(_reason(error)) from error
         if not stat.S_ISREG(status.st_mode):
             raise BadImage("not a file")
@@ -210,7 +211,7 @@ class FileImages:
 
 @dataclass(frozen=True)
 class CombinedImages:
-    """Pictures of several datasets, by the dataset that their keys begin with."""
+    """Images of several datasets; the first part of a key selects the dataset."""
 
     parts: dict[str, Images]
 
@@ -231,10 +232,10 @@ class CombinedImages:
 
 
 def combine(images: Sequence[tuple[Iterable[str], Images]]) -> CombinedImages:
-    """The pictures of several sources as one.
+    """Combine the images of several sources.
 
     Args:
-        images: Of every source, the keys and the pictures behind them.
+        images: The keys of every source and its images.
 
     Raises:
         UserError: Two different sources have keys of the same dataset.
@@ -242,32 +243,33 @@ def combine(images: Sequence[tuple[Iterable[str], Images]]) -> CombinedImages:
     parts: dict[str, Images] = {}
     for keys, part in images:
         for dataset in sorted({key.partition("/")[0] for key in keys}):
+            # a FileImages may know more folders than its keys use; only equal ones may share a dataset's name
             own = replace(part, folders={dataset: part.folders[dataset]}) if isinstance(part, FileImages) else part
             if parts.setdefault(dataset, own) != own:
                 raise UserError(f"two datasets are called '{dataset}', so their images have the same keys: rename one")
     return CombinedImages(parts)
 
 
-# Pictures of any mode as RGB: transparent parts show a background, levels of 16 bits become 8.
+# Conversion of any mode to RGB: transparent parts show a background, 16-bit levels become 8-bit.
 
-TREATED = "treated"  # key of a picture's `info`: what was done to it beyond `convert`, a tuple of these:
+TREATED = "treated"  # key of an image's `info`: what was done to it beyond `convert`, a tuple of these:
 TRANSPARENT, STRETCHED = KINDS = ("transparent", "stretched")
-PART = 2**15  # levels of 16 bits: a picture within fewer uses a part of its range
-# PIL keeps the upper byte of 16-bit colours. These are its names for the order of the bytes, each with the name under
-# which it would keep the lower one.
+PART = 2**15  # 16-bit levels: an image with a smaller range is stretched
+# PIL keeps the upper byte of 16-bit colours. These are its names for byte orders, each with the name that makes it
+# keep the lower byte instead.
 LOWER = {"16B": "16L", "16L": "16B", "16N": "16B" if sys.byteorder == "little" else "16L"}
 
 
 def to_rgb(image: Image.Image, background: str = WHITE) -> Image.Image:
-    """A loaded picture as RGB without metadata; an orientation that stayed would be applied again when it is opened.
+    """Convert a loaded image to RGB without metadata; an orientation that stayed would be applied again on opening.
 
-    Transparent parts show the background. Dropping alpha, as PIL's `convert` does, would show what lies under them, and
-    that is often black as a whole. 16-bit grey levels keep their upper 8 bits, where `convert` would make everything
-    above 255 white; those of a picture within PART levels (a camera's 12 bits, a thermal image) are stretched from its
-    lowest to its highest. `info` says under TREATED which of both was done.
+    Transparent parts show the background: dropping alpha, as PIL's `convert` does, shows the colours below, which are
+    often black. 16-bit grey levels keep their upper 8 bits, where `convert` would turn everything above 255 white; if
+    their range is below PART (a camera's 12 bits, a thermal image), they are stretched from the lowest to the highest.
+    `info[TREATED]` lists which of both was done.
 
     Args:
-        image: Of any mode.
+        image: An image of any mode.
         background: A colour as PIL's ImageColor spells it.
 
     Raises:
@@ -276,7 +278,7 @@ def to_rgb(image: Image.Image, background: str = WHITE) -> Image.Image:
     treated = list(image.info.get(TREATED, ()))
     if image.mode == "F":
         raise BadImage("floating-point grey levels of unknown range")
-    if image.mode.startswith("I"):
+    if image.mode.startswith("I"):  # 16- and 32-bit grey levels
         image, stretched = _eight_bits(image)
         treated += [STRETCHED] * stretched
     if image.has_transparency_data:
@@ -295,7 +297,7 @@ def to_rgb(image: Image.Image, background: str = WHITE) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> tuple[Image.Image, bool]:
-    """16-bit grey levels as 8 bits, with alpha if one level is transparent; and whether they were stretched."""
+    """Convert 16-bit grey levels to 8 bits, with alpha if one level is transparent; tell if they were stretched."""
     import numpy as np
 
     levels, hidden = np.asarray(image.convert("I")), image.info.get("transparency")
@@ -309,7 +311,7 @@ def _eight_bits(image: Image.Image) -> tuple[Image.Image, bool]:
 
 
 def _stretched(levels: NDArray[Any], shown: NDArray[Any]) -> NDArray[Any] | None:
-    """16-bit levels as 8 bits, from the lowest to the highest of those shown; None if these take PART or more."""
+    """Stretch 16-bit levels to 8 bits, by the range of those shown; None if that range is PART or more."""
     import numpy as np
 
     lowest, highest = (int(shown.min()), int(shown.max())) if shown.size else (0, 0)
@@ -319,7 +321,7 @@ def _stretched(levels: NDArray[Any], shown: NDArray[Any]) -> NDArray[Any] | None
 
 
 def _with_alpha(image: Image.Image) -> Image.Image:
-    """As RGBA. PIL reads 16-bit colours as 8 bits, but not the one of them that is transparent."""
+    """Convert to RGBA. PIL reads 16-bit colours as 8 bits, but leaves the transparent one at 16 bits."""
     hidden = image.info.get("transparency")
     if image.mode == "RGB" and isinstance(hidden, tuple) and max(hidden) > 255:
         image = image.copy()
@@ -328,13 +330,13 @@ def _with_alpha(image: Image.Image) -> Image.Image:
 
 
 def has_deep_colours(image: ImageFile) -> bool:
-    """Whether a picture that is opened and not loaded has colours of 16 bits, of which PIL keeps the upper bytes."""
+    """Tell whether an image, opened and not yet loaded, has 16-bit colours, of which PIL keeps the upper bytes."""
     mode, _, order = _layout(image)[0].partition(";")
     return mode in ("RGB", "RGBA") and order in LOWER
 
 
 def take_lower_bytes(image: ImageFile) -> None:
-    """Make such a picture give the lower bytes when it is loaded."""
+    """Make an image with 16-bit colours give the lower bytes when it is loaded."""
     name, *rest = _layout(image)
     mode, _, order = name.partition(";")
     arguments = (f"{mode};{LOWER[order]}", *rest)
@@ -342,18 +344,18 @@ def take_lower_bytes(image: ImageFile) -> None:
 
 
 def _layout(image: ImageFile) -> tuple[str, ...]:
-    """How PIL will unpack the pixels, by its own name, and what else the decoder of the file needs."""
+    """Return PIL's name for how it will unpack the pixels, and the other arguments of the decoder."""
     arguments = image.tile[0][3] if image.tile else None
     name, *rest = arguments if isinstance(arguments, tuple) and arguments else (arguments,)
     return str(name), *rest
 
 
 def stretched_colours(upper: Image.Image, lower: Image.Image) -> Image.Image | None:
-    """A picture of 16-bit colours within PART levels, stretched as grey levels are; None if it takes more of them.
+    """Stretch 16-bit colours of a range below PART, as for grey levels; None if the range is larger.
 
     Args:
-        upper: As PIL reads it, RGB or RGBA.
-        lower: The same with the lower bytes.
+        upper: The image as PIL reads it, RGB or RGBA.
+        lower: The same image with the lower bytes.
     """
     import numpy as np
 

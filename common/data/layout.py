@@ -1,4 +1,4 @@
-"""How a folder of photos is laid out, and where in it the pictures of a table lie."""
+"""Recognise how a folder of photos is laid out, and find the images of a table in it."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ PART = re.compile(
 
 @dataclass(frozen=True)
 class Part:
-    """The class folders of one part: they lie in `folder` (inside the photos' folder; "" or with a `/` at its end)."""
+    """A part and its class folders, which lie in `folder` (relative to the photos; "" or with a `/` at its end)."""
 
     folder: str
     name: str
 
 
 def parts_by_name(names: Iterable[str]) -> dict[str, str]:
-    """Those of the names that mean a part, with `train`, `val` or `test`.
+    """Return the names that mean a part, each with `train`, `val` or `test`; other names are left out.
 
-    `eval` is the test part, or `val` beside another test part.
+    `eval` means test, or `val` beside another test part.
 
     >>> parts_by_name(["Training_Set", "dev", "test-set", "testament", "seg_test", "training shoes"])
     {'Training_Set': 'train', 'dev': 'val', 'test-set': 'test', 'seg_test': 'test'}
@@ -58,15 +58,15 @@ def parts_by_name(names: Iterable[str]) -> dict[str, str]:
 
 
 def pictures(names: Sequence[str]) -> list[str]:
-    """The files that are pictures by their suffix."""
+    """Return the files with the suffix of an image."""
     return [name for name in names if PurePath(name).suffix.lower() in PICTURES]
 
 
 def parts_of(location: Location, folder: Path) -> list[Part]:
-    """The parts that a folder of photos has; one without a name for it is `train`, and its classes lie in the folder.
+    """Find the parts of a folder of photos; without folders for parts, all of it is `train`.
 
     Raises:
-        UserError: The class folders seem to lie elsewhere; names the path that was meant.
+        UserError: The class folders seem to lie elsewhere; names the path that was probably meant.
     """
     listing = scan(location, folder)
     named = parts_by_name(listing.folders)
@@ -97,7 +97,7 @@ def _split(location: Location, folder: Path, listing: Listing, named: dict[str, 
 
 
 def _innermost(location: Location, folder: Path, name: str) -> str:
-    """Below a part, archives often have it once more: `training_set/training_set/cat`."""
+    """Return the folder of a part; archives often repeat it inside itself: `training_set/training_set/cat`."""
     inside = f"{name}/"
     while True:
         listing = scan(location, folder / inside)
@@ -123,7 +123,7 @@ def _no_split(folder: Path, named: dict[str, str]) -> str:
 
 
 def _refuse_wrapped(location: Location, folder: Path, listing: Listing) -> None:
-    """A folder around the class folders, as archives bring it: not guessed, since it may as well be the only class."""
+    """Refuse a folder around the class folders, as archives have it: not guessed, since it may be the only class."""
     inside, there = listing, folder
     while len(inside.folders) == 1 and not pictures(inside.files):
         there /= inside.folders[0]
@@ -158,35 +158,36 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-# Label Studio's own addresses of an upload (whose name begins with eight digits of its own) and of a local file.
+# Label Studio's addresses of an upload (its name begins with eight digits added by Label Studio) and of a local file.
 UPLOAD = re.compile(r"/data/(?:(?:upload/\d+/)((?:[\da-f]{8}-)?(.+))|local-files/\?d=(.+))")
 
 
 class Finder:
-    """Finds the pictures of a table: where it says, or near the table under what is left of their names."""
+    """Finds the images of a table: at the given path, or by their names in the folders below the table."""
 
     def __init__(self, location: Location, table: Path) -> None:
         """
         Args:
             location: For errors, and for a note on what was found elsewhere.
-            table: Its paths are relative to its folder; if its name means a part, pictures in that part go first.
+            table: The table. Paths are relative to its folder; if its name means a part, that part is preferred.
         """
         self.location, self.table, self.folder = location, table, table.parent
-        self.elsewhere: Counter[str] = Counter()  # how many pictures were found in a folder
-        self.unknown: list[str] = []  # names without a suffix that no picture has
+        self.elsewhere: Counter[str] = Counter()  # number of images found by name, by folder
+        self.unknown: list[str] = []  # names without a suffix for which no image was found
         self.known = 0
         self._index: dict[str, list[str]] | None = None
 
     def __call__(self, where: str, path: str) -> str:
-        """The path of a picture, from the table's folder; as it is written if there is none.
+        """Return an image's path, relative to the table's folder; as it is written if the image does not exist.
 
         Raises:
-            UserError: It is a URL, has a character that nobody sees, or could be two pictures.
+            UserError: It is a URL, has an invisible character, or could be two images.
         """
         if URL.match(path):
             raise self.location.error(
                 f"{where}: '{path}' is a URL, and URLs are not read; download the pictures, and give their paths"
             )
+        # spellings to try: without Label Studio's prefix, with / for \, and with %20 and the like decoded
         upload = UPLOAD.fullmatch(path)
         names = upload.groups() if upload else (path, path.replace("\\", "/"))
         ways = dict.fromkeys(way for name in names if name for way in (name, unquote(name)))
@@ -212,10 +213,10 @@ class Finder:
         return path.replace("\\", "/")  # as written on Windows
 
     def conclude(self) -> None:
-        """Note what was found elsewhere.
+        """Add a note on what was found elsewhere.
 
         Raises:
-            UserError: The table has names without suffixes, and there is a picture of none.
+            UserError: The table has names without suffixes, and no image was found for any of them.
         """
         if self.unknown and not self.known:
             raise self.location.error(
@@ -227,7 +228,7 @@ class Finder:
             self.location.notes.append(f"{self.table.name}: pictures were found by their names, {told}")
 
     def _near(self, where: str, way: str) -> str:
-        """A picture below the table's folder by its name alone, or by its path without a suffix; empty: there is none.
+        """Find an image below the table's folder by its name, or by its path without a suffix; empty if there is none.
 
         Raises:
             UserError: There are two, and the table's name means no part or the part of both.
@@ -247,7 +248,7 @@ class Finder:
 
     @property
     def index(self) -> dict[str, list[str]]:
-        """The pictures below the table's folder, by their names and paths, with and without their suffixes."""
+        """The images below the table's folder, by their names and paths, with and without their suffixes."""
         if self._index is None:
             self._index = {}
             for here, folders, names in os.walk(on_disk(self.folder)):

@@ -1,4 +1,4 @@
-"""Folders, text files and the names in them, read the same way on every machine; where a dataset lies."""
+"""List folders and read text files in the same way on every machine; describe where a dataset lies."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from pathlib import Path
 from common.data.contents import Contents
 from common.types import Item, UserError
 
-# Names of files as text, whatever the locale says and however a disk spells accents, and what nobody sees in a name.
+# File names as text, whatever the locale and however a disk spells accents; invisible characters in names.
 #
-# macOS stores `ö` as `o` and a combining mark (Unicode's form NFD), most others as one letter (NFC). Both are one name:
-# class names, keys and manifests have it in NFC, and a file is found in whichever form it is stored.
+# macOS stores `ö` as `o` and a combining mark (Unicode's form NFD), most others as one letter (NFC). Both are the
+# same name: class names, keys and manifests have it in NFC, and a file is found in whichever form it is stored.
 
 
-# Unicode's controls, formats and half letters, and what has no ink although it counts as a letter, mark or symbol:
-# joiners of graphemes, fillers of Hangul, vowels of Khmer, an empty cell of Braille, selectors of variants.
+# Invisible characters: Unicode's controls, formats and surrogates, and others that print nothing although they count as
+# a letter, mark or symbol: grapheme joiner, Hangul fillers, Khmer vowels, empty Braille cell, variation selectors.
 UNSEEN = ("Cc", "Cf", "Cs")
 INKLESS = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0\ufe00-\ufe0f\U000e0100-\U000e01ef]")
-# Where some of them belong to what is seen: joiners inside words of Persian or Hindi and inside emoji, the colour of an
-# emoji, and the flag of England.
+# Places where such a character belongs to the visible text: joiners inside words of Persian or Hindi and inside emoji,
+# the colour of an emoji, and the flag of England.
 MEANT = re.compile(
     r"(?<=[^\x00-\x7f\s])[\u200c\u200d](?=[^\x00-\x7f\s])"
     r"|(?<=[#*0-9\xa9\xae\u2000-\u3299\U0001f000-\U0001faff])[\ufe0e\ufe0f]"
     r"|(?<=\U0001f3f4)[\U000e0020-\U000e007f]+"
 )
 
-URL = re.compile(r"[a-z][a-z\d+.-]+://|data:", re.IGNORECASE)  # how an address begins that is no path
+URL = re.compile(r"[a-z][a-z\d+.-]+://|data:", re.IGNORECASE)  # beginning of an address that is not a path
 
 
 def as_text(name: str) -> str:
-    """A name that the file system gave, as text in NFC.
+    """Return a name from the file system as text in NFC.
 
     Raises:
-        UnicodeDecodeError: It is not UTF-8, as in old archives.
+        UnicodeDecodeError: The name is not UTF-8, as in old archives.
 
     >>> as_text("Vo\\u0308gel") == "V\\u00f6gel"
     True
@@ -48,12 +48,12 @@ def as_text(name: str) -> str:
 
 
 def composed(text: str) -> str:
-    """The text in NFC: one letter where a letter and its accent may be two."""
+    """Return the text in NFC, where a letter and its accent are one character."""
     return unicodedata.normalize("NFC", text)
 
 
 def invisible(text: str) -> str:
-    """The first character of a text that nobody sees, by number and name; empty if all can be seen.
+    """Return the first invisible character of a text, by number and name; empty if there is none.
 
     >>> invisible("c\\u200bat"), invisible("\\u202ac:/cat"), invisible("cat")
     ('U+200B (zero width space)', 'U+202A (left-to-right embedding)', '')
@@ -65,7 +65,7 @@ def invisible(text: str) -> str:
 
 
 def visible(text: str) -> str:
-    """The text without all characters that nobody sees; two that are equal then look the same."""
+    """Return the text without invisible characters; two texts that look the same are then equal."""
     return "".join(letter for letter in text if not _is_unseen(letter))
 
 
@@ -74,24 +74,24 @@ def _is_unseen(letter: str) -> bool:
 
 
 def readable(path: Path) -> str:
-    """A path as text in NFC, also where the locale hides the letters of an argument in bytes."""
+    """Return a path as text in NFC, also where the locale has turned its letters into surrogates."""
     return composed(str(path).encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape"))
 
 
 def on_disk(path: Path) -> Path:
-    """The path as its disk spells it. A path that does not exist in any form stays as it is given."""
+    """Return the path as its disk spells it; a path that does not exist in any form is returned as given."""
     if str(path).isascii():
         return path
     exact = Path(_stored(str(path)))
-    if os.path.exists(exact):  # unlike Path.exists, it takes every path
+    if os.path.exists(exact):  # Path.exists raises an error for some paths
         return exact
     return next(iter(spellings(path)), exact)
 
 
 def spellings(path: Path) -> list[Path]:
-    """All paths that read as this one, as given if it is ASCII. There may be two: a folder in each form.
+    """Return all existing paths that read like this one: usually one, or two if a folder exists in both forms.
 
-    A path of other characters is looked for, and missing if it does not exist.
+    An ASCII path is returned as given, without looking for it.
     """
     if str(path).isascii():
         return [path]
@@ -102,7 +102,7 @@ def spellings(path: Path) -> list[Path]:
 
 
 def _forms(folder: Path, part: str) -> list[str]:
-    """The names in a folder that read as `part`."""
+    """Return the names in a folder that read as `part`."""
     if part.isascii():
         return [part]
     text = part.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
@@ -114,7 +114,7 @@ def _forms(folder: Path, part: str) -> list[str]:
 def _names(folder: Path) -> list[str]:
     try:
         return sorted(os.listdir(folder))
-    except OSError:  # no folder, or one that may be passed through but not listed
+    except OSError:  # not a folder, or one without permission to list it
         return []
 
 
@@ -123,13 +123,13 @@ def _reads_as(name: str, text: str) -> bool:
 
 
 def _stored(name: str) -> str:
-    """Text as the functions of `os` take it: under a locale without UTF-8 they want it byte by byte."""
+    """Return text as functions of `os` need it: under a locale without UTF-8, every byte is a surrogate."""
     return os.fsdecode(name.encode("utf-8", "surrogateescape"))
 
 
-# What photo servers, archives and file managers leave beside pictures. No reader takes it for data.
+# Files that photo servers, archives and file managers leave beside images. No reader takes them for data.
 
-# Whole names in lower case. Some of them hold reduced copies of the pictures beside them, under the pictures' names.
+# Whole names in lower case. Some are folders of reduced copies of the images beside them, under the same names.
 LITTER = frozenset(
     (
         *("@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", ".@__thumb"),  # Synology, QNAP
@@ -142,11 +142,11 @@ LITTER = frozenset(
         *("__pycache__", ".ipynb_checkpoints"),
     )
 )
-APPLE_DOUBLE = "._"  # begins the names of files in which macOS keeps what other file systems cannot hold
+APPLE_DOUBLE = "._"  # prefix of files in which macOS keeps what other file systems cannot store
 
 
 def litter_reason(name: str) -> str | None:
-    """Why a file or folder of this name is passed over; None for one that may be data.
+    """Return why a file or folder of this name is passed over; None for one that may be data.
 
     >>> [litter_reason(name) for name in ("@eaDir", "._cat.jpg", "Thumbs.db", ".git", "cat.jpg")]
     ['litter', 'litter', 'litter', 'hidden', None]
@@ -157,7 +157,7 @@ def litter_reason(name: str) -> str | None:
 
 
 def litter_summary(reasons: Iterable[str]) -> dict[str, int]:
-    """How often each reason occurs, by the reasons' names.
+    """Count how often each reason occurs.
 
     >>> litter_summary(["litter", "hidden", "litter"])
     {'hidden': 1, 'litter': 2}
@@ -169,7 +169,7 @@ def litter_summary(reasons: Iterable[str]) -> dict[str, int]:
 
 
 def litter_worded(passed_over: Mapping[str, int]) -> str:
-    """The counts of `litter_summary` as text.
+    """Return the counts of `litter_summary` as text.
 
     >>> litter_worded({"hidden": 1, "litter": 2})
     '1 hidden, 2 litter'
@@ -177,10 +177,9 @@ def litter_worded(passed_over: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {why}" for why, count in passed_over.items())
 
 
-# Folders and text files of a dataset, read the same way on every machine: sorted, names in NFC, without hidden entries
-# and litter.
+# Folders and text files of a dataset: sorted, names in NFC, without hidden entries and litter.
 
-MARKS = {  # the longest first: one of UTF-32 begins like one of UTF-16
+MARKS = {  # UTF-32 first: its little-endian mark begins with that of UTF-16
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
@@ -191,17 +190,17 @@ ZIP = b"PK\x03\x04"
 
 @dataclass(frozen=True)
 class Listing:
-    """What a folder holds, by name, in code point order (upper case first). Links count as what they lead to."""
+    """Names in a folder, in code point order (upper case first). A link counts as what it leads to."""
 
     folders: list[str]
     files: list[str]
 
 
 def scan(location: Location, folder: Path) -> Listing:
-    """What is in `folder`; in all folders of its name, if it is there in NFC and in NFD. The location notes the rest.
+    """List `folder`, or all folders of its name if it exists in NFC and in NFD; the location notes what is passed over.
 
     Raises:
-        UserError: It cannot be listed, or a name is not UTF-8 or occurs twice.
+        UserError: The folder cannot be listed, or a name is not UTF-8 or occurs twice.
     """
     kinds: dict[str, list[str]] = {"folder": [], "file": []}
     for way in spellings(folder) or [on_disk(folder)]:
@@ -218,23 +217,23 @@ def scan(location: Location, folder: Path) -> Listing:
 
 
 def subfolders(location: Location, folder: Path) -> list[str]:
-    """Names of the folders in `folder`; see `scan`."""
+    """Return the names of the folders in `folder` (see `scan`)."""
     return scan(location, folder).folders
 
 
 def files(location: Location, folder: Path) -> list[str]:
-    """Names of the files in `folder`; see `scan`."""
+    """Return the names of the files in `folder` (see `scan`)."""
     return scan(location, folder).files
 
 
 def collect(location: Location, folder: Path, key: str, classes: Iterable[tuple[str, int, str]]) -> list[Item]:
-    """The images of class folders, class by class.
+    """Return the images of class folders, class by class.
 
     Args:
-        location: For error messages.
-        folder: Holds the class folders.
-        key: Of `folder`.
-        classes: Class folder, label and name.
+        location: Location of the dataset, for error messages.
+        folder: Folder that holds the class folders.
+        key: Key of `folder`.
+        classes: Class folder, label and name of every class.
     """
     items: list[Item] = []
     for subfolder, label, name in classes:
@@ -244,10 +243,10 @@ def collect(location: Location, folder: Path, key: str, classes: Iterable[tuple[
 
 
 def text(location: Location, path: Path) -> str:
-    """Content of a text file in UTF-8, with or without a byte order mark.
+    """Read a text file in UTF-8, with or without a byte order mark.
 
     Raises:
-        UserError: It is something else.
+        UserError: The file cannot be read or is something else.
     """
     try:
         content = on_disk(path).read_bytes()
@@ -270,7 +269,7 @@ def _advice(content: bytes) -> str:
 
 
 def wide(content: bytes) -> str | None:
-    """The encoding of a text that takes two or four bytes for a letter, by its mark or its zeros; None: another text.
+    """Return the encoding of UTF-16 or UTF-32 text, by its byte order mark or its zero bytes; None for other text.
 
     >>> [wide("path,label".encode(encoding)) for encoding in ("utf-16", "utf-16-be", "utf-32", "utf-32-le", "utf-8")]
     ['utf-16', 'utf-16be', 'utf-32', 'utf-32le', None]
@@ -278,6 +277,7 @@ def wide(content: bytes) -> str | None:
     for mark, encoding in MARKS.items():
         if content.startswith(mark):
             return encoding
+    # without a mark: ASCII letters in UTF-16 have a zero in every other byte
     if 4 * content.count(0) < len(content) or not content:
         return None
     size = "32" if 2 * content.count(0) > len(content) else "16"  # of four bytes, Latin letters leave three empty
@@ -285,16 +285,16 @@ def wide(content: bytes) -> str | None:
 
 
 def lines(location: Location, path: Path) -> list[tuple[str, str]]:
-    """The lines that are not blank, stripped, each after where it stands, for error messages (`file, line 3`)."""
+    """Return the lines that are not blank, stripped; before each its place for error messages (`file, line 3`)."""
     stripped = (line.strip() for line in text(location, path).splitlines())
     return [(f"{path}, line {number}", line) for number, line in enumerate(stripped, start=1) if line]
 
 
 def fields(location: Location, line: tuple[str, str], shape: str) -> list[str]:
-    """A line of `lines` cut at blanks into as many fields as `shape` has; the last one keeps its blanks.
+    """Split a line of `lines` at blanks into as many fields as `shape` has; the last one keeps its blanks.
 
     Raises:
-        UserError: It has fewer.
+        UserError: The line has fewer fields.
     """
     where, content = line
     count = len(shape.split())
@@ -305,10 +305,10 @@ def fields(location: Location, line: tuple[str, str], shape: str) -> list[str]:
 
 
 def number(location: Location, where: str, value: str) -> int:
-    """An integer in a text file.
+    """Parse an integer from a text file.
 
     Raises:
-        UserError: It is none.
+        UserError: The value is not an integer.
     """
     try:
         return int(value)
@@ -317,8 +317,8 @@ def number(location: Location, where: str, value: str) -> int:
 
 
 def _entries(location: Location, folder: Path) -> list[tuple[str, str]]:
-    """Name of every entry, and `folder`, `file` or why it is passed over."""
-    # os.scandir knows files from folders without asking for each: ImageNet's 1.3 million take seconds.
+    """Return the name of every entry, with `folder`, `file` or the reason why it is passed over."""
+    # os.scandir tells files from folders without a call for each: ImageNet's 1.3 million take seconds.
     try:
         with os.scandir(folder) as entries:
             return [
@@ -340,10 +340,10 @@ def _kind(entry: os.DirEntry[str]) -> str:
 
 
 def _name(location: Location, folder: Path, name: str) -> str:
-    """A name as text; no question or result could write one that is not UTF-8.
+    """Return a name as text; one that is not UTF-8 could not be written into a prompt or a result.
 
     Raises:
-        UserError: It is not, as in old archives.
+        UserError: The name is not UTF-8, as in old archives.
     """
     try:
         return as_text(name)
@@ -355,19 +355,19 @@ def _name(location: Location, folder: Path, name: str) -> str:
 
 @dataclass(frozen=True)
 class Location:
-    """Where a dataset lies on this machine.
+    """Location of a dataset on this machine.
 
     Args:
-        name: Of the dataset; its section in docs/datasets.md, and the first part of its images' keys.
+        name: Name of the dataset; its section in docs/datasets.md, and the first part of its images' keys.
         root: The folder of all datasets (CoOp's `$DATA`).
-        folder: This dataset's.
-        allow_fallback_split: Whether a split of our own may stand in for a missing split file.
-        only_test: The training images are not needed; a reader may save the time that it takes to list them.
-        tried: Where the dataset was looked for, if `folder` is not the only choice.
-        passed_over: What readers left aside so far, by its path, and why.
-        notes: What readers have to say about how they took what they found, each a sentence.
-        background: Colour behind transparent parts of its pictures.
-        contents: Where the hashes of its files are kept.
+        folder: The folder of this dataset.
+        allow_fallback_split: Allow a split of our own if the split file is missing.
+        only_test: Training images are not needed; a reader may skip listing them to save time.
+        tried: All paths where the dataset was looked for, if there are several.
+        passed_over: Reason for every path that readers passed over so far.
+        notes: Sentences in which readers say how they interpreted the files.
+        background: Colour behind transparent parts of the images.
+        contents: Cache of file hashes.
     """
 
     name: str
@@ -386,10 +386,10 @@ class Location:
         return f"docs/datasets.md#{self.name}"
 
     def need(self, relative: str) -> Path:
-        """A file or folder of the dataset.
+        """Return the path of a file or folder of the dataset.
 
         Raises:
-            UserError: It is not there.
+            UserError: It does not exist.
         """
         if not _is_there(self.folder) and len(self.tried) > 1:
             paths = " nor ".join(map(str, self.tried))
@@ -405,22 +405,22 @@ class Location:
         return self.folder / relative
 
     def key(self, relative: str) -> str:
-        """The key of an image, from its path inside the folder (with `/`); in NFC, however the path is written."""
+        """Return the key of an image, from its path inside the folder (with `/`), in NFC."""
         return composed(f"{self.name}/{relative}")
 
     def pass_over(self, path: Path, why: str) -> None:
-        """Note a file or folder that is no data. A folder counts once; so does what is listed twice."""
+        """Note a path that is passed over. A folder counts once, and so does a path that is listed twice."""
         self.passed_over[str(path)] = why
 
     def error(self, what: str) -> UserError:
-        """A mistake in the dataset's files."""
+        """Return an error about the dataset's files."""
         return UserError(f"data={self.name}: {what}; see {self.section}")
 
 
 def _hidden(path: str) -> str:
-    """What a path has that nobody sees, as copied from a web page or a window of Windows."""
+    """Return a note on an invisible character in a path, as copied from a web page or a dialog of Windows."""
     return f" (the path has the invisible character {character})" if (character := invisible(path)) else ""
 
 
 def _is_there(path: Path) -> bool:
-    return os.path.exists(on_disk(path))  # unlike Path.exists, it answers for every path
+    return os.path.exists(on_disk(path))  # Path.exists raises an error for some paths

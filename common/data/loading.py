@@ -1,4 +1,4 @@
-"""The pictures of a run: each tried once before anything expensive, decoded in parallel, resized and kept on disk."""
+"""Load the images of a run: check each once before training, decode in parallel, resize, cache on disk."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ from common.runtime.distributed import gather, share_of, world
 from common.runtime.progress import progress, say
 from common.types import BadImage, Images, Task, UserError
 
-# Pictures at the model's size: decoded in parallel, kept on disk so that this happens once, checked before a run.
+# Loading: images at the model's size, decoded in parallel, cached on disk and checked before a run.
 
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-SUFFIX = ".rgb"  # of the cache's files
-TAIL = 5  # bytes after the pixels: one with a bit for each of KINDS that was done to them, and a checksum
-CHECKED = "checked.txt"  # beside them: a line per picture that was found good: what was done to it, and its digest
-CHUNK = 256  # pictures that are checked before the good ones are written down
+SUFFIX = ".rgb"  # of files in the cache
+TAIL = 5  # bytes after the pixels: one with a bit for each of KINDS that was done to them, four of checksum
+CHECKED = "checked.txt"  # in the cache folder; a line per image that was found good: what was done to it, its digest
+CHUNK = 256  # images that are checked before the good ones are written to CHECKED
 
 
 class Loader:
-    """From keys to square pictures.
+    """Loads square images by their keys.
 
-    Threads are enough, because PIL releases the interpreter while it decodes and resizes. A cached picture is as good
-    as its stamp: a file that has changed is decoded anew.
+    Threads are enough, because PIL releases the interpreter lock while it decodes and resizes. Cache entries are found
+    by the image's stamp, so a file that has changed is decoded again.
     """
 
     def __init__(
@@ -57,18 +57,18 @@ class Loader:
     ) -> None:
         """
         Args:
-            images: Where the pictures come from.
+            images: Source of the images.
             size: Side in pixels.
-            policy: See `resize`.
-            cache: With suffix SUFFIX; one with a bound of 0 still remembers what `examine` found. None: neither.
-            workers: Threads, 1 or more; each holds one decoded picture.
-            kept: The pictures that the cache is for; None: all. More than it holds would drive each other out.
+            policy: How to make images square, see `resize`.
+            cache: Cache with suffix SUFFIX; with a limit of 0 it still keeps what `examine` found. None: neither.
+            workers: Threads, 1 or more; each holds one decoded image.
+            kept: Images to cache; None: all. If more were cached than fit, they would evict each other.
         """
         self.kept = kept
         self.images, self.size, self.policy, self.cache, self.workers = images, size, policy, cache, workers
 
     def __call__(self, keys: Sequence[str]) -> list[Image.Image]:
-        """The pictures, in the order of their keys.
+        """Load images, in the order of their keys.
 
         Raises:
             UserError: Some cannot be loaded; names them.
@@ -76,7 +76,7 @@ class Loader:
         return on_all(self.load, keys, self.workers)
 
     def load(self, image: str) -> Image.Image:
-        """One picture.
+        """Load one image.
 
         Raises:
             BadImage: It cannot be used.
@@ -91,10 +91,10 @@ class Loader:
         return picture
 
     def digest(self, image: str) -> str:
-        """SHA-256 of all that the pixels depend on. Decodes nothing.
+        """Return the SHA-256 of everything that the pixels depend on, without decoding.
 
         Raises:
-            BadImage: There is no such picture, or it has no content.
+            BadImage: There is no such image, or it has no content.
         """
         facts = (self.images.stamp(image), self.size, self.policy, PIL.__version__, VERSION)
         return hashlib.sha256("|".join(map(str, facts)).encode()).hexdigest()
@@ -107,7 +107,7 @@ class Loader:
 
 
 def attempt(work: Callable[[str], T], keys: Sequence[str], workers: int) -> list[T | BadImage]:
-    """`work` on every key, in so many threads; its results in the order of the keys, an error where it failed."""
+    """Call `work` on every key in `workers` threads; return results or errors in the order of the keys."""
 
     def one(key: str) -> T | BadImage:
         try:
@@ -117,16 +117,16 @@ def attempt(work: Callable[[str], T], keys: Sequence[str], workers: int) -> list
 
     if workers == 1 or len(keys) < 2:
         return [one(key) for key in keys]
-    # threads of this call only: some that stayed would be missing, and waited for, after a fork
+    # threads of this call only: in a forked process, threads of a lasting pool would not exist but be waited for
     with ThreadPoolExecutor(min(workers, len(keys))) as pool:
         return list(pool.map(one, keys))
 
 
 def on_all(work: Callable[[str], T], keys: Sequence[str], workers: int) -> list[T]:
-    """As `attempt`, where none may fail.
+    """Call `work` on every key as `attempt` does, but allow no failure.
 
     Raises:
-        UserError: Some pictures cannot be used; names them.
+        UserError: Some images cannot be used; names them.
     """
     results = attempt(work, keys, workers)
     if bad := {key: str(each) for key, each in zip(keys, results, strict=True) if isinstance(each, BadImage)}:
@@ -135,12 +135,12 @@ def on_all(work: Callable[[str], T], keys: Sequence[str], workers: int) -> list[
 
 
 def treated(picture: Image.Image) -> tuple[str, ...]:
-    """What was done to a decoded picture, see `rgb.to_rgb`."""
+    """Return what was done to a decoded image, see `images.to_rgb`."""
     return tuple(picture.info.get(TREATED, ()))
 
 
 def bytes_per_picture(size: int) -> int:
-    """Disk space of one cached picture."""
+    """Return the disk space of one cached image, in bytes."""
     return 3 * size**2 + TAIL
 
 
@@ -150,7 +150,7 @@ def _packed(picture: Image.Image) -> bytes:
 
 
 def _unpacked(entry: bytes | None, size: int) -> Image.Image | None:
-    """The picture of a cache entry; None if there is none or it is damaged (a power cut can leave zeros)."""
+    """Return the image of a cache entry; None if there is none or it is damaged (a power cut can leave zeros)."""
     if entry is None or len(entry) != bytes_per_picture(size):
         return None
     content = memoryview(entry)[: 1 - TAIL]
@@ -164,10 +164,10 @@ def _unpacked(entry: bytes | None, size: int) -> Image.Image | None:
 
 @dataclass(frozen=True)
 class Examined:
-    """What was found of pictures, in the order of their keys.
+    """Result of trying images, in the order of their keys.
 
-    bad: those that cannot be used, with the reason. treated: those that are not shown as they are stored, with what was
-    done to them (see `rgb.to_rgb`).
+    bad: reason for each image that cannot be used. treated: what was done to each image that is not shown as it is
+    stored (see `images.to_rgb`).
     """
 
     bad: dict[str, str]
@@ -175,10 +175,11 @@ class Examined:
 
 
 def examine(loader: Loader, keys: Sequence[str]) -> Examined:
-    """Try every picture once, which also fills the cache.
+    """Try every image once, which also fills the cache.
 
-    What was found good is written beside the cache, so that a later run of the same data decodes nothing here.
+    Good images are recorded beside the cache, so that a later run on the same data decodes nothing here.
     """
+    # 1. hash: finds missing and empty files
     digests: dict[str, str] = {}
     bad: dict[str, str] = {}
     for key, digest in progress(_chunks(loader, loader.digest, keys), "reading images", len(keys)):
@@ -186,10 +187,12 @@ def examine(loader: Loader, keys: Sequence[str]) -> Examined:
             bad[key] = str(digest)
         else:
             digests[key] = digest
+    # 2. skip images that an earlier run has recorded as good
     notes = None if loader.cache is None else loader.cache.folder / CHECKED
     good = _noted(notes, set(digests.values()))
     done = {key: good[digest] for key, digest in digests.items() if digest in good}
     waiting = {key: digest for key, digest in digests.items() if digest not in good}
+    # 3. decode the others
     for key, outcome in progress(_try(loader, waiting, notes), "checking images", len(waiting)):
         if isinstance(outcome, BadImage):
             bad[key] = str(outcome)
@@ -200,7 +203,7 @@ def examine(loader: Loader, keys: Sequence[str]) -> Examined:
 
 
 def count_treated(treated: Mapping[str, tuple[str, ...]], images: Iterable[str]) -> dict[str, int]:
-    """How many of the images each kind of treatment was done to (see `Examined`)."""
+    """Count for each kind of treatment the images that it was done to (see `Examined`)."""
     counts = Counter(kind for image in images for kind in treated.get(image, ()))
     return {kind: counts[kind] for kind in KINDS if counts[kind]}
 
@@ -214,7 +217,7 @@ def _chunks(loader: Loader, work: Callable[[str], T], keys: Sequence[str]) -> It
 def _try(
     loader: Loader, waiting: dict[str, str], notes: Path | None
 ) -> Iterator[tuple[str, tuple[str, ...] | BadImage]]:
-    def check(key: str) -> tuple[str, ...]:  # the picture itself is not kept: there may be more than memory holds
+    def check(key: str) -> tuple[str, ...]:  # drops the image: all together may not fit into memory
         return treated(loader.load(key))
 
     keys = list(waiting)
@@ -226,7 +229,7 @@ def _try(
 
 
 def _noted(notes: Path | None, wanted: set[str]) -> dict[str, tuple[str, ...]]:
-    """Those of the digests that are written down, and what was done to their pictures."""
+    """Return what was done to the images of those digests that are recorded."""
     if notes is None or not notes.exists():
         return {}
     with notes.open(encoding="utf-8", errors="replace") as lines:
@@ -235,10 +238,11 @@ def _noted(notes: Path | None, wanted: set[str]) -> dict[str, tuple[str, ...]]:
 
 
 def _note(notes: Path | None, found: list[str]) -> Path | None:
-    """Write lines down, in one piece for the sake of other processes. Begins a line, should the last be torn.
+    """Append lines to the record with one write, since other processes do so too; begin with a line break, in case the
+    last line is incomplete.
 
     Returns:
-        Where to write more; None where nothing can be written.
+        Where to write more; None if the file cannot be written.
     """
     if notes is None or not found:
         return notes
@@ -252,7 +256,7 @@ def _note(notes: Path | None, found: list[str]) -> Path | None:
 
 
 def report(bad: dict[str, str], total: int) -> UserError:
-    """One line about pictures that cannot be used, `bad` by reason, among `total`."""
+    """Return an error about images that cannot be used: `bad` has the reason of each, `total` counts all images."""
     everything = "; manifest=true data.skip_bad=true writes down all of them" if len(bad) > SHOWN else ""
     return UserError(
         f"{len(bad):,} of {counted(total, 'image')} cannot be used: {unusable(bad)}; "
@@ -260,14 +264,14 @@ def report(bad: dict[str, str], total: int) -> UserError:
     )
 
 
-# The pictures of a run: each tried once before anything expensive, then decoded and resized side by side.
+# Checking the images of a run: each is tried once before training, and duplicates are reported.
 
 
 def readable(config: Config, data: TaskData | None = None) -> TaskData:
-    """As `examined`, and says what was found.
+    """Check the images as `examined` does, and report what was found.
 
     Raises:
-        UserError: Also if a picture is there twice, and `data.duplicates=refuse`.
+        UserError: As in `examined`; also if an image occurs twice and `data.duplicates=refuse`.
     """
     data = examined(config, data)
     for line in manifest.notes_of(data.manifest):
@@ -283,20 +287,21 @@ def readable(config: Config, data: TaskData | None = None) -> TaskData:
 
 
 def examined(config: Config, data: TaskData | None = None) -> TaskData:
-    """The task without pictures that cannot be decoded. Every picture is tried once, ranks share them.
+    """Return the task without images that cannot be decoded. Every image is tried once; ranks share the work.
 
-    Its manifest also has what the pictures hold, and what was found of them.
+    The manifest in the result also has the hashes of the images and what was found about them.
 
     Args:
-        config: Of the run.
+        config: Configuration of the run.
         data: The whole task, if this process has read it already.
 
     Raises:
-        UserError: There are such pictures, and `data.skip_bad` does not say to leave them out.
+        UserError: Images cannot be decoded, and `data.skip_bad` does not allow leaving them out.
     """
     data, bad, treated = data or tasks.build(config), dict[str, str](), dict[str, tuple[str, ...]]()
     tried: set[str] = set()
-    while new := [image for image in data.images if image not in tried]:  # others may replace those left out
+    # repeat: images that replace those left out have not been tried yet
+    while new := [image for image in data.images if image not in tried]:
         tried.update(new)
         parts = gather(examine(make_loader(config, data.task), share_of(new)))
         worse = {image: reason for part in parts for image, reason in part.bad.items()}
@@ -307,6 +312,7 @@ def examined(config: Config, data: TaskData | None = None) -> TaskData:
         if not config.data.skip_bad:
             raise report({image: bad[image] for image in new if image in bad}, len(data.images))
         data = tasks.build(config, bad)
+    # record hashes and findings in the manifest
     stamps = _shared(data.task.images.stamp, data.images)
     observed: dict[str, Any] = {
         "unusable": dict(sorted(bad.items())),
@@ -320,14 +326,14 @@ def examined(config: Config, data: TaskData | None = None) -> TaskData:
 
 
 def check_finished(config: Config, path: Path) -> None:
-    """Compare a finished run with the pictures that the same command would train and test on now.
+    """Compare a finished run with the images that the same command would train and test on now.
 
     Args:
-        config: Of the run.
-        path: Its manifest.
+        config: Configuration of the run.
+        path: Manifest of the run.
 
     Raises:
-        UserError: There are others, or some hold something else.
+        UserError: Other images would be used, or the content of some has changed.
     """
     if not path.is_file():
         return
@@ -341,12 +347,13 @@ def check_finished(config: Config, path: Path) -> None:
 
 
 def find_duplicates(config: Config, data: TaskData, stamps: Mapping[str, str]) -> dict[str, list[list[str]]]:
-    """The keys of pictures that the task has twice, by the kinds of `duplicates.WORDS`. Ranks share the work."""
+    """Return images that the task has twice, by the kinds of `duplicates.WORDS`. Ranks share the work."""
     if config.data.duplicates == "ignore":
         return {}
     same = duplicates.equal(stamps)
     copies = duplicates.troubling(data.task, same)
     near = config.data.near_duplicates
+    # look-alikes: compared by default only where that is fast; identical images are reported already
     if len(data.images) <= duplicates.FEW if near is None else near:
         load = make_loader(config, data.task)
         hashes = _shared(lambda image: duplicates.difference_hash(load.load(image)), data.images)
@@ -357,27 +364,27 @@ def find_duplicates(config: Config, data: TaskData, stamps: Mapping[str, str]) -
 
 
 def of_each(work: Callable[[str], T], images: Sequence[str]) -> dict[str, T]:
-    """`work` on pictures, side by side; those for which it failed are missing."""
+    """Call `work` on images in parallel; those for which it failed are missing in the result."""
     found = zip(images, attempt(work, images, _workers()), strict=True)
     return {image: value for image, value in found if not isinstance(value, BadImage)}
 
 
 def _shared(work: Callable[[str], T], images: Sequence[str]) -> dict[str, T]:
-    """As `of_each`, shared among the ranks."""
+    """Call `work` on images as `of_each` does, shared among the ranks."""
     results = {image: value for part in gather(of_each(work, share_of(list(images)))) for image, value in part.items()}
     return {image: results[image] for image in images if image in results}
 
 
 def tell(line: str) -> None:
-    """A line for who watches the run and for run.log."""
+    """Write a line to the console and to run.log."""
     log.info("%s", line)
     say(line)
 
 
 def make_loader(config: Config, task: Task) -> Loader:
-    """Decodes and resizes pictures, side by side; on disk for later epochs and runs if they fit.
+    """Create the loader of a run; it caches images on disk for later epochs and runs if they fit.
 
-    If not all do, those are kept that training reads again and again.
+    If they do not all fit, only training and validation images are cached, since these are read repeatedly.
     """
     size, limit = config.model.image_size, int(config.data.cache_gb * 2**30)
     cache = DiskCache(Path(config.cache_dir).resolve() / "pixels", limit, SUFFIX)
@@ -390,5 +397,5 @@ def make_loader(config: Config, task: Task) -> Loader:
 
 
 def _workers() -> int:
-    """Threads of this rank."""
+    """Return the number of threads of this rank."""
     return max(1, min(8, (os.cpu_count() or 1) // world()))

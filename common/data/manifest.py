@@ -1,4 +1,4 @@
-"""What a run is about, frozen with hashes: its images and labels (manifest.json) and its prompts (prompts.json)."""
+"""Freeze what a run is about with hashes: its images and labels (manifest.json) and its prompts (prompts.json)."""
 
 from __future__ import annotations
 
@@ -16,18 +16,17 @@ from common.data.listing import litter_worded
 from common.runtime.distributed import barrier, rank
 from common.types import Task, UserError
 
-# The manifest of a run: which images and which labels, frozen with hashes.
-#
-# "What exactly was the split?" is answered by this file alone, and evaluation refuses a task that does not match it.
+# The manifest: the images and labels of a run. Evaluation refuses a task that does not match it.
 
 
-# How the data was read, on this machine and day. It may change without changing the task, so no hash covers it.
+# Keys about how the data was read on this machine and day. They may change without changing the task, so the hash does
+# not cover them.
 OBSERVED = ("passed_over", "notes", "duplicates", "unusable", "treated", "background")
-DIGITS = 16  # of the hash of a picture's content
+DIGITS = 16  # hexadecimal digits kept of an image's content hash
 
 
 def build(task: Task, header: dict[str, Any], observed: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Everything that defines the task, as JSON-ready values; `hash` covers all the rest but what was OBSERVED."""
+    """Return everything that defines the task, JSON-ready; `hash` covers all other keys except those in OBSERVED."""
     content: dict[str, Any] = {**header, "splits": {}}
     for name, split in {"train": task.train, **task.evaluation}.items():
         rows = [[item.image, item.label] for item in split.items]
@@ -43,18 +42,18 @@ def build(task: Task, header: dict[str, Any], observed: Mapping[str, Any] | None
 
 
 def defining(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What the hash of a manifest covers."""
+    """Return the part of a manifest that its hash covers."""
     covered = {key: value for key, value in manifest.items() if key not in ("hash", *OBSERVED)}
     splits = {name: {**split, "rows": [row[:2] for row in split["rows"]]} for name, split in covered["splits"].items()}
     return {**covered, "splits": splits}
 
 
 def with_contents(manifest: Mapping[str, Any], stamps: Mapping[str, str]) -> dict[str, Any]:
-    """The manifest whose rows also say what the pictures hold, as a third value; the hash does not cover it.
+    """Return the manifest with a hash of each image's content as third value of its row; `hash` does not cover it.
 
     Args:
-        manifest: As `build` made it.
-        stamps: By image, see `Images.stamp`; images without one get none.
+        manifest: The result of `build`.
+        stamps: Stamp of each image (see `Images.stamp`); images without one get null.
     """
     contents = {image: hashlib.sha256(stamp.encode()).hexdigest()[:DIGITS] for image, stamp in stamps.items()}
     splits = {
@@ -65,7 +64,7 @@ def with_contents(manifest: Mapping[str, Any], stamps: Mapping[str, str]) -> dic
 
 
 def changed(frozen: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
-    """Images of both that hold something else now than they did."""
+    """Return the images of both manifests whose content differs."""
     before, now = (
         {row[0]: row[2] for split in each["splits"].values() for row in split["rows"] if len(row) > 2}
         for each in (frozen, manifest)
@@ -74,13 +73,13 @@ def changed(frozen: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]
 
 
 def digest(content: object) -> str:
-    """SHA-256 of canonical JSON; the same on every machine and Python version."""
+    """Return the SHA-256 of canonical JSON, which is the same on every machine and Python version."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def text(manifest: dict[str, Any]) -> str:
-    """JSON with one image per line, so that two manifests can be compared with diff."""
+    """Return JSON with one image per line, so that two manifests can be compared with diff."""
     head = {key: value for key, value in manifest.items() if key != "splits"}
     lines = [json.dumps(head)[:-1] + ', "splits": {']
     for number, (name, split) in enumerate(manifest["splits"].items()):
@@ -92,14 +91,14 @@ def text(manifest: dict[str, Any]) -> str:
 
 
 def write(manifest: dict[str, Any], path: Path) -> None:
-    """Write the file, whole or not at all."""
+    """Write the file atomically."""
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(text(manifest), encoding="utf-8")
     os.replace(unfinished, path)
 
 
 def is_one(path: Path) -> bool:
-    """Whether a file is a manifest."""
+    """Tell whether a file is a manifest."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -108,7 +107,7 @@ def is_one(path: Path) -> bool:
 
 
 def left_out(path: Path) -> list[str]:
-    """The images that a run left out, since they could not be used."""
+    """Return the images that a run left out because they could not be used."""
     return list(json.loads(path.read_text(encoding="utf-8"))["left_out"])
 
 
@@ -116,12 +115,13 @@ def verify(path: Path, manifest: dict[str, Any]) -> None:
     """Compare the run's manifest with the task that is about to be evaluated.
 
     Raises:
-        UserError: They differ; names the first differing split, the pictures that hold something else now, or
-            the file if it was edited.
+        UserError: They differ; names the first differing split, the images whose content has changed, or the file if
+            it was edited.
     """
     frozen = json.loads(path.read_text(encoding="utf-8"))
     if frozen["hash"] != digest(defining(frozen)):
         raise UserError(f"{path} was changed after the run began: its content does not match its hash")
+    # content first: the hash covers keys and labels only, so it can match although the files have changed
     if others := changed(frozen, manifest):
         raise UserError(
             f"{_some(others, manifest)} changed since {path} was written; put the old ones back, or begin anew with"
@@ -140,7 +140,7 @@ def verify_finished(path: Path, manifest: Mapping[str, Any]) -> None:
     """Compare the manifest of a finished run with the images that the same command would train and test on now.
 
     Raises:
-        UserError: There are others, or some hold something else.
+        UserError: Other images would be used, or the content of some has changed.
     """
     frozen = json.loads(path.read_text(encoding="utf-8"))
     again = f"; {path.parent} keeps the result of the old ones, begin anew with run_name=<name>"
@@ -155,7 +155,7 @@ def verify_finished(path: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _some(images: Sequence[str], manifest: Mapping[str, Any]) -> str:
-    """How many images of a task, and which is the first."""
+    """Return a text with the number of images out of those of the task, and the first of them."""
     total = len({row[0] for split in manifest["splits"].values() for row in split["rows"]})
     return (
         f"{len(images):,} of {counted(total, 'picture')} (first: {images[0]}) {'has' if len(images) == 1 else 'have'}"
@@ -163,12 +163,12 @@ def _some(images: Sequence[str], manifest: Mapping[str, Any]) -> str:
 
 
 def trained_images(model: Path, data: str, fingerprint: str) -> frozenset[str]:
-    """The images that the weights in a folder were trained on, by the manifest of the run that wrote them.
+    """Return the images that the weights in a folder were trained on, by the manifest of the run that wrote them.
 
     Args:
-        model: `<run>/model`, or that of a checkpoint of it. Weights from elsewhere have no manifest: none are known.
-        data: The dataset that is asked about; images of other ones do not count.
-        fingerprint: Of its content. A run on several datasets has one of all together, which is not compared.
+        model: `<run>/model`, or that of one of its checkpoints. Weights from elsewhere have no manifest: none is known.
+        data: Name of the dataset; images of other datasets are left out.
+        fingerprint: Fingerprint of the dataset. A run on several datasets has a joint one, which is not compared.
     """
     for folder in model.absolute().parents[:3] if model.is_dir() else ():
         path = folder / "manifest.json"
@@ -180,13 +180,13 @@ def trained_images(model: Path, data: str, fingerprint: str) -> frozenset[str]:
     return frozenset()
 
 
-# What a result says about its data: what was passed over, left out, replaced, and there twice. No torch.
+# Lines about the data for results: what was passed over, left out, replaced, and present twice. No torch.
 
-SHOWN = 10  # bad pictures that are named
+SHOWN = 10  # bad images that are named
 
 
 def passed_over(facts: Mapping[str, Any]) -> list[str]:
-    """A line about files and folders that were no data, from a manifest or a result; none if there were none.
+    """Return a line about files and folders that were passed over, from a manifest or a result; none without any.
 
     >>> passed_over({"passed_over": {"litter": 2, "unknown suffix": 1}})
     ['passed over in the folders of the data: 2 litter, 1 unknown suffix']
@@ -196,7 +196,7 @@ def passed_over(facts: Mapping[str, Any]) -> list[str]:
 
 
 def unusable(bad: Mapping[str, str]) -> str:
-    """Pictures that cannot be used, each with its reason; of many the first, and how often each reason occurs."""
+    """Return a text on images that cannot be used, with reasons; of many, the first ones and the commonest reasons."""
     shown = ", ".join(f"{image} ({reason})" for image, reason in list(bad.items())[:SHOWN])
     if len(bad) <= SHOWN:
         return shown
@@ -205,7 +205,7 @@ def unusable(bad: Mapping[str, str]) -> str:
 
 
 def treated(counts: Mapping[str, int], background: str) -> list[str]:
-    """A line for each kind of pictures that are not shown as they are stored (see `rgb.to_rgb`).
+    """Return a line for each kind of images that are not shown as they are stored (see `images.to_rgb`).
 
     >>> treated({"transparent": 1, "stretched": 2}, "white")  # doctest: +NORMALIZE_WHITESPACE
     ['transparent parts of 1 picture are shown on white (data.background)',
@@ -223,7 +223,7 @@ def _pictures(count: int) -> str:
 
 
 def notes_of(facts: Mapping[str, Any]) -> list[str]:
-    """What a manifest says of how the data was read; which pictures are there twice has a line of its own."""
+    """Return the lines of a manifest on how the data was read; duplicates are reported elsewhere."""
     bad = facts.get("unusable", {})
     left_out = f"left out {_pictures(len(bad))} that cannot be used: {unusable(bad)}; manifest.json names all"
     return [
@@ -235,7 +235,7 @@ def notes_of(facts: Mapping[str, Any]) -> list[str]:
 
 
 def data_lines(facts: Mapping[str, Any]) -> list[str]:
-    """All that a reader of a result should know of its data; results of older runs lack some of the entries."""
+    """Return all lines about the data for readers of a result; results of older runs lack some entries."""
     lines = passed_over(facts)
     if replaced := sum(facts.get("refilled", {}).values()):
         many, were = counted(replaced, "training picture"), agree(replaced, "was", "were")
@@ -246,26 +246,25 @@ def data_lines(facts: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-# What a learner asks beside the images, frozen with hashes: prompts.json in a run folder.
+# prompts.json in a run folder: hashes of the prompts, and of the files that determine them.
 #
-# The manifest says which images and labels; this says which prompts, and which files decided them. It is written once
-# they are those that will really be asked (not before the model has seen the pictures, if they depend on it), and a
-# continued run compares.
+# It is written when the final prompts are known (if they depend on the model, only after it has seen the images), and
+# compared when a run is resumed.
 
 PROMPTS_FILE = "prompts.json"
 PROMPTS_AGAIN = "put that one back or use another run folder"
 
 
 def freeze_prompts(folder: Path, prompts: Mapping[str, str], sources: Mapping[str, str]) -> None:
-    """Write the hashes down, or check that an earlier attempt had the same. All ranks call it together.
+    """Write the hashes, or check that an earlier attempt had the same. All ranks call it together.
 
     Args:
         folder: Run folder.
         prompts: Hash of every split's prompts, by the split's name.
-        sources: Hash of every file that decides them, by its configuration key.
+        sources: Hash of every file that determines them, by its configuration key.
 
     Raises:
-        UserError: One has changed since.
+        UserError: A hash differs from the frozen one.
     """
     path = folder / PROMPTS_FILE
     if rank() == 0 and not path.is_file():
@@ -283,10 +282,10 @@ def freeze_prompts(folder: Path, prompts: Mapping[str, str], sources: Mapping[st
 
 
 def check_sources(folder: Path, sources: Mapping[str, str]) -> None:
-    """Check before anything is loaded that the files that decide the prompts are those of an earlier attempt.
+    """Check before anything is loaded that the files that determine the prompts are those of an earlier attempt.
 
     Raises:
-        UserError: One of them is another file now.
+        UserError: A file has changed.
     """
     path = folder / PROMPTS_FILE
     if not path.is_file():

@@ -1,7 +1,7 @@
-"""Class names: how they are shown, other words for them, and the two files about ImageNet's names.
+"""Class names: how they are shown, aliases for them, and the two files about ImageNet's names.
 
-`python -m common.data.names classnames <file>` writes ImageNet's `classnames.txt` in the format of the CoOp data sets,
-`python -m common.data.names aliases <file>` other words for ImageNet's names, for `data.aliases=<file>`. Both come from
+`python -m common.data.names classnames <file>` writes ImageNet's `classnames.txt` in the format of the CoOp datasets,
+`python -m common.data.names aliases <file>` aliases of ImageNet's names, for `data.aliases=<file>`. Both come from
 installed packages: WordNet's ids and synonyms from timm, the names that CLIP uses from open_clip (MIT).
 """
 
@@ -23,7 +23,7 @@ from common.runtime import process
 from common.runtime.progress import SOON, watched
 from common.types import CATEGORY, UserError
 
-# Folders of exports for what nobody has labelled, in lower case and without what is no letter.
+# Names that exports give to folders of unlabelled images, in lower case, without blanks and punctuation.
 UNLABELLED = frozenset(
     (
         *("nolabel", "nolabels", "unlabeled", "unlabelled", "notlabeled", "notlabelled", "unannotated", "unassigned"),
@@ -35,7 +35,7 @@ CODE = re.compile(r"(?:(?:class|label|category|type|group|cluster|id)[ _.#-]*|[a
 
 
 def display(raw: str) -> str:
-    """A name as the files have it, as it is shown: underscores are blanks, runs of blanks one, accents composed (NFC).
+    """Return a class name as it is shown: underscores become blanks, runs of blanks one, accents composed (NFC).
 
     >>> display(" car_side ")
     'car side'
@@ -44,7 +44,7 @@ def display(raw: str) -> str:
 
 
 def objections(names: Iterable[str]) -> Iterator[str]:
-    """What keeps class names from being answers, each as half a sentence: see `objection`, or two are one answer."""
+    """Yield half a sentence for every name that cannot be an answer (see `objection`) or equals another one."""
     known: dict[str, str] = {}
     for name in names:
         if why := objection(name):
@@ -57,7 +57,7 @@ def objections(names: Iterable[str]) -> Iterator[str]:
 
 
 def objection(name: str) -> str:
-    """Why a name can be no answer; empty if it can.
+    """Return why a name cannot be an answer; empty if it can.
 
     >>> objection("</Answer>"), objection("c\\u00adat")
     ("has '</Answer>', a part of the form of replies", 'has the invisible character U+00AD (soft hyphen)')
@@ -74,7 +74,7 @@ def objection(name: str) -> str:
 
 
 def remarks(names: Sequence[str]) -> Iterator[str]:
-    """What a user should know of class names that work, but hardly say what they mean; each a sentence.
+    """Yield a warning for class names that are valid but say little about the class; each is a sentence.
 
     >>> list(remarks(["_background_", "cat", "dog"]))
     ["warning: '_background_' seems to hold what has no label; move it away if it is no class"]
@@ -93,13 +93,13 @@ def remarks(names: Sequence[str]) -> Iterator[str]:
 
 
 def read_aliases(path: Path, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Other words for class names: a JSON object of class name to list of words. Returned by the name in `names`.
+    """Read aliases: a JSON object of class name to list of words. The result has the spelling of `names` as keys.
 
     Raises:
-        UserError: A class is unknown, a word can be no answer, is another class's name, or stands for two classes.
+        UserError: A class is unknown, or a word cannot be an answer, is another class's name or stands for two classes.
     """
     known = {normalize(name): name for name in names}
-    taken = dict(known)
+    taken = dict(known)  # every word and the class it stands for, to find words of two classes
     aliases: dict[str, tuple[str, ...]] = {}
     for key, words in _read_object(path).items():
         name = known.get(normalize(key))
@@ -132,21 +132,21 @@ def _read_object(path: Path) -> dict[str, list[str]]:
 
 
 def imagenet_names() -> dict[str, str]:
-    """ImageNet's 1000 classes by WordNet id, in label order, with CLIP's names; two names occur twice.
+    """Return ImageNet's 1000 classes by WordNet id, in label order, with CLIP's names; two names occur twice.
 
     Raises:
-        UserError: The package that has the names is not installed.
+        UserError: The package with the names is not installed.
     """
     package = find_spec("open_clip")
     if package is None or package.origin is None:
         raise UserError("ImageNet's names come from the package open_clip, not installed: pip install open_clip_torch")
-    # The file alone, because importing the package imports torch.
+    # Run this file alone, because importing the package imports torch.
     content = run_path(str(Path(package.origin).parent / "zero_shot_metadata.py"))
     return dict(zip(wordnet.wnids(), content["IMAGENET_CLASSNAMES"], strict=True))
 
 
 def wordnet_aliases(names: Mapping[str, str]) -> dict[str, list[str]]:
-    """WordNet's synonyms of classes (WordNet id to name), without words that could mean another of them."""
+    """Return WordNet's synonyms for classes (WordNet id to name), without words that could mean another class."""
     words: dict[str, dict[str, str]] = {display(name): {} for name in names.values()}
     for wnid, name in names.items():
         for word in wordnet.synonyms()[wnid].split(", "):
@@ -154,7 +154,7 @@ def wordnet_aliases(names: Mapping[str, str]) -> dict[str, list[str]]:
     meanings = _count([normalize(name) for name in words], *words.values())
     aliases = {}
     for name, synonyms in words.items():
-        # its own name is counted as a name and, if WordNet has it, as a word: it is no alias of itself
+        # a class name that WordNet has too counts as name and as word, so it never becomes its own alias
         kept = [word for key, word in synonyms.items() if meanings[key] == 1]
         if kept:
             aliases[name] = kept
@@ -162,7 +162,7 @@ def wordnet_aliases(names: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def _count(*groups: Iterable[str]) -> dict[str, int]:
-    """In how many groups a word occurs."""
+    """Count in how many groups each word occurs."""
     counts: dict[str, int] = {}
     for group in groups:
         for word in group:
@@ -171,12 +171,12 @@ def _count(*groups: Iterable[str]) -> dict[str, int]:
 
 
 def write_classnames(path: Path, names: Mapping[str, str]) -> None:
-    """A line for every class: WordNet id, blank, name."""
+    """Write a line for every class: WordNet id, blank, name."""
     _write(path, "".join(f"{wnid} {name}\n" for wnid, name in names.items()))
 
 
 def write_aliases(path: Path, names: Mapping[str, str]) -> None:
-    """The synonyms as `read_aliases` reads them."""
+    """Write the synonyms in the format of `read_aliases`."""
     _write(path, json.dumps(wordnet_aliases(names), indent=1, ensure_ascii=False) + "\n")
 
 
@@ -191,7 +191,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m common.data.names", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("classnames", help="ImageNet's names by WordNet id").add_argument("file", type=Path)

@@ -1,7 +1,7 @@
-"""Another dataset's pictures with noise: a shifted target for data that has none (ALERT Table 2 in miniature).
+"""Read another dataset with noise added to its images: a shifted target for data without one (ALERT Table 2 in small).
 
-Gaussian noise as in ImageNet-C (arXiv 1903.12261, its five severities), drawn from the image's key, so that a picture
-is the same in every run and on every machine.
+The noise is Gaussian as in ImageNet-C (arXiv 1903.12261, its five severities), seeded by the image's key, so that an
+image is the same in every run and on every machine.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from common.types import Images, Source, UserError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PREFIX = "noisy/"  # of keys: a run may have the same pictures without noise
-SIGMA = {1: 0.08, 2: 0.12, 3: 0.18, 4: 0.26, 5: 0.38}  # of pixel values from 0 to 1
+PREFIX = "noisy/"  # of keys: a run may use the same images without noise, too
+SIGMA = {1: 0.08, 2: 0.12, 3: 0.18, 4: 0.26, 5: 0.38}  # standard deviation, for pixel values from 0 to 1
 
 
 @dataclass(frozen=True)
 class Noisy:
-    """The pictures of another dataset, noisy when they are opened."""
+    """Images of another dataset, with noise added on opening."""
 
     images: Images
     severity: int
@@ -51,12 +51,12 @@ class Noisy:
 
 
 def read(location: Location, *, reader: str, severity: int = 3) -> Source:
-    """The dataset that another reader finds, with noise.
+    """Read the dataset of another reader, with noise.
 
     Args:
-        location: For the other reader.
-        reader: Its dotted path.
-        severity: 1 to 5.
+        location: Passed on to the other reader.
+        reader: Dotted path of the other reader.
+        severity: Severity of the noise, 1 to 5.
 
     Raises:
         UserError: There is no such severity or reader.

@@ -1,5 +1,5 @@
-"""Few-shot picks: `coop`, exactly as CoOp draws them, so that a seed means the same images as in the field's published
-numbers; and `clsrl`, as the CLS-RL authors' notebook does, with a seed.
+"""Few-shot sampling: `coop`, exactly as CoOp draws, so that a seed means the same images as in published results;
+and `clsrl`, as in the CLS-RL authors' notebook, with a seed.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from common.types import Item, Source, UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """What to draw.
+    """What to draw from a dataset.
 
     Args:
         shots: Images per class; None: all.
-        seed: Of the draw; CoOp's are 1, 2, 3.
+        seed: Seed of the draw; CoOp uses 1, 2, 3.
         sampler: `coop` or `clsrl`.
-        validation: `few` (CoOp: as many as shots, at most 4), `full`, `none`, or `held_out`: as `few`, and where the
+        validation: `few` (CoOp: as many as shots, at most 4), `full`, `none`, or `held_out`: as `few`, but if the
             source has no validation images, as many of its training images that were not picked.
         test_rows: `test`, or `val_and_test` (the CLS-RL authors' test set).
-        trains: Whether training images are used at all. Without, none is taken, so all of a pool are tested.
-        held_out: Images of a pool that are not tested, since the model has seen them.
-        unusable: Images that are left out after the draw, so that the other picks stay as they are.
-        refill: Replace those of them that were picked for training by others of their class.
+        trains: Whether training images are used. If not, none is taken, so all images of a pool are tested.
+        held_out: Images of a pool that are not tested, since the model was trained on them.
+        unusable: Images that are left out after the draw, so that the other picks stay the same.
+        refill: Replace unusable images that were picked for training by others of their class.
     """
 
     shots: int | None
@@ -43,8 +43,8 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Picks:
-    """The images of a few-shot problem. `short`: classes with fewer training images than shots, with their number.
-    `refilled`: classes in which others replace images that cannot be used, with the number of these.
+    """The images of a few-shot problem. `short`: number of training images of classes that have fewer than shots.
+    `refilled`: number of unusable images that were replaced, by class.
     """
 
     train: tuple[Item, ...]
@@ -55,7 +55,7 @@ class Picks:
 
 
 def by_label(items: Sequence[Item]) -> dict[int, list[Item]]:
-    """Items grouped by label, labels in order of first appearance, items in list order."""
+    """Group items by label, labels in order of first appearance, items in list order."""
     groups: dict[int, list[Item]] = {}
     for item in items:
         groups.setdefault(item.label, []).append(item)
@@ -63,9 +63,9 @@ def by_label(items: Sequence[Item]) -> dict[int, list[Item]]:
 
 
 def pick(items: Sequence[Item], shots: int | None, rng: random.Random) -> list[Item]:
-    """`shots` items of every class; a class with fewer is taken whole and draws nothing from `rng`.
+    """Draw `shots` items of every class; a class with fewer is taken whole and draws nothing from `rng`.
 
-    Dassl's `generate_fewshot_dataset` without repetition.
+    This is Dassl's `generate_fewshot_dataset` without repetition.
     """
     if shots is None:
         return list(items)
@@ -78,7 +78,7 @@ def pick(items: Sequence[Item], shots: int | None, rng: random.Random) -> list[I
 def pick_globally(items: Sequence[Item], shots: int | None, rng: random.Random) -> list[Item]:
     """Shuffle all items, then take each while its class still needs one (the CLS-RL authors' notebook, unseeded there).
 
-    They count by name: two classes of one name share twice the shots.
+    The notebook counts by name: two classes of one name share twice the shots.
     """
     if shots is None:
         return list(items)
@@ -95,24 +95,27 @@ def pick_globally(items: Sequence[Item], shots: int | None, rng: random.Random) 
 
 
 def draw(source: Source, how: Sampling) -> Picks:
-    """Pick training and validation images: train first, then val, from one stream of `random.Random(seed)`.
+    """Draw training and validation images: train first, then val, from one stream of `random.Random(seed)`.
 
-    A source without a test split is a pool: it is tested on all its images that were not picked.
+    A source without a test split is a pool: all its images that were not picked are tested.
 
     Raises:
-        UserError: Nothing would be left to test a class on, or no usable image of a part.
+        UserError: No image of a class would be left to test on, or no usable image of a part.
     """
     pool = not source.test
     if pool and how.trains:
         _check_rest(source, how.shots)
+    # the draw, with all images, whether usable or not
     rng = random.Random(how.seed)
     take = pick if how.sampler == "coop" else pick_globally
     picked = take(source.train, how.shots, rng)  # even if none is used: val follows in the same stream
     val = _validation(source.val, how, rng)
+    # changes after the draw, none of which moves the stream of the picks above
     picked = picked if how.trains else []
     train = _replaced(source.train, picked, how, keep=int(pool))
     if how.validation == "held_out" and not source.val:
         val = _held_out(source.train, {item.image for item in (*picked, *train)}, how, keep=int(pool))
+    # what is left of a pool is the test set
     seen = how.held_out.union(item.image for item in (*picked, *train, *val))
     test = [item for item in source.train if item.image not in seen] if pool else source.test
     if how.test_rows == "val_and_test":
@@ -134,13 +137,13 @@ def _usable(items: Sequence[Item], how: Sampling) -> list[Item]:
 
 
 def _replaced(items: Sequence[Item], picked: Sequence[Item], how: Sampling, keep: int) -> list[Item]:
-    """The picks, each unusable one replaced in its place by another image of its class, as long as there are any.
+    """Return the picks with each unusable one replaced by another image of its class, as long as there are any.
 
-    The others of a class are taken in a random order of their own, which does not depend on what else is unusable.
+    The other images of a class are tried in a random order that does not depend on which other images are unusable.
 
     Args:
-        items: All that could have been picked.
-        picked: Of these.
+        items: All items that could have been picked.
+        picked: The picks.
         how: The draw.
         keep: Images of a class that stay unpicked, to test on.
     """
@@ -164,8 +167,8 @@ def _validation(items: Sequence[Item], how: Sampling, rng: random.Random) -> lis
 
 
 def _held_out(items: Sequence[Item], taken: set[str], how: Sampling, keep: int) -> list[Item]:
-    """Validation images from a stream of their own, so that the other picks stay as they are. At least `keep` images of
-    a class are left.
+    """Draw validation images with a generator of their own, so that the other picks stay the same. At least `keep`
+    images of a class are left.
     """
     rest = by_label([item for item in items if item.image not in taken])
     count = 4 if how.shots is None else min(how.shots, 4)
@@ -174,7 +177,7 @@ def _held_out(items: Sequence[Item], taken: set[str], how: Sampling, keep: int) 
 
 
 def _short(source: Source, train: Sequence[Item], how: Sampling) -> dict[str, int]:
-    """Names with fewer images than `shots` for each of their classes; `coop` picks class by class, `clsrl` by name."""
+    """Count images of names with fewer than `shots` per class; `coop` counts class by class, `clsrl` by name."""
     picked, shots, short_classes = Counter(item.label for item in train), how.shots or 0, dict[str, int]()
     there = {item.label for item in source.train}
     for name in dict.fromkeys(source.names):
@@ -197,7 +200,7 @@ def _check_rest(source: Source, shots: int | None) -> None:
 
 
 def halves(names: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Base and new labels: the first ceil(C / 2), and the rest (CoCoOp, Zhou et al. 2022).
+    """Split labels into base and new: the first ceil(C / 2), and the rest (CoCoOp, Zhou et al. 2022).
 
     >>> halves("abcde")
     ([0, 1, 2], [3, 4])

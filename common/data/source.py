@@ -1,4 +1,4 @@
-"""From a dataset's configuration to its images and labels: find the location, read, name, check."""
+"""Read a dataset by its configuration: find its location, read images and labels, check them."""
 
 from __future__ import annotations
 
@@ -19,17 +19,14 @@ from common.data.names import display, objection, read_aliases
 from common.plugins import locate
 from common.types import Item, Source, Split, UserError
 
-# Where a dataset lies, and the errors of readers: one line with the folder that was looked for and what to read.
-
-
-# From labelled images to a `Source`: class names by label, the fingerprint, the files behind the keys.
+# Building a `Source` from labelled images: class names by label, fingerprint, files behind the keys.
 
 PARTS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The three parts of a dataset; empty where it has none."""
+    """The train, val and test part of a dataset; empty where it has none."""
 
     train: Sequence[Item] = ()
     val: Sequence[Item] = ()
@@ -39,14 +36,14 @@ class Parts:
 def assemble(
     location: Location, names: Sequence[str], parts: Parts, origin: str, folders: Mapping[str, Path] | None = None
 ) -> Source:
-    """A source whose images are files.
+    """Build a source whose images are files.
 
     Args:
-        location: Of the dataset.
-        names: Of the classes, by label.
-        parts: Its images.
-        origin: Whose split it is.
-        folders: Of the datasets in the keys; None: of this one alone.
+        location: Location of the dataset.
+        names: Class names, by label.
+        parts: Images of the dataset.
+        origin: Origin of the split, for results.
+        folders: Folder of each dataset in the keys; None: of this one only.
     """
     return Source(
         names=tuple(names),
@@ -62,7 +59,7 @@ def assemble(
 
 
 def fingerprint(names: Sequence[str], parts: Parts) -> str:
-    """SHA-256 of class names, keys and labels in their order; keys do not say where the datasets lie."""
+    """Return the SHA-256 of class names, keys and labels in their order; it does not depend on folders."""
     digest = hashlib.sha256(json.dumps(list(names)).encode())
     for part in (parts.train, parts.val, parts.test):
         rows = "\n".join([f"{item.label} {item.image}" for item in part])
@@ -71,10 +68,10 @@ def fingerprint(names: Sequence[str], parts: Parts) -> str:
 
 
 def names_by_label(location: Location, parts: Parts, where: str) -> tuple[str, ...]:
-    """The class names that items carry.
+    """Return the class names that items carry.
 
     Args:
-        location: For error messages.
+        location: Location of the dataset, for error messages.
         parts: All items.
         where: The file that they come from.
 
@@ -98,17 +95,17 @@ def names_by_label(location: Location, parts: Parts, where: str) -> tuple[str, .
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset that was read, with what its configuration says about the questions."""
+    """A dataset that was read, with its configuration (which has the questions) and aliases of class names."""
 
     config: DataConfig
     source: Source
     aliases: dict[str, tuple[str, ...]]
 
     def split(self, items: Sequence[Item], labels: Sequence[int] | None = None) -> Split:
-        """Images asked about among all classes, or among those of `labels`; the others are dropped, labels renumbered.
+        """Return a split with all classes, or with those of `labels` only: other images are dropped, labels renumbered.
 
         Args:
-            items: Of this dataset.
+            items: Images of this dataset.
             labels: Ascending; None: all.
         """
         names = self.source.names
@@ -121,7 +118,7 @@ class Dataset:
 
 
 def load(data: DataConfig, only_test: bool = False, contents: Contents | None = None) -> Source:
-    """Read a dataset; names as they are shown to a model. `only_test`, `contents`: see `Location`.
+    """Read a dataset; class names as they are shown to a model. `only_test`, `contents`: see `Location`.
 
     Raises:
         UserError: A folder or file is missing, or the files contradict each other.
@@ -143,17 +140,17 @@ def load(data: DataConfig, only_test: bool = False, contents: Contents | None = 
 
 
 def load_dataset(data: DataConfig, only_test: bool = False, contents: Contents | None = None) -> Dataset:
-    """Read a dataset and the other words for its classes."""
+    """Read a dataset and the aliases of its class names."""
     source = load(data, only_test, contents)
     aliases = {} if data.aliases is None else read_aliases(Path(data.aliases).expanduser(), source.names)
     return Dataset(data, source, aliases)
 
 
 def find(data: DataConfig, only_test: bool = False) -> Location:
-    """Where the dataset lies: inside the root, own photos also inside the working directory, which goes first.
+    """Locate a dataset: inside the root; own photos also in the working directory, which takes precedence.
 
     Raises:
-        UserError: `data.folder` is inside a root, and no root is given; or it is a URL.
+        UserError: `data.folder` is relative and no root is given; or it is a URL.
     """
     if URL.match(data.folder) and data.source == "local":
         raise UserError(
@@ -162,7 +159,7 @@ def find(data: DataConfig, only_test: bool = False) -> Location:
     folder = Path(data.folder).expanduser()
     if data.own_photos and data.source == "local":
         roots = [Path.cwd(), *([] if data.root is None else [Path(data.root).expanduser().absolute()])]
-        tried = tuple(dict.fromkeys(root / folder for root in roots))  # an absolute folder is one folder
+        tried = tuple(dict.fromkeys(root / folder for root in roots))  # an absolute folder gives one path for all roots
         there = next((path for path in tried if os.path.exists(on_disk(path))), tried[-1])
         return Location(data.name, roots[-1], there, data.allow_fallback_split, only_test, tried)
     if data.root is None and not folder.is_absolute() and data.folder and data.source == "local":
@@ -175,7 +172,7 @@ def find(data: DataConfig, only_test: bool = False) -> Location:
 
 
 def problems(source: Source) -> Iterator[str]:
-    """Contradictions in a dataset, each as half a sentence that names what is at fault."""
+    """Yield contradictions in a dataset, each as half a sentence that names what is at fault."""
     for name in source.names:
         if why := objection(name):
             yield f"class '{visible(name)}' {why}; rename it"
@@ -185,7 +182,7 @@ def problems(source: Source) -> Iterator[str]:
         if wrong := next((item for item in items if not 0 <= item.label < len(source.names)), None):
             classes = f"there {agree(len(source.names), 'is', 'are')} {counted(len(source.names), 'class')}"
             yield f"{wrong.image} has label {wrong.label}, but {classes}"
-            return
+            return  # the next checks look up names by label
         if wrong := next((item for item in items if item.name != source.names[item.label]), None):
             names = f"'{source.names[wrong.label]}' and '{wrong.name}'"
             yield f"label {wrong.label} has two names, {names} (at {wrong.image})"

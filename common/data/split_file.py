@@ -1,4 +1,4 @@
-"""CoOp's split files, and splits of our own by the rules that made them where such a file is missing."""
+"""Read and write CoOp's split files, and make splits of our own by CoOp's rules where such a file is missing."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from common.data.source import PARTS, Parts, assemble, names_by_label
 from common.plugins import check_call, locate
 from common.types import Item, Source, UserError
 
-# The split files of CoOp (K. Zhou et al. 2022): one JSON object with `train`, `val` and `test`, each a list of
+# CoOp's split files (K. Zhou et al. 2022): one JSON object with `train`, `val` and `test`, each a list of
 # `[path, label, class name]`, paths relative to the dataset's image folder.
 #
-# The order of the entries decides which images a seed picks, so it is kept.
+# The order of the entries is kept, since it decides which images a seed picks.
 
 
 FALLBACK = "data.reader.fallback._target_"
@@ -32,14 +32,14 @@ def read(
     fallback: Mapping[str, Any] | None = None,
     fallback_seed: int = 1,
 ) -> Source:
-    """A dataset with a split file, or with a split of our own where `location` allows one.
+    """Read a dataset with a split file, or split it here if the file is missing and `location` allows that.
 
     Args:
-        location: Of the dataset.
+        location: Location of the dataset.
         split: The split file, in the dataset's folder.
         images: The folder that its paths are relative to, in the dataset's folder.
-        fallback: `_target_` and keyword arguments of the function that splits without it (common/data/split_file.py).
-        fallback_seed: Of that split; the run's own seed does not change it.
+        fallback: `_target_` and keyword arguments of the function that makes a split without the file.
+        fallback_seed: Seed of that split; it does not depend on the seed of the run.
 
     Raises:
         UserError: A file or folder is missing, or the split file is damaged.
@@ -63,10 +63,10 @@ def read(
 
 
 def parse(location: Location, path: Path, images: str = ".") -> Parts:
-    """The content of a split file; class names as they stand there.
+    """Read a split file; class names as they are written there.
 
     Raises:
-        UserError: It is not such a file; names the first entry at fault.
+        UserError: It is not a split file; names the first entry at fault.
     """
     try:
         content = json.loads(text(location, path))
@@ -83,14 +83,14 @@ def parse(location: Location, path: Path, images: str = ".") -> Parts:
 
 
 def save_split(path: Path, location: Location, parts: Parts, images: str = ".") -> None:
-    """Write a split file that `parse` reads back, to the byte as CoOp writes it."""
+    """Write a split file that `parse` reads back, byte for byte as CoOp writes it."""
     start = location.key(prefix(images))
     content = {part: [_row(item, start) for item in getattr(parts, part)] for part in PARTS}
     path.write_text(json.dumps(content, indent=4), encoding="utf-8")
 
 
 def prefix(images: str) -> str:
-    """What a folder adds before paths that are relative to it.
+    """Return the prefix of keys for paths that are relative to a folder.
 
     >>> prefix("images"), prefix(".")
     ('images/', '')
@@ -119,11 +119,11 @@ def _fall_back(location: Location, images: str, fallback: Mapping[str, Any], rng
     return locate(fallback["_target_"], FALLBACK)(location, images, rng, **arguments)
 
 
-# Splits of our own where a split file is missing, by the rules that CoOp's code made its split files with.
+# Splits where a split file is missing, by the rules of CoOp's code.
 #
-# They hold other images than the published split files, because those were made from an unsorted listing and an unknown
-# state of the generator. Here listings are sorted and the generator has a seed of its own, so that the same files give
-# the same split everywhere. `annotations.py` has the datasets whose labels stand in files.
+# They hold other images than the published split files, which were made from an unsorted listing and an unknown state
+# of the generator. Here listings are sorted and the generator has a seed of its own, so that the same files give the
+# same split everywhere. `annotations.py` has the datasets whose labels are in annotation files.
 
 TRAIN_SHARE, VAL_SHARE = 0.5, 0.2  # of a class; the rest is for testing (CoOp)
 
@@ -139,10 +139,10 @@ def folders(
     """Split the images of class folders.
 
     Args:
-        location: Of the dataset.
+        location: Location of the dataset.
         images: The folder of the class folders, in the dataset's folder.
-        rng: Shuffles the classes one after the other.
-        ignored: Folders that are no class.
+        rng: Generator that shuffles the classes one after the other.
+        ignored: Folders that are not classes.
         renames: Class name by folder name, where they differ.
 
     Raises:
@@ -156,7 +156,7 @@ def folders(
 
 
 def split_classes(location: Location, items: Iterable[Item], rng: random.Random) -> Parts:
-    """Half of every class for training, a fifth for validation, the rest for testing, rounded half to even.
+    """Split every class: half for training, a fifth for validation, the rest for testing, rounded half to even.
 
     Raises:
         UserError: A class is too small to give every part an image.
@@ -177,7 +177,7 @@ def split_classes(location: Location, items: Iterable[Item], rng: random.Random)
 def split_trainval(
     location: Location, items: Iterable[Item], rng: random.Random, share: float = VAL_SHARE
 ) -> tuple[list[Item], list[Item]]:
-    """Training and validation images: `share` of every class for validation, rounded half to even.
+    """Split into training and validation: `share` of every class for validation, rounded half to even.
 
     Raises:
         UserError: A class is too small to give both parts an image.

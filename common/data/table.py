@@ -1,4 +1,4 @@
-"""Photos in a table: a column of paths, one of class names and, if you like, `split`."""
+"""Read photos from a table: a column of paths, one of class names and optionally `split`."""
 
 from __future__ import annotations
 
@@ -25,15 +25,13 @@ from common.data.listing import (
 )
 from common.data.source import PARTS
 
-# Photos in a table: a column of paths (relative to the file), one of class names and, if you like, `split`.
-#
-# Spreadsheets, pandas, label tools, camera traps and Kaggle write such files in many ways; what differs in form alone
-# is read: CSV and JSON, separators, names of columns and splits, blank lines and trailing separators.
+# Paths are relative to the table. Spreadsheets, pandas, label tools, camera traps and Kaggle write tables differently:
+# CSV or JSON, separators, names of columns and splits, blank lines and trailing separators may vary.
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 UNREAD = (".parquet", ".xlsx", ".xls", ".ods", ".xml", ".arrow")
 SEPARATORS = (",", ";", "\t")
-# What a column is called, in lower case and without blanks, hyphens and underscores.
+# Names of the columns, in lower case and without blanks, hyphens and underscores.
 COLUMNS = {
     "path": (
         *("path", "paths", "file", "files", "image", "images"),
@@ -42,11 +40,11 @@ COLUMNS = {
     "label": ("label", "labels", "class", "classes", "classname", "category", "categories"),
     "split": ("split",),
 }
-# Names that mean something else in many tables: the first of them counts if a table has none of COLUMNS. They are those
-# of camera traps (the folder, if another column has the file), of Kaggle, and of Label Studio.
+# Names with another meaning in many tables, used only if a table has none of COLUMNS; the first one found counts. They
+# come from camera traps (the folder, if another column has the file), Kaggle and Label Studio.
 OTHERWISE = {"path": ("relativepath", "imageid", "id"), "label": ("choice", "species", "commonname"), "split": ()}
 NEEDED = ("path", "label")
-HALF = re.compile("[\ud800-\udfff]")
+HALF = re.compile("[\ud800-\udfff]")  # lone surrogates
 BEGINNING = 1 << 16  # bytes of a table that are read for its header
 
 
@@ -60,16 +58,16 @@ class Photo:
 
 
 def photos_in_table(location: Location, path: Path, base: Path) -> list[Photo]:
-    """The photos in the order of the rows; all are `train` without a column `split`.
+    """Return the photos in the order of the rows; without a column `split`, all are `train`.
 
     Args:
-        location: For error messages.
+        location: Location of the dataset, for error messages.
         path: The table, in UTF-8: CSV with a header, JSON lines or a JSON list of objects.
         base: The dataset's folder.
 
     Raises:
-        UserError: A column is missing or twice there, or a row is empty, repeated, outside the folder, a URL, or of an
-            unknown split; or no picture is there by the ids that the table has for paths.
+        UserError: A column is missing or occurs twice, or a row is empty, repeated, outside the folder, a URL, or of an
+            unknown split; or the table has ids for paths and no image with such a name exists.
     """
     rows = list(_rows(location, path, NEEDED))
     parts = parts_by_name(dict.fromkeys(row["split"] for _, row in rows if "split" in row))
@@ -85,7 +83,7 @@ def photos_in_table(location: Location, path: Path, base: Path) -> list[Photo]:
 
 
 def paths_in_table(location: Location, path: Path) -> dict[str, Path]:
-    """The pictures of a table that may lack labels, by their paths as they are written there.
+    """Return the images of a table that may lack labels, by their paths as they are written there.
 
     Raises:
         UserError: There is no column of paths, or a path is a URL.
@@ -98,9 +96,9 @@ def paths_in_table(location: Location, path: Path) -> dict[str, Path]:
 
 
 def lacks(location: Location, path: Path) -> str:
-    """Why a file in a folder of photos is no table of photos and their classes; empty if it is one.
+    """Return why a file in a folder of photos is not a table of photos and classes; empty if it is one.
 
-    Reads its beginning alone.
+    Only the beginning of the file is read.
     """
     try:
         with on_disk(path).open("rb") as file:
@@ -121,7 +119,7 @@ def lacks(location: Location, path: Path) -> str:
 
 
 def _rows(location: Location, path: Path, needed: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Rows as `file, row 2` (counted as a spreadsheet does), and cells by the keys of COLUMNS and `folder`."""
+    """Yield rows: `file, row 2` (counted as a spreadsheet does), and cells by the keys of COLUMNS and `folder`."""
     if path.suffix.lower() in UNREAD:
         raise location.error(f"{path} is a file of a kind that is not read; save a CSV file with path,label")
     records = _records if path.suffix.lower() in (".json", ".jsonl", ".ndjson") else _lines
@@ -133,7 +131,7 @@ def _rows(location: Location, path: Path, needed: Sequence[str]) -> Iterator[tup
 
 
 def _lines(location: Location, path: Path) -> Iterator[tuple[str, list[str]]]:
-    """The header of a CSV file, then its rows, as long as the header."""
+    """Yield the header of a CSV file, then its rows, as long as the header."""
     content = text(location, path)
     first = next((line for line in content.splitlines() if line.strip()), "")
     table = csv.reader(StringIO(content, newline=""), delimiter=_separator(first), skipinitialspace=True, strict=True)
@@ -145,6 +143,7 @@ def _lines(location: Location, path: Path) -> Iterator[tuple[str, list[str]]]:
             where = f"{path}, row {number}"
             if not header:
                 header = cells
+            # shorter rows are accepted if only trailing empty columns are missing, longer ones if the rest is empty
             elif len(cells) < len(_trimmed(header)) or len(_trimmed(cells)) > len(header):
                 raise location.error(f"{where} has {counted(len(cells), 'cell')}, but the header has {len(header)}")
             yield where, cells
@@ -153,7 +152,7 @@ def _lines(location: Location, path: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def _records(location: Location, path: Path) -> Iterator[tuple[str, list[str]]]:
-    """The keys of objects in JSON, then the values of each."""
+    """Yield the keys of objects in JSON, then the values of each object."""
     content = text(location, path)
     try:
         if path.suffix.lower() == ".json":
@@ -167,6 +166,7 @@ def _records(location: Location, path: Path) -> Iterator[tuple[str, list[str]]]:
             f"{path} is no list of objects with a path and a label each; export CSV or JSON-MIN from Label Studio, and"
             " write a CSV file for COCO's annotations"
         )
+    # objects may lack keys: the header is the union of all keys, in the order of appearance
     header = list(dict.fromkeys(key for each in objects for key in each))
     yield "", header
     for number, each in enumerate(objects, start=1):
@@ -176,7 +176,7 @@ def _records(location: Location, path: Path) -> Iterator[tuple[str, list[str]]]:
 
 def _value(location: Location, where: str, value: Any) -> str:
     content = "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    if HALF.search(content):  # which JSON can write, and neither a path nor UTF-8 can hold
+    if HALF.search(content):  # JSON can contain lone surrogates, but paths and UTF-8 cannot
         raise location.error(f"{where} has half a letter ({HALF.findall(content)[0]!a}); write the file anew")
     return content
 
@@ -192,13 +192,13 @@ def _cells(line: str) -> list[str]:
 
 
 def _separator(first: str) -> str:
-    """The separator with which a header has the needed columns; else the one that cuts it into most cells."""
+    """Return the separator that finds the needed columns in a header; else the one that gives the most cells."""
     headers = {one: [cell.strip(' "') for cell in first.split(one)] for one in SEPARATORS}
     return max(SEPARATORS, key=lambda one: (all(_hits(headers[one], key) for key in NEEDED), len(headers[one])))
 
 
 def _hits(header: Sequence[str], key: str) -> list[int]:
-    """The columns that could be meant by a key of COLUMNS."""
+    """Return the columns that may be meant by a key of COLUMNS."""
     words = [_word(cell) for cell in header]
     for names in (COLUMNS[key], *((name,) for name in OTHERWISE[key])):
         if hits := [index for index, word in enumerate(words) if word in names]:
@@ -207,10 +207,10 @@ def _hits(header: Sequence[str], key: str) -> list[int]:
 
 
 def _columns(location: Location, path: Path, header: Sequence[str], needed: Sequence[str]) -> dict[str, int]:
-    """Where the columns are, by the keys of COLUMNS; `folder` is that of the folders, if paths are file names alone.
+    """Return the positions of columns by the keys of COLUMNS, and of `folder` if paths are only file names.
 
     Raises:
-        UserError: A needed one is missing, or two could be meant.
+        UserError: A needed column is missing, or two could be meant.
     """
     columns: dict[str, int] = {}
     for key in COLUMNS:
@@ -226,6 +226,7 @@ def _columns(location: Location, path: Path, header: Sequence[str], needed: Sequ
         if hits:
             columns[key] = hits[0]
     names = {key: header[column].strip() for key, column in columns.items()}
+    # camera traps: a file name in one column, its folder in another
     if _word(names.get("path", "")) in ("file", "filename"):
         folders = [index for index, cell in enumerate(header) if _word(cell) == "relativepath"]
         columns |= {"folder": folders[0]} if folders else {}
@@ -241,13 +242,13 @@ def _word(cell: str) -> str:
 
 
 def _trimmed(cells: Sequence[str]) -> list[str]:
-    """Without the empty cells at the end: some programs end every row with a separator."""
+    """Drop empty cells at the end: some programs end every row with a separator."""
     full = [index for index, cell in enumerate(cells) if cell.strip()]
     return list(cells[: full[-1] + 1]) if full else []
 
 
 def _path_in(row: Mapping[str, str]) -> str:
-    """The path of a row: the file, in the folder of another column unless that has the file itself."""
+    """Return the path of a row: its file, in the folder of another column unless that one includes the file."""
     folder, file = row.get("folder", "").replace("\\", "/").rstrip("/"), row["path"]
     if not folder or "/" in file or "\\" in file:
         return file
@@ -275,25 +276,25 @@ def _photo(
     return Photo(relative, composed(row["label"]), parts.get(row.get("split", ""), "train"))
 
 
-# Tables that lie in a folder of photos: which of them says what the photos are.
+# Tables in a folder of photos: choosing the one that describes the photos.
 #
 # Hugging Face's imagefolder has `metadata.csv` or `metadata.jsonl` in the folder or in the folders of its parts, Kaggle
-# `train.csv` beside a folder `train`, label tools write a file of any name.
+# `train.csv` beside a folder `train`; label tools write a file of any name.
 
 METADATA = ("metadata.csv", "metadata.jsonl")
-READ = (".csv", ".tsv", ".jsonl", ".ndjson")  # by their own names; a JSON file may be large, and is read if it is given
+READ = (".csv", ".tsv", ".jsonl", ".ndjson")  # found automatically; a JSON file may be large, and is read only if given
 MENTIONED = (*READ, ".json", *UNREAD)
-FORM = "submission"  # Kaggle's form for answers has labels for all test images, all of them the same
+FORM = "submission"  # Kaggle's sample submission has a label for every test image, all of them the same
 
 
 def usable(location: Location, folder: Path) -> list[str]:
-    """The files of a folder that have a column of paths and one of labels."""
+    """Return the files of a folder that have a column of paths and one of labels."""
     tables = [name for name in files(location, folder) if PurePath(name).suffix.lower() in READ]
     return [name for name in tables if FORM not in name.lower() and not lacks(location, folder / name)]
 
 
 def metadata(location: Location, folder: Path) -> dict[str, str]:
-    """Tables of imagefolder, by their paths in the folder, with the part of each; "" is the folder's own.
+    """Return imagefolder's tables by their paths in the folder, with the part of each; "" for the folder's own.
 
     Raises:
         UserError: There are two in one folder.
@@ -309,11 +310,12 @@ def metadata(location: Location, folder: Path) -> dict[str, str]:
 
 
 def in_place_of_folders(location: Location, folder: Path) -> dict[str, str]:
-    """The tables of a folder without class folders, as `metadata` gives them: those that are called like parts, or the
-    only one; nothing if there are class folders, or several tables.
+    """Return the tables of a folder without class folders, in the form of `metadata`: those named like parts, or the
+    only one; nothing if there are class folders or several other tables.
     """
     listing = scan(location, folder)
     parts = parts_by_name(listing.folders)
+    # one folder with images may be the image folder of a table; several are classes
     full = [name for name in listing.folders if name not in parts and pictures(files(location, folder / name))]
     if len(full) > 1:
         return {}
@@ -326,13 +328,12 @@ def in_place_of_folders(location: Location, folder: Path) -> dict[str, str]:
 
 
 def photos_in_tables(location: Location, folder: Path, tables: Mapping[str, str], base: Path) -> list[Photo]:
-    """The photos of some tables.
+    """Return the photos of several tables.
 
     Args:
-        location: For errors, and for a note on what was read.
-        folder: Holds the tables.
-        tables: By their paths in the folder, with the part of each; "": the table says so itself, or the first folder
-            of its paths does.
+        location: Location of the dataset, for errors and for a note on what was read.
+        folder: Folder that holds the tables.
+        tables: Path in the folder and part of each table; "": a column or the first folder of its paths gives the part.
         base: The dataset's folder.
     """
     location.notes.append(f"the photos are those of {', '.join(tables)}")
@@ -346,7 +347,7 @@ def photos_in_tables(location: Location, folder: Path, tables: Mapping[str, str]
 
 
 def _by_first_folder(photos: Sequence[Photo]) -> list[Photo]:
-    """The photos with the parts that their first folders mean, if all do and nothing else says the parts."""
+    """Set parts by the first folders of the paths, if all of these mean parts and nothing else gives the parts."""
     parts = parts_by_name({photo.path.split("/")[0] for photo in photos})
     told = any(photo.part != "train" for photo in photos)
     if told or not {"train", "test"} <= set(parts.values()):
@@ -357,7 +358,7 @@ def _by_first_folder(photos: Sequence[Photo]) -> list[Photo]:
 
 
 def others(location: Location, folder: Path) -> str:
-    """What to say of the tables that lie in a folder whose photos could not be read; empty if there are none."""
+    """Return a hint on the tables in a folder whose photos could not be read; empty if there are none."""
     names = [name for name in files(location, folder) if PurePath(name).suffix.lower() in MENTIONED]
     if not names:
         return ""

@@ -1,4 +1,4 @@
-"""From the configuration to the task of a run: images, labels, picks, manifest. No torch, no method, no prompt."""
+"""Build the task of a run from its configuration: images, labels, picks, manifest. No torch, no method, no prompt."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from common.plugins import locate
 from common.runtime.progress import doing
 from common.types import Images, Item, Split, Task, UserError
 
-# What a model is trained and tested on: `setting.build` names one of these functions.
+# Settings: `setting.build` names one of these functions.
 #
-# Each takes the dataset, the others to test on and what to draw, and returns the splits. `val` is what is watched
-# during training; every other split is a test of its own.
+# Each takes the dataset, other datasets to test on and what to draw, and returns the splits. `val` is evaluated during
+# training; every other split is a test split.
 
 
 @dataclass(frozen=True)
 class Splits:
-    """The splits of a task, and in which classes the sampler could not give what it should (see `Picks`)."""
+    """The splits of a task; `short` and `refilled` as in `Picks`."""
 
     train: Split
     evaluation: dict[str, Split]
@@ -46,7 +46,7 @@ def few_shot(data: Dataset, targets: Mapping[str, Dataset], how: Sampling) -> Sp
 
 
 def base_to_new(data: Dataset, targets: Mapping[str, Dataset], how: Sampling) -> Splits:
-    """Train on the first half of the classes; test on them, and on the others among themselves.
+    """Train on the first half of the classes; test on these, and on the other half separately.
 
     Classes are left out after the draw, so the images are those of `few_shot` with the same seed (CoOp).
     """
@@ -72,10 +72,10 @@ def cross_dataset(data: Dataset, targets: Mapping[str, Dataset], how: Sampling) 
 
 
 def shift(data: Dataset, targets: Mapping[str, Dataset], how: Sampling) -> Splits:
-    """Train on one dataset, test on it and on other pictures of its classes (CoOp's domain generalisation).
+    """Train on one dataset, test on it and on other images of its classes (CoOp's domain generalisation).
 
     Raises:
-        UserError: A target has a class that was not trained.
+        UserError: A target has a class that is not trained.
     """
     trained = set(data.source.names)
     for name, target in targets.items():
@@ -89,7 +89,7 @@ def shift(data: Dataset, targets: Mapping[str, Dataset], how: Sampling) -> Split
 
 
 def _tested(target: Dataset, how: Sampling) -> Picks:
-    """The test images of a target: as few-shot runs on it with the same seed have them."""
+    """Draw the test images of a target, the same as in few-shot runs on it with the same seed."""
     return draw(target.source, how)
 
 
@@ -98,9 +98,9 @@ def _nonempty(**splits: Split) -> dict[str, Split]:
 
 
 def fewer(split: Split, per_class: int) -> Split:
-    """Some images of each class, in the split's order: those of the smallest hashes of their keys.
+    """Keep some images of each class, in the split's order: those with the smallest hashes of their keys.
 
-    So they do not depend on the seed but where a draw has trained on some of them.
+    So they do not depend on the seed, except where images were taken for training.
     """
     by_class: dict[int, list[Item]] = defaultdict(list)
     for item in split.items:
@@ -113,22 +113,22 @@ def fewer(split: Split, per_class: int) -> Split:
     return replace(split, items=tuple(item for item in split.items if (item.image, item.label) in kept))
 
 
-# From configuration to the task of a run: images, labels, picks and their manifest. No torch, no method, no prompt.
+# The task and its manifest.
 #
-# Read once per process: the checks before a run hand their data on to it. Ranks of their own read for themselves,
-# and the manifest's hash says that all agree.
+# They are built once per process: the checks before a run pass them on. Every rank reads the data itself, and the
+# manifest's hash confirms that all agree.
 
 
 @dataclass(frozen=True)
 class TaskData:
-    """The task of a run, and what manifest.json holds of it."""
+    """The task of a run, and the content of its manifest.json."""
 
     task: Task
     manifest: dict[str, Any]
 
     @property
     def images(self) -> list[str]:
-        """Every image of the task, each once."""
+        """All images of the task, each once."""
         splits = [self.task.train, *self.task.evaluation.values()]
         return list(dict.fromkeys(item.image for split in splits for item in split.items))
 
@@ -138,11 +138,12 @@ def build(config: Config, without: Collection[str] = ()) -> TaskData:
 
     Args:
         config: The run's configuration.
-        without: Images to leave out after the draw, since they cannot be decoded.
+        without: Images to leave out after the draw because they cannot be decoded.
 
     Raises:
         UserError: The data is missing or contradicts itself, or there is nothing to train or test on.
     """
+    # read the datasets and draw the images
     datasets = read_datasets(config)
     targets = {name: dataset for name, dataset in datasets.items() if name != config.data.name}
     assemble = locate(config.setting.build, "setting.build")
@@ -151,6 +152,7 @@ def build(config: Config, without: Collection[str] = ()) -> TaskData:
     if (count := config.setting.test_per_class) is not None:
         tested = {name: each if name == "val" else fewer(each, count) for name, each in splits.evaluation.items()}
         splits = replace(splits, evaluation=tested)
+    # join the splits into a task, and describe it
     task = _task(config, datasets, splits)
     _check_enough(config, task)
     header = {
@@ -175,7 +177,7 @@ def build(config: Config, without: Collection[str] = ()) -> TaskData:
 
 
 def _observed(datasets: dict[str, Dataset], seen: int) -> dict[str, Any]:
-    """What the readers passed over, and what they have to say."""
+    """Return for the manifest what the readers passed over and their notes."""
     reasons = [reason for one in datasets.values() for reason in Counter(one.source.passed_over).elements()]
     notes = [f"data={name}: {note}" for name, one in datasets.items() for note in one.source.notes]
     if seen:
@@ -185,7 +187,7 @@ def _observed(datasets: dict[str, Dataset], seen: int) -> dict[str, Any]:
 
 
 def _seen(config: Config, data: Dataset) -> frozenset[str]:
-    """Images of a pool that the model of another run was trained on."""
+    """Return images of a pool that the weights in `model.path` were trained on in another run."""
     if config.model.path is None or data.source.test:
         return frozenset()
     folder = Path(config.model.path).expanduser()
@@ -193,13 +195,14 @@ def _seen(config: Config, data: Dataset) -> frozenset[str]:
 
 
 def read_datasets(config: Config) -> dict[str, Dataset]:
-    """The run's dataset, then the others that the setting tests on; these lie under the same root."""
+    """Read the run's dataset, then the others that the setting tests on; these lie under the same root."""
     chosen = config.setting.targets if config.setting.test_on is None else config.setting.test_on
     if unknown := [name for name in chosen if name not in config.setting.targets]:
         raise _no_target(config, unknown[0])
     contents = Contents(Path(config.cache_dir).resolve())
     with doing(f"reading {config.data.name}"):
         datasets = {config.data.name: load_dataset(config.data, contents=contents)}
+    # targets are only tested, so their readers may skip the training images
     for name in chosen:
         if name != config.data.name:
             target = _like(config.setting.targets[name], config.data)
@@ -230,10 +233,10 @@ def _tests_alone(config: Config, name: str) -> UserError:
 
 
 def sampling(config: Config, seen: frozenset[str] = frozenset(), unusable: frozenset[str] = frozenset()) -> Sampling:
-    """What to draw.
+    """Return what to draw.
 
     Args:
-        config: Of the run.
+        config: Configuration of the run.
         seen: Images that the model was trained on before.
         unusable: Images that cannot be decoded.
     """
@@ -251,7 +254,7 @@ def sampling(config: Config, seen: frozenset[str] = frozenset(), unusable: froze
 
 
 def _like(target: DataConfig, data: DataConfig) -> DataConfig:
-    """A target is found where and as the run's own dataset is, unless its configuration says otherwise."""
+    """Return a target with the run's root, source and background, unless its own configuration sets them."""
     usual = {"root": os.environ.get("DATA"), "source": "local", "allow_fallback_split": False, "background": "white"}
     shared = {key: getattr(data, key) for key, value in usual.items() if getattr(target, key) in (None, value)}
     return replace(target, **shared)
@@ -264,6 +267,7 @@ def _task(config: Config, datasets: dict[str, Dataset], splits: Splits) -> Task:
     first, origins = next(iter(sources.values())), {name: source.origin for name, source in sources.items()}
     if len(sources) == 1:
         return Task(splits.train, splits.evaluation, first.images, first.fingerprint, origins)
+    # images of several datasets: splits of the first one, then one split per target
     own = [splits.train, *(split for name, split in splits.evaluation.items() if name not in sources)]
     parts: list[tuple[list[str], Images]] = [([item.image for split in own for item in split.items], first.images)]
     for name, source in list(sources.items())[1:]:
@@ -273,7 +277,7 @@ def _task(config: Config, datasets: dict[str, Dataset], splits: Splits) -> Task:
 
 
 def _check_enough(config: Config, task: Task) -> None:
-    """Something to train on, if it is to be trained, something to test on, and nothing that is both."""
+    """Check that there are images to train on (if needed) and to test on, and that no image is in both."""
     if config.trainer.name != "none" and not task.train.items:
         raise UserError(
             f"data={config.data.name} has no training images; docs/datasets.md#{config.data.name} says where they"
@@ -296,7 +300,7 @@ def _check_enough(config: Config, task: Task) -> None:
 
 
 def own_labels(task: Task, split: str) -> list[int]:
-    """The trained class of every class of a split, by name; of two classes of one name each keeps its own."""
+    """Return the trained label of every class of a split, by name; of two classes of one name each keeps its own."""
     names, trained = task.evaluation[split].names, task.train.names
     if names == trained:
         return list(range(len(names)))
@@ -305,5 +309,5 @@ def own_labels(task: Task, split: str) -> list[int]:
 
 
 def dataset_of(task: Task, split: str) -> str:
-    """The dataset that a split tests on."""
+    """Return the dataset that a split tests on."""
     return split if split in list(task.origins)[1:] else next(iter(task.origins), split)

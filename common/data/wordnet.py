@@ -1,4 +1,4 @@
-"""ImageNet's classes as WordNet has them, from the lists that the package timm ships. No download, no torch."""
+"""Look up ImageNet's classes in WordNet, from the lists that the package timm ships. No download, no torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from common.types import UserError
 
 WNID = re.compile(r"n\d{8}")
 
-# Subsets of ImageNet by the name of their dataset: the file that lists their ids.
+# Subsets of ImageNet, by the name of their dataset: the file that lists their ids.
 SUBSETS = {
     "imagenet": "imagenet_synsets.txt",
     "imagenet_a": "imagenet_a_synsets.txt",
@@ -22,7 +22,7 @@ SUBSETS = {
 
 
 def _lines(name: str) -> list[str]:
-    # The files that timm.data.ImageNetInfo reads, read directly: importing timm imports torch.
+    # Read the files of timm.data.ImageNetInfo directly: importing timm imports torch.
     package = find_spec("timm")
     if package is None or package.origin is None:
         raise UserError("ImageNet's classes come from the package timm, which is not installed: pip install timm")
@@ -31,29 +31,32 @@ def _lines(name: str) -> list[str]:
 
 @cache
 def wnids(subset: str = "imagenet") -> tuple[str, ...]:
-    """The WordNet ids of ImageNet's 1000 classes, or of the 200 of ImageNet-A or -R, in label order."""
+    """Return the WordNet ids of ImageNet's 1000 classes, or of the 200 of ImageNet-A or -R, in label order."""
     return tuple(_lines(SUBSETS[subset]))
 
 
 @cache
 def _all(column: str) -> dict[str, str]:
-    """Words (`lemma`) or definition (`definition`) of every id."""
+    """Return the words (`lemma`) or the definition (`definition`) of every id."""
     rows = (line.split("\t") for line in _lines(f"imagenet_synset_to_{column}.txt"))
     return {row[0]: row[1] for row in rows}
 
 
 @cache
 def synonyms() -> dict[str, str]:
-    """The words of each of the 1000 classes as one text, most common first: `n01440764` is `tench, Tinca tinca`."""
+    """Return the words of each of the 1000 classes as one text, most common first.
+
+    For example, `n01440764` is `tench, Tinca tinca`.
+    """
     known = set(wnids())
     return {wnid: words for wnid, words in _all("lemma").items() if wnid in known}
 
 
 def named(ids: Iterable[str]) -> dict[str, str]:
-    """A name for each id that is known, all different.
+    """Return a name for each id that is known; all names are different.
 
-    It is the first of its words that no other of them has. Failing that, it is its first word, with its definition in
-    brackets if another is called so, and with the id if even that is the same.
+    The name is the first of the id's words that no other id shares. If there is none, it is the first word, with the
+    definition in brackets if another id has that name, and with the id if even the definition is the same.
 
     >>> named(["n01440764", "n03710637", "n03710721", "n99999999"])  # two share the word maillot
     {'n01440764': 'tench', 'n03710637': 'maillot', 'n03710721': 'tank suit'}

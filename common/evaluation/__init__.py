@@ -1,1 +1,1 @@
-"""What a model answers on a split, and the numbers that say how good that is."""
+"""Evaluation of a model on splits: its answers, and metrics."""

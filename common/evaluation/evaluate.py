@@ -1,4 +1,4 @@
-"""Evaluation: what a learner answers on the splits of its task, and the numbers that say how good that is."""
+"""Evaluate a learner on the splits of its task: collect answers and compute metrics."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from common.evaluation.metrics import Summary
 from common.types import Answers, Task
 
 T = TypeVar("T")
-# Name in metrics.jsonl to its name in a summary's `probability`.
+# Names in metrics.jsonl, and the fields of a summary's `probability`.
 PROBABILITY = {"probability_accuracy": "top1", "top5_accuracy": "top5", "ece": "ece", "brier": "brier"}
 
 
 class Predictor(ABC):
-    """What can be evaluated. Ranks share the work of `predict`, and every rank gets all answers."""
+    """Interface for evaluation. Ranks share the work of `predict`, and every rank gets all answers."""
 
     task: Task
 
     @abstractmethod
     def predict(self, split: str, limit: int | None = None) -> Answers:
-        """Answers to a split of the task, with the probabilities of the classes if they are to be had.
+        """Return answers to a split of the task, with class probabilities if the learner has them.
 
-        `limit`: only so many images (see `evenly_spaced`), and answers alone.
+        `limit`: answer only so many images (see `evenly_spaced`), without probabilities.
         """
 
     def diagnostics(self, split: str, answers: Answers) -> dict[str, Any]:
-        """What metrics.json says of a split's predictions beside the accuracies.
+        """Return further entries of metrics.json on a split's predictions, beside the accuracies.
 
-        The answers may be those of an earlier attempt of the run; their columns say what was true of each then.
+        The answers may be from an earlier attempt of the run; their columns describe that attempt.
         """
         return {}
 
 
 class PredictionCache(Protocol):
-    """Where finished splits are kept (see common/run/recorder.py)."""
+    """Storage of finished splits (see common/run/recorder.py)."""
 
     def kept(self, phase: str, split: str) -> Answers | None:
-        """A finished split."""
+        """Return the answers of a finished split, or None."""
 
     def keep(self, phase: str, split: str, answers: Answers) -> None:
-        """Keep a finished split."""
+        """Save the answers of a finished split."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ class Evaluation:
 
     @property
     def overall(self) -> dict[str, float]:
-        """See `metrics.overall`."""
+        """Numbers for several splits, see `metrics.overall`."""
         return metrics.overall({split: summary.accuracy for split, summary in self.summary.items()})
 
     @property
     def scalars(self) -> dict[str, float]:
-        """Metric name to value, as metrics.jsonl and the tracker take them."""
+        """Metrics by name, for metrics.jsonl and the tracker."""
         scalars: dict[str, float] = {}
         for split, summary in self.summary.items():
             named = {name: getattr(summary, name) for name in ("accuracy", "accuracy_macro", "accuracy_official", "n")}
@@ -71,9 +71,9 @@ class Evaluation:
 
 
 def all_splits(predictor: Predictor, phase: str, cache: PredictionCache) -> Evaluation:
-    """Every image of every split, `before` or `after` training.
+    """Evaluate every image of every split, `before` or `after` training.
 
-    Splits that an earlier attempt of the run finished are not asked again.
+    Splits that an earlier attempt of the run finished are read from the cache.
     """
     answers = {}
     for split in predictor.task.evaluation:
@@ -85,14 +85,14 @@ def all_splits(predictor: Predictor, phase: str, cache: PredictionCache) -> Eval
 
 
 def during_training(predictor: Predictor, limit: int | None) -> Evaluation:
-    """`limit` images of the split that is monitored; answers only."""
+    """Evaluate `limit` images of the monitored split, without probabilities."""
     split = monitor_split(predictor.task)
     images = len(predictor.task.evaluation[split].items)
     return _summarized(predictor, {split: predictor.predict(split, images if limit is None else limit)})
 
 
 def monitor_split(task: Task) -> str:
-    """The split that is evaluated during training: val where there is one, else the first test."""
+    """Return the split to evaluate during training: val if there is one, else the first test split."""
     return "val" if "val" in task.evaluation else next(iter(task.evaluation))
 
 
@@ -106,7 +106,7 @@ def _summarized(predictor: Predictor, answers: dict[str, Answers]) -> Evaluation
 
 
 def evenly_spaced(items: Sequence[T], limit: int | None) -> list[T]:
-    """At most `limit` of them, evenly spaced: splits are often in the order of the classes.
+    """Return at most `limit` items, evenly spaced, since splits are often sorted by class.
 
     >>> evenly_spaced([0, 1, 2, 3, 4, 5, 6], 3), evenly_spaced([0, 1], 3), evenly_spaced([0, 1], None)
     ([0, 2, 4], [0, 1], [0, 1])

@@ -1,4 +1,4 @@
-"""What metrics.json says about one split: accuracy with intervals, per class, paired tests, calibration. No torch."""
+"""Compute the metrics of a split: accuracy with intervals, per class, paired tests, calibration. No torch."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from common.parsing import normalize
 from common.types import Answers, Prediction, Probabilities, Reply
 
-# What metrics.json says about one split, as types. No torch.
+# Entries of metrics.json on one split, as types.
 
 
 @dataclass(frozen=True)
 class ProbabilitySummary:
-    """How good the probabilities of the offered classes are; see `metrics.probability_metrics`.
+    """Quality of the probabilities of the offered classes; see `probability_metrics`.
 
-    raw: the same without length normalisation. seconds: spent on the probabilities.
+    raw: the same without length normalisation. seconds: time to compute the probabilities.
     """
 
     top1: float
@@ -36,25 +36,25 @@ class ProbabilitySummary:
     seconds: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Without what is not there."""
+        """Return the fields that are not None."""
         values = {**vars(self), "raw": None if self.raw is None else self.raw.to_json()}
         return {name: value for name, value in values.items() if value is not None}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ProbabilitySummary:
-        """The inverse of `to_json`."""
+        """Build a summary from the output of `to_json`."""
         raw = values.get("raw")
         return cls(**{**values, "raw": None if raw is None else cls.from_json(raw)})
 
 
 @dataclass(frozen=True)
 class Summary:
-    """One split in numbers; shares are of 1, intervals hold 95 %.
+    """Metrics of one split; shares are from 0 to 1, intervals hold 95 %.
 
-    accuracy_macro: mean of the classes' accuracies; None where all have equally many images: it is the accuracy.
-    accuracy_official, accuracy_aliases, well_formed, mean_tokens, truncated, probability: None where there is nothing
-    to say, as about the replies of a classifier. per_class: accuracy by class name; images_per_class: of how many.
-    facts: what the method adds (see `Accounts.facts`); in metrics.json its keys stand beside the others.
+    accuracy_macro: mean of the classes' accuracies; None if all classes have equally many images, since it is then the
+    accuracy. accuracy_official, accuracy_aliases, well_formed, mean_tokens, truncated, probability: None where they do
+    not apply, such as metrics of replies for a classifier. per_class: accuracy by class name; images_per_class: number
+    of images by class name. facts: entries of the method (see `Accounts.facts`), beside the others in metrics.json.
     """
 
     n: int
@@ -74,7 +74,7 @@ class Summary:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """As metrics.json has it, without what is not there."""
+        """Return the entries of metrics.json, without those that are None."""
         own = {name: value for name, value in vars(self).items() if name not in ("facts", "probability")}
         if self.probability is not None:
             own["probability"] = self.probability.to_json()
@@ -82,7 +82,7 @@ class Summary:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Summary:
-        """The inverse of `to_json`: what is no field of its own is a fact."""
+        """Build a summary from the output of `to_json`; entries that are not fields become facts."""
         known = {each.name for each in fields(cls)} - {"facts", "probability"}
         own = {name: value for name, value in values.items() if name in known}
         probability = values.get("probability")
@@ -93,12 +93,11 @@ class Summary:
         )
 
 
-# Numbers about predictions: accuracy with intervals, per class, paired tests, and how good the probabilities of the
-# class names are. No torch.
+# Functions that compute metrics.
 
 
 def wilson_interval(successes: int, total: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Wilson's score interval of a proportion, 95 % by default (Wilson 1927).
+    """Return Wilson's score interval of a proportion, 95 % by default (Wilson 1927).
 
     >>> [round(bound, 4) for bound in wilson_interval(8, 10)]
     [0.4902, 0.9433]
@@ -108,12 +107,12 @@ def wilson_interval(successes: int, total: int, z: float = 1.959963984540054) ->
     share, square = successes / total, z * z
     centre = (share + square / (2 * total)) / (1 + square / total)
     half = z / (1 + square / total) * math.sqrt(share * (1 - share) / total + square / (4 * total * total))
-    # without the last digit's error where the share is at its end
+    # exactly 0 or 1 at the ends, where rounding errors would give a tiny difference
     return max(0.0, centre - half) if successes else 0.0, min(1.0, centre + half) if successes < total else 1.0
 
 
 def overall(accuracies: Mapping[str, float]) -> dict[str, float]:
-    """One number for several splits: harmonic mean of base and new (Xian et al. 2017), mean over other datasets.
+    """Summarize several splits: harmonic mean of base and new (Xian et al. 2017), mean over other datasets.
 
     >>> overall({"val": 0.9, "base": 0.5, "new": 0.25})
     {'harmonic_mean': 0.3333333333333333}
@@ -130,7 +129,7 @@ def overall(accuracies: Mapping[str, float]) -> dict[str, float]:
 
 
 def paired_test(before: Sequence[bool], after: Sequence[bool]) -> dict[str, Any]:
-    """Two classifiers on the same images: McNemar's exact test, and the 95 % interval of the accuracy difference.
+    """Compare two classifiers on the same images: McNemar's exact test, 95 % interval of the accuracy difference.
 
     The p-value is two-sided, from the binomial distribution of the images on which the two disagree. The interval is
     Bonett and Price's adjusted Wald interval (2012), which adds one disagreement of either kind.
@@ -154,12 +153,12 @@ def paired_test(before: Sequence[bool], after: Sequence[bool]) -> dict[str, Any]
 
 
 def exact_p(fixed: int, broken: int) -> float:
-    """McNemar's exact two-sided p-value: a fair coin for every image on which two classifiers disagree.
+    """Return McNemar's exact two-sided p-value: a fair coin for every image on which two classifiers disagree.
 
     >>> exact_p(3, 0), exact_p(500, 500)
     (0.25, 1.0)
     """
-    from scipy.stats import binomtest  # a second to import, needed once a run
+    from scipy.stats import binomtest  # here, because the import takes a second
 
     return float(binomtest(fixed, fixed + broken).pvalue) if fixed + broken else 1.0
 
@@ -167,19 +166,20 @@ def exact_p(fixed: int, broken: int) -> float:
 def summarize(
     answers: Answers, names: Sequence[str], aliases: bool = False, facts: Mapping[str, Any] | None = None
 ) -> Summary:
-    """What metrics.json says about one split.
+    """Summarize the answers to one split.
 
     Args:
-        answers: To all its images.
+        answers: Answers to all its images.
         names: Class names, in the order of `per_class`.
-        aliases: There are other words for the names, so how often those are right is worth saying.
-        facts: What the method adds.
+        aliases: Whether classes have aliases, so that the accuracy with aliases is reported.
+        facts: Entries of the method.
     """
     predictions = answers.predictions
     n = len(predictions)
     correct = sum(p.correct for p in predictions)
     count = Counter(p.label for p in predictions)
     right = Counter(p.label for p in predictions if p.correct)
+    # classes without test images have no accuracy
     per_class = {name: right[name] / count[name] for name in names if count[name]}
     return Summary(
         n=n,
@@ -197,9 +197,9 @@ def summarize(
 
 
 def macro_accuracy(predictions: Sequence[Prediction]) -> float | None:
-    """The mean of the classes' accuracies; None where all have equally many images, since then it is the accuracy.
+    """Return the mean of the classes' accuracies; None if all have equally many images, since it is then the accuracy.
 
-    Of classes that have an image. Two classes of one name (ImageNet's missiles) are two.
+    Only classes with images count. Two classes of one name (ImageNet's missiles) count as two.
     """
     count = Counter(p.label_index for p in predictions)
     right = Counter(p.label_index for p in predictions if p.correct)
@@ -207,7 +207,7 @@ def macro_accuracy(predictions: Sequence[Prediction]) -> float | None:
 
 
 def _about_replies(replies: Sequence[Reply]) -> dict[str, Any]:
-    """What a summary says about replies; nothing of a classifier, which gives none."""
+    """Return the metrics of replies; empty for a classifier, which gives none."""
     if not replies:
         return {}
     n = len(replies)
@@ -231,7 +231,7 @@ def _probability_summary(answers: Answers) -> ProbabilitySummary | None:
 
 
 def truth_places(table: Probabilities, labels: Sequence[str]) -> NDArray[np.int64]:
-    """Position of each image's true class among those that it was offered, -1 if it was not offered. Shape: [N]."""
+    """Return the position of each image's true class among those offered to it, -1 if it was not offered. [N]."""
     index = {name: number for number, name in enumerate(table.names)}
     truths = np.array([index.get(label, -2) for label in labels])[:, None]  # no class is number -2
     offered = table.classes == truths  # [N, K]
@@ -239,10 +239,10 @@ def truth_places(table: Probabilities, labels: Sequence[str]) -> NDArray[np.int6
 
 
 def probability_metrics(probabilities: NDArray[np.float32], truths: NDArray[np.int64]) -> ProbabilitySummary:
-    """How good the probabilities of the offered classes are, whatever was generated.
+    """Compute the quality of the probabilities of the offered classes, independent of the generated reply.
 
     Args:
-        probabilities: Of the classes that were offered for each image; they add up to 1. Shape: [N, K]
+        probabilities: Probabilities of the classes offered for each image; they sum to 1. Shape: [N, K]
         truths: Index of the true class among them; -1 if it was not offered, which counts as an error everywhere. [N]
 
     Returns:
@@ -264,14 +264,15 @@ def probability_metrics(probabilities: NDArray[np.float32], truths: NDArray[np.i
 
 
 def truth_ranks(probabilities: NDArray[Any], truths: NDArray[np.int64]) -> NDArray[np.float64]:
-    """How many classes come before the true one, the most probable first; of equal ones the first in the list leads.
+    """Return the number of classes before the true one, the most probable first; ties are in the order of the list.
 
-    Infinite where the truth was not offered. Shape: [N, K], [N] -> [N].
+    Infinite if the true class was not offered. Shape: [N, K], [N] -> [N].
 
     >>> rows = np.array([[0.2, 0.5, 0.3], [0.4, 0.4, 0.2], [0.5, 0.3, 0.2]])
     >>> truth_ranks(rows, np.array([2, 1, -1])).tolist()
     [1.0, 1.0, inf]
     """
+    # -1 is clipped to 0 to be a valid index; such rows become infinite below
     mine = np.take_along_axis(probabilities, truths.clip(0)[:, None], 1)  # [N, 1]
     before = np.arange(probabilities.shape[1]) < truths[:, None]
     ahead = (probabilities > mine) | ((probabilities == mine) & before)
@@ -279,9 +280,9 @@ def truth_ranks(probabilities: NDArray[Any], truths: NDArray[np.int64]) -> NDArr
 
 
 def brier(probabilities: NDArray[Any], truths: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Squared distance of the probabilities from the truth's 1 and the others' 0, between 0 and 2 (Brier 1950).
+    """Return the squared distance of the probabilities from the one-hot truth, between 0 and 2 (Brier 1950).
 
-    A truth that was not offered had probability 0. Shape: [N, K], [N] -> [N].
+    A true class that was not offered counts as probability 0. Shape: [N, K], [N] -> [N].
 
     >>> brier(np.array([[0.7, 0.2, 0.1], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]), np.array([0, 0, -1])).round(4).tolist()
     [0.14, 2.0, 2.0]
@@ -292,7 +293,7 @@ def brier(probabilities: NDArray[Any], truths: NDArray[np.int64]) -> NDArray[np.
 
 
 def calibration_error(confidences: Sequence[float], right: Sequence[bool], bins: int = 15) -> float:
-    """Expected calibration error: |accuracy - mean confidence| in bins of equal width, weighted by their images.
+    """Return the expected calibration error: |accuracy - mean confidence| in bins of equal width, weighted by images.
 
     Guo et al. 2017 (arXiv 1706.04599), equation 3. Bins are closed above: (0, 1/15], (1/15, 2/15], ...
 
@@ -305,7 +306,7 @@ def calibration_error(confidences: Sequence[float], right: Sequence[bool], bins:
 
 
 def reliability(confidences: Sequence[float], right: Sequence[bool], bins: int = 15) -> list[tuple[float, float, int]]:
-    """Mean confidence, accuracy and number of images of each bin that has any (see `calibration_error`).
+    """Return mean confidence, accuracy and number of images of each non-empty bin (see `calibration_error`).
 
     >>> reliability([0.9, 0.6, 0.7], [True, False, True], 2)
     [(0.7333333333333334, 0.6666666666666666, 3)]
@@ -316,7 +317,7 @@ def reliability(confidences: Sequence[float], right: Sequence[bool], bins: int =
 
 
 def selective_risks(confidences: Sequence[float], right: Sequence[bool]) -> list[float]:
-    """The risk-coverage curve: the share of errors among the k most confident images, for k = 1 to all.
+    """Return the risk-coverage curve: the share of errors among the k most confident images, for k = 1 to all.
 
     Geifman and El-Yaniv 2017 (arXiv 1705.08500); the mean over the curve is AURC (Geifman et al. 2019, arXiv
     1805.08206). Images of equal confidence count with their expected errors, so that their order does not matter.
@@ -338,7 +339,7 @@ def selective_risks(confidences: Sequence[float], right: Sequence[bool]) -> list
 
 
 def confusion(predictions: Sequence[Prediction], names: Sequence[str]) -> list[list[int]]:
-    """Counts of [true class][answered class]; the last column holds answers that are no class name."""
+    """Count [true class][answered class]; the last column holds answers that are not a class name."""
     column = {normalize(name): i for i, name in enumerate(names)}
     table = [[0] * (len(names) + 1) for _ in names]
     for p in predictions:

@@ -1,1 +1,1 @@
-"""A finished run's model for others: a folder that plain transformers and vLLM load, with a model card."""
+"""Export of a finished run's model as a folder that plain transformers and vLLM load, with a model card."""

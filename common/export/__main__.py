@@ -1,4 +1,4 @@
-"""Write what a run has trained into a folder for others, with a model card.
+"""Export what a run has trained as a folder for others, with a model card.
 
 python -m common.export outputs/<run> <new folder>                    whole weights, for transformers and vLLM
 python -m common.export outputs/<run> <new folder> --as adapter       LoRA's adapters alone; or bank, ALERT's embeddings
@@ -21,7 +21,7 @@ KINDS = ("model", "adapter", "bank")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code: 0, or 2 for a mistake in the request."""
+    """Run the command line; return 0, or 2 after a user's error."""
     parser = argparse.ArgumentParser(
         prog=program("export"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -44,16 +44,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def export_or_show(chosen: argparse.Namespace) -> None:
-    """What the command line asks for.
+    """Export, show what would be sent to the hub, or send it.
 
     Raises:
-        UserError: It cannot be done.
+        UserError: The request cannot be fulfilled.
     """
     if chosen.push is not None:
         card.check_name(chosen.push)
     run, folder = chosen.run.expanduser(), chosen.folder.expanduser()
-    if chosen.push is None or not (folder / "README.md").is_file():  # else it was shown before, and is sent now
-        from common.export.bundle import export  # torch, some seconds
+    if chosen.push is None or not (folder / "README.md").is_file():  # else it was exported by an earlier call
+        from common.export.bundle import export  # imports torch, which takes seconds
         from common.launch import quiet_libraries
 
         quiet_libraries()

@@ -1,4 +1,4 @@
-"""From a run folder to one that can be given away: model, adapter or embeddings, how to ask, an example."""
+"""Export a run as a folder for others: model, adapter or embeddings, prompt, model card."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from common.vlm import prompting
 from common.vlm.learner import VLMLearner
 from common.vlm.prompting import Words
 
-# A trained model as plain files, which transformers and vLLM load and which answer as the run's own model does.
+# Weights as plain files, which transformers and vLLM load and which answer as the run's own model does.
 
 
 def merged(policy: VLM) -> VLM:
-    """The model without adapters: what they add is in its weights for good."""
+    """Return the model with its adapters merged into the weights."""
     model = policy.model
     return replace(policy, model=model.merge_and_unload()) if hasattr(model, "merge_and_unload") else policy
 
@@ -44,10 +44,10 @@ def save(policy: VLM, folder: Path, never: Collection[int], max_tokens: int) -> 
     """Write a model and its processor.
 
     Args:
-        policy: Without adapters.
-        folder: Is made.
-        never: Token ids that it never says.
-        max_tokens: Of a reply, at most.
+        policy: Model without adapters.
+        folder: Folder to create.
+        never: Token ids that the model must not generate.
+        max_tokens: Maximum length of a reply.
     """
     generation = policy.model.generation_config
     generation.suppress_tokens = sorted(never)
@@ -60,7 +60,7 @@ def save(policy: VLM, folder: Path, never: Collection[int], max_tokens: int) -> 
 
 
 def as_on_the_hub(folder: Path, family: type[Family]) -> None:
-    """Give the weights in a folder the names that they have on the hub; vLLM knows no others (Gemma's vision tower)."""
+    """Rename the weights in a folder to their names on the hub, the only ones vLLM knows (Gemma's vision tower)."""
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             tensors = {family.hub_name(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
@@ -73,7 +73,7 @@ def as_on_the_hub(folder: Path, family: type[Family]) -> None:
         path.write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-# From a run folder to one that can be given away: model, adapter or embeddings, how to ask, and a model card.
+# The exported folder.
 
 ASKING = "asking.json"
 
@@ -83,11 +83,11 @@ def export(run: Path, target: Path, kind: str = "model", licence: str | None = N
 
     Args:
         run: Folder of a finished run.
-        target: Is made.
-        kind: `model` (whole weights; adapters are added to them, embeddings become words), `adapter` (of a run with
-            model.lora) or `bank` (ALERT's category embeddings).
-        licence: Of the weights, as the hub spells it; None: that of the model that the run began from.
-        trust_code: The run's configuration may name code of other packages than this project's, which is run.
+        target: Folder to create.
+        kind: `model` (whole weights; adapters are merged, embeddings become words of the vocabulary), `adapter` (of a
+            run with model.lora) or `bank` (ALERT's category embeddings).
+        licence: Licence of the weights, as the hub spells it; None: that of the run's base model.
+        trust_code: Allow the run's configuration to name code of other packages than this project; it is run.
 
     Raises:
         UserError: The run is not finished or has nothing of the kind, names foreign code, or the folder exists.
@@ -106,7 +106,7 @@ def export(run: Path, target: Path, kind: str = "model", licence: str | None = N
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as place:
-        parts = Path(place) / "model"  # what is half written is not taken for a model
+        parts = Path(place) / "model"  # renamed at the end, so that an incomplete export is not taken for a model
         parts.mkdir()
         asking = WRITERS[kind](trained, config, parts)
         write_card(parts, kind, result, config_of(trained, began=True), asking, licence)
@@ -120,14 +120,16 @@ def _model(trained: Trained, config: Config, target: Path) -> dict[str, Any]:
     settings = ModelConfig(**{**values, "lora": LoraConfig(), "load_in_8bit": False})
     learner = learner_class(config)
     assert issubclass(learner, VLMLearner), "it has a language model"
+    # settings without LoRA: the run's adapters are loaded and merged, no new ones are added
     policy = merged(vlm.load(weights_folder(config), settings, torch.device("cpu")))
     words = learner.into_vocabulary(config, policy, trained.model)
+    # neither image placeholders nor category words may be generated
     never = {*policy.banned, *(() if words is None else words.ids)}
     save(policy, target, never, config.rollout.max_completion_tokens)
     asking = how_to_ask(trained, config, words)
     (target / ASKING).write_text(json.dumps(asking, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     kept = learner.kept_files(config, trained.model)
-    if kept is None:
+    if kept is None:  # the method cannot answer without its training images, so `Classifier` cannot load the export
         return asking
     for name in kept:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -156,7 +158,7 @@ WRITERS = {"model": _model, "adapter": _adapter, "bank": _bank}
 
 
 def how_to_ask(trained: Trained, config: Config, words: Words | None) -> dict[str, Any]:
-    """What a reader needs beside the weights: the conversation, the class names, how pictures are resized."""
+    """Return what users need beside the weights: the conversation, the class names, how images are resized."""
     if words is None:
         prompt = _example(trained, config)
         facts: dict[str, Any] = {"names": list(prompt.choices)}
@@ -175,10 +177,10 @@ def _example(trained: Trained, config: Config) -> Prompt:
 
 
 def _write_records(trained: Trained, folder: Path) -> None:
-    """What `Classifier` reads, without names of pictures and places of this machine."""
+    """Write the files that `Classifier` reads, without names of images and paths of this machine."""
     folder.mkdir()
     values = trust.read(trained.records / "config.yaml")
-    # what could say where or whose it was, and what no answer depends on
+    # drop what could reveal paths or persons, and what answers do not depend on
     values |= {"rewards": {}, "cache_dir": "cache", "label": None, "run_name": "exported"}
     values |= {"few_shot": None, "clip": None, "visual": None}
     values["data"] = _anywhere(values["data"])
@@ -200,7 +202,7 @@ def _anywhere(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def named(path: str | None) -> str | None:
-    """A model's folder by its last name alone; an id of the hub stays.
+    """Return the last part of a model's path; an id of the hub is returned unchanged.
 
     >>> named("/home/me/birds"), named("../birds"), named("~/birds"), named("owner/name"), named(None)
     ('birds', 'birds', 'birds', 'owner/name', None)

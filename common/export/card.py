@@ -1,4 +1,4 @@
-"""The model card of an exported folder, and its way to the Hugging Face hub."""
+"""Write the model card of an exported folder, and send the folder to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -15,10 +15,8 @@ from common.run.result import Result
 from common.types import UserError
 
 # README.md of an exported folder: the hub's model card, with the run's own numbers.
-
-
 PRODUCT = "fewshot-vlm-rl"
-RESIZED = {  # by model.resize: as common/data/images.py does, but that crop may differ by a pixel's rounding
+RESIZED = {  # by model.resize: as in common/data/images.py, except that crop may differ by a pixel's rounding
     "squash": "photo.resize((size, size), Image.Resampling.LANCZOS)",
     "crop": "ImageOps.fit(photo, (size, size), Image.Resampling.LANCZOS)",
     "pad": "ImageOps.pad(photo, (size, size), Image.Resampling.LANCZOS)",
@@ -67,12 +65,12 @@ def write_card(
     """Write README.md.
 
     Args:
-        folder: Of the export.
-        kind: What it holds, see `bundle.export`.
-        result: Of the run.
-        config: Of the run, with the model that it began from.
-        asking: How to ask it; empty where there is nothing to ask.
-        licence: Of the weights; None: that of the model that the run began from.
+        folder: Folder of the export.
+        kind: Kind of the export, see `bundle.export`.
+        result: Result of the run.
+        config: Configuration of the run, with its base model.
+        asking: The conversation and class names, see `bundle.how_to_ask`; empty for an adapter or a bank.
+        licence: Licence of the weights; None: that of the run's base model.
     """
     path = config.model.path
     base = None if path is None or Path(path).expanduser().is_dir() else path  # an id of the hub
@@ -88,6 +86,7 @@ def write_card(
         for split, summary in result.final.items()
         if split != "val"
     ]
+    # YAML header that the hub reads
     facts = ModelCardData(
         license=licence,
         library_name="peft" if kind == "adapter" else "transformers",
@@ -99,6 +98,7 @@ def write_card(
     )
     code = CODE.substitute(resized=RESIZED[config.model.resize])
     how = HOW[kind].format(code=code, words=WORDS if "words" in asking else "") if kind == "model" else HOW[kind]
+    # text for readers
     text = CARD.substitute(
         facts=facts.to_yaml(),
         title=f"{result.method} on {result.data}",
@@ -177,25 +177,26 @@ def _numbers(result: Result) -> str:
     return "\n".join(rows)
 
 
-# An exported folder on the Hugging Face hub. Nothing is sent without being asked twice.
+# Upload to the Hugging Face hub. Nothing is sent without --yes.
 
 
 def check_name(name: str) -> None:
-    """
+    """Check the id of a model on the hub.
+
     Raises:
-        UserError: The name is no id of the hub.
+        UserError: The name is not an id of the hub.
     """
     if name.count("/") != 1 or not all(name.split("/")):
         raise UserError(f"--push {name}: give the id of a model on the hub, owner/name")
 
 
 def check_card(folder: Path, run: Path) -> None:
-    """Whether a folder holds what was exported from a run.
+    """Check that a folder holds an export of a run.
 
     Raises:
         UserError: It holds something else.
     """
-    from common.predict.trained import Trained  # torch
+    from common.predict.trained import Trained  # here, because it imports torch
     from common.run.result import Result
 
     signature = Result.load(Trained.of(run).records).signature
@@ -204,7 +205,7 @@ def check_card(folder: Path, run: Path) -> None:
 
 
 def plan(folder: Path, name: str) -> str:
-    """What would be sent, a line per file, for a dry run.
+    """Return what would be sent, a line per file, for a dry run.
 
     Raises:
         UserError: A link leads out of the folder.
@@ -217,7 +218,7 @@ def plan(folder: Path, name: str) -> str:
 
 
 def push(folder: Path, name: str, private: bool) -> str:
-    """Send a folder; the account is the one of `hf auth login`. Returns the commit's address.
+    """Send a folder with the account of `hf auth login`; return the commit's address.
 
     Raises:
         UserError: The hub cannot be reached or refuses.
@@ -229,6 +230,7 @@ def push(folder: Path, name: str, private: bool) -> str:
     try:
         api = HfApi()
         api.create_repo(name, private=private, exist_ok=True)
+        # an existing repository keeps its visibility, whatever `private` says
         if private and not api.repo_info(name).private:
             raise UserError(f"--push {name}: it is there already and public; give another name, or --public")
         return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message="Exported"))

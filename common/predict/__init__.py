@@ -1,1 +1,1 @@
-"""A trained model at work: new pictures in, names with probabilities and reasons out."""
+"""Inference with a trained model: class names, probabilities and reasoning for new images."""

@@ -3,7 +3,7 @@
 python -m common.predict outputs/<run> photo.jpg
 python -m common.predict outputs/<run> photos/ 'more/*.png' list.csv --format csv --output answers.csv
 python -m common.predict outputs/<run> photos/ --format html --output answers.html
-python -m common.predict outputs/<run> photos/ --risk 0.05        says nothing where it would be wrong too often
+python -m common.predict outputs/<run> photos/ --risk 0.05        abstains if it would be wrong too often
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ COLUMNS = ("image", "label", "confidence", "abstained", "top", "candidates", "re
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code: 0, 1 if a picture could not be used, 2 for a mistake in the request."""
+    """Run the command line; return 0, 1 if a picture cannot be used, or 2 after a user's error."""
     parser = argparse.ArgumentParser(
         prog=program("predict"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def classify(chosen: argparse.Namespace) -> tuple[list[Answer], dict[str, Path], About]:
-    """The answers to all pictures of the request, these by name, and what a reader must know of the run."""
+    """Return the answers to all pictures, their paths by name, and facts about the run."""
     from common.predict.photos import find, names_of
 
     pictures = {name: path for what in chosen.pictures for name, path in find(what).items()}
@@ -78,7 +78,7 @@ def classify(chosen: argparse.Namespace) -> tuple[list[Answer], dict[str, Path],
     with doing(f"loading {chosen.run}"):
         with process.garbage_collector_paused():
             from common.predict.cards import about
-            from common.predict.classifier import Classifier  # torch, some seconds
+            from common.predict.classifier import Classifier  # imports torch, which takes seconds
 
         classifier = Classifier.load(
             chosen.run,
@@ -97,7 +97,7 @@ def classify(chosen: argparse.Namespace) -> tuple[list[Answer], dict[str, Path],
 
 
 def write_table(answers: Sequence[Answer], file: TextIO) -> None:
-    """For people."""
+    """Write a table for people."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -113,13 +113,13 @@ def write_table(answers: Sequence[Answer], file: TextIO) -> None:
 
 
 def write_lines(answers: Sequence[Answer], file: TextIO) -> None:
-    """One JSON object per line."""
+    """Write one JSON object per line."""
     for answer in answers:
         file.write(json.dumps(vars(answer), ensure_ascii=False) + "\n")
 
 
 def write_csv(answers: Sequence[Answer], file: TextIO) -> None:
-    """For spreadsheets."""
+    """Write CSV for spreadsheets."""
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(COLUMNS)
     for answer in answers:

@@ -1,4 +1,4 @@
-"""Answers as HTML: what is known of the model, and every picture beside its name, probabilities and reasoning."""
+"""Render answers as HTML: facts about the model, and every image beside its name, probabilities and reasoning."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from common.run.result import Result
 if TYPE_CHECKING:
     from common.predict.classifier import Answer, Classifier
 
-SIDE = 160  # of a thumbnail in pixels
-FEW = 12  # class names that are shown without being asked for
+SIDE = 160  # longest side of a thumbnail in pixels
+FEW = 12  # most class names that are shown without unfolding
 STYLE = """
 .about { margin: 0 0 1.2rem; }
 .about dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .2rem 1rem; margin: .6rem 0; }
@@ -130,10 +130,10 @@ PAGE = TEMPLATES.from_string("""<!doctype html>
 
 @dataclass(frozen=True)
 class About:
-    """What a reader must know of the model to judge its answers.
+    """Facts about a model that help to judge its answers.
 
-    run: name of its folder. title: method, data, model, shots, seed. classes: that it chooses among. measured: how
-    often it is right. abstains: from which confidence on it answers.
+    run: name of its folder. title: method, data, model, shots, seed. classes: names that it chooses among. measured:
+    its accuracy. abstains: the confidence from which on it answers.
     """
 
     run: str
@@ -146,20 +146,21 @@ class About:
     def of(
         cls, folder: Path, records: Path, classes: Sequence[str], risk: float | None, threshold: float | None
     ) -> About:
-        """Of a finished run.
+        """Describe a finished run.
 
         Args:
-            folder: As it was given.
-            records: With its metrics.json.
-            classes: Names that it chooses among here.
-            risk: Share of wrong answers that is accepted; None: it always answers.
-            threshold: Of the confidence, chosen for that risk.
+            folder: Folder as it was given.
+            records: Folder with metrics.json.
+            classes: Names that the model chooses among here.
+            risk: Accepted share of wrong answers; None: it always answers.
+            threshold: Threshold of the confidence, chosen for that risk.
         """
         result = Result.load(records)
         title = (
             f"{result.method} · {result.data} · {result.model} · {counted(result.shots, 'shot')} · seed {result.seed}"
         )
         summaries = result.after or result.before
+        # a test split if there is one; val only if it is the only split
         split, summary = next((name, one) for name, one in summaries.items() if name != "val" or len(summaries) == 1)
         low, high = (f"{100 * bound:.1f}" for bound in summary.ci95)
         measured = f"{100 * summary.accuracy:.1f} % right on {counted(summary.n, f'{split} image')} of its own data"
@@ -175,29 +176,29 @@ class About:
 
 
 def about(classifier: Classifier, risk: float | None) -> About:
-    """Of a loaded model. `risk`: for which its threshold was chosen."""
+    """Describe a loaded model. `risk`: the risk for which its threshold was chosen."""
     run = classifier.run
     return About.of(run.folder, run.records, classifier.names, risk, classifier.threshold)
 
 
 def render(answers: Sequence[Answer], pictures: Mapping[str, bytes | Path]) -> str:
-    """A card per answer. `pictures`: by the names of the answers. What they say is escaped."""
+    """Render a card per answer. `pictures`: images by the names of the answers. All texts are escaped."""
     shown = [(answer, _thumbnail(answer, pictures[answer.image]), _kind(answer)) for answer in answers]
     return CARDS.render(answers=shown, kinds=KINDS)
 
 
 def head(about: About, counts: str = "", photos: str = "") -> str:
-    """What stands above the cards. `counts`: of pictures. `photos`: what becomes of them; empty: not said."""
+    """Render the head above the cards. `counts`: numbers of pictures. `photos`: what happens to uploads, or empty."""
     return ABOUT.render(about=about, is_long=len(about.classes) > FEW, counts=counts, photos=photos)
 
 
 def page(answers: Sequence[Answer], pictures: Mapping[str, bytes | Path], about: About) -> str:
-    """A file of its own, which loads nothing."""
+    """Render a self-contained page, which loads no other files."""
     kinds = Counter(map(_kind, answers))
     counts = f"{len(answers):,}: " + ", ".join(f"{kinds[kind]:,} {name}" for kind, name in KINDS.items() if kinds[kind])
     return PAGE.render(
         about=about,
-        head=Markup(head(about, counts)),  # escaped by their templates
+        head=Markup(head(about, counts)),  # escaped by its template
         cards=Markup(render(answers, pictures)),
         kinds={kind: name for kind, name in KINDS.items() if kinds[kind]},
         labels=sorted({answer.label for answer in answers if answer.label}),
@@ -208,7 +209,7 @@ def page(answers: Sequence[Answer], pictures: Mapping[str, bytes | Path], about:
 
 
 def _kind(answer: Answer) -> str:
-    """One of KINDS."""
+    """Return the kind of an answer, one of KINDS."""
     if answer.trouble:
         return "broken"
     if answer.abstained:
@@ -217,7 +218,7 @@ def _kind(answer: Answer) -> str:
 
 
 def _thumbnail(answer: Answer, picture: bytes | Path) -> str:
-    """A small copy as a data address; empty for what could not be answered."""
+    """Return a thumbnail as a data URI; empty for a picture that cannot be used."""
     if answer.trouble:
         return ""
     small, file = decode(picture), BytesIO()

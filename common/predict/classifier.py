@@ -1,4 +1,4 @@
-"""`Classifier.load(run)(pictures)`: what a finished run would answer about pictures that it has never seen."""
+"""Classify new images with a finished run: `Classifier.load(run)(pictures)`."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from common.runtime.group import init_process_group
 from common.runtime.progress import say
 from common.types import Answers, Item, Reply, Task, UserError
 
-TOP = 5
-UNKNOWN = -1  # label of a picture that nobody has named
+TOP = 5  # names with their probabilities in an answer
+UNKNOWN = -1  # label of a picture without a true class
 
 
 @dataclass(frozen=True)
 class Answer:
-    """About one picture.
+    """The answer to one picture.
 
-    label: the name that was answered; None: the reply names no class (where the question lists them), the model
-    abstains, or the picture is broken. confidence: probability of that name. top: at most five names with theirs.
-    reasoning: in the reply, before the answer. candidates: names that a draft had chosen. abstained: below the
-    threshold, or no class. trouble: why the picture cannot be used.
+    label: the answered class name; None: the reply names no class (where the prompt lists them), the model abstains, or
+    the picture is broken. confidence: probability of that name. top: at most five names with their probabilities.
+    reasoning: text before the answer in the reply. candidates: names proposed by a draft. abstained: the confidence is
+    below the threshold, or there is none. trouble: why the picture cannot be used.
     """
 
     image: str
@@ -54,7 +54,7 @@ class Answer:
 
 
 class Classifier:
-    """A finished run's model, ready to be asked. Nothing is written into the run's folder."""
+    """The model of a finished run, ready for inference. Nothing is written into the run's folder."""
 
     def __init__(
         self,
@@ -64,13 +64,13 @@ class Classifier:
         threshold: float | None = None,
         began_from: str | None = None,
     ) -> None:
-        """See `load`.
+        """Create a classifier; use `load`.
 
         Args:
-            config: With which the model is asked.
-            run: Where it lies.
-            names: Of the classes, if not its own.
-            threshold: Of the confidence, below which it abstains.
+            config: Configuration for inference.
+            run: The trained run.
+            names: Class names, if not those of the run.
+            threshold: Confidence below which it abstains.
             began_from: Hash of the weights, if they are not the run's own.
         """
         self.config, self.run, self.threshold = config, run, threshold
@@ -91,20 +91,20 @@ class Classifier:
         trust_code: bool = False,
         data: str | Path | None = None,
     ) -> Classifier:
-        """Take over what a run has trained.
+        """Load the model of a finished run.
 
         Args:
-            run: Folder of a finished run, or what `python -m common.export` made of it.
+            run: Folder of a finished run, or of an export by `python -m common.export`.
             names: Other class names than the run's own, for methods that only read them.
             risk: Abstain where more than this share of the answers would be wrong, measured on the run's validation
                 images; None: never.
-            lists_names: False: the question lists no names, and the answer may be any word, for methods of CLS-RL.
-            trust_code: The folder's configuration may name code of other packages than this project's, which is run.
-            data: Folder in which the run's dataset lies now, for methods that look at its images again.
+            lists_names: False: the prompt lists no names, and the answer may be any word, for methods of CLS-RL.
+            trust_code: Allow the folder's configuration to name code of other packages than this project; it is run.
+            data: Folder in which the run's dataset lies now, for methods that need its images again.
 
         Raises:
-            UserError: The run is not finished, is of another version, names foreign code, or its method cannot do what
-                is asked.
+            UserError: The run is not finished, is of another version, names foreign code, or its method does not
+                support an argument.
         """
         trained = Trained.of(Path(run).expanduser(), trust_code, None if data is None else Path(data))
         result = Result.load(trained.records)
@@ -115,13 +115,14 @@ class Classifier:
         config = learner_class(config).restored(config, trained.model, partial(config_of, trained, began=True))
         if not lists_names:
             config = without_list(config)
+        # the method trained no weights of its own, so the base weights must still be the same
         if config.model.path != str(trained.model):
             return cls(config, trained, names, threshold, began_from=result.weights["sha256"])
         return cls(config, trained, names, threshold)
 
     @property
     def background(self) -> str:
-        """The colour behind transparent parts of pictures."""
+        """The colour behind transparent parts of images."""
         return self.config.data.background
 
     @property
@@ -130,11 +131,11 @@ class Classifier:
         return self.data.task.evaluation[SPLIT].choices
 
     def __call__(self, pictures: Mapping[str, Picture] | Iterable[Picture] | Picture) -> list[Answer]:
-        """Classify pictures, or one; a broken one has an answer that says so.
+        """Classify pictures, or one; the answer to a broken one says what is wrong.
 
         Args:
-            pictures: Files, bytes or PIL images; a mapping gives the names that answers carry, otherwise these are the
-                files' own, or #0, #1, …
+            pictures: Files, bytes or PIL images; the keys of a mapping become the names in the answers, otherwise these
+                are the file names, or #0, #1, …
         """
         if isinstance(pictures, str | Path | bytes | Image.Image):
             pictures = [pictures]
@@ -151,7 +152,7 @@ class Classifier:
         return [Answer(key, trouble=broken[key]) if key in broken else answers[key] for key in given]
 
     def quieten(self) -> None:
-        """For commands: no progress bars and notices of libraries; few-shot learners need not import them."""
+        """Turn off progress bars and notices of libraries, for commands; only if a language model is used."""
         if self.config.model.family != NO_FAMILY:
             quiet_libraries()
 
@@ -162,13 +163,13 @@ class Classifier:
         self.workplace.cleanup()
 
     def _answers(self, keys: Sequence[str]) -> dict[str, Answer]:
-        splits = self.data.task.evaluation  # learners that are fitted anew choose by the validation images
+        splits = self.data.task.evaluation  # kept: learners that are fitted again select on the validation images
         new = replace(splits[SPLIT], items=tuple(Item(key, UNKNOWN, "") for key in keys))
         task = replace(self.data.task, evaluation={**splits, SPLIT: new}, images=self.photos)
         return {answer.image: answer for answer in self._read(self._ready(task).predict(SPLIT))}
 
     def _ready(self, task: Task) -> Learner:
-        """The learner with the pictures of a task; it is built for the first ones."""
+        """Return the learner with the images of a task; it is built at the first call."""
         if self.learner is not None:
             self.learner.set_task(task)
             return self.learner
@@ -184,7 +185,7 @@ class Classifier:
             raise UserError(f"{self.run.folder} was made with other weights than {path} holds now; make it anew")
         if self.run.model.is_dir():
             learner.load(self.run.model)
-        self.learner = learner  # at last: what was refused is not asked
+        self.learner = learner  # last: a learner that was refused above must not be used
         return learner
 
     def _read(self, answers: Answers) -> Iterable[Answer]:
@@ -211,7 +212,7 @@ class Classifier:
             )
 
     def _spelt(self, answer: str) -> str | None:
-        """As the class is written; without a list of names any other answer stays as it was given."""
+        """Return the class name as it is written; without a list of names any other answer is returned as it is."""
         known = {parsing.normalize(name): name for name in self.names}
         any_word = self.config.method.get("list_share") == 0
         return known.get(parsing.normalize(answer), (answer or None) if any_word else None)

@@ -1,4 +1,4 @@
-"""The pictures to classify, found and opened; and which answers to give at a stated risk."""
+"""Find and open the pictures to classify; choose the confidence threshold for a given risk."""
 
 from __future__ import annotations
 
@@ -19,21 +19,19 @@ from common.report.html import transcripts
 from common.runtime.progress import say
 from common.types import BadImage, Images, UserError
 
-# The pictures to classify: found in folders, by patterns or in lists, and opened by the keys of their answers.
-
-
+# Pictures to classify: found by folder, pattern or list, and opened by the keys of their answers.
 Picture = str | Path | bytes | Image.Image
 
 
 def find(what: str) -> dict[str, Path]:
-    """The files that a folder, a pattern, a list or a single name stands for, by the names that their answers carry.
+    """Return the files that a folder, a pattern, a list or a single name stands for, by the names for their answers.
 
     Args:
         what: A picture; a folder, with all pictures below it; a pattern such as `photos/*.jpg`; or a table with a
             column of paths, relative to its own folder (see common/data/table.py).
 
     Raises:
-        UserError: There is nothing.
+        UserError: No picture was found.
     """
     if URL.match(what):
         raise UserError(f"{what} is a URL, and URLs are not read; download the picture, and give its path")
@@ -42,7 +40,7 @@ def find(what: str) -> dict[str, Path]:
         names = sorted(each.relative_to(path).as_posix() for each in path.rglob("*") if each.is_file())
         kept = [
             name for name in names if not any(map(litter_reason, name.split("/")))
-        ]  # as a dataset's reader passes over
+        ]  # skip what readers of datasets pass over
         found = {name: path / name for name in pictures(kept)}
     elif path.suffix.lower() in SUFFIXES and path.is_file():
         listed = Listed("pictures", path.parent, path.parent)
@@ -63,20 +61,20 @@ def find(what: str) -> dict[str, Path]:
 
 
 def _as_written_or_decoded(path: Path) -> Path:
-    """A path, or if only that exists, what it says with its percent signs read as a browser writes them."""
+    """Return a path, or if it does not exist, the path with percent-encoding decoded, if that exists."""
     decoded = Path(unquote(str(path)))
     return decoded if not path.exists() and decoded.exists() else path
 
 
 class Listed(Location):
-    """A table of pictures to classify: its errors name no dataset."""
+    """Location for a table of pictures to classify: its errors name no dataset."""
 
     def error(self, what: str) -> UserError:
         return UserError(what)
 
 
 def names_of(text: str | None) -> list[str] | None:
-    """Class names as the command line has them.
+    """Parse class names from the command line.
 
     >>> names_of("cat, great tit,"), names_of(None)
     (['cat', 'great tit'], None)
@@ -85,19 +83,19 @@ def names_of(text: str | None) -> list[str] | None:
 
 
 class Photos:
-    """New pictures, and behind them those of the run's dataset (see `Images`)."""
+    """New pictures, and for other keys the images of the run's dataset (see `Images`)."""
 
     def __init__(self, others: Images | None = None, background: str = WHITE) -> None:
         """
         Args:
-            others: Pictures of other keys; None: there are none.
-            background: Colour behind what is transparent.
+            others: Images for other keys; None: there are none.
+            background: Colour behind transparent parts.
         """
         self.others, self.background = others, background
         self.pictures: dict[str, Picture] = {}
 
     def show(self, pictures: Mapping[str, Picture]) -> None:
-        """Take these, in place of those before."""
+        """Replace the pictures by these."""
         self.pictures = dict(pictures)
 
     def open(self, image: str) -> Image.Image:
@@ -139,18 +137,18 @@ class Photos:
         return self.others
 
 
-# When to say nothing: the confidence below which too many answers of the validation images were wrong.
+# Abstention: the confidence below which too many answers to the validation images were wrong.
 
 
 def threshold_of(run: Path, risk: float) -> float:
-    """The threshold of a finished run.
+    """Choose the threshold of a finished run.
 
     Args:
-        run: Its folder.
-        risk: Share of wrong answers that is accepted among those that are given.
+        run: Folder of the run.
+        risk: Accepted share of wrong answers among those that are given.
 
     Raises:
-        UserError: It has no validation images, or their answers have no probabilities.
+        UserError: The run has no validation images, or their answers have no probabilities.
     """
     if not 0 <= risk < 1:
         raise UserError(f"risk={risk} must be a share from 0 to below 1, such as 0.05")
@@ -160,14 +158,16 @@ def threshold_of(run: Path, risk: float) -> float:
             f"risk={risk}: {run} has no validation images with probabilities to choose a threshold by; train with"
             " validation=held_out (or few) and label_scoring=true"
         )
-    said = [row for row in rows if row.sureness]  # what is no class name is never given as an answer
+    said = [row for row in rows if row.sureness]  # an answer that is not a class name is never given
     return choose([row.sureness or 0.0 for row in said], [bool(row.after) for row in said], risk)
 
 
 def choose(confidences: Sequence[float], right: Sequence[bool], risk: float) -> float:
-    """The lowest confidence from which on at most `risk` of the answers are wrong; infinity if there is none.
+    """Return the lowest confidence from which on at most `risk` of the answers are wrong; infinity if there is none.
 
-    Equal confidences stand or fall together. Geifman and El-Yaniv 2017 (arXiv 1705.08500), without their bound.
+    Answers of equal confidence are accepted together. Geifman and El-Yaniv 2017 (arXiv 1705.08500), without their
+    bound.
+
 
     >>> choose([0.9, 0.8, 0.7, 0.6], [True, True, False, True], 0.25)
     0.6

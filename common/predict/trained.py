@@ -1,4 +1,4 @@
-"""What a finished run has left: its weights, and the records that say how it asked."""
+"""Read what inference needs from a finished run: weights, configuration and task."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from common.predict.photos import Photos
 from common.types import Split, Task, UserError
 from common.vlm import check
 
-SPLIT = "test"  # what the new pictures are called inside
-RECORDS = "run"  # of an exported model: configuration, manifest and result of its run
+SPLIT = "test"  # name of the split that holds the new pictures
+RECORDS = "run"  # folder in an export with configuration, manifest and result of its run
 
 
 @dataclass(frozen=True)
 class Trained:
-    """folder: as it was given. records: with config.yaml, manifest.json, metrics.json. model: with the weights.
+    """A trained run. folder: as given. records: holds config.yaml, manifest.json, metrics.json. model: holds weights.
 
     trust_code: the configuration may name code of any package. data: where the dataset lies now, if it was moved.
     """
@@ -45,28 +45,28 @@ class Trained:
 
     @classmethod
     def of(cls, folder: Path, trust_code: bool = False, data: Path | None = None) -> Trained:
-        """Of a run's folder, or of a model that was exported from one."""
+        """Return the run in a folder, or the model that was exported from one."""
         if (folder / RECORDS / "config.yaml").is_file():
             return cls(folder, folder / RECORDS, folder, trust_code, data)
         return cls(folder, folder, folder / "model", trust_code, data)
 
     @property
     def has_weights(self) -> bool:
-        """Whether there is a language model, or adapters of one."""
+        """Whether the folder has a language model, or adapters of one."""
         return (self.model / "config.json").is_file() or (self.model / ADAPTERS[0]).is_file()
 
     @property
     def embeddings(self) -> Path:
-        """Where a method's embeddings lie, if it has trained some."""
+        """Folder of a method's embeddings, if it has trained some."""
         return self.model / "embeddings"
 
 
 def config_of(run: Trained, began: bool = False) -> Config:
-    """The configuration with which a run's model is asked: its own, with what it has trained, and no training.
+    """Return the configuration for inference: the run's own, with its trained weights and without training.
 
     Args:
         run: The finished run.
-        began: With the weights that it began from.
+        began: Use the weights that training started from instead.
 
     Raises:
         UserError: This version cannot read it, or it names foreign code (common/config/trust.py).
@@ -76,14 +76,15 @@ def config_of(run: Trained, began: bool = False) -> Config:
     values.pop("signature", None)
     values |= {"rewards": {}, "evaluate": "last", "doctor": False, "trainer": {"name": "none"}}
     other = f"{file} is of another version ({{}}); train it again with this one"
+    # values for this machine and for inference
     try:
         values["gpus"] = 1 if values["gpus"] and torch.cuda.is_available() else 0  # this process alone
         values["tracking"] = {**values["tracking"], "mode": "disabled", "tracker": TrackingConfig.tracker}
-        values["data"] = {**values["data"], "cache_gb": 0.0}  # new pictures are not kept
-        values["model"] = {**values["model"], "max_prompt_tokens": None}  # without the truth, all names are listed
+        values["data"] = {**values["data"], "cache_gb": 0.0}  # new pictures are not cached
+        values["model"] = {**values["model"], "max_prompt_tokens": None}  # a subset of names would need the true one
         if values["rollout"]["options"].get("prompt_tokens"):
             values["rollout"]["options"]["prompt_tokens"] = None
-        if run.records != run.folder or not Path(values["cache_dir"]).is_dir():  # of another machine
+        if run.records != run.folder or not Path(values["cache_dir"]).is_dir():  # the run is from another machine
             values["cache_dir"] = os.environ.get("FEWSHOT_CACHE", "cache")
         if run.data is not None:
             values["data"] |= _moved(values["data"], run.data)
@@ -101,10 +102,10 @@ def config_of(run: Trained, began: bool = False) -> Config:
 
 
 def _moved(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The values of a dataset that lies elsewhere now.
+    """Return the values of a dataset that lies elsewhere now.
 
     Raises:
-        UserError: Nothing is there.
+        UserError: The folder does not exist.
     """
     folder = folder.expanduser().absolute()
     if not folder.exists():
@@ -115,7 +116,7 @@ def _moved(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def without_list(config: Config) -> Config:
-    """The same, asking without a list of names.
+    """Return the configuration for prompts without a list of names.
 
     Raises:
         UserError: The method always lists some.
@@ -126,7 +127,7 @@ def without_list(config: Config) -> Config:
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Names that somebody gave can be answers, and there is one at least.
+    """Check given class names: each can be an answer, and there is at least one.
 
     Raises:
         UserError: Names the first that cannot.
@@ -138,28 +139,28 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def data_of(run: Trained, config: Config, names: Sequence[str] | None = None) -> TaskData:
-    """The task of a run, whose one test split has no pictures yet: from its manifest, where its learner needs no others
-    to answer.
+    """Return the task of a run with one empty test split; read from its manifest, unless its learner needs the images.
 
     Args:
         run: The finished run.
-        config: Its configuration.
-        names: Other class names; None: its own.
+        config: Configuration of the run.
+        names: Other class names; None: the run's own.
 
     Raises:
-        UserError: The learner cannot be asked about others, or one of them can be no answer.
+        UserError: The learner does not support other names, or one of them cannot be an answer.
     """
     if names is not None and config.learner.needs_shots:
         raise UserError(
             f"names: the categories of method={config.method['name']} are those that it was trained on:"
             " other names need a method that only reads them, such as clsrl"
         )
+    # learners that are fitted again need the run's images
     if not learner_class(config).answers_alone(config, run.model):
         data = _read_again(run, config)
         splits = data.task.evaluation
         first = next(split for name, split in splits.items() if name != "val")
         kept = {name: split for name, split in splits.items() if name == "val"}
-        if config.selection == "paper":  # a few-shot learner chooses by its own test images again, not by the new ones
+        if config.selection == "paper":  # select on the run's own test images again, not on the new pictures
             kept |= {"chosen by": first}
         return replace(data, task=replace(data.task, evaluation={**kept, SPLIT: replace(first, items=())}))
     if names is not None:
@@ -176,10 +177,10 @@ def data_of(run: Trained, config: Config, names: Sequence[str] | None = None) ->
 
 
 def _read_again(run: Trained, config: Config) -> TaskData:
-    """The task of a run with its images, read anew.
+    """Read the task of a run again, with its images.
 
     Raises:
-        UserError: They are not where they were, or those that the method is fitted by are others now.
+        UserError: The images are not where they were, or those that the method is fitted on have changed.
     """
     frozen = _manifest(run)
     try:
@@ -192,6 +193,7 @@ def _read_again(run: Trained, config: Config) -> TaskData:
             " now, say where with --data <folder> (in Python data=...)"
         ) from error
     first = next(name for name in data.task.evaluation if name != "val")
+    # only the splits that the learner is fitted on or selected by matter
     for split in ("train", "val", *([first] if config.selection == "paper" else [])):
         before, now = (each["splits"].get(split, {"rows": [], "names": []}) for each in (frozen, data.manifest))
         old, new = ([tuple(row[:2]) for row in each["rows"]] for each in (before, now))
@@ -211,10 +213,10 @@ def _read_again(run: Trained, config: Config) -> TaskData:
 
 
 def _check_pictures(run: Trained, data: TaskData) -> None:
-    """What is fitted anew has to see the pictures that the run saw.
+    """Check that images that a method is fitted on again have not changed since the run.
 
     Raises:
-        UserError: Some that it was trained on, or chosen by, hold something else now.
+        UserError: The content of a training or validation image has changed.
     """
     frozen = _manifest(run)
     task = data.task

@@ -1,11 +1,11 @@
-"""Look at finished runs. Everything is read from their folders; nothing is computed anew.
+"""Compare, draw and check finished runs. Everything is read from their folders; nothing is computed again.
 
-python -m common.report compare outputs/*              runs side by side, seeds together
+python -m common.report compare outputs/*              runs side by side, seeds grouped
 python -m common.report paper outputs/alert_table1     a table or figure of a paper, from the runs of its sweep
 python -m common.report html outputs/<run>             report.html: results, curves, every reply; of a sweep or runs too
-python -m common.report figures outputs/<run>          its pictures for print: PNG, SVG, PDF
+python -m common.report figures outputs/<run>          figures for print: PNG, SVG, PDF
 python -m common.report dashboard <entity>             a saved view of the project on W&B
-python -m common.report audit outputs/<run>            what would replies earn that game the run's rewards?
+python -m common.report audit outputs/<run>            rewards of replies that try to game the run's reward functions
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from common.types import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code: 0, 1 if a folder holds no finished run."""
+    """Run the command line; return 0, 1 if something is unfinished or at fault, or 2 after a user's error."""
     parser = argparse.ArgumentParser(
         prog=program("report"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -71,7 +71,7 @@ def _compare(chosen: argparse.Namespace) -> int:
 
 
 def _paper(chosen: argparse.Namespace) -> int:
-    from common.report import publish  # draws
+    from common.report import publish  # here, because it imports matplotlib
 
     found = publish.write_page(publish.find_sweep(chosen.sweep), shown=True)
     return 1 if found.unfinished else 0
@@ -79,7 +79,7 @@ def _paper(chosen: argparse.Namespace) -> int:
 
 def _html(chosen: argparse.Namespace) -> int:
     from common.report import publish
-    from common.report.html import run_page, sweep_page  # draws
+    from common.report.html import run_page, sweep_page  # here, because they import matplotlib
 
     first, *others = chosen.folders
     runs = folders.find_runs(chosen.folders)
@@ -111,7 +111,7 @@ def _dashboard(chosen: argparse.Namespace) -> int:
 
 
 def _audit(chosen: argparse.Namespace) -> int:
-    from common.report.audit import audit  # the rewards' packages
+    from common.report.audit import audit  # here, because it imports the packages of the rewards
 
     table, cheats = audit(chosen.run, chosen.trust_code)
     show_table(table)

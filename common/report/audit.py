@@ -1,7 +1,7 @@
-"""`python -m common.report audit <run>`: what would a reply earn that games the run's own rewards?
+"""`python -m common.report audit <run>`: compute the rewards of replies that try to game the run's reward functions.
 
-The rewards and the class names are the run's. A reward that reaches outside, such as a judge, is not asked: its column
-says so, and the texts that would flatter one are in the list for the others' sake.
+Rewards and class names are those of the run. Stateful rewards, such as a judge, are not called: their column says so.
+Texts that flatter a judge are tried on the other rewards nevertheless.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LONG = 100_000  # characters
 
 @dataclass(frozen=True)
 class Attack:
-    """A reply. cheats: it must not earn what the right name earns."""
+    """A reply to try. cheats: it must not earn as much as a right answer."""
 
     name: str
     text: str
@@ -31,10 +31,10 @@ class Attack:
 
 
 def attacks(label: str, others: Sequence[str]) -> list[Attack]:
-    """Replies to an image of the class `label`, tagged and bare. The first two are the honest right ones.
+    """Return replies to an image of the class `label`, tagged and bare. The first two are right and honest.
 
     Args:
-        label: The truth.
+        label: Name of the true class.
         others: Names of other classes, at least one.
     """
     wrong, every = others[0], ", ".join([*others, label])
@@ -64,16 +64,17 @@ def attacks(label: str, others: Sequence[str]) -> list[Attack]:
 
 def _look_alike(label: str) -> str:
     changed = label.translate(LOOK_ALIKES)
+    # a label without such letters gets an invisible space instead
     return changed if changed != label else f"{label}\u200b"
 
 
 def audit(run: Path, trust_code: bool = False) -> tuple[Table, list[str]]:
-    """What every attack would earn, and the names of those that cheat and earn as much as an honest right reply.
+    """Return the rewards of every attack, and the names of cheating ones that earn as much as an honest right reply.
 
-    `trust_code`: its rewards may be of other packages than this project's; they are run.
+    `trust_code`: allow rewards from other packages than this project; their code is run.
 
     Raises:
-        UserError: The folder is no run's, it learnt from no rewards, or they are foreign code.
+        UserError: The folder is not a run's, it was trained without rewards, or they are foreign code.
     """
     values, names = _read(run)
     trust.check({"rewards": values["rewards"]}, run / "config.yaml", trust_code)
@@ -81,9 +82,11 @@ def audit(run: Path, trust_code: bool = False) -> tuple[Table, list[str]]:
     tried = attacks(label, others)
     samples = [Sample(Prompt("audit", "", label, choices=tuple(names)), attack.text) for attack in tried]
     rewards = build_rewards(values["rewards"])
+    # a stateful reward may need a server or a model, so it is left out
     asked = {name: reward for name, reward in rewards.items() if not isinstance(reward.function, StatefulReward)}
     parts = {name: [float(value) for value in reward.function(samples)] for name, reward in asked.items()}
     totals = weighted(parts, {name: reward.weight for name, reward in asked.items()})
+    # methods expect either the tagged or the bare form, so the better of the two is the standard
     honest = max(totals[:2])
     cheats = [a.name for a, total in zip(tried, totals, strict=True) if a.cheats and honest and total >= honest]
     rows = [

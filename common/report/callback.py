@@ -1,4 +1,4 @@
-"""What Hydra calls around a multirun, so that it ends with its runs side by side."""
+"""Hydra callback that ends a multirun with a table of its runs."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from common.runtime.progress import say, turn_to
 class Comparison(Callback):
     """Prints the table of `python -m common.report compare` for the runs of a multirun, however they were launched.
 
-    When the process ends that started them, since Hydra calls nobody at the end of a sweep with a failed point. Jobs
-    may run in other processes or on other machines, with a copy of this object; so each leaves a note beside the runs.
+    It is printed when the launching process exits, since Hydra calls no callback at the end of a sweep with a failed
+    job. Jobs may run in other processes or on other machines, with a copy of this object, so each job writes a file
+    beside the runs.
     """
 
     def __init__(self) -> None:
         self.notes: Path | None = None
 
     def on_multirun_start(self, config: DictConfig, **options: Any) -> None:
-        """Have the table printed."""
+        """Register the printing of the table."""
         if rank() == 0 and "points" not in config.hydra.sweeper:  # the papers' sweeper has a page of its own
             self.notes = Path(config.hydra.sweep.dir).absolute() / f".multirun-{uuid.uuid4().hex[:8]}"
             atexit.register(self.show)
@@ -36,7 +37,7 @@ class Comparison(Callback):
         turn_to("multirun")
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **options: Any) -> None:
-        """Note where the job has written, and whether it failed."""
+        """Record the folder of the job, and whether it failed."""
         if self.notes is None or rank() != 0:
             return
         self.notes.mkdir(parents=True, exist_ok=True)
@@ -47,8 +48,8 @@ class Comparison(Callback):
         (self.notes / f"{int(config.hydra.job.num):06}.json").write_text(json.dumps(note), encoding="utf-8")
 
     def show(self) -> None:
-        """Print; a sweep of previews has nothing to compare."""
-        # here: Hydra makes this object for every command, also for those that only show the configuration
+        """Print the table, unless no run has finished, as in a sweep of previews."""
+        # imported here: Hydra creates this object for every command, also for those that only show the configuration
         from common.report import compare, folders
         from common.report.compare import show_table
 

@@ -1,4 +1,4 @@
-"""Tables of one's own runs, a row per group of seeds and split, with what is missing beside."""
+"""Compare runs in tables: a row per group of seeds and split, with notes on what is missing."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from common.report.folders import ASKED, Group, Run, configuration
 from common.report.statistics import compare_groups, interval, mean_std
 from common.types import UserError
 
-# Tables of several runs on a terminal.
+# Output on a terminal.
 
 
 def show_table(found: Table, title: str = "") -> None:
-    """Print for people."""
+    """Print a table and its notes."""
     console = Console(width=None if Console().is_terminal else 200)
     table = RichTable(title=title or None)
     for number, column in enumerate(found.columns):
@@ -31,9 +31,9 @@ def show_table(found: Table, title: str = "") -> None:
         console.print(Text(note))
 
 
-# A table of one's own runs: a row per group of seeds and split, with what is missing beside what is there.
+# The table itself.
 
-MACRO = "class mean"  # a column where a row has classes of unequal sizes
+MACRO = "class mean"  # this column is shown only if some row has classes of unequal sizes
 COLUMNS = (
     "run",
     "split",
@@ -53,7 +53,7 @@ FORMATS = ("rich", "markdown", "csv", "latex")
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as texts, and lines below them."""
+    """A table: cells as text, and notes below them."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -61,15 +61,15 @@ class Table:
 
 
 def build(groups: Sequence[Group], strangers: Sequence[Run] = (), against: str | None = None) -> Table:
-    """The comparison.
+    """Build the comparison.
 
     Args:
-        groups: In the order of the rows.
+        groups: Groups in the order of the rows.
         strangers: Folders that belong to no group.
         against: Part of the label of the group that the others are compared with, on the same images.
 
     Raises:
-        UserError: It names no group, or several.
+        UserError: No group has this label, or several.
     """
     base = None if against is None else _named(groups, against)
     rows = [row for group in groups for row in _rows(group, base)]
@@ -81,13 +81,13 @@ def build(groups: Sequence[Group], strangers: Sequence[Run] = (), against: str |
 
 
 def complete(groups: Sequence[Group], strangers: Sequence[Run] = ()) -> bool:
-    """Whether every folder holds a finished run, or what manifest=true wrote."""
+    """Tell whether every folder holds a finished run, or a preview by manifest=true."""
     whole = all(run.state == ASKED for run in strangers)
     return whole and all(run.result is not None for group in groups for run in group.runs)
 
 
 def render(table: Table, how: str) -> str:
-    """The table as Markdown, CSV or LaTeX (booktabs)."""
+    """Return the table as Markdown, CSV or LaTeX (booktabs)."""
     if how == "csv":
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([table.columns, *table.rows])
@@ -105,6 +105,7 @@ def render(table: Table, how: str) -> str:
 
 def _named(groups: Sequence[Group], part: str) -> Group:
     found = [group for group in groups if part in group.label]
+    # a method's name may be part of another's, so exact matches win
     exact = [group for group in found if part in (group.label, group.label.split(" · ")[0].split(" ")[0])]
     found = exact or found
     if len(found) != 1:
@@ -122,12 +123,14 @@ def _rows(group: Group, base: Group | None) -> list[tuple[str, ...]]:
         summaries = [result.final[split] for result in finished if split in result.final]
         accuracies = [summary.accuracy for summary in summaries]
         mean, std = mean_std(accuracies)
+        # columns beside the accuracy; a dash where no run has the value
         remarks = any(result.remarks for result in finished)
         trained = any(result.after for result in finished)
         macro = group.over_seeds(split, lambda summary: summary.accuracy_macro)
         before = group.over_seeds(split, lambda summary: summary.accuracy, "before") if trained else []
         official = group.over_seeds(split, lambda summary: summary.accuracy_official)
         seconds = [_seconds(result.train["seconds"]) for result in finished if "seconds" in result.train]
+        # over seeds and images; of one seed over its images only
         bounds = interval(accuracies, [(summary.ci95[0], summary.ci95[1]) for summary in summaries])
         assert bounds is not None, "accuracies are of images"
         row = (
@@ -148,7 +151,7 @@ def _rows(group: Group, base: Group | None) -> list[tuple[str, ...]]:
 
 
 def _seconds(phases: Mapping[str, float]) -> float:
-    """Of a run, without loading its model: the first of a sweep may have built it."""
+    """Return the seconds of a run without loading the model, which the first run of a sweep may have built."""
     return sum(seconds for phase, seconds in phases.items() if phase != "model")
 
 
@@ -162,12 +165,12 @@ def _against(group: Group, base: Group, split: str) -> tuple[str, ...]:
 
 
 def _seeds(group: Group) -> str:
-    """Seeds, those without a result in brackets."""
+    """Return the seeds of a group, those without a result in brackets."""
     return ", ".join(str(run.values["seed"]) if run.result else f"({run.values['seed']})" for run in group.runs)
 
 
 def _missing(groups: Sequence[Group]) -> list[str]:
-    """Seeds that other groups have."""
+    """Return notes on seeds that only other groups have."""
     everywhere = {seed for group in groups for seed in group.seeds}
     return [
         f"{group.label}: no run of seed {', '.join(str(seed) for seed in sorted(everywhere - set(group.seeds)))}"
@@ -177,7 +180,7 @@ def _missing(groups: Sequence[Group]) -> list[str]:
 
 
 def _repeated(groups: Sequence[Group]) -> list[str]:
-    """Seeds of one configuration that several folders hold."""
+    """Return notes on seeds of one configuration that several folders hold."""
     places: dict[tuple[str, int], list[str]] = {}
     for group in groups:
         for run in group.runs:

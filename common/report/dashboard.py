@@ -1,6 +1,6 @@
-"""A saved view of the W&B project: what a training and a comparison are looked at for. `make dashboard`.
+"""Save a view of the W&B project with panels for training and comparison: `make dashboard`.
 
-Needs the extra `dashboard`. W&B calls its package a public preview, so nothing else imports it.
+Needs the extra `dashboard`. W&B calls the package a public preview, so no other module imports it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 from common.run.tracking import resolve_mode
 from common.types import UserError
 
-# Names as common/run/tracking.py logs them. A section: its title, and of each panel its title and metrics; one that
+# Metrics as common/run/tracking.py names them. A section: its title, then title and metrics of each panel; a name that
 # ends with $ is a pattern.
 SECTIONS: dict[str, dict[str, list[str]]] = {
     "Accuracy": {"accuracy": [r"^eval/[^/]*/accuracy$"], "calibration error": [r"^eval/[^/]*/ece$"]},
@@ -34,11 +34,11 @@ SECTIONS: dict[str, dict[str, list[str]]] = {
     },
     "Time": {"seconds of an update": ["train/step_time"], "by phase": [r"^time/.*_s$"]},
 }
-COLUMNS = ("method.name", "data.name", "shots", "seed")  # of the list of runs
+COLUMNS = ("method.name", "data.name", "shots", "seed")  # pinned in the list of runs
 
 
 def workspace(entity: str, project: str, name: str = "few-shot training") -> Any:
-    """The view, not yet saved: lines over updates, runs of one group together, mean and range over seeds.
+    """Build the view without saving it: lines over updates, runs grouped, mean and range over seeds.
 
     Raises:
         UserError: The package is not installed.
@@ -52,7 +52,7 @@ def workspace(entity: str, project: str, name: str = "few-shot training") -> Any
             "the dashboard needs the package wandb-workspaces; install it with uv pip install wandb-workspaces"
         ) from error
 
-    panels: Any = reports  # says nothing of its types
+    panels: Any = reports  # the package has no type hints
 
     def line(title: str, metrics: list[str]) -> Any:
         pattern = metrics[0] if metrics[0].endswith("$") else None
@@ -66,6 +66,7 @@ def workspace(entity: str, project: str, name: str = "few-shot training") -> Any
             smoothing_type="none",
         )
 
+    # seconds are rarely of interest, so their section is folded
     sections = [
         spaces.Section(name=section, panels=[line(*panel) for panel in lines.items()], is_open=section != "Time")
         for section, lines in SECTIONS.items()

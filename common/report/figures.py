@@ -1,4 +1,4 @@
-"""The pictures of a run (learning curves, confusion matrices, calibration), and how all pictures look. No torch."""
+"""Draw the figures of a run (learning curves, confusion matrices, calibration); style of all figures. No torch."""
 
 from __future__ import annotations
 
@@ -26,28 +26,26 @@ from common.run.result import Result
 from common.run.run_folder import RunFolder, best_effort
 from common.types import Task
 
-# The pictures of a run: learning curves, confusion matrices, calibration. No torch.
-
-
+# Figures of one run.
 matplotlib.use("Agg")
 
 COLOURS = ("#2f6db3", "#d9822b", "#5a9e5a", "#9467bd")
 GREY = "#8a8a8a"
-LITERAL: Any = {"text.parse_math": False, "text.usetex": False}  # users' names: one with a $ in it is no formula
-literal_text = matplotlib.rc_context(LITERAL)  # decorates what draws them
-LEGIBLE = 40  # classes that a matrix can show with names and counts
-PAIRS = 25  # confusions shown of more classes
-WIDEST = 28  # characters of a name beside a picture
+LITERAL: Any = {"text.parse_math": False, "text.usetex": False}  # a $ in a user's class name is not a formula
+literal_text = matplotlib.rc_context(LITERAL)  # decorator for functions that draw names
+LEGIBLE = 40  # most classes of a matrix with names and counts
+PAIRS = 25  # number of confusions shown if there are more classes
+WIDEST = 28  # characters of a name beside a figure
 
 
 def of_run(folder: Path, result: Result, evaluation: Evaluation, task: Task) -> None:
-    """Draw curves.png and a confusion matrix of every test. A picture that fails costs a warning, never the result.
+    """Draw curves.png and a confusion matrix of every test. A figure that fails only logs a warning.
 
     Args:
         folder: Run folder.
-        result: Of the run.
-        evaluation: Its last one.
-        task: With the names of the classes.
+        result: Result of the run.
+        evaluation: Last evaluation of the run.
+        task: Task with the class names.
     """
     title = f"{result.method}, {result.data}, {result.setting}, {counted(result.shots, 'shot')}, seed {result.seed}"
     title += f"\n{result.model}, {result.protocol}, {', '.join(dict.fromkeys(result.origins.values()))}"
@@ -69,10 +67,10 @@ def of_run(folder: Path, result: Result, evaluation: Evaluation, task: Task) -> 
 
 @literal_text
 def save(figure: Figure, path: Path, title: str) -> None:
-    """With a title as PNG, and beside it as SVG."""
+    """Save a figure with a title as PNG and SVG."""
     figure.suptitle(drawable(title), fontsize=9)
     figure.set_dpi(130)
-    if (layout := figure.get_layout_engine()) is not None:  # found once, for both
+    if (layout := figure.get_layout_engine()) is not None:  # compute the layout once for both files
         layout.execute(figure)
         figure.set_layout_engine("none")
     figure.savefig(path)
@@ -82,7 +80,7 @@ def save(figure: Figure, path: Path, title: str) -> None:
 
 @literal_text
 def accuracies(summaries: Mapping[str, Summary]) -> Figure:
-    """What a run without training has instead of curves: the accuracy of every split with its 95 % interval."""
+    """Draw the accuracy of every split with its 95 % interval, for a run without training."""
     figure, axis = plt.subplots(figsize=(7, 1.6 + 0.4 * len(summaries)), layout="constrained")
     rows = list(summaries.values())
     shares = [100 * summary.accuracy for summary in rows]
@@ -99,12 +97,13 @@ def accuracies(summaries: Mapping[str, Summary]) -> Figure:
 
 @literal_text
 def curves(metrics: Sequence[dict[str, Any]]) -> Figure:
-    """Reward (or loss) and completion length over updates, and every accuracy that was measured.
+    """Draw reward (or loss) and completion length over updates, and every measured accuracy.
 
-    What is fitted in one go has neither rewards nor losses: accuracies alone.
+    A learner that is fitted in one step has neither rewards nor losses: only accuracies are drawn.
 
     `metrics`: lines of metrics.jsonl.
     """
+    # left: rewards or loss
     rows = [row for row in metrics if "loss" in row]
     figure, axes = plt.subplots(
         1, 2 if rows else 1, figsize=(10 if rows else 5, 3.6), squeeze=False, layout="constrained"
@@ -112,12 +111,13 @@ def curves(metrics: Sequence[dict[str, Any]]) -> Figure:
     left, right = axes[0, 0], axes[0, -1]
     rewards = sorted({key for row in rows for key in row if key.startswith("rewards/") and key.endswith("/mean")})
     for name, colour in zip(rewards or ["loss"] * bool(rows), cycle(COLOURS), strict=False):
-        # later updates over the same rollout batch have no rewards of their own
+        # later updates on the same rollout batch have no rewards of their own
         steps, values = zip(*[(row["step"], row[name]) for row in rows if name in row], strict=True)
         left.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
         label = name.removeprefix("rewards/").removesuffix("/mean")
         left.plot(steps, smooth(values), color=colour, linewidth=2, label=label)
     left.set(xlabel="update", ylabel="mean reward" if rewards else "loss (nats)")
+    # right: accuracies, and completion length on a second axis
     accuracies = sorted(
         {key for row in metrics for key in row if key.startswith("eval/") and key.endswith("/accuracy")}
     )
@@ -141,7 +141,7 @@ def curves(metrics: Sequence[dict[str, Any]]) -> Figure:
 
 
 def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
-    """Exponential moving average without the bias of its start.
+    """Compute an exponential moving average without the bias of its start.
 
     >>> smooth([1.0, 1.0])
     [1.0, 1.0]
@@ -155,18 +155,18 @@ def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
 
 @literal_text
 def confusion(table: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
-    """Which classes are taken for which: all counts of few classes, the most frequent confusions of many.
+    """Draw which classes are confused: all counts if there are few classes, else the most frequent confusions.
 
     Args:
-        table: Counts of [true class][answered class], the last column answers that are no class name.
-        names: Of the classes.
+        table: Counts of [true class][answered class]; the last column counts answers that are not a class name.
+        names: Class names.
     """
     names = [shortened(drawable(name)) for name in names]
     return _matrix(table, names) if len(names) <= LEGIBLE else _pairs(table, names)
 
 
 def drawable(name: str) -> str:
-    """A name in characters that the font of pictures has; others are spelt out, so that two names stay two.
+    """Return a name in characters of the font; others are spelt out, so that different names stay different.
 
     >>> drawable("\U0001f389 jeans"), drawable("na\u00efve"), drawable("\u732b")
     ('(party popper) jeans', 'naïve', '(U+732B)')
@@ -176,7 +176,7 @@ def drawable(name: str) -> str:
 
 def _spelt_out(letter: str) -> str:
     kind = unicodedata.category(letter)
-    if kind in ("Mn", "Cf", "Cc"):  # changes the letter before, or nothing that is seen
+    if kind in ("Mn", "Cf", "Cc"):  # combining marks and invisible characters
         return ""
     called = unicodedata.name(letter, "").lower()
     return f"({called})" if kind.startswith("S") and called else f"(U+{ord(letter):04X})"
@@ -184,12 +184,12 @@ def _spelt_out(letter: str) -> str:
 
 @cache
 def _letters() -> frozenset[int]:
-    """Code points of the font that Matplotlib brings along, and the end of a line."""
+    """Return the code points of Matplotlib's default font, and the line break."""
     return frozenset(get_font(findfont("DejaVu Sans")).get_charmap()) | {ord("\n")}
 
 
 def shortened(name: str) -> str:
-    """A name that leaves room for the picture beside it: both of its ends.
+    """Shorten a name to fit beside a figure, keeping both ends.
 
     >>> shortened("jogging shoes with a very long name, red")
     'jogging shoes with…name, red'
@@ -234,10 +234,10 @@ def _pairs(table: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
 
 @literal_text
 def calibration(splits: Mapping[str, tuple[Sequence[float], Sequence[bool]]]) -> Figure:
-    """Whether the most probable name is right as often as it is probable, and the errors among the surest images.
+    """Draw reliability (accuracy against probability of the most probable name) and selective risk.
 
     Args:
-        splits: Of each, the probability of every image's most probable name, and whether that is right. [N], [N].
+        splits: For each split, the probability of every image's most probable name, and whether it is right. [N], [N].
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     left.plot([0, 100], [0, 100], color=GREY, linewidth=1, linestyle=":")
@@ -251,7 +251,7 @@ def calibration(splits: Mapping[str, tuple[Sequence[float], Sequence[bool]]]) ->
         areas = [12 + 160 * count / len(confidences) for *_, count in bins]
         left.scatter(x, y, areas, color=look["color"], marker=look["marker"], alpha=0.8)
         coverage = [100 * (place + 1) / len(risks) for place in range(len(risks))]
-        step = max(1, len(risks) // 500)  # points enough for a line
+        step = max(1, len(risks) // 500)  # 500 points are enough for a line
         right.plot(coverage[::step], [100 * risk for risk in risks[::step]], **line)
     left.set(xlabel="probability of the most probable name (%)", ylabel="right (%)", xlim=(0, 100), ylim=(0, 100))
     right.set(xlabel="images answered, the surest first (%)", ylabel="wrong among them (%)", xlim=(0, 100))
@@ -263,10 +263,12 @@ def calibration(splits: Mapping[str, tuple[Sequence[float], Sequence[bool]]]) ->
     return figure
 
 
+# Style of figures for papers: Okabe and Ito's colours, which colour-blind readers can tell apart.
+
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A8A8A")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 LINES = ("-", "--", "-.", ":")
-SIGN, LETTER = 0.5, 0.074  # inches in a legend
+SIGN, LETTER = 0.5, 0.074  # width of a line sample and of a letter in a legend, in inches
 WIDTH = 3.4  # inches of a panel: a column of a paper
 PRINT: Any = {
     "svg.fonttype": "none",
@@ -278,8 +280,8 @@ PRINT: Any = {
 
 
 def save_picture(figure: Figure, stem: Path) -> None:
-    """As PNG for slides, SVG for pages, PDF for papers."""
-    figure.savefig(f"{stem}.png", dpi=300)  # a name may have dots
+    """Save a figure as PNG for slides, SVG for pages, PDF for papers."""
+    figure.savefig(f"{stem}.png", dpi=300)  # not with_suffix: a name may contain dots
     for ending in (".svg", ".pdf"):
         options: Any = {"metadata": {"Date": None}, "transparent": True} if ending == ".svg" else {}
         figure.savefig(f"{stem}{ending}", **options)
@@ -287,7 +289,7 @@ def save_picture(figure: Figure, stem: Path) -> None:
 
 
 def style(number: int) -> dict[str, Any]:
-    """Of the series with this number."""
+    """Return colour, marker and line style of the series with this number."""
     return {
         "color": OKABE_ITO[number % len(OKABE_ITO)],
         "marker": MARKERS[number % len(MARKERS)],
@@ -296,7 +298,7 @@ def style(number: int) -> dict[str, Any]:
 
 
 def panels(count: int, height: float, width: float = WIDTH, columns: int = 4) -> tuple[Figure, list[Axes]]:
-    """A figure with `count` axes, each `width` x `height` inches, `columns` beside one another."""
+    """Create a figure with `count` axes, each `width` x `height` inches, at most `columns` in a row."""
     wide = max(1, min(columns, count))
     tall = max(1, ceil(count / wide))
     figure, axes = plt.subplots(tall, wide, figsize=(width * wide, height * tall), layout="constrained", squeeze=False)
@@ -306,13 +308,13 @@ def panels(count: int, height: float, width: float = WIDTH, columns: int = 4) ->
 
 
 def note(axis: Axes, text: str) -> None:
-    """Which panel it is, inside it."""
+    """Write the name of a panel above its axes."""
     if text:
         axis.annotate(text, (0.02, 1.01), xycoords="axes fraction", fontsize=8, va="bottom", weight="bold")
 
 
 def legend(figure: Figure, axes: Sequence[Axes]) -> None:
-    """One for all axes, below them."""
+    """Draw one legend for all axes, below them."""
     found: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):

@@ -1,4 +1,4 @@
-"""Run folders as they lie on disk, and groups of runs that differ by their seed alone."""
+"""Read run folders, and group runs that differ only by their seed."""
 
 from __future__ import annotations
 
@@ -19,18 +19,16 @@ from common.run.result import Result
 from common.run.run_folder import LOCK, MANIFEST
 from common.types import UserError
 
-# Run folders as they lie on disk: finished ones with their result, the others with the reason why there is none.
-
-
+# Run folders: finished ones with their result, others with the reason why there is none.
 ASKED = "asked"
 
 
 @dataclass(frozen=True)
 class Run:
-    """One folder. state: `finished`, `running`, `unfinished`, `damaged`, `asked` (by manifest=true alone) or `foreign`;
-    why: in words, if not finished.
+    """A run folder. state: `finished`, `running`, `unfinished`, `damaged`, `asked` (only previewed by manifest=true) or
+    `foreign`; why: explanation, if not finished.
 
-    values: what the result depends on, of the configuration. gpus: that it was started with; no result depends on them.
+    values: part of the configuration that the result depends on. gpus: number of GPUs, on which no result depends.
     """
 
     path: Path
@@ -42,7 +40,7 @@ class Run:
 
 
 def read_run(path: Path) -> Run:
-    """What a folder holds."""
+    """Read a run folder."""
     config = path / "config.yaml"
     if not config.is_file():
         if manifest.is_one(path / MANIFEST):
@@ -55,8 +53,10 @@ def read_run(path: Path) -> Run:
     if "signature" not in values:
         return Run(path, "foreign", "no run wrote its config.yaml")
     values.pop("signature")
+    # read before `decides_result`, which drops it
     gpus = values.get("gpus", 0)
     values = decides_result(values)
+    # without a result: a lock tells whether a process is still at work
     if not (path / "metrics.json").is_file():
         state = "running" if _is_locked(path / LOCK) else "unfinished"
         return Run(path, state, f"after {counted(_updates(path), 'update')}", values, gpus=gpus)
@@ -67,15 +67,15 @@ def read_run(path: Path) -> Run:
 
 
 def find_runs(paths: Iterable[Path]) -> list[Run]:
-    """The folders among the paths, each once; files beside them and sweeps' own folders are passed over.
+    """Read the folders among the paths, each once; files and folders of sweeps are skipped.
 
     Raises:
-        UserError: One does not exist.
+        UserError: A path does not exist.
     """
     paths = list(paths)
     if missing := [path for path in paths if not path.exists()]:
         raise UserError(f"{missing[0]} does not exist")
-    once = {path.resolve(): path for path in reversed(paths)}
+    once = {path.resolve(): path for path in reversed(paths)}  # reversed: the first spelling of a folder is kept
     return [read_run(path) for path in reversed(once.values()) if path.is_dir() and not (path / FILE).is_file()]
 
 
@@ -91,7 +91,7 @@ def _is_locked(path: Path) -> bool:
 
 
 def _updates(path: Path) -> int:
-    """The last update that metrics.jsonl has; a line that a kill has cut does not count."""
+    """Return the last update in metrics.jsonl; an incomplete last line does not count."""
     last = 0
     if (path / "metrics.jsonl").is_file():
         for line in (path / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
@@ -102,32 +102,32 @@ def _updates(path: Path) -> int:
     return last
 
 
-# Runs that differ by their seed alone belong together: what a group is called, and its numbers over the seeds.
+# Groups: runs that differ only by their seed, their label, and their numbers over the seeds.
 
 OWN_PHOTOS = "common.data.folder.read"
-USUAL = {"setting": "few_shot", "protocol": "clean"}  # not said of a group
-LONG = 60  # characters of a value that tells groups apart
+USUAL = {"setting": "few_shot", "protocol": "clean"}  # left out of labels
+LONG = 60  # characters of a value in a label
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one configuration, by seed."""
+    """Runs of one configuration, sorted by seed."""
 
     label: str
     runs: tuple[Run, ...]
 
     @property
     def finished(self) -> list[Run]:
-        """Those with a result."""
+        """The runs with a result."""
         return [run for run in self.runs if run.result is not None]
 
     @property
     def seeds(self) -> list[int]:
-        """Of all runs."""
+        """The seeds of all runs."""
         return [run.values["seed"] for run in self.runs]
 
     def over_seeds(self, split: str, value: Callable[[Summary], float | None], phase: str = "final") -> list[float]:
-        """A number of every finished run on a split, in the order of the seeds; without those that have none."""
+        """Return a number of every finished run on a split, in the order of seeds; runs without it are left out."""
         found = []
         for run in self.finished:
             summary = getattr(run.result, phase).get(split)
@@ -138,9 +138,9 @@ class Group:
 
 
 def group(runs: Iterable[Run]) -> list[Group]:
-    """Runs with a configuration, by everything but the seed, in the order in which they come.
+    """Group runs by everything but the seed, in the given order; runs without a configuration are left out.
 
-    A seed that was run twice says nothing of other seeds: its second run begins a group of its own.
+    A second run of the same seed is not another seed: it starts a group of its own.
     """
     together: dict[tuple[str, int], list[Run]] = {}
     for run in runs:
@@ -155,12 +155,12 @@ def group(runs: Iterable[Run]) -> list[Group]:
 
 
 def configuration(run: Run) -> str:
-    """What a run has in common with those of other seeds, as a text."""
+    """Return what a run has in common with those of other seeds, as text."""
     return json.dumps(without_seed(run.values), sort_keys=True, default=str)
 
 
 def without_seed(values: Any) -> Any:
-    """The same without what is called `seed`, anywhere.
+    """Return the values without keys called `seed`, at any depth.
 
     >>> without_seed({"seed": 1, "method": {"seed": 1, "k": 2}})
     {'method': {'k': 2}}
@@ -171,8 +171,8 @@ def without_seed(values: Any) -> Any:
 
 
 def preset(run: Run) -> str:
-    """What stands in front of a run's name: its label and its presets (see `run_prefix`); all of a name that the user
-    chose.
+    """Return the part of a folder's name before method and data: label and presets (see `run_prefix`); the whole name
+    if the user chose it.
     """
     own = f"{run.values['method']['name']}-{run.values['data']['name']}-"
     before, found, _ = run.path.name.partition(own)
@@ -180,7 +180,7 @@ def preset(run: Run) -> str:
 
 
 def photos(values: Mapping[str, Any]) -> str:
-    """The dataset of a configuration; of one's own photos also which, as `folder (garden)`.
+    """Return the dataset of a configuration; for own photos with their folder, as `folder (garden)`.
 
     >>> photos({"data": {"name": "dtd", "folder": "dtd", "reader": {"_target_": "x"}}})
     'dtd'
@@ -198,11 +198,11 @@ def photos(values: Mapping[str, Any]) -> str:
 
 
 def labels(groups: Sequence[Sequence[Run]], repeated: Sequence[bool]) -> list[str]:
-    """A name for each group: method, dataset and so on, and the values that tell apart those of one name.
+    """Return a label for each group: method, dataset and so on, then values that distinguish groups of equal labels.
 
     Args:
-        groups: Their runs.
-        repeated: Whether another group has the same configuration; then folders tell them apart.
+        groups: Runs of each group.
+        repeated: Whether another group has the same configuration; then folders distinguish them.
     """
     configurations = [runs[0].values for runs in groups]
     datasets = _datasets(configurations)
@@ -212,6 +212,7 @@ def labels(groups: Sequence[Sequence[Run]], repeated: Sequence[bool]) -> list[st
     for number, name in enumerate(names):
         alike.setdefault(name, []).append(number)
     for name, numbers in alike.items():
+        # values that differ between groups of this name
         keys = sorted({key for number in numbers for key in own[number]})
         telling = [key for key in keys if len({str(own[number].get(key)) for number in numbers}) > 1]
         for number in numbers:
@@ -223,7 +224,7 @@ def labels(groups: Sequence[Sequence[Run]], repeated: Sequence[bool]) -> list[st
 
 
 def _datasets(configurations: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What `photos` says; with the whole path where two sets of photos would be called the same."""
+    """Return the names by `photos`, with the whole path where two sets of photos would have the same name."""
     names = [photos(values) for values in configurations]
     places = [str(values["data"].get("folder")) for values in configurations]
     found: dict[str, set[str]] = {}
@@ -246,7 +247,7 @@ def _dataset_name(runs: Sequence[Run], data: str) -> str:
 
 
 def leaves(values: Any, path: str = "") -> Iterable[tuple[str, Any]]:
-    """Every value of nested dicts by its dotted key."""
+    """Yield every value of nested dicts with its dotted key."""
     if isinstance(values, Mapping) and values:
         for key, value in values.items():
             yield from leaves(value, f"{path}.{key}" if path else str(key))

@@ -1,4 +1,4 @@
-"""A run's pictures for papers and slides, from its folder alone: no title, PNG with 300 dpi, SVG and PDF."""
+"""Draw a run's figures for papers and slides from its folder: no title, PNG with 300 dpi, SVG and PDF."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FOLDER = "figures"
 
 
 def write_prints(folder: Path) -> list[Path]:
-    """Draw curves (or accuracies), calibration, and a confusion matrix per test into figures/; the PNGs' paths.
+    """Draw curves (or accuracies), calibration and a confusion matrix per test into figures/; return the PNG paths.
 
     Raises:
         UserError: The folder holds no finished run.
@@ -42,11 +42,11 @@ def write_prints(folder: Path) -> list[Path]:
 def confusion_print(
     pairs: Mapping[tuple[str, str], int], names: Mapping[str, str]
 ) -> tuple[list[list[int]], list[str]]:
-    """Counts of [true class][answered class, last: none of them], and the names of the classes that occur.
+    """Return counts of [true class][answered class, last: none of them], and the names of the classes that occur.
 
     Args:
-        pairs: How often a label was answered in which way.
-        names: As they are written, by what answers are compared with.
+        pairs: Number of images for each pair of label and answer, both normalised.
+        names: Class names as they are written, by normalised name.
     """
     there = {name for pair in pairs for name in pair}
     labels = [name for name in names if name in there]

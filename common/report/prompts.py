@@ -1,4 +1,4 @@
-"""`manifest=true`: what a run would ask, for people to read. A few prompts of every split in full. No torch."""
+"""Show what a run would ask (`manifest=true`): a few prompts of every split in full. No torch."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from common.evaluation.evaluate import evenly_spaced
 from common.types import Prompt
 from common.vlm.prompting import TaskPrompts
 
-SHOWN = 3  # questions of each part
-LISTED = 20  # names of a list that are shown
+SHOWN = 3  # prompts of each split
+LISTED = 20  # class names shown of a list
 
 
 def shortened(text: str, choices: Sequence[str], listed: int = LISTED) -> str:
-    """The text of a prompt, its list of names cut behind the first ones if it is long.
+    """Return the text of a prompt, with a long list of names cut after the first ones.
 
-    A list is the choices in their order with the same separator between all of them.
+    A list is found as the choices in their order with the same separator between all of them.
 
     >>> shortened("Which? Choose from a, b, c, d.", ("a", "b", "c", "d"), listed=2)
     'Which? Choose from a, b, … (4 names).'
@@ -46,7 +46,7 @@ def shortened(text: str, choices: Sequence[str], listed: int = LISTED) -> str:
 
 
 def question(split: str, prompt: Prompt) -> Text:
-    """One question as it is asked; nothing in it is markup."""
+    """Format one prompt; square brackets in it are not markup."""
     where = " (the picture behind the text)" if prompt.image_last else ""
     lines = [f"{split} · {prompt.image} · {prompt.label}{where}"]
     if prompt.system is not None:
@@ -57,7 +57,7 @@ def question(split: str, prompt: Prompt) -> Text:
 
 
 def overview(manifest: Mapping[str, Any]) -> Table:
-    """A line per part: images, classes, whose split it is, and how many of its pictures are there twice."""
+    """Return a table with images, classes, origin of the split and number of duplicates of each split."""
     table = Table(title=Text(f"{manifest['data']} · {manifest['setting']}", style="table.title"), title_justify="left")
     table.add_column("split")
     for name in ("images", "classes"):
@@ -75,7 +75,7 @@ def overview(manifest: Mapping[str, Any]) -> Table:
 
 
 def remarks(manifest: Mapping[str, Any], asked: TaskPrompts | None) -> list[str]:
-    """What the summary does not say: what was passed over, there twice, or is not decided yet."""
+    """Return notes on the data: what was passed over, duplicates, classes with too few images, undecided names."""
     lines = notes_of(manifest)
     if found := manifest.get("duplicates"):
         lines.append(duplicates.worded(found))
@@ -89,11 +89,11 @@ def remarks(manifest: Mapping[str, Any], asked: TaskPrompts | None) -> list[str]
 
 
 def show(manifest: Mapping[str, Any], asked: TaskPrompts | None, path: Path, console: Console | None = None) -> None:
-    """Print a few prompts of every split, the summary, and where the whole manifest is.
+    """Print a few prompts of every split, the summary, and the path of the manifest.
 
     Args:
         manifest: The run's manifest.
-        asked: Its prompts; None: its learner asks nothing.
+        asked: Prompts of the run; None: its learner has none.
         path: File of the manifest.
         console: Standard output if None.
     """

@@ -1,4 +1,4 @@
-"""A page of a paper's table or figure on disk, on the terminal and in W&B."""
+"""Write a page (the table or figure of a paper) to disk, to the terminal and to W&B."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from common.report.paper.tables import listing, matrices, notes
 from common.run.tracking import settled_mode
 from common.types import UserError
 
-# A page on disk and on the terminal.
+# Disk and terminal.
 
 
 def write_page(folder: Path, shown: bool = False) -> Page:
-    """Build the page and write table.md, table.tex, table.csv and the picture into the sweep's folder.
+    """Build the page and write table.md, table.tex, table.csv and the figure into the sweep's folder.
 
     Args:
-        folder: The sweep's.
-        shown: Whether it is also printed.
+        folder: Folder of the sweep.
+        shown: Also print the page.
     """
     page = pages.build(folder)
     pages.check(page.sweep.page)
@@ -49,7 +49,7 @@ def write_page(folder: Path, shown: bool = False) -> Page:
 
 
 def show_page(page: Page, folder: Path) -> None:
-    """Print the tables in the paper's shape and what stands below them."""
+    """Print the tables in the paper's layout and the notes below them."""
     for panel, table in matrices(page):
         compare.show_table(table, panel)
     for line in notes(page):
@@ -59,10 +59,10 @@ def show_page(page: Page, folder: Path) -> None:
 
 
 def find_sweep(path: Path) -> Path:
-    """A sweep's folder by its path, or by its name under outputs/.
+    """Return a sweep's folder, given its path or its name under outputs/.
 
     Raises:
-        UserError: There is none.
+        UserError: There is no such sweep.
     """
     for folder in (path, Path("outputs") / path):
         if (folder / results.FILE).is_file():
@@ -72,16 +72,16 @@ def find_sweep(path: Path) -> Path:
     )
 
 
-# A page in W&B, beside the runs of its sweep: its tables, picture and report, under the sweep's own name.
+# W&B: tables, figure and report of a page, as a run beside those of its sweep.
 
 
 def publish_to_wandb(page: Page, folder: Path, tracking: Mapping[str, Any]) -> None:
-    """Log the page as a run of job type `table`; the same run again if it has been logged before.
+    """Log the page as a run of job type `table`; the same run again if it was logged before.
 
     Args:
-        page: What `folder` shows.
-        folder: The sweep's, with its files written.
-        tracking: The configuration's group of that name.
+        page: The page of `folder`.
+        folder: Folder of the sweep, with its files written.
+        tracking: Configuration group `tracking`.
     """
     if tracking["mode"] == "disabled":
         return
@@ -90,6 +90,7 @@ def publish_to_wandb(page: Page, folder: Path, tracking: Mapping[str, Any]) -> N
     (place / "data").mkdir(parents=True, exist_ok=True)
     import wandb
 
+    # keep the id, so that a page that is written again updates its W&B run
     noted = place / "run_id"
     known = noted.read_text(encoding="utf-8") if noted.is_file() else uuid.uuid4().hex[:8]
     noted.write_text(known, encoding="utf-8")
@@ -106,6 +107,7 @@ def publish_to_wandb(page: Page, folder: Path, tracking: Mapping[str, Any]) -> N
         reinit="finish_previous",
         settings=wandb.Settings(console="off", disable_git=True, silent=True),
     )
+    # tables, then figure and report if they were written
     logged: dict[str, Any] = {
         f"table/{panel or page.sweep.name}": _wandb_table(table) for panel, table in matrices(page)
     }
@@ -121,5 +123,5 @@ def publish_to_wandb(page: Page, folder: Path, tracking: Mapping[str, Any]) -> N
 def _wandb_table(table: Table) -> Any:
     import wandb
 
-    names = [name or " " for name in table.columns]  # W&B takes no empty name
+    names = [name or " " for name in table.columns]  # W&B rejects empty names
     return wandb.Table(columns=list[str | int](names), data=[list(row) for row in table.rows])

@@ -1,4 +1,4 @@
-"""Intervals and tests over seeds and images: of means, of differences, of two groups on the same images."""
+"""Compute intervals and tests over seeds and images: of means, of differences, of two groups on the same images."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from common.evaluation.metrics import exact_p, wilson_interval
 from common.report.folders import Group, photos
 
-# What seeds and images leave open: intervals of means over seeds, of differences, of numbers computed from others.
+# Intervals of means over seeds, of differences, and of numbers computed from others.
 #
 # Shapes: S seeds.
 
 
 def mean_std(numbers: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and standard deviation over seeds (S - 1 in the denominator); None of one.
+    """Return mean and standard deviation over seeds (S - 1 in the denominator; None for one seed).
 
     >>> mean_std([1.0, 3.0]), mean_std([2.0])
     ((2.0, 1.4142135623730951), (2.0, None))
@@ -29,14 +29,15 @@ def mean_std(numbers: Sequence[float]) -> tuple[float, float | None]:
 
 
 def interval(numbers: Sequence[float], images: Sequence[tuple[float, float]] = ()) -> tuple[float, float] | None:
-    """The 95 % interval of the mean over seeds: Student's and that of the images, whichever reaches further.
+    """Return the 95 % interval of the mean over seeds: the hull of Student's interval and that of the images.
 
-    Seeds that agree to the last image leave the images a sample; seeds mostly share theirs, so the mean is no surer of
-    them than one seed. None: of one seed without images.
+    Even if all seeds agree, the images remain a sample; seeds mostly share their images, so the mean is no more certain
+    than one seed in this respect. None for one seed without image intervals.
 
     Args:
         numbers: One per seed. Length: S.
-        images: What each seed's images leave open, in the same unit; empty: the numbers are not of images. Length: S.
+        images: Interval of each seed's number over its images, in the same unit; empty: not a number of images. Length:
+            S.
 
     >>> interval([0.5, 0.5, 0.5], [(0.25, 0.75)] * 3), interval([0.5], [(0.25, 0.75)]), interval([3.0])
     ((0.25, 0.75), (0.25, 0.75), None)
@@ -48,8 +49,8 @@ def interval(numbers: Sequence[float], images: Sequence[tuple[float, float]] = (
 
 
 def t_interval(numbers: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of the mean over seeds, by Student's t with S - 1 degrees of freedom."""
-    from scipy.stats import t  # a second to import
+    """Return the 95 % interval of the mean over seeds, by Student's t with S - 1 degrees of freedom."""
+    from scipy.stats import t  # here, because the import takes a second
 
     mean, std = mean_std(numbers)
     assert std is not None, "one seed has no interval over seeds"
@@ -58,11 +59,11 @@ def t_interval(numbers: Sequence[float]) -> tuple[float, float]:
 
 
 def newcombe_interval(first: tuple[int, int], second: tuple[int, int]) -> tuple[float, float]:
-    """The 95 % interval of the difference of two independent proportions (Newcombe 1998, method 10).
+    """Return the 95 % interval of the difference of two independent proportions (Newcombe 1998, method 10).
 
     Args:
         first: Successes and total.
-        second: Those that are subtracted.
+        second: Successes and total that are subtracted.
 
     Newcombe's Table II (a), 56 of 70 less 48 of 80:
 
@@ -76,14 +77,14 @@ def newcombe_interval(first: tuple[int, int], second: tuple[int, int]) -> tuple[
 
 
 def reach(parts: Sequence[tuple[float, tuple[float, float]]], slopes: Sequence[float]) -> tuple[float, float]:
-    """How far below and above itself the interval of a number reaches that is computed from independent others.
+    """Return how far the interval of a number extends below and above it, computed from independent parts.
 
-    The squared distances of their own intervals add up (Zou and Donner 2008); of a function that is no sum, to first
-    order.
+    The squared distances of the parts' intervals add up (Zou and Donner 2008); for a function that is not a sum, to
+    first order.
 
     Args:
-        parts: The others with their intervals.
-        slopes: How much the number grows with each of them.
+        parts: The parts with their intervals.
+        slopes: Derivative of the number with respect to each part.
 
     The mean of two numbers:
 
@@ -98,18 +99,17 @@ def reach(parts: Sequence[tuple[float, tuple[float, float]]], slopes: Sequence[f
     return math.hypot(*down), math.hypot(*up)
 
 
-# Two groups on the same images: their difference over seeds and images, which both are samples; on others: Newcombe's
-# interval.
+# Comparison of two groups: on the same images over seeds and images, both samples; else by Newcombe's interval.
 #
 # Shapes: S seeds, N images of all seeds together.
 
-OWN = ("val", "test", "base", "new")  # splits of the dataset that was trained on; others are called by their own
+OWN = ("val", "test", "base", "new")  # splits of the training dataset; other splits are named after their dataset
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of a group's accuracy from another's. seeds: those that both have; interval: 95 %; p: see `over_seeds`, or
-    None on other images.
+    """Difference of a group's accuracy from another's. seeds: seeds that both have; interval: 95 %; p: see
+    `over_seeds`, or None on other images.
     """
 
     seeds: tuple[int, ...]
@@ -119,12 +119,12 @@ class Difference:
 
 
 def compare_groups(group: Group, other: Group, split: str) -> Difference | None:
-    """How much better `group` is than `other`; None if they share no seed on that split, or it is of other datasets.
+    """Compare two groups; None if they share no seed on that split, or their datasets differ.
 
-    As soon as one seed has both on the same images, those seeds alone count.
+    If any seed has both groups on the same images, only such seeds count.
     """
     if split in OWN and _dataset(group) != _dataset(other):
-        return None  # names of images may be the same all the same
+        return None  # keys of images may be equal nevertheless
     theirs = {run.values["seed"]: run for run in other.finished}
     found: dict[int, dict[str, int]] = {}
     for run in group.finished:
@@ -139,10 +139,10 @@ def compare_groups(group: Group, other: Group, split: str) -> Difference | None:
 
 
 def _unpaired(group: Group, other: Group, split: str) -> Difference | None:
-    """As of independent images: as many as one seed has, whose accuracy is the mean over the seeds that both have. Its
-    interval is never narrower than Student's of the seeds' differences.
+    """Compare as for independent images: the number of images of one seed, with the mean accuracy over the seeds that
+    both have. The interval is never narrower than Student's for the seeds' differences.
 
-    None if they are not of the same task: another dataset or setting has other accuracies for reasons of its own.
+    None if the tasks differ: accuracies on another dataset or setting differ for other reasons.
     """
     settings = [each.runs[0].values["setting"]["name"] for each in (group, other)]
     if _dataset(group) != _dataset(other) or settings[0] != settings[1]:
@@ -167,7 +167,7 @@ def _dataset(group: Group) -> str:
 
 
 def answers(folder: Path, split: str) -> dict[str, bool]:
-    """Whether each image of a split was right at the end of a run."""
+    """Return for each image of a split whether it was right at the end of a run."""
     import pyarrow.parquet as parquet
 
     table = parquet.read_table(
@@ -179,7 +179,7 @@ def answers(folder: Path, split: str) -> dict[str, bool]:
 
 
 def aligned(changes: Sequence[Mapping[str, int]]) -> NDArray[np.float64]:
-    """One row per seed, one column per image of any seed, NaN where a seed has not that image. Shape: [S, N].
+    """Return one row per seed, one column per image of any seed, NaN for an image that a seed lacks. Shape: [S, N].
 
     >>> aligned([{"a": 1, "b": 0}, {"b": -1, "c": 0}]).tolist()
     [[1.0, 0.0, nan], [nan, -1.0, 0.0]]
@@ -189,34 +189,37 @@ def aligned(changes: Sequence[Mapping[str, int]]) -> NDArray[np.float64]:
 
 
 def over_seeds(changes: NDArray[np.float64]) -> tuple[float, tuple[float, float], float]:
-    """The mean difference of two classifiers, its 95 % interval and its two-sided p-value.
+    """Return the mean difference of two classifiers, its 95 % interval and its two-sided p-value.
 
-    Seeds that are tested on the same images are no independent tests: what is hard about an image is hard with every
-    seed. So the variance of the mean is that of the seeds' means over S, plus the covariance that common images give
-    two of them, with the degrees of freedom that follow (Obuchowski and Rockette 1995 and Hillis 2007, whose readers
-    are seeds and whose cases are images). A few seeds tell that covariance badly, so neither is the interval narrower
-    nor p smaller than Student's over the seeds' means. tests/test_compare.py simulates both.
+    Seeds tested on the same images are not independent tests: an image that is hard is hard with every seed. So the
+    variance of the mean is that of the seeds' means over S, plus the covariance that common images give two of them,
+    with the degrees of freedom that follow (Obuchowski and Rockette 1995 and Hillis 2007, whose readers are seeds and
+    whose cases are images). A few seeds estimate that covariance badly, so neither is the interval narrower nor p
+    smaller than Student's over the seeds' means. tests/test_compare.py simulates both.
 
-    Every seed counts two images more, one that changed each way: without them few changes would look like none. With
-    one seed the interval is then Bonett and Price's (2012); p is McNemar's exact one.
+    Two images are added to every seed, one that changed each way: otherwise few changes would look like none. With one
+    seed the interval is then Bonett and Price's (2012); p is McNemar's exact one.
 
     Args:
         changes: 1 where only the first is right, -1 where only the second is, else 0; NaN: not tested. Shape: [S, N].
     """
     from scipy.special import stdtr, stdtrit  # Student's distribution; infinite degrees of freedom: the normal one
 
+    # the added images, and each seed's deviations from its mean
     seeds = len(changes)
     mean = float(np.nanmean(changes, 1).mean())
     table = np.hstack([changes, np.ones((seeds, 1)), -np.ones((seeds, 1))])
     there, means = ~np.isnan(table), np.nanmean(table, 1)
     apart = np.where(there, table - means[:, None], 0.0)
     counts = there.sum(1)
-    covariances = apart @ apart.T / np.outer(counts, counts)  # of the seeds' means, by their common images
+    # covariances of the seeds' means by their common images; the diagonal is their own variance
+    covariances = apart @ apart.T / np.outer(counts, counts)
     own = float(covariances.trace())
     images = max(0.0, float(covariances.sum()) - own) / (seeds * max(1, seeds - 1))
     spread = float(means.var(ddof=1)) / seeds if np.ptp(means) else 0.0
-    if not spread:  # one seed, or seeds that are equal on average: their images are apart at least
+    if not spread:  # one seed, or seeds with equal means: at least the variance of the images remains
         images = max(images, own / seeds**2)
+    # standard error, degrees of freedom, interval and p-value
     error = math.sqrt(spread + images)
     freedom = (seeds - 1) * ((spread + images) / spread) ** 2 if spread else math.inf
     centre, half = float(means.mean()), float(stdtrit(freedom, 0.975)) * error

@@ -1,4 +1,4 @@
-"""The table a run ends with, from its metrics.json. No torch."""
+"""Build the table that a run ends with, from its metrics.json. No torch."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from common.report.folders import photos
 from common.run.result import Result
 from common.training.signs import CUT, at, cut_line, fix
 
-PHASES = (("zero-shot", "before"), ("trained", "after"))  # what they are called, and their names in a result
-REMARK = " †"  # behind an accuracy that a line below the table says more about
+PHASES = (("zero-shot", "before"), ("trained", "after"))  # label of each phase, and its name in a result
+REMARK = " †"  # after an accuracy with a remark below the table
 
 
 def percent(share: float | None) -> str:
-    """A share of 1 as percent with two decimals; a dash where there is none."""
+    """Format a share as percent with two decimals; a dash for None."""
     return "–" if share is None else f"{100 * share:.2f}"
 
 
 def interval(summary: Summary) -> str:
-    """The 95 % interval in percent."""
+    """Format the 95 % interval in percent."""
     low, high = summary.ci95
     return f"{percent(low)} – {percent(high)}"
 
 
 def phases(result: Result, split: str) -> list[tuple[str, Summary]]:
-    """The summaries of a split by what they are called: before training, if something was known then, and after it."""
+    """Return the summaries of a split with their labels: before training, if there is one, and after it."""
     measured = ((said, getattr(result, phase)) for said, phase in PHASES)
     return [(said, summaries[split]) for said, summaries in measured if split in summaries]
 
 
 def result_table(result: Result, data: str | None = None) -> Table:
-    """Before and after training, per split. `data`: what to call the dataset, else by its name."""
+    """Return a table of before and after training, per split. `data`: label of the dataset instead of its name."""
     shots = counted(result.shots, "shot")
     title = f"{result.method} · {data or result.data} · {result.model} · {shots} · seed {result.seed}"
     where = "" if result.setting == "few_shot" else f" · {result.setting}"
@@ -56,7 +56,7 @@ def result_table(result: Result, data: str | None = None) -> Table:
 
 
 def result_cells(result: Result) -> tuple[list[str], list[list[str]]]:
-    """Names of columns, and a row per split and phase."""
+    """Return the names of columns, and a row per split and phase; columns without values are left out."""
     columns: dict[str, Callable[[Summary], str]] = {
         "images": lambda s: str(s.n),
         "accuracy %": lambda s: percent(s.accuracy),
@@ -67,6 +67,7 @@ def result_cells(result: Result) -> tuple[list[str], list[list[str]]]:
         "tokens": lambda s: "–" if s.mean_tokens is None else f"{s.mean_tokens:.1f}",
         "seconds": lambda s: f"{s.seconds:.1f}",
     }
+    # drop columns that are empty for this kind of learner
     summaries = [summary for split in result.final for _, summary in phases(result, split)]
     about = {
         "class mean %": "accuracy_macro",
@@ -82,6 +83,7 @@ def result_cells(result: Result) -> tuple[list[str], list[list[str]]]:
     rows = []
     for split in result.final:
         for phase, summary in phases(result, split):
+            # remarks concern the final weights only
             mark = REMARK if result.remarks and (phase == "trained" or not result.after) else ""
             cells = {name: text(summary) + (mark if name == "accuracy %" else "") for name, text in shown.items()}
             rows.append([f"{split}, {phase}", *cells.values()])
@@ -89,7 +91,7 @@ def result_cells(result: Result) -> tuple[list[str], list[list[str]]]:
 
 
 def probability_lines(result: Result) -> list[str]:
-    """How often the most probable name is right, one line per split; none without label scoring."""
+    """Return the accuracy of the most probable name, one line per split; none without label scoring."""
     lines = []
     for split in result.final:
         texts = [
@@ -103,12 +105,14 @@ def probability_lines(result: Result) -> list[str]:
 
 
 def overall_lines(result: Result) -> list[str]:
-    """One number for several splits, and what was left out."""
+    """Return lines on truncated replies, numbers for several splits, training, and classes or images left out."""
     lines = cut_replies(result) + [f"†: {remark}" for remark in result.remarks]
+    # numbers for several splits
     measured = [(said, result.overall[phase]) for said, phase in PHASES if phase in result.overall]
     for name in measured[-1][1] if measured else ():
         shown = ", ".join(f"{said} {percent(numbers[name])} %" for said, numbers in measured)
         lines.append(f"{name.replace('_', ' ')}: {shown}")
+    # accuracy if aliases count as right
     for split in result.final:
         accuracies = [
             (phase, s.accuracy_aliases) for phase, s in phases(result, split) if s.accuracy_aliases is not None
@@ -128,7 +132,7 @@ def overall_lines(result: Result) -> list[str]:
 
 
 def cut_replies(result: Result) -> list[str]:
-    """Where many replies of an evaluation were cut: an answer that is cut off is wrong."""
+    """Return a line for each evaluation with many truncated replies: a truncated answer is wrong."""
     return [
         cut_line(summary.truncated, None, f"the replies to {split}, {phase},")
         for split in result.before
@@ -138,7 +142,7 @@ def cut_replies(result: Result) -> list[str]:
 
 
 def training_lines(result: Result) -> list[str]:
-    """Which update "trained" is, and which rewards taught nothing."""
+    """Return lines on which update was tested, and which rewards taught nothing."""
     best, lines = result.train.get("best"), []
     cut = result.train.get("cut")
     if cut:
@@ -153,6 +157,7 @@ def training_lines(result: Result) -> list[str]:
             f" ({percent(best['accuracy'])} % on {where}"
             f"; after the last one {percent(last['accuracy'])} %)"
         )
+    # the sign `cut` would repeat the line on truncated completions above
     lines += [line for name, line in result.train.get("signs", {}).items() if not (cut and name == "cut")]
     share = cut["share"] if cut else 0.0
     for name, whom in result.train.get("silent_rewards", {}).items():
@@ -161,7 +166,7 @@ def training_lines(result: Result) -> list[str]:
 
 
 def paired_lines(result: Result) -> list[str]:
-    """The paired comparison on the same images, one line per split."""
+    """Return the paired comparison on the same images, one line per split."""
     lines = []
     for split, test in result.train.get("paired", {}).items():
         low, high = (100 * bound for bound in test["ci95"])
@@ -173,7 +178,7 @@ def paired_lines(result: Result) -> list[str]:
 
 
 def time_line(result: Result) -> str:
-    """Seconds per phase."""
+    """Return a line with the seconds per phase."""
     return "seconds: " + ", ".join(f"{phase} {value:.1f}" for phase, value in result.train["seconds"].items())
 
 
@@ -184,10 +189,10 @@ def show(result: Result, folder: Path, console: Console | None = None) -> None:
     console.print(result_table(result, photos(values) if values else None))
     lines = [*overall_lines(result), *data_lines(vars(result)), *probability_lines(result), *paired_lines(result)]
     for line in [*lines, time_line(result)]:
-        console.print(Text(line))  # names are no markup
+        console.print(Text(line))  # as Text: square brackets in names are not markup
     console.print(Text(f"run folder: {folder}"), soft_wrap=True)
     if (folder / "report.html").is_file():
         console.print(Text(f"every reply, to look at: {folder / 'report.html'}"), soft_wrap=True)
-    if offline := sorted((folder / "wandb").glob("**/offline-run-*")):  # one of every attempt
+    if offline := sorted((folder / "wandb").glob("**/offline-run-*")):  # one for every attempt
         paths = " ".join(quote(str(path)) for path in offline)
         console.print(Text(f"W&B was offline; upload it with: wandb sync {paths}"), soft_wrap=True)

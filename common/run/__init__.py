@@ -1,1 +1,1 @@
-"""A run as files and checks: its folder, checkpoints, result and tracker, and what is examined before it starts."""
+"""Files and checks of a run: its folder, checkpoints, result and tracker, and checks before it starts."""

@@ -1,4 +1,4 @@
-"""Checkpoints: everything that decides the next update, whole or not at all.
+"""Write and restore checkpoints: everything that determines the next update, written atomically.
 
     checkpoints/step-000040/
         state.json       updates done, tokens seen, best accuracy, ranks, seed, tracker id, length of metrics.jsonl ...
@@ -7,9 +7,9 @@
         model/           weights or adapter and processor, for from_pretrained
 
 A checkpoint is written under another name and renamed when it is complete, so a kill or a full disk at any moment
-leaves the previous one as it was. Schedule and data order are functions of the number of updates
+leaves the previous one intact. Schedule and data order are functions of the number of updates
 (common/training/base.py) and completions of their seeds, so the generators matter only to code that draws from
-them, like a custom reward.
+them, such as a custom reward.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class State:
-    """What state.json holds. best: update and accuracy (a share of 1) of the best evaluation so far, the one
-    before training (0) among them.
+    """Content of state.json. best: update and accuracy (0 to 1) of the best evaluation so far, including the one
+    before training (update 0).
 
-    began_from: SHA-256 of the weights that the run loads, the frozen ones among them, which no checkpoint repeats.
-    lines: bytes of metrics.jsonl and timings.jsonl at this update; what follows them is computed again. seconds: spent
-    on the run so far, over all attempts.
+    began_from: SHA-256 of the weights that the run loads, including frozen ones, which checkpoints do not contain.
+    lines: bytes of metrics.jsonl and timings.jsonl at this update; what follows is computed again. seconds: time of
+    the run so far, over all attempts.
     """
 
     update: int
@@ -57,19 +57,20 @@ class State:
 
 
 class Checkpoints:
-    """The checkpoints of one run. All ranks call its methods together.
+    """Checkpoints of one run. All ranks call its methods together.
 
-    resumed, state: the checkpoint that this attempt goes on from, and what it says; None if it is the first.
+    resumed, state: the checkpoint that this attempt resumes from, and its state; None for the first attempt.
     """
 
     def __init__(self, folder: Path, at_most: int) -> None:
         """
         Args:
             folder: Usually `checkpoints` in the run folder.
-            at_most: How many to keep: the last one, the best by accuracy, and then those before the last.
+            at_most: Number of checkpoints to keep: the last one, the best by accuracy, then the most recent others.
         """
         self.folder, self.at_most = folder, at_most
         if rank() == 0:
+            # left by a write that was interrupted
             for leftover in self.folder.glob("*.unfinished"):
                 shutil.rmtree(leftover)
         barrier()
@@ -78,32 +79,32 @@ class Checkpoints:
         self.began_from = ""
 
     def begin_from(self, sha256: str, source: str) -> None:
-        """Note which weights the run begins from: those that no checkpoint repeats.
+        """Record the weights that the run starts from, some of which no checkpoint contains.
 
         Raises:
-            UserError: An earlier attempt began from others.
+            UserError: An earlier attempt started from other weights.
         """
         if self.state is not None and self.state.began_from != sha256:
             raise UserError(f"the weights of {source} have changed since this run began; use another run_name")
         self.began_from = sha256
 
     def latest(self) -> Path | None:
-        """The complete checkpoint with the most updates."""
+        """Return the complete checkpoint with the most updates."""
         complete = self._complete()
         return complete[-1] if complete else None
 
     def best(self) -> Path | None:
-        """The checkpoint of the best evaluation."""
+        """Return the checkpoint of the best evaluation."""
         latest = self.latest()
         best = None if latest is None else read_state(latest).best
         return None if best is None else self.folder / f"step-{best[0]:06d}"
 
     def write(self, state: State, save: Callable[[Path], None]) -> None:
-        """Write one checkpoint and drop those that are no longer wanted.
+        """Write one checkpoint and delete those that are no longer needed.
 
         Args:
-            state: See `State`.
-            save: Writes weights and optimizer state of this rank into a folder.
+            state: State to write to state.json.
+            save: Function that writes weights and optimizer state of this rank into a folder.
 
         Raises:
             UserError: The disk is full or cannot be written; the previous checkpoint is untouched.
@@ -118,9 +119,10 @@ class Checkpoints:
             save(unfinished)
             torch.save(_generators(), unfinished / f"random-{rank()}.pt")
             if rank() == 0:
+                # last: its presence marks the checkpoint as complete
                 (unfinished / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
                 _flush(unfinished)
-        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, by whoever writes
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk; each library has its own exception
             shutil.rmtree(unfinished, ignore_errors=True)
             kept = self._complete()
             raise UserError(
@@ -136,7 +138,7 @@ class Checkpoints:
         barrier()
 
     def restore_generators(self, seed: int) -> None:
-        """Set this rank's generators as the latest checkpoint has them; another number of ranks gets fresh ones."""
+        """Restore this rank's generators from the latest checkpoint; seed them anew if the number of ranks differs."""
         latest = self._complete()[-1]
         before = read_state(latest).ranks
         if before == world():
@@ -146,7 +148,7 @@ class Checkpoints:
             seed_generators(seed)
 
     def keep_weights_only(self) -> None:
-        """After a finished run: optimizer states and generators are of no use any more."""
+        """Delete optimizer states and generators, which a finished run no longer needs."""
         if rank() == 0:
             for path in self._complete():
                 for part in path.iterdir():
@@ -162,26 +164,27 @@ class Checkpoints:
         complete = self._complete()
         kept, best = {complete[-1]}, read_state(complete[-1]).best
         if best is not None and self.at_most > 1:
-            kept.update(path for path in complete if path.name == f"step-{best[0]:06d}")  # the untrained one has none
+            # an update 0 without a checkpoint matches no path
+            kept.update(path for path in complete if path.name == f"step-{best[0]:06d}")
         for path in reversed(complete):
             if len(kept) < self.at_most:
                 kept.add(path)
         for path in complete:
             if path not in kept:
-                # renamed first: a kill in the middle must not leave half a checkpoint under its name
+                # renamed first: a kill in the middle must not leave an incomplete checkpoint under its name
                 doomed = path.with_suffix(".unfinished")
                 os.replace(path, doomed)
                 shutil.rmtree(doomed)
 
 
 def read_state(checkpoint: Path) -> State:
-    """The state of a checkpoint folder."""
+    """Read the state of a checkpoint folder."""
     state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     return State(**{**state, "best": state["best"] and tuple(state["best"])})
 
 
 def seed_generators(seed: int) -> None:
-    """Python, NumPy and PyTorch, different on every rank."""
+    """Seed Python, NumPy and PyTorch, differently on every rank."""
     number = seed * 1_000_003 + rank()
     random.seed(number)
     numpy.random.seed(number % 2**32)
@@ -208,7 +211,7 @@ def _set_generators(states: dict[str, Any]) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Wait until every file is on the disk: a rename that survives a power cut must not name half a file."""
+    """Flush every file to disk: a rename that survives a power cut must not name an incomplete file."""
     for path in [*folder.rglob("*"), folder]:
         _sync(path)
 

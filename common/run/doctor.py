@@ -1,9 +1,8 @@
-"""The doctor: a few minutes on a handful of prompts that show whether hours of training could teach anything.
+"""Check on a few prompts, within minutes, whether hours of training could teach the model anything.
 
-Each check answers one way in which GRPO runs have silently learned nothing or broken late: a sampler that repeats
+Each check covers one way in which GRPO runs have silently learned nothing or broken late: a sampler that repeats
 itself, rewards without differences, a sampler and a trainer that disagree, a wrong attention mask, prompts without
-their image or too long for the model. It ends with an estimate of time and memory, formula included.
-
+their image or too long for the model. The end is an estimate of time and memory, with its formula.
 Shapes: n sampled prompts, G completions each.
 """
 
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Finding:
-    """One check: what was seen, whether it is good (`ok`), worth a look (`warning`) or a reason to stop (`failed`)."""
+    """Result of one check: what was seen, and the verdict `ok`, `warning` or `failed` (a reason to stop)."""
 
     check: str
     verdict: str
@@ -48,9 +47,9 @@ class Finding:
 
 
 PROMPTS = 8  # sampled prompts
-MORE_PROMPTS = 64  # sampled at most, while no group has differences
-LONG = 20_000  # completions from which on a training is examined without being asked
-FEW_LEARN = 0.8  # share of groups without differences from which on a warning is given
+MORE_PROMPTS = 64  # most prompts to sample while no group has differences
+LONG = 20_000  # number of completions from which on a training is checked by default
+FEW_LEARN = 0.8  # share of groups without differences from which on there is a warning
 NOT_COMPARED = Finding(
     "sampler against trainer",
     "warning",
@@ -60,7 +59,7 @@ NOT_COMPARED = Finding(
 
 
 def is_long(updates: int, config: TrainerConfig) -> bool:
-    """Whether a training is worth examining before it begins."""
+    """Tell whether a training is long enough to be checked before it starts."""
     if not isinstance(config, GRPOConfig):
         return False
     return updates // config.num_iterations * config.prompts_per_update * config.group_size >= LONG
@@ -82,26 +81,27 @@ def examine(
     seed: int,
     open_image: Callable[[str], Image] | None = None,
 ) -> list[Finding]:
-    """Sample a few groups and check them. Call it before the optimizer takes over the weights.
+    """Sample a few groups and check them. Call it before the optimizer wraps the weights.
 
     Args:
         vlm: The policy.
-        encoder: Prompts to tensors.
+        encoder: Encoder of prompts to tensors.
         rollout: Sampling backend.
         prompts: The training prompts; evenly spaced ones are used.
         rewards: The reward mix.
-        decoding: How completions are drawn.
+        decoding: Sampling parameters.
         config: Group size and batch sizes.
         image_size: Side of the images in pixels.
         updates: Planned updates.
         ranks: Number of processes.
-        cost: Of the training, as computed.
+        cost: Computed cost of the training.
         seed: Seed of the run.
         open_image: From an image's key to its picture, for rewards that look at it.
 
     Returns:
-        All findings, the failed ones included.
+        All findings, including failed ones.
     """
+    # sample: evenly spaced prompts, timed after a first call
     chosen = list(prompts)[:: max(1, len(prompts) // PROMPTS)][:PROMPTS]
     asked = requests(encoder, chosen, [f"doctor-{seed}-{number}" for number in range(len(chosen))])
     encoded = [request.encoded for request in asked]
@@ -109,19 +109,21 @@ def examine(
     began = time.perf_counter()
     completions = rollout.generate(asked, config.group_size, decoding)
     sampling = time.perf_counter() - began
+    # score the completions with the trainer's forward, and compare with the sampler
     groups = [Group(e, tuple(c.ids for c in group)) for e, group in zip(encoded, completions, strict=True)]
     scorer = PolicyScorer(vlm.model, vlm.banned, decoding.temperature, config.head_chunk).to(vlm.device)
     gaps, scoring = score(scorer, vlm, groups, completions, config)
     sampler = None if getattr(rollout, "has_weight_copy", False) else rollout
     found = agreement.measure(scorer, vlm, groups[0], sampler, asked[0], decoding)
+    # rewards: sample more prompts while no group has differences, since a few groups may all be flat by chance
     scores = score_groups(chosen, completions, rewards, open_image)
     total, parts = scores.total, scores.parts
     cut = statistics.fmean(c.truncated for group in completions for c in group)
-    for start in range(PROMPTS, MORE_PROMPTS, PROMPTS):  # few groups could all be flat by chance
+    for start in range(PROMPTS, MORE_PROMPTS, PROMPTS):
         if len(without_differences(total, config.group_size)) < len(total) // config.group_size:
             break
         others = list(prompts)[:: max(1, len(prompts) // MORE_PROMPTS)][start : start + PROMPTS]
-        if not others:  # there are no more
+        if not others:  # no prompts are left
             break
         seeds = [f"doctor-{seed}-{start + number}" for number in range(len(others))]
         fresh = rollout.generate(requests(encoder, others, seeds), config.group_size, decoding)
@@ -147,13 +149,14 @@ def examine(
 def check_lengths(
     vlm: VLM, encoded: Sequence[Encoded], prompts: Sequence[Prompt], decoding: Decoding, image_size: int
 ) -> Finding:
-    """The image is in the prompt with all its tokens, and prompt and completion fit the model."""
+    """Check that the image is in the prompt with all its tokens, and that prompt and completion fit the model."""
     config = vlm.model.config
     expected = vlm.family.image_tokens(config.to_dict(), image_size)
     counts = [int((e.ids == vlm.family.placeholder_tokens(config)[0]).sum()) for e in encoded]
     longest, limit = max(len(e.ids) for e in encoded), config.get_text_config().max_position_embeddings
     most = longest + decoding.max_tokens
     seen = f"up to {longest} tokens, {counts[0]} of them image; with the completion at most {most} of {limit}"
+    # a processor that resizes images differently gives other numbers of image tokens
     if set(counts) != {expected}:
         wrong = next(i for i, count in enumerate(counts) if count != expected)
         return Finding(
@@ -168,7 +171,7 @@ def check_lengths(
 
 
 def check_distinct(completions: Sequence[Sequence[Completion]]) -> Finding:
-    """A group of equal completions teaches nothing."""
+    """Check that the completions of a group differ: equal completions have no advantage and teach nothing."""
     different = [len({tuple(c.ids.tolist()) for c in group}) for group in completions]
     seen = f"{statistics.fmean(different):.1f} different completions of {len(completions[0])} on average"
     if max(different) == 1:
@@ -184,20 +187,21 @@ def check_rewards(
     cut: float = 0.0,
     limit: int | None = None,
 ) -> Finding:
-    """Groups without reward differences have no gradient, and a reward that pays nobody or everybody teaches nothing.
-    Where many completions are cut at the limit, that is why.
+    """Check the rewards: a group without differences has no gradient, and a reward that is the same for all completions
+    teaches nothing. Many truncated completions are reported as the likely cause.
 
     Args:
-        total: The weighted sum of every sample, group after group.
+        total: Weighted sum of rewards of every sample, group after group.
         parts: Every reward of every sample, by name.
         group_size: G.
-        cut: Share of completions that were cut.
-        limit: Tokens at which they were, `rollout.max_completion_tokens`.
+        cut: Share of truncated completions.
+        limit: Tokens at which they are truncated, `rollout.max_completion_tokens`.
     """
     for name, values in parts.items():
         if strange := [value for value in values if not math.isfinite(value)]:
             seen = f"'{name}' gave {strange[0]} for {len(strange)} of {len(values)} completions"
             return Finding("rewards", "failed", seen, f"correct the function that rewards.{name}.fn names")
+    # groups without differences, and rewards that are the same everywhere
     groups = len(total) // group_size
     flat = len(without_differences(total, group_size))
     seen = f"{flat} of {counted(groups, 'group')} without differences; mean reward {statistics.fmean(total):.3f}"
@@ -207,6 +211,7 @@ def check_rewards(
     if silent:
         seen += "; " + ", ".join(f"'{name}' paid {whom}" for name, whom in silent.items())
         help = "; ".join(f"'{name}': {fix(name, whom, cut)}" for name, whom in silent.items())
+    # named first, since truncation usually explains the other findings
     if cut >= CUT:
         seen = f"{100 * cut:.0f} % of completions were cut at rollout.max_completion_tokens={limit}; {seen}"
         help = f"raise rollout.max_completion_tokens; {help}"
@@ -217,12 +222,12 @@ def check_rewards(
 
 
 def check_sampler(gap: torch.Tensor, found: Agreement, corrected: bool) -> Finding:
-    """Sampler and trainer give the sampled tokens the same probability.
+    """Check that sampler and trainer give the sampled tokens the same probability.
 
     Args:
         gap: Absolute differences of the log-probabilities in nats. Shape: [T].
-        found: What rounding explains, and what is left of the difference in exact arithmetic.
-        corrected: The loss corrects for such differences: a warning is enough.
+        found: Differences that rounding explains, and the remaining difference in exact arithmetic.
+        corrected: Whether the loss corrects for such differences, so that a warning is enough.
     """
     allowed = found.allowed_of_sampler
     seen = f"log-probabilities differ by {gap.mean():.1e} on average (allowed: {allowed:.0e}), {gap.max():.1e} at most"
@@ -239,7 +244,7 @@ def check_sampler(gap: torch.Tensor, found: Agreement, corrected: bool) -> Findi
 
 
 def check_forward(found: Agreement) -> Finding:
-    """The shared-prefix forward equals the plain one, and attention without copies that with them."""
+    """Check that the shared-prefix forward equals the plain one, and merged attention the one with copies."""
     seen = f"log-probabilities differ by {found.shared:.1e} on average (allowed: {found.allowed:.0e})"
     if not found.gradients_agree:
         seen = f"merged attention has a relative error of {found.merged:.1e}, copies of {found.copied:.1e}"
@@ -260,16 +265,16 @@ def score(
     completions: Sequence[Sequence[Completion]],
     config: GRPOConfig,
 ) -> tuple[torch.Tensor, float]:
-    """Forward and backward of all groups, in the forwards of an update.
+    """Run forward and backward of all groups, batched as in an update.
 
     Returns:
-        |log-probability minus the sampler's| of every token [T], and seconds, the first forward repeated for them.
+        |log-probability minus the sampler's| of every token [T], and seconds without the first, repeated forward.
     """
     sizes = [shared_tokens(group) for group in groups]
     parts = within_budget(range(len(groups)), sizes.__getitem__, config.tokens_per_forward, config.prompts_per_forward)
     gaps, began = [], 0.0
     vlm.model.train()  # with gradient checkpointing, as in an update
-    for number, part in enumerate([parts[0], *parts]):  # the first call is slow
+    for number, part in enumerate([parts[0], *parts]):  # the first call is slow, so it is repeated and not timed
         if number == 1:
             began = time.perf_counter()
         logps, _ = scorer(pack_shared([groups[i] for i in part], vlm.family, vlm.device))
@@ -282,7 +287,7 @@ def score(
 
 
 def report(findings: Sequence[Finding]) -> Any:
-    """The findings as a table for the terminal."""
+    """Return the findings as a table for the terminal."""
     from rich.table import Table
     from rich.text import Text
 
@@ -296,7 +301,8 @@ def report(findings: Sequence[Finding]) -> Any:
 
 
 def refuse(findings: Sequence[Finding]) -> None:
-    """
+    """Raise an error for the first failed check.
+
     Raises:
         UserError: A check failed; names it, what was seen and the fix.
     """
@@ -305,11 +311,11 @@ def refuse(findings: Sequence[Finding]) -> None:
             raise UserError(f"doctor: {finding.check}: {finding.seen}. {finding.fix[0].upper()}{finding.fix[1:]}")
 
 
-# How long a training will take and how much memory it needs, each with its formula.
+# Estimates of training time and memory, each with its formula.
 
 
 def estimate_time(sampling: float, scoring: float, config: GRPOConfig, updates: int, ranks: int) -> Finding:
-    """Seconds of the whole training from those of one prompt.
+    """Estimate the seconds of the whole training from those of one prompt.
 
     Args:
         sampling: Seconds to sample one group.
@@ -319,7 +325,8 @@ def estimate_time(sampling: float, scoring: float, config: GRPOConfig, updates: 
         ranks: Number of processes.
     """
     each = config.prompts_per_update / ranks
-    reference = 1 + (config.beta > 0) / 3  # a forward costs a third of forward and backward
+    # with a KL term, a forward of the reference model: a third of forward and backward
+    reference = 1 + (config.beta > 0) / 3
     total = updates * each * (sampling / config.num_iterations + scoring * reference)
     seen = (
         f"about {_duration(total)} without evaluation = {updates} updates x {each:g} prompts per rank x"
@@ -330,7 +337,7 @@ def estimate_time(sampling: float, scoring: float, config: GRPOConfig, updates: 
 
 
 def check_memory(cost: Cost, device: torch.device) -> Finding:
-    """Bytes of one GPU as computed (common/cost/); on a GPU also what it has, and what the examination took."""
+    """Report the computed bytes of one GPU (common/cost/); on a GPU, compare with its memory and the measured peak."""
     seen = "; ".join(lines(cost)[:2])
     if device.type != "cuda":
         return Finding("memory", "ok", seen)
@@ -343,7 +350,8 @@ def check_memory(cost: Cost, device: torch.device) -> Finding:
 
 
 def _duration(seconds: float) -> str:
-    """
+    """Format a duration.
+
     >>> [_duration(s) for s in (42, 600, 90_000)]
     ['42 s', '10 min', '25.0 h']
     """

@@ -1,4 +1,4 @@
-"""The loop over the updates of a training: step, record, evaluate now and then, write checkpoints."""
+"""Run the updates of a training: step, record, evaluate regularly, write checkpoints."""
 
 from __future__ import annotations
 
@@ -35,17 +35,18 @@ def train(
     recorder: Recorder,
     save: Callable[[Path], None],
 ) -> int:
-    """Make the updates that are still to be made, and return the number of all. All ranks call it together.
+    """Make the remaining updates and return the number of all. All ranks call it together.
 
     Args:
-        predictor: Is evaluated meanwhile, with the trainer's weights.
-        trainer: Begins where `checkpoints` goes on.
-        updates: Of the whole training.
-        config: Of the run.
-        checkpoints: Of the run.
-        recorder: Is told about every update and evaluation.
-        save: Writes weights and optimizer state of this rank into a folder.
+        predictor: Predictor to evaluate during training, with the trainer's weights.
+        trainer: Trainer, set to the state that `checkpoints` resumes from.
+        updates: Updates of the whole training.
+        config: Configuration of the run.
+        checkpoints: Checkpoints of the run.
+        recorder: Recorder of updates and evaluations.
+        save: Function that writes weights and optimizer state of this rank into a folder.
     """
+    # start or resume
     state, done = checkpoints.state, 0
     seed_generators(config.seed)
     if state is None:
@@ -56,7 +57,7 @@ def train(
     iterations = config.trainer.num_iterations if isinstance(config.trainer, GRPOConfig) else 1
     limit, stranger = config.rollout.max_completion_tokens, is_stranger(config, predictor.task)
     watch = Watch(recorder.files.read_log("metrics.jsonl"), limit, stranger)
-    if is_over(config, done, best):  # an earlier attempt ended here, and stopped before its result
+    if is_over(config, done, best):  # an earlier attempt stopped early here, but was killed before its result
         return done
 
     def write(number: int) -> None:
@@ -75,14 +76,16 @@ def train(
         checkpoints.write(here, save)
 
     if state is None and best is not None and config.evaluate == "best":
-        write(0)  # it may be the best
+        write(0)  # the untrained weights may turn out to be the best
     with bar(f"training ({config.method['name']})", updates, done) as shown, requested() as interruption:
         for number in range(done + 1, updates + 1):
+            # one update, and an evaluation if it is due
             step = trainer.step(number - 1)
             check_finite(step.metrics, number, step.rows)
             last, evaluation = number == updates, None
             if is_due(config, number, last):
                 evaluation = _evaluate(predictor, step, config.trainer.evaluate_limit)
+            # record both, and keep the best evaluation
             recorder.update(number, step, last)
             watch.see(step.metrics)
             better = False
@@ -93,8 +96,9 @@ def train(
                 better = best is None or accuracy > best[1]
                 best = (number, accuracy) if better else best
             shown.advance(note(step.metrics, best, watch.silent, watch.signs.flat))
-            # a batch that is half used is not saved, so a request waits for its end
+            # a batch that is used for several updates is not saved, so a requested stop waits for its last update
             stopping = any(gather(interruption.made)) and number % iterations == 0
+            # stop early, write a checkpoint, leave on request
             last = last or is_over(config, number, best)
             if better or last or stopping or (config.checkpoint.every and number % config.checkpoint.every == 0):
                 write(number)
@@ -109,12 +113,13 @@ def train(
 
 
 def untrained(predictor: Predictor, config: Config, recorder: Recorder) -> tuple[int, float] | None:
-    """The evaluation before training as the best one so far: 0 and its accuracy on the watched split.
+    """Return update 0 and the accuracy of the evaluation before training, as the best so far.
 
-    None where nothing is evaluated during training. All ranks call it together.
+    None if nothing is evaluated during training. All ranks call it together.
     """
     if not config.trainer.evaluate_every:
         return None
+    # only rank 0 has the predictions; the result is sent to all
     answers = recorder.kept("before", monitor_split(predictor.task)) if rank() == 0 else None
     right = None
     if answers is not None:
@@ -124,15 +129,15 @@ def untrained(predictor: Predictor, config: Config, recorder: Recorder) -> tuple
 
 
 def is_over(config: Config, number: int, best: tuple[int, float] | None) -> bool:
-    """Whether patience is at its end: that many evaluations since the best one, after this update."""
+    """Tell whether training stops early: `patience` evaluations since the best one, after this update."""
     patience = config.trainer.patience
     return bool(patience) and best is not None and number - best[0] >= patience * config.trainer.evaluate_every
 
 
 def is_due(config: Config, number: int, last: bool) -> bool:
-    """Whether the watched split is evaluated after this update.
+    """Tell whether the monitored split is evaluated after this update.
 
-    After the last one all splits are evaluated anyway, and before that only to choose the best.
+    All splits are evaluated after the last update anyway; it needs an evaluation here only to choose the best.
     """
     every = config.trainer.evaluate_every
     return bool(every) and (config.evaluate == "best" if last else number % every == 0)
@@ -141,8 +146,8 @@ def is_due(config: Config, number: int, last: bool) -> bool:
 def note(
     metrics: dict[str, float], best: tuple[int, float] | None, silent: Mapping[str, str] | None = None, flat: int = 0
 ) -> str:
-    """What the bar says: how many completions were cut, if many, the mean reward or the loss of an update, the best
-    accuracy so far, for how many updates no group has differed, and silent rewards.
+    """Return the text beside the bar: share of truncated completions if large, mean reward or loss of the update, best
+    accuracy so far, number of updates in which no group differed, and silent rewards.
 
     >>> note({"reward": 0.5312, "loss": 0.1}, (20, 0.8123), {"format": "nobody"}), note({"loss": 1.25}, None)
     ('reward 0.531 · best accuracy 81.2 % · format paid nobody', 'loss 1.250')
@@ -158,12 +163,12 @@ def note(
 
 
 def is_stranger(config: Config, task: Task) -> bool:
-    """Whether a model that was never taught the classes of a user's own photos is to stop where it earns nothing."""
+    """Tell whether training should stop if it earns nothing: own photos of classes that the model was never taught."""
     return config.data.own_photos and config.doctor is not False and unknown_classes(config, task) is not None
 
 
 def hopeless(poor: Mapping[str, float]) -> str:
-    """Why a stranger's training stops, and what to do instead. `poor`: from `hardly_paid`."""
+    """Return why a training on unknown classes stops, and what to do instead. `poor`: from `hardly_paid`."""
     paid = ", ".join(f"reward '{name}' paid {100 * mean:.1f} %" for name, mean in poor.items())
     return (
         f"the training has stopped: in {WINDOW} updates {paid} of the completions, and the model was never taught"
@@ -173,9 +178,9 @@ def hopeless(poor: Mapping[str, float]) -> str:
 
 class Watch:
     """Warns once of every sign that the training goes wrong, and, after WINDOW batches of completions, of rewards that
-    paid nobody or everybody so far.
+    were the same for all completions.
 
-    silent: those that still do; empty before.
+    silent: these rewards, as long as that holds; empty before.
     """
 
     def __init__(
@@ -183,26 +188,26 @@ class Watch:
     ) -> None:
         """
         Args:
-            earlier: What was reported so far, by earlier attempts as well.
+            earlier: Metrics reported so far, including earlier attempts.
             limit: `rollout.max_completion_tokens`.
-            is_stranger: The model was never taught the classes: if it earns nothing, that will not change.
+            is_stranger: The model was never taught the classes: training that earns nothing is stopped.
         """
         self.signs, self.is_stranger = Signs(earlier, limit), is_stranger
         self.seen = [row for row in earlier if "reward" in row]
         self.silent = silent_rewards(self.seen) if len(self.seen) >= WINDOW else {}
 
     def see(self, metrics: dict[str, float]) -> None:
-        """One update, or one evaluation.
+        """Check the metrics of one update or one evaluation.
 
         Raises:
-            UserError: A stranger has earned next to nothing.
+            UserError: A model that was never taught the classes has earned next to nothing.
         """
         for line in self.signs.see(metrics).values():
             _warn(line)
-        if "reward" not in metrics:  # it repeats a batch
+        if "reward" not in metrics:  # an evaluation, or another update on the same batch
             return
         self.seen.append(metrics)
-        if len(self.seen) > WINDOW:  # one that has once paid some is silent no more
+        if len(self.seen) > WINDOW:  # a reward that differed once is no longer silent
             still = silent_rewards([self.seen[0], metrics])
             self.silent = {name: whom for name, whom in self.silent.items() if name in still}
         elif len(self.seen) == WINDOW:
@@ -219,7 +224,7 @@ def _warn(line: str) -> None:
 
 
 def _evaluate(predictor: Predictor, step: Step, limit: int | None) -> Evaluation:
-    """Evaluate the watched split; the time is noted in the step."""
+    """Evaluate the monitored split; the time is added to the step."""
     clock = time.perf_counter()
     evaluation = during_training(predictor, limit)
     step.seconds["evaluation during training"] = time.perf_counter() - clock
@@ -227,12 +232,12 @@ def _evaluate(predictor: Predictor, step: Step, limit: int | None) -> Evaluation
 
 
 def check_finite(metrics: dict[str, float], number: int, rows: Sequence[Mapping[str, Any]] = ()) -> None:
-    """Stop at the first NaN or infinity; nothing of that update is recorded, and the last checkpoint stays as it is.
+    """Stop at the first NaN or infinity; nothing of that update is recorded, and the last checkpoint is not changed.
 
     Args:
-        metrics: Of the update.
-        number: Of the update.
-        rows: Its completions.
+        metrics: Metrics of the update.
+        number: Number of the update.
+        rows: Completions of the update.
 
     Raises:
         UserError: Names the update, the metrics, and the reward that gave such a value, if one did.

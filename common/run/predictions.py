@@ -1,4 +1,4 @@
-"""Evaluated images as tables, and small copies of some of their pictures."""
+"""Convert evaluated images to and from tables, and keep thumbnails of some images."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-# Evaluated images as tables: one row per image, one file per split and phase, whole or not at all.
+# Predictions: one row per image, one file per split and phase.
 #
-# Columns: phase (`before` or `after` training), split, the fields of `Prediction`, of a reply `completion`, `tokens`,
-# `truncated`, `formatted` and `correct_official`, of probabilities `choices` (the offered names), `probabilities` and
-# `probabilities_raw`, then the method's own (see `Accounts.columns`) and the text that a model was asked (`prompt`).
+# Columns: phase (`before` or `after` training), split, the fields of `Prediction`; for replies `completion`, `tokens`,
+# `truncated`, `formatted` and `correct_official`; for probabilities `choices` (the offered names), `probabilities` and
+# `probabilities_raw`; then the method's own (see `Accounts.columns`) and the text of the prompt (`prompt`).
 
 
 REPLY = {"completion": "text", "tokens": "tokens", "truncated": "truncated", "formatted": "well_formed"}
 OFFERED = ("choices", "probabilities", "probabilities_raw")
-PROMPT = "prompt"  # a column
-NOTES = ("seconds", "scoring_seconds", "names")  # in the file's metadata
+PROMPT = "prompt"  # name of a column
+NOTES = ("seconds", "scoring_seconds", "names")  # keys of the file's metadata
 
 
 def to_table(phase: str, split: str, answers: Answers) -> pyarrow.Table:
-    """The rows of a split, the method's own columns last."""
+    """Return the rows of a split as a table, the method's own columns last."""
     import pyarrow as pa
 
     predictions = answers.predictions
@@ -55,13 +55,14 @@ def to_table(phase: str, split: str, answers: Answers) -> pyarrow.Table:
         **_offered(answers.probabilities, len(predictions)),
         **{name: _column(name, values) for name, values in answers.columns.items()},
     }
+    # the order of the class names is kept in the metadata: the rows hold only the offered names
     names = [] if answers.probabilities is None else list(answers.probabilities.names)
     notes = (str(answers.seconds), str(answers.scoring_seconds), json.dumps(names))
     return pa.table(columns).replace_schema_metadata(dict(zip(NOTES, notes, strict=True)))
 
 
 def _column(name: str, values: list[Any]) -> pyarrow.Array:
-    """Prompts of many classes are long and often alike: each text is kept once."""
+    """Return a column; prompts, which are long and often equal, are stored once each."""
     import pyarrow as pa
 
     if name != PROMPT:
@@ -71,13 +72,13 @@ def _column(name: str, values: list[Any]) -> pyarrow.Array:
 
 
 def _offered(table: Probabilities | None, rows: int) -> dict[str, pyarrow.Array]:
-    """Lists of the offered names and their probabilities, as long as each prompt's own list."""
+    """Return lists of the offered names and their probabilities, each as long as its prompt's own list."""
     import pyarrow as pa
 
     kinds = (pa.list_(pa.string()), pa.list_(pa.float32()), pa.list_(pa.float32()))
     if table is None:
         return {name: pa.nulls(rows, kind) for name, kind in zip(OFFERED, kinds, strict=True)}
-    shown = table.classes >= 0  # [N, K]
+    shown = table.classes >= 0  # [N, K]; -1 pads shorter lists
     offsets = pa.array(numpy.concatenate([[0], shown.sum(1).cumsum()]), pa.int32())
     lists = [
         pa.array(table.names, pa.string()).take(pa.array(table.classes[shown])),
@@ -88,7 +89,7 @@ def _offered(table: Probabilities | None, rows: int) -> dict[str, pyarrow.Array]
 
 
 def from_table(table: pyarrow.Table) -> Answers:
-    """The inverse of `to_table`; without the prompts, which only readers of the file need."""
+    """Convert a table back to `Answers`, without the prompts, which only readers of the file need."""
     own = {"phase", "split", PROMPT, *Prediction.__dataclass_fields__, *REPLY, "correct_official", *OFFERED}
     columns = {name: table.column(name).to_pylist() for name in table.column_names if name not in own}
     seconds, scoring, names = (table.schema.metadata[note.encode()].decode() for note in NOTES)
@@ -124,19 +125,19 @@ def _probabilities(table: pyarrow.Table, names: Sequence[str]) -> Probabilities 
     return Probabilities(tuple(names), classes, filled[0], filled[1] if has_raw else None)
 
 
-# Small copies of a run's pictures in its folder, so that its report shows them without the dataset.
+# Thumbnails in the run folder, so that its report shows images without the dataset.
 #
 # One file, thumbnails.parquet: `image` (the key) and `webp` (the bytes).
 
 THUMBNAILS = "thumbnails.parquet"
-THUMBNAIL_SIDE = 128  # pixels of the longer side at most; a smaller picture stays as it is
-TINY = 32  # pixels up to which every one is kept
+THUMBNAIL_SIDE = 128  # longest side in pixels; a smaller image keeps its size
+TINY = 32  # longest side up to which compression is lossless
 
 
 def choose_thumbnails(before: Evaluation, after: Evaluation, trained_on: Sequence[str], limit: int) -> list[str]:
-    """Keys of at most `limit` pictures of each split and `limit` trained ones.
+    """Choose at most `limit` images of each split and `limit` training images.
 
-    First those that are wrong before or after training, then others, evenly spaced over their split.
+    Images that are wrong before or after training come first, then others, evenly spaced over their split.
     """
     chosen = dict.fromkeys(evenly_spaced(trained_on, limit))
     for split, answers in after.answers.items():
@@ -149,7 +150,7 @@ def choose_thumbnails(before: Evaluation, after: Evaluation, trained_on: Sequenc
 
 
 def write_thumbnails(folder: Path, images: Images, keys: Iterable[str]) -> None:
-    """Decode and keep the pictures with these keys; the file is there whole or not at all."""
+    """Write thumbnails of the images with these keys, atomically."""
     import pyarrow
     import pyarrow.parquet
 
@@ -161,7 +162,7 @@ def write_thumbnails(folder: Path, images: Images, keys: Iterable[str]) -> None:
 
 
 def shrink(picture: Image) -> bytes:
-    """As WebP, at most SIDE pixels wide and high; exact where the picture is tiny."""
+    """Return an image as WebP, at most THUMBNAIL_SIDE pixels wide and high; lossless if it is tiny."""
     small = picture.copy()
     small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     content = io.BytesIO()
@@ -170,7 +171,7 @@ def shrink(picture: Image) -> bytes:
 
 
 def read_thumbnails(folder: Path) -> dict[str, bytes]:
-    """WebP by key; none of a run that kept none."""
+    """Read the thumbnails by key; empty if the run kept none."""
     import pyarrow.parquet
 
     path = folder / THUMBNAILS

@@ -1,4 +1,4 @@
-"""Everything a run writes while it goes: the run folder first, the tracker second. Silent on ranks other than 0."""
+"""Record a run while it goes: the run folder first, the tracker second. Ranks other than 0 write nothing."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Recorder:
         """
         Args:
             files: The run folder.
-            tracker: Mirror of the metrics.
-            table_every: Updates between two completions tables of the tracker.
-            clock: Of the run.
-            state: Of the checkpoint that the run goes on from; what was written after it will be computed again.
+            tracker: Tracker that mirrors the metrics.
+            table_every: Updates between two tables of completions in the tracker.
+            clock: Stopwatch of the run.
+            state: State of the checkpoint that the run resumes from; what was written after it is computed again.
         """
         self.files, self.tracker, self.table_every, self.clock = files, tracker, table_every, clock
         self.writes = rank() == 0
@@ -41,7 +41,7 @@ class Recorder:
         barrier()
 
     def update(self, number: int, step: Step, last: bool) -> None:
-        """One update; `number` counts from 1."""
+        """Record one update; `number` counts from 1."""
         if not self.writes:
             return
         self.files.log("metrics.jsonl", {"step": number, **step.metrics})
@@ -55,38 +55,39 @@ class Recorder:
             self.flush(number)
 
     def flush(self, number: int) -> None:
-        """Put everything up to update `number` on the disk."""
+        """Write all completions up to update `number` to disk."""
         if self.rows:
             self.files.write_completions(self.rows, number)
             self.rows = []
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of all updates by phase, over all attempts."""
+        """Return the seconds of all updates by phase, over all attempts."""
         spent: dict[str, float] = {}
         for row in self.files.read_log("timings.jsonl"):
             for phase, seconds in row.items():
+                # names with a slash are counts, not seconds
                 if phase != "step" and "/" not in phase:
                     spent[phase] = spent.get(phase, 0.0) + seconds
         return spent
 
     def kept(self, phase: str, split: str) -> Answers | None:
-        """What an earlier attempt finished."""
+        """Return the predictions of a split that an earlier attempt finished; None if it did not."""
         return self.files.read_predictions(phase, split)
 
     def keep(self, phase: str, split: str, answers: Answers) -> None:
-        """Keep a finished split."""
+        """Save the predictions of a finished split."""
         if self.writes:
             self.files.write_predictions(phase, split, answers)
 
     def evaluation(self, number: int, evaluation: Evaluation) -> None:
-        """What was measured after `number` updates."""
+        """Record an evaluation after `number` updates."""
         log.info("after %d updates: %s", number, evaluation.scalars)
         if self.writes:
             self.files.log("metrics.jsonl", {"step": number, **evaluation.scalars})
             self.tracker.log(evaluation.scalars, number)
 
     def finish(self, result: Result, evaluation: Evaluation) -> None:
-        """The tables, the result, whose presence means that the run is finished, and then whoever mirrors it.
+        """Write the tables, then the result, whose presence marks the run as finished, then inform the tracker.
 
         `evaluation`: the last one.
         """
@@ -98,7 +99,7 @@ class Recorder:
                 self.tracker.result(result, evaluation)
 
     def close(self, failed: bool) -> None:
-        """End the tracker's run and release the files."""
+        """End the tracker's run and close the files."""
         with best_effort("the tracker"):
             self.tracker.close(failed)
         self.files.close()

@@ -1,9 +1,9 @@
-"""The result of a run: what metrics.json holds, where it came from, and the comparison with before training.
+"""Result of a run: the content of metrics.json, its origin, and the comparison with before training.
 
     result = Result.load("outputs/<run>")
     result.final["test"].accuracy
 
-Everything that reads finished runs reads them through `Result.load`. No torch.
+Every reader of finished runs uses `Result.load`. No torch.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ PACKAGES = ("torch", "transformers", "deepspeed", "peft", "hydra-core", "wandb",
 
 @dataclass
 class Result:
-    """What a finished run reports. metrics.json has these fields as its keys.
+    """Result of a finished run. Its fields are the keys of metrics.json.
 
-    before, after: the splits as the learner began (empty if it knew nothing then) and after training (empty if nothing
-    was trained), see `final`.
-    weights: path and sha256 of what the learner began from. overall: one number for several splits, by phase.
-    train: updates, seconds by phase, the paired comparison, the update that was tested at last, the best evaluation,
-    and rewards that paid everybody or nobody. remarks: what a table must say of the trained results. device: the GPU's
-    model, or CPU.
+    before, after: summaries of the splits before training (empty for a learner that cannot answer yet) and after
+    training (empty if nothing was trained), see `final`.
+    weights: path and sha256 of the weights at the start. overall: one number for several splits, by phase.
+    train: updates, seconds by phase, the paired comparison, the update of the tested weights, the best evaluation,
+    and rewards that were the same for all completions. remarks: notes for tables on the trained results. device:
+    model of the GPU, or CPU.
     """
 
     method: str
@@ -71,18 +71,18 @@ class Result:
 
     @property
     def final(self) -> dict[str, Summary]:
-        """The splits as the run ends: after training if it trained, else as the learner is."""
+        """Summaries at the end of the run: after training if it trained, else before."""
         return self.after or self.before
 
     def to_json(self) -> dict[str, Any]:
-        """As metrics.json has it."""
+        """Return the content of metrics.json."""
         splits = {phase: {n: s.to_json() for n, s in getattr(self, phase).items()} for phase in ("before", "after")}
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         return {"format": self.format} | {**values, **splits}
 
     @classmethod
     def load(cls, path: str | Path) -> Result:
-        """The result of a finished run.
+        """Load the result of a finished run.
 
         Args:
             path: The run folder, or its metrics.json.
@@ -108,7 +108,7 @@ class Result:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Result:
-        """The inverse of `to_json`.
+        """Build a result from the output of `to_json`.
 
         Raises:
             UserError: Another version wrote it.
@@ -120,13 +120,13 @@ class Result:
 
 
 def describe(config: Config, weights: dict[str, str], data: TaskData, decoding: str) -> Result:
-    """Everything of the result that is known before the first evaluation.
+    """Return a result with everything that is known before the first evaluation.
 
     Args:
-        config: Of the run.
-        weights: Path and sha256 of what the learner begins from.
+        config: Configuration of the run.
+        weights: Path and sha256 of the weights at the start.
         data: The task and its manifest.
-        decoding: How its answers are chosen.
+        decoding: How answers are chosen.
     """
     return Result(
         method=config.method["name"],
@@ -153,12 +153,12 @@ def describe(config: Config, weights: dict[str, str], data: TaskData, decoding: 
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of the packages that matter; one that is not installed was not used."""
+    """Return the versions of the relevant packages; one that is not installed is left out."""
     return {d.name: d.version for d in distributions() if d.name in PACKAGES}
 
 
 def git_commit() -> str | None:
-    """The commit of this code, with `-dirty` if files were changed; None outside a git checkout."""
+    """Return the commit of this code, with `-dirty` if files were changed; None outside a git checkout."""
     if shutil.which("git") is None:
         return None
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
@@ -167,7 +167,7 @@ def git_commit() -> str | None:
 
 
 def paired(before: Evaluation, after: Evaluation) -> dict[str, Any]:
-    """Before and after training on the same images, per split (see `metrics.paired_test`)."""
+    """Compare before and after training on the same images, per split (see `metrics.paired_test`)."""
     return {
         split: metrics.paired_test(
             [p.correct for p in before.answers[split].predictions], [p.correct for p in answers.predictions]

@@ -1,20 +1,20 @@
-"""The run folder: the one place a run writes to, and the source of truth for every table and figure.
+"""Read and write the run folder: the only place a run writes to, and the source of every table and figure.
 
     config.yaml           the resolved configuration, with its signature
     manifest.json         images, labels and questions of the task, hashed
-    metrics.jsonl         one line per update, written at once (TRL's metric names); the same to the byte after a resume
+    metrics.jsonl         one line per update, written at once (TRL's metric names); byte-identical after a resume
     timings.jsonl         seconds of each update by phase
     checkpoints/          see common/run/checkpoint.py
     completions.parquet   every sampled completion with its rewards (completions/: parts, while the run goes)
     predictions.parquet   every evaluated image, before and after training, with the probabilities of the class names
-                          and what the method says about it (predictions/: parts, while the run goes)
+                          and the method's own columns (predictions/: parts, while the run goes)
     metrics.json          the result; written last, so its presence means the run is finished
     thumbnails.parquet    small copies of some pictures, for the report
-    report.html           everything above as a page (report/: its data, if it is large)
+    report.html           all of this as a page (report/: its data, if it is large)
     curves.png, confusion-<split>.png, run.log, model/ (weights), wandb/
 
-The signature covers what a result depends on. The same command in a finished folder shows the result, in an unfinished
-one it continues; a different configuration in a used folder is refused, and so are pictures that have changed since.
+The signature covers everything that a result depends on. The same command shows the result of a finished folder and
+continues an unfinished one; a used folder is refused for another configuration or for images that have changed since.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ class RunFolder:
         self._lock: IO[str] | None = None
 
     def finished_result(self, values: dict[str, Any]) -> Result | None:
-        """The result that is already here, or None if the folder is free or its run was interrupted.
+        """Return the result in the folder, or None if the folder is free or its run was interrupted.
 
         Raises:
-            UserError: The folder holds a run with another configuration, or something that is no run.
+            UserError: The folder holds a run with another configuration, or something that is not a run.
         """
         config = self.path / "config.yaml"
         if not config.is_file():
@@ -67,6 +67,7 @@ class RunFolder:
             raise UserError(f"{config} was not written by a run; choose another folder")
         digits = old.pop("signature")
         changed = differences(decides_result(old), decides_result(values))
+        # compare the values first: an edited file may differ in the signature only
         if changed or digits != signature(old):
             changed = changed or ["the file was edited"]
             raise UserError(
@@ -77,7 +78,8 @@ class RunFolder:
 
     def _check_free(self) -> None:
         if rank() != 0 or not self.path.is_dir():
-            return  # other ranks may look while rank 0 is claiming the folder
+            return  # other ranks may get here after rank 0 has claimed the folder
+        # files that `claim` or `preview` may have written before
         ours = {LOCK, MANIFEST} if manifest.is_one(self.path / MANIFEST) else {LOCK}
         names = {entry.name for entry in self.path.iterdir()} - ours
         strange = sorted(name for name in names if not name.endswith(".unfinished"))
@@ -85,10 +87,10 @@ class RunFolder:
             raise UserError(f"{self.path} is not empty and holds no run (it has {strange[0]}); choose another folder")
 
     def preview(self, asked: dict[str, Any]) -> Path:
-        """Write what a run would ask, and return where; in the folder of a run, its own manifest stays as it is.
+        """Write the manifest that a run would have, and return its path; the manifest of a run stays as it is.
 
         Raises:
-            UserError: The folder holds a run that asks something else, or something that is no run.
+            UserError: The folder holds a run with another manifest, or something that is not a run.
         """
         path = self.path / MANIFEST
         if not (self.path / "config.yaml").is_file():
@@ -102,17 +104,17 @@ class RunFolder:
         return path
 
     def claim(self, values: dict[str, Any]) -> None:
-        """Mark the folder as this configuration's, for as long as this object lives; what lies there is kept.
+        """Lock the folder for this configuration, for as long as this object lives; existing files are kept.
 
         Raises:
-            UserError: Another process is at work here, or the folder cannot be written.
+            UserError: Another process uses the folder, or it cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / LOCK).open("w", encoding="utf-8")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not (self.path / "config.yaml").is_file():
-                (self.path / MANIFEST).unlink(missing_ok=True)  # it is `preview`'s, perhaps of old data
+                (self.path / MANIFEST).unlink(missing_ok=True)  # from `preview`, perhaps of older data
             text = yaml.safe_dump({"signature": signature(values), **values}, sort_keys=False)
             self._write_whole("config.yaml", text)
         except BlockingIOError as error:
@@ -129,17 +131,17 @@ class RunFolder:
         self._logs[name].write(json.dumps(values) + "\n")
 
     def lengths(self) -> dict[str, int]:
-        """Bytes of the logs as they are now, and from now on whatever happens to the machine."""
+        """Return the bytes of the logs, after flushing them to disk."""
         for file in self._logs.values():
             os.fsync(file.fileno())
         return {name: (self.path / name).stat().st_size for name in LOGS if (self.path / name).is_file()}
 
     def rewind(self, update: int, lengths: dict[str, int]) -> None:
-        """Forget what was written after an update: it is about to be computed again.
+        """Drop what was written after an update, since it will be computed again.
 
         Args:
-            update: Updates that are kept.
-            lengths: Of the logs after that update, see `lengths`.
+            update: Number of updates to keep.
+            lengths: Bytes of the logs after that update, see `lengths`.
         """
         for name in LOGS:
             path = self.path / name
@@ -150,7 +152,7 @@ class RunFolder:
                 part.unlink()
 
     def write_completions(self, rows: list[dict[str, Any]], update: int) -> None:
-        """Add rows to the completions of the run, as a file of their own: a crash loses none of the earlier parts."""
+        """Write completions as a file of their own, so that a crash loses no earlier ones."""
         import pyarrow
 
         self._write_table(pyarrow.Table.from_pylist(rows), self.path / "completions" / f"{update:06d}.parquet")
@@ -160,11 +162,11 @@ class RunFolder:
         self._merge("completions")
 
     def write_predictions(self, phase: str, split: str, answers: Answers) -> None:
-        """Keep a finished split (see common/run/predictions.py); `phase` is `before` or `after` training."""
+        """Save a finished split (see common/run/predictions.py); `phase` is `before` or `after` training."""
         self._write_table(predictions.to_table(phase, split, answers), self._predictions(phase, split))
 
     def read_predictions(self, phase: str, split: str) -> Answers | None:
-        """What `write_predictions` kept; None if that split is not finished."""
+        """Read what `write_predictions` saved; None if that split is not finished."""
         import pyarrow.parquet
 
         path = self._predictions(phase, split)
@@ -186,7 +188,7 @@ class RunFolder:
         os.replace(unfinished, path)
 
     def _merge(self, name: str) -> None:
-        """One file of many parts. The parts stay until the result is written: a resumed run goes on from them."""
+        """Join parts to one file. The parts stay until the result is written, since a resumed run needs them."""
         import pyarrow
         import pyarrow.parquet
 
@@ -195,18 +197,18 @@ class RunFolder:
         if parts:
             unfinished = whole.with_suffix(".unfinished")
             schemas = [pyarrow.parquet.read_schema(part).remove_metadata() for part in parts]
-            schema = pyarrow.unify_schemas(schemas)  # a column without any value in one part has its type from another
+            schema = pyarrow.unify_schemas(schemas)  # a column that is empty in one part has its type from another
             with pyarrow.parquet.ParquetWriter(unfinished, schema) as writer:
                 for part in parts:
                     table = pyarrow.parquet.read_table(part).replace_schema_metadata()
-                    for field in schema:  # an earlier version may have written the part, and knew less
+                    for field in schema:  # an earlier version may have written the part, with fewer columns
                         if field.name not in table.column_names:
                             table = table.append_column(field, pyarrow.nulls(len(table), field.type))
                     writer.write_table(table.select(schema.names).cast(schema))
             os.replace(unfinished, whole)
 
     def write_result(self, result: Result) -> None:
-        """Write metrics.json, whole or not at all; what only an unfinished run needs goes."""
+        """Write metrics.json atomically; delete what only an unfinished run needs."""
         self._write_whole("metrics.json", json.dumps(result.to_json(), indent=2) + "\n")
         for name in ("completions", "predictions"):
             shutil.rmtree(self.path / name, ignore_errors=True)
@@ -217,7 +219,7 @@ class RunFolder:
         os.replace(unfinished, self.path / name)
 
     def read_log(self, name: str) -> list[dict[str, Any]]:
-        """All lines of metrics.jsonl or timings.jsonl."""
+        """Return all lines of metrics.jsonl or timings.jsonl."""
         path = self.path / name
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
@@ -227,7 +229,7 @@ class RunFolder:
         self._logs = {}
 
 
-# Work that may fail without harm once a result is written.
+# Errors after the result is saved.
 
 log = logging.getLogger(__name__)
 
@@ -237,5 +239,5 @@ def best_effort(who: str) -> Iterator[None]:
     """Log exceptions instead of raising them: the result is already saved."""
     try:
         yield
-    except Exception as error:  # of whatever kind: a mirror's or a drawing's library decides
+    except Exception as error:  # any kind, since trackers and plotting libraries raise their own
         log.warning("%s failed (%s: %s); the run folder is whole", who, type(error).__name__, error)

@@ -1,8 +1,8 @@
-"""Weights & Biases, mirrored from the run folder by rank 0. Offline unless there is an API key and the server answers.
+"""Mirror a run to Weights & Biases from rank 0. Offline unless there is an API key and the server answers.
 
 After a resume the updates since the last checkpoint are logged once more under the same run and step; metrics.jsonl
-holds each once. The run and the images of its tables lie inside the run folder, so that `wandb sync` works from another
-machine.
+has each once. The W&B run and the images of its tables lie inside the run folder, so that `wandb sync` works from
+another machine.
 """
 
 from __future__ import annotations
@@ -38,31 +38,31 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 SERVER = "https://api.wandb.ai"
-LONGEST_ANSWER = 8.0  # seconds that its server has; an unreachable one costs W&B itself two minutes
+LONGEST_ANSWER = 8.0  # seconds to wait for the server; W&B itself waits two minutes for an unreachable one
 OFFLINE = "W&B: %s; the run is tracked offline, `wandb sync` uploads it"
-CONFUSED = 100  # classes that a confusion matrix can show
+CONFUSED = 100  # most classes in a confusion matrix
 
 
 class Tracker(Protocol):
-    """Where metrics are mirrored to. id: name of the run there, by which a resumed run continues it."""
+    """Service that metrics are mirrored to. id: id of the run there, with which a resumed run continues it."""
 
     id: str | None
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Scalars of one update."""
+        """Log scalars of one update."""
 
     def completions(self, rows: list[dict[str, Any]], step: int) -> None:
-        """A few sampled completions with their images."""
+        """Log a few sampled completions with their images."""
 
     def result(self, result: Result, evaluation: Evaluation) -> None:
-        """The result in numbers, and the last evaluation: predictions with their images, and who is taken for whom."""
+        """Log the numbers of the result, and predictions and confusion matrix of the last evaluation."""
 
     def close(self, failed: bool) -> None:
         """End the run."""
 
 
 class NullTracker:
-    """Tracks nothing: other ranks, and tracking=none."""
+    """Tracks nothing, on ranks other than 0 and with tracking=none."""
 
     id: str | None = None
 
@@ -96,13 +96,13 @@ class WandbTracker:
         """
         Args:
             config: Project, group, tags and mode; see `settled_mode`.
-            folder: Run folder; the id of a run without a checkpoint yet is kept there.
+            folder: Run folder; the tracker's id is kept there until a checkpoint has it.
             job_type: `train` or `eval`.
-            tags: Beside those of `config`.
+            tags: Tags beside those of `config`.
             values: The run's configuration.
-            splits: Evaluated splits.
-            open_image: From an image's key to a picture.
-            known: Id of the run that is resumed, from its checkpoint.
+            splits: Names of the evaluated splits.
+            open_image: Function from an image's key to the image.
+            known: Tracker's id of the run that is resumed, from its checkpoint.
         """
         os.environ["WANDB_DATA_DIR"] = str(folder / "wandb" / "data")  # images of tables are staged there
         (folder / "wandb" / "data").mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,7 @@ class WandbTracker:
         )
         try:
             self.run = begin(mode=cast(Any, resolve_mode(config.mode)))
-        except wandb.Error as error:  # the server lets this key into no such project, or is gone again
+        except wandb.Error as error:  # no permission for the project, or the server is gone again
             log.warning(OFFLINE, " ".join(str(error).split()))
             self.run = begin(mode="offline")
         self.run.define_metric("step")
@@ -167,7 +167,7 @@ class WandbTracker:
                 self.run.log({f"confusion/{split}": chart})
 
     def _predictions(self, predictions: Sequence[Prediction]) -> Any:
-        """Some of them as a table, the wrong ones first: those are worth a look."""
+        """Return some predictions as a table, wrong ones first."""
         table = self.wandb.Table(columns=["image", "label", "answer", "correct", "reply"])
         for p in sorted(predictions, key=lambda p: p.correct)[: self.config.predictions_rows]:
             picture = self.wandb.Image(self.open_image(p.image), caption=p.label)
@@ -179,8 +179,8 @@ class WandbTracker:
 
 
 def numbers(result: Result) -> dict[str, float]:
-    """What a table of runs compares, by split: accuracy before and after training and the gain, shares of 1 like the
-    `eval/<split>/accuracy` of the updates.
+    """Return the numbers that compare runs, by split: accuracy before and after training and the gain, from 0 to 1 as
+    in `eval/<split>/accuracy` of the updates.
     """
     metrics: dict[str, float] = {}
     for phase, summaries in (("before", result.before), ("after", result.after)):
@@ -193,7 +193,7 @@ def numbers(result: Result) -> dict[str, float]:
 
 
 def make_tracker(config: Config, folder: Path, task: Task, known: str | None) -> Tracker:
-    """The tracker of the configuration on rank 0, nothing elsewhere. `known`: id of its run that is continued."""
+    """Create the tracker that is configured on rank 0, none elsewhere. `known`: the tracker's id of the run that is resumed."""
     if rank() != 0 or config.tracking.mode == "disabled":
         return NullTracker()
     whose = dict.fromkeys(task.origins.values())
@@ -204,7 +204,7 @@ def make_tracker(config: Config, folder: Path, task: Task, known: str | None) ->
 
 
 def resolve_mode(mode: str) -> str:
-    """`auto` becomes `online` with an API key (environment or ~/.netrc) and `offline` without; WANDB_MODE wins."""
+    """Resolve `auto`: WANDB_MODE if set, else `online` with an API key (environment or ~/.netrc), else `offline`."""
     if mode != "auto":
         return mode
     if "WANDB_MODE" in os.environ:
@@ -213,7 +213,7 @@ def resolve_mode(mode: str) -> str:
 
 
 def settled_mode(mode: str) -> str:
-    """`resolve_mode`, but `offline` with a warning where W&B would fail to go online; call it before anything long."""
+    """Resolve the mode, but return `offline` with a warning if W&B could not go online; call it before long work."""
     mode = resolve_mode(mode)
     if mode != "online" or rank() != 0 or "WANDB_IDENTITY_TOKEN_FILE" in os.environ:
         return mode
@@ -232,12 +232,12 @@ def settled(config: TrackingConfig) -> TrackingConfig:
 
 
 def what_keeps_offline() -> str | None:
-    """Why W&B's server cannot be used with the API key; None if it can. Takes at most LONGEST_ANSWER seconds."""
+    """Return why W&B's server cannot be used with the API key; None if it can. Takes at most LONGEST_ANSWER seconds."""
     key, server = api_key(), os.environ.get("WANDB_BASE_URL", SERVER).rstrip("/")
     if not key:
         return "there is no API key (wandb login, or WANDB_API_KEY)"
     answers: list[str | None] = []
-    # looking up a name has no time limit of its own
+    # in a thread, since a name lookup has no time limit of its own
     asking = threading.Thread(target=lambda: answers.append(_asked(server, key)), daemon=True)
     asking.start()
     asking.join(LONGEST_ANSWER)
@@ -261,7 +261,7 @@ def _asked(server: str, key: str) -> str | None:
 
 
 def api_key() -> str | None:
-    """W&B's key, from the environment or ~/.netrc."""
+    """Return W&B's key, from the environment or ~/.netrc."""
     if key := os.environ.get("WANDB_API_KEY"):
         return key
     host = urlsplit(os.environ.get("WANDB_BASE_URL", SERVER)).hostname or ""
@@ -272,5 +272,5 @@ def api_key() -> str | None:
 
 
 def prefixed(name: str) -> str:
-    """TRL logs training metrics under `train/`; evaluation and timing keep their own prefix."""
+    """Prefix a metric with `train/` as TRL does, unless it begins with `eval/` or `time/`."""
     return name if name.startswith(("eval/", "time/")) else f"train/{name}"

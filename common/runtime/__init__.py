@@ -1,1 +1,1 @@
-"""What every process of a run stands on: ranks, progress bars, Ctrl-C, UTF-8, a cache on disk."""
+"""Basics of every process of a run: ranks, progress bars, Ctrl-C, UTF-8, a disk cache."""

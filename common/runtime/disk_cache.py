@@ -1,6 +1,4 @@
-"""A folder of byte strings with a bound on its size, shared by processes and threads; what was read longest ago goes
-first.
-"""
+"""Cache byte strings in a folder of limited size, shared by processes and threads; least recently read go first."""
 
 from __future__ import annotations
 
@@ -13,23 +11,23 @@ from contextlib import suppress
 from pathlib import Path
 
 log = logging.getLogger(__name__)
-RECOUNT = 200  # entries stored between two looks at what other processes stored, more in a folder with many
-ABANDONED = 3600  # seconds after which an unfinished file has lost its writer
+RECOUNT = 200  # entries stored before the folder is listed again for those of other processes; more in a full folder
+ABANDONED = 3600  # seconds after which an unfinished file is taken for the rest of a killed process
 
 
 class DiskCache:
-    """Entries by key, each one file.
+    """Cache of entries by key, each one file.
 
-    Several processes may share the folder; each looks at the others' files every so often, so the bound is kept
-    roughly. A folder that cannot be made or written costs a warning: a run does not die of its cache.
+    Several processes may share the folder; each counts the others' files only now and then, so the limit is kept
+    roughly. If the folder cannot be created or written, only a warning is logged: the run continues without the cache.
     """
 
     def __init__(self, folder: Path, limit_bytes: int, suffix: str) -> None:
         """
         Args:
-            folder: Made if it is not there; files with another suffix are left alone.
-            limit_bytes: Bound on the entries' sizes together; 0: nothing is stored.
-            suffix: Of the entries' files, with its dot.
+            folder: Folder of the cache, created if missing; files with another suffix are left alone.
+            limit_bytes: Limit of the total size; 0: nothing is stored.
+            suffix: Suffix of the files, with its dot.
         """
         self.folder, self.limit, self.suffix = folder, limit_bytes, suffix
         self.lock = threading.Lock()
@@ -42,20 +40,20 @@ class DiskCache:
         self.used = sum(size for _, size, _ in self._entries())
 
     def get(self, key: str) -> bytes | None:
-        """What was stored, or None."""
+        """Return a stored entry, or None."""
         path = self._path(key)
         try:
             content = path.read_bytes()
-        except OSError:  # not there, or not to be read: as good as not there
+        except OSError:  # missing or not readable: a cache miss either way
             return None
-        with suppress(OSError):  # removed since, or another user's: the content is good all the same
+        with suppress(OSError):  # evicted meanwhile, or another user's file: the content is good nevertheless
             os.utime(path)
         return content
 
     def put(self, key: str, content: bytes) -> None:
-        """Store an entry, whole or not at all; one above the bound is not stored.
+        """Store an entry atomically, unless it is larger than the limit.
 
-        A full or read-only disk ends storing.
+        After an error, such as a full or read-only disk, nothing more is stored.
         """
         if len(content) > self.limit or not self.writable:
             return
@@ -76,6 +74,7 @@ class DiskCache:
         log.warning("nothing more is stored in %s: %s (cache_dir)", self.folder, error.strerror)
 
     def _make_room(self, size: int) -> None:
+        # count again now and then: other processes store and evict, too
         self.puts += 1
         if self.used + size <= self.limit and self.puts < self.recount:
             return
@@ -85,30 +84,30 @@ class DiskCache:
         if self.used + size <= self.limit:
             return
         for _, length, path in sorted(known):
-            if self.used + size <= 0.9 * self.limit:  # a little more than needed, so that this stays rare
+            if self.used + size <= 0.9 * self.limit:  # a little more than needed, so that this is rare
                 break
-            with suppress(OSError):  # another user's, or gone
+            with suppress(OSError):  # another user's file, or gone
                 path.unlink()
             self.used -= length
 
     def _entries(self) -> list[tuple[float, int, Path]]:
-        """Time of the last reading, bytes and path of every entry."""
+        """Return time of the last reading, size in bytes and path of every entry."""
         known: list[tuple[float, int, Path]] = []
         try:
             entries = os.scandir(self.folder)
-        except OSError:  # not there, or not to be read
+        except OSError:  # missing or not readable
             return known
         with entries:
             for entry in entries:
                 if entry.name.endswith(self.suffix):
-                    with suppress(OSError):  # another process made room at the same time
+                    with suppress(OSError):  # another process has evicted it
                         status = entry.stat()
                         known.append((status.st_mtime, status.st_size, Path(entry.path)))
         return known
 
     def _drop_abandoned(self) -> None:
         for path in self.folder.glob("*.unfinished"):
-            with suppress(OSError):  # finished just now, or another user's
+            with suppress(OSError):  # just renamed, or another user's
                 if time.time() - path.stat().st_mtime > ABANDONED:
                     path.unlink()
 

@@ -1,4 +1,4 @@
-"""Ranks: who am I, and exchanging small Python objects. With one process every function is the identity."""
+"""Rank of this process, and exchange of small Python objects. With one process every function is the identity."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 ALONE = "FEWSHOT_ALONE"  # set beside RANK when this process is its own launcher
-LONGEST_WAIT = 1800  # seconds that a rank waits for the others before it gives the run up
+LONGEST_WAIT = 1800  # seconds that a rank waits for the others before the run fails
 
 
 def rank() -> int:
-    """Number of this process, 0 if it is alone."""
+    """Return the number of this process, 0 if it is the only one."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world() -> int:
-    """Number of processes of the run."""
+    """Return the number of processes of the run."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def started_by_launcher() -> bool:
-    """Whether torchrun, SLURM or common/launch.py started this process as one rank of several."""
+    """Tell whether torchrun, SLURM or common/launch.py started this process as one rank of several."""
     return "RANK" in os.environ and ALONE not in os.environ
 
 
 def form_group_alone() -> None:
-    """Set what a launcher would: a group of one, on a free port. DeepSpeed looks for MPI otherwise."""
+    """Set a launcher's variables for a group of one process, on a free port; without them DeepSpeed looks for MPI."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -36,14 +36,14 @@ def form_group_alone() -> None:
 
 
 def forget_group_alone() -> None:
-    """Undo `form_group_alone` in the environment, so that processes started from here are ranks of their own group."""
+    """Undo `form_group_alone`, so that processes started from here form a group of their own."""
     if ALONE in os.environ:
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR", ALONE):
             os.environ.pop(name, None)
 
 
 def gather(item: T) -> list[T]:
-    """Every rank's item, in rank order, on every rank. All ranks must call it."""
+    """Return every rank's item, in rank order, on every rank. All ranks must call it."""
     if world() == 1:
         return [item]
     import torch.distributed as dist
@@ -54,12 +54,12 @@ def gather(item: T) -> list[T]:
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait until every rank has called this."""
     gather(None)
 
 
 def share_of(items: list[T]) -> list[T]:
-    """This rank's part of a list: every `world`-th item, beginning at its rank."""
+    """Return this rank's part of a list: every `world`-th item, beginning at its rank."""
     return items[rank() :: world()]
 
 

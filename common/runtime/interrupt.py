@@ -1,7 +1,8 @@
-"""Being asked to stop: by Ctrl-C, by SIGTERM (SLURM before it preempts, `docker stop`, `kill`), by SIGHUP (a lost
-connection) or by SIGUSR2 (submitit, before the time limit of a SLURM job).
+"""Handle requests to stop: Ctrl-C, SIGTERM (SLURM before it preempts, `docker stop`, `kill`), SIGHUP (lost connection)
+and SIGUSR2 (submitit, before the time limit of a SLURM job).
 
-While training the first of them is a request to stop after this update. Elsewhere all of them raise KeyboardInterrupt.
+During training the first signal requests a stop after the current update. Elsewhere all of them raise
+KeyboardInterrupt.
 """
 
 from __future__ import annotations
@@ -18,32 +19,30 @@ from typing import Any
 from common.runtime.progress import say
 
 BESIDE_CTRL_C = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
-LONGEST_UPDATE = 600  # seconds that a request waits for the update to end
+LONGEST_UPDATE = 600  # seconds after a request until the process stops, even within an update
 AT_ONCE = "stopped at once; the same command goes on from the last checkpoint"
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run stopped because its user asked it to; the message says how to go on. Not an `Exception`, so that a sweep
-    ends with it.
-    """
+    """The run stopped on request; the message says how to continue. Not an `Exception`, so it also ends a sweep."""
 
 
 class Request:
-    """Whether somebody has asked to stop. by: the first signal."""
+    """A request to stop, if there was one. by: number of the first signal."""
 
     def __init__(self) -> None:
         self.by: int | None = None
 
     @property
     def made(self) -> bool:
-        """Whether it was."""
+        """Whether a stop was requested."""
         return self.by is not None
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        """The signal's handler. A second Ctrl-C, or an update without end, stops at once; SLURM repeats its SIGTERM.
+        """Handle a signal. A second Ctrl-C or a timeout stops at once; other repeats are ignored, as SLURM sends them.
 
         Raises:
-            Interrupted: At once.
+            Interrupted: To stop at once.
         """
         if self.made:
             if number in (signal.SIGINT, signal.SIGALRM):
@@ -54,7 +53,7 @@ class Request:
         self.tell(number)
 
     def tell(self, number: int) -> None:
-        """Say what happens now."""
+        """Print what happens now."""
         if number == signal.SIGINT:
             say("stopping after this update; press Ctrl-C again to stop at once")
         else:
@@ -62,8 +61,8 @@ class Request:
 
 
 class Relay(Request):
-    """A request that a launcher passes on to its ranks, which end by themselves. A terminal's Ctrl-C reaches them
-    without it.
+    """A request that a launcher passes on to its ranks, which end by themselves. Ctrl-C in a terminal reaches them
+    directly.
     """
 
     def tell(self, number: int) -> None:
@@ -71,32 +70,32 @@ class Relay(Request):
         if not ranks:
             raise Interrupted("stopped; the same command goes on")
         for each in ranks if number != signal.SIGINT else ():
-            with suppress(ProcessLookupError):  # it has just ended
+            with suppress(ProcessLookupError):  # the rank has just ended
                 os.kill(each.pid or 0, number)
 
 
 @contextmanager
 def requested() -> Iterator[Request]:
-    """Inside, being asked to stop is noted in the request; only where signals arrive, in the main thread."""
+    """Note signals in the request while the block runs; only in the main thread, where Python handles signals."""
     with _noted(Request()) as request:
         yield request
 
 
 @contextmanager
 def left_to_ranks() -> Iterator[Request]:
-    """Inside, being asked to stop is passed on to the ranks: a launcher waits for them to end."""
+    """Pass signals on to the ranks while the block runs: a launcher waits for them to end."""
     with _noted(Relay()) as request:
         yield request
 
 
 @contextmanager
 def heeded() -> Iterator[None]:
-    """Inside, the other signals raise KeyboardInterrupt as Ctrl-C does, once: while the run ends, more of them change
-    nothing. One that is ignored (`nohup`) stays so, and SIGUSR2 goes to whoever waited for it before.
+    """Raise KeyboardInterrupt for the other signals as for Ctrl-C while the block runs, but only once: further signals
+    while the run ends do nothing. An ignored signal (`nohup`) stays ignored; SIGUSR2 also goes to its earlier handler.
     """
     held = [signal.getsignal(number) for number in BESIDE_CTRL_C]
     once = next((handler for handler in held if isinstance(handler, _Once)), None)
-    if once is not None:  # a caller's
+    if once is not None:  # an outer block has installed the handlers already
         yield
         return
     once, theirs = _Once(), signal.getsignal(signal.SIGUSR2)
@@ -106,7 +105,7 @@ def heeded() -> Iterator[None]:
 
 
 class _Once:
-    """A handler that raises KeyboardInterrupt the first time."""
+    """Signal handler that raises KeyboardInterrupt the first time."""
 
     called = False
 
@@ -117,7 +116,10 @@ class _Once:
 
 
 class _Last:
-    """Somebody else's handler, which ends the process: SLURM sends SIGTERM to a job that submitit has queued again."""
+    """Wrapper of an earlier SIGUSR2 handler that ends the process, as submitit's does after it has requeued the job.
+
+    Meanwhile SLURM sends SIGTERM to the job, which must not raise KeyboardInterrupt.
+    """
 
     def __init__(self, handler: Callable[[int, FrameType | None], Any], once: _Once) -> None:
         self.handler, self.once = handler, once
@@ -125,7 +127,7 @@ class _Last:
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.once.called = True
         self.handler(number, frame)
-        self.once.called = False  # it has let the process go on
+        self.once.called = False  # the handler has returned, so the process goes on
 
 
 @contextmanager
@@ -134,6 +136,7 @@ def _noted(request: Request) -> Iterator[Request]:
         try:
             yield request
         except Interrupted:
+            # the run ends: later signals must not raise KeyboardInterrupt
             for handler in before.values():
                 if isinstance(handler, _Once):
                     handler.called = True
@@ -147,7 +150,7 @@ def _noted(request: Request) -> Iterator[Request]:
 
 
 def _pass_on(request: Request, before: dict[int, Any]) -> None:
-    """What was asked by SIGUSR2 goes to whoever waited for it: submitit queues the job again and ends the process."""
+    """Call the earlier SIGUSR2 handler if SIGUSR2 was the request: submitit requeues the job and ends the process."""
     handler = before.get(signal.SIGUSR2)
     if request.by == signal.SIGUSR2 and callable(handler) and not isinstance(handler, _Once):
         handler(signal.SIGUSR2, None)
@@ -155,10 +158,11 @@ def _pass_on(request: Request, before: dict[int, Any]) -> None:
 
 @contextmanager
 def _handling(handler: Callable[[int, FrameType | None], None], numbers: Sequence[int]) -> Iterator[dict[int, Any]]:
-    """Inside, the handler gets these signals, but for those that are ignored. Yields the handlers before."""
+    """Set the handler for these signals, except ignored ones, while the block runs. Yields the earlier handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield {}
         return
+    # Ctrl-C is handled even if it is ignored, as in background jobs of a shell
     before: dict[int, Any] = {
         number: signal.signal(number, handler)
         for number in numbers
@@ -172,7 +176,7 @@ def _handling(handler: Callable[[int, FrameType | None], None], numbers: Sequenc
 
 
 def _leave() -> None:
-    """A forked child ends by SIGTERM, as who starts it expects."""
+    """Restore the default handlers in a forked child, so that SIGTERM ends it as its parent expects."""
     for number in BESIDE_CTRL_C:
         handler = signal.getsignal(number)
         if isinstance(handler, _Once | _Last) or isinstance(getattr(handler, "__self__", None), Request):

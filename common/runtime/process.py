@@ -1,4 +1,4 @@
-"""What every process of ours sets first: CPU threads, UTF-8, and a garbage collector that waits for the imports."""
+"""Settings at the start of every process: CPU threads, UTF-8, and no garbage collection during imports."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# How CPU threads divide and wait for work, so that the same command rounds alike whatever else the machine does.
+# CPU threads: the same command must round in the same way whatever else runs on the machine.
 #
 # Libraries read these variables once, when they are loaded.
 
 
 def set_thread_policy() -> None:
-    """Set them; call it before torch or NumPy is imported. Ranks inherit them."""
-    # threads that spin while they wait slow two runs on one machine down thirty times (docs/log.md)
+    """Set the variables; call it before torch or NumPy is imported. Ranks inherit them."""
+    # threads that spin while they wait make two runs on one machine thirty times slower (docs/log.md)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # a sum that fewer threads share rounds otherwise: always as many as there may be
+    # a sum over fewer threads rounds differently: always use all threads
     os.environ.setdefault("MKL_DYNAMIC", "FALSE")
     os.environ["OMP_DYNAMIC"] = "FALSE"  # with TRUE, gradients of PyTorch's kernels are not finite
 
 
-# Names as people write them: a process that speaks UTF-8 whatever its locale says.
+# UTF-8 whatever the locale, for file and class names with accents.
 
 
 def ensure_utf8() -> None:
-    """Start this program again in Python's UTF-8 mode if its locale has no accents; call it first.
+    """Restart this program in Python's UTF-8 mode if its locale is not UTF-8; call it first.
 
     Under `LC_ALL=C`, as in cron jobs and bare containers, neither a folder called `été` nor a class name can be printed
-    or written. Processes that this one starts inherit the mode. From Python 3.15 on it is the default (PEP 686).
+    or written. Child processes inherit the mode. From Python 3.15 on it is the default (PEP 686).
     """
     written = getattr(sys.stdout, "encoding", None) or "utf-8"  # there may be no terminal
     if sys.flags.utf8_mode or (_is_utf8(sys.getfilesystemencoding()) and _is_utf8(written)):
@@ -42,16 +42,17 @@ def _is_utf8(encoding: str) -> bool:
     return encoding.lower().replace("-", "") == "utf8"
 
 
-# Python's garbage collector rests while a process imports its libraries.
+# Garbage collection is paused while a process imports its libraries.
 #
-# What they make stays for good, yet the collector would walk over it again and again, a tenth of the time until the
+# Imported objects stay for good, yet the collector would traverse them again and again: a tenth of the time until the
 # first update.
 
 
 @contextmanager
 def garbage_collector_paused() -> Iterator[None]:
-    """Collect nothing inside, and never look at what was made there again. Only the first time in a process: later runs
-    import nothing.
+    """Pause the garbage collector in the block, and exclude what was created there from later collections.
+
+    It acts only the first time in a process, since later runs import nothing.
     """
     if gc.get_freeze_count() or not gc.isenabled():
         yield

@@ -1,7 +1,7 @@
-"""What a command says while it works, of rank 0: bars on a terminal, elsewhere (logs of a cluster, CI) a line a minute.
+"""Show progress on rank 0: bars on a terminal; elsewhere (logs of a cluster, CI) a line per minute.
 
-A command opens `watched`, so that it has said something within two seconds and is never silent for longer than a
-minute, whatever it is doing; `doing` and the bars inside name that.
+A command opens `watched`, which prints something within two seconds and then at least once a minute; `doing` and the
+bars inside name the current step.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ from common.runtime.distributed import rank
 
 T = TypeVar("T")
 LINE_EVERY = 60.0  # seconds
-SOON = 0.5  # seconds after which a command that may be quick says what it does
+SOON = 0.5  # seconds after which a command that may be quick prints what it does
 
 
 @dataclass(eq=False)
 class Stage:
-    """Something that is being done. line: says how far it is, from the present time; empty: nothing is to be said."""
+    """A step of the work. line: maps the present time to a progress line; empty: print nothing."""
 
     line: Callable[[float], str]
 
 
 _stages: list[Stage] = []  # the innermost last
-_spoken = -LINE_EVERY  # when the last line was said
+_spoken = -LINE_EVERY  # time of the last printed line
 _is_watched = False
 
 
 @cache
 def console() -> Console:
-    """Standard error, so that tables on standard output can be piped."""
+    """Return the console for standard error, so that tables on standard output can be piped."""
     return Console(stderr=True)
 
 
 def is_shown() -> bool:
-    """Whether anybody looks."""
+    """Tell whether bars are drawn: on a terminal, by rank 0."""
     return console().is_terminal and rank() == 0
 
 
 def say(line: str) -> None:
-    """A line beside the bars, as it is, also where nobody looks; one rank speaks for all."""
+    """Print a line as it is, also without a terminal; only rank 0 prints."""
     global _spoken
     _spoken = time.monotonic()
     if rank() == 0:
@@ -58,13 +58,13 @@ def say(line: str) -> None:
 
 @contextmanager
 def doing(what: str) -> Iterator[None]:
-    """Name what is done inside, for the line a minute."""
+    """Name the step that the block does, for the line per minute."""
     with _stage(_since(what)):
         yield
 
 
 def turn_to(what: str) -> None:
-    """Name anew what the command as a whole is doing, where no block of code holds that."""
+    """Rename the outermost step, where no block of code corresponds to it."""
     if _stages:
         _stages[0].line = _since(what)
 
@@ -76,17 +76,17 @@ def _since(what: str) -> Callable[[float], str]:
 
 @contextmanager
 def watched(what: str, first: float = 0.0) -> Iterator[None]:
-    """Inside, nobody waits without a word.
+    """Print progress while the block runs, so that it is never silent for long.
 
     Args:
-        what: Is done. If nothing else was said by then, it is said after `first` seconds; what ends before is quiet.
-        first: 0: at once, for what is known to be slow, such as the import of torch, which no thread can speak during.
+        what: Name of the work. If nothing was printed after `first` seconds, it is printed; a shorter block is silent.
+        first: 0: print at once, for slow work such as importing torch, during which no thread can print.
     """
     global _is_watched
     with doing(what):
         if not first:
             say(what)
-        if _is_watched:
+        if _is_watched:  # an outer block prints already
             yield
             return
         ended, _is_watched = threading.Event(), True
@@ -111,10 +111,10 @@ def _watch(what: str, first: float, begun: float, ended: threading.Event) -> Non
 
 
 def _present(now: float) -> str:
-    """The line about what is being done; empty while a terminal shows it as a bar, or while others speak."""
+    """Return the line of the current step; empty while a bar is drawn or other processes print."""
     try:
         return _stages[-1].line(now)
-    except IndexError:  # it has ended meanwhile
+    except IndexError:  # the step has ended meanwhile, in the other thread
         return ""
 
 
@@ -129,7 +129,7 @@ def _stage(line: Callable[[float], str]) -> Iterator[None]:
 
 
 def quiet() -> AbstractContextManager[None]:
-    """Inside, the line a minute is left to other processes, which say their own."""
+    """Print no line per minute in the block, since other processes print their own."""
     return _stage(lambda now: "")
 
 
@@ -138,12 +138,12 @@ def _minutes(seconds: float) -> str:
 
 
 class Bar:
-    """A bar with room for a note behind it; where nobody looks, a line a minute. Nothing to do is nothing to say."""
+    """A bar with a note behind it; without a terminal, a line per minute. It is not drawn if nothing is left to do."""
 
     def __init__(self, description: str, total: int, done: int = 0) -> None:
-        """`done`: by an earlier attempt."""
+        """`done`: steps done by an earlier attempt."""
         columns = (
-            TextColumn("{task.description:<28}", markup=False),  # names of splits and methods are no markup
+            TextColumn("{task.description:<28}", markup=False),  # names of splits may contain square brackets
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -157,7 +157,7 @@ class Bar:
         self.task = self.progress.add_task(description, total=total, completed=done, note="")
 
     def advance(self, note: str | None = None) -> None:
-        """One step further, perhaps with another note."""
+        """Count one step, optionally with a new note."""
         if note is not None:
             self.progress.update(self.task, note=note)
             self.note = note
@@ -168,7 +168,7 @@ class Bar:
             say(line)
 
     def line(self, now: float) -> str:
-        """How far it is, in words; empty where it is drawn."""
+        """Return the progress as text; empty while the bar is drawn."""
         if self.is_drawn:
             return ""
         seconds, made = now - self.begun, self.done - self.first
@@ -180,7 +180,7 @@ class Bar:
 
 @contextmanager
 def bar(description: str, total: int, done: int = 0) -> Iterator[Bar]:
-    """Show a bar meanwhile."""
+    """Show a bar while the block runs."""
     shown = Bar(description, total, done)
     with shown.progress, _stage(shown.line):
         yield shown
@@ -194,20 +194,20 @@ def progress(items: Iterable[T], description: str, total: int) -> Iterator[T]:
             shown.advance()
 
 
-# Where the time of a run goes.
+# Time of a run by phase.
 
 
 class Stopwatch:
-    """Seconds by phase since it was made; what no phase claims is `other`, so that they add up to the total."""
+    """Measures seconds by phase; the time outside all phases is `other`, so that they sum to the total."""
 
     def __init__(self, earlier: float = 0.0) -> None:
-        """`earlier`: seconds that former attempts of the run took."""
+        """`earlier`: seconds of earlier attempts of the run."""
         self.began, self.earlier = time.perf_counter(), earlier
         self.phases: dict[str, float] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """The time inside belongs to `name`."""
+        """Count the time of the block for `name`."""
         clock = time.perf_counter()
         try:
             yield
@@ -215,10 +215,10 @@ class Stopwatch:
             self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - clock
 
     def elapsed(self) -> float:
-        """Seconds of this attempt and those before it."""
+        """Return the seconds of this attempt and those before it."""
         return self.earlier + time.perf_counter() - self.began
 
     def split(self, known: Mapping[str, float]) -> dict[str, float]:
-        """All phases, `known` ones from elsewhere, `other`, and the total."""
+        """Return all phases, the `known` ones measured elsewhere, `other`, and the total."""
         phases, total = {**self.phases, **known}, self.elapsed()
         return {**phases, "other": total - sum(phases.values()), "total": total}

@@ -1,4 +1,4 @@
-"""Files of `torch.save` in a folder that may be somebody else's: tensors and plain values alone, no pickled code."""
+"""Load files of `torch.save` that may come from others: only tensors and plain values, no pickled code."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import torch
 
 from common.types import UserError
 
-# What pickles an array of numbers: beside PyTorch's own kinds the generators of NumPy are kept as one.
+# What an array needs to be unpickled, beyond PyTorch's own types: the state of NumPy's generator contains one.
 ARRAY: tuple[Any, ...] = (np.empty(0).__reduce__()[0], np.ndarray, np.dtype, type(np.dtype(np.uint32)))
 
 
 def load(path: Path, device: torch.device | str = "cpu", also: Sequence[Any] = (), mmap: bool = False) -> Any:
-    """What a file holds.
+    """Load a file.
 
     Args:
         path: The file.
-        device: Of its tensors.
-        also: Classes of other libraries that may be in it. Making them must run nothing else.
-        mmap: Read no tensor before it is used.
+        device: Device to load tensors to.
+        also: Other classes allowed in the file. Creating them must run no other code.
+        mmap: Map the file: a tensor is read only when it is used.
 
     Raises:
-        UserError: It is missing or damaged, or something else is in it, which loading would run.
+        UserError: The file is missing or damaged, or holds something else, whose loading could run code.
     """
     try:
         with torch.serialization.safe_globals([*ARRAY, *also]):
@@ -42,10 +42,10 @@ def load(path: Path, device: torch.device | str = "cpu", also: Sequence[Any] = (
 
 
 def check_deepspeed(folder: Path) -> None:
-    """Refuse a checkpoint of DeepSpeed, which itself loads whatever is pickled there. No tensor is read.
+    """Check a DeepSpeed checkpoint, since DeepSpeed itself loads any pickle there. No tensor is read.
 
     Raises:
-        UserError: Names the file.
+        UserError: A file cannot be loaded safely; names it.
     """
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum

@@ -1,4 +1,4 @@
-"""What a run does inside a SLURM job: take its place among the tasks, and be queued again when it is preempted."""
+"""Adapt a run to SLURM: set rank and address of a task, and requeue the job when it is preempted."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from common.types import UserError
 
 
 def adopt() -> None:
-    """Under `srun` with several tasks, take rank and address from SLURM's variables, as torchrun would set them.
+    """Set rank and address from SLURM's variables, as torchrun would, if `srun` started several tasks.
 
-    A batch script itself also has SLURM_PROCID; only the tasks of a job step have SLURM_STEP_NUM_TASKS above 1.
+    A batch script itself has SLURM_PROCID, too; only the tasks of a job step have SLURM_STEP_NUM_TASKS above 1.
 
     Raises:
-        UserError: The first node has no address here.
+        UserError: The first node's name cannot be resolved here.
     """
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if "RANK" in os.environ or tasks == 1:
@@ -30,7 +30,7 @@ def adopt() -> None:
     }
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_NODELIST"]
     os.environ.setdefault("MASTER_ADDR", first_host(nodes))
-    # one job step per node and job: their ids keep steps of the same node apart
+    # a port by job and step, so that two steps on one node use different ports
     number = int(os.environ["SLURM_JOB_ID"]) * 7 + int(os.environ.get("SLURM_STEP_ID", "0"))
     os.environ.setdefault("MASTER_PORT", str(20000 + number % 20000))
     host = os.environ["MASTER_ADDR"]
@@ -44,7 +44,7 @@ def adopt() -> None:
 
 
 def first_host(nodes: str) -> str:
-    """The first name of SLURM's compressed node list.
+    """Return the first name of SLURM's compressed node list.
 
     >>> [first_host(nodes) for nodes in ("gpu7", "gpu[003-005,9],cpu1", "a-1,a-2", "rack[1-2]n[08-09]")]
     ['gpu7', 'gpu003', 'a-1', 'rack1n08']
@@ -54,8 +54,8 @@ def first_host(nodes: str) -> str:
 
 
 def requeue_if_preempted() -> bool:
-    """Queue this job again where SLURM is preempting it, and say whether: one that ends by itself in the time of grace
-    counts as failed otherwise. A job that its user cancels is not preempted, and one with `--no-requeue` stays ended.
+    """Requeue this job if SLURM is preempting it, and tell whether it was: otherwise a job that ends within the grace
+    period counts as failed. A job that its user cancels is not preempted; one with `--no-requeue` is not requeued.
     """
     job = os.environ.get("SLURM_JOB_ID")
     if job is None or rank() != 0 or shutil.which("scontrol") is None:

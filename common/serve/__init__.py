@@ -1,1 +1,1 @@
-"""A trained model on a local page: photos in, answers out, corrections kept as a dataset."""
+"""Local web page for a trained model: upload photos, see answers, save corrections as a dataset."""

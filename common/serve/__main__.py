@@ -1,7 +1,7 @@
-"""A local page for a finished run: drop photos, see answers with probabilities and reasoning, correct them.
+"""Serve a local page for a finished run: drop photos, see answers with probabilities and reasoning, correct them.
 
-python -m common.serve outputs/<run>                           http://127.0.0.1:7860, this machine alone
-python -m common.serve outputs/<run> --risk 0.05               says nothing where it would be wrong too often
+python -m common.serve outputs/<run>                           http://127.0.0.1:7860, only on this machine
+python -m common.serve outputs/<run> --risk 0.05               abstains if it would be wrong too often
 python -m common.serve outputs/<run> --host 0.0.0.0            for the whole network; there is no password
 """
 
@@ -20,11 +20,11 @@ from common.runtime import process
 from common.runtime.progress import watched
 from common.types import UserError
 
-LOCAL = ("127.0.0.1", "localhost", "::1")  # nobody else reaches these
+LOCAL = ("127.0.0.1", "localhost", "::1")  # addresses that only this machine can reach
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code: 0 after Ctrl-C, 2 for a mistake in the request."""
+    """Run the command line; return 0 after Ctrl-C, or 2 after a user's error."""
     parser = argparse.ArgumentParser(
         prog=program("serve"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -40,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     process.set_thread_policy()
     try:
+        # checked first: loading the model takes much longer
         if find_spec("gradio") is None:
             raise UserError("the page needs Gradio, the extra `serve`: uv pip install 'gradio>=6.31,<7'")
         serve(chosen)
@@ -50,10 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def serve(chosen: argparse.Namespace) -> None:
-    """Load, serve until Ctrl-C, and leave nothing behind but corrections."""
+    """Load the model, serve until Ctrl-C, and delete everything except corrections."""
     with watched(f"loading {chosen.run}"):
         from common.predict.cards import about
-        from common.predict.classifier import Classifier  # torch, some seconds
+        from common.predict.classifier import Classifier  # imports torch, which takes seconds
         from common.predict.photos import names_of
         from common.serve.page import Page
         from common.serve.service import Limits, PredictionService
@@ -62,6 +63,7 @@ def serve(chosen: argparse.Namespace) -> None:
             chosen.run, names_of(chosen.names), chosen.risk, trust_code=chosen.trust_code, data=chosen.data
         )
         classifier.quieten()
+    # handlers of our own, so that uploads are deleted and the model is released at the end
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())

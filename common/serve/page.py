@@ -1,4 +1,4 @@
-"""The page itself, in Gradio: drop photos, see answers, correct them. Its API: docs/predict.md."""
+"""Gradio page: drop photos, see answers, correct them. Its API: docs/predict.md."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from common.predict.classifier import Answer
 from common.serve.service import PredictionService
 from common.types import UserError
 
-STALE = 3600.0  # seconds after which an upload that nobody has asked about is deleted
-PARTIAL = 120.0  # seconds after which one that did not come through, or was refused as too large, is deleted
+STALE = 3600.0  # seconds after which an upload that was never classified is deleted
+PARTIAL = 120.0  # seconds after which an incomplete or refused upload is deleted
 
 KEPT = "An upload is deleted as soon as it is read; only what you correct is kept, as a copy without metadata."
 LOCAL = f"They stay on this machine: the model that answers runs here. {KEPT}"
@@ -27,27 +27,27 @@ REMOTE = f"They go to the machine that serves this page, and no further. {KEPT}"
 
 
 class Uploads:
-    """What Gradio has received: read once from the disk, and deleted there.
+    """Files that Gradio has received: each is read once from disk, and deleted there.
 
-    Gradio keeps equal files of one name once, at `<hash>/<name>`. So who comes second with the same picture finds it
-    here, among those that were read last.
+    Gradio stores equal files of one name once, at `<hash>/<name>`. So a second upload of the same picture is found
+    here, among those read last.
     """
 
     def __init__(self, folder: Path, keep_bytes: int) -> None:
         """
         Args:
-            folder: Nothing outside is read.
-            keep_bytes: Bound on what is remembered.
+            folder: Folder of the uploads; nothing outside is read.
+            keep_bytes: Limit of the contents kept in memory.
         """
         self.folder, self.keep_bytes = folder.resolve(), keep_bytes
         self.read: OrderedDict[Path, bytes] = OrderedDict()
         self.lock = threading.Lock()
 
     def __call__(self, paths: Sequence[str], check: Callable[[Sequence[int]], None]) -> list[bytes]:
-        """Contents of some files. `check`: of their sizes, before anything is read.
+        """Return the contents of files. `check`: called with their sizes before anything is read.
 
         Raises:
-            UserError: One is no upload, is not there any more, or the check refuses them.
+            UserError: A path is not an upload, an upload is gone, or the check refuses them.
         """
         found = [Path(path).resolve() for path in paths]
         if not all(path.is_relative_to(self.folder) for path in found):
@@ -67,10 +67,10 @@ class Uploads:
         return contents
 
     def tidy(self, now: float) -> None:
-        """Delete what Gradio leaves of uploads that it has refused, and what nobody asked about. `now`: seconds."""
+        """Delete uploads that Gradio has refused, and those that were never classified. `now`: seconds."""
         for path in self.folder.rglob("*"):
-            whole = path.parent != self.folder  # Gradio moves what has come through into a folder of its own
-            with suppress(OSError):  # read and deleted meanwhile
+            whole = path.parent != self.folder  # Gradio moves complete uploads into a folder of their own
+            with suppress(OSError):  # read and deleted by a request meanwhile
                 if path.is_file() and now - path.stat().st_mtime > (STALE if whole else PARTIAL):
                     path.unlink()
 
@@ -81,10 +81,10 @@ class Page:
     def __init__(self, service: PredictionService, about: cards.About, uploads: Path, is_local: bool = True) -> None:
         """
         Args:
-            service: Answers and keeps.
-            about: Of the run, for the head of the page.
+            service: Answers requests and saves corrections.
+            about: Facts about the run, for the head of the page.
             uploads: An empty folder of ours, in which Gradio keeps an upload until it is read.
-            is_local: Whether only this machine reaches the page.
+            is_local: Whether only this machine can reach the page.
         """
         os.environ["GRADIO_TEMP_DIR"] = str(uploads)
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -120,7 +120,7 @@ class Page:
         threading.Thread(target=self._tidy, daemon=True).start()
 
     def launch(self, host: str, port: int) -> Any:
-        """Serve in the background; returns Gradio's server object, whose `local_url` says where."""
+        """Serve in the background; return Gradio's server object, which has the address in `local_url`."""
         theme = self.gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
         self.blocks.launch(
             server_name=host,
@@ -137,11 +137,11 @@ class Page:
         return self.blocks
 
     def classify(self, pictures: list[dict]) -> list[dict]:  # type: ignore[type-arg]
-        """Answers to uploaded pictures, as `python -m common.predict --format jsonl` writes them."""
+        """Return answers to uploaded pictures, as `python -m common.predict --format jsonl` writes them."""
         return [vars(answer) for answer in self._answers(self._read(pictures))]
 
     def show(self, paths: Sequence[str] | None) -> tuple[Any, ...]:
-        """What the page shows after an upload."""
+        """Return the new state of the page after an upload."""
         gradio = self.gradio
         contents = self._read([{"path": path, "orig_name": Path(path).name} for path in paths or []])
         answers = self._answers(contents)
@@ -150,7 +150,7 @@ class Page:
         return told, None, cards.render(answers, contents), gradio.Row(visible=bool(told)), choices, ""
 
     def correct(self, kept: Mapping[str, tuple[bytes, str | None]], which: str | None, label: str | None) -> str:
-        """Save a correction and say where."""
+        """Save a correction; return a message."""
         if which is None or which not in kept or not label:
             return "Choose a picture and its right name."
         content, answered = kept[which]
@@ -172,7 +172,7 @@ class Page:
             raise self.gradio.Error(str(error)) from error
 
     def _read(self, files: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
-        """Contents by name."""
+        """Return the contents of uploads by name."""
         try:
             read = self.uploads([str(file.get("path", "")) for file in files], self.service.limits.check)
         except UserError as error:

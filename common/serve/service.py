@@ -1,4 +1,4 @@
-"""What the page does with uploads: refuse what is too much, ask the model one request at a time, keep corrections."""
+"""Process uploads: refuse what is too large, classify one request at a time, save corrections."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from common.predict.classifier import Answer, Classifier
 from common.types import BadImage, UserError
 
 COLUMNS = ("path", "label", "answered")
-# PIL decodes others, such as ICO, before their size is known.
+# Formats whose size PIL reads before it decodes; others, such as ICO, are decoded at once.
 FORMATS = ("JPEG", "PNG", "WEBP", "HEIF", "AVIF", "GIF", "BMP", "TIFF")
-LONGEST = 100  # characters of a class name that somebody types
+LONGEST = 100  # characters of a typed class name
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one request: bytes and pixels of a picture, how many there may be, and their bytes together."""
+    """Limits of one request: bytes and pixels of a picture, number of pictures, and their bytes together."""
 
     megabytes: float = 20.0
     megapixels: float = 50.0
@@ -35,13 +35,13 @@ class Limits:
     together: float = 200.0
 
     def check(self, sizes: Sequence[int]) -> None:
-        """Before anything is read.
+        """Check sizes before anything is read.
 
         Args:
-            sizes: Of the files in bytes.
+            sizes: Sizes of the files in bytes.
 
         Raises:
-            UserError: There are too many, or they are too large together.
+            UserError: There are too many files, or they are too large together.
         """
         if len(sizes) > self.pictures:
             raise UserError(f"{len(sizes)} pictures at once; at most {self.pictures} are answered together")
@@ -50,20 +50,20 @@ class Limits:
 
 
 class PredictionService:
-    """Takes requests from many threads. Nothing of an upload stays but what is corrected."""
+    """Handles requests from many threads. No upload is kept unless it is corrected."""
 
     def __init__(self, classifier: Classifier, feedback: Path, limits: Limits | None = None) -> None:
         """
         Args:
-            classifier: Ready to be asked.
-            feedback: Folder of corrected pictures and of feedback.csv; is made with the first correction.
-            limits: Of a request.
+            classifier: A loaded classifier.
+            feedback: Folder of corrected pictures and of feedback.csv, created at the first correction.
+            limits: Limits of a request.
         """
         self.classifier, self.feedback, self.limits = classifier, feedback, limits or Limits()
         self.asking, self.keeping = threading.Lock(), threading.Lock()
 
     def answer(self, pictures: Mapping[str, bytes]) -> list[Answer]:
-        """Answers to some pictures, by name, in their order; one that is refused has an answer that says why.
+        """Answer pictures by name, in their order; the answer to a refused one says why.
 
         Raises:
             UserError: There are too many.
@@ -76,36 +76,37 @@ class PredictionService:
         return [Answer(name, trouble=refused[name]) if name in refused else answers[name] for name in pictures]
 
     def refusal(self, content: bytes) -> str:
-        """Why a picture is not even decoded; empty: it may be. Reads its header alone."""
+        """Return why a picture is not even decoded; empty if it may be. Reads only its header."""
         if len(content) > self.limits.megabytes * 1e6:
             return f"{len(content) / 1e6:.3g} MB are more than {self.limits.megabytes:g} MB"
         try:
             with Image.open(BytesIO(content), formats=FORMATS) as picture:
                 pixels = picture.width * picture.height
-        except Exception:  # PIL's readers raise nearly every kind on files that are no pictures
+        except Exception:  # PIL's readers raise nearly every kind on files that are not images
             return f"not a picture that is taken here ({', '.join(FORMATS)})"
         if pixels > self.limits.megapixels * 1e6:
             return f"{pixels / 1e6:.4g} megapixels are more than {self.limits.megapixels:g}"
         return ""
 
     def keep(self, content: bytes, label: str, answered: str | None) -> Path:
-        """Keep a picture under its right name; a later name for the same picture replaces the earlier one.
+        """Save a picture under its right name; a later name for the same picture replaces the earlier one.
 
-        The picture is written anew, without metadata such as the place where it was taken.
+        The picture is encoded again, without metadata such as the place where it was taken.
 
         Args:
             content: The upload.
-            label: Its class, as `data=folder` will read it.
-            answered: What the model had said.
+            label: Class name, as `data=folder` will read it.
+            answered: Answer of the model.
 
         Returns:
-            feedback.csv, which `data=folder data.folder=<it>` reads.
+            Path of feedback.csv, which `data=folder data.folder=<path>` reads.
 
         Raises:
             UserError: The name or the picture cannot be used.
         """
         label = display(label)
-        known = label in self.classifier.names  # a comma is in the way of methods that list names in their questions
+        # own names may contain a comma; new ones may not, since some methods list names with commas in their prompts
+        known = label in self.classifier.names
         if not known and (len(label) > LONGEST or "," in label or not any(letter.isalnum() for letter in label)):
             raise UserError(f"{label[:LONGEST]!r} is no class name: 1 to {LONGEST} characters without a comma")
         if why := objection(label):
@@ -116,6 +117,7 @@ class PredictionService:
             picture = decode(content, self.classifier.background)
         except BadImage as error:
             raise UserError(str(error)) from error
+        # the name is a hash of the pixels, so the same picture gets one row
         name = f"{hashlib.sha256(f'{picture.size}'.encode() + picture.tobytes()).hexdigest()[:16]}.png"
         table = self.feedback / "feedback.csv"
         with self.keeping:
@@ -134,5 +136,5 @@ class PredictionService:
     def _rows(self, table: Path) -> dict[str, tuple[str, str]]:
         if not table.is_file():
             return {}
-        with table.open(encoding="utf-8-sig", newline="") as file:  # a spreadsheet may have saved it
+        with table.open(encoding="utf-8-sig", newline="") as file:  # -sig: a spreadsheet may have added a mark
             return {row["path"]: (row["label"], row["answered"]) for row in csv.DictReader(file)}

@@ -1,1 +1,1 @@
-"""Sweeps: the points of a table or figure of a paper (sweeps/*.yaml), run, skipped if finished, and laid out."""
+"""Sweeps: run the points of a paper's table or figure (sweeps/*.yaml), skip finished ones, and write a page."""

@@ -1,4 +1,4 @@
-"""What Hydra calls before it makes a multirun's sweeper and launcher."""
+"""Hydra callback that prepares a multirun's sweeper and launcher."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from common.sweep.plugin import MODULE, register
 
 
 class Papers(Callback):
-    """Makes the sweeper known to the multiruns that ask for it, and lets a SLURM array be waited for with open eyes."""
+    """Registers the papers' sweeper for multiruns that use it, and a queue watcher for SLURM arrays."""
 
     def on_multirun_start(self, config: DictConfig, **options: Any) -> None:
-        """Hydra makes the sweeper next."""
+        """Register both; Hydra instantiates the sweeper next."""
         if str(config.hydra.sweeper._target_).startswith(MODULE):
             from common.sweep.sweeper import PaperSweeper  # no other command needs it
 

@@ -1,4 +1,4 @@
-"""`dry=true`: which runs are finished or would be refused, and what the others will cost.
+"""Show for `dry=true` which runs are finished or would be refused, and what the others will cost.
 
 Nothing is run, and no weights are loaded.
 """
@@ -22,14 +22,14 @@ from common.counted import counted
 from common.runtime.progress import bar
 from common.types import UserError
 
-MOST_REASONS = 10
+MOST_REASONS = 10  # reasons that are printed
 ADAPTERS = 0.1  # gigabytes of LoRA's matrices and a bank, rounded up
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run of a sweep. values, config: its configuration. alike: runs that have this in common differ in their draw of
-    images alone. needs: names of runs that must be finished first.
+    """A run of a sweep. values, config: its configuration. alike: equal for runs that differ only in the images they
+    draw. needs: names of runs that must be finished first.
     """
 
     name: str
@@ -41,14 +41,14 @@ class Run:
 
 
 def refusals(runs: Sequence[Run], here: bool) -> tuple[dict[str, str], dict[str, int]]:
-    """Why runs would be refused, by their names, and what is wrong with the devices, with the number of such runs.
+    """Return why runs would be refused, by their names, and problems with the devices, with the number of such runs.
 
-    Runs that are alike are judged by the one with the most shots. One that needs another is judged once that is
-    finished: it takes what that has written.
+    Of runs that are alike, only the one with the most shots is checked. A run that needs another is checked once that
+    is finished, since it reads the other's files.
 
     Args:
-        runs: Those first that others need.
-        here: They are for this machine.
+        runs: Runs, those first that others need.
+        here: Whether they are to run on this machine.
     """
     found: dict[str, str] = {}
     devices: Counter[str] = Counter()
@@ -63,6 +63,7 @@ def refusals(runs: Sequence[Run], here: bool) -> tuple[dict[str, str], dict[str,
             if reason := preflight.refusal(preflight.check_data, config):
                 found |= dict.fromkeys((run.name for run in group), reason)
             shown.advance()
+    # a refused run also stops those that need it
     for run in open_:
         if refused := [name for name in run.needs if name in found]:
             found.setdefault(run.name, f"it needs {refused[0]}")
@@ -76,7 +77,7 @@ def _shots(config: Config) -> float:
 
 
 def show_one(config: Config, folder: Path, finished: bool) -> None:
-    """Print whether one run is finished or would be refused, and else what it would cost."""
+    """Print whether one run is finished or would be refused, otherwise what it would cost."""
     print(f"{folder}: {'finished' if finished else 'to run'}")
     if finished:
         return
@@ -85,7 +86,7 @@ def show_one(config: Config, folder: Path, finished: bool) -> None:
     except UserError as error:
         print(f"it would be refused: {error}")
     else:
-        if asked is not None and config.model.path is not None:  # else torch would be imported for nothing
+        if asked is not None and config.model.path is not None:  # else there is no estimate, and torch is not needed
             from common.cost import estimate
 
             for line in estimate.foreseen(config, asked):
@@ -98,9 +99,9 @@ def show(runs: Sequence[Run], cost: Mapping[str, Any], here: bool = True) -> Non
     """Print a line per run, the sum, and why runs would be refused.
 
     Args:
-        runs: Those first that others need.
-        cost: See conf/hydra/sweeper/paper.yaml.
-        here: They are for this machine, so its GPUs count.
+        runs: Runs, those first that others need.
+        cost: Cost table, see conf/hydra/sweeper/paper.yaml.
+        here: Whether they are to run on this machine, so that its GPUs are checked.
     """
     refused, devices = refusals(runs, here)
     table = Table()
@@ -117,12 +118,14 @@ def show(runs: Sequence[Run], cost: Mapping[str, Any], here: bool = True) -> Non
         table.add_row(*map(Text, (run.name, state, _text(hour), _text(size))))
     console = Console(width=None if Console().is_terminal else 200)
     console.print(table)
+    # sums without runs of unknown cost, whose number is printed beside
     known, disk = sum(filter(None, hours)), sum(filter(None, sizes))
     unknown = sum(hour is None for hour in hours)
     console.print(
         f"{len(hours)} of {counted(len(runs), 'run')} to do: about {known:.1f} GPU-hours of an A100 and {disk:.0f} GB"
         + (f"; {unknown} of unknown cost" if unknown else "")
     )
+    # most runs are refused for one reason, such as a missing dataset: print each reason once
     reasons = Counter(refused.values())
     for reason, count in reasons.most_common(MOST_REASONS):
         first = next(name for name, why in refused.items() if why == reason)
@@ -134,7 +137,7 @@ def show(runs: Sequence[Run], cost: Mapping[str, Any], here: bool = True) -> Non
 
 
 def gpu_hours(values: Mapping[str, Any], cost: Mapping[str, Any]) -> float | None:
-    """Of training and the two evaluations, from the times that the papers print; None: they say nothing of it.
+    """Return the hours of training and the two evaluations, from times printed in the papers; None if they print none.
 
     >>> cost = {"train": {"clsrl": 18.0}, "test": {"clsrl": 0.3}, "gigabytes": {"vlm": 4.4}}
     >>> data, trainer = {"published": {"classes": 100, "test": 6000}}, {"epochs": 10}
@@ -153,6 +156,7 @@ def gpu_hours(values: Mapping[str, Any], cost: Mapping[str, Any]) -> float | Non
         return None
     shots = values["shots"]
     images = counts.get("train", 0) if shots == "all" else counts["classes"] * shots
+    # training: images seen times seconds per image
     if values["setting"]["name"] == "base_to_new":
         images = ceil(images / 2)
     trainer, setting = values["trainer"], values["setting"]
@@ -160,6 +164,7 @@ def gpu_hours(values: Mapping[str, Any], cost: Mapping[str, Any]) -> float | Non
     if trainer.get("updates"):
         seen = trainer["updates"] * trainer["prompts_per_update"]
     seconds = seen * cost["train"].get(method, 0.0)
+    # evaluation: test images of all datasets
     targets = setting["targets"]
     chosen = targets if setting.get("test_on") is None else setting["test_on"]
     others = [targets[name] for name in chosen if name != values["data"]["name"]]
@@ -168,12 +173,12 @@ def gpu_hours(values: Mapping[str, Any], cost: Mapping[str, Any]) -> float | Non
         one.get("test", 0) if most is None else min(one.get("test", 0), most * one.get("classes", 0))
         for one in (counts, *(other["published"] for other in others))
     )
-    times = 2 if seconds else 1  # before and after
+    times = 2 if seconds else 1  # before and after training
     return (seconds + times * tested * cost["test"][method]) / 3600
 
 
 def gigabytes(values: Mapping[str, Any], cost: Mapping[str, Any]) -> float | None:
-    """Of a run folder when it is finished: the weights, and those of the checkpoints that are kept; None: unknown."""
+    """Return the size of a finished run folder: its weights and those of the kept checkpoints; None: unknown."""
     model = values["model"]
     if model["name"] not in cost["gigabytes"]:
         return None

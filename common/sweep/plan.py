@@ -1,4 +1,4 @@
-"""From a sweep's YAML and the command line to its points; and sweeps that are made of others, their chapters."""
+"""Expand a sweep's YAML and the command line into points; read sweeps that consist of other sweeps (chapters)."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from omegaconf import OmegaConf
 from common.config import composition
 from common.types import UserError
 
-# From a sweep's YAML and the command line to its points. Pure.
+# Points of a sweep. The YAML:
 #
 # params: {seed: [1, 2, 3], data: imagenet}          # of every point; a list is one point per item
 # named:                                             # points that others build on
-# draft: {method: cafo, clip: rn50}
-# alert: {method: alert, method.draft: file, method.draft_file: "{draft}"}
+#   draft: {method: cafo, clip: rn50}
+#   alert: {method: alert, method.draft: file, method.draft_file: "{draft}"}
 # points:
-# - {use: draft, shots: [1, 2, 4, 8, 16]}          # begins with the named one's values
+# - {use: draft, shots: [1, 2, 4, 8, 16]}          # starts with the values of the named point
 # - {use: alert, shots: [1, 2, 4, 8, 16]}          # {draft}: its run's folder, of the same data, shots and seed
-# - {method: clip_zero_shot, shots: 1, labels: {shots: 0}}   # what the page calls it, if not by its value
+# - {method: clip_zero_shot, shots: 1, labels: {shots: 0}}   # label on the page, if not the value
 #
 # A value with `{name}` makes the point depend on the named one, which runs before it, once for all that need it.
 
 
-LATER = ("shots", "seed")  # no choice of a file depends on them: points that differ in them are composed once
-DRAW = ("data", "shots", "seed")  # what a point has in common with those that it needs
+LATER = ("shots", "seed")  # they select no configuration file: points that differ only in them are composed once
+DRAW = ("data", "shots", "seed")  # values that a point shares with those that it needs
 RUN = re.compile(r"\{(\w+)\}")
-PRIVATE = ("use", "labels")  # keys of a point that are no overrides
+PRIVATE = ("use", "labels")  # keys of a point that are not overrides
 
 
 @dataclass(frozen=True)
 class Point:
     """One run. overrides: as on the command line, where `{name}` stands for the folder of needs[name].
 
-    labels: what the page calls it, by key.
+    labels: labels on the page, by key.
     """
 
     overrides: dict[str, str]
@@ -49,13 +49,13 @@ class Point:
 
     @property
     def depth(self) -> int:
-        """How many points must run before it, one behind the other."""
+        """Length of the longest chain of points that must run before it."""
         return max((1 + point.depth for point in self.needs.values()), default=0)
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A sweep's YAML: see the head of this module."""
+    """The YAML of a sweep, see the comment above."""
 
     params: Mapping[str, Any]
     named: Mapping[str, Mapping[str, Any]]
@@ -63,14 +63,15 @@ class Spec:
 
 
 def expand(spec: Spec, given: Mapping[str, Sequence[str]]) -> list[Point]:
-    """The points, in their order, those that others need not among them.
+    """Return the points in their order, without those that only others need.
 
     Args:
         spec: The YAML.
-        given: Values of the command line by key. They replace those of every point; `method` chooses among the points.
+        given: Values of the command line by key. They replace those of every point; `method` selects points.
 
     Raises:
-        UserError: A name is not known, a point needs itself, or there is none of a method.
+        UserError: A name is not known, a point needs itself, or the sweep has no points of a method.
+
 
     >>> spec = Spec({"seed": [1, 2]}, {"a": {"method": "sft"}}, [{"use": "a", "shots": 4}, {"model.path": "{a}/model"}])
     >>> [point.overrides for point in expand(spec, {"data": ["dtd"], "seed": ["3"]})][0]
@@ -94,7 +95,7 @@ def _of_row(spec: Spec, row: Mapping[str, Any], given: Mapping[str, Sequence[str
     labels = {str(key): str(value) for key, value in (merged.get("labels") or {}).items()}
     values = {key: choices(value) for key, value in merged.items() if key not in PRIVATE}
     values |= {key: list(texts) for key, texts in given.items()}
-    values = dict(sorted(values.items(), key=lambda each: each[0] in LATER))  # these vary fastest
+    values = dict(sorted(values.items(), key=lambda each: each[0] in LATER))  # shots and seed vary fastest
     points = []
     for chosen in itertools.product(*values.values()):
         overrides = dict(zip(values, chosen, strict=True))
@@ -103,7 +104,7 @@ def _of_row(spec: Spec, row: Mapping[str, Any], given: Mapping[str, Sequence[str
 
 
 def based(spec: Spec, row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of points with the values of the named one that it begins with."""
+    """Return a row of points, with the values of the named point that it uses."""
     if "use" not in row:
         return dict(row)
     return {**_named(spec, str(row["use"])), **row}
@@ -118,7 +119,7 @@ def _named(spec: Spec, name: str) -> Mapping[str, Any]:
 def _needs(
     spec: Spec, overrides: Mapping[str, str], given: Collection[str], below: tuple[str, ...]
 ) -> dict[str, Point]:
-    """The points whose folders stand in the values; what a point has of the command line holds for them as well."""
+    """Return the points whose folders the values refer to; values of the command line apply to them as well."""
     needs = {}
     for name in dict.fromkeys(found for value in overrides.values() for found in RUN.findall(value)):
         if name in below:
@@ -131,7 +132,7 @@ def _needs(
 
 
 def decides(key: str) -> bool:
-    """Whether a result depends on an override's key.
+    """Tell whether a result depends on an override's key.
 
     >>> [decides(key) for key in ("gpus", "tracking.mode", "data.root", "data", "rollout.temperature")]
     [False, False, False, True, True]
@@ -144,12 +145,12 @@ def decides(key: str) -> bool:
 
 
 def choices(value: Any) -> list[str]:
-    """The values of a key, each as Hydra's grammar reads it."""
+    """Return the values of a key, each in Hydra's grammar."""
     return [_text(each) for each in value] if isinstance(value, list | tuple) else [_text(value)]
 
 
 def _text(value: Any) -> str:
-    """As Hydra's grammar reads it.
+    """Return a value in Hydra's grammar.
 
     >>> [_text(value) for value in (True, None, 4, "rn50", "{a}/model")]
     ['true', 'null', '4', 'rn50', '{a}/model']
@@ -159,19 +160,19 @@ def _text(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
-# A sweep that is made of others, its chapters: their points run together, each has its own page, and all of them stand
-# in one report. sweeps/mini_paper.yaml is one.
+# A book: a sweep that consists of others, its chapters. Their points run together, each has its own page, and one
+# report shows all of them. sweeps/mini_paper.yaml is one. The YAML:
 #
 # title: Both papers in miniature
 # given: {trainer.updates: 60}                                         # of every chapter
 # chapters:
 # - {sweep: clsrl_table2, title: Few shots, text: What is asked., given: {model: tiny_qwen2_vl}}
 #
-# A chapter is a YAML beside the book's. What is given replaces its values, as the command line does, which goes before.
+# A chapter is a YAML beside the book's. `given` replaces its values; the command line takes precedence.
 
-LONGEST = 120  # characters of a sweep's folder
+LONGEST = 120  # characters of a sweep's folder name
 KEYS = {"sweep", "title", "text", "given"}
-# Another choice of these is still the paper's table; what a row must have of them: common/report/paper/cells.py.
+# With other values of these it is still the paper's table; common/report/paper/cells.py checks single rows.
 STILL_THE_PAPERS = (
     *("seed", "protocol", "rollout", "deepspeed", "selection"),
     *("clip.prompts", "few_shot.generated", "few_shot.per_class", "clip.options.file", "visual.options.file"),
@@ -180,7 +181,7 @@ STILL_THE_PAPERS = (
 
 @dataclass(frozen=True)
 class Chapter:
-    """One sweep. given: values that replace its own; tiny: what a tiny model brings with it."""
+    """One sweep. given: values that replace its own; tiny: values that apply with a tiny model."""
 
     name: str
     spec: Spec
@@ -192,19 +193,19 @@ class Chapter:
 
     @property
     def methods(self) -> set[str]:
-        """Of its points, as far as they stand in its YAML."""
+        """The methods of its points, as its YAML gives them."""
         rows = [{**self.spec.params, **based(self.spec, row)} for row in self.spec.points]
         return {method for row in rows for method in choices(row.get("method", ""))}
 
     def values(self, given: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
-        """What replaces the sweep's values, `given` on the command line included."""
+        """Return the values that replace the sweep's own, including `given` from the command line."""
         values = {**self.given, **given}
         is_tiny = any(name.startswith("tiny_") for name in values.get("model", ()))
         return {**(self.tiny if is_tiny else {}), **values}
 
     def parted(self, values: Mapping[str, Sequence[str]]) -> tuple[dict[str, str], dict[str, str]]:
-        """What replaces the sweep's values so that the table is not the paper's, and what only chooses among those that
-        all of its points have.
+        """Split the values that replace the sweep's own: those that make it another table than the paper's, and those
+        that only select among values that all of its points have.
         """
         rows = [{**self.spec.params, **based(self.spec, row)} for row in self.spec.points]
         texts = {key: ",".join(each) for key, each in values.items() if key.lstrip("+") not in STILL_THE_PAPERS}
@@ -217,24 +218,24 @@ class Chapter:
 
 
 def folders(loader: ConfigLoader) -> list[Path]:
-    """Where Hydra looks for configurations, in its order."""
+    """Return the folders in which Hydra searches configurations, in its order."""
     return [Path(source.path) for source in loader.get_sources() if source.scheme() == "file"]
 
 
 def alone(name: str, keys: Mapping[str, Any]) -> Chapter:
-    """A sweep by itself. `keys`: of the sweeper, see conf/hydra/sweeper/paper.yaml."""
+    """Return a sweep as its only chapter. `keys`: keys of the sweeper, see conf/hydra/sweeper/paper.yaml."""
     return Chapter(name, Spec(keys["params"], keys["named"], keys["points"]), keys["page"], _texts(keys["tiny"]))
 
 
 def read(keys: Mapping[str, Any], folders: Sequence[Path]) -> list[Chapter]:
-    """The chapters of a book.
+    """Read the chapters of a book.
 
     Args:
-        keys: Of the sweeper.
-        folders: With configurations, in the order in which Hydra looks through them.
+        keys: Keys of the sweeper.
+        folders: Folders of configurations, in Hydra's search order.
 
     Raises:
-        UserError: One is wrong, or its sweep is not there.
+        UserError: A chapter is wrong, or its sweep does not exist.
     """
     found: list[Chapter] = []
     for number, each in enumerate(keys["chapters"], 1):
@@ -251,6 +252,7 @@ def read(keys: Mapping[str, Any], folders: Sequence[Path]) -> list[Chapter]:
             raise UserError(f"{key}.sweep={name}: there is no such file in {', '.join(map(str, folders))}")
         whole: Any = OmegaConf.to_container(OmegaConf.load(path))
         own = whole.get("hydra", {}).get("sweeper", {})
+        # a chapter contributes only its sweeper's keys, so other values of its YAML would have no effect
         if beside := sorted(set(whole) - {"defaults", "hydra"}):
             raise UserError(f"{key}.sweep={name}: {beside[0]} of {path} would be lost; move it into its params")
         if not own.get("points") or not own.get("page"):
@@ -263,7 +265,7 @@ def read(keys: Mapping[str, Any], folders: Sequence[Path]) -> list[Chapter]:
 
 
 def with_methods(chapters: Sequence[Chapter], methods: Sequence[str] | None) -> list[Chapter]:
-    """Chapters that have points of some methods; of all, for None, or if none has any, so that its error says so."""
+    """Return the chapters with points of some methods; all for None, or if none has any, so that its error says so."""
     fitting = [chapter for chapter in chapters if methods is None or chapter.methods & set(methods)]
     return fitting or list(chapters)
 
@@ -273,7 +275,7 @@ def _texts(values: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def folder_name(sweep: str, given: Mapping[str, str]) -> str:
-    """A sweep's folder: its name and what the command line changed of it, so that no other page is written over.
+    """Return a sweep's folder name: its name and the changes by the command line, so that pages are not overwritten.
 
     >>> folder_name("clsrl_table2", {"model": "tiny_qwen2_vl", "data": "digits,fashion", "seed": "1"})
     'clsrl_table2-tiny_qwen2_vl-digits+fashion-seed1'

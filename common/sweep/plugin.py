@@ -1,6 +1,8 @@
-"""Where Hydra finds the sweeper. It takes plugins from the namespace package `hydra_plugins` alone, which only an
-installed distribution has on disk. So the name is given in memory, when a multirun asks for it, and taken away again
-once Hydra has made its object: a launcher that pickles Hydra's state for a cluster would look for it in vain there.
+"""Register the papers' sweeper with Hydra.
+
+Hydra takes plugins only from the namespace package `hydra_plugins`, which only an installed distribution has on disk.
+So a module of that name is created in memory when a multirun needs it, and removed once Hydra has instantiated the
+sweeper: a launcher that pickles Hydra's state for a cluster would look for it there in vain.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ MODULE = f"{PACKAGE}.fewshot"
 
 
 def register(sweeper: type[Sweeper]) -> None:
-    """Make it known as `hydra_plugins.fewshot.<class>`."""
-    plugins = Plugins.instance()  # looks through the installed ones
+    """Register a sweeper as `hydra_plugins.fewshot.<class>`."""
+    plugins = Plugins.instance()  # scans the installed plugins
     sweeper.__module__ = MODULE
     module = ModuleType(MODULE)
     setattr(module, sweeper.__name__, sweeper)
@@ -28,7 +30,7 @@ def register(sweeper: type[Sweeper]) -> None:
 
 
 def unregister(sweeper: type[Sweeper]) -> None:
-    """Take the name away."""
+    """Remove the sweeper and its module."""
     plugins = Plugins.instance()
     del plugins.class_name_to_class[f"{MODULE}.{sweeper.__name__}"]
     plugins.plugin_type_to_subclass_list[Sweeper].remove(sweeper)

@@ -1,7 +1,7 @@
-"""Where the jobs of an array stand in SLURM's queue, as `hydra/launcher=slurm` waits for them.
+"""Watch the jobs of an array in SLURM's queue, while `hydra/launcher=slurm` waits for them.
 
-submitit asks `sacct`, which needs accounting: without it every question is a warning, and a job that ended without a
-result is waited for for ever. `squeue` is everywhere, and gives the reason why a job waits.
+submitit uses `sacct`, which needs accounting: without it every query logs a warning, and a job that ended without a
+result is waited for forever. `squeue` is always available, and gives the reason why a job is pending.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from common.runtime.progress import say
 from common.types import UserError
 
 log = logging.getLogger(__name__)
-EVERY = 60  # seconds between two looks, fewer at first
-NEVER = re.compile(  # reasons that only another request, or the cluster's administrator, changes
+EVERY = 60  # seconds between two queries, fewer at first
+NEVER = re.compile(  # reasons that do not go away unless the request or the cluster's settings change
     r"PartitionTimeLimit|PartitionNodeLimit|BadConstraints|\w+NotAllowed|Invalid\w+|(Assoc|QOS)\w+PerJob(Limit)?"
 )
 ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
-KEYS = {"PartitionTimeLimit": "timeout_min", "PartitionNodeLimit": "nodes"}  # of hydra.launcher
+KEYS = {"PartitionTimeLimit": "timeout_min", "PartitionNodeLimit": "nodes"}  # keys of hydra.launcher to change
 
 
 class Queue(SlurmInfoWatcher):
-    """Takes the place of submitit's look at a job's state."""
+    """Replaces submitit's watcher of job states."""
 
     def __init__(self) -> None:
         super().__init__(delay_s=EVERY)
         self.told: set[str] = set()
 
     def update(self) -> None:
-        """Ask squeue about all jobs that have not ended.
+        """Query squeue about all jobs that have not ended.
 
         Raises:
             UserError: SLURM will never start one of them; the array is cancelled.
@@ -43,11 +43,11 @@ class Queue(SlurmInfoWatcher):
         arrays = {job.split("_")[0] for job in waiting}
         try:
             rows = [row for array in sorted(arrays) for row in ask(array)]
-        except ConnectionError as error:  # the controller is away for a moment: jobs go on
+        except ConnectionError as error:  # the controller is unavailable for a moment: jobs continue
             log.warning("squeue: %s", error)
             return
         for job, state, reason in rows:
-            known = state if state in (*ENDED, "PENDING") else "RUNNING"  # submitit takes any other for an end
+            known = state if state in (*ENDED, "PENDING") else "RUNNING"  # submitit treats unknown states as ended
             self._info_dict[job] = {"JobID": job, "State": known}
             if state == "PENDING":
                 self.consider(job, reason, arrays)
@@ -56,7 +56,7 @@ class Queue(SlurmInfoWatcher):
         self._finished |= {job for job in waiting if self.is_done(job, mode="cache")}
 
     def consider(self, job: str, reason: str, arrays: set[str]) -> None:
-        """Say a new reason to wait, once; give up where it stays."""
+        """Print a new reason to wait, once; cancel and fail if the reason will not go away."""
         if NEVER.fullmatch(reason):
             subprocess.run(["scancel", *arrays], capture_output=True)
             key = f"hydra.launcher.{KEYS[reason]}" if reason in KEYS else "the values of hydra.launcher"
@@ -67,7 +67,7 @@ class Queue(SlurmInfoWatcher):
 
 
 def ask(array: str) -> list[tuple[str, str, str]]:
-    """Job, state and reason of every job of an array that SLURM still knows; none if the array has ended."""
+    """Return job, state and reason of every job of an array that SLURM still lists; none if the array has ended."""
     command = ["squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%r", f"--jobs={array}"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0 and "Invalid job id" not in done.stderr:
@@ -77,5 +77,5 @@ def ask(array: str) -> list[tuple[str, str, str]]:
 
 
 def watch() -> None:
-    """Let submitit wait by this."""
+    """Install this watcher in submitit."""
     SlurmJob.watcher = Queue()

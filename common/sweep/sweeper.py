@@ -1,9 +1,9 @@
-"""Hydra's sweeper for the papers' tables and figures: `python run.py -cd sweeps -cn alert_table1`; and for several of
-them at once, `-cn mini_paper` (common/sweep/plan.py).
+"""Hydra sweeper for the papers' tables and figures: `python run.py -cd sweeps -cn alert_table1`; for several at once
+`-cn mini_paper` (common/sweep/plan.py).
 
-Where Hydra's own knows one product of values, this one knows a list of them, and points that need other points' runs
-(common/sweep/plan.py). All points are composed and checked before the first one runs, those with a result are left
-out, and one that fails stops only what needs it.
+Hydra's own sweeper runs one product of values; this one runs a list of products, and points that need the runs of other
+points (common/sweep/plan.py). All points are composed and checked before the first one runs, finished ones are skipped,
+and a failed point stops only those that need it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from common.types import UserError
 
 @dataclass(frozen=True)
 class Job:
-    """A point whose folder is known. overrides: for Hydra; values: the whole configuration; needs: their folders."""
+    """A point with its folder. overrides: for Hydra; values: whole configuration; needs: folders of needed points."""
 
     point: Point
     folder: Path
@@ -47,7 +47,7 @@ class Job:
     config: Config | None = None
 
     def shown(self, finished: bool) -> dry.Run:
-        """As `dry=true` shows it."""
+        """Return the run for `dry=true`."""
         alike = tuple(each for each in self.overrides.items() if each[0] not in LATER)
         needs = [path.name for path in self.needs]
         assert self.config is not None
@@ -55,16 +55,16 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        """Whether its folder holds the result of this very configuration.
+        """Whether its folder holds the result of exactly this configuration.
 
         Raises:
-            UserError: It holds that of another.
+            UserError: It holds the result of another configuration.
         """
         return RunFolder(self.folder).finished_result(self.values) is not None
 
 
 class PaperSweeper(Sweeper):
-    """See the head of this module. Its keys: conf/hydra/sweeper/paper.yaml."""
+    """Sweeper of this module. Its keys: conf/hydra/sweeper/paper.yaml."""
 
     def __init__(self, **keys: Any) -> None:
         self.keys: dict[str, Any] = {
@@ -82,9 +82,10 @@ class PaperSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Run what is not finished, wave by wave, and lay out the page."""
+        """Run what is not finished, in the order of dependencies, and write the pages."""
         assert self.config is not None and self.hydra_context is not None
         plugin.unregister(PaperSweeper)
+        # plan: chapters, points, and which of them are finished
         given = self.given(arguments)
         chapters = plan.with_methods(self.chapters(), given.get("method"))
         for chapter in chapters:
@@ -95,10 +96,12 @@ class PaperSweeper(Sweeper):
             here = "slurm" not in str(self.config.hydra.launcher.get("_target_", "")).lower()
             dry.show([job.shown(job.folder in finished) for job in jobs], self.cost, here)
             return None
+        # run
         folder, pages = self.describe(chapters, shown, given)
         print(f"{folder}: {counted(len(jobs), 'point')}, {len(finished)} finished")
         returns = self.run(jobs, finished)
-        from common.report import publish  # matplotlib, a second
+        # write the pages
+        from common.report import publish  # here, because it imports matplotlib
 
         found = [publish.write_page(each, shown=True) for each in pages]
         if self.is_book:
@@ -114,11 +117,11 @@ class PaperSweeper(Sweeper):
 
     @property
     def is_book(self) -> bool:
-        """Whether this sweep is made of others."""
+        """Whether this sweep consists of others."""
         return bool(self.keys["chapters"])
 
     def chapters(self) -> list[plan.Chapter]:
-        """Those of a book, or this sweep alone."""
+        """Return the chapters of a book, or this sweep alone."""
         assert self.config is not None and self.hydra_context is not None
         if self.is_book:
             return plan.read(self.keys, plan.folders(self.hydra_context.config_loader))
@@ -127,15 +130,15 @@ class PaperSweeper(Sweeper):
     def jobs(
         self, chapters: Sequence[plan.Chapter], given: Mapping[str, Sequence[str]]
     ) -> tuple[list[Job], list[list[results.SweepRun]]]:
-        """The points of all chapters with their folders, each once, those first that others need; and for each chapter
-        where its page shows them.
+        """Return the points of all chapters with their folders, each once and those first that others need; and for
+        each chapter the positions of its runs on the page.
 
         Args:
-            chapters: Of the sweep.
+            chapters: Chapters of the sweep.
             given: Values of the command line.
 
         Raises:
-            UserError: A point is no valid run.
+            UserError: A point is not a valid run.
         """
         assert self.config is not None and self.hydra_context is not None
         composer = Composer(self.hydra_context.config_loader, self.config)
@@ -147,12 +150,13 @@ class PaperSweeper(Sweeper):
             jobs = composer.jobs(point)
             for job in jobs:
                 found.setdefault(job.folder, job)
+            # the last job is the point itself, those before it are needed by it
             seed, where = int(jobs[-1].values["seed"]), keys(jobs[-1], chapters[number].page)
             shown[number].append(results.SweepRun(jobs[-1].folder.name, seed, where))
         return sorted(found.values(), key=lambda job: job.point.depth), shown
 
     def given(self, arguments: Sequence[str]) -> dict[str, list[str]]:
-        """Values of the command line by key."""
+        """Return the values of the command line by key."""
         assert self.hydra_context is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         values: dict[str, list[str]] = {}
@@ -171,7 +175,7 @@ class PaperSweeper(Sweeper):
         shown: Sequence[list[results.SweepRun]],
         given: Mapping[str, Sequence[str]],
     ) -> tuple[Path, list[Path]]:
-        """Write down what the pages need. Returns the sweep's folder and its chapters', beside those of the runs."""
+        """Save what the pages need. Return the sweep's folder and those of its chapters, beside those of the runs."""
         assert self.config is not None
         name, outputs = str(self.config.hydra.job.config_name), Path(self.config.hydra.sweep.dir)
         said = {key: ",".join(values) for key, values in given.items() if decides(key)}
@@ -184,10 +188,11 @@ class PaperSweeper(Sweeper):
         return outputs / plan.folder_name(name, said), pages
 
     def run(self, jobs: Sequence[Job], finished: set[Path]) -> list[JobReturn]:
-        """Launch the rest. A point whose needs have no result is named and left out."""
+        """Launch unfinished jobs. A job whose needs have no result is reported and skipped."""
         assert self.launcher is not None
         returns: list[JobReturn] = []
         left, ready = [job for job in jobs if job.folder not in finished], set(finished)
+        # jobs of one depth do not depend on each other, so they are launched together
         for depth in sorted({job.point.depth for job in left}):
             wave = [job for job in left if job.point.depth == depth]
             for job in [job for job in wave if not ready.issuperset(job.needs)]:
@@ -204,14 +209,14 @@ class PaperSweeper(Sweeper):
         return returns
 
     def tagged(self, overrides: Mapping[str, str]) -> list[tuple[str, str]]:
-        """With the sweep's name for W&B. A run that another table has made already keeps that one's."""
+        """Add the sweep's name as a W&B tag. A run that another sweep has made keeps that one's tag."""
         assert self.config is not None
         tags = [] if "tracking.tags" in overrides else [("tracking.tags", f"[{self.config.hydra.job.config_name}]")]
         return [*overrides.items(), *tags]
 
 
 class Composer:
-    """Composes and checks points; those that differ in seed and shots alone are composed once."""
+    """Composes and checks points; those that differ only in seed and shots are composed once."""
 
     def __init__(self, loader: ConfigLoader, master: DictConfig) -> None:
         self.loader, self.master = loader, master
@@ -219,7 +224,7 @@ class Composer:
         self.learners: dict[tuple[str, ...], tuple[str, set[str] | None]] = {}
 
     def jobs(self, point: Point) -> list[Job]:
-        """A point behind those that it needs."""
+        """Return the job of a point, after the jobs that it needs."""
         needed = {name: self.jobs(other) for name, other in point.needs.items()}
         folders = {name: jobs[-1].folder for name, jobs in needed.items()}
         overrides = {key: RUN.sub(lambda found: str(folders[found[1]]), v) for key, v in point.overrides.items()}
@@ -231,13 +236,13 @@ class Composer:
         return [*(job for jobs in needed.values() for job in jobs), job]
 
     def fitting(self, overrides: Mapping[str, str]) -> dict[str, str]:
-        """The overrides without those that are of other points: a value of the command line is given to all of them."""
+        """Return the overrides without those for other points: values of the command line are given to all of them."""
         name, own = self.learner(overrides)
         no_model = {"model"} if name == "few_shot" else set()
         return {key: value for key, value in overrides.items() if key not in no_model and not _of_others(key, own)}
 
     def learner(self, overrides: Mapping[str, str]) -> tuple[str, set[str] | None]:
-        """The learner of a point, and the keys of its few-shot learner; None: it fits none."""
+        """Return the learner's name of a point, and the keys of its few-shot learner; None: it has none."""
         chosen = tuple(f"{key}={overrides[key]}" for key in ("method", "few_shot") if key in overrides)
         if chosen not in self.learners:
             cfg = self.loader.load_sweep_config(self.master, literal(chosen))
@@ -246,12 +251,12 @@ class Composer:
         return self.learners[chosen]
 
     def compose(self, overrides: Mapping[str, str]) -> tuple[DictConfig, DictConfig]:
-        """The configuration of a run, Hydra's part included, and as the run gets it, but for its name.
+        """Return the configuration with Hydra's part, and the configuration of the run, without its name.
 
         Raises:
             UserError: It is not valid.
         """
-        # by which of the others there are, too: one that is not set must not keep the value of the point before
+        # the key says which of LATER are set, too: an unset one must not keep the value of the point before
         fixed = tuple((key, "" if key in LATER else value) for key, value in overrides.items())
         if fixed not in self.composed:
             texts = literal([f"{key}={value}" for key, value in overrides.items()])
@@ -262,6 +267,7 @@ class Composer:
             except UserError as error:
                 raise UserError(f"{' '.join(texts)}: {error}") from error
             self.composed[fixed] = cfg, task
+        # set shots and seed in the shared configuration
         for each in (both := self.composed[fixed]):
             for key in LATER:
                 if key in overrides:
@@ -270,11 +276,11 @@ class Composer:
 
 
 def _of_others(key: str, own: set[str] | None) -> bool:
-    """Whether a key is an encoder of few-shot learners or a value of one, and not of the point's own learner.
+    """Tell whether a key belongs to few-shot learners or their encoders, but not to the point's own learner.
 
     Args:
-        key: Of an override.
-        own: The keys of the point's few-shot learner; None: it fits none.
+        key: Key of an override.
+        own: Keys of the point's few-shot learner; None: it has none.
     """
     group, _, value = key.lstrip("+").partition(".")
     if own is None:
@@ -283,23 +289,23 @@ def _of_others(key: str, own: set[str] | None) -> bool:
 
 
 def _task(cfg: DictConfig) -> DictConfig:
-    """The configuration without Hydra's part, as a run gets it, and without its name, which takes a composition."""
+    """Return the configuration without Hydra's part and without the run's name, which would need a composition."""
     with open_dict(cfg):
         hydra = cfg.pop("hydra")
         task = cfg.copy()
-        cfg["hydra"] = hydra  # the names of folders need it
+        cfg["hydra"] = hydra  # put back, since folder names need it
     task.run_name = ""
     return task
 
 
 def keys(job: Job, page: Mapping[str, Any]) -> dict[str, str]:
-    """Where a page shows a run: by its labels, else by the option of a group or the value at a dotted path."""
+    """Return the position of a run on a page: its labels, else a group's option or the value at a dotted path."""
     found = {}
     for key in (*page.get("rows", ()), *page.get("columns", ()), *page.get("panels", ()), *page.get("minus", ())):
         value: Any = job.values
         for part in key.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
         value = value.get("name") if isinstance(value, Mapping) else value
-        if key in job.point.labels or value is not None:  # `split` and `measure` are the result's
+        if key in job.point.labels or value is not None:  # `split` and `measure` come from the result
             found[key] = job.point.labels.get(key, str(value))
     return found

@@ -1,1 +1,1 @@
-"""Reports as pages that open without a server or a network: of one run, or of several."""
+"""HTML reports that open without a server or a network: of one run, or of several."""

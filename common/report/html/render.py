@@ -1,4 +1,4 @@
-"""From what a page shows to one file of HTML, its rows as JSON inside or beside it."""
+"""Render a report as one HTML file, with its rows as JSON inside it or beside it."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from common.parsing import normalize
 from common.report.figures import LITERAL
 from common.report.html.transcripts import Row
 
-# From what a page shows to one file of HTML. Whatever a run has written is escaped; a policy in the page's head lets
-# no other script run, and nothing be fetched.
+# Rendering. Everything that a run has written is escaped; a content security policy in the page's head forbids other
+# scripts and all requests.
 
 
 PAGES = Path(__file__).parent / "pages"
-CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # no part of HTML
+CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # not allowed in HTML
 
 
 def render(template: str, script: str, outside: bool = False, **values: Any) -> str:
-    """The page.
+    """Render a page.
 
     Args:
-        template: Its name in pages/.
-        script: Name of its JavaScript there; empty: none.
-        outside: Whether that loads files beside the page. Only then may other local scripts run.
-        values: What the template shows.
+        template: Name of the template in pages/.
+        script: Name of its JavaScript in pages/; empty: none.
+        outside: Whether the script loads files beside the page. Only then may other local scripts run.
+        values: Values for the template.
     """
     code = (PAGES / script).read_text(encoding="utf-8") if script else ""
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
@@ -58,7 +58,7 @@ def render(template: str, script: str, outside: bool = False, **values: Any) -> 
 
 
 def visible(value: Any) -> Any:
-    """Texts without characters that no page may hold.
+    """Replace characters that HTML does not allow; None becomes an empty text.
 
     >>> visible("a\\x00b"), visible(None)
     ('a�b', '')
@@ -69,14 +69,14 @@ def visible(value: Any) -> Any:
 
 
 def write(path: Path, page: str) -> None:
-    """Whole or not at all; half of a character that no file can hold is written as a question mark."""
+    """Write a page atomically; lone surrogates, which UTF-8 cannot encode, become question marks."""
     unfinished = path.with_name(f"{path.name}.unfinished")
     unfinished.write_text(page, encoding="utf-8", errors="replace")
     unfinished.replace(path)
 
 
 def inline(figure: Figure) -> Markup:
-    """A drawing as part of a page: black is the colour of the page's text, letters stay letters."""
+    """Return a figure as SVG for a page: black becomes the page's text colour, text stays text."""
     with rc_context({"svg.fonttype": "none", **LITERAL}):
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
@@ -85,22 +85,22 @@ def inline(figure: Figure) -> Markup:
 
 
 def embedded(svg: str, scale: float = 1.0) -> Markup:
-    """The same for what Matplotlib has written to a file, larger by `scale`: print is small on a screen."""
+    """Return an SVG file of Matplotlib for a page, enlarged by `scale`, since figures for print are small on screen."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' (width|height)="([\d.]+)pt"', lambda f: f' {f[1]}="{scale * float(f[2]):g}pt"', svg, count=2)
     return Markup(svg.replace("#000000", "currentColor").replace("<svg ", '<svg role="img" ', 1))
 
 
-# The rows of a report as JSON: in the page itself where they are few, else as files beside it that the page loads as
-# it needs them. A page opened from a disk may load scripts but read no other files, so the files are scripts.
+# Rows of a report as JSON: in the page itself if they are few, else in files beside it that the page loads on demand.
+# A page opened from disk may load scripts but read no other files, so these files are scripts.
 
-INSIDE = 2_000_000  # bytes of rows that a page itself may hold
-ROWS = 100  # of a piece
+INSIDE = 2_000_000  # most bytes of rows inside a page
+ROWS = 100  # rows of a piece
 
 
 def safe_json(value: Any) -> str:
-    """JSON that cannot end the script element that it stands in, all in ASCII.
+    """Return ASCII JSON that cannot end the script element around it.
 
     >>> safe_json("</script><!--")
     '"\\\\u003c/script\\\\u003e\\\\u003c!--"'
@@ -110,10 +110,10 @@ def safe_json(value: Any) -> str:
 
 
 class Pieces:
-    """Takes rows and puts them where they belong; `names` are the classes by what answers are compared with."""
+    """Collects rows in pieces, inside the page or in files; `names` are the class names by normalised name."""
 
     def __init__(self, folder: Path, names: dict[str, str]) -> None:
-        """`folder`: for files, beside the page; what an earlier page had there goes when all is written."""
+        """`folder`: folder for the files, beside the page; files of an earlier page are deleted at the end."""
         self.folder, self.places = folder, {name: number for number, name in enumerate(names)}
         self.names = list(names.values())
         self.splits: list[str] = []
@@ -128,10 +128,11 @@ class Pieces:
         shutil.rmtree(self.unfinished, ignore_errors=True)
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Take rows; those of a split come together."""
+        """Add rows; those of a split must be adjacent."""
         for row in rows:
             if not self.splits or self.splits[-1] != row.split:
                 self.splits.append(row.split)
+            # columns of short values, so that the page can filter all rows without loading their texts
             values = {
                 "split": len(self.splits) - 1,
                 "image": row.image,
@@ -149,6 +150,7 @@ class Pieces:
                 self._piece()
 
     def _piece(self) -> None:
+        # many rows share a prompt: store each text once and refer to it by number
         prompts = {row["prompt"]: None for row in self.waiting}
         places = {text: number for number, text in enumerate(prompts)}
         rows = [{**row, "prompt": places[row["prompt"]]} for row in self.waiting]
@@ -156,7 +158,7 @@ class Pieces:
         self.waiting = []
         self.texts.append(text)
         self.size += len(text)
-        if self.size > INSIDE:
+        if self.size > INSIDE:  # from now on pieces are written to files, not kept in memory
             self.outside = True
         if self.outside:
             self._write()
@@ -171,7 +173,7 @@ class Pieces:
         self.texts = []
 
     def finish(self) -> dict[str, Any]:
-        """What the page needs: where the rows are, and if they are in it, the rows. Texts are JSON."""
+        """Return what the template needs: where the rows are and, if they are in the page, the rows. Texts are JSON."""
         if self.waiting:
             self._piece()
         index = safe_json({"splits": self.splits, "names": self.names, **self.columns})
@@ -185,6 +187,7 @@ class Pieces:
         if self.outside:
             self._write()
             (self.unfinished / "index.js").write_text(f"report.index({index})\n", encoding="ascii")
+        # replace the files of an earlier page only now that all new ones are written
         shutil.rmtree(self.folder, ignore_errors=True)
         if self.outside:
             self.unfinished.rename(self.folder)

@@ -1,4 +1,4 @@
-"""report.html of a run: its results, curves, confusions, every reply, configuration and environment."""
+"""Write report.html of a run: results, curves, confusions, every reply, configuration and environment."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from common.run.result import Result
 from common.run.run_folder import RunFolder
 
 FILE, FOLDER = "report.html", "report"
-NAMED, DRAWN = ("method", "data", "setting", "protocol", "model"), ("shots", "seed")  # what a run's name says
+NAMED, DRAWN = ("method", "data", "setting", "protocol", "model"), ("shots", "seed")  # configuration in a run's name
 PARTS = {
     "results": "Results",
     "pictures": "Curves",
@@ -54,6 +54,7 @@ def make(folder: Path) -> Path:
     names = transcripts.class_names(folder)
     pieces = Pieces(folder / FOLDER, names)
     tally = Tally()
+    # rows are streamed: the tally counts tested images while they pass
     pieces.add(tally(transcripts.tests(folder, pictures)))
     pieces.add(transcripts.training(folder, pictures))
     changed, data = _changed(values), pieces.finish()
@@ -85,11 +86,11 @@ def _notes(result: Result) -> list[str]:
 
 
 def confusion_tables(tally: Tally, names: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Per split: a grid of few classes, the most frequent confusions of many.
+    """Return confusions per split: a grid if there are few classes, else the most frequent pairs.
 
     Args:
-        tally: Of the tested images.
-        names: Of the classes, by what answers are compared with; buttons call them by their numbers.
+        tally: Counts of the tested images.
+        names: Class names, by normalised name; buttons refer to them by number.
     """
     places = {name: number for number, name in enumerate(names)}
     found = []
@@ -99,6 +100,7 @@ def confusion_tables(tally: Tally, names: Mapping[str, str]) -> list[dict[str, A
             counts[places[label], places.get(answer, -1)] += count
         seen = sorted({label for label, _ in counts})
         images, wrong = tally.images[split], tally.wrong[split]
+        # wrong answers that name a class: all wrong ones without those that name none
         named = wrong - (images - sum(counts[n, n] for n in seen))
         table = {"split": split, "images": images, "wrong": wrong, "named": named}
         shown = list(names.values())
@@ -114,7 +116,7 @@ def confusion_tables(tally: Tally, names: Mapping[str, str]) -> list[dict[str, A
 
 
 def class_tables(result: Result) -> list[tuple[str, Table]]:
-    """Per split: how often each class is right, of how many images, before and after training; the worst first."""
+    """Return per split the accuracy and number of images of each class, before and after training; the worst first."""
     found = []
     for split, last in result.final.items():
         shown = tables.phases(result, split)
@@ -122,6 +124,7 @@ def class_tables(result: Result) -> list[tuple[str, Table]]:
         rows = []
         for name in sorted(last.per_class, key=lambda name: last.per_class[name]):
             n = last.images_per_class[name]
+            # classes have few images, so their intervals are wide: show them
             interval = metrics.wilson_interval(round(last.per_class[name] * n), n)
             rows.append(
                 (
@@ -162,7 +165,7 @@ def _pictures(folder: Path, result: Result, tally: Tally) -> list[tuple[str, Any
 
 
 def _changed(values: dict[str, Any]) -> list[tuple[str, str, str]] | None:
-    """What differs from what the run's options give by themselves: key, usual value, its own; None: nobody knows."""
+    """Return values that differ from the run's named options: key, usual value, own value; None if not known."""
     expected = _usual(values)
     if expected is None:
         return None
@@ -176,14 +179,14 @@ def _changed(values: dict[str, Any]) -> list[tuple[str, str, str]] | None:
 
 
 def _usual(values: dict[str, Any]) -> dict[str, Any] | None:
-    """What the named options, shots and seed of a run give by themselves; None: these are options of others."""
+    """Compose the run's named options, shots and seed without other overrides; None if they do not exist here."""
     register()
     chosen = [f"{group}={values[group]['name']}" for group in NAMED] + [f"{key}={values[key]}" for key in DRAWN]
     own = (
         None if GlobalHydra.instance().is_initialized() else hydra.initialize_config_dir(str(CONF), version_base="1.3")
     )
     try:
-        with own or nullcontext():  # a run's end looks where the run did, in its user's folders too
+        with own or nullcontext():  # at the end of a run Hydra is initialised, with the user's own config folders
             return plain(hydra.compose("config", chosen))
     except HydraException:
         return None

@@ -1,5 +1,5 @@
-"""report.html of several runs: a paper's table or figure with its verdicts, if they are a sweep's, the runs side by
-side, their curves, some replies, and what tells their configurations apart.
+"""Write report.html of several runs: for a sweep the paper's table or figure with verdicts; the runs side by side,
+their curves, some replies, and differences of their configurations.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ from common.report.paper.tables import listing, matrices, notes
 from common.run import predictions
 from common.types import UserError
 
-LINES = 8  # groups whose curves one picture can hold
+LINES = 8  # most groups in a figure of curves
 EXAMPLES = 4  # replies of a run
-LONG = 80  # characters of a value that is compared
-CLASSES = {"inside": "inside", "below": "below", "above": "above"}  # of verdicts; others are soft
+LONG = 80  # characters of a value in the comparison
+CLASSES = {"inside": "inside", "below": "below", "above": "above"}  # CSS class of a verdict; others are soft
 
 
 def of_sweep(folder: Path, page: Page | None = None) -> Path:
-    """Write the page of a sweep into its folder, and return its path. `page`: if it has been built already.
+    """Write the page of a sweep into its folder, and return its path. `page`: the page if it was built already.
 
     Raises:
-        UserError: The folder is no sweep's.
+        UserError: The folder is not a sweep's.
     """
     page = pages.build(folder) if page is None else page
     return _make(folder, page.sweep.name, page.runs, page)
 
 
 def of_runs(paths: Sequence[Path]) -> Path:
-    """Write a page that compares run folders, beside them (here, if they have no folder in common); its path.
+    """Write a page that compares run folders into their common parent folder (else here), and return its path.
 
     Raises:
-        UserError: There is no such folder, or none holds a run.
+        UserError: A folder does not exist, or none holds a run.
     """
     runs = [run for run in folders.find_runs(paths) if run.state != folders.ASKED]
     if not any(run.values for run in runs):
@@ -63,6 +63,7 @@ def _make(folder: Path, name: str, runs: Sequence[Run], page: Page | None) -> Pa
     examples = list(_examples(page)) if page is not None and page.sweep.page.get("kind") == "examples" else []
     drawn = _curves(together)
     there = {"paper": page, "examples": examples, "curves": drawn, "runs": True, "configuration": True}
+    # a comparison of run folders has no paper's page, so no numbers and verdicts
     numbers = None if page is None else listing(page)
     different, shared = configurations(together)
     html = render(
@@ -92,7 +93,7 @@ def _paper(folder: Path, page: Page) -> dict[str, Any]:
 
 
 def _verdicts(numbers: compare.Table) -> dict[str, str]:
-    """How a verdict looks."""
+    """Return the CSS class of each verdict."""
     at = numbers.columns.index("verdict")
     return {row[at]: CLASSES.get(row[at], "soft") for row in numbers.rows if row[at]}
 
@@ -104,7 +105,7 @@ def _listed(run: Run, folder: Path) -> dict[str, Any]:
 
 
 def _curves(together: Sequence[Group]) -> Markup | None:
-    """Rewards, lengths and accuracies of few trained groups."""
+    """Draw rewards, lengths and accuracies of trained groups, if there are not too many."""
     trained = {
         group.label: [run.path for run in group.finished if run.result and run.result.after] for group in together
     }
@@ -116,7 +117,7 @@ def _curves(together: Sequence[Group]) -> Markup | None:
 
 
 def _examples(page: Page) -> Iterator[dict[str, Any]]:
-    """Of the first run of every row: right replies and wrong ones by turns, as far as there are."""
+    """Yield right and wrong replies of the first run of every row, as many of each as possible up to half."""
     for row in page.axis("rows"):
         shown = next(each for each in page.sweep.runs if page.place(each.keys, "rows") == row)
         path = page.sweep.path(shown)
@@ -124,6 +125,7 @@ def _examples(page: Page) -> Iterator[dict[str, Any]]:
             continue
         pictures = predictions.read_thumbnails(path)
         tested = [each for each in transcripts.tests(path, pictures) if each.split != "val"]
+        # with thumbnails: only images that have one
         kept = [each for each in tested if each.detail["picture"] or not pictures]
         by_turns = (
             list(islice((each for each in kept if each.after is right), EXAMPLES // 2)) for right in (True, False)
@@ -148,7 +150,7 @@ def _reply(row: transcripts.Row) -> dict[str, Any]:
 
 
 def configurations(together: Sequence[Group]) -> tuple[compare.Table, str]:
-    """What tells groups apart, a row per value, and what they share, as YAML."""
+    """Return the values that differ between groups, one row each, and the values that they share, as YAML."""
     leaves = [dict(folders.leaves(folders.without_seed(group.runs[0].values))) for group in together]
     keys = sorted({key for each in leaves for key in each})
     telling = [key for key in keys if len({str(each.get(key, "–")) for each in leaves}) > 1]
@@ -164,7 +166,7 @@ def configurations(together: Sequence[Group]) -> tuple[compare.Table, str]:
 
 
 def _environment(runs: Iterable[Run]) -> list[tuple[str, str]]:
-    """Commits, packages and weights, each with the number of runs that have it."""
+    """Return commits, packages and weights, each with the number of runs that have it."""
     facts: dict[str, dict[str, int]] = {"commit": {}, "packages": {}, "weights": {}}
     for run in runs:
         if run.result is None:
@@ -176,11 +178,11 @@ def _environment(runs: Iterable[Run]) -> list[tuple[str, str]]:
     return [(kind, f"{value} (runs: {count})") for kind, found in facts.items() for value, count in found.items()]
 
 
-# report.html of a sweep that is made of others: every chapter's tables and picture, and the way to its own page.
+# report.html of a sweep that consists of other sweeps: tables and figure of every chapter, and a link to its own page.
 
 
 class Chapter(Protocol):
-    """What is said of a page."""
+    """Title and text for a page."""
 
     @property
     def name(self) -> str: ...
@@ -196,10 +198,10 @@ def make_book(folder: Path, title: str, chapters: Sequence[Chapter], pages: Sequ
     """Write the page into a folder, and return its path.
 
     Args:
-        folder: Of the book; is made.
-        title: Of the book.
-        chapters: What is said of each page.
-        pages: Of the chapters, as their own folders have them.
+        folder: Folder of the book, created if missing.
+        title: Title of the book.
+        chapters: Title and text for each page.
+        pages: Pages of the chapters.
     """
     folder.mkdir(parents=True, exist_ok=True)
     runs = {run.path: run for page in pages for run in page.runs}

@@ -1,7 +1,7 @@
-"""What a run's report lets one browse: a test image with its replies before and after training, or a training image
-with the completions that were compared.
+"""Read the images of a run's report: a test image with its replies before and after training, or a training image with
+its group of completions.
 
-Files are read in pieces: the replies of a whole test set, with a thousand probabilities each, need not fit in memory.
+Files are read in pieces: the replies of a whole test set, with a thousand probabilities each, may not fit in memory.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     import pyarrow
 
 LONGEST = 20_000  # characters of a text that are shown
-MOST = 10  # probabilities of an image
-GROUPS = 5_000  # training images with their completions
-PIECE = 500  # rows at a time
-TRAINING = "training"  # stands where a test has the name of its split
-MALFORMED, DISAGREES, CUT = 1, 2, 4  # flags
+MOST = 10  # probabilities of an image that are shown
+GROUPS = 5_000  # most training images, each with its completions
+PIECE = 500  # rows read at a time
+TRAINING = "training"  # name for training images where tests have the name of their split
+MALFORMED, DISAGREES, CUT = 1, 2, 4  # flags of a row
 NEEDED = {
     "phase",
     "split",
@@ -49,9 +49,10 @@ OWN = {"phase", "split", "image", "label", "label_index", "correct_alias", "choi
 class Row:
     """An image in the report.
 
-    answer: as a class name of the report, None: no class name. before, after: right or wrong; `after` is the end of the
-    run, `before` None without training, or where nothing was known before it. confidence: of the most probable name.
-    sureness: of the answer; 0 if it is not among the most probable names. detail: what the page shows of it.
+    answer: a class name of the report; None: not a class name. before, after: right or wrong; `after` is the end of the
+    run, `before` is None without training or without an evaluation before it. confidence: probability of the most
+    probable name. sureness: probability of the answer; 0 if it is not among the most probable names. detail: values
+    for the page.
     """
 
     split: str
@@ -67,22 +68,23 @@ class Row:
 
     @property
     def last(self) -> dict[str, Any]:
-        """Its reply at the end of the run."""
+        """The reply at the end of the run."""
         reply: dict[str, Any] = self.detail["after"] if "after" in self.detail else self.detail["before"]
         return reply
 
 
 def tests(folder: Path, pictures: Mapping[str, bytes]) -> Iterator[Row]:
-    """Every tested image, in the order of the splits.
+    """Yield every tested image, in the order of the splits.
 
     Args:
-        folder: A finished run's.
-        pictures: WebP by image.
+        folder: Folder of a finished run.
+        pictures: Thumbnail (WebP) by image.
 
     Raises:
         UserError: predictions.parquet is missing or damaged.
     """
     file = _predictions(folder)
+    # every row group of the file holds one split in one phase
     parts: dict[str, dict[str, int]] = {}
     for number in range(file.num_row_groups):
         head = next(file.iter_batches(1, [number], ["phase", "split"]), None)
@@ -112,7 +114,7 @@ def _predictions(folder: Path) -> pyarrow.parquet.ParquetFile:
 
 
 def _pieces(file: pyarrow.parquet.ParquetFile, number: int | None) -> Iterator[list[dict[str, Any]]]:
-    """The rows of one phase and split, None: none; of many probabilities only the largest."""
+    """Yield the rows of one phase and split (None: nothing), each with only its largest probabilities."""
     if number is None:
         return
     known = [name for name in file.schema_arrow.names if name != "probabilities_raw"]
@@ -130,13 +132,14 @@ def _largest(batch: pyarrow.RecordBatch) -> list[list[tuple[str, float]]]:
     ends = np.cumsum(values.value_lengths().fill_null(0).to_numpy(zero_copy_only=False))
     found = []
     for start, end in zip([0, *ends[:-1]], ends, strict=True):
+        # stable sort: ties keep the order of the names
         order = start + np.argsort(-numbers[int(start) : int(end)], kind="stable")[:MOST]
         found.append([(names[int(place)].as_py(), float(numbers[place])) for place in order])
     return found
 
 
 def _tested(before: dict[str, Any] | None, after: dict[str, Any] | None, pictures: Mapping[str, bytes]) -> Row:
-    """Of one of the two phases, or of both."""
+    """Build the row of an image from its rows before and after training; one of them may be missing."""
     rows = {phase: row for phase, row in (("before", before), ("after", after)) if row is not None}
     final = list(rows.values())[-1]
     assert all(row["image"] == final["image"] for row in rows.values()), "both phases ask the same images in one order"
@@ -144,6 +147,7 @@ def _tested(before: dict[str, Any] | None, after: dict[str, Any] | None, picture
     if final.get("candidates") is not None:
         detail["candidates"] = final["candidates"]
     detail["picture"] = picture(pictures, final["image"])
+    # flags come from the final reply; None means that the method does not report it
     flags = MALFORMED * (final["formatted"] is False) + CUT * bool(final["truncated"])
     flags += DISAGREES * (final.get("reasoning_agrees") is False)
     said = {normalize(name): share for name, share in final["top"]}
@@ -162,7 +166,7 @@ def _tested(before: dict[str, Any] | None, after: dict[str, Any] | None, picture
 
 
 def _reply(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What the page shows of one answer; columns of the method's own come along."""
+    """Return the values of one answer for the page, including the method's own columns."""
     known = {"answer", "completion", "correct", "top", "prompt", *OWN}
     facts = {name: value for name, value in row.items() if name not in known and value is not None}
     return {
@@ -175,13 +179,14 @@ def _reply(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def training(folder: Path, pictures: Mapping[str, bytes], most: int = GROUPS) -> Iterator[Row]:
-    """The sampled completions, a row per image and update; of more than `most` some, evenly over the training."""
+    """Yield the sampled completions, a row per image and update; if there are more than `most`, an even selection."""
     path = folder / "completions.parquet"
     if not path.is_file():
         return
     import pyarrow.parquet
 
     file = pyarrow.parquet.ParquetFile(path)
+    # the file is read twice: grouped once to count, once for the rows
     count = sum(1 for _ in _groups(file, ["step", "image"]))
     wanted = {number * count // most for number in range(most)} if count > most else None
     for number, members in enumerate(_groups(file)):
@@ -208,6 +213,7 @@ def _trained(members: list[dict[str, Any]], pictures: Mapping[str, bytes]) -> Ro
         }
         for row in members
     ]
+    # all samples of a group share prompt and image
     detail = {
         "step": first["step"],
         "prompt": cut(first["prompt"]),
@@ -222,27 +228,27 @@ def _short(value: float | None) -> float | None:
 
 
 def cut(text: str | None) -> str | None:
-    """A text that a page can show."""
+    """Shorten a text for the page."""
     if text is None or len(text) <= LONGEST:
         return text
     return f"{text[:LONGEST]}\n[… {len(text) - LONGEST:,} more characters in the run folder]"
 
 
 def picture(pictures: Mapping[str, bytes], image: str) -> str | None:
-    """As a data URI."""
+    """Return a thumbnail as a data URI."""
     content = pictures.get(image)
     return None if content is None else f"data:image/webp;base64,{base64.b64encode(content).decode()}"
 
 
 def class_names(folder: Path) -> dict[str, str]:
-    """The classes, as they are written, by what answers are compared with."""
+    """Return the class names as they are written, by normalised name."""
     import pyarrow.parquet
 
     rows = _predictions(folder).read(columns=["label_index", "label"])
     pairs = rows.group_by(["label_index", "label"]).aggregate([]).to_pylist()
     found = {normalize(row["label"]): row["label"] for row in sorted(pairs, key=lambda row: row["label_index"])}
     head = next(_predictions(folder).iter_batches(1, columns=["choices"]), None)
-    for name in [] if head is None else head["choices"].flatten().to_pylist():  # a class may have no tested image
+    for name in [] if head is None else head["choices"].flatten().to_pylist():  # classes may have no tested images
         found.setdefault(normalize(name), name)
     if (folder / "completions.parquet").is_file():
         trained = pyarrow.parquet.read_table(folder / "completions.parquet", columns=["label"])["label"].unique()
@@ -253,10 +259,10 @@ def class_names(folder: Path) -> dict[str, str]:
 
 @dataclass
 class Tally:
-    """What is counted of tested images while they pass, by split.
+    """Counts of tested images by split, taken while rows pass through.
 
-    surest: how probable each image's most probable name is, and whether that is right. pairs: label and answer as they
-    are compared, an empty answer for none. wrong: images. images: all of them.
+    surest: probability of each image's most probable name, and whether that is right. pairs: normalised label and
+    answer; an empty answer for none. wrong: number of wrong images. images: number of all images.
     """
 
     surest: dict[str, tuple[list[float], list[bool]]] = field(default_factory=dict)
@@ -265,7 +271,7 @@ class Tally:
     images: Counter[str] = field(default_factory=Counter)
 
     def __call__(self, rows: Iterable[Row]) -> Iterator[Row]:
-        """The same rows."""
+        """Count the rows, and yield them unchanged."""
         for row in rows:
             label = normalize(row.label)
             self.images[row.split] += 1
@@ -279,7 +285,7 @@ class Tally:
 
 
 def tally(folder: Path) -> Tally:
-    """Of all tested images of a finished run."""
+    """Count all tested images of a finished run."""
     counted = Tally()
     for _ in counted(tests(folder, {})):
         pass

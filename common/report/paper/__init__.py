@@ -1,1 +1,1 @@
-"""A table or figure of a paper from the runs of its sweep: numbers, verdicts, tables, pictures."""
+"""A table or figure of a paper from the runs of its sweep: numbers, verdicts, tables, figures."""

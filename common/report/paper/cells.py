@@ -1,4 +1,4 @@
-"""The numbers of a paper's table from the runs of its sweep, per seed, and why some are not to be compared."""
+"""Compute the numbers of a paper's table from the runs of its sweep, per seed, and why some are not comparable."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ from common.report.statistics import reach
 from common.run.result import Result
 from common.run.run_folder import RunFolder
 
-# What stands between a run's number and the paper's: why they are not to be compared, and what a reader must know.
-
+# Comparability with the paper: reasons against a comparison, and remarks for readers.
 
 PAPERS_GPUS, PAPERS_GPU = 8, "A100"  # CLS-RL, implementation details
-CACHED = ("tip_adapter", "tip_adapter_f", "cafo")  # whose authors chose by the test images
+CACHED = ("tip_adapter", "tip_adapter_f", "cafo")  # learners whose authors selected on the test images
 HALVES = ("base", "new")
 
 
 def marks(run: Run, result: Result, summary: Summary) -> list[str]:
-    """What a reader must know: how it was made, and where the paper's number was made otherwise."""
+    """Return remarks for readers: how a number was made, and where the paper's was made differently."""
     values, found = run.values, list(result.remarks)
     draft = summary.facts.get("draft", {})
     found += [draft["published_above_bound"]] if "published_above_bound" in draft else []
@@ -42,17 +41,17 @@ def marks(run: Run, result: Result, summary: Summary) -> list[str]:
 
 
 def _draft(run: Run) -> Mapping[str, Any]:
-    """The configuration that a run's candidates come from; empty: they come from no learner of ours."""
+    """Return the configuration of the learner that a run's candidates come from; empty: not from a learner of ours."""
     draft = run.values["method"].get("draft")
     if draft != "file":
         return run.values if draft else {}
     other = Path(run.values["method"]["draft_file"])
-    beside = run.path.parent / other.name  # a sweep's runs lie side by side, wherever they have been taken since
+    beside = run.path.parent / other.name  # runs of a sweep lie side by side, even after they were moved
     return folders.read_run(beside if beside.is_dir() else other).values
 
 
 def _lacking(values: Mapping[str, Any]) -> str:
-    """What CaFo's authors give it and this configuration does not; empty: nothing, or it is no CaFo."""
+    """Return what CaFo's authors use and this configuration lacks; empty: nothing, or it is not CaFo."""
     if few_shot_of({**values}) != "cafo":
         return ""
     own = values["few_shot"]
@@ -64,17 +63,17 @@ def _lacking(values: Mapping[str, Any]) -> str:
 
 
 def reasons(run: Run, result: Result, split: str, summary: Summary) -> list[str]:
-    """Why the images or what is made of them are not the paper's."""
+    """Return reasons why the images or their use differ from the paper's."""
     values = run.values
     found = [f"{counted(result.left_out, 'image')} left out"] if result.left_out else []
     targets = {one["name"]: one for one in values["setting"]["targets"].values()}
     halves = [result.final[half].n for half in HALVES if half in result.final]
     own = split == "test" or split in HALVES
     data = values["data"] if own else targets.get(split)
-    tested = sum(halves) if split in HALVES else summary.n  # no paper says how many either half has
+    tested = sum(halves) if split in HALVES else summary.n  # papers give no size of the halves
     published = (data or {}).get("published", {})
     test = published.get("test")
-    with_val = test and test + published.get("val", 0)  # the authors' scripts test the validation images, too
+    with_val = test and test + published.get("val", 0)  # the authors' scripts also test the validation images
     if test and tested not in (test, with_val if result.protocol == "official" else test):
         found.append(f"{tested} of {test} test images")
     learner = values["method"].get("learner")
@@ -86,32 +85,32 @@ def reasons(run: Run, result: Result, split: str, summary: Summary) -> list[str]
 
 
 def as_fast(run: Run, result: Result) -> list[str]:
-    """Why times are not the paper's, which were taken on eight A100."""
+    """Return reasons why times are not comparable with the paper's, which were measured on eight A100."""
     found = [] if run.gpus == PAPERS_GPUS else [f"timed on {counted(run.gpus or 'no', 'GPU')} instead of {PAPERS_GPUS}"]
     if run.gpus and PAPERS_GPU not in result.device:
         found.append(f"timed on {result.device or 'an unknown GPU'} instead of {PAPERS_GPU}")
     return found
 
 
-# The numbers of a paper's table from the runs of its sweep, per seed, and from them differences and averages.
+# Cells: the numbers of the runs per seed, and differences and averages computed from them.
 #
-# Percent, percentage points or what the measure says; never a share of 1.
+# In percent, percentage points or the unit of the measure; never a share from 0 to 1.
 #
 # Shapes: S seeds.
 
 Keys = tuple[tuple[str, str], ...]  # sorted by key
 AVERAGE, HARMONIC = "average", "H"
-BY_RESULT = {"split", "measure"}  # keys that a run has only once it has a result
-NO_TRAINING = ("data", "model", "evaluation before", "evaluation after", "saving")
+BY_RESULT = {"split", "measure"}  # keys that are only known once a run has a result
+NO_TRAINING = ("data", "model", "evaluation before", "evaluation after", "saving")  # phases that training excludes
 
 
 @dataclass
 class Cell:
     """One number of a table.
 
-    values: by seed. images: that each was measured on. intervals: 95 %, of the images of a seed's number; times and
-    extremes have none. percent: else minutes or milliseconds. combine: over seeds. marks: what a reader must know of
-    it. reasons: why it is not to be compared with the published one. missing: seeds without a result.
+    values: by seed. images: number of images of each. intervals: 95 %, over the images of a seed's number; times and
+    extremes have none. percent: percent, else minutes or milliseconds. combine: function over seeds. marks: remarks
+    for readers. reasons: why it is not comparable with the published number. missing: seeds without a result.
     """
 
     values: dict[int, float] = field(default_factory=dict)
@@ -124,13 +123,13 @@ class Cell:
     missing: list[int] = field(default_factory=list)
 
     def note(self, other: Cell) -> None:
-        """Take over what is to be known of another one that this is computed from."""
+        """Add the remarks, reasons and missing seeds of a cell that this one is computed from."""
         self.marks = [*dict.fromkeys([*self.marks, *other.marks])]
         self.reasons = [*dict.fromkeys([*self.reasons, *other.reasons])]
         self.missing = [*dict.fromkeys([*self.missing, *other.missing])]
 
     def take(self, seed: int, number: Number) -> None:
-        """A seed's number."""
+        """Set a seed's number."""
         self.values[seed] = number.value
         if number.interval is not None:
             self.intervals[seed] = number.interval
@@ -139,9 +138,10 @@ class Cell:
 
 
 def collect(sweep: Sweep) -> tuple[dict[Keys, Cell], list[Run]]:
-    """All cells by their keys, and the runs."""
+    """Return all cells by their keys, and the runs."""
     page, cells, unfinished, runs = sweep.page, dict[Keys, Cell](), set[str](), list[Run]()
     places: dict[tuple[Keys, int], str] = {}
+    # numbers of the runs; several points of a sweep may share a run
     for folder in dict.fromkeys(shown.folder for shown in sweep.runs):
         run = _read(sweep.folder.parent / folder)
         runs.append(run)
@@ -156,12 +156,14 @@ def collect(sweep: Sweep) -> tuple[dict[Keys, Cell], list[Run]]:
                     cell.note(Cell(reasons=[f"seed {shown.seed} is there twice: {other} and {folder}"]))
                 else:
                     cell.take(shown.seed, number)
+    # seeds without a result, in all cells that they belong to
     for shown in (each for each in sweep.runs if each.folder in unfinished):
         of_it = [cell for keys, cell in cells.items() if shown.keys.items() <= dict(keys).items()]
         if not of_it and not BY_RESULT & {*_axes(page)}:
             of_it = [cells.setdefault(_sorted(shown.keys), Cell())]
         for cell in of_it:
             cell.note(Cell(missing=[shown.seed]))
+    # differences, averages, harmonic means
     if minus := page.get("minus"):
         cells = subtract(cells, minus)
     if key := page.get("average"):
@@ -182,7 +184,7 @@ def _read(path: Path) -> Run:
 
 @dataclass(frozen=True)
 class Number:
-    """Of one run. See `Cell`."""
+    """A number of one run, with fields as in `Cell`."""
 
     value: float
     images: int | None = None
@@ -194,7 +196,7 @@ class Number:
 
 
 def numbers(run: Run, result: Result, page: Mapping[str, Any]) -> Iterator[tuple[dict[str, str], Number]]:
-    """What a run gives to a page, each with the keys that the run itself does not have: its split, what is measured."""
+    """Yield the numbers of a run for a page, with the keys that only a result has: split and measure."""
     by_split = "split" in _axes(page)
     for split, summary in result.final.items():
         if split == "val" or (not by_split and split != "test"):
@@ -210,7 +212,7 @@ def numbers(run: Run, result: Result, page: Mapping[str, Any]) -> Iterator[tuple
 
 
 def _accuracy(run: Run, result: Result, split: str, summary: Summary) -> Iterator[Number]:
-    """In percent: the strict match; under `protocol=official` that of the authors' scripts, if it has one."""
+    """Yield the accuracy in percent: strict match, or under `protocol=official` the authors' match if there is one."""
     share, interval = summary.accuracy, summary.ci95
     if result.protocol == "official" and summary.accuracy_official is not None:
         share, interval = summary.accuracy_official, summary.ci95_official or interval
@@ -254,7 +256,7 @@ MEASURES: dict[str, Measure] = {
 
 
 def later_evaluations(rows: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Accuracies in percent, on the split that is watched, that were measured after half an epoch (ALERT Table 4).
+    """Return accuracies in percent, on the monitored split, measured after half an epoch (ALERT Table 4).
 
     >>> log = [{"step": 1, "epoch": 0.4}, {"step": 1, "eval/val/accuracy": 0.2}, {"step": 2, "epoch": 0.8}]
     >>> later_evaluations([*log, {"step": 2, "eval/val/accuracy": 0.5}])
@@ -270,7 +272,7 @@ def later_evaluations(rows: Sequence[Mapping[str, Any]]) -> list[float]:
 
 
 def subtract(cells: Mapping[Keys, Cell], minus: Mapping[str, str | None]) -> dict[Keys, Cell]:
-    """Differences from the cells whose keys are those of `minus`, seed by seed; None: any value."""
+    """Subtract, seed by seed, the cells whose keys are those of `minus` (None: any value) from the others."""
     bases = {keys: cell for keys, cell in cells.items() if _matches(keys, minus)}
     found: dict[Keys, Cell] = {}
     for keys, cell in cells.items():
@@ -287,7 +289,7 @@ def subtract(cells: Mapping[Keys, Cell], minus: Mapping[str, str | None]) -> dic
 
 
 def averages(cells: Mapping[Keys, Cell], key: str, planned: Collection[str] = ()) -> dict[Keys, Cell]:
-    """Over the values of a key, of the seeds that have them all; `planned`: those that no run may have yet."""
+    """Average over the values of a key, for seeds that have all of them; `planned`: values that runs will add."""
     groups: dict[Keys, list[Cell]] = {}
     everywhere = {dict(keys)[key] for keys in cells} | {*planned}
     for keys, cell in cells.items():
@@ -302,7 +304,7 @@ def averages(cells: Mapping[Keys, Cell], key: str, planned: Collection[str] = ()
 
 
 def harmonic(cells: Mapping[Keys, Cell]) -> dict[Keys, Cell]:
-    """H of base and new classes; of the averages it is that of the averages, as the field has it."""
+    """Return the harmonic means H of base and new classes; for averages, H of the averages, as is usual."""
     found = {}
     for keys, base in cells.items():
         named = dict(keys)
@@ -329,15 +331,15 @@ def _computed(
     value: Callable[[Sequence[float]], float],
     slopes: Callable[[Sequence[float]], Sequence[float]],
 ) -> Cell:
-    """A number computed from others seed by seed, with the interval that their images leave it.
+    """Compute a number from others seed by seed, with an interval from theirs.
 
-    As of images that are independent; a difference on the same images is surer than that.
+    The parts are treated as independent; for a difference on the same images the true interval is narrower.
 
     Args:
-        cells: The others.
-        seeds: Of the result.
-        value: From their numbers.
-        slopes: How much it grows with each of them, from their numbers.
+        cells: The other numbers.
+        seeds: Seeds of the result.
+        value: Function from their numbers to the result.
+        slopes: Function from their numbers to the derivatives of the result.
     """
     found = Cell(percent=all(cell.percent for cell in cells))
     for seed in seeds:

@@ -1,4 +1,4 @@
-"""A table or figure of a paper, from a sweep's runs: ours, published, difference, verdict. Also `common.report paper`.
+"""Build a table or figure of a paper from a sweep's runs: ours, published, difference, verdict.
 
 A page, in a sweep's YAML:
 
@@ -32,9 +32,9 @@ from common.report.statistics import interval, mean_std
 from common.types import UserError
 
 SYMBOLS = "†‡§¶"
-WIDEST, WIDEST_TIME = 10.0, 0.5  # intervals that say something: percentage points; of times a share of ours
+WIDEST, WIDEST_TIME = 10.0, 0.5  # widest informative intervals: percentage points; for times a share of our number
 SEPARATOR = " · "
-# Names in metrics.jsonl, of which the first that is there counts, and the axis. test_accuracy: eval/<split>/accuracy.
+# Names in metrics.jsonl, the first one found, and the label of the axis. test_accuracy: eval/<split>/accuracy.
 CURVES: dict[str, tuple[tuple[str, ...], str]] = {
     "reward": (("reward",), "reward"),
     "accuracy_reward": (("rewards/accuracy/mean", "rewards/equality/mean"), "accuracy reward"),  # No-Thinking: equality
@@ -42,14 +42,14 @@ CURVES: dict[str, tuple[tuple[str, ...], str]] = {
     "length": (("completions/mean_length",), "tokens of a completion"),
     "test_accuracy": ((), "accuracy (%)"),
 }
-LAST = (HARMONIC, AVERAGE)  # places of an axis, the very last one behind
-KINDS = ("table", "shots", "bars", "gain", "training", "examples")  # examples: replies, in report.html alone
+LAST = (HARMONIC, AVERAGE)  # values at the end of an axis, in this order
+KINDS = ("table", "shots", "bars", "gain", "training", "examples")  # examples: replies, only in report.html
 
 
 @dataclass(frozen=True)
 class TableCell:
-    """One cell with its verdict. ours: over seeds; None: no run has it. interval: 95 %. percent: else a time. mean:
-    else ours is the lowest or highest.
+    """One cell with its verdict. ours: over seeds; None: no run has it. interval: 95 %. percent: False for times. mean:
+    False if ours is the lowest or highest.
     """
 
     keys: dict[str, str]
@@ -67,14 +67,15 @@ class TableCell:
 
     @property
     def difference(self) -> float | None:
-        """Ours less published."""
+        """Ours minus published."""
         return None if self.ours is None or self.published is None else self.ours - self.published
 
     @property
     def verdict(self) -> str:
-        """Whether the published number lies in our interval, and if not, on which side of it ours lies.
+        """Whether the published number lies in our interval; if not, whether ours is below or above it.
 
-        None of these where runs are missing, and no `inside` where the interval would hold nearly any number.
+        If runs are missing the verdict says so, and a match in a very wide interval is not called `inside`.
+
 
         >>> from dataclasses import replace
         >>> entry = TableCell({}, 80.0, 1.0, (78.0, 82.0), (1, 2, 3), 100, 84.0, (), (), ())
@@ -104,7 +105,7 @@ class TableCell:
 
 @dataclass(frozen=True)
 class Page:
-    """All entries of a page, in the order of their runs."""
+    """All cells of a page, in the order of their runs."""
 
     sweep: results.Sweep
     entries: list[TableCell]
@@ -113,36 +114,36 @@ class Page:
 
     @property
     def unfinished(self) -> list[Run]:
-        """Those without a result."""
+        """Runs without a result."""
         return [run for run in self.runs if run.result is None]
 
     def axis(self, part: str) -> list[str]:
-        """The values of rows, columns or panels, averages last."""
+        """Return the values of rows, columns or panels, averages last."""
         found = dict.fromkeys(self.place(entry.keys, part) for entry in self.entries)
         return sorted(found, key=lambda text: [text.split(SEPARATOR)[-1] == last for last in LAST])
 
     def place(self, keys: Mapping[str, str], part: str) -> str:
-        """Where something with these keys stands on an axis."""
+        """Return the position of something with these keys on an axis."""
         return SEPARATOR.join(keys[key] for key in self.sweep.page.get(part, ()) if key in keys)
 
     def at(self, *, rows: str, columns: str, panels: str) -> TableCell | None:
-        """The entry of a place."""
+        """Return the cell at a position."""
         wanted = {"rows": rows, "columns": columns, "panels": panels}
         fits = (e for e in self.entries if all(self.place(e.keys, part) == text for part, text in wanted.items()))
         return next(fits, None)
 
     @property
     def marks(self) -> dict[str, str]:
-        """A symbol for everything that a reader must know of some entries."""
+        """A symbol for every remark of the cells."""
         texts = dict.fromkeys(mark for entry in self.entries for mark in entry.marks)
         return {text: SYMBOLS[n % len(SYMBOLS)] * (1 + n // len(SYMBOLS)) for n, text in enumerate(texts)}
 
 
 def check(page: Mapping[str, Any]) -> None:
-    """Refuse a page that could not be laid out, before its runs are made.
+    """Check before its runs start that a page can be laid out.
 
     Raises:
-        UserError: With the key at fault.
+        UserError: Names the key at fault.
     """
     if not page.get("rows"):
         raise UserError("hydra.sweeper.page.rows is missing: name the keys of its rows, such as [method]")
@@ -164,7 +165,7 @@ def build(folder: Path) -> Page:
     """Read a sweep's folder and its runs.
 
     Raises:
-        UserError: It is none.
+        UserError: The folder is not a sweep's.
     """
     sweep = results.load_sweep(folder)
     known = (
@@ -173,14 +174,14 @@ def build(folder: Path) -> Page:
     found, runs = numbers.collect(sweep)
     changed = [f"{key}={value}" for key, value in sweep.given.items()]
     theirs = _of_the_same_average(known.numbers, found, sweep.page.get("average"))
-    partly = changed or sweep.chosen  # then what is published of the rest is left out
+    partly = changed or sweep.chosen  # then published numbers without a run of ours are left out
     order = [*found, *([] if partly else (keys for keys in theirs if keys not in found))]
     entries = [_entry(keys, found.get(keys, Cell()), theirs.get(keys), changed) for keys in order]
     return Page(sweep, entries, known.source, runs)
 
 
 def _of_the_same_average(theirs: Mapping[Keys, float], ours: Collection[Keys], key: str | None) -> Mapping[Keys, float]:
-    """Published numbers, without averages over other values of `key` than ours."""
+    """Return the published numbers, without averages if they are over other values of `key` than ours."""
     if key is None or {dict(keys).get(key) for keys in theirs} <= {dict(keys).get(key) for keys in ours}:
         return theirs
     return {keys: number for keys, number in theirs.items() if dict(keys).get(key) != AVERAGE}
@@ -191,6 +192,7 @@ def _entry(keys: Keys, cell: Cell, known: float | None, changed: Sequence[str]) 
     values = [cell.values[seed] for seed in seeds]
     ours = cell.combine(values) if values else None
     std = bounds = None
+    # an extreme over seeds is not a mean, so it has neither deviation nor interval
     if values and cell.combine is fmean:
         std = mean_std(values)[1]
         bounds = interval(values, [cell.intervals[seed] for seed in seeds if seed in cell.intervals])

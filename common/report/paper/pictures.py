@@ -1,4 +1,4 @@
-"""The picture of a page: figure.png, figure.svg, figure.pdf in the sweep's folder."""
+"""Draw the figure of a page: figure.png, figure.svg, figure.pdf in the sweep's folder."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from common.report.figures import (
 from common.report.paper.page import CURVES, Page, TableCell
 from common.run.run_folder import RunFolder, best_effort
 
-# How a page's pictures look. Colours are Okabe and Ito's, which colour-blind readers tell apart; every series also has
-# a marker and a line style of its own, so that a grey print can be read. No title: the caption says what it is.
+# Colours are Okabe and Ito's, which colour-blind readers can tell apart; every series also has a marker and a line
+# style, for grey prints. Figures have no title: captions say what they show.
 
 
 matplotlib.use("Agg")
 
-logging.getLogger("fontTools").setLevel(logging.WARNING)  # it tells every step of a PDF
+logging.getLogger("fontTools").setLevel(logging.WARNING)  # it logs every step of writing a PDF
 
 
 # Curves over updates, from the runs' metrics.jsonl.
@@ -43,7 +43,7 @@ USUAL = ("reward", "length", "test_accuracy")
 
 @literal_text
 def over_updates(page: Page) -> Figure:
-    """What metrics.jsonl has, over updates: the mean over seeds and the range of all of them as a band."""
+    """Draw curves of metrics.jsonl over updates: the mean over seeds, and the range over seeds as a band."""
     names, rows = page.axis("panels"), page.axis("rows")
     runs = {panel: {row: _runs(page, row, panel) for row in rows} for panel in names}
     return _draw(runs, page.sweep.page["curves"])
@@ -51,12 +51,12 @@ def over_updates(page: Page) -> Figure:
 
 @literal_text
 def curves_of_runs(named: Mapping[str, Sequence[Path]]) -> Figure:
-    """The same of run folders by what they are called: reward, length and accuracy."""
+    """Draw reward, length and accuracy of run folders, by label."""
     return _draw({"": named}, USUAL)
 
 
 def _draw(runs: Mapping[str, Mapping[str, Sequence[Path]]], wanted: Sequence[str]) -> Figure:
-    """A line of axes per panel, with a line of each name in all of them."""
+    """Draw a row of axes per panel, with a line for each label in all of them."""
     figure, axes = panels(len(runs) * len(wanted), 2.4, WIDTH, len(wanted))
     for panel_number, (panel, named) in enumerate(runs.items()):
         beside = axes[panel_number * len(wanted) : (panel_number + 1) * len(wanted)]
@@ -74,7 +74,7 @@ def _draw(runs: Mapping[str, Mapping[str, Sequence[Path]]], wanted: Sequence[str
 
 
 def _all(path: Path, wanted: Sequence[str]) -> dict[str, dict[int, float]]:
-    """The curves of one run, whose log is long and is let go."""
+    """Return the curves of one run; its long log is not kept."""
     lines = RunFolder(path).read_log("metrics.jsonl")
     return {curve: series(lines, curve) for curve in wanted}
 
@@ -86,7 +86,7 @@ def _runs(page: Page, row: str, panel: str) -> list[Path]:
 
 
 def series(lines: Sequence[Mapping[str, float]], curve: str) -> dict[int, float]:
-    """The value of a curve by update, of the lines of a metrics.jsonl; an accuracy is of one split, see `watched`."""
+    """Return the value of a curve by update, from lines of metrics.jsonl; for accuracy see `watched`."""
     keys, values = CURVES[curve][0], dict[int, float]()
     known = keys or watched(lines)
     for line in lines:
@@ -97,10 +97,10 @@ def series(lines: Sequence[Mapping[str, float]], curve: str) -> dict[int, float]
 
 
 def watched(lines: Iterable[Mapping[str, float]]) -> list[str]:
-    """The accuracy that was measured most often, of the validation images if there are two; none without any."""
+    """Return the accuracy that was measured most often; of two, that of the validation images; none without any."""
     counts: dict[str, int] = {}
     for line in lines:
-        for name in line if "loss" not in line else ():  # an update measures no accuracy
+        for name in line if "loss" not in line else ():  # lines of updates have no accuracy
             if name.startswith("eval/") and name.endswith("/accuracy"):
                 counts[name] = counts.get(name, 0) + 1
     return sorted(counts, key=lambda name: (-counts[name], name != "eval/val/accuracy"))[:1]
@@ -118,11 +118,11 @@ def _curve(axis: Axes, seeds: Sequence[Mapping[int, float]], label: str, number:
     axis.fill_between(steps, table.min(0), table.max(0), color=look["color"], alpha=0.15, linewidth=0)
 
 
-# The picture of a page: figure.png, figure.svg, figure.pdf in the sweep's folder. Published numbers are hollow.
+# Figures by kind of page. Published numbers are hollow.
 
 
 def draw(page: Page, folder: Path) -> None:
-    """Draw what the page's kind says. A picture that fails costs a warning, never the tables."""
+    """Draw the figure for the page's kind. A failure only logs a warning."""
     kind = page.sweep.page.get("kind", "table")
     if kind == "examples" or not page.entries:  # nothing to draw
         return
@@ -133,10 +133,11 @@ def draw(page: Page, folder: Path) -> None:
 
 @literal_text
 def over_shots(page: Page) -> Figure:
-    """Accuracy over shots, a line per method, the standard deviation over seeds as a band; a panel per dataset."""
+    """Draw accuracy over shots, a line per method, the standard deviation over seeds as a band; a panel per dataset."""
     names = page.axis("panels")
     figure, axes = panels(len(names), 2.8)
     for axis, panel in zip(axes, names, strict=True):
+        # averages are columns as well, but not numbers of shots
         shots = [column for column in page.axis("columns") if column.isdecimal()]
         at = {column: number for number, column in enumerate(shots)}
         for number, row in enumerate(page.axis("rows")):
@@ -155,7 +156,7 @@ def over_shots(page: Page) -> Figure:
 
 
 def _hollow(axis: Axes, places: Sequence[tuple[float, float | None]], number: int, line: bool = False) -> None:
-    """Published numbers."""
+    """Draw published numbers with hollow markers."""
     known = [(x, y) for x, y in places if y is not None]
     if known:
         look = style(number)
@@ -171,8 +172,8 @@ def _hollow(axis: Axes, places: Sequence[tuple[float, float | None]], number: in
 
 @literal_text
 def dots(page: Page) -> Figure:
-    """Every number as a dot with its interval. A table's columns are rows here, its rows have a marker each; one with
-    `marks: panels` has a marker for each panel instead, and a part of the picture for each column.
+    """Draw every number as a dot with its interval. The table's columns become rows, its rows have a marker each; with
+    `marks: panels` each panel has a marker instead, and each column its own axes.
     """
     by_panel = page.sweep.page.get("marks") == "panels"
     lines, series, parts = ("rows", "panels", "columns") if by_panel else ("columns", "rows", "panels")
@@ -182,6 +183,7 @@ def dots(page: Page) -> Figure:
         if axis is not axes[0]:
             axis.sharex(axes[0])
         for number, mark in enumerate(marked):
+            # shift the series apart, so that their dots do not overlap
             offset = (number - (len(marked) - 1) / 2) * 0.6 / max(1, len(marked))
             look, label = style(number) | {"linestyle": ""}, mark
             for y, tick in enumerate(ticks):
@@ -210,7 +212,7 @@ def _error(entry: TableCell) -> Any:
 
 @literal_text
 def bars(page: Page) -> Figure:
-    """A panel per column, a bar per row: numbers of different kinds, such as accuracy and minutes."""
+    """Draw a panel per column and a bar per row, for numbers of different kinds, such as accuracy and minutes."""
     columns, rows = page.axis("columns"), page.axis("rows")
     figure, axes = panels(len(columns), 0.7 + 0.3 * len(rows), 0.8 * WIDTH)
     for axis, column in zip(axes, columns, strict=True):
@@ -226,6 +228,7 @@ def bars(page: Page) -> Figure:
                     xerr=_error(entry),
                     error_kw={"linewidth": 0.8, "capsize": 2},
                 )
+                # written below the bar, where neither bar nor interval hides it
                 axis.text(0, y + 0.42, f" {entry.ours:.4g}", ha="left", va="center", fontsize=6)
             if entry is not None and entry.published is not None:
                 axis.plot(entry.published, y, color=OKABE_ITO[1], marker="D", markerfacecolor="none", markersize=5)
@@ -237,7 +240,7 @@ def bars(page: Page) -> Figure:
 
 @literal_text
 def gains(page: Page) -> Figure:
-    """A heat map per panel: trained on (rows), tested on (columns); points gained or lost."""
+    """Draw a heat map per panel: trained on (rows), tested on (columns), points gained or lost."""
     columns, names = page.axis("columns"), page.axis("panels")
     rows = page.axis("rows")
     figure, axes = panels(len(names), 1.2 + 0.3 * len(rows), 1.4 + 0.42 * len(columns), 2)
@@ -254,7 +257,7 @@ def gains(page: Page) -> Figure:
         for y, line in enumerate(grid):
             for x, value in enumerate(line):
                 if not np.isnan(value):
-                    colour = "#ffffff" if abs(value) > 0.6 * largest else "#111111"  # on colours, not on the page
+                    colour = "#ffffff" if abs(value) > 0.6 * largest else "#111111"  # not black, which pages replace
                     axis.text(x, y, f"{value:+.1f}", ha="center", va="center", fontsize=6, color=colour)
         axis.spines[:].set_visible(False)
         note(axis, panel)

@@ -1,4 +1,4 @@
-"""What a page is made of: the runs that a sweep has left behind, and the paper's own numbers."""
+"""Read what a page is made of: the list of a sweep's runs, and the paper's published numbers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 from common.types import UserError
 
-# What a sweep leaves behind for its page: which runs it has, and how they are laid out. One JSON file per sweep.
+# points.json of a sweep: which runs it has, and the layout of its page.
 #
-# outputs/<sweep>/points.json    the runs themselves lie beside this folder, so that sweeps share them
+# It lies in outputs/<sweep>/; the runs themselves lie beside this folder, so that sweeps can share them.
 
 
 FILE = "points.json"
@@ -21,7 +21,7 @@ FILE = "points.json"
 
 @dataclass(frozen=True)
 class SweepRun:
-    """A run of a page. folder: beside the sweep's; keys: where the page shows it, as `method: cafo, shots: 4`."""
+    """A run of a page. folder: beside the sweep's; keys: position on the page, such as `method: cafo, shots: 4`."""
 
     folder: str
     seed: int
@@ -32,8 +32,9 @@ class SweepRun:
 class Sweep:
     """A sweep as it was started.
 
-    page: see common/report/paper/page.py. given: values of the command line that replace the sweep's own, but seeds
-    and what no result depends on; with any the page is not the paper's. chosen: those that only choose among its own.
+    page: see common/report/paper/page.py. given: values of the command line that replace the sweep's own, except seeds
+    and values without influence on results; with any the page is not the paper's. chosen: values that only select some
+    of the sweep's runs.
     """
 
     name: str
@@ -44,7 +45,7 @@ class Sweep:
     folder: Path = field(default_factory=Path)
 
     def save(self, folder: Path) -> None:
-        """Write the file."""
+        """Write points.json."""
         folder.mkdir(parents=True, exist_ok=True)
         values = {key: value for key, value in asdict(self).items() if key != "folder"}
         temporary = folder / f"{FILE}.new"
@@ -52,15 +53,15 @@ class Sweep:
         temporary.replace(folder / FILE)
 
     def path(self, run: SweepRun) -> Path:
-        """A run's folder."""
+        """Return a run's folder."""
         return self.folder.parent / run.folder
 
 
 def load_sweep(folder: Path) -> Sweep:
-    """Read it back.
+    """Read the sweep in a folder.
 
     Raises:
-        UserError: The folder is no sweep's, or its file is damaged.
+        UserError: The folder is not a sweep's, or its file is damaged.
     """
     file = folder / FILE
     if not file.is_file():
@@ -73,7 +74,7 @@ def load_sweep(folder: Path) -> Sweep:
         raise UserError(f"{file} is damaged ({error}); the sweep's command writes it again") from error
 
 
-# The papers' own numbers: sweeps/paper/*.csv. Lines with # say what they are and where they stand.
+# Published numbers: sweeps/paper/*.csv. Lines with # give their source.
 
 FOLDER = Path(__file__).parents[3] / "sweeps" / "paper"
 VALUE = "published"
@@ -81,20 +82,22 @@ VALUE = "published"
 
 @dataclass(frozen=True)
 class Published:
-    """source: the comment; numbers: by key columns, such as `(("method", "cafo"), ("shots", "4"))`, sorted by key."""
+    """Published numbers. source: the comment; numbers: by key columns, such as `(("method", "cafo"), ("shots", "4"))`,
+    sorted by key.
+    """
 
     source: str
     numbers: dict[tuple[tuple[str, str], ...], float]
 
 
 def load_published(name: str) -> Published:
-    """One file.
+    """Read one file.
 
     Args:
-        name: Without folder and ending.
+        name: File name without folder and suffix.
 
     Raises:
-        UserError: There is no such file, or a line of it is no number.
+        UserError: There is no such file, or a line has no number.
     """
     path = FOLDER / f"{name}.csv"
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""The tables of a page: in the paper's shape, and one line per number."""
+"""Build the tables of a page: in the paper's layout, and one line per number."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHORT = {
 
 
 def matrices(page: Page) -> Iterator[tuple[str, Table]]:
-    """The tables in the paper's shape, one per panel: `ours ± std (published)`."""
+    """Yield the tables in the paper's layout, one per panel: `ours ± std (published)`."""
     corner = ", ".join(page.sweep.page["rows"])
     for panel in page.axis("panels"):
         columns, rows = page.axis("columns"), []
@@ -41,7 +41,7 @@ def _cell(page: Page, entry: TableCell | None) -> str:
 
 
 def listing(page: Page) -> Table:
-    """One line per number: what machines read, and what the verdicts stand in."""
+    """Return a table with one line per number, machine-readable and with the verdicts."""
     names = list(dict.fromkeys(key for entry in page.entries for key in entry.keys))
     columns = (
         *names,
@@ -55,6 +55,7 @@ def listing(page: Page) -> Table:
             (
                 *(entry.keys.get(name, "") for name in names),
                 *map(_number, figures),
+                # seeds without a result in brackets
                 " ".join(map(str, entry.seeds)) + "".join(f" ({seed})" for seed in entry.missing),
                 "" if entry.images is None else str(entry.images),
                 "" if entry.published is None else f"{entry.published:g}",
@@ -67,7 +68,7 @@ def listing(page: Page) -> Table:
 
 
 def short(mark: str) -> str:
-    """What a table calls a remark."""
+    """Return the short form of a remark for a table."""
     return next((word for part, word in SHORT.items() if part in mark), mark)
 
 
@@ -76,7 +77,7 @@ def _number(value: float | None, sign: bool = False) -> str:
 
 
 def notes(page: Page) -> list[str]:
-    """What stands below the tables."""
+    """Return the lines below the tables."""
     lines = ["ours: mean ± standard deviation over seeds; in brackets the published number, alone if only quoted"]
     lines += [f"{symbol}: {text}" for text, symbol in page.marks.items()]
     if page.sweep.given:
