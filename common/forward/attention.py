@@ -117,8 +117,7 @@ def masked_attention(
     """Attention of H query heads to K key heads, each of which serves H / K consecutive query heads.
 
     `grouped`: do not copy keys for the query heads. On the CPU the copies are slow; on a GPU the kernel that avoids
-    them
-    is slow where there is a mask.
+    them is slow where there is a mask.
 
     Shape: query [B, H, Q, D], key and value [B, K, W, D], mask broadcast over [B, H, Q, W] -> [B, H, Q, D].
     """
@@ -133,9 +132,8 @@ def merge_error(model: Any, layout: SharedPrefix) -> tuple[float, float]:
     """Measure how far merged attention and its gradients are from exact ones, on this device in its number format.
 
     Merging calls kernels in a way that PyTorch does not promise to support (common/forward/merged.py), and a wrong
-    gradient
-    would not show in any log-probability. Inputs are random, with the sizes of a real row; the exact result is computed
-    with copies in fp32.
+    gradient would not show in any log-probability. Inputs are random, with the sizes of a real row; the exact result is
+    computed with copies in fp32.
 
     Args:
         model: A `*ForConditionalGeneration`, or the PEFT model around one.

@@ -33,8 +33,7 @@ class Seen:
 
     prompt_bias: 0 or HIDDEN, [N or 1, 1, rows or 1, W], for all queries of a prompt as the rows of one block; None:
     everything is visible. own_bias: [1, 1, R, R]; None: causal. members: [N, G], the completions of each prompt, -1
-    where
-    it has fewer; None: all prompts have equally many.
+    where it has fewer; None: all prompts have equally many.
     """
 
     prompts: int

@@ -172,6 +172,7 @@ def descend(optimizer: torch.optim.Optimizer, logits: Tensor, labels: Tensor, ra
 
 
 # The base classes of all few-shot learners.
+
 SCALE = 100.0  # exp(logit_scale) of the trained CLIP models, and a literal in Tip-Adapter's, CaFo's and CALIP's code
 TEXT = frozenset({"text"})
 DASSL_CROP = (0.08, 1.0)  # random crop of Dassl, whose trainer CoOp and CLIP-Adapter use

@@ -1,4 +1,4 @@
-"""One rollout batch: completions with their rewards and advantages, and what it and its update report."""
+"""Build one rollout batch (completions, rewards, advantages), and the metrics of the batch and its updates."""
 
 from __future__ import annotations
 
@@ -17,16 +17,13 @@ from common.runtime.distributed import gather, interleave, share_of
 from common.training.grpo.loss import LossInputs, LossOutputs, advantages
 from common.types import Prompt, Sample
 
-# What one update measures about itself, under TRL's names.
-#
-# Shapes: T tokens of one forward.
-
+# Metrics of one update, under TRL's names. Shapes: T tokens of one forward.
 
 GAP = "sampling/sampling_logp_difference"
 
 
 class Measured:
-    """Sums over the forwards of one update, and their means over all ranks under TRL's names."""
+    """Sums over the forwards of one update, averaged over all ranks at the end, under TRL's names."""
 
     def __init__(self) -> None:
         self.loss = 0.0
@@ -37,15 +34,16 @@ class Measured:
     def add(
         self, inputs: LossInputs, outputs: LossOutputs, entropy: torch.Tensor, gap: torch.Tensor | None, first: bool
     ) -> None:
-        """One forward.
+        """Add one forward.
 
-        `gap` [T]: the trainer's log-probability of each token minus the sampler's; None if they are of different
+        `gap` [T]: the trainer's log-probability of each token minus the sampler's; None if the two belong to different
         distributions.
         """
         self.loss += float(outputs.loss.detach())
         counted = inputs.weights[inputs.owner] > 0
         means = dict(outputs.means)
         means["entropy"] = (float(entropy[counted].sum()), float(counted.sum()))
+        # Sampler and trainer are compared only in the first update of a batch: later ones have other weights.
         if first and bool(counted.any()):
             if gap is not None:
                 distance = gap[counted].abs()
@@ -65,7 +63,7 @@ class Measured:
             self._extreme(self.highest, "clip_ratio/high_max", outputs.highest, max)
 
     def tokens(self, plain: int, computed: int) -> None:
-        """Tokens that the plain layout would have computed, padding aside, and those that were."""
+        """Add the tokens that the plain layout would have computed, without padding, and those that were computed."""
         before = self.means.get("shared_prefix/token_ratio", (0.0, 0.0))
         self.means["shared_prefix/token_ratio"] = before[0] + plain, before[1] + computed
 
@@ -74,7 +72,7 @@ class Measured:
         values[name] = choose(values.get(name, value), value)
 
     def over_ranks(self) -> dict[str, float]:
-        """All ranks call it together; a rank may have had no group to learn from."""
+        """Return the metrics over all ranks, which call it together; a rank may have had no group with a gradient."""
         parts = gather(self)
         metrics = {"loss": sum(part.loss for part in parts)}
         for name in sorted({name for part in parts for name in part.means}):
@@ -86,18 +84,18 @@ class Measured:
         return metrics
 
 
-# One rollout batch: completions with their rewards and advantages, and what it reports about itself.
+# One rollout batch.
 #
 # Shapes: n prompts of this rank, N of all ranks, G completions each, K rewards.
 
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """This rank's completions of one rollout.
+    """Completions of one rollout on this rank.
 
-    rewards: by component, and the weighted sum under "total", each with G values per prompt in a row. advantages: [n,
-    G]. lag: updates since the weights that sampled it.
-    old_logps, reference_logps: filled by the first update over the batch for those that follow, by group.
+    scores: rewards by component, and their weighted sum as `total`, each with G values per prompt in a row. advantages:
+    [n, G]. lag: updates since the weights that sampled it. old_logps, reference_logps: stored by the first update over
+    the batch for those that follow, by group.
     """
 
     prompts: list[Prompt]
@@ -111,29 +109,29 @@ class RolloutBatch:
     reference_logps: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def lengths(self, without_truncated: bool) -> torch.Tensor:
-        """Tokens of each completion that count; 0 for a truncated one if those are left out. Shape: [n G]."""
+        """Return the tokens per completion that count; 0 for a truncated one if those are masked. Shape: [n G]."""
         completions = [c for group in self.completions for c in group]
         return torch.tensor([0 if c.truncated and without_truncated else len(c.ids) for c in completions])
 
     def flat(self, aggregation: str) -> set[int]:
-        """Groups whose completions all have the same advantage, so no gradient but that of the KL."""
+        """Return zero-variance groups: all advantages are equal, so only the KL term has a gradient."""
         size = self.advantages.shape[1]
         if aggregation == "sum_then_normalize":
             return set(without_differences(self.scores.total, size))
         return set.intersection(*(set(without_differences(part, size)) for part in self.scores.parts.values()))
 
     def sampled_logps(self, groups: Sequence[int]) -> torch.Tensor:
-        """The sampler's log-probabilities of the tokens of some groups. Shape: [T]."""
+        """Return the sampler's log-probabilities of the tokens of some groups. Shape: [T]."""
         return torch.cat([c.logps for i in groups for c in self.completions[i]])
 
 
 def score_groups(
     prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], rewards: dict[str, Reward]
 ) -> Scores:
-    """Every reward of every completion, group after group.
+    """Compute every reward of every completion, group after group.
 
-    A reward that says it may be missing (`may_be_missing`) gives NaN where it is, and is then left out for the whole
-    group, as 0: the others are still compared fairly. NaN from any other reward stops the run, as it should.
+    A reward that may be missing (`may_be_missing`) returns NaN for it. It then counts as 0 for the whole group, so that
+    the other rewards are still compared fairly. NaN from any other reward stops the run.
     """
     samples = [Sample(p, c.text) for p, group in zip(prompts, completions, strict=True) for c in group]
     scores = score(samples, rewards)
@@ -147,7 +145,7 @@ def score_groups(
 
 
 def gaps(values: Sequence[float], group_size: int) -> list[bool]:
-    """Of every value, whether its group has a NaN.
+    """Return for every value whether its group has a NaN.
 
     >>> gaps([1.0, float("nan"), 0.5, 0.0], 2)
     [True, True, False, False]
@@ -157,7 +155,7 @@ def gaps(values: Sequence[float], group_size: int) -> list[bool]:
 
 
 def without_differences(total: Sequence[float], group_size: int) -> list[int]:
-    """The groups in which all completions got the same reward: nothing to learn from.
+    """Return the zero-variance groups: all completions have the same reward, so there is nothing to learn from.
 
     >>> without_differences([1.0, 1.0, 0.0, 1.0], 2)
     [0]
@@ -174,27 +172,31 @@ def compare(
     aggregation: str,
     shuffle_seed: int | None,
 ) -> tuple[Scores, torch.Tensor]:
-    """Advantages of this rank's completions, from the rewards of all ranks.
+    """Compute the advantages of this rank's completions from the rewards of all ranks.
 
     Args:
-        scores: This rank's rewards.
+        scores: Rewards of this rank.
         weights: Weight of each reward.
         group_size: G.
-        scaling: See `advantages.scaled`.
-        aggregation: See `advantages.advantages`.
-        shuffle_seed: The control experiment: permute the rewards over all completions of the update.
+        scaling: Spread to divide by, see `loss.scaled`.
+        aggregation: Order of sum and normalisation, see `loss.advantages`.
+        shuffle_seed: Seed of a control experiment that permutes the rewards over all completions of the update; None:
+            no permutation.
 
     Returns:
         The rewards as they were used (permuted or not), and advantages [n, G].
     """
+    # One matrix of everything that is gathered and permuted together.
     columns = [*scores.parts.values(), scores.total, *scores.missing.values()]
     mine = torch.tensor(columns, dtype=torch.float64).view(len(columns), -1, group_size)  # [columns, n, G]
+    # All ranks gather all rewards: with `batch` scaling and GDPO the normalisation is over the whole update.
     everyone = torch.stack(interleave([list(part.unbind(1)) for part in gather(mine)]), 1)  # [columns, N, G]
     if shuffle_seed is not None:
         order = torch.randperm(everyone[0].numel(), generator=torch.Generator().manual_seed(shuffle_seed))
         everyone = everyone.flatten(1)[:, order].view_as(everyone)
     kinds, weight = len(scores.parts), torch.tensor([weights[name] for name in scores.parts], dtype=torch.float64)
     estimates = advantages(everyone[:kinds], weight, scaling, aggregation)  # [N, G]
+    # Back to this rank's share, in the columns' order: parts, total, missing.
     used = torch.stack(share_of(list(everyone.unbind(1))), 1).flatten(1).tolist()
     parts = dict(zip(scores.parts, used[:kinds], strict=True))
     missing = {name: [gap > 0 for gap in row] for name, row in zip(scores.missing, used[kinds + 1 :], strict=True)}
@@ -202,9 +204,9 @@ def compare(
 
 
 def describe(batch: RolloutBatch) -> dict[str, float]:
-    """Rewards and lengths of the rollout over all ranks, under TRL's names.
+    """Return rewards and lengths of the rollout over all ranks, under TRL's names.
 
-    Of a reward that may be missing: its mean and deviation where it is there, left out if it is nowhere, and the share
+    For a reward that may be missing: mean and deviation where it exists (left out if it exists nowhere), and the share
     of samples without it (`rewards/<name>/missing`).
     """
     size = batch.advantages.shape[1]
@@ -247,12 +249,12 @@ def describe(batch: RolloutBatch) -> dict[str, float]:
 
 
 def _std(values: list[float]) -> float:
-    """Unbiased; NaN where a value is one (the statistics module raises), so that the guard can name it."""
+    """Return the unbiased deviation, or NaN if a value is NaN (the statistics module would raise)."""
     return float(torch.tensor(values, dtype=torch.float64).std())
 
 
 def rows(number: int, batch: RolloutBatch) -> list[dict[str, Any]]:
-    """The completions of all ranks as table rows, in the order of the prompts."""
+    """Return the completions of all ranks as table rows, in the order of the prompts."""
     size, rewards = batch.advantages.shape[1], batch.scores.known
     mine = []
     for i, prompt in enumerate(batch.prompts):
