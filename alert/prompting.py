@@ -138,7 +138,7 @@ class AlertPrompting(Prompting):
                 the memory).
             draft: Source of a test image's candidates: `class_means`, `oracle_recall` (an upper bound that uses the
                 label), `file`, or `few_shot`, the chosen few-shot learner, fitted on the same shots first.
-            draft_file: For `file`: the folder of a few-shot learner's run, or a file by `write_candidates` of
+            draft_file: Candidates for `file`: folder of a few-shot learner's run, or a file by `write_candidates` of
                 common/few_shot/candidates.py; `SPLIT` stands for the split.
             k: Number of candidates of a test image.
             order: Order of the candidates in the prompt, `rank` or `shuffle` (our choice: the paper does not say).

@@ -70,6 +70,7 @@ def check_fit(config: Config, task: Task) -> None:
             )
         if visual is None or visual.load is None:
             raise UserError(f"{name} needs an encoder: clip={named(clip)} and visual={named(visual)} are none")
+    # Weights files exist.
     for encoder_key, chosen in (("clip", clip), ("visual", visual)):
         if chosen is not None:
             encoder.check(encoder_key, chosen)

@@ -44,7 +44,7 @@ class FeatureExtractor:
     def __init__(self, config: Config, learner: FewShotHead, device: torch.device) -> None:
         """
         Args:
-            config: The run's configuration.
+            config: Configuration of the run.
             learner: Learner whose `needs` decide which encoders are loaded.
             device: Device of the encoders and of the features.
 
@@ -321,7 +321,7 @@ def probabilities(logits: NDArray[np.float32], names: tuple[str, ...], choices: 
     Args:
         logits: Logits of the classes. Shape: [N, C].
         names: Class names. Length: C.
-        choices: The names without duplicates.
+        choices: Names without duplicates.
     """
     # The maximum is subtracted so that exp cannot overflow.
     shifted = np.exp(logits - logits.max(1, keepdims=True))

@@ -66,6 +66,7 @@ class SFTTrainer(EngineTrainer):
         with self.engine.whole_weights():  # encoding may run the vision tower
             encoded = self.encoder(prompts)
         targets = [target(self.vlm, self.reply(prompt.label), self.loss) for prompt in prompts]
+        # a group of one completion: the target
         groups = [Group(e, (ids,)) for e, ids in zip(encoded, targets, strict=True)]
         packs = [
             pack_shared(part, self.vlm.family, self.vlm.device)

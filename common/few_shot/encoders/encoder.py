@@ -157,6 +157,7 @@ def see(picture: Image.Image, image: str, view: View, look: Look) -> torch.Tenso
         seen = F.center_crop(F.resize(picture, [look.size], BICUBIC), [look.size, look.size])
     else:
         seen = random_view(picture, image, view, look.size)
+    # [S, S, 3] bytes -> [3, S, S] in [0, 1]
     pixels = torch.from_numpy(np.array(seen)).permute(2, 0, 1).float() / 255
     return F.normalize(pixels, list(look.mean), list(look.std))
 
@@ -178,6 +179,7 @@ def crop_box(width: int, height: int, rng: random.Random, scale: tuple[float, fl
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
         ratio = math.exp(rng.uniform(*(math.log(bound) for bound in RATIO)))
+        # width / height = ratio and width * height = area
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             return rng.randint(0, height - h), rng.randint(0, width - w), h, w

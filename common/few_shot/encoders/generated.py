@@ -59,9 +59,11 @@ def pick(key: str, source: str, per_class: int, names: Sequence[str], seed: int)
     Raises:
         UserError: A path does not exist, or a class has no image.
     """
+    # `<json>:<folder>` or a plain folder
     file, _, folder = source.partition(".json:")
     table = _of_file(key, Path(f"{file}.json"), Path(folder)) if folder else _of_folder(key, Path(source))
     rng, chosen = random.Random(seed), list[Item]()
+    # One generator over all classes in order, like the authors: the draw of a class depends on those before it.
     for label, name in enumerate(names):
         there = table.get(name.replace("_", " ").lower(), [])
         if not there:

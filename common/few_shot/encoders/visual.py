@@ -79,6 +79,7 @@ def load_dino(
     if norm not in NORMS:
         raise UserError(f"{key}.options.norm={norm}: choose one of {', '.join(NORMS)}")
     path = Path(file).expanduser().resolve()
+    # num_classes=0: no classifier, the pooled features come out
     model = timm.create_model("resnet50", pretrained=False, num_classes=0)
     _take(key, model, _read(key, path), path, "DINO's ResNet-50")
     model = model.to(device=device, dtype=dtype)

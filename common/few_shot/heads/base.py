@@ -239,7 +239,7 @@ class FewShotHead:
             train: Shots of all classes.
             val: Validation images, to choose hyperparameters and the best epoch; None: nothing is chosen by them.
             text: Classes of the fit.
-            test: With `selection=paper`, the test images, which the authors used for these choices.
+            test: Test images with `selection=paper`, since the authors made these choices by them; else None.
         """
         self.train, self.val, self.text, self.test = train, val, text, test
 

@@ -39,6 +39,7 @@ def weights(standard: Tensor, zero_shot: Tensor) -> Tensor:
     Returns:
         Weights. Shape: [caches, N].
     """
+    # Agreement with zero-shot CLIP, summed over the classes; softmax over the caches.
     return (standard * standardized(zero_shot)).sum(2).softmax(0)
 
 

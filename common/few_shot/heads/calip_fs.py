@@ -55,7 +55,7 @@ def logits(
     """Return CALIP-FS's logits.
 
     Args:
-        attention: The trained network.
+        attention: Trained network.
         images: Raw features. Shape: [N, D].
         maps: Features of the positions, raw. Shape: [N, P, D].
         text: Text weights of unit length. Shape: [C, D].
@@ -67,6 +67,7 @@ def logits(
     image, positions = normalize(images, dim=1), normalize(maps, dim=2)
     by_text, by_map = attention(positions, text)
     pooled = by_map.mean(1) + by_map.amax(1)
+    # CALIP's three terms: global, the texts' side, the map's side.
     terms = image @ text.T, (by_text @ image[:, :, None]).squeeze(2), pooled @ text.T
     return weighed(terms, betas)
 

@@ -32,7 +32,7 @@ def logits(adapter: Adapter, images: Tensor, text: Tensor, ratio: float) -> Tens
     """Return CLIP-Adapter's logits.
 
     Args:
-        adapter: The trained layers.
+        adapter: Trained layers.
         images: Raw features; they are mixed before they are normalised. Shape: [N, D].
         text: Text weights of unit length. Shape: [C, D].
         ratio: Share of the adapter's output; 0 gives zero-shot CLIP.
@@ -40,6 +40,7 @@ def logits(adapter: Adapter, images: Tensor, text: Tensor, ratio: float) -> Tens
     Returns:
         Logits. Shape: [N, C].
     """
+    # (1 - ratio) image + ratio adapter(image), before normalisation
     return cosine_logits(torch.lerp(images, adapter(images), ratio), text)
 
 

@@ -91,6 +91,7 @@ def fit_torch(images: Tensor, labels: Tensor, classes: int, strength: float) -> 
         (loss * scale).backward()
         return loss.detach() * scale
 
+    # a single step: LBFGS makes all its iterations inside
     optimizer.step(objective)
     made, limits = optimizer.state[weight], optimizer.param_groups[0]
     converged = made["n_iter"] < limits["max_iter"] and made["func_evals"] < limits["max_eval"]

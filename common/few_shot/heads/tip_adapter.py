@@ -153,6 +153,7 @@ class TrainedKeys(GradientHead):
         return self.test is not None
 
     def forward(self, pictures: Pictures, text: Text) -> Tensor:
+        # alpha and beta stay fixed in training; the search comes after the last epoch
         base = base_logits(pictures, text)
         return base + self.mix.alpha * self.vote(pictures, base)(self.mix.beta)
 

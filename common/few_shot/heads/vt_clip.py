@@ -27,6 +27,7 @@ class TextAttention(nn.Module):
         """
         super().__init__()
         self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        # The attention adds nothing at first, so training starts at zero-shot CLIP.
         nn.init.zeros_(self.attention.out_proj.weight)
         nn.init.zeros_(self.attention.out_proj.bias)
 
@@ -40,6 +41,7 @@ class TextAttention(nn.Module):
         Returns:
             Adapted texts. Shape: [N, C, D].
         """
+        # queries: the texts; keys and values: the positions
         asked = text.expand(len(maps), -1, -1)
         return text + self.attention(asked, maps, maps, need_weights=False)[0]
 
@@ -48,7 +50,7 @@ def logits(attention: TextAttention, images: Tensor, maps: Tensor, text: Tensor)
     """Return VT-CLIP's logits.
 
     Args:
-        attention: The trained network.
+        attention: Trained network.
         images: Raw features. Shape: [N, D].
         maps: Features of the positions. Shape: [N, P, D].
         text: Text weights of unit length. Shape: [C, D].

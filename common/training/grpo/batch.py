@@ -40,6 +40,7 @@ class Measured:
         distributions.
         """
         self.loss += float(outputs.loss.detach())
+        # masked completions (weight 0) count in no metric
         counted = inputs.weights[inputs.owner] > 0
         means = dict(outputs.means)
         means["entropy"] = (float(entropy[counted].sum()), float(counted.sum()))
@@ -73,6 +74,7 @@ class Measured:
 
     def over_ranks(self) -> dict[str, float]:
         """Return the metrics over all ranks, which call it together; a rank may have had no group with a gradient."""
+        # Sums and counts are gathered, so that means are over all tokens and not over the ranks' means.
         parts = gather(self)
         metrics = {"loss": sum(part.loss for part in parts)}
         for name in sorted({name for part in parts for name in part.means}):
@@ -218,6 +220,7 @@ def describe(batch: RolloutBatch) -> dict[str, float]:
         "resampled": [batch.resampled],
         **{f"rewards/{name}": values for name, values in batch.scores.known.items()},
     }
+    # one collective for everything, then statistics over all completions of the update
     ranks = gather(mine)
     joined = {key: [value for part in ranks for value in part[key]] for key in mine}
     flat = without_differences(joined["total"], size)
@@ -278,4 +281,5 @@ def rows(number: int, batch: RolloutBatch) -> list[dict[str, Any]]:
                 }
             )
         mine.append(records)
+    # undo `share_of`: ranks hold every world-th prompt
     return [row for group in interleave(gather(mine)) for row in group]

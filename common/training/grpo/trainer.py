@@ -366,8 +366,7 @@ class GRPOTrainer(EngineTrainer):
         if not first and all(i in rollouts.old_logps for i in shown):
             old = torch.cat([rollouts.old_logps[i] for i in shown])
             return old, torch.cat([rollouts.reference_logps[i] for i in shown]) if penalised else None
-        # First update: the policy has not changed since sampling, so its own log-probabilities are the old ones (ratio
-        # 1).
+        # First update over a batch: the policy's own log-probabilities serve as the old ones, so the ratio is 1.
         old, reference = logps.detach(), None
         if penalised:
             # a later update gets here only with a dummy forward, whose weights are all 0
