@@ -1,6 +1,8 @@
 """Train and evaluate one configuration: `python run.py method=nothinking data=digits shots=16`. See --help.
 
-Hydra composes, the checks that take a second run, then the ranks start. Reading on: common/pipeline.py.
+`run` is the entry point and turns errors into one line; Hydra composes the configuration and calls `main` once per run
+of a sweep; `job` validates it, makes the checks that take a second, and starts the ranks (common/launch.py), which
+execute common/pipeline.py. Continue reading there.
 """
 
 from __future__ import annotations
@@ -39,14 +41,14 @@ INTERRUPTED = 130  # exit code of a program that Ctrl-C has ended
 
 @hydra.main(version_base="1.3", config_path=str(HERE / "conf"), config_name="config")
 def main(cfg: DictConfig) -> None:
-    """One job; a multirun calls it once per point and goes on with the next when one fails."""
+    """Execute one run; in a multirun Hydra calls it once per run, and a run that fails does not stop the others."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     with heeded():
         try:
             job(cfg, folder)
         except UserError as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
-                print(f"{folder.name}: {one_line(error)}", file=sys.stderr)  # Hydra itself only reports the first
+                print(f"{folder.name}: {one_line(error)}", file=sys.stderr)  # Hydra reports only the first failure
                 raise
             sys.exit(one_line(error))
         except KeyboardInterrupt as stop:
@@ -56,14 +58,14 @@ def main(cfg: DictConfig) -> None:
             sys.exit(INTERRUPTED)
         finally:
             with suppress(OSError):
-                folder.rmdir()  # made by Hydra; goes only if it is empty
+                folder.rmdir()  # created by Hydra; rmdir removes it only if it is empty
 
 
 def job(cfg: DictConfig, folder: Path) -> None:
-    """Check, run, show. A folder that already holds this configuration's result only shows it.
+    """Check, run and show one configuration. If the folder already holds its result, only show it.
 
     With `dry=true`, `manifest=true` or `doctor=true` nothing is trained: the first says whether the run is finished or
-    would be refused and what it would cost, the second shows the prompts, the third examines.
+    invalid and what it would cost, the second shows the prompts, the third examines the learner.
     """
     from common import launch, preflight
     from common.data import loading
@@ -71,9 +73,11 @@ def job(cfg: DictConfig, folder: Path) -> None:
     from common.run.run_folder import RunFolder
     from common.sweep import dry
 
+    # Validate: from Hydra's DictConfig to our typed `Config`.
     typed = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
     config = configuration.validate(cfg, typed)
     values = configuration.values_of(config)
+    # Modes that train nothing.
     if config.dry:
         dry.show_one(config, folder, finished=RunFolder(folder).finished_result(values) is not None)
         return
@@ -87,6 +91,7 @@ def job(cfg: DictConfig, folder: Path) -> None:
             preflight.check(config)
             launch.launch(config, folder)
         return
+    # A run: if there is no result yet, check, lock the folder, and train and evaluate on all ranks.
     run_folder = RunFolder(folder)
     result = run_folder.finished_result(values)
     if result is None:
@@ -96,9 +101,11 @@ def job(cfg: DictConfig, folder: Path) -> None:
                 run_folder.claim(values)
             launch.launch(config, folder, data)
         result = run_folder.finished_result(values)
+    # Already finished: only check that the data are still the same.
     else:
         loading.check_finished(config, folder / "manifest.json")
         print(f"already finished: {folder}")
+    # Show the result; rank 0 writes the HTML report.
     if result is not None and rank() == 0:
         if config.tracking.report:
             write_page(folder)
@@ -106,7 +113,7 @@ def job(cfg: DictConfig, folder: Path) -> None:
 
 
 def write_page(folder: Path) -> None:
-    """report.html, if the run has none yet; `python -m common.report html` makes it anew."""
+    """Write report.html unless it exists; `python -m common.report html` writes it anew."""
     from common.report.html import run_page  # draws
     from common.run.run_folder import best_effort
 
@@ -116,11 +123,10 @@ def write_page(folder: Path) -> None:
 
 
 def preview(config: Config, folder: RunFolder) -> None:
-    """`manifest=true`: try all pictures, show what the run would ask, and write the whole manifest where the run will.
+    """Check all images, show the prompts of the run, and write its manifest (`manifest=true`).
 
     Raises:
-        UserError: There are several processes, pictures cannot be used, or the folder holds a run that asks something
-            else.
+        UserError: There are several processes, images cannot be used, or the folder holds a run with other prompts.
     """
     from common.data import loading
     from common.report import prompts
@@ -133,7 +139,7 @@ def preview(config: Config, folder: RunFolder) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """What a user sees of a mistake in the request: the message, and the first line of what caused it."""
+    """Return an error as one line: the message, and the first line of its cause."""
     error = configuration.user_error(error) or error
     text = " ".join(str(error).split("Config search path")[0].split())
     if isinstance(error, HydraException) and error.__cause__ is not None:
@@ -142,7 +148,7 @@ def one_line(error: BaseException) -> str:
 
 
 def sweeps_beside(words: list[str]) -> list[str]:
-    """The arguments, `-cd sweeps` as the folder beside this file where the current one has none of that name.
+    """Return the arguments, with `-cd sweeps` as the folder beside this file unless the current folder has one.
 
     >>> sweeps_beside(["-cn", "sweeps", "shots=4"])
     ['-cn', 'sweeps', 'shots=4']
@@ -159,12 +165,13 @@ def sweeps_beside(words: list[str]) -> list[str]:
 def run() -> None:
     """Entry point: mistakes in the request become one line and exit code 1, anything else a traceback."""
     process.ensure_utf8()
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that errors reach this function and not Hydra's own printer
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors are raised to here instead of printed by Hydra
     process.set_thread_policy()
     try:
         slurm.adopt()
+        # Adapt the command line for Hydra: our sweeps folder, quotes around paths, choices of few-shot learners.
         sys.argv[1:] = of_each_run(literal(sweeps_beside(sys.argv[1:])))
-        completes = {"-sc", "--shell-completion"} & set(sys.argv)  # where a line beside the choices is in the way
+        completes = {"-sc", "--shell-completion"} & set(sys.argv)  # no progress lines between completions
         with nullcontext() if completes else watched("composing the configuration", SOON):
             main()
     except KeyboardInterrupt:  # between runs, or while other processes run them

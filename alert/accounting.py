@@ -1,7 +1,7 @@
-"""Where an answer went wrong: in the draft's list or in the choice from it (ALERT sections 3.1 and 3.3, Table 5).
+"""Attribute errors to the draft's list or to the choice from it (ALERT sections 3.1 and 3.3, Table 5).
 
-ALERT over k candidates can never be better than the draft's recall@k; that and the two rates that make up the rest are
-always reported. Names are compared as answers are (`common.parsing.normalize`). Pure Python.
+ALERT over k candidates can never be better than the draft's recall@k; that bound and the two rates that explain the
+rest are always reported. Names are compared like answers (`common.parsing.normalize`). Pure Python.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DENIAL = re.compile(
 )
 
 PUBLISHED_K = 2
-# ALERT's published accuracies over two candidates, which recall@2 of the candidates bounds.
+# ALERT's published accuracies over two candidates; recall@2 of the candidates is their upper bound.
 PUBLISHED: dict[str, dict[int | str, float]] = {
     "imagenet": {1: 76.95, 2: 77.80, 4: 78.63, 8: 78.69, 16: 78.74},  # Table 1
     "imagenet_v2": {16: 76.70},  # Table 2
@@ -43,10 +43,10 @@ class Case:
     """One test image.
 
     Args:
-        truth: Its class name.
+        truth: Name of the true class.
         shown: Names of the candidates in the order of the prompt.
-        ranking: Names by the draft's own order, best first, no name twice; as many as are known.
-        answer: The final answer; empty if the reply gives none or several.
+        ranking: Names in the draft's own order, best first, no name twice; as many as are known.
+        answer: Final answer; empty if the reply gives none or several.
     """
 
     truth: str
@@ -57,9 +57,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a case. `rank`: of the truth by the draft, `position`: among the shown; from 1, None if missing.
+    """Result of a case.
 
-    `named_unseen`: the answer is the truth although it was not shown.
+    kind: right, or the kind of error. rank: of the true class in the draft's ranking; position: among the shown
+    candidates;
+    both from 1, None if missing. named_unseen: the answer is the true class although it was not shown.
     """
 
     kind: str
@@ -69,7 +71,7 @@ class Outcome:
 
 
 def outcome(case: Case) -> Outcome:
-    """Judge one answer. A missing truth counts as wrong, even if the model names it all the same.
+    """Classify one answer. If the true class is not shown, the answer counts as wrong, even if it names that class.
 
     Raises:
         ValueError: The draft's first candidate is the truth, yet it is not shown.
@@ -92,15 +94,15 @@ def outcome(case: Case) -> Outcome:
 
 
 def account(cases: Sequence[Case]) -> dict[str, Any]:
-    """The accounts of one split.
+    """Return the accounts of one split.
 
     Returns:
         Shares of 1 unless said otherwise; None where there is no image to take a share of.
-        `n`: images (a count). `accuracy`. `presence`: the truth is shown; accuracy cannot be higher.
+        `n`: images (a count). `accuracy`. `presence`: the true class is shown; accuracy cannot be higher.
         `accuracy_given_presence`. `recall@k`: of the draft. `errors`: shares of all images by kind; together with
-        `accuracy` they add up to 1. `fix_rate`: right among the images whose truth is shown but not the draft's first.
-        `break_rate`: wrong among those whose truth is the draft's first. `fixed`, `broken`: their counts.
-        `by_position`: `n` and `accuracy` by the truth's position in the prompt, from the first.
+        `accuracy` they add up to 1. `fix_rate`: share of right answers where the true class is shown but not ranked
+        first by the draft. `break_rate`: share of wrong answers where it is ranked first. `fixed`, `broken`: their
+        counts. `by_position`: `n` and `accuracy` by the true class's position in the prompt, from the first.
         `truth_named_unseen`: a count of images that are wrong here although the answer is the label.
 
     Raises:
@@ -121,6 +123,7 @@ def account(cases: Sequence[Case]) -> dict[str, Any]:
     outcomes = [outcome(case) for case in cases]
     n, kinds = len(outcomes), Counter(each.kind for each in outcomes)
     shown = [each for each in outcomes if each.position is not None]
+    # led: the draft ranks the true class first; trailed: it is shown but not first. True where the answer is right.
     led, trailed = ([each.kind == RIGHT for each in shown if (each.rank == 1) is first] for first in (True, False))
     return {
         "n": n,
@@ -139,12 +142,12 @@ def account(cases: Sequence[Case]) -> dict[str, Any]:
 
 
 def led_by(shown: Sequence[str], ranking: Sequence[str], order: str) -> tuple[str, ...]:
-    """A ranking that begins with the candidates that an image was asked with, whatever the draft prefers by now.
+    """Return a ranking that starts with the candidates in an image's prompt, even if the draft has changed since.
 
     Args:
         shown: Names, as the prompt listed them.
         ranking: Names, best first.
-        order: Order of the prompt. After `shuffle` it does not say which of them led, so they stand as in the ranking.
+        order: Order of the prompt. With `shuffle` the prompt does not tell the ranks, so they are taken from `ranking`.
 
     >>> led_by(("b", "a"), ("a", "b", "c"), "rank"), led_by(("b", "a"), ("a", "b", "c"), "shuffle")
     (('b', 'a', 'c'), ('a', 'b', 'c'))
@@ -155,12 +158,12 @@ def led_by(shown: Sequence[str], ranking: Sequence[str], order: str) -> tuple[st
 
 
 def published_above(dataset: str, shots: int | str, recall: Mapping[str, float]) -> dict[str, Any]:
-    """A sentence if ALERT's published accuracy lies above what these candidates could ever give; else nothing.
+    """Return a sentence if ALERT's published accuracy exceeds the upper bound of these candidates; else nothing.
 
     Args:
-        dataset: The tested dataset.
+        dataset: Name of the tested dataset.
         shots: Shots of the training.
-        recall: `recall@2` of the candidates, a share of 1.
+        recall: Recall of the candidates with the key `recall@2`, a share of 1.
 
     >>> published_above("imagenet_sketch", 16, {"recall@2": 0.53})["published_above_bound"]
     "ALERT's published 69.12 % lies above recall@2 of these candidates, 53.00 %: it was not reached over such ones"
@@ -190,16 +193,17 @@ def _by_position(shown: Sequence[Outcome], longest: int) -> list[dict[str, float
 
 
 def reasoning_agrees(think: str, answer: str, candidates: Sequence[str]) -> bool | None:
-    """Whether the answer is what the reasoning concludes: the last candidate that it names and does not deny.
+    """Return whether the answer is what the reasoning concludes: the last candidate it names without denying it.
 
     The rule is our choice. Names count as whole words, and a name inside a longer candidate's name does not. A name is
     denied by a word like "not" or "unlike" before it in the same clause: contrasts often end with what the image is
-    not. Words only: "foxes" names nothing, and "it can hardly be a fox" says fox. It is a count to watch, not a reward.
+    not. Only words are compared: "foxes" names nothing, and "it can hardly be a fox" names the fox. It serves as a
+    statistic, not as a reward.
 
     Args:
-        think: The reasoning.
-        answer: The final answer.
-        candidates: The names that the prompt offered.
+        think: Text of the reasoning.
+        answer: Final answer.
+        candidates: Names that the prompt offered.
 
     Returns:
         None if the reasoning names no candidate, or denies all that it names.
@@ -218,14 +222,15 @@ def reasoning_agrees(think: str, answer: str, candidates: Sequence[str]) -> bool
 
 
 def agrees(reply: str, answer: str, candidates: Sequence[str]) -> bool | None:
-    """`reasoning_agrees` of a whole reply; None also without a reasoning."""
+    """Return `reasoning_agrees` for a whole reply; None also without a reasoning."""
     thought = FORMAT.search(reply)
     return reasoning_agrees(thought["think"], answer, candidates) if thought else None
 
 
 def _last_mentioned(text: str, names: set[str]) -> str | None:
-    """The name that ends last in the text and is not denied. Longer names are looked for first, and what they cover is
-    taken out.
+    """Return the name that ends last in the text without being denied.
+
+    Longer names are searched first and then blanked out, so that shorter names inside them do not count.
     """
     end, last = -1, None
     for name in sorted(names, key=lambda name: (-len(name), name)):
@@ -238,16 +243,16 @@ def _last_mentioned(text: str, names: set[str]) -> str | None:
 
 
 def _is_denied(before: str) -> bool:
-    """Whether the clause that a text ends with denies what comes next."""
+    """Return whether the last clause of a text denies what follows it."""
     return DENIAL.search(CLAUSE_END.split(before)[-1]) is not None
 
 
 def agreement(verdicts: Sequence[bool | None], malformed: int) -> dict[str, int]:
-    """How often reasoning and answer agree: counts of images.
+    """Count how often reasoning and answer agree: numbers of images.
 
     Args:
-        verdicts: What `reasoning_agrees` says of every image with a reasoning.
-        malformed: Images whose completion has no reasoning before an answer.
+        verdicts: Result of `reasoning_agrees` for every image with a reasoning.
+        malformed: Number of images whose completion has no reasoning before an answer.
 
     >>> agreement([True, None, False, True], malformed=2)
     {'agree': 2, 'differ': 1, 'reasoning_names_none': 1, 'malformed': 2}

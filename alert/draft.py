@@ -31,31 +31,32 @@ if TYPE_CHECKING:
     from common.models.vision import VisionTower
 
 
-# A few-shot learner as ALERT's draft: fitted on the run's own shots before the language model is loaded.
-#
-# Its folder is a small run folder: log, checkpoints, candidates. What an earlier attempt finished is read.
+# `few_shot`: a few-shot learner, fitted on the run's own shots before the language model is loaded. Its folder is a
+# small run folder (log, checkpoints, candidates), from which a resumed run reads what is finished.
 
 
 class FewShotDraft:
-    """A few-shot learner that names candidates."""
+    """Draft that takes its candidates from a few-shot learner."""
 
     def __init__(self, config: Config, data: TaskData, device: torch.device, folder: Path) -> None:
         """
         Args:
-            config: The run's configuration.
-            data: The run's data; the candidates are of its images.
-            device: Where encoders compute and features lie.
-            folder: `draft` in the run folder.
+            config: Configuration of the run.
+            data: Data of the run, for whose images candidates are needed.
+            device: Device of encoders and features.
+            folder: Sub-folder `draft` of the run folder.
         """
         self.config, self.data = config, data
         self.device, self.folder = device, folder
         self.learner: FewShotLearner | None = None
 
     def candidates(self) -> dict[str, Candidates]:
-        """Candidates of the images of every split. All ranks call it together. The learner is let go: a larger
-        model follows.
+        """Return the candidates of the images of every split. All ranks call it together.
+
+        The learner is released afterwards, since a larger model is loaded next.
         """
         splits = list(self.data.task.evaluation)
+        # Fitting is collective: all ranks fit, or none does.
         if not all(gather(all(self._path(split).with_suffix(".json").is_file() for split in splits))):
             learner = self._fitted()
             for split in splits:
@@ -64,7 +65,7 @@ class FewShotDraft:
         return {split: self._read(self.data.task, split) for split in splits}
 
     def of(self, task: Task, split: str) -> Candidates:
-        """Candidates of images that came later. The learner comes back from its checkpoints once, and stays."""
+        """Return candidates of later images. The learner is restored from its checkpoints once, and kept."""
         if self.learner is None:
             self.learner = self._fitted()
         self.learner.set_task(task)
@@ -94,8 +95,8 @@ class FewShotDraft:
         return learner
 
 
-# ALERT's own drafts. `class_means`: the categories whose mean feature is the most similar to an image's (the
-# similarities of section 3.3), as the model's vision tower sees them. `oracle_recall`: the same with the truth put in.
+# ALERT's own drafts. `class_means`: the categories whose mean feature, by the model's vision tower, is most similar to
+# the image's (the similarities of section 3.3). `oracle_recall`: the same with the true class inserted.
 #
 # Shapes: N images, C categories, k candidates per image, D numbers of a feature.
 
@@ -104,13 +105,13 @@ FILE = "means.safetensors"
 
 @dataclass(frozen=True)
 class ClassMeans:
-    """means: of length 1, shape [C, D]. patches: a feature is all patches in a row, not their mean."""
+    """Mean features of the categories. means: unit length, [C, D]. patches: a feature keeps all patches."""
 
     means: NDArray[np.float64]
     patches: bool
 
     def save(self, folder: Path) -> None:
-        """Write them; the patches of all categories would be as large as the embeddings, and are not."""
+        """Write the means, unless they are of patches: those of all categories would be as large as the embeddings."""
         from safetensors.numpy import save_file
 
         if not self.patches:
@@ -119,7 +120,7 @@ class ClassMeans:
 
     @classmethod
     def load(cls, folder: Path) -> ClassMeans | None:
-        """What `save` wrote, if it did.
+        """Read what `save` wrote, or return None if there is no file.
 
         Raises:
             UserError: It is damaged.
@@ -138,14 +139,15 @@ class ClassMeans:
     def candidates(
         self, vision: VisionTower, seed: int, k_with_truth: int | None, task: Task, split: str
     ) -> candidates.Candidates:
-        """Candidates of the images of a split. Ranks share them, a batch at a time: ImageNet's have 900 GB of patches.
+        """Return candidates of a split's images. Ranks share them batch by batch: ImageNet has 900 GB of patches.
 
         Args:
-            vision: What the means were seen with.
-            seed: The run's seed, for the record.
-            k_with_truth: The truth is put among so many (`oracle_recall`, an upper bound); None: it is not known.
-            task: The task with the split.
-            split: Its name.
+            vision: Vision tower that the means were computed with.
+            seed: Seed of the run, for the record.
+            k_with_truth: Number of candidates with the true class inserted (`oracle_recall`, an upper bound); None: no
+                insertion.
+            task: Task with the split.
+            split: Name of the split.
         """
         asked, own = task.evaluation[split], prompting.train_labels(task, split)
         shots = len(task.train.items) // len(task.train.names)
@@ -155,6 +157,7 @@ class ClassMeans:
             items = mine[start : start + vision.batch]
             images = [item.image for item in items]
             seen = vision.vectors(images, self.patches).numpy()
+            # columns of the split's classes, in their order
             logits = class_mean_logits(seen, self.means)[:, own]
             if k_with_truth is None:
                 parts.append(candidates.rank(images, logits, asked.names, origin))
@@ -166,11 +169,11 @@ class ClassMeans:
 
 
 def class_mean_logits(features: ArrayLike, means: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The draft `class_means`: cosine of an image's feature to every class mean (our choice; the paper uses CaFo).
+    """Compute the draft `class_means`: cosine of an image's feature to every class mean (ours; the paper uses CaFo).
 
     Args:
         features: Features of the images to classify, not all zero. Shape: [N, D].
-        means: Class means, of length 1, see `alert.references.class_means`. Shape: [C, D].
+        means: Class means of unit length, see `alert.references.class_means`. Shape: [C, D].
 
     Returns:
         Cosines. Shape: [N, C].
@@ -196,16 +199,16 @@ def oracle_recall(
     names: Sequence[str],
     origin: candidates.Origin,
 ) -> candidates.Candidates:
-    """The draft `oracle_recall`: the truth and the k - 1 others that a draft ranks highest. An upper bound: it uses the
-    labels, and recall@k is 1. For studies of the second stage alone (our choice).
+    """Compute the draft `oracle_recall`: the true class and the k - 1 others that a draft ranks highest.
 
-    The k are ordered by the draft's logits, so a truth that the draft misses stands last; `order: shuffle` hides that.
+    An upper bound, for studies of the second stage alone (our choice): it uses the labels, and recall@k is 1. The k are
+    ordered by the draft's logits, so a true class that the draft misses comes last; `order: shuffle` hides that.
 
     Args:
-        images: Keys. Length: N.
+        images: Image keys. Length: N.
         logits: Logits of the draft that supplies the others. Shape: [N, C].
         truths: True classes. Length: N.
-        k: Candidates per image; no more are kept, since the truth may be the last.
+        k: Candidates per image; no more are kept, since the true class may be the last.
         names: Class names. Length: C.
         origin: Origin of the draft.
 
@@ -214,6 +217,7 @@ def oracle_recall(
     >>> made.ranking("a.png"), made.origin.method, made.origin.uses_labels
     ((1, 0), 'oracle_recall of class_means', True)
     """
+    # An infinite logit puts the true class among the k; the order then follows the real logits.
     certain = np.array(logits, np.float64)
     certain[np.arange(len(certain)), np.asarray(truths)] = np.inf
     indices = np.sort(

@@ -1,4 +1,4 @@
-"""ALERT's category embeddings as words of the vocabulary, so that a plain model reads them.
+"""Export ALERT's category embeddings as words of the vocabulary, so that a plain model reads them.
 
 Shapes: C categories, m tokens of an image, D width, V rows of the vocabulary.
 """
@@ -20,7 +20,7 @@ from common.vlm.prompting import Words
 
 
 def words(names: Sequence[str], tokens: int) -> list[str]:
-    """What stands for each category in a text: as many words as an image has tokens.
+    """Return the text of each category: as many new words as an image has tokens.
 
     >>> words(["six", "nine"], 2)
     ['<category_0_0><category_0_1>', '<category_1_0><category_1_1>']
@@ -29,7 +29,7 @@ def words(names: Sequence[str], tokens: int) -> list[str]:
 
 
 def into_vocabulary(model: Any, processor: Any, silent: int, bank: Path, instruction: str) -> Words:
-    """Let the vocabulary of a model end in the categories of a bank. See `VLMLearner.into_vocabulary`.
+    """Append the categories of a bank to the vocabulary of a model; implements `VLMLearner.into_vocabulary`.
 
     `bank`: its folder; `instruction`: of the method.
     """
@@ -44,17 +44,17 @@ def into_vocabulary(model: Any, processor: Any, silent: int, bank: Path, instruc
 
 
 def add_rows(model: Any, tokenizer: Any, texts: Sequence[str], entries: torch.Tensor, silent: int) -> range:
-    """Let the vocabulary end in the words of some texts, which mean the entries of a bank.
+    """Append words to the vocabulary whose embeddings are the entries of a bank.
 
     Args:
-        model: Is changed.
-        tokenizer: Is changed.
-        texts: From `words`. Length: C.
-        entries: Shape: [C, m, D].
-        silent: Id of a token that is never said.
+        model: Model to change, in place.
+        tokenizer: Tokenizer to change, in place.
+        texts: Texts from `words`. Length: C.
+        entries: Category embeddings. Shape: [C, m, D].
+        silent: Id of a token that is never generated.
 
     Returns:
-        Their ids, and those of the rows that fill a longer vocabulary up: none of them is ever said.
+        Ids of the words and of the rows that pad the vocabulary; none of them is ever generated.
     """
     first, rows = len(tokenizer), model.get_input_embeddings().num_embeddings
     tokenizer.add_tokens([f"{word}>" for text in texts for word in text.split(">")[:-1]], special_tokens=True)
@@ -63,9 +63,10 @@ def add_rows(model: Any, tokenizer: Any, texts: Sequence[str], entries: torch.Te
     silenced = new
     if len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=ROUND, mean_resizing=False)
-        silenced = range(first, model.get_input_embeddings().num_embeddings)  # the library draws what fills it up
+        silenced = range(first, model.get_input_embeddings().num_embeddings)  # padding rows are random
     embedding = model.get_input_embeddings()
-    # categories are read, never said: a projection of its own gives them the number of the padding, which is not said
+    # Categories are only read, never generated. An output projection untied from the embeddings gives them the logit
+    # of the silent token.
     said = embedding.weight.detach().clone() if tied(model) else model.lm_head.weight.detach()
     said[silenced.start : silenced.stop] = said[silent].clone()
     model.lm_head.weight = torch.nn.Parameter(said)
@@ -77,5 +78,5 @@ def add_rows(model: Any, tokenizer: Any, texts: Sequence[str], entries: torch.Te
 
 
 def tied(model: Any) -> bool:
-    """Whether a model's output projection is its vocabulary."""
+    """Return whether a model's output projection is its embedding matrix."""
     return model.lm_head.weight is model.get_input_embeddings().weight

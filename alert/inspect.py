@@ -1,4 +1,4 @@
-"""How far the category embeddings of a run have moved, and which are alike: a table and a figure.
+"""Show how far the category embeddings of a run have moved, and which are similar: a table and a figure.
 
     python -m alert.inspect outputs/<run>/model/embeddings
 
@@ -27,11 +27,11 @@ from common.runtime import process
 from common.runtime.progress import SOON, watched
 from common.types import UserError
 
-SHOWN = 40  # categories in the table: those that moved most
+SHOWN = 40  # number of categories in the table
 
 
 def rows(folder: Path) -> list[tuple[str, float, float, str, float]]:
-    """Name, norm, drift as a share of the initial norm, nearest category and its cosine, the most moved first.
+    """Return name, norm, drift as a share of the initial norm, nearest category and its cosine, largest drift first.
 
     Raises:
         UserError: The folder holds no bank.
@@ -49,7 +49,7 @@ def rows(folder: Path) -> list[tuple[str, float, float, str, float]]:
 
 
 def table(categories: Sequence[tuple[str, float, float, str, float]]) -> Table:
-    """The categories that moved most."""
+    """Return a table of the categories that moved most."""
     shown = Table(
         title=f"{min(SHOWN, len(categories))} of {counted(len(categories), 'category')}, the most moved first"
     )
@@ -63,7 +63,7 @@ def table(categories: Sequence[tuple[str, float, float, str, float]]) -> Table:
 
 @literal_text
 def figure(categories: Sequence[tuple[str, float, float, str, float]], path: Path) -> None:
-    """Every category by how alike its nearest one is and how far it has moved."""
+    """Draw every category by similarity to its nearest one and by drift."""
     picture, axis = plt.subplots(figsize=(6.5, 4.5), layout="constrained")
     axis.scatter([row[4] for row in categories], [100 * row[2] for row in categories], s=18, color="#2f6db3", alpha=0.7)
     for name, _, moved, _, cosine in categories[:10]:

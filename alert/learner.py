@@ -1,8 +1,8 @@
 """ALERT as the learner of a run: a vision-language model with a bank of category embeddings behind its vocabulary.
 
-It differs from `VLMLearner` in a few steps: before the model is loaded, a few-shot learner may name the candidates;
-once it is loaded, it sees the few-shot images, which gives the similarities of the categories, the candidates and the
-bank that training starts from; the bank is saved beside the weights.
+It extends `VLMLearner` at four points: before the model is loaded, a few-shot learner may be fitted as the draft; once
+it is loaded, its vision tower encodes the few-shot images, which gives the similarities of the categories, the
+candidates, and the bank that training starts from; the bank is saved beside the weights.
 """
 
 from __future__ import annotations
@@ -38,38 +38,41 @@ from common.vlm.learner import VLMLearner
 from common.vlm.prompting import Words
 
 EMBEDDINGS = "embeddings"  # folder beside the weights
-KEPT = (bank_file.FACTS, bank_file.ENTRIES, FILE)  # all that answering needs, beside the weights
+KEPT = (bank_file.FACTS, bank_file.ENTRIES, FILE)  # files that inference needs beside the weights
 
 
 class AlertLearner(VLMLearner):
-    """See `Learner` in common/learner.py."""
+    """ALERT's model with its bank and draft; implements `Learner` (common/learner.py)."""
 
     prompting: AlertPrompting
-    draft: FewShotDraft | None = None  # the few-shot learner that names the candidates, if one does
+    draft: FewShotDraft | None = None  # only with method.draft=few_shot
     means: ClassMeans | None = None
-    ranks: Callable[[Task, str], Candidates] | None = None  # names candidates of pictures that come later
+    ranks: Callable[[Task, str], Candidates] | None = None  # candidates of later images
     begun: str | None = None  # hash of the bank that training starts from
-    tower: VisionTower  # what sees the pictures
+    tower: VisionTower  # encodes the images for means and candidates
 
     def prepare(self) -> None:
-        """Fit the few-shot learner that names the candidates, if the draft is one."""
+        """Fit the few-shot learner that serves as the draft, if one is configured."""
         if self.prompting.draft == "few_shot":
             self.draft = FewShotDraft(self.config, self.data, self.device, self.folder / "draft")
             self.prompting.drafted, self.ranks = self.draft.candidates(), self.draft.of
 
     def setup(self) -> None:
-        """See the pictures, name the candidates, and put the bank behind the vocabulary."""
+        """Encode the few-shot images, choose the candidates, and put the bank behind the vocabulary."""
         config, asked = self.config, self.prompting
-        trains = config.trainer.name != "none" and config.doctor is not True  # which leaves nothing behind
+        trains = config.trainer.name != "none" and config.doctor is not True  # doctor=true leaves no files
         self.tower = tower = self._tower()
+        # 1. Initial bank and class means, from the few-shot images (or from an earlier attempt's files).
         entries, self.means = begin(asked, tower, self.task, self.folder / "model" / EMBEDDINGS if trains else None)
         if trains:
             self.begun = bank_file.bank_hash(entries.float(), self.task.train.names)
+        # 2. Candidates of every tested image.
         ranks = name_candidates(asked, self.means, tower, self.task, self.folder / "draft" if trains else None)
         if not trains and asked.draft in ("class_means", "oracle_recall"):
             self.ranks = ranks
         elif asked.patches:
             self.means = None  # ImageNet's patches are 38 GB
+        # 3. The bank becomes trainable rows behind the vocabulary; prompts are final from here on.
         slots = attach_bank(self.policy.model, entries, asked.trainable, config.trainer)
         self.policy = replace(self.policy, slots=slots)
         self.prompts = prompting.ask(asked, self.task)
@@ -79,7 +82,7 @@ class AlertLearner(VLMLearner):
         return {**super().sources(), **bank}
 
     def _tower(self) -> VisionTower:
-        """What sees the pictures: the model's own tower, or the one that chose the candidates before it was trained."""
+        """Return the vision tower that encodes images: the model's own, or that of the weights before training."""
         load, policy = make_loader(self.config, self.task), self.policy
         if self.prompting.tower is not None:
             policy = vlm.load(self.prompting.tower, self.config.model, self.device, train=False)
@@ -109,7 +112,7 @@ class AlertLearner(VLMLearner):
         if not embeddings.is_dir():
             return config
         method = {**config.method, "bank": str(embeddings)}
-        if not config.model.freeze_vision:  # the run chose its candidates before it trained the tower
+        if not config.model.freeze_vision:  # candidates come from the tower as it was before training
             method["tower"] = str(files.weights_folder(began()))
         return replace(config, method=method)
 
@@ -130,32 +133,35 @@ class AlertLearner(VLMLearner):
     @classmethod
     def kept_files(cls, config: Config, folder: Path) -> tuple[str, ...] | None:
         if not config.model.freeze_vision or not cls.answers_alone(config, folder):
-            return None  # nobody else could choose its candidates
+            return None  # candidates could not be chosen again
         return tuple(f"{EMBEDDINGS}/{name}" for name in KEPT)
 
 
 def begin(
     asked: AlertPrompting, vision: VisionTower, task: Task, folder: Path | None
 ) -> tuple[torch.Tensor, ClassMeans]:
-    """See every few-shot image: tell the prompting which categories are alike, and return what training starts from.
+    """Compute the bank that training starts from and the class means, and set the similarities of the prompting.
+
     All ranks call it together.
 
     Args:
-        asked: Says how; is told the similarities.
+        asked: Prompting, which says how the bank is initialised and receives the similarities.
         vision: Tower and projector of the model.
-        task: With the few-shot images. Without any, a finished run is asked: its bank holds what was seen of them.
-        folder: Where the bank that a training starts from is kept; a continued run takes it from there. None: nothing
-            is trained, so nothing will be continued.
+        task: Task with the few-shot images. Without any, a finished run is loaded, whose bank has what is needed.
+        folder: Folder where the initial bank is kept; a resumed run reads it from there. None: nothing is trained, so
+            nothing will be resumed.
 
     Returns:
         The bank, shape [C, m, D], and the mean features of the categories.
     """
     train, count = task.train, len(task.train.names)
+    # An earlier attempt counts only if every rank sees its files: they decide together.
     known = folder if folder is not None and all(gather((folder / bank_file.BEGUN).is_file())) else None
     means = None if train.items or asked.bank is None else ClassMeans.load(asked.bank)
     image = next(item.image for split in (train, *task.evaluation.values()) for item in split.items)
     shape = (count, *bank.shape_of(vision, image))
     entries = bank_file.known_entries(known, asked.bank, train.names, shape, vision.architecture)
+    # Kept, not recomputed: references are drawn by them, and rounding on another GPU would change the draws.
     asked.similarities = None if known is None else bank_file.read_similarities(known)
     if means is None or entries is None:
         how = asked.initialisation if entries is None else None
@@ -167,24 +173,24 @@ def begin(
         asked.similarities = reference.similarities(means.means)
     if folder is not None and known is None and rank() == 0:
         bank_file.save_similarities(folder, asked.similarities)
-        bank_file.export_begun(folder, entries)  # at last: with it all of them are known
+        bank_file.export_begun(folder, entries)  # last: its presence marks the files as complete
     return entries, means
 
 
 def name_candidates(
     asked: AlertPrompting, means: ClassMeans, vision: VisionTower, task: Task, folder: Path | None = None
 ) -> Callable[[Task, str], Candidates]:
-    """Tell the prompting the candidates of every split that no other draft has named. All ranks call it together.
+    """Set the candidates of every split for which no other draft has set them. All ranks call it together.
 
     Args:
-        asked: Is told the candidates.
+        asked: Prompting, which receives the candidates.
         means: Mean features of the categories.
-        vision: What the means were seen with.
-        task: With the images.
-        folder: Where they are kept; a continued run takes them from there. None: they are not kept.
+        vision: Vision tower that the means were computed with.
+        task: Task with the images.
+        folder: Folder where candidates are kept; a resumed run reads them from there. None: they are not kept.
 
     Returns:
-        The same for pictures that come later: from a task and the name of a split to its candidates.
+        A function that does the same for later images: from a task and the name of a split to its candidates.
     """
     ranks = partial(means.candidates, vision, asked.seed, asked.k if asked.draft == "oracle_recall" else None)
     for split, tested in task.evaluation.items():
@@ -208,10 +214,10 @@ def attach_bank(model: Any, entries: torch.Tensor, trainable: bool, trainer: Tra
     """Put the bank behind the vocabulary of a model. All ranks call it together.
 
     Args:
-        model: Is changed.
-        entries: The bank. Shape: [C, m, D].
-        trainable: Whether training moves it.
-        trainer: Says where it lies and how it is trained.
+        model: Model to change, in place.
+        entries: Category embeddings. Shape: [C, m, D].
+        trainable: Train the embeddings.
+        trainer: Trainer configuration: place of the bank (device or host) and its optimizer values.
     """
     if trainer.embeddings == "host" and trainable and trainer.name != "none":
         rule = Rule((trainer.betas[0], trainer.betas[1]), trainer.weight_decay)

@@ -1,4 +1,4 @@
-"""The meta-task instruction (section 3.3, appendix A, listing 1)."""
+"""Write the meta-task instruction (section 3.3, appendix A, listing 1)."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ The reasoning process and answer are enclosed within <think></think> and <answer
 
 Dataset images:
 """
-# Our choice for models of half a million parameters, which read the same parts in fewer words.
+# Our choice for models of half a million parameters: the same parts in fewer words.
 SHORT = "Compare the user input image with the dataset images. Think in <think></think>, answer in <answer></answer>."
 INSTRUCTIONS = {"paper": INSTRUCTION, "short": f"{SHORT}\n\nDataset images:\n"}
 
 
 def meta_task(names: Sequence[str], instruction: str = "paper") -> str:
-    """The text of a prompt, the image behind it.
+    """Return the text of a prompt; the image follows it.
 
     Args:
-        names: Of the reference categories, in order.
-        instruction: `paper` or `short`.
+        names: Names of the reference categories, in order.
+        instruction: Wording, `paper` or `short`.
 
     >>> print(meta_task(["six", "nine"], "short"))
     Compare the user input image with the dataset images. Think in <think></think>, answer in <answer></answer>.

@@ -1,4 +1,7 @@
-"""ALERT's prompts (section 3): the meta-task over category embeddings, with references while training. No torch."""
+"""Build ALERT's prompts (section 3): the meta-task over category embeddings, with references in training. No torch.
+
+In training a prompt lists reference categories drawn by similarity; in testing it lists a draft's candidates.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +32,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 from alert.prompt import INSTRUCTIONS, meta_task
 
-# The categories that a run has images of: only these have an embedding.
+# Categories: only those with training images have an embedding.
 
 
 def check_images(task: Task) -> None:
-    """Every category needs an image: its embedding begins from them, and references are similar by them.
+    """Check that every category has an image, from which its embedding and its similarities are computed.
 
     Raises:
-        UserError: Names the first without.
+        UserError: Names the first category without one.
     """
     present = {item.label for item in task.train.items}
     if missing := [name for label, name in enumerate(task.train.names) if label not in present]:
@@ -48,7 +51,7 @@ def check_images(task: Task) -> None:
 
 
 def train_labels(task: Task, split: str) -> list[int]:
-    """The trained category of every class of a split, by name.
+    """Return the trained category of every class of a split, by name.
 
     Raises:
         UserError: A class was not trained, so it has no embedding.
@@ -67,16 +70,16 @@ def train_labels(task: Task, split: str) -> list[int]:
 
 
 def longest(split: Split, count: int) -> tuple[int, ...]:
-    """The classes of the longest names, no name twice: by bytes, which tokens follow in every script."""
+    """Return the classes with the longest names, no name twice: by bytes, as the number of tokens grows with them."""
     first = {name: label for label, name in reversed(list(enumerate(split.names)))}
     return tuple(first[name] for name in sorted(first, key=lambda name: len(name.encode()), reverse=True)[:count])
 
 
-# What can be refused of an ALERT run before a model is loaded. No torch.
+# Configuration checks, before a model is loaded and without torch.
 
 
 def check(config: Config, data: TaskData) -> TaskPrompts:
-    """See `Check` in common/learner.py.
+    """Check an ALERT run; implements `Check` of common/learner.py.
 
     Raises:
         UserError: Names the key, the file, the class or the image at fault.
@@ -90,11 +93,8 @@ def check(config: Config, data: TaskData) -> TaskPrompts:
     return asked
 
 
-# ALERT's prompts (section 3): the meta-task over category embeddings, with references while training and a draft's
-# candidates when testing.
-#
-# `method=alert` and `method=gemma_1shot` are this one class with other arguments. What it must know of the pictures
-# (which categories are alike, which candidates a draft names) the learner tells it (alert/learner.py).
+# The prompting. `method=alert` and `method=gemma_1shot` are this one class with other arguments. alert/learner.py sets
+# what depends on the images: the similarities of categories and the candidates.
 
 log = logging.getLogger(__name__)
 DRAFTS = ("class_means", "oracle_recall", "file", "few_shot")
@@ -102,7 +102,7 @@ INITIALISATIONS = ("proposed", "averaging", "random", "one_shot")
 
 
 class AlertPrompting(Prompting):
-    """Asks which of some reference categories an image shows, each given by its name and its embedding."""
+    """Prompting that asks which of some reference categories an image shows, each given by name and embedding."""
 
     def __init__(
         self,
@@ -124,23 +124,23 @@ class AlertPrompting(Prompting):
     ) -> None:
         """
         Args:
-            seed: Draws references and initialisation; the order of candidates depends on the image alone.
-            instruction: `paper` (appendix A) or `short` (for tiny models).
-            initialisation: How the embeddings begin, see `alert.bank.embeddings.see`.
-            trainable: False: the bank stays as it begins (Table 3).
-            bank: Folder of an exported bank to begin from, instead of an initialisation.
+            seed: Seed of references and initialisation; the order of candidates depends only on the image.
+            instruction: Wording, `paper` (appendix A) or `short` (for tiny models).
+            initialisation: Initialisation of the embeddings, see `alert.bank.embeddings.see`.
+            trainable: Train the bank; False: it stays as initialised (Table 3).
+            bank: Folder of an exported bank to start from, instead of an initialisation.
             tower: Folder of the weights whose vision tower chooses the candidates; None: the model's own.
             tau: Temperature of the reference weights (section 4.1.2).
-            smallest: Fewest references in a training prompt.
-            largest: Most.
-            features: What stands for an image in class means, of references and draft: `mean` of the patches, or
-                all `patches` in a row (our choice: the paper does not say; patches know places, and take P times the
-                memory).
-            draft: Who chooses the candidates of a test image: `class_means`, `oracle_recall` (an upper bound: it knows
-                the truth), `file`, or `few_shot`, the chosen few-shot learner, which is fitted on the same shots first.
-            draft_file: For `file`: the folder of a few-shot learner's run, or what `write` of
-                common/few_shot/candidates.py wrote; `SPLIT` stands for the split.
-            k: Candidates of a test image.
+            smallest: Smallest number of references in a training prompt.
+            largest: Largest number of references in a training prompt.
+            features: Feature of an image in class means, for references and draft: `mean` of the patches, or all
+                `patches` concatenated (our choice: the paper does not say; patches keep positions, and take P times
+                the memory).
+            draft: Source of a test image's candidates: `class_means`, `oracle_recall` (an upper bound that uses the
+                label), `file`, or `few_shot`, the chosen few-shot learner, fitted on the same shots first.
+            draft_file: Candidates for `file`: folder of a few-shot learner's run, or a file by `write_candidates` of
+                common/few_shot/candidates.py; `SPLIT` stands for the split.
+            k: Number of candidates of a test image.
             order: Order of the candidates in the prompt, `rank` or `shuffle` (our choice: the paper does not say).
 
         Raises:
@@ -174,7 +174,7 @@ class AlertPrompting(Prompting):
         self.draft, self.draft_file, self.k, self.order = draft, draft_file, k, order
         self.patches = features == "patches"
         self.tower = None if tower is None else Path(tower).expanduser()
-        # told by the learner, once it has seen the pictures
+        # set by the learner, once it has encoded the images
         self.similarities: NDArray[np.float64] | None = None  # [C, C]
         self.drafted: dict[str, candidates.Candidates] = {}
 
@@ -196,7 +196,7 @@ class AlertPrompting(Prompting):
         return len(task.train.names)
 
     def train_prompts(self, task: Task, epoch: int = 0) -> list[Prompt]:
-        """With other references in every epoch. Before pictures were seen, the longest prompts that there could be."""
+        """Return prompts with other references in every epoch; before similarities exist, the longest possible ones."""
         split = task.train
         names = longest(split, self.largest)
         return [self._prompt(item, split, self._references(item, split, names, epoch)) for item in split.items]
@@ -209,10 +209,11 @@ class AlertPrompting(Prompting):
                 f"method.k={self.k}, but '{split}' has only {len(asked.choices)} to choose among; use fewer candidates"
             )
         if self.draft == "file" and split not in self.drafted:
-            # before the model is loaded: a file that does not fit costs a second then
+            # Read before the model is loaded, so that a wrong file is an error within a second.
             images = [item.image for item in asked.items]
             path = self._draft_path(split)
             self.drafted[split] = candidates.read_candidates(path, images, asked.names, dataset_of(task, split), split)
+        # No candidates yet (checks before the model is loaded): the longest names give the longest possible prompt.
         if split not in self.drafted:
             shown = [longest(asked, self.k)] * len(asked.items)
         else:
@@ -226,14 +227,14 @@ class AlertPrompting(Prompting):
         return tagged_answer(completion)
 
     def label_response(self, name: str) -> str:
-        """The name in its tags."""
+        """Return the name in its tags."""
         return f"<answer>{name}</answer>"
 
     def diagnostics(self, task: Task, split: str, answers: Answers) -> dict[str, Any]:
-        """The accounts of the two stages, and whether reasoning and answer agree (alert/accounting.py).
+        """Return the accounts of the two stages, and how often reasoning and answer agree (alert/accounting.py).
 
-        What an image was asked with stands in its columns: the answers may be those of an earlier attempt of the run,
-        whose draft may have differed by a rounding. What follows in the ranking is this attempt's.
+        The candidates in an image's prompt come from its columns: answers may be those of an earlier attempt of the
+        run, whose draft may differ by rounding. The rest of the ranking is this attempt's.
         """
         drafted, names, predictions = self.drafted[split], task.evaluation[split].names, answers.predictions
         asked = [tuple(shown) for shown in answers.columns["candidates"]]
@@ -263,8 +264,9 @@ class AlertPrompting(Prompting):
         return {"draft": draft, "reasoning": accounting.agreement(verdicts, len(predictions) - len(verdicts))}
 
     def extra_columns(self, task: Task, split: str, predictions: Sequence[Prediction]) -> dict[str, list[Any]]:
-        """The candidates in the order of the prompt, and whether the reasoning concludes the answer (None: it names no
-        candidate, or there is none).
+        """Return the candidates in the order of the prompt, and whether the reasoning concludes the answer.
+
+        The latter is None if the reasoning names no candidate, or if there is no reasoning.
         """
         shown = self._shown(task, split, predictions)
         asked = zip(predictions, shown, strict=True)
@@ -277,7 +279,7 @@ class AlertPrompting(Prompting):
         return path / candidates.FOLDER / split if path.is_dir() else path
 
     def _shown(self, task: Task, split: str, predictions: Sequence[Prediction]) -> list[tuple[str, ...]]:
-        """Names of the candidates of every image, in the order of the prompt."""
+        """Return the names of the candidates of every image, in the order of the prompt."""
         drafted, names = self.drafted[split], task.evaluation[split].names
         return [tuple(names[label] for label in drafted.shown(p.image, self.k, self.order)) for p in predictions]
 

@@ -1,6 +1,6 @@
-"""Which categories a training prompt shows beside the true one (ALERT section 3.3).
+"""Choose which categories a training prompt shows beside the true one (ALERT section 3.3).
 
-Similar categories are shown more often: the cosine of class means, divided by a temperature, decides. No torch.
+Similar categories are shown more often: the weights are a softmax of the cosines of class means. No torch.
 
 Shapes: N images, D features per image, C classes.
 """
@@ -19,14 +19,14 @@ from common.types import UserError
 
 
 def class_means(features: ArrayLike, labels: ArrayLike, classes: int) -> NDArray[np.float64]:
-    """The L2-normalised mean feature of every class: the two factors of l in section 3.3.
+    """Return the L2-normalised mean feature of every class: the two factors of l in section 3.3.
 
     As in the equation, images are averaged as they are and only the mean is normalised, so a longer feature counts
     more. What a feature is when an image has several tokens, the paper leaves open; the caller pools them.
 
     Args:
         features: Features of the few-shot images. Shape: [N, D].
-        labels: Their classes. Shape: [N].
+        labels: Class indices. Shape: [N].
         classes: C.
 
     Returns:
@@ -48,7 +48,7 @@ def class_means(features: ArrayLike, labels: ArrayLike, classes: int) -> NDArray
     counts = np.bincount(of.astype(np.int64), minlength=classes)
     if not counts.all():
         raise ValueError(f"class {int(counts.argmin())} has no image to take a mean of")
-    means = np.zeros((classes, rows.shape[1]))  # in fp64, and the only copy: a row of patches has millions of numbers
+    means = np.zeros((classes, rows.shape[1]))  # fp64, and no second copy: rows of patches have millions of numbers
     for row, label in zip(rows, of.astype(np.int64), strict=True):
         means[label] += row
     means /= counts[:, None]
@@ -60,13 +60,13 @@ def class_means(features: ArrayLike, labels: ArrayLike, classes: int) -> NDArray
 
 
 def similarities(means: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The logits l of section 3.3: cosines between class means.
+    """Return the logits l of section 3.3: cosines between class means.
 
     Args:
-        means: From `class_means`. Shape: [C, D].
+        means: Class means from `class_means`. Shape: [C, D].
 
     Returns:
-        Row: true class, column: other class. Shape: [C, C].
+        Cosines; row: true class, column: other class. Shape: [C, C].
 
     >>> similarities(np.array([[1.0, 0.0], [0.6, 0.8]])).tolist()
     [[1.0, 0.6], [0.6, 1.0]]
@@ -75,13 +75,13 @@ def similarities(means: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def weights(similarity_row: Sequence[float], tau: float) -> list[float]:
-    """softmax(l / tau), the weights w of section 3.3.
+    """Return softmax(l / tau), the weights w of section 3.3.
 
-    In Python floats and with the exact `math.fsum`, since the order in which NumPy adds depends on the machine and
-    `sum` on the Python version. What remains is the last bit of `exp`.
+    Computed in Python floats with the exact `math.fsum`, since NumPy's order of summation depends on the machine and
+    the result of `sum` on the Python version. Only the last bit of `exp` may still differ.
 
     Args:
-        similarity_row: Any finite numbers. Length: C, or as many classes as there are to choose from.
+        similarity_row: Finite numbers. Length: C, or the number of classes to choose from.
         tau: Temperature above 0; the paper's is 0.1 (section 4.1).
 
     Returns:
@@ -99,7 +99,7 @@ def weights(similarity_row: Sequence[float], tau: float) -> list[float]:
     [0.7311, 0.2689]
     """
     largest = max(similarity_row)
-    grown = [math.exp((similarity - largest) / tau) for similarity in similarity_row]  # at most 1: never overflows
+    grown = [math.exp((similarity - largest) / tau) for similarity in similarity_row]  # at most 1: no overflow
     total = math.fsum(grown)
     return [value / total for value in grown]
 
@@ -114,31 +114,31 @@ def sample_references(
     smallest: int = 2,
     largest: int = 8,
 ) -> tuple[int, ...]:
-    """Draw the categories of one training prompt: the true one and others like it, in random order (section 3.3).
+    """Draw the categories of one training prompt: the true one and similar ones, in random order (section 3.3).
 
-    How many is uniform between `smallest` and `largest` (2 and 8 in section 4.1), at most as many as there are
-    different names. The others are drawn one by one without replacement, each by the weights of the classes that are
-    left, renormalised. That the draws are without replacement and the order is random is our reading; the paper does
-    not say. Two classes of one name (ImageNet has such pairs) are never shown together, since no answer could tell them
-    apart; the true class keeps its own index.
+    Their number is uniform between `smallest` and `largest` (2 and 8 in section 4.1), at most the number of different
+    names. The others are drawn one by one without replacement, each by the renormalised weights of the remaining
+    classes. That draws are without replacement and the order is random is our reading; the paper does not say. Two
+    classes of one name (ImageNet has such pairs) are never shown together, since no answer could tell them apart; the
+    true class keeps its own index.
 
     Only `random`, `randint`, `choices` and `shuffle` of `rng` are used, so the same `rng` and similarities give the
     same draw on Python 3.11 to 3.13 and, but for the last bit of `exp` (one draw in about 1e13), on every machine.
 
     Args:
-        truth: The true class.
-        similarity_row: l between the true class and every class, itself included. Length: C.
-        names: Names of all classes, as they are shown. Length: C.
-        rng: Seeded by the caller.
-        tau: Temperature above 0; the smaller, the more alike the categories.
-        smallest: Fewest references, the true class included.
-        largest: Most references.
+        truth: Index of the true class.
+        similarity_row: Similarities l between the true class and every class, itself included. Length: C.
+        names: Names of all classes as the prompt shows them. Length: C.
+        rng: Random generator, seeded by the caller.
+        tau: Temperature above 0; the smaller, the more similar the drawn categories.
+        smallest: Smallest number of references, the true class included.
+        largest: Largest number of references.
 
     Returns:
         Class indices, the true one at a random position.
 
     Raises:
-        UserError: `tau`, `smallest` or `largest` cannot be met.
+        UserError: `tau`, `smallest` or `largest` is not possible.
         ValueError: The similarities are not one finite number per name, or there is no class `truth`.
 
     With a tau near 0 the nearest class is drawn, here 2; class 1 shares the name of the true class 0.
@@ -152,6 +152,7 @@ def sample_references(
         raise ValueError(f"similarities of shape {row.shape} for {len(names)} names; expected one finite number each")
     if not 0 <= truth < len(names):
         raise ValueError(f"class {truth} is not one of {len(names)} classes")
+    # classes with the same name form a group; once one of them is drawn, the whole group leaves the pool
     groups = name_groups(tuple(names))
     size = rng.randint(smallest, _most(len(set(groups)), tau, smallest, largest))
     logits = row.tolist()
@@ -166,10 +167,10 @@ def sample_references(
 
 
 def _most(different: int, tau: float, smallest: int, largest: int) -> int:
-    """The upper end of the number of references, where `different` is the number of names.
+    """Return the upper end of the number of references; `different`: number of different names.
 
     Raises:
-        UserError: Names the value that cannot be met.
+        UserError: Names the value that is not possible.
     """
     if not 0 < tau < math.inf:
         raise UserError(f"method.tau={tau} must be a finite number above 0 (the paper's is 0.1)")

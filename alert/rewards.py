@@ -1,6 +1,6 @@
-"""ALERT's rewards that need no judge (section 3.5; weights in section 4.1.2).
+"""Rewards of ALERT that need no judge (section 3.5; weights in section 4.1.2).
 
-The strict format is that of common/rewards.py; the judge's reward is in alert/judge/.
+The strict format is in common/rewards.py; the judge's reward is in alert/judge/.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from common.types import Sample
 
 
 def soft_format(samples: Sequence[Sample]) -> list[float]:
-    """1 when the completion "at least partially aligns with the reasoning format" (section 3.5), else 0.
+    """Return 1 when the completion "at least partially aligns with the reasoning format" (section 3.5), else 0.
 
     The paper gives no rule; ours: somewhere a complete `<think>…</think>`, and somewhere after it a complete
-    `<answer>…</answer>` that is not empty. Whatever stands before, between and after, and further tags, do not matter.
-    So a strictly formatted completion with an answer earns both, an answer-less one only the strict reward.
+    `<answer>…</answer>` that is not empty. Other text and further tags do not matter. So a strictly formatted
+    completion with an answer earns both format rewards, one with an empty answer only the strict reward.
 
     >>> from common.types import Prompt
     >>> texts = ("Sure! <think>a</think> So: <answer>six</answer>.", "<answer>six</answer>", "<think>a</think> six")
@@ -27,7 +27,7 @@ def soft_format(samples: Sequence[Sample]) -> list[float]:
 
 
 def is_soft_format(completion: str) -> bool:
-    """A complete thought, and after it a complete answer with content.
+    """Return whether there is a complete thought, and after it a complete answer with content.
 
     >>> is_soft_format("<think>a</think><answer> </answer>")
     False
@@ -42,7 +42,7 @@ def is_soft_format(completion: str) -> bool:
 
 
 def tagged_accuracy(samples: Sequence[Sample]) -> list[float]:
-    """1 when the one answer in tags is the label, up to case, blanks and underscores (section 3.5), else 0.
+    """Return 1 when the one answer in tags is the label, up to case, blanks and underscores (section 3.5), else 0.
 
     >>> from common.types import Prompt
     >>> texts = ("<think>a</think> So: <answer>Six</answer>.", "six")
@@ -53,9 +53,9 @@ def tagged_accuracy(samples: Sequence[Sample]) -> list[float]:
 
 
 def tagged_answer(completion: str) -> str | None:
-    """The one answer in tags, whatever stands around it (section 3.5: "the label enclosed within"), or None.
+    """Return the one answer in tags, whatever is around it (section 3.5: "the label enclosed within"), or None.
 
-    There must be one `<answer>…</answer>` and no tag after it or in it; an answer given while thinking is none.
+    There must be one `<answer>…</answer>` and no tag after it or in it; an answer inside the thinking does not count.
 
     >>> tagged_answer("Sure! <think>a loop</think> So: <answer> Six</answer>."), tagged_answer("six")
     ('six', None)

@@ -1,4 +1,4 @@
-"""The methods of the CLS-RL paper and their prompts: a class list, and an instruction to think or to answer."""
+"""Prompts of the CLS-RL paper's methods: a class list, and an instruction to think or to answer directly."""
 
 from __future__ import annotations
 
@@ -12,24 +12,21 @@ from common.config.schema import one_of
 from common.types import Prompt, Split, Task, UserError
 from common.vlm.prompting import Prompting
 
-# The questions of CLS-RL: a class list, and an instruction to think or to answer directly.
-#
-# Wording of the authors' code where the paper differs (it prints "What kind of object in this phote?"). Their files are
-# named beside each constant.
-
+# Wording: that of the authors' code where the paper differs (it prints "What kind of object in this phote?"). Their
+# files are named beside each constant.
 
 THINK = "output the thinking process in <think> </think> and final answer in <answer> </answer> tags."
-# What follows the question in training: grpo.py, grpo_direct.py (sections 3.2 and 3.3).
+# Instruction after the question in training: grpo.py, grpo_direct.py (sections 3.2 and 3.3).
 TRAINING = {"think": f"\n Please {THINK}", "no_think": "\n Please directly output the answer."}
 # In their evaluation: test_qwen2vl_fewshot.py, .._b2n_new.py; and .._b2n_base.py, .._open_fewshot.py.
 OFFICIAL_FEW_SHOT = {"think": f" First {THINK}", "no_think": " Please directly output the answer name."}
 OFFICIAL_BASE_OR_OPEN = {"think": f" Please {THINK}", "no_think": " Please directly output the answer name."}
-# The system message of sft.py, whose targets do not think.
+# The system message of sft.py, whose targets have no thinking part.
 SFT_SYSTEM = "Output the thinking process in <think> </think> and final answer in <answer> </answer> tags."
 
 
 def class_list_size(classes: int, share: float, smallest: int, largest: int) -> int:
-    """How many names the question lists (authors' code; the paper, section 4.1, says 40 % of the labels).
+    """Return how many names the question lists (authors' code; the paper, section 4.1, says 40 % of the labels).
 
     >>> [class_list_size(c, 0.4, 30, 100) for c in (1000, 397, 196, 102, 100, 47, 37, 10)]
     [100, 100, 78, 40, 40, 47, 37, 10]
@@ -46,17 +43,17 @@ def class_list_size(classes: int, share: float, smallest: int, largest: int) -> 
 
 
 def class_list(names: Sequence[str], truth: str, size: int, seed: int, image: str) -> tuple[str, ...]:
-    """Draw the names to list: shuffle, cut, put the truth in place of the last one if it is missing, shuffle again.
+    """Draw the names to list: shuffle, cut, replace the last one by the label if that is missing, shuffle again.
 
-    The authors draw without a seed; here the draw belongs to the image, so it does not change with the order of data.
-    Two classes that share one display name are listed once.
+    The authors draw without a seed; here the draw depends on the image key, so it does not change with the order of
+    data. Two classes with the same display name are listed once.
     """
     rng = random.Random(f"class-list-{seed}-{image}")
     if size == 0:
         return ()
     pool = list(dict.fromkeys(names))
     if size < len(pool):
-        chosen = rng.sample(pool, size)  # what shuffling all and cutting gives, sooner
+        chosen = rng.sample(pool, size)  # same distribution as shuffle and cut, but faster
     else:
         chosen = pool
         rng.shuffle(chosen)
@@ -67,7 +64,7 @@ def class_list(names: Sequence[str], truth: str, size: int, seed: int, image: st
 
 
 def question(prefix: str, choices: Sequence[str], instruction: str) -> str:
-    """The user message: the dataset's question, the names to choose from, and an instruction as it stands, if any.
+    """Return the user message: the dataset's question, the names to choose from if any, and an instruction.
 
     >>> print(question("What type of digit is in the photo?", ["one", "two"], TRAINING["no_think"]))
     What type of digit is in the photo?
@@ -78,14 +75,12 @@ def question(prefix: str, choices: Sequence[str], instruction: str) -> str:
     return f"{prefix}{listed}{instruction}"
 
 
-# The methods of the CLS-RL paper: they differ in the instruction (think or not) and in the rewards, nothing else.
-#
-# `method=clsrl`, `method=nothinking`, `method=sft` and `method=zeroshot` are this one class with other arguments; which
-# trainer and which rewards they use stands in conf/method/.
+# The methods differ only in the instruction (think or not) and in the rewards. `method=clsrl`, `method=nothinking`,
+# `method=sft` and `method=zeroshot` are this one class with other arguments; conf/method/ chooses trainer and rewards.
 
 
 class ClassListPrompt(Prompting):
-    """Asks for one name out of a list that contains the truth (section 4.1)."""
+    """Prompting that asks for one name out of a list that contains the label (section 4.1)."""
 
     def __init__(
         self,
@@ -111,8 +106,8 @@ class ClassListPrompt(Prompting):
             evaluation_prompt: `train` (the training instruction) or `official` (the authors' other wordings).
             train_system_prompt: `default` (the chat template's own) or `think` (asks to think, as the authors' SFT).
             train_question: `instructed` or `bare` (without an instruction, as the authors' SFT).
-            train_image: `first` (before the question) or `last` (behind it, as the authors' SFT).
-            train_target: Of supervised training: `label` (with `think` in its tags) or `tagged` (always).
+            train_image: `first` (before the question) or `last` (after it, as the authors' SFT).
+            train_target: Target of supervised training: `label` (in tags only with `think`) or `tagged` (always).
 
         Raises:
             UserError: An argument has an unknown value.
@@ -141,7 +136,7 @@ class ClassListPrompt(Prompting):
     def evaluation_prompts(self, task: Task, split: str) -> list[Prompt]:
         ending = TRAINING
         if self.evaluation_prompt == "official":
-            base = split == "base" or (split == "val" and "base" in task.evaluation)  # val is watched for base
+            base = split == "base" or (split == "val" and "base" in task.evaluation)  # val: base classes
             ending = OFFICIAL_BASE_OR_OPEN if base or self.list_share == 0 else OFFICIAL_FEW_SHOT
         return self._prompts(task.evaluation[split], ending[self.instruction])
 
@@ -157,7 +152,7 @@ class ClassListPrompt(Prompting):
         return rewards.matches_officially(completion, label)
 
     def label_response(self, name: str) -> str:
-        """The bare name, or the name in its tags where the reply is asked or trained to have them."""
+        """Return the bare name, or the name in its tags where the reply must have them."""
         return f"<answer>{name}</answer>" if self.tagged else name
 
     def _prompts(self, split: Split, instruction: str) -> list[Prompt]:
@@ -170,7 +165,7 @@ class ClassListPrompt(Prompting):
             )
         built = []
         for item in split.items:
-            listed = size if item.name or not size else len(names)  # nobody knows the truth: it is among all names
+            listed = size if item.name or not size else len(names)  # unlabelled image: list all names
             choices = class_list(names, item.name or names[0], listed, self.seed, item.image)
             text = question(split.question if choices else split.open_question, choices, instruction)
             built.append(Prompt(item.image, text, item.name, choices, aliases=split.aliases.get(item.name, ())))

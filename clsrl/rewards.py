@@ -1,4 +1,4 @@
-"""The rewards of CLS-RL (section 3.2), each computed strictly or as the authors' released code computes it."""
+"""Rewards of CLS-RL (section 3.2), each computed strictly or like the authors' released code."""
 
 from __future__ import annotations
 
@@ -9,18 +9,15 @@ from typing import Literal
 from common.parsing import FORMAT, is_strict_format, matches_strictly
 from common.types import Sample
 
-# What the CLS-RL authors' released code accepts as an answer and as a format. Looser than common/parsing.py.
-#
-# Read in their evaluation scripts (`test_qwen2vl_*.py`) and their training script (`grpo.py`), which differ: evaluation
-# searches the answer for the label, the reward compares the two, and an `<answer>` over several lines is only seen by
-# evaluation.
-
+# Answers and formats that the authors' code accepts; looser than common/parsing.py. Their evaluation scripts
+# (`test_qwen2vl_*.py`) and their training script (`grpo.py`) differ: evaluation searches for the label in the answer,
+# the reward compares the two, and only evaluation finds an `<answer>` over several lines.
 
 ONE_LINE_ANSWER = re.compile(r"<answer>(.*?)</answer>")
 
 
 def is_official_format(completion: str) -> bool:
-    """The full match of the format reward; `.*?` lets tags repeat inside.
+    """Return whether the format reward's full match succeeds; `.*?` lets tags repeat inside.
 
     >>> is_official_format("<think>a</think><answer>zero</answer><answer>one</answer>")
     True
@@ -29,7 +26,7 @@ def is_official_format(completion: str) -> bool:
 
 
 def evaluated_answer(completion: str) -> str:
-    """What evaluation takes for the answer: the first `<answer>` pair, or the whole reply if that is missing or empty.
+    """Return the answer by the authors' evaluation: the first `<answer>` pair, or without one the whole reply.
 
     >>> evaluated_answer("<answer>\\nsix\\n</answer> or nine"), evaluated_answer("six <answer></answer>")
     ('six', 'six <answer></answer>')
@@ -40,10 +37,10 @@ def evaluated_answer(completion: str) -> str:
 
 
 def matches_officially(completion: str, label: str) -> bool:
-    """The evaluation's match: the answer is or contains the label, lower-cased; then the label's `_` as blanks.
+    """Return the evaluation's match: the answer is or contains the label, lower-cased; then the label's `_` as blanks.
 
-    The answer keeps its underscores. Labels from a dataset have none (`common.data.names.display`): the second try is
-    for other labels, and an answer that writes a blank as `_` does not match.
+    The answer keeps its underscores. Labels from a dataset have none (`common.data.names.display`), so the second
+    comparison is for other labels, and an answer with `_` for a blank does not match.
 
     >>> matches_officially("arctic fox", "ox"), matches_officially("car side", "car_side")
     (True, True)
@@ -55,7 +52,7 @@ def matches_officially(completion: str, label: str) -> bool:
 
 
 def rewarded_answer(text: str) -> str:
-    """What the accuracy reward compares: the first `<answer>` pair on one line, else the whole text.
+    """Return the text that the accuracy reward compares: the first `<answer>` pair on one line, else the whole text.
 
     >>> rewarded_answer("well <answer> six </answer>"), rewarded_answer("<answer>\\nsix\\n</answer>")
     ('six', '<answer>\\nsix\\n</answer>')
@@ -65,10 +62,10 @@ def rewarded_answer(text: str) -> str:
 
 
 def is_rewarded(completion: str, label: str) -> bool:
-    """The accuracy reward: symbolic verification by `math_verify` first, then lower-cased equality.
+    """Return the accuracy reward: symbolic verification by `math_verify` first, then lower-cased equality.
 
-    Their data hold the label as `<answer>label</answer>`, and `math_verify` sees it so: it then overlooks a number
-    right behind the tag, such as the year that names of cars begin with.
+    The authors' data hold the label as `<answer>label</answer>`, and `math_verify` gets it in this form: it then
+    ignores a number right after the tag, such as the year at the beginning of car names.
     """
     from math_verify import parse, verify
 
@@ -77,18 +74,16 @@ def is_rewarded(completion: str, label: str) -> bool:
     return rewarded_answer(completion).lower() == label.strip().lower()
 
 
-# The rewards of CLS-RL (section 3.2), each strictly or as the authors' code computes it.
-#
-# No-Thinking-CLS-RL (section 3.3) has one, `common.rewards.equality`.
+# The rewards of CLS-RL. No-Thinking-CLS-RL (section 3.3) has a single one, `common.rewards.equality`.
 
 Match = Literal["strict", "official"]
 
 
 def format_reward(samples: Sequence[Sample], *, match: Match = "strict") -> list[float]:
-    """1 when the reply is `<think>…</think><answer>…</answer>` (section 3.2, first equation), else 0.
+    """Return 1 when the reply is `<think>…</think><answer>…</answer>` (section 3.2, first equation), else 0.
 
     Args:
-        samples: The completions. Length: N.
+        samples: Completions to score. Length: N.
         match: `strict` (each tag once) or `official` (the authors' full match, which lets tags repeat).
     """
     check = {"strict": is_strict_format, "official": is_official_format}[match]
@@ -96,10 +91,10 @@ def format_reward(samples: Sequence[Sample], *, match: Match = "strict") -> list
 
 
 def accuracy_reward(samples: Sequence[Sample], *, match: Match = "strict") -> list[float]:
-    """1 when the answer is the label (section 3.2, second equation), else 0.
+    """Return 1 when the answer is the label (section 3.2, second equation), else 0.
 
     Args:
-        samples: The completions. Length: N.
+        samples: Completions to score. Length: N.
         match: `strict` (normalised equality of the one answer) or `official` (the authors' reward: symbolic
             verification by `math_verify` first, which accepts some wrong names, then lower-cased equality of the first
             `<answer>` on one line).

@@ -1,8 +1,10 @@
-"""Starting the ranks of one run: this process alone, or one process per GPU, or the ranks that torchrun or SLURM
-started.
+"""Start the ranks of one run: this process alone, one process per GPU, or the ranks that torchrun or SLURM started.
 
-Hydra composes once, in the parent; the ranks it starts get plain values. (Under torchrun or srun every rank composes
-itself.)
+- `gpus=0`, or under torchrun or srun: `launch` calls `worker` in this process.
+- `gpus=N`: `start_ranks` starts N processes through torch elastic, and each calls `worker`.
+
+`worker` sets up logging and runs common/pipeline.py. Hydra composes once, in the parent; the ranks that it starts get
+plain values. (Under torchrun or srun every rank composes by itself.)
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ log = logging.getLogger(__name__)
 def launch(config: Config, folder: Path, data: TaskData | None = None) -> None:
     """Execute the run on `config.gpus` ranks and wait for it.
 
-    `data`: the run's data, as this process has read it; ranks of their own read it themselves.
+    `data`: data of the run if this process has read it already; ranks in other processes read it themselves.
     """
     if config.gpus == 0 or started_by_launcher():
         worker(config, folder, data)
@@ -38,15 +40,15 @@ def launch(config: Config, folder: Path, data: TaskData | None = None) -> None:
 
 
 def start_ranks(count: int, config: Config, folder: Path) -> None:
-    """Start `count` processes through torch elastic; the first that fails ends all, its error shown as the cause."""
+    """Start `count` processes through torch elastic; the first that fails ends all, and its error is raised."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     from common.models.files import weights_folder
 
     if config.model.family != NO_FAMILY:
-        weights_folder(config)  # fetched or built once, before the ranks ask for it
-    forget_group_alone()  # left by a job of the same sweep that ran on the CPU
+        weights_folder(config)  # download or build once, not in every rank
+    forget_group_alone()  # environment left by an earlier CPU run of the same sweep
     elastic = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -56,29 +58,32 @@ def start_ranks(count: int, config: Config, folder: Path) -> None:
         rdzv_endpoint="127.0.0.1:0",
         max_restarts=0,
         start_method="spawn",
-        signals_to_handle="SIGQUIT",  # the others are the ranks' own: they write a checkpoint first
+        signals_to_handle="SIGQUIT",  # other signals are left to the ranks, which write a checkpoint first
     )
     with left_to_ranks() as request:
         try:
             elastic_launch(elastic, as_rank)(config, folder)
         except ChildFailedError as error:
+            # elastic gives the error of the first failed rank as text; turn it back into the exception that run.py
+            # expects.
             failure = error.get_first_failure()[1].message  # a dict where the rank could write its error file
             cause = str(failure["message"] if isinstance(failure, dict) else failure)
             for raised, kind in ((UserError, UserError), (RankStopped, Interrupted)):
                 if cause.startswith(f"{raised.__name__}: "):
                     raise kind(cause.removeprefix(f"{raised.__name__}: ")) from None
-            if request.made:  # a rank that had only begun
+            if request.made:  # a rank was stopped before it could handle the signal
                 raise Interrupted("stopped; the same command goes on from the last checkpoint") from None
             raise
 
 
 class RankStopped(Exception):
-    """What `Interrupted` is between a rank and the process that started it."""
+    """Stands for `Interrupted` between a rank and the process that started it."""
 
 
 def as_rank(config: Config, folder: Path) -> None:
-    """`worker` for torch elastic, which takes a KeyboardInterrupt for an end without error, and then waits for ever for
-    what the rank returns.
+    """Run `worker` as a rank of torch elastic.
+
+    Elastic takes a KeyboardInterrupt for an end without error, and would wait forever for the result of the rank.
     """
     try:
         worker(config, folder)
@@ -87,28 +92,31 @@ def as_rank(config: Config, folder: Path) -> None:
 
 
 def worker(config: Config, folder: Path, data: TaskData | None = None) -> None:
-    """One rank.
+    """Run one rank: logging, imports, then the pipeline (or the examination of `doctor=true`).
 
     Raises:
-        UserError: Also of a full disk.
-        Interrupted: Its user asked it to stop.
+        UserError: A mistake in the request, or a full disk.
+        Interrupted: The user asked the run to stop.
     """
     quiet_libraries()
     logging.getLogger("common").setLevel(logging.INFO)
+    # Only rank 0 keeps a log.
     kept = None if rank() > 0 or config.doctor is True else folder / "run.log"
     with heeded(), logged(kept), watched(f"{folder.name}: running", SOON):
         from safetensors import SafetensorError
 
         try:
+            # Imports create many objects: pausing the garbage collector makes them faster.
             with process.garbage_collector_paused():
                 from common.learner import learner_class
                 from common.pipeline import examine, run
 
-                learner_class(config)  # imports what the run needs, seconds for a language model
+                learner_class(config)  # imports the learner's code, which takes seconds for a language model
             if config.doctor is True:
                 examine(config, folder)
             else:
                 run(config, folder, data)
+        # Everything is logged here and raised again; full disks become a UserError, since the user can fix them.
         except (UserError, Interrupted) as error:
             log.error("%s", error)
             raise
@@ -132,10 +140,10 @@ def worker(config: Config, folder: Path, data: TaskData | None = None) -> None:
 
 @contextmanager
 def logged(path: Path | None) -> Iterator[None]:
-    """Inside, messages go to the file, and warnings also to the terminal; what is raised, its catcher prints.
+    """Send messages to the file, and warnings also to the terminal. Errors are printed by those who catch them.
 
     Args:
-        path: None: this rank keeps no log, and is silent but for what it raises.
+        path: Log file; None: this rank keeps no log and prints nothing.
     """
     if path is None:
         kept: list[logging.Handler] = [logging.NullHandler()]
@@ -146,7 +154,7 @@ def logged(path: Path | None) -> Iterator[None]:
         terminal.addFilter(lambda record: record.levelno == logging.WARNING)
         kept = [file, terminal]
     root = logging.getLogger()
-    # Hydra's own writes to the terminal: everything would stand there twice
+    # Hydra's own handler writes to the terminal, too: without its removal everything would appear twice.
     others = [handler for handler in root.handlers if type(handler) is logging.StreamHandler]
     for other in others:
         root.removeHandler(other)
@@ -163,7 +171,7 @@ def logged(path: Path | None) -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Progress bars and notices of libraries would tear our own apart."""
+    """Turn off progress bars and notices of libraries, which would break our own progress lines."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

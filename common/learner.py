@@ -1,8 +1,8 @@
-"""What a run trains and tests. `pipeline.run` drives one, whatever it is: `learner.build` in conf/learner/ names its
-class, `learner.check` a function that checks its configuration before anything expensive.
+"""Interface of everything that a run trains and tests; `pipeline.run` drives one such learner.
 
-A new kind of learner (a classifier on frozen features, say) derives from `Learner`; with one function and a YAML it
-gets the run folder, resuming, evaluation, metrics, tables and figures from the pipeline.
+`learner.build` in conf/learner/ names its class, `learner.check` a function that checks its configuration before
+anything expensive. A new kind of learner (a classifier on frozen features, say) derives from `Learner`; with one
+function and a YAML it gets run folder, resuming, evaluation, metrics, tables and figures from the pipeline.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from common.evaluation.evaluate import Predictor
 from common.plugins import locate
 from common.types import Task, UserError
 
-if TYPE_CHECKING:  # checks of a configuration import this module, and need no torch
+if TYPE_CHECKING:  # configuration checks import this module without torch
     import torch
 
     from common.run.checkpoint import Checkpoints
@@ -27,12 +27,13 @@ if TYPE_CHECKING:  # checks of a configuration import this module, and need no t
 
 
 class Learner(Predictor):
-    """What is trained and tested. All ranks call the methods together, in this order: predict, train, save, predict,
-    close.
+    """Base class of what is trained and tested.
+
+    All ranks call the methods together, in this order: predict, train, save, predict, close.
 
     Attributes:
-        task: What it answers about.
-        weights: Path and sha256 of what it begins from; a run is not continued from other weights.
+        task: Task whose images it classifies.
+        weights: Path and sha256 of the initial weights; a run is not resumed with other weights.
     """
 
     weights: dict[str, str]
@@ -41,67 +42,66 @@ class Learner(Predictor):
     def __init__(
         self, config: Config, data: TaskData, device: torch.device, folder: Path, checkpoints: Checkpoints
     ) -> None:
-        """Load what the run begins from. With `doctor=true`, or before a long training, examine it.
+        """Load the initial weights. With `doctor=true`, or before a long training, examine them.
 
         Args:
             config: Validated configuration.
             data: Images and labels of the run.
             device: Device of this rank.
             folder: Run folder.
-            checkpoints: The run's checkpoints, with the one to continue from.
+            checkpoints: Checkpoints of the run, with the one to resume from.
         """
 
     @property
     @abstractmethod
     def decoding(self) -> str:
-        """How its answers are chosen, for the result."""
+        """Return how answers are chosen, for the result."""
 
     @property
     def remarks(self) -> Sequence[str]:
-        """What every table must say of its trained results, such as that they were chosen by the test images."""
+        """Return notes for all tables of trained results, such as that they were selected on test images."""
         return ()
 
     @property
     def blank(self) -> bool:
-        """Whether it knows nothing before its training, so that there is nothing to measure before it."""
+        """Return whether it cannot predict before its training, so that the evaluation before is skipped."""
         return False
 
     @abstractmethod
     def train(self, recorder: Recorder) -> int:
-        """Train to the end and return the number of updates that were made over all attempts; 0: nothing to train.
+        """Train to the end; return the number of updates over all attempts, or 0 if there is nothing to train.
 
-        Tells the recorder about every update, writes checkpoints, and goes on from the last one of an earlier attempt.
+        Report every update to the recorder, write checkpoints, and resume from the last one of an earlier attempt.
         """
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write what was trained into a folder that a later run can begin from."""
+        """Write the trained weights into a folder that a later run can start from."""
 
     def load(self, folder: Path) -> None:
-        """Take over what `save` of a finished run wrote beside the weights that the learner was built from."""
+        """Load what `save` of a finished run wrote beside the weights that the learner was built from."""
 
     @classmethod
     def restored(cls, config: Config, folder: Path, began: Callable[[], Config]) -> Config:
-        """The configuration with which a finished run is asked.
+        """Return the configuration for inference with a finished run.
 
         Args:
-            config: The run's configuration, without training, with the model that it trained.
-            folder: What `save` wrote.
-            began: Gives the same with the model that the run began from.
+            config: Configuration of the run, without training, with the model that it trained.
+            folder: Folder that `save` wrote.
+            began: Function that returns the same with the model that the run started from.
         """
         return config
 
     @classmethod
     def answers_alone(cls, config: Config, folder: Path) -> bool:
-        """Whether what `save` wrote into a folder is all that answering about new pictures needs; False: the images
-        that the run was trained on are read again.
-        """
+        """Return whether a folder by `save` suffices to classify new images; False: training images are needed too."""
         return not config.learner.needs_shots
 
     @abstractmethod
     def set_task(self, task: Task) -> None:
-        """Answer about the images of another task from now on; the classes are the same, and a key may stand for
-        another picture than before.
+        """Classify the images of another task from now on.
+
+        Classes stay the same, but a key may stand for another image.
         """
 
     @abstractmethod
@@ -110,23 +110,23 @@ class Learner(Predictor):
 
 
 class Check(Protocol):
-    """The function that `learner.check` names. It loads no weights, and nothing heavy."""
+    """Function that `learner.check` names. It loads no weights, and nothing heavy."""
 
     def __call__(self, config: Config, data: TaskData) -> TaskPrompts | None:
         """
         Returns:
-            What a learner that answers in words will ask, as far as it is known without weights; None: it asks nothing.
+            Prompts of the run, as far as they are known without weights; None for a learner without prompts.
 
         Raises:
-            UserError: The learner could not be built or could not learn this task.
+            UserError: The learner cannot be built or cannot learn this task.
         """
 
 
 def learner_class(config: Config) -> type[Learner]:
-    """The class that `learner.build` names.
+    """Return the class that `learner.build` names.
 
     Raises:
-        UserError: It names something else.
+        UserError: `learner.build` names something else.
     """
     found: Any = locate(config.learner.build, "learner.build")
     if not (isinstance(found, type) and issubclass(found, Learner)):

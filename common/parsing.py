@@ -1,5 +1,6 @@
-"""Reading an answer out of a completion, strictly: the completion must be exactly one answer. Tags must not repeat or
-nest, and nothing may stand beside them.
+"""Parse the answer of a completion strictly: it must be exactly one answer.
+
+Tags must not repeat or nest, and there must be no text beside them.
 """
 
 from __future__ import annotations
@@ -8,21 +9,22 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-LIMIT = 20_000  # characters; a longer completion is never a class name, and regular expressions should not chew on it
+LIMIT = 20_000  # characters; longer completions are never a class name, and regular expressions are slow on them
 FORMAT = re.compile(r"<think>(?P<think>.*?)</think>\s*<answer>(?P<answer>.*?)</answer>", re.DOTALL)
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 TAG = re.compile(r"</?(?:think|answer)>", re.IGNORECASE)
 ARTICLE = re.compile(r"(?:an?|the) ")
-# What may stand around an answer, typographic apostrophes being plain already: Markdown's emphasis and quotes.
+# Allowed around an answer: Markdown's emphasis, and quotes (typographic apostrophes are replaced before).
 PAIRS = (("**", "**"), ("*", "*"), ('"', '"'), ("'", "'"), ("“", "”"), ("‘", "'"), ("„", "“"), ("«", "»"))
 
 
 def normalize(name: str) -> str:
-    """What class names and answers are compared by. Look-alike characters distinguish them, the following does not:
+    """Return the form in which class names and answers are compared.
 
-    case, white space and underscores (so `__six__` is six), a typographic apostrophe, and around the whole at most one
-    full stop at the end and one pair of quotes or asterisks. What is left out is never a letter, so it hides no second
-    answer. Names are read as answers are: one that ends in a full stop equals itself, and itself without the stop.
+    Ignored are case, white space and underscores (so `__six__` is six), a typographic apostrophe, and around the whole
+    at most one full stop at the end and one pair of quotes or asterisks; look-alike characters still differ. What is
+    removed is never a letter, so it hides no second answer. Names and answers are treated alike: a name that ends in a
+    full stop equals itself with and without the stop.
 
     >>> normalize("  Sea_or  Lake "), normalize("**Sea or lake.**"), normalize("‘cat’s eye’")
     ('sea or lake', 'sea or lake', "cat's eye")
@@ -34,7 +36,7 @@ def normalize(name: str) -> str:
 
 
 def _bare(text: str) -> str:
-    """Without the marks around it; unchanged if there are more than `normalize` allows, or nothing else."""
+    """Remove the marks around a text; unchanged if there are more than `normalize` allows, or nothing else."""
     core, stops, pairs = text, 0, 0
     while stops < 2 and pairs < 2:
         if core.endswith("."):
@@ -47,7 +49,7 @@ def _bare(text: str) -> str:
 
 
 def _inside(text: str) -> str:
-    """What stands between a pair of marks; nothing if there is no pair around the text."""
+    """Return the text between a pair of marks, or an empty text if there is no pair around it."""
     for opening, closing in PAIRS:
         if text.startswith(opening) and text.endswith(closing):
             return text[len(opening) : -len(closing)].strip()
@@ -55,7 +57,7 @@ def _inside(text: str) -> str:
 
 
 def without_article(answer: str, names: Iterable[str]) -> str:
-    """A normalised answer without its leading article, if that makes it one of the names; else as it is.
+    """Remove the leading article of a normalised answer if that makes it one of the names; else return it unchanged.
 
     >>> without_article("a six", ["six"]), without_article("the who", ["The Who", "who"])
     ('six', 'the who')
@@ -70,7 +72,9 @@ def without_article(answer: str, names: Iterable[str]) -> str:
 
 
 def is_strict_format(completion: str) -> bool:
-    """`<think>…</think><answer>…</answer>` and nothing else, each tag once, at most LIMIT characters (CLS-RL, 3.2).
+    """Return whether a completion is `<think>…</think><answer>…</answer>` and nothing else (CLS-RL, 3.2).
+
+    Each tag must occur once, and the length is at most LIMIT characters.
 
     >>> is_strict_format("<think>round</think> <answer>zero</answer>")
     True
@@ -87,7 +91,7 @@ def _strict_match(completion: str) -> re.Match[str] | None:
 
 
 def strict_answer(completion: str) -> str | None:
-    """The one answer that a completion gives, normalised, or None when it gives none or several or exceeds LIMIT.
+    """Return the one answer of a completion, normalised, or None for none, several, or a text beyond LIMIT.
 
     With tags, the completion must contain exactly one `<answer>…</answer>` and end with it; without any tag it is the
     answer itself.
@@ -114,7 +118,7 @@ def strict_answer(completion: str) -> str | None:
 
 
 def reasoning_before(completion: str) -> str:
-    """What a strictly formatted completion says before its answer, tags included; nothing if it is not.
+    """Return the text of a strictly formatted completion before its answer, tags included; else an empty text.
 
     >>> reasoning_before("<think>a loop</think> <answer>six</answer>"), reasoning_before("six")
     ('<think>a loop</think> ', '')
@@ -123,7 +127,7 @@ def reasoning_before(completion: str) -> str:
 
 
 def matches_strictly(completion: str, label: str) -> bool:
-    """Normalised equality of the one answer with the label.
+    """Return whether the one answer, normalised, equals the label.
 
     >>> matches_strictly("<answer>fox</answer>", "arctic fox")
     False

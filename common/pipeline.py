@@ -1,8 +1,16 @@
-"""One run, top to bottom. Every rank executes this; rank 0 writes.
+"""One run from data to figures. Every rank executes `run`; only rank 0 writes files.
 
-data -> learner -> evaluation before -> training -> weights -> evaluation after -> result -> pictures
+1. Data: read and check the images, freeze in manifest.json which ones the run uses.
+2. Model: find the last checkpoint, build the learner from it or from the initial weights.
+3. Evaluation before training, on every split.
+4. Training, with checkpoints, and evaluations in between.
+5. Saving of the trained weights.
+6. Evaluation after training, on every split.
+7. Result: metrics.json, whose presence marks the run as finished; then figures.
 
-What is trained and tested is a `Learner` (common/learner.py); here is only the order of things.
+A run that stopped resumes with the same command: evaluations that are complete are read from the run folder, and
+training continues from the last checkpoint. What is trained and tested is a `Learner` (common/learner.py), the loop
+over its updates is common/run/loop.py.
 """
 
 from __future__ import annotations
@@ -33,45 +41,55 @@ from common.training.signs import CUT, Signs, silent_rewards
 
 
 def run(config: Config, folder: Path, data: TaskData | None = None) -> Result:
-    """Train and evaluate one configuration; what an earlier attempt in the same folder finished is not done again.
+    """Train and evaluate one configuration, or resume it in the folder of an earlier attempt.
 
     Args:
         config: Validated configuration.
         folder: Run folder, already claimed.
-        data: The run's data, if this process has read it already.
+        data: Data of the run, if this process has read it already.
 
     Returns:
         The result, as written to metrics.json.
     """
+    # Setup: clock, W&B mode (settled before anything slow), process group and device of this rank.
     clock = Stopwatch()
     config = replace(config, tracking=settled(config.tracking))
     device = init_process_group(config.gpus)
+    # 1. Data. Every image is decoded once; a resumed run must find the same images as before.
     with clock.phase("data"):
         data = readable(config, data)
         freeze(data, folder)
+    # 2. Model. `state` is the last checkpoint's, None in a new run; the time of earlier attempts is counted too.
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.max_checkpoints)
     state = checkpoints.state
     clock.earlier = 0.0 if state is None else state.seconds
     with clock.phase("model"), doing(f"{folder.name}: loading {config.model.path or config.model.name}"):
         learner = learner_class(config)(config, data, device, folder, checkpoints)
+    # Recorder: everything that the run writes (metrics, completions, predictions) goes through it.
     tracker = make_tracker(config, folder, data.task, None if state is None else state.tracker)
     recorder = Recorder(RunFolder(folder), tracker, config.tracking.completions_every, clock, state)
     result = describe(config, learner.weights, data, learner.decoding)
     result.device = model_of(device)
+    # From here on tracker and learner are closed, whatever happens.
     failed = True
     try:
+        # 3. Evaluation before training; a blank learner (no CLIP, not yet fitted) cannot predict.
         with clock.phase("evaluation before"):
             before = after = None if learner.blank else all_splits(learner, "before", recorder)
         if state is None and before is not None:
             recorder.evaluation(0, before)
+        # 4. Training, resumed from the last checkpoint; 0 updates for zero-shot methods.
         updates = learner.train(recorder)
         if updates:
+            # 5. Trained weights, into the folder `model` of the run folder.
             with clock.phase("saving"):
                 learner.save(folder / "model")
+            # 6. Evaluation after training; without training the one before is the only one.
             with clock.phase("evaluation after"):
                 after = all_splits(learner, "after", recorder)
             recorder.evaluation(updates, after)
         assert after is not None, "who knows nothing is trained"
+        # 7. Result: accuracies before and after, the best evaluation, warnings, seconds per phase.
         conclude(result, before, after, updates)
         if updates:
             rows = recorder.files.read_log("metrics.jsonl")
@@ -81,6 +99,7 @@ def run(config: Config, folder: Path, data: TaskData | None = None) -> Result:
         result.remarks = list(learner.remarks)
         result.train["seconds"] = clock.split(recorder.seconds())
         keep_thumbnails(config, learner, before, after, folder)
+        # Writing metrics.json finishes the run; then optimizer states are deleted.
         recorder.finish(result, after)
         checkpoints.keep_weights_only()
         failed = False
@@ -95,14 +114,14 @@ def run(config: Config, folder: Path, data: TaskData | None = None) -> Result:
 
 
 def examine(config: Config, folder: Path) -> None:
-    """`doctor=true`: build the learner, which examines itself, and stop."""
+    """Build the learner, which examines itself, and stop (`doctor=true`)."""
     device = init_process_group(config.gpus)
     data = readable(config)
     learner_class(config)(config, data, device, folder, Checkpoints(folder / "checkpoints", 1)).close()
 
 
 def freeze(data: TaskData, folder: Path) -> None:
-    """Write down which images this run takes, or check that an earlier attempt took the same.
+    """Write down which images this run uses, or check that an earlier attempt used the same.
 
     Raises:
         UserError: The data has changed since.
@@ -117,7 +136,7 @@ def freeze(data: TaskData, folder: Path) -> None:
 def keep_thumbnails(
     config: Config, learner: Learner, before: Evaluation | None, after: Evaluation, folder: Path
 ) -> None:
-    """Small copies of some pictures, for the run's report."""
+    """Write small copies of some images for the run's report."""
     if rank() == 0 and config.tracking.thumbnails:
         with best_effort("thumbnails"):
             trained_on = list(dict.fromkeys(item.image for item in learner.task.train.items))
@@ -126,7 +145,7 @@ def keep_thumbnails(
 
 
 def conclude(result: Result, before: Evaluation | None, after: Evaluation, updates: int) -> None:
-    """Put the evaluations into the result; there is none before the training of a learner that knew nothing."""
+    """Put the evaluations into the result. A learner that was blank before its training has only the one after it."""
     if before is not None:
         result.before, result.overall["before"] = before.summary, before.overall
     result.train = {"updates": updates, "paired": {}}
@@ -136,14 +155,16 @@ def conclude(result: Result, before: Evaluation | None, after: Evaluation, updat
 
 
 def told(config: Config, learner: Learner, updates: int, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Signs that the training went wrong (`signs`), the share of completions that were cut (`cut`), if it is large, and
-    how many updates were planned (`planned`), if patience has ended it.
+    """Return facts about the training for the result.
+
+    `signs`: signs that it went wrong. `cut`: share of truncated completions, if it is large. `planned`: planned number
+    of updates, if patience stopped it early.
 
     Args:
-        config: Of the run.
-        learner: With the questions.
-        updates: How many were made.
-        rows: Of metrics.jsonl.
+        config: Configuration of the run.
+        learner: Learner after training.
+        updates: Number of updates that were made.
+        rows: Rows of metrics.jsonl.
     """
     if config.trainer.name == "none":
         return {}
@@ -161,30 +182,32 @@ def best_evaluation(
     updates: int,
     rows: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Which update was tested at last (`tested`), and what was measured on the watched split after the best one
-    (`best`) and after the last (`last`).
+    """Return which update was tested (`tested`), and the best (`best`) and last accuracy (`last`) while training.
 
-    The last one is among those that can be the best. Without evaluations during training there are neither.
+    Both are measured on the monitored split, and the last update is a candidate for the best. Without evaluations
+    during training there are neither.
 
     Args:
-        config: Of the run.
-        learner: As it was tested.
-        checkpoints: Of the run.
-        after: The evaluation after training.
-        updates: How many were made.
-        rows: Of metrics.jsonl.
+        config: Configuration of the run.
+        learner: Learner as it was tested.
+        checkpoints: Checkpoints of the run.
+        after: Evaluation after training.
+        updates: Number of updates that were made.
+        rows: Rows of metrics.jsonl.
     """
     checkpoint = checkpoints.latest()
     best = None if checkpoint is None else read_state(checkpoint).best
     if best is None:
         return {"tested": updates}
     split = monitor_split(learner.task)
+    # Accuracy after the last update: from the final evaluation, on the same subset that evaluations in training use,
+    # or, if another update was tested, from the metrics of training.
     if config.evaluate == "last":
         predictions = evenly_spaced(after.answers[split].predictions, config.trainer.evaluate_limit)
         last = (updates, fmean(p.correct for p in predictions))
         best = max(best, last, key=lambda each: each[1])
     else:
-        key = f"eval/{split}/accuracy"  # the last row may be of the update that is tested
+        key = f"eval/{split}/accuracy"  # not from `after`: that may be of an earlier update, the best one
         last = (updates, next(row[key] for row in rows if row["step"] == updates and key in row))
     tested = best[0] if config.evaluate == "best" else updates
     both = {"best": best, "last": last}

@@ -1,4 +1,4 @@
-"""Finding the code a config points at, and checking the call before anything expensive happens."""
+"""Import the code that a configuration names, and check the call before anything expensive happens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def locate(path: str, key: str) -> Callable[..., Any]:
     """Import `package.module.name`.
 
     Raises:
-        UserError: Nothing callable is there; the message names the config `key`, and where a moved function is now.
+        UserError: There is nothing callable; the message names the config `key`.
     """
     module, _, attribute = str(path).rpartition(".")
     try:
@@ -59,7 +59,7 @@ def check_module(path: str, key: str) -> None:
 
 
 def unknown_arguments(path: str, key: str, arguments: dict[str, Any]) -> list[str]:
-    """The names among `arguments` that the function does not take."""
+    """Return the names among `arguments` that the function does not take."""
     parameters = _signature(locate(path, key), f"{key}={path}").parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return []
@@ -69,13 +69,14 @@ def unknown_arguments(path: str, key: str, arguments: dict[str, Any]) -> list[st
 def _signature(function: Callable[..., Any], key: str) -> inspect.Signature:
     try:
         return inspect.signature(function, eval_str=True)
-    except NameError:  # an annotation that is imported for type checkers only
+    except NameError:  # an annotation is imported only for type checkers
         return inspect.signature(function)
     except ValueError as error:
         raise UserError(f"{key} is a built-in without a signature; wrap it in a function of your own") from error
 
 
 def _is_a(value: Any, expected: type) -> bool:
+    # bool is a subclass of int, and an int is accepted for a float
     if isinstance(value, bool) or expected is bool:
         return isinstance(value, bool) and expected is bool
     return isinstance(value, (int, float) if expected is float else expected)

@@ -1,6 +1,6 @@
-"""Checks that take a second and save hours: data, prompts, model files, devices. No torch.
+"""Check data, prompts, model files and devices within seconds, before a run of hours. No torch.
 
-Everything here raises `UserError`: one line that names the key, file or class at fault and the fix.
+All errors are `UserError`: one line that names the key, file or class at fault and the fix.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from common.vlm.prompting import TaskPrompts
 
 
 def check(config: Config) -> task.TaskData:
-    """Run all checks of one configuration: devices and pictures here, the rest by the learner's own check.
+    """Run all checks of one configuration: devices and images here, the rest by the learner's own check.
 
     Returns:
-        The run's data, so that nobody in this process has to read it again.
+        The run's data, so that this process need not read it again.
     """
     check_devices(config)
     return check_data(config)[0]
 
 
 def refusal(look: Callable[[Config], object], config: Config) -> str | None:
-    """What one of these checks, `check_data` or `check_devices`, refuses of a run, in its words; None: nothing.
+    """Return the error of a check (`check_data` or `check_devices`) as text; None: there is none.
 
-    No weights are loaded; what the hub has of a tokenizer is fetched.
+    No weights are loaded; tokenizer files are downloaded from the hub.
     """
     try:
         look(config)
@@ -43,10 +43,10 @@ def refusal(look: Callable[[Config], object], config: Config) -> str | None:
 
 
 def check_data(config: Config) -> tuple[task.TaskData, TaskPrompts | None]:
-    """All checks but that of the devices.
+    """Run all checks except that of the devices.
 
     Returns:
-        The run's data, and what it will ask, as far as it is known without weights; None: its learner asks nothing.
+        The run's data and its prompts, as far as they are known without weights; None for a learner without prompts.
     """
     data = task.build(config)
     check_choice(config, data.task)
@@ -56,7 +56,7 @@ def check_data(config: Config) -> tuple[task.TaskData, TaskPrompts | None]:
 
 
 def check_choice(config: Config, asked: Task) -> None:
-    """What evaluations decide, they decide on images that no result is reported on; the best checkpoint is kept."""
+    """Check that decisions by evaluations use images without reported results, and that the best checkpoint is kept."""
     if config.trainer.name == "none":
         return
     if (patience := config.trainer.patience) and "val" not in asked.evaluation:
@@ -76,9 +76,9 @@ def check_choice(config: Config, asked: Task) -> None:
 
 
 def check_images(config: Config, data: task.TaskData) -> None:
-    """Every picture is there and has content; the ranks try to decode it before they load the model.
+    """Check that every image exists and is not empty; ranks try to decode them before they load the model.
 
-    If one is not, all are decoded here, so that the error names whatever else is wrong with the others.
+    If one is missing, all are decoded here, so that the error names everything that is wrong with the others, too.
     """
     if config.data.skip_bad:
         return
@@ -88,7 +88,7 @@ def check_images(config: Config, data: task.TaskData) -> None:
 
 
 def check_devices(config: Config) -> None:
-    """More GPUs than the machine has, or other ranks than expected, would only fail minutes later, inside a rank."""
+    """Check the number of GPUs and ranks, which would otherwise fail minutes later inside a rank."""
     if started_by_launcher():
         if config.gpus > 0 and world() != config.gpus:
             raise UserError(
@@ -105,7 +105,7 @@ def check_devices(config: Config) -> None:
 
 
 def visible_gpus() -> int:
-    """NVIDIA GPUs that this process may use, without loading CUDA."""
+    """Return the number of NVIDIA GPUs that this process may use, without loading CUDA."""
     present = [path for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()]
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:

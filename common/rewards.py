@@ -3,11 +3,11 @@
 A reward is a function from samples to one float per sample, plus keyword arguments from its config entry
 `name: {weight, fn, **arguments}`. Add one by writing such a function anywhere importable and one YAML line.
 
-One that keeps something between calls (a connection, counts) is a class: the arguments go to its constructor, and its
-instance is called with the samples. The constructor also runs when the configuration is checked, so it checks its
-arguments, begins its `UserError` with the argument at fault, and opens nothing. One that has to fetch or reach
-something, or judges with the run's own model, has all members of `StatefulReward`; a run builds it once. The argument
-`runtime` says how the reward gets its values and not which: no result depends on it.
+A reward with a state (a connection, counts) is a class: the arguments go to its constructor, and its instance is called
+with the samples. The constructor also runs when the configuration is checked, so it checks its arguments, begins its
+`UserError` with the argument at fault, and opens nothing. A reward that downloads or connects to something, or judges
+with the run's own model, has all members of `StatefulReward`; a run builds it once. The argument `runtime` is for
+settings that cannot change the values: no result depends on it.
 
 Shapes: N samples (all completions of one update).
 """
@@ -29,10 +29,10 @@ RewardFunction = Callable[[Sequence[Sample]], list[float]]
 
 @runtime_checkable
 class StatefulReward(Protocol):
-    """A reward that reaches outside a run, or judges with the run's own model: a class with all of these members.
+    """Reward with resources outside a run, or that judges with the run's own model: a class with all of these members.
 
-    may_be_missing: its value may be NaN where it could not be had; the sample's group then goes without it.
-    needs_base: `bind` gives it the model as it was before training.
+    may_be_missing: its value may be NaN if it is unavailable; the sample's group is then scored without it. needs_base:
+    `bind` gives it the model as it was before training.
     """
 
     @property
@@ -42,39 +42,40 @@ class StatefulReward(Protocol):
     def needs_base(self) -> bool: ...
 
     def __call__(self, samples: Sequence[Sample], /) -> list[float]:
-        """One value per sample."""
+        """Return one value per sample."""
 
     def prepare(self) -> None:
-        """Fetch, load or reach what it needs; once, before a run computes anything.
+        """Download, load or connect to what it needs; called once, before a run computes anything.
 
         Raises:
-            UserError: It is not to be had.
+            UserError: It is unavailable.
         """
 
     def bind(self, generate: Callable[[Sequence[str], int], list[str]], identity: str) -> None:
-        """Take the run's own model: a function from texts and a limit on tokens to replies, and a name of its weights,
-        for caches.
+        """Take the run's own model.
+
+        `generate`: function from texts and a limit on tokens to replies. `identity`: name of its weights, for caches.
         """
 
     def metrics(self) -> dict[str, float]:
-        """What it did since the last call, by name with a `/`."""
+        """Return counts since the last call, by names with a `/`."""
 
 
 STATEFUL = ("may_be_missing", "needs_base", "prepare", "bind", "metrics")
 
 
 def strict_format(samples: Sequence[Sample]) -> list[float]:
-    """1 when the reply is `<think>…</think><answer>…</answer>` and nothing else, each tag once; else 0. Length: N."""
+    """Return 1 for `<think>…</think><answer>…</answer>` and nothing else, each tag once; else 0. Length: N."""
     return [float(parsing.is_strict_format(s.completion)) for s in samples]
 
 
 def accuracy(samples: Sequence[Sample]) -> list[float]:
-    """1 when the one answer is the label, up to case, blanks and underscores; else 0. Length: N."""
+    """Return 1 when the one answer is the label, up to case, blanks and underscores; else 0. Length: N."""
     return [float(parsing.matches_strictly(s.completion, s.label)) for s in samples]
 
 
 def equality(samples: Sequence[Sample]) -> list[float]:
-    """1 when the whole completion is the label to the letter (CLS-RL section 3.3), else 0.
+    """Return 1 when the whole completion is literally the label (CLS-RL section 3.3), else 0.
 
     >>> from common.types import Prompt
     >>> equality([Sample(Prompt("0", "?", "six"), text) for text in ("six", "Six", "six ", "")])
@@ -85,7 +86,7 @@ def equality(samples: Sequence[Sample]) -> list[float]:
 
 @runtime_checkable
 class Explained(Protocol):
-    """A reward with reasons: `said` is a text for each sample of its last call, as a judge's reply, or None."""
+    """Reward with reasons: `said` has a text (such as a judge's reply) or None for each sample of the last call."""
 
     said: list[str | None]
 
@@ -94,8 +95,8 @@ class Explained(Protocol):
 class Scores:
     """Each reward by name, and their weighted sum. Length of every list: N.
 
-    missing: of rewards that may be, which samples go without it; their value in `parts` is 0.
-    said: of rewards that give reasons (see `Explained`), those of each sample.
+    missing: for rewards that may be missing, which samples are scored without them; their value in `parts` is 0. said:
+    for rewards with reasons (see `Explained`), the reason of each sample.
     """
 
     parts: dict[str, list[float]]
@@ -105,7 +106,7 @@ class Scores:
 
     @property
     def known(self) -> dict[str, list[float | None]]:
-        """Each reward by name, None where it is missing."""
+        """Return each reward by name, with None where it is missing."""
         rewards = {}
         for name, values in self.parts.items():
             gaps = self.missing.get(name, [False] * len(values))
@@ -138,7 +139,7 @@ def score(samples: Sequence[Sample], rewards: dict[str, Reward]) -> Scores:
 
 
 def _numbers(name: str, values: Sequence[Any], count: int) -> list[float]:
-    """What a reward gave, as floats."""
+    """Convert a reward's values to floats."""
     try:
         numbers = [float(value) for value in values]
     except (TypeError, ValueError) as error:
@@ -149,7 +150,7 @@ def _numbers(name: str, values: Sequence[Any], count: int) -> list[float]:
 
 
 def weighted(parts: dict[str, list[float]], weights: dict[str, float]) -> list[float]:
-    """The weighted sum of every sample.
+    """Return the weighted sum of every sample.
 
     >>> weighted({"a": [1.0, 0.0], "b": [1.0, 1.0]}, {"a": 2.0, "b": 0.5})
     [2.5, 0.5]
@@ -159,10 +160,10 @@ def weighted(parts: dict[str, list[float]], weights: dict[str, float]) -> list[f
 
 
 def build_rewards(mix: dict[str, dict[str, Any]]) -> dict[str, Reward]:
-    """Turn the config's `rewards` into functions with their arguments bound, and into instances of classes.
+    """Build the configured `rewards`: functions with their arguments bound, and instances of classes.
 
     Raises:
-        UserError: `rewards.<name>.fn` cannot be found, or a class refuses its arguments.
+        UserError: `rewards.<name>.fn` cannot be found, or a class rejects its arguments.
     """
     built = {}
     for name, entry in mix.items():
@@ -180,6 +181,7 @@ def _instance(kind: type, name: str, arguments: dict[str, Any]) -> RewardFunctio
         raise UserError(f"rewards.{name}.{error}") from error
     if not callable(instance):
         raise UserError(f"rewards.{name}.fn: {kind.__name__} objects cannot be called; give a class with __call__")
+    # A class with only some of these members would be called like a plain function, silently without the others.
     own = [member for member in STATEFUL if hasattr(instance, member)]
     if own and (missing := [member for member in STATEFUL if member not in own]):
         raise UserError(

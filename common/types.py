@@ -1,4 +1,4 @@
-"""What travels between the stages of a run. Data only moves down this list; a later stage never reaches back."""
+"""Data that the stages of a run exchange. It only moves down this list, never back to an earlier stage."""
 
 from __future__ import annotations
 
@@ -14,41 +14,45 @@ if TYPE_CHECKING:
 
 
 class UserError(Exception):
-    """A mistake in the request, not in the program: shown as one line that names what is wrong and the fix."""
+    """A mistake in the request, not in the program; shown as one line with what is wrong and the fix."""
 
 
 class Images(Protocol):
-    """The pictures behind a dataset's keys."""
+    """Access to a dataset's images by their keys."""
 
     def open(self, image: str) -> Image:
-        """The picture, decoded: RGB, upright, its first frame if it is animated.
+        """Decode an image: RGB, upright, the first frame of an animation.
 
         Raises:
             BadImage: It cannot be decoded.
         """
 
     def stamp(self, image: str) -> str:
-        """A text that is another one whenever the picture is another one, wherever and under whatever times it lies:
-        in it is a hash of its bytes. Decodes nothing.
+        """Return a text that changes whenever the image's content changes, but not with its place or times.
+
+        It contains a hash of the bytes. Nothing is decoded.
 
         Raises:
-            BadImage: There is no such picture, or it has no content.
+            BadImage: There is no such image, or it is empty.
         """
 
     def size(self, image: str) -> int:
-        """How many bytes the picture has as it is stored; reads none of them. Raises BadImage as `stamp` does."""
+        """Return the number of stored bytes of an image without reading them. Raises BadImage like `stamp`."""
 
     def content(self, image: str, start: int = 0, length: int | None = None) -> bytes:
-        """These bytes, or `length` of them from `start` on. Raises BadImage as `stamp` does."""
+        """Return the stored bytes, or `length` of them from `start` on. Raises BadImage like `stamp`."""
 
 
 class BadImage(Exception):
-    """A picture that cannot be used; the message says why."""
+    """An image that cannot be used; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)  # a dataset has up to 1.3 million
 class Item:
-    """One labelled image. `image` is its key: `<dataset>/<path inside the dataset's folder>`, unique among datasets."""
+    """One labelled image.
+
+    `image` is its key: `<dataset>/<path inside the dataset's folder>`, unique over all datasets.
+    """
 
     image: str
     label: int
@@ -57,10 +61,10 @@ class Item:
 
 @dataclass(frozen=True)
 class Source:
-    """A whole dataset as its reader found it. One without a split of its own has all items in `train`.
+    """A whole dataset as its reader found it; one without a split of its own has all items in `train`.
 
-    `names` are the classes by label. `fingerprint` is a hash of what defines the dataset, `origin` says whose split it
-    is. `passed_over` counts what its reader left aside, by reason; `notes` say how it took what it found.
+    `names` are the classes by label. `fingerprint` is a hash of what defines the dataset, `origin` names the author of
+    its split. `passed_over` counts what the reader skipped, by reason; `notes` describe how it interpreted the files.
     """
 
     names: tuple[str, ...]
@@ -76,7 +80,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Split:
-    """Images that are asked about alike: among the same names, with the question of their dataset.
+    """Images with the same choice of names and the same question of their dataset.
 
     `names` are the classes by label; two labels may share one. `aliases` are other words for a name.
     """
@@ -89,15 +93,15 @@ class Split:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The names, each once."""
+        """Return the names without duplicates."""
         return tuple(dict.fromkeys(self.names))
 
 
 @dataclass(frozen=True)
 class Task:
-    """A few-shot problem: what to train on, and what to test on, by the name of the split.
+    """A few-shot problem: a training split, and evaluation splits by name.
 
-    `origins` says of every dataset whose split it is; the first is the one to train on.
+    `origins` names the author of the split, per dataset; the first dataset is the one to train on.
     """
 
     train: Split
@@ -107,14 +111,16 @@ class Task:
     origins: dict[str, str]
 
 
-CATEGORY = "<category>"  # in the text of a prompt: here stands the embedding of a category
+CATEGORY = "<category>"  # placeholder in a prompt's text for a category's embedding
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question about one image. `choices` are the names it lists (empty: an open question), `aliases` other words
-    for its label. `categories` are the labels whose embeddings take the positions of the CATEGORY marks in the text, in
-    order. The image comes before the text, or with `image_last` after it.
+    """One question about one image.
+
+    `choices` are the names it lists (empty: an open question), `aliases` other words for its label. `categories` are
+    the labels whose embeddings replace the CATEGORY placeholders in the text, in order. The image comes before the
+    text, or with `image_last` after it.
     """
 
     image: str
@@ -155,7 +161,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model said about one image. `correct_official`: right as the method's authors match, if they do."""
+    """A model's reply to one prompt. `correct_official`: correct by the authors' own matching, if they have one."""
 
     text: str
     tokens: int
@@ -166,10 +172,10 @@ class Reply:
 
 @dataclass(frozen=True)
 class Prediction:
-    """One evaluated image: of the class `label`, number `label_index` of its split.
+    """One evaluated image of class `label`, which is number `label_index` of its split.
 
-    `answer` is the name that was answered, empty if there was none or more than one. A reply is right by the answer's
-    name (`correct`: the label, `correct_alias`: the label or another word for it), a classifier by the class index.
+    `answer` is the answered name, empty if there was none or more than one. A reply is correct by the answer's name
+    (`correct`: the label; `correct_alias`: the label or another word for it), a classifier by the class index.
     """
 
     image: str
@@ -183,11 +189,12 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Probabilities:
-    """How probable each offered class is, for every image of a split.
+    """Probability of each offered class, for every image of a split.
 
-    names: Of the classes, each once. Length: C.
-    classes: Offered to each image, in the order of its prompt: places in `names`; -1 fills shorter lists up. [N, K]
-    values: Their probabilities, each row adds up to 1; 0 where `classes` is -1. fp32 [N, K]
+    names: Class names without duplicates. Length: C.
+    classes: Classes offered for each image, in the order of its prompt: indices into `names`; -1 pads shorter lists.
+    [N, K]
+    values: Their probabilities; each row adds up to 1; 0 where `classes` is -1. fp32 [N, K]
     raw: The same without length normalisation, for replies of several tokens. fp32 [N, K]
     """
 
@@ -199,9 +206,9 @@ class Probabilities:
 
 @dataclass(frozen=True)
 class Answers:
-    """The predictions of one split, and the seconds that they and the probabilities took.
+    """Predictions of one split, with the seconds that they and the probabilities took.
 
-    columns: what the method says about each prediction, by name; see `Accounts.columns`.
+    columns: further values of the method per prediction, by name; see `Prompting.extra_columns`.
     """
 
     predictions: list[Prediction]

@@ -1,4 +1,4 @@
-"""The category embeddings bank (section 3.2): where it begins, how far it has moved, which categories are alike.
+"""Initialise the category embeddings bank (section 3.2), and measure its drift and the similarity of categories.
 
 Shapes: C categories, m tokens of an image, D width of the language model, P patches, V width of the vision tower.
 """
@@ -15,27 +15,27 @@ from common.models.vision import VisionTower
 from common.runtime.distributed import gather, share_of
 from common.types import Item, UserError
 
-CHUNK = 64  # categories that ranks exchange at a time
-STANDARD_DEVIATION = 0.02  # of `random`, our choice: the paper says "random values"
+CHUNK = 64  # number of categories that ranks exchange at a time
+STANDARD_DEVIATION = 0.02  # for `random`, our choice: the paper says "random values"
 
 
 def see(
     vision: VisionTower, items: Sequence[Item], categories: int, how: str | None, seed: int, patches: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Look at every few-shot image once: what a category looks like on average, and where its embedding begins.
+    """Encode every few-shot image once, and return mean features and initial embeddings of the categories.
 
     Ranks share the categories.
 
     Args:
         vision: Tower and projector of the model.
-        items: The few-shot images.
+        items: Few-shot images.
         categories: C.
         how: `proposed` (section 3.2: the mean of the tower's outputs, projected), `averaging` (appendix D.2, "combines
             embeddings after the image encoder layer and the multimodal projector layer"; our reading: the mean of the
             projected mean and the mean of the projections), `random` (normal) or `one_shot` (section 4.1.3: the
-            features of one image drawn at random). None: the embeddings are known, only the means are asked for.
-        seed: Of `random` and `one_shot`.
-        patches: The mean feature has all patches in a row; False: their mean.
+            features of one image drawn at random). None: the embeddings exist already, only the means are needed.
+        seed: Seed of `random` and `one_shot`.
+        patches: Mean features keep all patches, concatenated; False: their mean.
 
     Returns:
         Mean features of the categories, [C, V] or [C, P V], and the embeddings, [C, m, D]. fp32 on the CPU.
@@ -48,7 +48,7 @@ def see(
         raise UserError(f"category {missing[0]} has no training image to begin its embedding from; use more shots")
     means: list[torch.Tensor] = []
     begun = torch.empty(0)
-    for start in range(0, categories, CHUNK):  # never more of a large bank than this beside it
+    for start in range(0, categories, CHUNK):  # in chunks, so that no second copy of a large bank is held
         labels = share_of(list(range(start, min(start + CHUNK, categories))))
         own = {}
         for label in labels:
@@ -67,7 +67,7 @@ def see(
 
 
 def shape_of(vision: VisionTower, image: str) -> tuple[int, int]:
-    """M and D of a model, read off one image."""
+    """Return m and D of a model, measured on one image."""
     tokens, width = vision.project(vision.hidden([image])).shape[1:]
     return tokens, width
 
@@ -75,8 +75,9 @@ def shape_of(vision: VisionTower, image: str) -> tuple[int, int]:
 def _category(
     vision: VisionTower, images: list[str], how: str | None, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The mean of the tower's outputs, [P, V] on its device, and the embedding, [m, D] on the CPU."""
+    """Return the mean of the tower's outputs, [P, V] on its device, and the embedding, [m, D] on the CPU."""
     outputs, projections = torch.tensor(0.0), torch.tensor(0.0)
+    # Running sums over batches: the outputs of all images of a category need not fit into memory.
     for start in range(0, len(images), vision.batch):
         hidden = vision.hidden(images[start : start + vision.batch])
         outputs = outputs.to(hidden.device) + hidden.float().sum(0)
@@ -95,7 +96,7 @@ def _category(
 
 
 def drift(now: torch.Tensor, begun: torch.Tensor) -> torch.Tensor:
-    """How far each category has moved, as a share of its norm at the beginning. Shape: [C].
+    """Return how far each category has moved, as a share of its initial norm. Shape: [C].
 
     >>> drift(torch.tensor([[[3.0, 5.0]]]), torch.tensor([[[3.0, 4.0]]])).tolist()
     [0.20000000298023224]
@@ -104,7 +105,7 @@ def drift(now: torch.Tensor, begun: torch.Tensor) -> torch.Tensor:
 
 
 def nearest(entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The most similar other category of each, by the cosine of the flattened embeddings.
+    """Return the most similar other category of each, by the cosine of the flattened embeddings.
 
     Returns:
         Indices [C] and cosines [C].

@@ -1,13 +1,13 @@
-"""A category embeddings bank as a folder. No torch until embeddings are read or written.
+"""Read and write a category embeddings bank as a folder. No torch until embeddings are read or written.
 
     bank.json           names of the categories, shape, architecture, a hash of names and embeddings
     bank.safetensors    `entries`: the embeddings
-    begun.safetensors   `begun`: those that the training started from; written once, beside the final weights alone
-    similarities.npy    how alike the categories were then; likewise
+    begun.safetensors   `begun`: the initial embeddings of the training; only beside a run's final weights
+    similarities.npy    the initial similarities of the categories; likewise
 
-The architecture and the shape are all that tie a bank to a model. A hash of the weights would refuse the most common
-pair, a bank and the fine-tuned weights that were trained with it; so a bank of other weights of the same
-architecture and size does load, and it is up to the user that this makes sense.
+Only architecture and shape tie a bank to a model. A hash of the weights would refuse the most common pair, a bank with
+the fine-tuned weights that were trained with it. So a bank for other weights of the same architecture and size does
+load, and it is up to the user that this makes sense.
 
 Shapes: C categories, m tokens of an image, D width of the language model.
 """
@@ -39,7 +39,7 @@ BEGIN_AGAIN = "of an unfinished run, delete it: continuing computes it again; of
 
 @contextmanager
 def asked_by(key: str) -> Iterator[None]:
-    """Errors inside name the key of the configuration that gave the folder."""
+    """Prefix errors with the configuration key that gave the folder."""
     try:
         yield
     except UserError as error:
@@ -50,10 +50,10 @@ def export(folder: Path, entries: torch.Tensor, names: Sequence[str], architectu
     """Write a bank.
 
     Args:
-        folder: Is made.
-        entries: Shape: [C, m, D].
-        names: Of the categories. Length: C.
-        architecture: Of the model, as its config.json calls it.
+        folder: Folder to create.
+        entries: Category embeddings. Shape: [C, m, D].
+        names: Names of the categories. Length: C.
+        architecture: Architecture of the model, as in its config.json.
     """
     entries = entries.float().contiguous()
     _save(folder / ENTRIES, "entries", entries)
@@ -67,17 +67,19 @@ def export(folder: Path, entries: torch.Tensor, names: Sequence[str], architectu
 
 
 def export_begun(folder: Path, begun: torch.Tensor) -> None:
-    """Write the embeddings that a training starts from. Shape: [C, m, D]. Whole or not at all."""
+    """Write the initial embeddings of a training, completely or not at all. Shape: [C, m, D]."""
     unfinished = folder / f"{BEGUN}.unfinished"
     _save(unfinished, "begun", begun.float().contiguous())
     with unfinished.open("rb") as file:
-        os.fsync(file.fileno())  # a rename that survives a power cut must not name half a file
+        os.fsync(file.fileno())  # else a power cut could leave the new name with half a file
     os.replace(unfinished, folder / BEGUN)
 
 
 def save_similarities(folder: Path, similarities: NDArray[np.float64]) -> None:
-    """Write how alike the categories are, shape [C, C]: references are drawn by it, and a continued run must draw the
-    same, although a GPU may round otherwise when it sees the images again. Whole or not at all.
+    """Write the similarities of the categories, completely or not at all. Shape: [C, C].
+
+    References are drawn by them. A resumed run must draw the same ones, although encoding the images again on a GPU may
+    round differently.
     """
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / f"{SIMILARITIES}.unfinished"
@@ -87,7 +89,7 @@ def save_similarities(folder: Path, similarities: NDArray[np.float64]) -> None:
 
 
 def read_similarities(folder: Path) -> NDArray[np.float64] | None:
-    """What `save_similarities` wrote, if it did.
+    """Read what `save_similarities` wrote, or return None if there is no file.
 
     Raises:
         UserError: It is damaged.
@@ -103,11 +105,11 @@ def read_similarities(folder: Path) -> NDArray[np.float64] | None:
 
 
 def facts(folder: Path, names: Sequence[str] | None = None) -> dict[str, Any]:
-    """What bank.json holds.
+    """Read bank.json.
 
     Args:
-        folder: Of the bank.
-        names: Of the run's categories; None: any.
+        folder: Folder of the bank.
+        names: Names of the run's categories; None: any.
 
     Raises:
         UserError: It is missing or damaged, or of other categories.
@@ -132,7 +134,7 @@ def facts(folder: Path, names: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def read(folder: Path, names: Sequence[str]) -> torch.Tensor:
-    """The embeddings of a bank. Shape: [C, m, D], fp32.
+    """Read the embeddings of a bank. Shape: [C, m, D], fp32.
 
     Raises:
         UserError: It is missing or damaged, or of other categories.
@@ -145,7 +147,7 @@ def read(folder: Path, names: Sequence[str]) -> torch.Tensor:
 
 
 def read_begun(folder: Path) -> torch.Tensor:
-    """The embeddings that the training started from. Shape: [C, m, D], fp32.
+    """Read the initial embeddings of a training. Shape: [C, m, D], fp32.
 
     Raises:
         UserError: They are missing or damaged.
@@ -156,14 +158,14 @@ def read_begun(folder: Path) -> torch.Tensor:
 def known_entries(
     known: Path | None, bank: Path | None, names: Sequence[str], shape: Sequence[int], architecture: str
 ) -> torch.Tensor | None:
-    """The bank of an earlier attempt of a run, or the one that it shall begin from (`method.bank`), if there is one.
+    """Return the bank of an earlier attempt of a run, or the one it starts from (`method.bank`); None without either.
 
     Args:
-        known: Folder of the earlier attempt's.
-        bank: Folder of the one to begin from.
-        names: Of the categories.
-        shape: That the model asks for.
-        architecture: Of the model.
+        known: Folder of the earlier attempt's bank.
+        bank: Folder of the bank to start from.
+        names: Names of the categories.
+        shape: Shape that the model needs.
+        architecture: Architecture of the model.
 
     Raises:
         UserError: It does not fit.
@@ -184,13 +186,13 @@ def known_entries(
 
 
 def check_fits(path: Path, entries: torch.Tensor, shape: Sequence[int], fix: str) -> None:
-    """Check that embeddings have the shape that they should have.
+    """Check that embeddings have the expected shape.
 
     Args:
-        path: That they were read from.
-        entries: The embeddings.
-        shape: C, m and D that are needed.
-        fix: For the error.
+        path: File that they were read from, for errors.
+        entries: Embeddings to check.
+        shape: Expected C, m and D.
+        fix: Advice in the error.
 
     Raises:
         UserError: Their shape is another one.
@@ -226,7 +228,7 @@ def _load(path: Path, name: str, fix: str) -> torch.Tensor:
 
 
 def bank_hash(entries: torch.Tensor, names: Sequence[str]) -> str:
-    """SHA-256 of the names and embeddings of a bank, fp32."""
+    """Return the SHA-256 of the names and embeddings of a bank, fp32."""
     digest = hashlib.sha256(json.dumps(list(names)).encode())
     digest.update(entries.flatten().numpy().data)
     return digest.hexdigest()

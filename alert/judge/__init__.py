@@ -1,4 +1,4 @@
-"""The contrastive-reasoning reward: a language model judges the reasoning (ALERT section 3.5)."""
+"""Contrastive-reasoning reward: a language model judges the reasoning (ALERT section 3.5)."""
 
 from alert.judge.reward import ContrastiveReasoning
 

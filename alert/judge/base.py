@@ -1,4 +1,4 @@
-"""What every judge of the reasoning can do, how the configuration describes it, and its replies on disk."""
+"""Define judges of the reasoning: their interface, their configuration, and the cache of their replies."""
 
 from __future__ import annotations
 
@@ -18,28 +18,26 @@ from common.runtime.disk_cache import DiskCache
 from common.runtime.distributed import LONGEST_WAIT
 from common.types import UserError
 
-# The judge's replies on disk: an interrupted or repeated run asks nothing twice.
-#
-# One file per reply, written whole or not at all, so processes share a folder and may die at any moment.
-
+# Cache of replies on disk, so that a resumed or repeated run asks nothing twice. One file per reply, written completely
+# or not at all: processes can share the folder and may be killed at any moment.
 
 log = logging.getLogger(__name__)
 
 
 class Replies:
-    """Replies by judge and prompt. Each file also holds the prompt: a reader can see what was asked."""
+    """Replies by judge and prompt. Each file also stores the prompt, for readers."""
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
-        """`folder`: made if it is not there. `limit_bytes`: 0: nothing is kept."""
+        """`folder`: created if missing. `limit_bytes`: 0: nothing is kept."""
         self.cache = DiskCache(folder, limit_bytes, ".json")
 
     @staticmethod
     def key(judge: str, prompt: str) -> str:
-        """SHA-256 of both; a judge's name holds no NUL, so no two pairs share a text."""
+        """Return the SHA-256 of both; a judge's name has no NUL, so no two pairs give the same text."""
         return hashlib.sha256(f"{judge}\0{prompt}".encode()).hexdigest()
 
     def get(self, judge: str, prompt: str) -> str | None:
-        """What this judge replied to this prompt, or None."""
+        """Return this judge's reply to this prompt, or None."""
         key = self.key(judge, prompt)
         content = self.cache.get(key)
         if content is None:
@@ -53,25 +51,23 @@ class Replies:
         return None
 
     def put(self, judge: str, prompt: str, reply: str) -> None:
-        """Keep a reply."""
+        """Store a reply."""
         entry = {"judge": judge, "prompt": prompt, "reply": reply}
         self.cache.put(self.key(judge, prompt), json.dumps(entry, ensure_ascii=False).encode())
 
 
-# What every judge of the reasoning can do, and what the configuration says about it.
-#
-# A judge is asked in plain text and answers in plain text; what is asked and how the answer is read stands in
-# alert/judge/prompt.py.
+# Interface and configuration. A judge maps plain text to plain text; alert/judge/prompt.py writes the prompt and parses
+# the reply.
 
 BACKENDS = ("self", "hf", "openai")
-LONGEST_CALL = LONGEST_WAIT - 300.0  # seconds; meanwhile ranks whose questions are answered wait for the others
+LONGEST_CALL = LONGEST_WAIT - 300.0  # seconds; other ranks may be waiting in a collective meanwhile
 Settings = TypeVar("Settings", "Model", "Runtime")
 Generate = Callable[[Sequence[str], int], list[str]]  # prompts and a limit on tokens to replies
 Keep = Callable[[str, str], None]  # takes a prompt and its reply as soon as there is one
 
 
 class JudgeUnavailable(Exception):
-    """Some questions got no answer, all retries made. `answers` holds what came, None for what did not."""
+    """Error after all retries that some prompts have no reply. `answers` holds the replies, None for missing ones."""
 
     def __init__(self, reason: str, answers: Sequence[str | None]) -> None:
         super().__init__(reason)
@@ -79,42 +75,42 @@ class JudgeUnavailable(Exception):
 
 
 def forget(prompt: str, reply: str) -> None:
-    """Keeps nothing."""
+    """Store nothing."""
 
 
 class Judge(Protocol):
-    """A language model that is asked to score."""
+    """Interface of a language model that scores."""
 
     def identity(self) -> str | None:
-        """For the cache: names all that a reply depends on beside the prompt. None: not known, so nothing is kept."""
+        """Return a name, for the cache, of all that a reply depends on beside the prompt; None: do not cache."""
 
     def prepare(self) -> None:
-        """Before the run computes anything: have what it takes to answer.
+        """Load or connect to the judge before the run computes anything.
 
         Raises:
             JudgeUnavailable: It does not answer now.
-            UserError: It never will.
+            UserError: It can never answer.
         """
 
     def ask(self, prompts: Sequence[str], keep: Keep = forget) -> list[str]:
-        """One reply per prompt, in their order; the most probable one (temperature 0).
+        """Return one reply per prompt, in order: the most probable one (temperature 0).
 
         Args:
-            prompts: The questions.
-            keep: Called with every question and its reply when that comes, so that a process that dies loses few.
+            prompts: Prompts for the judge.
+            keep: Function called with every prompt and its reply as soon as it exists, so that a crash loses few.
 
         Raises:
-            JudgeUnavailable: After the retries some questions are without an answer.
+            JudgeUnavailable: Some prompts have no reply after all retries.
         """
 
 
 @dataclass(frozen=True)
 class Model:
-    """Who judges: the part of the configuration that decides the scores (`judge` in conf/rewards/alert.yaml).
+    """Model of the judge: the configuration that decides the scores (`judge` in conf/rewards/alert.yaml).
 
-    backend: `self` (the run's own frozen base model, the paper's judge), `hf` (another model, loaded beside the
-    run's), `openai` (a server that speaks OpenAI's protocol). model: hub id or folder (`hf`), the server's name of the
-    model (`openai`). revision, dtype: of the model (`hf`). max_tokens: of a reply.
+    backend: `self` (the run's own frozen base model, the paper's judge), `hf` (another model, loaded beside the run's),
+    `openai` (a server with OpenAI's protocol). model: hub id or folder (`hf`), or the server's name of the model
+    (`openai`). revision, dtype: of the model (`hf`). max_tokens: limit on a reply.
     """
 
     backend: str = "self"
@@ -137,13 +133,13 @@ class Model:
 
 @dataclass(frozen=True)
 class Runtime:
-    """How the judge is reached: no score depends on it (`runtime` in conf/rewards/alert.yaml).
+    """Access to the judge, on which no score depends (`runtime` in conf/rewards/alert.yaml).
 
-    base_url: of the server. api_key_env: environment variable that holds its key, None for servers without one.
-    timeout: seconds of one attempt, to the last byte. retries: attempts after the first. total_timeout: seconds of all
-    questions of one call, at most LONGEST_CALL. concurrency: questions at a time, per rank. batch_size: prompts per
-    forward (`hf`). gpus: 0 puts the judge on the CPU (`hf`). cache_dir: folder for answers. cache_gb: bound on it, 0:
-    none are kept.
+    base_url: address of the server. api_key_env: environment variable with its key, None for servers without one.
+    timeout: seconds per attempt, to the last byte. retries: attempts after the first. total_timeout: seconds for all
+    prompts of one call, at most LONGEST_CALL. concurrency: prompts at a time, per rank. batch_size: prompts per forward
+    (`hf`). gpus: 0 puts the judge on the CPU (`hf`). cache_dir: folder of cached replies. cache_gb: its limit, 0: none
+    are kept.
     """
 
     base_url: str | None = None
@@ -169,7 +165,7 @@ class Runtime:
             raise UserError(f"runtime.total_timeout={self.total_timeout}: {limit}")
 
     def key(self) -> str:
-        """The server's key; local servers take anything."""
+        """Return the server's key; local servers accept any text."""
         return os.environ[self.api_key_env] if self.api_key_env else "none"
 
 
@@ -185,7 +181,7 @@ def _texts(block: str, values: Mapping[str, Any]) -> None:
 
 
 def settings(kind: type[Settings], key: str, values: Mapping[str, Any]) -> Settings:
-    """A block of the configuration, checked.
+    """Build a block of the configuration from its values, checked.
 
     Raises:
         UserError: Names the key at fault and the fix.
@@ -197,7 +193,7 @@ def settings(kind: type[Settings], key: str, values: Mapping[str, Any]) -> Setti
 
 
 def check_server(runtime: Runtime) -> None:
-    """Whether a server can be asked at all: address, key and library are there.
+    """Check that address, key and library of a server exist.
 
     Raises:
         UserError: Names what is missing.
@@ -214,7 +210,7 @@ def check_server(runtime: Runtime) -> None:
 
 
 class OwnBase:
-    """`backend: self`: the run's own base model, frozen, without its adapters; bound once it is loaded."""
+    """`backend: self`: the run's own base model, frozen, without its adapters; bound after it is loaded."""
 
     def __init__(self, model: Model) -> None:
         self.max_tokens = model.max_tokens
@@ -225,8 +221,8 @@ class OwnBase:
         """Take the model.
 
         Args:
-            generate: One greedy reply per prompt; a reply that ran into its limit goes through `judge_prompt.uncut`.
-            identity: Names the base model's weights and their number format; None: answers are not kept.
+            generate: Function to one greedy reply per prompt; `prompt.uncut` is applied to truncated replies.
+            identity: Name of the base model's weights and number format; None: replies are not cached.
         """
         self.generate, self.name = generate, identity
 
@@ -234,7 +230,7 @@ class OwnBase:
         return None if self.name is None else f"self:{self.name}:{self.max_tokens}"
 
     def prepare(self) -> None:
-        """Nothing: the run loads its model itself."""
+        """Do nothing: the run loads its model itself."""
 
     def ask(self, prompts: Sequence[str], keep: Keep = forget) -> list[str]:
         if self.generate is None:

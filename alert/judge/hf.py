@@ -1,6 +1,6 @@
-"""`backend: hf`: another model, loaded beside the run's model and asked in text only, greedily.
+"""`backend: hf`: a second model, loaded beside the run's model, prompted with text only and decoded greedily.
 
-It is fetched and loaded before the run computes anything, on the run's device.
+It is downloaded and loaded on the run's device before the run computes anything.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class Checkpoint:
-    """A language model from a folder or the hub."""
+    """Judge with a language model from a folder or the hub."""
 
     def __init__(self, model: Model, runtime: Runtime) -> None:
         """
@@ -34,7 +34,7 @@ class Checkpoint:
             raise UserError(f"judge.model={self.name} is not a folder; give a model folder or a hub id owner/name")
 
     def prepare(self) -> None:
-        """Fetch and load it.
+        """Download and load the model.
 
         Raises:
             UserError: It cannot be had, is damaged, is no whole model, or has no chat template.
@@ -76,7 +76,7 @@ class Checkpoint:
         if not tokenizer.chat_template:
             raise UserError(f"judge.model={self.name} has no chat template; give an instruction-tuned model")
         if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token  # nobody attends to it
+            tokenizer.pad_token = tokenizer.eos_token  # padding is masked
         return tokenizer
 
     @cached_property
@@ -90,7 +90,7 @@ class Checkpoint:
         sees = hasattr(loaded(AutoConfig, self._folder, name), "vision_config")
         kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
         model = whole(kind, self._folder, name, dtype=DTYPES[self.model.dtype])
-        # without the model's own wishes, such as a repetition penalty: the most probable reply
+        # Plain greedy decoding, without the model's own generation settings such as a repetition penalty.
         model.generation_config = GenerationConfig(
             eos_token_id=model.generation_config.eos_token_id,
             pad_token_id=self._tokenizer.pad_token_id,
@@ -101,7 +101,7 @@ class Checkpoint:
         return model.to(device).eval().requires_grad_(False)
 
     def ask(self, prompts: Sequence[str], keep: Keep = forget) -> list[str]:
-        """Shapes: B prompts of a forward, padded on the left to P tokens; up to max_tokens new ones."""
+        """Generate in batches. Shapes: B prompts of a forward, left-padded to P tokens; up to max_tokens new ones."""
         answers: list[str] = []
         for start in range(0, len(prompts), self.runtime.batch_size):
             part = prompts[start : start + self.runtime.batch_size]
@@ -117,7 +117,7 @@ class Checkpoint:
         tokenizer, model = self._tokenizer, self._model
         turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
         texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        # the template has already written what begins a conversation
+        # add_special_tokens=False: the chat template has already written the beginning-of-sequence token.
         batch = tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False).to(model.device)
         with torch.no_grad():
             ids = model.generate(**batch)[:, batch["input_ids"].shape[1] :]  # [B, new]
@@ -125,6 +125,7 @@ class Checkpoint:
         last = set(ends) if isinstance(ends, list) else {ends}
         replies = []
         for row in ids.tolist():
+            # without an end token the reply was truncated: drop its last word, which may be half a number
             text = tokenizer.decode(row, skip_special_tokens=True)
             replies.append(text if last & set(row) else uncut(text))
         return replies

@@ -1,8 +1,8 @@
-"""`backend: openai`: any server that speaks OpenAI's chat protocol (vLLM, Ollama, hosted ones).
+"""`backend: openai`: any server with OpenAI's chat protocol (vLLM, Ollama, hosted ones).
 
-A server can be slow, dead or out of its mind; none of this may hold up a training for longer than the configuration
-allows. The library's own time limit counts from byte to byte, and a thread that waits cannot be ended. So the questions
-are tasks of an event loop, which ends them on time.
+A server can be slow, unreachable or return nonsense; none of this may delay a training for longer than the
+configuration allows. The library's own timeout counts from byte to byte, and a waiting thread cannot be ended.
+Therefore prompts are tasks of an event loop, which cancels them on time.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds between attempts: 0.5, 1, 2, 4, 8, 8, ...
-LONGEST_WISH = 60.0  # seconds; a server that asks for a longer pause is asked again sooner
-WORTH_ANOTHER_TRY = (408, 409, 425, 429)  # and everything from 500
-LONGEST_QUOTE = 200  # characters of what a server says about an error
-REFUSED = (401, 403, 404, 405)  # no question will ever be answered
+LONGEST_WISH = 60.0  # seconds; upper limit on the pause that a server requests
+WORTH_ANOTHER_TRY = (408, 409, 425, 429)  # retried, like all status codes from 500
+LONGEST_QUOTE = 200  # characters quoted from a server's error message
+REFUSED = (401, 403, 404, 405)  # wrong key, address or model: a retry cannot help
 
 
 @dataclass(frozen=True)
 class Failure:
-    """No answer, and why. again: another attempt may help. wish: seconds that the server asks to wait."""
+    """Missing reply. reason: for messages. again: a retry may help. wish: seconds that the server asks to wait."""
 
     reason: str
     again: bool
@@ -40,7 +40,7 @@ class Failure:
 
 
 class OpenAIServer:
-    """Asks a server, several questions at a time."""
+    """Judge behind a server, with several prompts at a time."""
 
     def __init__(self, model: Model, runtime: Runtime) -> None:
         """
@@ -50,14 +50,14 @@ class OpenAIServer:
         check_server(runtime)
         assert model.model is not None
         self.model, self.runtime = model.model, runtime
-        # what every question asks for beside its prompt
+        # request parameters beside the prompt
         self.wishes: dict[str, Any] = {"model": model.model, "temperature": 0, "max_tokens": model.max_tokens}
 
     def identity(self) -> str:
         return f"openai:{self.runtime.base_url}:{json.dumps(self.wishes)}"
 
     def prepare(self) -> None:
-        """One question: not every server lists its models, and this one tries address, key and name of the model.
+        """Send one prompt, which tests address, key and model name; not every server can list its models.
 
         Raises:
             JudgeUnavailable: It does not answer.
@@ -88,6 +88,7 @@ class OpenAIServer:
         slots = asyncio.Semaphore(self.runtime.concurrency)
         limit = self.runtime.total_timeout
         async with AsyncOpenAI(base_url=self.runtime.base_url, api_key=self.runtime.key(), max_retries=0) as client:
+            # All prompts run as tasks; FIRST_EXCEPTION ends the wait early if the server refuses everything.
             tasks = [asyncio.create_task(self._question(client, slots, prompt, keep)) for prompt in prompts]
             done, late = await asyncio.wait(tasks, timeout=limit, return_when=asyncio.FIRST_EXCEPTION)
             for task in late:
@@ -95,11 +96,11 @@ class OpenAIServer:
             await asyncio.gather(*late, return_exceptions=True)
         over = Failure(f"runtime.total_timeout={limit:g} seconds are over", again=False)
         for task in done:
-            task.result()  # raises what refused every question
+            task.result()  # raises the UserError of a refusing server
         return [task.result() if task in done else over for task in tasks]
 
     async def _question(self, client: AsyncOpenAI, slots: asyncio.Semaphore, prompt: str, keep: Keep) -> str | Failure:
-        """One question, asked again while that may help."""
+        """Send one prompt, and retry while that may help."""
         for attempt in range(self.runtime.retries + 1):
             async with slots:
                 answer = await self._attempt(client, prompt)
@@ -131,7 +132,7 @@ class OpenAIServer:
         return _content(reply)
 
     def _refused(self, error: Any) -> Failure:
-        """What an HTTP status means.
+        """Interpret an HTTP status.
 
         Raises:
             UserError: The server will never answer: key, address or model name is wrong.
@@ -147,7 +148,7 @@ class OpenAIServer:
         return Failure(f"HTTP {status}{said}", status in WORTH_ANOTHER_TRY or status >= 500, seconds)
 
     def _said(self, body: object) -> str:
-        """The server's own words about an error, if it has any, on one line and without the key."""
+        """Return the server's own error message if there is one, on one line and without the key."""
         message = body.get("message") if isinstance(body, Mapping) else None
         if not isinstance(message, str) or not message.strip():
             return ""
@@ -157,12 +158,12 @@ class OpenAIServer:
 
 
 def _content(reply: Any) -> str | Failure:
-    """The text of a reply. The library checks little: a server may have sent anything under status 200."""
+    """Return the text of a reply. The library checks little: under status 200 a server may have sent anything."""
     choices = getattr(reply, "choices", None)
     first = choices[0] if isinstance(choices, list) and choices else None
     message: Any = getattr(first, "message", None)
     if first is None or not hasattr(message, "content"):
         return Failure("the reply is not what the protocol says", again=True)
     if not isinstance(message.content, str):
-        return ""  # a refusal, or nothing said
+        return ""  # a refusal, or an empty reply
     return uncut(message.content) if first.finish_reason == "length" else message.content

@@ -2,10 +2,10 @@
 
 The reward is an instance with arguments from conf/rewards/alert.yaml, called with samples like every reward.
 
-A judge can fail. Its client tries again for as long as `runtime` allows; then `on_failure: stop` ends the run with
-one line, and the same command continues it from its last checkpoint, replies so far served from the cache. With
-`on_failure: drop`, the samples without a score get NaN, and the trainer leaves this reward out for their whole group;
-a judge that says nothing at all SILENCES times in a row stops the run even so, since every update waits for it in vain.
+A judge can fail. Its client retries as long as `runtime` allows; then `on_failure: stop` ends the run with one line,
+and the same command resumes it from its last checkpoint, with earlier replies from the cache. With `on_failure: drop`,
+samples without a score get NaN, and the trainer leaves this reward out for their whole group. A judge that gives no
+reply at all SILENCES times in a row stops the run in both cases, since every update waits for it in vain.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ COUNTS = ("calls", "cache_hits", "unparsed", "failed", "seconds")
 
 
 class ContrastiveReasoning:
-    """0 to 1 for the reasoning of every sample; N of them, completions of one update."""
+    """Reward from 0 to 1 for the reasoning of every sample; N completions of one update."""
 
     def __init__(
         self,
@@ -42,11 +42,11 @@ class ContrastiveReasoning:
     ) -> None:
         """
         Args:
-            judge: Who judges, see `judge_base.Model`.
-            runtime: How it is reached, see `judge_base.Runtime`.
-            scale: From a score of 1 to 10 to 0 to 1, see `judge_prompt.normalised`.
-            unparsed: Value of a sample whose reply states no score, 0 to 1.
-            on_failure: `stop` or `drop`, see the module.
+            judge: Model of the judge, see `base.Model`.
+            runtime: Access to the judge, see `base.Runtime`.
+            scale: Mapping of a score from 1 to 10 to 0 to 1, see `prompt.normalised`.
+            unparsed: Value of a sample whose reply has no score, 0 to 1.
+            on_failure: Behaviour if the judge fails: `stop` or `drop`, see the module docstring.
 
         Raises:
             UserError: Begins with the argument at fault.
@@ -61,25 +61,25 @@ class ContrastiveReasoning:
         self.scale, self.unparsed, self.on_failure = scale, unparsed, on_failure
         self.counts = dict.fromkeys(COUNTS, 0.0)
         self.said: list[str | None] = []  # replies to the samples of the last call
-        self.silences = 0  # times in a row that questions were asked and none was answered
+        self.silences = 0  # calls in a row without any reply
 
     @property
     def may_be_missing(self) -> bool:
-        """Whether NaN means that there was no answer, and the group goes without this reward."""
+        """Return whether NaN means a missing reply, so that the group is scored without this reward."""
         return self.on_failure == "drop"
 
     @property
     def needs_base(self) -> bool:
-        """Whether the run's own base model has to be bound before the first call."""
+        """Return whether the run's own base model must be bound before the first call."""
         return isinstance(self.judge, OwnBase)
 
     def bind(self, generate: Generate, identity: str | None = None) -> None:
-        """Give `backend: self` the run's own base model; see `OwnBase.bind`. Other judges have no use for it."""
+        """Give `backend: self` the run's own base model, see `OwnBase.bind`. Other judges ignore it."""
         if isinstance(self.judge, OwnBase):
             self.judge.bind(generate, identity)
 
     def prepare(self) -> None:
-        """Before the run computes anything: a model is fetched, a server asked one question.
+        """Prepare the judge before the run computes anything: load the model, or send the server one prompt.
 
         Raises:
             UserError: The judge cannot be had, or does not answer and `on_failure` is `stop`.
@@ -94,7 +94,7 @@ class ContrastiveReasoning:
             log.warning("the judge %s", error)
 
     def __call__(self, samples: Sequence[Sample]) -> list[float]:
-        """The reward of every sample: 0 without a well-formed reasoning, nothing being asked; NaN without an answer.
+        """Return the reward of every sample: 0 without a well-formed reasoning (nothing is asked), NaN without a reply.
 
         Raises:
             UserError: Questions stayed open, and `on_failure` is `stop` or the judge has fallen silent.
@@ -116,18 +116,19 @@ class ContrastiveReasoning:
         return normalised(score, self.scale)
 
     def _replies(self, prompts: Sequence[str]) -> dict[str, str | None]:
-        """Of every prompt, from the cache or the judge; None where the judge had none."""
+        """Return the reply to every prompt, from the cache or the judge; None where there is none."""
         judge = self.judge.identity()
         cache = self._cache if judge is not None and self.runtime.cache_gb > 0 else None
         replies: dict[str, str | None] = {}
         if cache is not None and judge is not None:
             replies = {prompt: reply for prompt in set(prompts) if (reply := cache.get(judge, prompt)) is not None}
+        # Equal prompts of an update are asked once.
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in replies]
         self.counts["calls"] += len(missing)
         self.counts["cache_hits"] += len(prompts) - len(missing)
 
         def keep(prompt: str, reply: str) -> None:
-            # what cannot be read is asked again another time: a server may have been repaired since
+            # Only readable replies are cached: a server that returned nonsense may have been repaired next time.
             if cache is not None and judge is not None and parse_score(reply) is not None:
                 cache.put(judge, prompt, reply)
 
@@ -145,7 +146,7 @@ class ContrastiveReasoning:
         return replies
 
     def _ask(self, prompts: Sequence[str], keep: Keep) -> tuple[Sequence[str | None], str]:
-        """The judge's answers, and what went wrong."""
+        """Return the judge's replies, and a description of what failed."""
         if not prompts:
             return [], ""
         began = time.perf_counter()
@@ -162,11 +163,11 @@ class ContrastiveReasoning:
         return Replies(Path(self.runtime.cache_dir).resolve(), int(self.runtime.cache_gb * 2**30))
 
     def metrics(self) -> dict[str, float]:
-        """What this rank's judge did since the last call; add up over ranks.
+        """Return this rank's counts since the last call, to be added up over ranks.
 
-        calls: questions put to the judge (attempts after the first not counted). cache_hits: samples that cost none,
-        repetitions within an update included. unparsed, failed: samples without a readable score, without an answer.
-        seconds: spent waiting. A resumed run repeats unparsed and failed, but not calls, cache_hits and seconds.
+        calls: prompts sent to the judge (retries not counted). cache_hits: samples that needed no call, repetitions
+        within an update included. unparsed, failed: samples without a readable score, without a reply. seconds: time
+        spent waiting. A resumed run repeats unparsed and failed, but not calls, cache_hits and seconds.
         """
         metrics = {f"judge/{name}": value for name, value in self.counts.items()}
         self.counts = dict.fromkeys(COUNTS, 0.0)
@@ -174,7 +175,7 @@ class ContrastiveReasoning:
 
 
 def make_judge(model: Model, runtime: Runtime) -> Judge:
-    """The judge that `judge.backend` asks for; nothing is loaded or opened yet.
+    """Build the judge of `judge.backend`; nothing is loaded or opened yet.
 
     Raises:
         UserError: Names the key at fault.

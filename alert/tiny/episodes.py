@@ -1,8 +1,7 @@
-"""Texts of the tiny model's pre-training: replies of varying quality to the meta-task prompt.
+"""Write texts for the tiny model's pre-training: replies of varying quality to the meta-task prompt.
 
-A reply compares: what the image shares with the chosen category, and how another one differs. Part of the replies
-compares nothing, and part ignores the requested tags: there the contrastive and the format rewards of GRPO have
-something to teach.
+A good reply compares: what the image shares with the chosen category, and how another one differs. Some replies do not
+compare, and some ignore the requested tags, so that GRPO's contrastive and format rewards have something to improve.
 """
 
 from __future__ import annotations
@@ -22,28 +21,28 @@ CONTRASTS = (
     "I see {cue} as in {name}, but not {difference} as in {other}.",
 )
 ASSERTIONS = ("The input image is {name}.", "It looks like {name}.")
-CONTRAST_SHARE = 0.7  # the other replies assert without comparing
+CONTRAST_SHARE = 0.7  # share of replies that compare; the others only assert
 SLOPPY = ("{reason}", "<think>{reason}</think> {name}", "<answer>{name}</answer>", "{name}")
-NAMES = (*CLASSES, *OTHER_NAMES)  # what a category may be called
+NAMES = (*CLASSES, *OTHER_NAMES)  # possible names of a category
 BEGINNINGS = ("user", "model", "Class", "Dataset", "User", "Similar", "The", "It", "I")  # of lines, without a space
 PUNCTUATION = re.compile(r"([.,:])")
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A category as a prompt lists it: what its images show, and what it is called there."""
+    """A category in a prompt: the class that its images show, and the name it has there."""
 
     shown: str
     name: str
 
     @property
     def cue(self) -> str:
-        """What one sees in its images."""
+        """Return the visible feature of its images."""
         return CUES[self.shown]
 
 
 def draw(kind: Sequence[str], count: int, true_names: bool, rng: random.Random) -> list[Reference]:
-    """Reference categories: different ones of `kind`, under their own names or under any.
+    """Draw different reference categories of `kind`, with their own names or random ones.
 
     >>> draw(DIGITS, 2, True, random.Random(1))
     [Reference(shown='two', name='two'), Reference(shown='one', name='one')]
@@ -53,13 +52,13 @@ def draw(kind: Sequence[str], count: int, true_names: bool, rng: random.Random) 
 
 
 def reply(shown: Reference, others: Sequence[Reference], sloppy: float, rng: random.Random) -> str:
-    """A right answer; with probability `sloppy` in a form that the instruction did not ask for.
+    """Write a right answer; with probability `sloppy` in a form that the instruction did not ask for.
 
     Args:
-        shown: The category of the image.
-        others: The other reference categories, at least one.
+        shown: Category of the image.
+        others: Other reference categories, at least one.
         sloppy: Share of replies without the requested tags.
-        rng: Of the choices.
+        rng: Random generator.
 
     >>> reply(Reference("six", "six"), [Reference("nine", "red")], 0.0, random.Random(4))
     '<think>I see a loop at the bottom as in six, but not a loop at the top as in red.</think><answer>six</answer>'
@@ -72,9 +71,9 @@ def reply(shown: Reference, others: Sequence[Reference], sloppy: float, rng: ran
 
 
 def corpus(lines: int = 2000) -> list[str]:
-    """Text for training the tokenizer: prompts, replies, and every name with and without a leading space.
+    """Write text for training the tokenizer: prompts, replies, and every name with and without a leading space.
 
-    Punctuation stands apart, so that a word is the same token whatever follows it.
+    Punctuation is separated, so that a word is the same token whatever follows it.
     """
     rng = random.Random(0)
     text = [meta_task(DIGITS[:2]).replace(CATEGORY, " ")] * (lines // 50)

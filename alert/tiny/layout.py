@@ -1,8 +1,8 @@
-"""Episodes as one forward: a prompt's beginning is computed once for several input images and their replies.
+"""Pack episodes into one forward: a prompt's beginning is computed once for several input images and their replies.
 
-A row is `[beginning, image 1, reply 1, image 2, reply 2, ...]`. Beginning: instruction and reference categories. Every
-part after it goes on at the beginning's end and sees the beginning and itself, never another part: what the model
-computes is what it computes for each prompt alone.
+A row is `[beginning, image 1, reply 1, image 2, reply 2, ...]`. The beginning has the instruction and the reference
+categories. Every part after it continues at the beginning's last position and attends to the beginning and to itself,
+never to another part: the result is the same as for each prompt alone.
 
 Shapes: B rows, L tokens of the longest row, E categories, m tokens of an image, D width.
 """
@@ -17,16 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-NONE = -1  # the part of tokens that fill rows, the category of ordinary tokens
+NONE = -1  # part of padding tokens, category of ordinary tokens
 
 
 @dataclass(frozen=True)
 class Row:
     """One prompt's beginning with several endings, each an input image and a reply.
 
-    beginning: ids up to the input image. image: ids of the input image and of what stands between it and the reply.
-    replies: ids, ends of turn included. categories: of each input image, its entry in the bank. names: of each input
-    image, the id of its category's name.
+    beginning: ids up to the input image. image: ids of the input image and of the text between it and the reply.
+    replies:
+    ids, ends of turn included. categories: entry in the bank of each input image. names: id of the category's name of
+    each input image.
     """
 
     beginning: list[int]
@@ -40,8 +41,8 @@ class Row:
 class Rows:
     """Rows as tensors [B, L].
 
-    parts: 0 in the beginning, then 1, 2, ... images: which tokens are images. targets: which tokens are replies.
-    categories, names: those of a part's input image, NONE in the beginning.
+    parts: 0 in the beginning, then 1, 2, ... images: mask of image tokens. targets: mask of reply tokens. categories,
+    names: those of a part's input image, NONE in the beginning.
     """
 
     ids: torch.Tensor
@@ -54,7 +55,7 @@ class Rows:
 
 
 def lay_out(rows: Sequence[Row], image_token: int, pad: int) -> Rows:
-    """Put rows side by side, right-padded."""
+    """Stack rows, right-padded."""
     ids, positions, parts, targets, categories, names = [], [], [], [], [], []
     for row in rows:
         endings = [row.image + reply for reply in row.replies]
@@ -62,6 +63,7 @@ def lay_out(rows: Sequence[Row], image_token: int, pad: int) -> Rows:
         starts = torch.tensor([0] + [len(row.beginning)] * len(endings))
         part = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
         ids.append(torch.tensor(sum(endings, row.beginning)))
+        # Positions restart for every part at the length of the beginning.
         positions.append(torch.arange(len(part)) - (lengths.cumsum(0) - lengths - starts)[part])
         parts.append(part)
         targets.append((part > 0) & (positions[-1] >= len(row.beginning) + len(row.image)))
@@ -80,12 +82,12 @@ def lay_out(rows: Sequence[Row], image_token: int, pad: int) -> Rows:
 
 
 def visible(rows: Rows, window: int) -> dict[str, torch.Tensor]:
-    """Who sees whom, for each kind of layer of Gemma 3: causal, an image's tokens both ways, at most `window` back.
+    """Return the mask per kind of layer of Gemma 3: causal, image blocks both ways, at most `window` back.
 
     Shape: [B, L, L], bool.
     """
     part, position = rows.parts, rows.positions
-    own = part[:, :, None] == part[:, None]  # padding sees padding, because a row of a mask must not be empty
+    own = part[:, :, None] == part[:, None]  # padding attends to padding: an empty mask row gives NaN
     block = own & rows.images[:, :, None] & rows.images[:, None]
     before = position[:, None] <= position[:, :, None]
     near = position[:, :, None] - position[:, None] < window
@@ -96,12 +98,12 @@ def visible(rows: Rows, window: int) -> dict[str, torch.Tensor]:
 def forward(
     model: Any, rows: Rows, seen: dict[str, torch.Tensor], bank: torch.Tensor | None, features: torch.Tensor, first: int
 ) -> Any:
-    """What the language model makes of the rows: hidden states, and attentions if it computes them.
+    """Run the language model on the rows; return hidden states, and attentions if it computes them.
 
     Args:
         model: A `Gemma3ForConditionalGeneration`.
-        rows: The episodes; ids from `first` on are categories, entry e's row j being `first + e * m + j`.
-        seen: What `visible` says of them.
+        rows: Episodes; ids from `first` on are categories, row j of entry e being `first + e * m + j`.
+        seen: Attention masks from `visible`.
         bank: Category embeddings; None: the rows have no categories. Shape: [E, m, D].
         features: Embeddings of the input images, in the order of the rows. Shape: [images, m, D].
         first: Number of rows of the model's vocabulary.
@@ -123,6 +125,6 @@ def forward(
 
 
 def reply_loss(model: Any, rows: Rows, hidden: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of the reply tokens, in nats; `hidden` are the last layer's outputs [B, L, D]."""
-    predictor = torch.roll(rows.targets, -1, dims=1)  # a reply's first token follows its image's part
+    """Return the mean cross-entropy of the reply tokens, in nats; `hidden`: outputs of the last layer [B, L, D]."""
+    predictor = torch.roll(rows.targets, -1, dims=1)  # the token before each target predicts it
     return F.cross_entropy(model.lm_head(hidden[predictor]), rows.ids[rows.targets])

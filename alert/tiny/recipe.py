@@ -1,4 +1,4 @@
-"""The tiny Gemma 3 that runs ALERT on a laptop: a recipe as common/models/tiny/recipe.py.
+"""Recipe of the tiny Gemma 3 that runs ALERT on a laptop, like common/models/tiny/recipe.py.
 
 The model of common/models/tiny/gemma3.py with a tokenizer of its own, pre-trained by alert/tiny/pretrain.py.
 """
@@ -21,18 +21,18 @@ SOURCES = (
     *(MODELS / f"{name}.py" for name in (*PICTURES, "qwen2_vl", "gemma3", "wordings")),
 )
 SHIPPED = HERE / "weights"
-knows = frozenset(CLASSES)  # classes whose pictures it was pre-trained on
+knows = frozenset(CLASSES)  # classes of its pre-training images
 
 
 def meter() -> PromptMeter:
-    """Measures prompts for this model without building it."""
+    """Return a meter that measures prompts for this model without building it."""
     measure = tiny_gemma3.meter(corpus)
-    measure.config["text_config"] = tiny_gemma3.TEXT  # how much it reads
+    measure.config["text_config"] = tiny_gemma3.TEXT  # has the model's maximum length
     return measure
 
 
 def cached_folder(cache_dir: Path) -> Path:
-    """Where this recipe's model lies: in the repository, or once it is built."""
+    """Return the folder of this recipe's model: in the repository, or in the cache once it is built."""
     return place("tiny_gemma3", SOURCES, SHIPPED, Path(cache_dir))
 
 

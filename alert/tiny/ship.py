@@ -13,7 +13,7 @@ from common.models.tiny.cached import build_once
 
 
 def main() -> None:
-    """What lies there for other code goes; what is there for this code stays as it is."""
+    """Remove models of other code versions, and build and add the missing ones of this version."""
     for recipe in (qwen2_vl, gemma3, clip):
         with tempfile.TemporaryDirectory() as nowhere:
             built = build_once(recipe.cached_folder(Path(nowhere)), recipe._save)

@@ -1,1 +1,1 @@
-"""What a training costs in memory, operations and time, before it runs."""
+"""Estimate the memory, operations and time of a training before it runs."""

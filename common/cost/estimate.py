@@ -1,4 +1,4 @@
-"""What a run costs before it runs: tokens of its prompts, GiB of a GPU, operations of an update, hours on a card.
+"""Estimate a run before it runs: tokens of its prompts, GPU memory, operations of an update, hours on a card.
 
 Computed from the model's configuration files and the run's own prompts, by the code that trains; no weights are needed.
 """
@@ -37,24 +37,24 @@ CARDS = {
     "H100": (80, 989e12, 3.35e12),
     "H200": (141, 989e12, 4.8e12),
 }
-# Our choice: shares of these that a training reaches, badly and well, and seconds that a token takes at least while
-# sampling, by kernels started one by one and by CUDA graphs.
+# Our choice, for a slow and a fast training: the shares of peak operations and of peak bandwidth that it reaches, and
+# the least seconds per sampled token, with kernels launched one by one and with CUDA graphs.
 SLOW, FAST = (0.15, 0.3, 0.03), (0.45, 0.7, 0.003)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a training costs. Operations are those of one GPU in one update.
+    """Estimated cost of a training. Operations are those of one GPU in one update.
 
     Attributes:
         prompts: Tokens of the shortest and the longest training prompt.
-        completion: The most tokens of a completion.
-        operations: By the length of a completion in tokens, then by phase.
+        completion: Largest number of tokens of a completion.
+        operations: Operations by length of a completion in tokens, then by phase.
         memory: Bytes by phase, then by what holds them; see `update.memory`.
-        updates: Planned.
+        updates: Number of planned updates.
         ranks: Number of GPUs.
-        traffic: Bytes that are read for every sampled token, by the length of a completion; 0 where none is sampled.
-        reuse: Updates that train on one rollout.
+        traffic: Bytes read per sampled token, by length of a completion; 0 where nothing is sampled.
+        reuse: Number of updates per rollout.
     """
 
     prompts: tuple[int, int]
@@ -68,21 +68,22 @@ class Cost:
 
     @property
     def fullest(self) -> str:
-        """The phase that needs most memory."""
+        """Return the phase that needs most memory."""
         return max(self.memory, key=lambda phase: sum(self.memory[phase].values()))
 
     @property
     def bytes(self) -> float:
-        """Memory of the phase that needs most."""
+        """Return the memory of the phase that needs most."""
         return sum(self.memory[self.fullest].values())
 
     def hours(self, card: str, completion: int) -> tuple[float, float]:
-        """Hours of the whole training without evaluations, if all goes well and if it goes badly."""
+        """Return the hours of the whole training without evaluations: lower and upper estimate."""
         _, speed, bandwidth = CARDS[card]
         total = sum(self.operations[completion].values())
         found = []
         for used, read, token in (FAST, SLOW):
             seconds = total / (speed * used)
+            # Sampling is bound by memory bandwidth or by the overhead per token, whichever is slower.
             if traffic := self.traffic[completion]:
                 seconds += completion * max(token, traffic / (bandwidth * read)) / self.reuse
             found.append(self.updates * seconds / 3600)
@@ -90,16 +91,17 @@ class Cost:
 
 
 def of_run(config: Config, asked: TaskPrompts, folder: Path, ranks: int, lengths: Sequence[int] = ()) -> Cost:
-    """Compute what the training of a run costs.
+    """Estimate the cost of a run's training.
 
     Args:
-        config: The run's configuration, with a trainer that trains.
-        asked: The run's prompts.
+        config: Configuration of the run, with a trainer that trains.
+        asked: Prompts of the run.
         folder: Folder of the model, from `files.find`; its weights need not be there.
         ranks: Number of GPUs.
-        lengths: Tokens of a completion to count operations for; none: those of the longest label's reply and the limit.
+        lengths: Completion lengths to count operations for; empty: the longest label's reply and the limit.
     """
     trainer, size, limit = config.trainer, config.model.image_size, config.rollout.max_completion_tokens
+    # The model on the meta device, and the longest prompt, label and test prompt as the worst case.
     policy = _with_bank(vlm.on_meta(folder, config.model), config, asked)
     attention.install(policy.model, config.model.attention)
     measure_tokens = meter.of_folder(folder, config.model.family).tokens
@@ -111,6 +113,7 @@ def of_run(config: Config, asked: TaskPrompts, folder: Path, ranks: int, lengths
     prompts, sampled, most = math.ceil(trainer.prompts_per_update / ranks), None, len(label)
     if isinstance(trainer, GRPOConfig):
         sampled, most = Batch(prompt, prompts, trainer.group_size, limit), limit
+    # Forwards to count: a single group of each length for operations, and the largest micro-batch for memory.
     shown = tuple(lengths) or tuple(dict.fromkeys((min(len(label), most), most)))
     passes = {length: _measured(policy, prompt, label, length, 1, config) for length in {*shown, most}}
     fits = _groups_per_forward(config, len(prompt.ids) + _group_size(config) * most, prompts)
@@ -130,8 +133,9 @@ def of_run(config: Config, asked: TaskPrompts, folder: Path, ranks: int, lengths
 
 
 def foreseen(config: Config, asked: TaskPrompts) -> list[str]:
-    """The cost of a run that has not begun, for a reader; empty where no vision-language model is trained, and for
-    models that are built here, which are tiny.
+    """Return the estimated cost of a run as lines of text.
+
+    Empty where no vision-language model is trained, and for models that are built here, which are tiny.
     """
     model = config.model
     if model.family == NO_FAMILY or config.trainer.name == "none" or model.path is None:
@@ -141,7 +145,7 @@ def foreseen(config: Config, asked: TaskPrompts) -> list[str]:
 
 
 def _measured(policy: vlm.VLM, prompt: Encoded, label: torch.Tensor, length: int, groups: int, config: Config) -> Pass:
-    """The forward of some groups whose completions all have one length."""
+    """Count the forward of some groups whose completions all have one length."""
     trainer = config.trainer
     completion = label if len(label) == length else label[:1].repeat(length)
     made = [Group(prompt, (completion,) * _group_size(config))] * groups
@@ -164,7 +168,7 @@ def _groups_per_forward(config: Config, tokens: int, prompts: int) -> int:
 
 
 def _operations(one: Pass, config: Config, prompts: int) -> dict[str, float]:
-    """Of a rank in an update, by phase. A token that is sampled costs what it costs in a forward."""
+    """Return a rank's operations in an update, by phase. A sampled token costs as much as in a forward."""
     trainer = config.trainer
     phases = {"training": prompts * float(one.forward + one.backward)}
     if isinstance(trainer, GRPOConfig):
@@ -175,7 +179,7 @@ def _operations(one: Pass, config: Config, prompts: int) -> dict[str, float]:
 
 
 def _traffic(policy: vlm.VLM, sampled: Batch | None, length: int) -> float:
-    """Bytes that are read per sampled token by all rows together: the weights, and the cache half-way."""
+    """Return the bytes read per sampled token for all rows together: weights, and the cache at half length."""
     if sampled is None:
         return 0.0
     cache = cache_bytes(policy, sampled.count * sampled.group_size, len(sampled.prompt.ids) + length // 2)
@@ -184,20 +188,20 @@ def _traffic(policy: vlm.VLM, sampled: Batch | None, length: int) -> float:
 
 
 def _with_bank(policy: vlm.VLM, config: Config, asked: TaskPrompts) -> vlm.VLM:
-    """The model with as many embeddings beside its vocabulary as the method will put there."""
+    """Add the embeddings to the model that the method puts beside its vocabulary."""
     count, trained = asked.prompting.embeddings(asked.task), bool(config.method.get("trainable", True))
     if count == 0:
         return policy
     text = policy.model.config.get_text_config()
     tokens = policy.family.image_tokens(policy.model.config.to_dict(), config.model.image_size)
-    if config.trainer.embeddings == "host":  # which lends those of a prompt
+    if config.trainer.embeddings == "host":  # only those of the current prompt are on the GPU
         count, trained = max(len(prompt.categories) for prompt in asked.train), False
     entries = torch.empty(count, tokens, text.hidden_size, device="meta")
     return replace(policy, slots=attach(policy.model, entries, trained))
 
 
 def _encoded(policy: vlm.VLM, prompt: Prompt, image_size: int) -> Encoded:
-    """The prompt with a black picture."""
+    """Encode the prompt with a black image."""
 
     def black(keys: Sequence[str]) -> list[Image.Image]:
         return [Image.new("RGB", (image_size, image_size)) for _ in keys]
@@ -214,13 +218,16 @@ def _labels(asked: TaskPrompts) -> list[str]:
 
 
 def _reply(policy: vlm.VLM, asked: TaskPrompts, label: str, config: Config) -> torch.Tensor:
-    """Ids of the reply that says a label, and of its end."""
+    """Return the token ids of the reply to a label, with its end."""
     loss = "answer" if isinstance(config.trainer, GRPOConfig) else config.protocol.sft_loss
     return target(policy, asked.prompting.label_response(label), loss)
 
 
 def _weight_bytes(policy: vlm.VLM, config: Config) -> int | None:
-    """Of 8-bit weights: bitsandbytes keeps linear layers so, but for the output projection; None: as they compute."""
+    """Return the bytes of 8-bit weights, or None without them.
+
+    bitsandbytes stores linear layers in 8 bits, except the output projection and what is trained.
+    """
     if not config.model.load_in_8bit:
         return None
     base = without_adapters(policy.model)
@@ -235,7 +242,7 @@ def _weight_bytes(policy: vlm.VLM, config: Config) -> int | None:
 
 
 def smallest_card(needed: float) -> str:
-    """The smallest card with 8 % beyond the bytes that are needed, which a caching allocator takes.
+    """Return the smallest card with 8 % more memory than needed, for what a caching allocator takes beside.
 
     >>> smallest_card(20 * GIB), smallest_card(38 * GIB), smallest_card(200 * GIB)
     ('RTX 4090', 'L40S', 'none')
@@ -245,7 +252,7 @@ def smallest_card(needed: float) -> str:
 
 
 def lines(cost: Cost, card: str = "A100 80 GB") -> list[str]:
-    """The estimate for a reader, one line per thing."""
+    """Return the estimate as lines of text."""
     few, many = cost.prompts
     held = cost.memory[cost.fullest]
     parts = " + ".join(f"{name} {_gib(size)}" for name, size in held.items() if size >= 0.01 * GIB)

@@ -1,4 +1,4 @@
-"""Memory and operations of one update, counted phase by phase from the shapes of its tensors; nothing is computed."""
+"""Count memory and operations of one update, phase by phase, from the shapes of its tensors; nothing is computed."""
 
 from __future__ import annotations
 
@@ -22,24 +22,21 @@ from common.models.encoder import Encoded
 from common.models.vlm import VLM
 from common.training.engine import bucket_size, zero_stage
 
-# Bytes and floating-point operations of a computation, counted from the shapes of its tensors: nothing is computed.
-#
-# Weights and activations are tensors of the `meta` device, which have a shape and no content. Token ids, positions and
-# masks stay real, since the layout depends on their values. So the model's own code runs forward and backward at any
-# size, on any machine, in seconds.
-
+# Counting by shapes. Weights and activations are tensors of the `meta` device, which have a shape and no content. Token
+# ids, positions and masks stay real, since the layout depends on their values. So the model's own code runs forward and
+# backward at any size, on any machine, in seconds.
 
 META = torch.device("meta")
 
 
 class ShapeCounter(TorchDispatchMode):
-    """A context in which operations on meta tensors are counted, as a GPU would run them.
+    """Context that counts operations on meta tensors as a GPU would run them.
 
     torch.utils.flop_counter.FlopCounterMode is not used because it keeps the activations of all modules alive.
 
     Attributes:
         live: Bytes of the meta tensors that exist now.
-        peak: The largest `live` so far.
+        peak: Largest `live` so far.
         flops: Multiplications and additions of matrix products, convolutions and attention; a pair counts two.
     """
 
@@ -49,7 +46,7 @@ class ShapeCounter(TorchDispatchMode):
         self.known: weakref.WeakKeyDictionary[torch.UntypedStorage, int] = weakref.WeakKeyDictionary()
 
     def __enter__(self) -> ShapeCounter:
-        # a TorchFunctionMode would not see what checkpoints compute again in a backward
+        # Patched by hand: a TorchFunctionMode would miss what checkpoints recompute in the backward pass.
         self.attention, F.scaled_dot_product_attention = F.scaled_dot_product_attention, self._attention
         return super().__enter__()
 
@@ -58,19 +55,21 @@ class ShapeCounter(TorchDispatchMode):
         F.scaled_dot_product_attention = self.attention
 
     def _attention(self, query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Attention by the kernels that a GPU would take. PyTorch has no rule for the meta device and would take the
-        plain sums, with all scores in fp32.
+        """Run attention by the kernels that a GPU would use.
+
+        PyTorch has no rule for the meta device and would use plain operations, with all scores in fp32.
         """
         attention = _fused_attention if query.device == META else self.attention
         return attention(query, *args, **kwargs)
 
     def add(self, tensor: torch.Tensor) -> None:
-        """Count a tensor from now until it is freed; another view of the same memory adds nothing."""
+        """Count a tensor until it is freed; another view of the same memory adds nothing."""
         storage = tensor.untyped_storage()
         if storage not in self.known:
             size = self.known[storage] = storage.nbytes()
             self.live += size
             self.peak = max(self.peak, self.live)
+            # called when the last view of the storage is garbage-collected
             weakref.finalize(storage, self._freed, size)
 
     def _freed(self, size: int) -> None:
@@ -81,7 +80,7 @@ class ShapeCounter(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if any(map(_is_meta, tree_leaves((args, kwargs)))):
-            args, kwargs = tree_map(_shape_of, (args, kwargs))  # a real mask beside meta tensors
+            args, kwargs = tree_map(_shape_of, (args, kwargs))  # e.g. a real mask beside meta tensors
         out = func(*args, **kwargs)
         made = [value for value in tree_leaves(out) if _is_meta(value)]
         for tensor in made:
@@ -102,8 +101,10 @@ def _fused_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """The signature of `scaled_dot_product_attention`. The flash kernel takes no mask but fewer key heads; the
-    memory-efficient one takes a mask, as numbers to add, and needs as many key heads.
+    """Compute attention by a fused kernel; the signature is that of `scaled_dot_product_attention`.
+
+    The flash kernel takes no mask but fewer key heads; the memory-efficient one takes a mask, as numbers to add, and
+    needs as many key heads as query heads.
     """
     if attn_mask is None:
         flash = torch.ops.aten._scaled_dot_product_flash_attention
@@ -125,30 +126,28 @@ def _shape_of(value: Any) -> Any:
     return value.to(META) if isinstance(value, torch.Tensor) and value.device != META else value
 
 
-# Memory and operations of one update, phase by phase, for any model on any number of GPUs.
-#
-# The largest forward of the run and its backward are counted by `counting.ShapeCounter` through the code that trains.
-# What DeepSpeed, the sampler and CUDA hold beside it is added by formula; tests/test_cost.py compares both with
-# measured peaks. A caching allocator needs some per cent more than what is allocated.
+# One update, for any model on any number of GPUs. The largest forward of the run and its backward are counted by
+# `ShapeCounter` through the code that trains. What DeepSpeed, the sampler and CUDA hold beside it is added by formula;
+# tests/test_cost.py compares both with measured peaks. A caching allocator needs some per cent more than is allocated.
 #
 # Shapes: N prompts of one forward, G completions each, P and R tokens of prompt and completion.
 
 GIB = 2**30
 GATHERED = 1_000_000_000  # elements of DeepSpeed's default stage3_max_live_parameters
 CONTEXT = 0.6 * GIB  # bytes of a CUDA context and its kernels; our choice, 0.4 to 0.8 GiB are usual
-NCCL = 0.6 * GIB  # bytes of its buffers; our choice
+NCCL = 0.6 * GIB  # bytes of NCCL's buffers; our choice
 DRAWING = 24  # bytes per logit while a token is drawn: fp64 probabilities, the truncated ones and their sums
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward of a training, with and without its backward.
+    """Counts of one forward in a training, with and without its backward.
 
     Attributes:
         forward: Floating-point operations of the forward.
-        backward: Those of the backward, recomputed activations included; 0 if nothing is trained.
-        scored: Bytes at most beside weights, without a gradient.
-        trained: Bytes at most beside weights and gradients, with one.
+        backward: Operations of the backward, recomputed activations included; 0 if nothing is trained.
+        scored: Peak bytes beside weights, without a gradient.
+        trained: Peak bytes beside weights and gradients, with a gradient.
     """
 
     forward: int
@@ -161,14 +160,14 @@ def measure(vlm: VLM, packed: Packed, chunk: int | None = None) -> Pass:
     """Count one forward and its backward.
 
     Args:
-        vlm: From `vlm.on_meta`.
+        vlm: Model from `vlm.on_meta`.
         packed: Prompts and completions on the CPU.
-        chunk: Rows per vocabulary projection; None: as `head_rows` has it.
+        chunk: Rows per vocabulary projection; None: result of `head_rows`.
     """
     scorer = PolicyScorer(vlm.model, vlm.banned, 1.0, chunk or head_rows(vlm.model)).train()
     packed = replace(packed, inputs=_shapes(packed.inputs))
     trained = [parameter for parameter in scorer.parameters() if parameter.requires_grad]
-    # gradients are counted apart, since ranks may divide them among themselves
+    # Gradients are dropped here and added by formula in `memory`, since ZeRO may partition them.
     hooks = [p.register_post_accumulate_grad_hook(_drop_gradient) for p in trained]
     with ShapeCounter() as counter:
         for tensor in [*scorer.parameters(), *scorer.buffers()]:
@@ -182,6 +181,7 @@ def measure(vlm: VLM, packed: Packed, chunk: int | None = None) -> Pass:
             logps, _ = scorer(packed)
             logps.sum().backward()
             del logps
+            # the forward has run twice: without and with a gradient
             backward = counter.flops - 2 * forward
         peak = counter.peak - weights
     for hook in hooks:
@@ -190,11 +190,11 @@ def measure(vlm: VLM, packed: Packed, chunk: int | None = None) -> Pass:
 
 
 def prefill_bytes(vlm: VLM, prompts: Sequence[Encoded]) -> int:
-    """Bytes at most, beside weights, of the forward that reads prompts before they are continued, its cache included.
+    """Return the peak bytes, beside weights, of the forward that reads prompts before sampling, its cache included.
 
     Args:
-        vlm: From `vlm.on_meta`.
-        prompts: `Encoded` ones of equal length, N of them.
+        vlm: Model from `vlm.on_meta`.
+        prompts: Encoded prompts of equal length, N of them.
     """
     ids = torch.stack([prompt.ids for prompt in prompts])
     inputs: dict[str, Any] = {
@@ -227,7 +227,7 @@ def _drop_gradient(parameter: torch.nn.Parameter) -> None:
 
 
 def cache_bytes(vlm: VLM, rows: int, tokens: int) -> int:
-    """Bytes of the keys and values of `rows` sequences of `tokens` tokens; layers with a window keep that much."""
+    """Return the bytes of keys and values of `rows` sequences of `tokens` tokens; windows limit their layers."""
     text = vlm.model.config.get_text_config()
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
@@ -238,13 +238,13 @@ def cache_bytes(vlm: VLM, rows: int, tokens: int) -> int:
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts that are completed together: all have the length of the longest one.
+    """Prompts that are completed together, all as long as the longest one.
 
     Attributes:
-        prompt: The longest, P tokens.
+        prompt: Longest prompt, P tokens.
         count: N.
-        group_size: G completions of each.
-        completion: R, the most tokens of a completion.
+        group_size: G completions of each prompt.
+        completion: R, the largest number of tokens of a completion.
     """
 
     prompt: Encoded
@@ -263,19 +263,19 @@ def memory(
     ranks: int,
     weights: int | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Bytes of one GPU in every phase of a training, by what holds them.
+    """Return the bytes of one GPU in every phase of a training, by what holds them.
 
     A judge that is a model of its own is not counted, nor an engine that samples beside the policy.
 
     Args:
-        vlm: From `vlm.on_meta`.
-        one: The largest forward of a rank.
-        sampled: What a rank samples for an update; None where the training samples nothing.
-        evaluated: What an evaluation asks together.
-        config: Of the trainer.
-        deepspeed: ZeRO stage, offload and bucket size are read.
+        vlm: Model from `vlm.on_meta`.
+        one: Largest forward of a rank.
+        sampled: Batch that a rank samples for an update; None where the training samples nothing.
+        evaluated: Batch of an evaluation.
+        config: Configuration of the trainer.
+        deepspeed: DeepSpeed configuration, of which ZeRO stage, offload and bucket size are read.
         ranks: Number of GPUs.
-        weights: Bytes of the weights where they are kept in another format than they compute in (8 bits).
+        weights: Bytes of the weights where they are stored in another format than they compute in (8 bits).
     """
     stage = zero_stage(deepspeed)
     offloaded = "offload_optimizer" in deepspeed.get("zero_optimization", {})
@@ -283,11 +283,12 @@ def memory(
     own = sum(p.nbytes for p in parameters) if weights is None else weights
     learning = [p for p in parameters if p.requires_grad]
     count, size = sum(p.numel() for p in learning), max((p.element_size() for p in learning), default=0)
-    # AdamW's two moments; and an fp32 copy of 16-bit weights, or of all where ZeRO flattens them
+    # AdamW's two moments in fp32 (8 bytes), plus an fp32 copy of 16-bit weights, or of all weights where ZeRO flattens
+    # them (4 bytes).
     states = count * (12 if size == 2 or stage > 0 else 8)
     split = ranks if stage >= 1 else 1
     gradients = count * size / (ranks if stage >= 2 else 1)
-    # while AdamW steps: the gradients once more, flat and in fp32, and its temporaries; 12 bytes a weight with them
+    # During the step: the gradients again, flat and in fp32, and AdamW's temporaries; together 12 bytes per weight.
     step = max(0.0, 12 * count / split - gradients)
     references = isinstance(config, GRPOConfig) and config.beta > 0 and not hasattr(vlm.model, "disable_adapter")
     always = {
@@ -296,7 +297,7 @@ def memory(
         "optimizer states": 0.0 if offloaded else states / split,
         "CUDA": CONTEXT + NCCL * (ranks > 1),
     }
-    whole = always | {"weights": own}  # ZeRO-3 gathers them to sample
+    whole = always | {"weights": own}  # ZeRO-3 gathers all weights to sample
     phases = {"evaluation": whole | _sampling(vlm, evaluated)}
     if not learning:
         return phases
@@ -317,9 +318,9 @@ def memory(
 
 
 def _sampling(vlm: VLM, batch: Batch) -> dict[str, float]:
-    """Beside the weights: reading the prompts, then continuing all of them together."""
+    """Return the bytes beside the weights: the larger of reading the prompts and continuing all of them together."""
     rows, text = batch.count * batch.group_size, vlm.model.config.get_text_config()
     cache = cache_bytes(vlm, rows, len(batch.prompt.ids) + batch.completion)
-    # a layer's keys are copied when a token is added, one layer after the other
+    # Appending a token copies the cache of a layer, one layer at a time.
     continuing = cache * (1 + 1 / text.num_hidden_layers) + rows * text.vocab_size * DRAWING
     return {"caches and logits": max(continuing, prefill_bytes(vlm, [batch.prompt] * batch.count))}

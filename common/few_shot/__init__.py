@@ -1,5 +1,5 @@
-"""Few-shot learners on frozen features: baselines, and ALERT's drafts.
+"""Few-shot learners on frozen features: baselines, and the drafts of ALERT.
 
-encoders/ makes features of pictures and class names, heads/ holds the learners, features.py brings both together, and
-learner.py is what a run trains and tests.
+encoders/ computes features of images and class names, heads/ holds the learners, and learner.py joins both into what a
+run trains and tests. candidates.py keeps a learner's best classes per image, for ALERT.
 """

@@ -1,4 +1,10 @@
-"""A few-shot learner's best classes of every picture, also on disk; how often the truth is among them. No torch."""
+"""Rank the classes of every image by a few-shot learner's logits, keep the best on disk, and measure recall@k.
+
+A few-shot learner writes its candidates into its run folder; a method such as ALERT, for which the learner is a draft,
+offers the first k of them to a language model.
+
+Shapes: N images, C classes, k candidates per image that are shown, K >= k candidates that are kept. Needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +28,7 @@ from common.data.manifest import digest
 from common.parsing import normalize
 from common.types import UserError
 
-# Candidates: the best classes of every picture by a few-shot learner, and how often the truth is among them. No torch.
-#
-# A learner writes them into its run folder (candidate_file.py); a method such as ALERT, for which the learner is a
-# draft, offers the first k of them to a language model.
-#
-# Shapes: N images, C classes, k candidates per image, K >= k that are kept.
-
-
-DEPTH = 16  # categories that are kept of a draft's ranking; the paper shows up to 8 (Table 5)
+DEPTH = 16  # K, the classes kept per image; the paper shows up to 8 (Table 5)
 CHUNK = 4096  # images that are sorted together, which bounds the memory
 ORDERS = ("rank", "shuffle")
 RECALL_AT = (1, 2, 3, 4, 5, 8)
@@ -38,7 +36,10 @@ RECALL_AT = (1, 2, 3, 4, 5, 8)
 
 @dataclass(frozen=True)
 class Origin:
-    """Whose ranking it is. `uses_labels`: the truth was put in, so what comes of it is an upper bound."""
+    """Describe the learner that made a ranking: method, dataset, shots and seed.
+
+    `uses_labels`: the true class was inserted into the candidates, so results that use them are an upper bound.
+    """
 
     method: str
     dataset: str
@@ -49,13 +50,13 @@ class Origin:
 
 @dataclass(frozen=True)
 class Candidates:
-    """The best categories of every image.
+    """The best classes of every image.
 
     Args:
-        images: Keys, each once. Length: N.
-        indices: Classes, best first, no name twice. Shape: [N, K].
+        images: Image keys, without duplicates. Length: N.
+        indices: Class indices, best first, without two classes of one name. Shape: [N, K].
         logits: Logits of these classes, not increasing along a row. Shape: [N, K].
-        origin: Whose ranking it is.
+        origin: Description of the learner that made the ranking.
 
     Raises:
         ValueError: Shapes do not fit, or an image occurs twice.
@@ -79,34 +80,35 @@ class Candidates:
         return {image: row for row, image in enumerate(self.images)}
 
     def ranking(self, image: str) -> tuple[int, ...]:
-        """All classes that are kept of an image, best first. Length: K."""
+        """Return all K kept classes of an image, best first."""
         return tuple(self.indices[self._row[image]].tolist())
 
     def shown(self, image: str, k: int, order: str = "rank") -> tuple[int, ...]:
-        """The k best classes of an image, as the prompt lists them. The paper does not say in which order: our choice.
+        """Return the k best classes of an image in the order of the prompt (the paper gives no order: our choice).
 
         Args:
-            image: Its key.
-            k: How many; the paper's default is 2.
-            order: `rank` (best first, which tells the model what the draft prefers) or `shuffle` (a random order that
+            image: Key of the image.
+            k: Number of classes; the paper's default is 2.
+            order: `rank` (best first, which shows the model what the draft prefers) or `shuffle` (a random order that
                 depends on the image alone).
 
         Raises:
-            UserError: `k` or `order` cannot be met.
+            UserError: `k` or `order` is not possible.
         """
         one_of("method.order", order, ORDERS)
         _check_k(k, self.indices.shape[1], "are kept of each image")
         best = list(self.ranking(image)[:k])
         if order == "shuffle":
+            # Seeded by the image key alone: the same order before and after training, in every run and on every rank.
             random.Random(f"candidates-{image}").shuffle(best)
         return tuple(best)
 
 
 @lru_cache(maxsize=16)
 def name_groups(names: tuple[str, ...]) -> tuple[int, ...]:
-    """For every class the first class of the same name, by which classes that cannot be told apart are known.
+    """Return for every class the first class of its name: classes that cannot be told apart share a number.
 
-    Names are compared as answers are (`common.parsing.normalize`).
+    Names are compared like answers (`common.parsing.normalize`).
 
     >>> name_groups(("missile", "crane", "Missile"))
     (0, 1, 0)
@@ -116,14 +118,14 @@ def name_groups(names: tuple[str, ...]) -> tuple[int, ...]:
 
 
 def select(logits: ArrayLike, k: int, names: Sequence[str] | None = None) -> NDArray[np.int64]:
-    """The k classes of the highest logits, best first; equal ones by class index (section 3.1). Knows no labels.
+    """Return the k classes with the highest logits, best first; ties go to the lower class index (section 3.1).
 
-    Of classes that share a name only the best one counts, since a list must not offer a name twice.
+    No label is used. Of several classes with one name only the best is kept: a prompt must not list a name twice.
 
     Args:
         logits: One number per class; higher is more likely. Shape: [N, C].
-        k: How many classes.
-        names: Class names, as they are shown. Length: C. None: no two share one.
+        k: Number of classes.
+        names: Class names as the prompt shows them. Length: C. None: all names differ.
 
     Returns:
         Class indices. Shape: [N, k].
@@ -152,14 +154,17 @@ def select(logits: ArrayLike, k: int, names: Sequence[str] | None = None) -> NDA
 
 
 def _order(rows: NDArray[np.float64], groups: Sequence[int]) -> NDArray[np.int64]:
-    """All classes of each row, best first; those that another one of their name beats come last."""
+    """Return all classes of each row, best first; a class that is beaten by another one of its name goes to the end."""
     behind = np.zeros(rows.shape, bool)
+    # Only groups with several members matter: all of them are moved behind, then the best one is moved back to the
+    # front.
     for first in sorted({first for label, first in enumerate(groups) if label != first}):
         same = np.array([label for label, group in enumerate(groups) if group == first])
         best = same[rows[:, same].argmax(1)]  # of equal ones the lowest index
         behind[:, same] = True
         behind[np.arange(len(rows)), best] = False
-    return np.lexsort((-rows, behind))  # stable, unlike torch.topk: equal logits stay in the order of the classes
+    # lexsort sorts by its last key first: `behind`, then the negated logit.
+    return np.lexsort((-rows, behind))  # stable, unlike torch.topk: ties keep the order of the classes
 
 
 def _check_k(k: int, available: int, what: str) -> None:
@@ -170,25 +175,26 @@ def _check_k(k: int, available: int, what: str) -> None:
 
 
 def rank(images: Sequence[str], logits: ArrayLike, names: Sequence[str], origin: Origin) -> Candidates:
-    """A draft's logits as candidates, the best DEPTH of each image or all if there are fewer names.
+    """Turn a draft's logits into candidates: the best DEPTH classes of each image, or all if there are fewer names.
 
     Args:
-        images: Keys. Length: N.
-        logits: Shape: [N, C].
+        images: Image keys. Length: N.
+        logits: Logits of the draft. Shape: [N, C].
         names: Class names. Length: C.
-        origin: Whose logits they are.
+        origin: Description of the draft.
     """
     indices = select(logits, min(DEPTH, len(set(name_groups(tuple(names))))), names)
     return Candidates(tuple(images), indices, logits_of(logits, indices), origin)
 
 
 def join(parts: Sequence[Candidates], images: Sequence[str]) -> Candidates:
-    """The candidates of some images each, of one draft, as those of all.
+    """Join the candidates that one draft gave for several sets of images.
 
     Args:
-        parts: At least one.
-        images: Keys, in the order that the result shall have. Length: N.
+        parts: Candidates of each set; at least one.
+        images: Image keys in the order of the result. Length: N.
     """
+    # row of an image in the concatenation of all parts
     row_of = {image: row for row, image in enumerate(image for part in parts for image in part.images)}
     rows = [row_of[image] for image in images]
     indices, logits = (np.concatenate(each)[rows] for each in zip(*((p.indices, p.logits) for p in parts), strict=True))
@@ -196,57 +202,54 @@ def join(parts: Sequence[Candidates], images: Sequence[str]) -> Candidates:
 
 
 def logits_of(logits: ArrayLike, indices: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The logits of some classes of every image. Shapes: [N, C] and [N, k] -> [N, k]."""
+    """Gather the logits of given classes per image. Shapes: [N, C] and [N, k] -> [N, k]."""
     return np.take_along_axis(np.asarray(logits), indices, axis=1).astype(np.float64)
 
 
 def place_of(name: str, names: Sequence[str]) -> int | None:
-    """Position of a name in a list, counted from 1; None if it is not there."""
+    """Return the position of a name in a list, counted from 1; None if it is missing."""
     return names.index(name) + 1 if name in names else None
 
 
 def recall(ranks: Sequence[int | None], depth: int, at: Sequence[int] = RECALL_AT) -> dict[str, float]:
-    """Share of the images whose truth is among the first k, for every k of `at`.
+    """Return recall@k: the share of images whose true class is among the first k, for every k of `at`.
 
     Args:
-        ranks: Ranks of the truth, from 1; None: not among the first `depth`.
-        depth: How many candidates are known of every image.
-        at: The values of k. Those beyond `depth` are left out, unless every truth was found before.
+        ranks: Rank of the true class per image, from 1; None: not among the first `depth`.
+        depth: Number of known candidates per image.
+        at: Values of k. Those beyond `depth` are left out, unless every true class was found within `depth`.
 
     >>> recall([1, 3, None, 1], depth=4)
     {'recall@1': 0.5, 'recall@2': 0.5, 'recall@3': 0.75, 'recall@4': 0.75}
     """
+    # beyond `depth` a missing rank could be anything, so recall is known there only if no rank is missing
     known = [k for k in at if k <= depth or None not in ranks]
     return {f"recall@{k}": sum(rank is not None and rank <= k for rank in ranks) / len(ranks) for k in known}
 
 
 def recall_at(candidates: Candidates, names: Sequence[str], truths: Sequence[int]) -> dict[str, float]:
-    """recall@k of the ranking for k of 1, 2, 3, 4, 5, 8 and 16, as far as it is known.
+    """Return recall@k of a ranking for k of 1, 2, 3, 4, 5, 8 and 16, as far as the kept candidates tell.
 
-    A class that shares its name with the truth is as good as the truth.
+    A class with the same name as the true class counts as the true class.
     """
     ranks = truth_ranks(candidates, names, truths)
     return recall(ranks, candidates.indices.shape[1], (*RECALL_AT, DEPTH))
 
 
 def truth_ranks(candidates: Candidates, names: Sequence[str], truths: Sequence[int]) -> list[int | None]:
-    """The rank of every image's truth, from 1; None: not among those that are kept. Arguments as of `recall_at`."""
+    """Return the rank of every image's true class, from 1; None: not among the kept ones. Arguments as `recall_at`."""
     groups = np.array(name_groups(tuple(names)))
     shown = groups[candidates.indices].tolist()
     return [place_of(groups[truth], row) for truth, row in zip(truths, shown, strict=True)]
 
 
-# Candidates on disk, so that a few-shot learner and ALERT over it may run at different times and in different
-# environments. No torch.
+# Candidates on disk: `method.draft=file` reads them, so the few-shot learner and ALERT can run at different times and
+# in different environments. Both files are needed; the layout is our choice.
 #
 # <name>.npz    image_id (N), topk_idx (N, K), topk_logit (N, K); K is 16, or the number of names if that is less
-# <name>.json   whose ranking it is, the class names with their hash, recall@k, and a hash of the arrays
-#
-# Both are needed; the layout is our choice. `method.draft=file` reads them.
-#
-# Shapes: N images, C classes, K candidates per image.
+# <name>.json   origin of the ranking, class names with their hash, recall@k, hash of the arrays
 
-FOLDER = "candidates"  # in the folder of a few-shot learner's run, a pair of files for each split
+FOLDER = "candidates"  # sub-folder of a few-shot learner's run folder, with one pair of files per split
 ARRAYS = ("image_id", "topk_idx", "topk_logit")
 DAMAGED = "was not written whole; write it again"
 
@@ -258,17 +261,17 @@ def write_candidates(
     truths: Sequence[int],
     about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write `<path>.npz` and `<path>.json`, each whole or not at all.
+    """Write `<path>.npz` and `<path>.json`, each completely or not at all.
 
     Args:
-        path: Without suffix; its folder is made.
+        path: Path without suffix; its folder is created.
         candidates: Candidates of the whole split.
         names: Class names. Length: C.
-        truths: True classes, for the recall in the JSON file alone. Length: N.
-        about: What else the JSON file says, such as the hash of the manifest.
+        truths: True classes, used only for the recall in the JSON file. Length: N.
+        about: Further entries of the JSON file, such as the hash of the manifest.
 
     Returns:
-        What the JSON file holds.
+        The content of the JSON file.
 
     Raises:
         UserError: The files cannot be written.
@@ -286,6 +289,8 @@ def write_candidates(
     data, text = _paths(path)
     try:
         data.parent.mkdir(parents=True, exist_ok=True)
+        # Write under temporary names, then rename. A kill between the two renames leaves a pair that does not match;
+        # the hash of the arrays in the JSON file reveals it.
         with _unfinished(data).open("wb") as file:
             np.savez(file, image_id=arrays[0], topk_idx=arrays[1], topk_logit=arrays[2])
         _unfinished(text).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
@@ -297,19 +302,19 @@ def write_candidates(
 
 
 def read_candidates(path: Path, images: Sequence[str], names: Sequence[str], dataset: str, split: str) -> Candidates:
-    """The candidates of some images, from files that `write` made.
+    """Read the candidates of some images from files that `write_candidates` made.
 
-    Shots and seed are not compared, since a draft without training has none; they are in `origin`, to be reported.
+    Shots and seed are not compared, since a draft without training has none; they are reported from `origin`.
 
     Args:
         path: Path of either file, or without suffix.
-        images: Keys. The files may hold more.
+        images: Image keys. The files may hold more.
         names: Class names. Length: C.
         dataset: Name of the dataset that is tested on.
-        split: The images' split, for errors.
+        split: Name of the images' split, for errors.
 
     Returns:
-        In the order of `images`.
+        The candidates in the order of `images`.
 
     Raises:
         UserError: A file is missing or damaged, or belongs to another dataset, other classes or other images.
@@ -337,7 +342,7 @@ def read_candidates(path: Path, images: Sequence[str], names: Sequence[str], dat
 
 
 def identity(path: Path) -> str:
-    """A hash that changes with the ranking, the names, or whose ranking it is. `path`: as for `read`.
+    """Return a hash that changes with the ranking, the class names or the origin. `path`: as in `read_candidates`.
 
     Raises:
         UserError: The JSON file is missing or damaged.
@@ -346,7 +351,7 @@ def identity(path: Path) -> str:
 
 
 def _paths(path: Path) -> tuple[Path, Path]:
-    """`s1/test`, `s1/test.npz` or `s1/test.json` to both files; other dots belong to the name."""
+    """Map `s1/test`, `s1/test.npz` or `s1/test.json` to both files; other dots belong to the name."""
     stem = path.with_suffix("") if path.suffix in (".npz", ".json") else path
     return stem.with_name(f"{stem.name}.npz"), stem.with_name(f"{stem.name}.json")
 
@@ -356,12 +361,12 @@ def _unfinished(path: Path) -> Path:
 
 
 def _arrays(candidates: Candidates) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """In the types of the file, least significant byte first on every machine."""
+    """Convert candidates to the types of the file, little-endian on every machine."""
     return np.array(candidates.images, str), candidates.indices.astype("<i4"), candidates.logits.astype("<f4")
 
 
 def _sha256(*arrays: NDArray[Any]) -> str:
-    """A hash of the content, since an .npz file also holds the time at which it was written."""
+    """Hash the content of arrays; the bytes of an .npz file would not do, since it also stores the time of writing."""
     total = hashlib.sha256()
     for array in arrays:
         total.update(f"{array.dtype.str}{array.shape}".encode())

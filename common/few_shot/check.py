@@ -1,5 +1,7 @@
-"""What a run's configuration settles about its few-shot learner, and what it cannot have. No torch is needed to refuse,
-but for the learner's own arguments.
+"""Check a run's configuration of its few-shot learner, and build the learner.
+
+Configuration errors are found without torch and before any encoder is loaded; only the learner's own arguments need
+torch.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def name_of(config: Config) -> str:
-    """The chosen learner.
+    """Return the name of the chosen learner.
 
     Raises:
         UserError: None is chosen.
@@ -29,7 +31,7 @@ def name_of(config: Config) -> str:
 
 
 def make(config: Config) -> FewShotHead:
-    """The learner that `few_shot` describes, not fitted.
+    """Build the learner that `few_shot` describes, not fitted.
 
     Raises:
         UserError: There is none, or an argument is wrong.
@@ -44,14 +46,14 @@ def make(config: Config) -> FewShotHead:
 
 
 def check(config: Config, data: TaskData) -> None:
-    """See `Check` in common/learner.py."""
+    """Check a run of a few-shot learner; implements `Check` of common/learner.py."""
     if (name := name_of(config)) != (own := config.method["learner"]):
         raise UserError(f"few_shot={name}: method={config.method['name']} fits {own}; choose method={name}")
     check_fit(config, data.task)
 
 
 def check_fit(config: Config, task: Task) -> None:
-    """Everything that can be refused before an encoder is loaded.
+    """Check everything that can be checked before an encoder is loaded.
 
     Raises:
         UserError: Names the key and the fix.
@@ -59,6 +61,7 @@ def check_fit(config: Config, task: Task) -> None:
     from common.few_shot.encoders import encoder, generated, texts
 
     name, learner, clip, visual = name_of(config), make(config), config.clip, config.visual
+    # Encoders: a learner that compares with class names needs CLIP, every other one at least some encoder.
     if clip is None or clip.load is None:
         if learner.needs & {"text", "maps"}:
             raise UserError(
@@ -67,9 +70,11 @@ def check_fit(config: Config, task: Task) -> None:
             )
         if visual is None or visual.load is None:
             raise UserError(f"{name} needs an encoder: clip={named(clip)} and visual={named(visual)} are none")
+    # Weights files exist.
     for encoder_key, chosen in (("clip", clip), ("visual", visual)):
         if chosen is not None:
             encoder.check(encoder_key, chosen)
+    # Texts: the prompts of all class names of all splits can be made.
     if clip is not None and clip.load is not None:
         splits = [task.train, *task.evaluation.values()]
         names = list(dict.fromkeys(name for split in splits for name in split.names))
@@ -77,6 +82,7 @@ def check_fit(config: Config, task: Task) -> None:
             texts.of_templates(names, clip.templates)
         else:
             texts.of_file(Path(clip.prompts).expanduser(), names)
+    # Images: validation images where the fit needs them, and generated images if any are configured.
     learner.check_val("val" in task.evaluation or config.selection == "paper")
     if learner.generated is not None and learner.generated_per_class:
         generated.pick(
@@ -86,15 +92,15 @@ def check_fit(config: Config, task: Task) -> None:
 
 
 def named(encoder: EncoderConfig | None) -> str:
-    """The name of a group's choice, as a user types it."""
+    """Return the name of a group's choice, as it is typed on the command line."""
     return "null" if encoder is None else encoder.name
 
 
 def check_classes(name: str, learner: FewShotHead, task: Task) -> None:
-    """Every class has a shot, and no split has classes that a learner of fixed classes was not fitted on.
+    """Check that every class has a shot, and that a learner of fixed classes is tested on no other classes.
 
     Raises:
-        UserError: Names the first.
+        UserError: Names the first class that is at fault.
     """
     if not learner.steps:
         return

@@ -1,4 +1,4 @@
-"""A few-shot learner on frozen features as the learner of a run (common/learner.py), or as ALERT's draft."""
+"""Run a few-shot learner on frozen features: as the learner of a run (common/learner.py), or as ALERT's draft."""
 
 from __future__ import annotations
 
@@ -35,26 +35,27 @@ from common.runtime.distributed import barrier, rank
 from common.training.base import Step
 from common.types import Answers, Images, Item, Prediction, Probabilities, Task, UserError
 
-# From the pictures and names of a task to what a learner is fitted on: the encoders of a run, and their features.
+# Features: the encoders of a run, applied to the images and class names of a task.
 
 
 class FeatureExtractor:
-    """The encoders that a learner needs. All ranks call the methods together."""
+    """The encoders that a learner needs, and their cached features. All ranks call the methods together."""
 
     def __init__(self, config: Config, learner: FewShotHead, device: torch.device) -> None:
         """
         Args:
-            config: The run's configuration.
-            learner: What it `needs` decides which encoders are loaded.
-            device: Where encoders compute and features lie.
+            config: Configuration of the run.
+            learner: Learner whose `needs` decide which encoders are loaded.
+            device: Device of the encoders and of the features.
 
         Raises:
             UserError: Weights are missing or of another model.
         """
         self.config, self.needs, self.crop, self.device = config, learner.needs, learner.crop, device
         cache = Path(config.cache_dir)
-        reads, looks = config.clip, config.visual  # a run may have neither: `check_fit` refuses that
+        reads, looks = config.clip, config.visual  # at least one is set: `check_fit` has seen to it
         self.clip = cast(TextEncoder, load("clip", reads, device, cache)) if reads and reads.load else None
+        # The visual encoder replaces a missing CLIP; beside CLIP only a learner that uses a second encoder gets it.
         beside = self.clip is None or "second" in learner.needs
         self.visual = load("visual", looks, device, cache) if beside and looks and looks.load else None
         encoders = [each for each in (self.clip, self.visual) if each is not None]
@@ -62,6 +63,7 @@ class FeatureExtractor:
             "path": "; ".join(each.source for each in encoders),
             "sha256": "+".join(each.identity for each in encoders),
         }
+        # CLIP comes first, so encoded[0] gives the main features and encoded[1], if any, the second ones.
         self.encoded = [
             Encoded(each, cache, chosen.dtype, chosen.batch)
             for chosen, each in ((reads, self.clip), (looks, self.visual))
@@ -69,12 +71,12 @@ class FeatureExtractor:
         ]
 
     def close(self) -> None:
-        """End this process's files."""
+        """Close this process's cache files."""
         for each in self.encoded:
             each.close()
 
     def text(self, names: Sequence[str]) -> Text:
-        """Class names as CLIP reads them."""
+        """Encode class names with CLIP's text tower, one weight vector per class; without CLIP, keep only the names."""
         chosen = self.config.clip
         if self.clip is None or chosen is None:
             return Text(tuple(names))
@@ -82,22 +84,23 @@ class FeatureExtractor:
             sentences = texts.of_templates(names, chosen.templates)
         else:
             sentences = texts.of_file(Path(chosen.prompts).expanduser(), names)
+        # One forward over the sentences of all classes, then back to one tensor per class.
         features = self.clip.texts([sentence for each in sentences for sentence in each])
         parts = features.split([len(each) for each in sentences])
         return Text(tuple(names), text_weights(parts).to(self.device), self.clip)
 
     def chunks(self, images: Images, items: Sequence[Item]) -> Iterator[Pictures]:
-        """The test views of some pictures, so many at a time that memory is bounded."""
+        """Yield the test views of images, CHUNK at a time, which bounds the memory."""
         rows = self._rows(images, items, TEST, maps="maps" in self.needs)
         for start in range(0, len(items), CHUNK):
             yield self._pictures(rows, items[start : start + CHUNK], slice(start, start + CHUNK))
 
     def pictures(self, images: Images, items: Sequence[Item]) -> Pictures:
-        """The test views of some pictures at once."""
+        """Return the test views of images, all at once."""
         return self._pictures(self._rows(images, items, TEST, maps="maps" in self.needs), items, slice(None))
 
     def support(self, task: Task, source: str | None = None, per_class: int = 0) -> Support:
-        """The shots of a task, and generated pictures if there are any."""
+        """Return the shots of a task, with generated images as more shots if there are any."""
         made = self._support(task.images, task.train.items)
         if source is None or not per_class:
             return made
@@ -108,7 +111,7 @@ class FeatureExtractor:
         chosen = self.config.clip if self.clip is not None else self.config.visual
         assert chosen is not None, "an encoder was loaded"
         scale = self.crop if chosen.crop is None else (chosen.crop[0], chosen.crop[1])
-        known: dict[int, list[Rows | None]] = {}  # where they lie: the views of a large set do not fit into memory
+        known: dict[int, list[Rows | None]] = {}  # rows on disk, by view: all features would fill the memory
 
         def view(number: int) -> Pictures:
             if number not in known:
@@ -120,6 +123,7 @@ class FeatureExtractor:
 
     def _rows(self, images: Images, items: Sequence[Item], view: View, maps: bool) -> list[Rows | None]:
         keys = [item.image for item in items]
+        # Always three entries: main features, second features or None, maps or None.
         rows: list[Rows | None] = [each.images(images, keys, view) for each in self.encoded]
         rows = [*rows, None] if len(rows) == 1 else rows
         return [*rows, self.encoded[0].maps(images, keys, view) if maps else None]
@@ -130,27 +134,27 @@ class FeatureExtractor:
         return Pictures(images, torch.tensor([item.label for item in items], device=self.device), maps, second)
 
 
-# An update in the log is an epoch of its training; a learner that is fitted in one go makes one.
-
+# The learner of a run. One update in the log is one epoch; a learner that is fitted in one go makes a single update.
 log = logging.getLogger(__name__)
 STATE = "few_shot.pt"
 
 
 class FewShotLearner(Learner):
-    """See `Learner` in common/learner.py. Also a `Trainer`, whose step is an epoch (common/training/base.py)."""
+    """A few-shot learner as `Learner`, and as `Trainer` (common/training/base.py) with one epoch per step."""
 
     tokens = 0.0
 
     def __init__(
         self, config: Config, data: TaskData, device: torch.device, folder: Path, checkpoints: Checkpoints
     ) -> None:
-        """See `Learner`. `folder` gets the candidates that the learner would give ALERT."""
+        """Build the learner and its encoders; arguments as in `Learner`. `folder` receives the candidates for ALERT."""
         self.config, self.data, self.task, self.name = config, data, data.task, name_of(config)
         self.folder, self.checkpoints = folder, checkpoints
         manifest.freeze_prompts(folder, {}, sources(config))
         self.learner: FewShotHead = make(config)
         self.features = FeatureExtractor(config, self.learner, device)
         self.weights = self.features.weights
+        # Refuses to continue a run whose encoder weights have changed.
         checkpoints.begin_from(self.weights["sha256"], self.weights["path"])
         self.texts: dict[tuple[str, ...], Text] = {}
         self.facts: dict[str, Any] = {}
@@ -174,6 +178,7 @@ class FewShotLearner(Learner):
         items = evenly_spaced(list(asked.items), limit)
         logits = self.logits(split, items)
         chosen = logits.argmax(1)
+        # A classifier is right if the class index is; aliases and the official matching do not apply.
         made = [
             Prediction(item.image, item.name, item.label, asked.names[c], bool(c == item.label), bool(c == item.label))
             for item, c in zip(items, chosen.tolist(), strict=True)
@@ -183,21 +188,21 @@ class FewShotLearner(Learner):
         return Answers(made, time.perf_counter() - began, likely, 0.0, {"truth_rank": ranks})
 
     def diagnostics(self, split: str, answers: Answers) -> dict[str, Any]:
-        """What the fit chose, and recall@k of the ranking."""
+        """Return what the fit chose, and recall@k of the ranking."""
         ranks: list[int | None] = answers.columns["truth_rank"]
         depth = min(candidates.DEPTH, len(self.task.evaluation[split].choices))
         found = candidates.recall(ranks, depth, (*candidates.RECALL_AT, candidates.DEPTH))
         return {**({"chosen": self.facts} if self.facts else {}), "draft": found}
 
     def set_task(self, task: Task) -> None:
-        self.task = task  # features are kept by the content of pictures, so nothing is to be forgotten
+        self.task = task  # cached features are keyed by the content of images, so none becomes stale
 
     def train(self, recorder: Recorder) -> int:
         return self.fit(recorder)
 
     @classmethod
     def answers_alone(cls, config: Config, folder: Path) -> bool:
-        return True  # its head lies in the run's model folder
+        return True  # the model folder holds the fitted head
 
     def load(self, folder: Path) -> None:
         head = saved.load(folder / STATE, self.features.device)
@@ -216,13 +221,14 @@ class FewShotLearner(Learner):
         self.begun = True
 
     def fit(self, recorder: Recorder) -> int:
-        """All steps; goes on where an earlier attempt stopped."""
+        """Make all steps, resuming from the last checkpoint, and return their number."""
         learner = self.learner
         if not learner.steps:
             return 0
         self._begin()
         if self.checkpoints.resumed is not None:
             learner.restore(saved.load(self.checkpoints.resumed / STATE, self.features.device))
+        # `self` is both what the loop evaluates (predictor) and what it trains (trainer).
         made = loop.train(self, self, learner.steps, self.config, self.checkpoints, recorder, self._save_state)
         self.facts = learner.end()
         log.info("%s chose %s", self.name, self.facts)
@@ -256,8 +262,10 @@ class FewShotLearner(Learner):
         self.features.close()
 
     def logits(self, split: str, items: list[Item]) -> NDArray[np.float32]:
-        """Logits of some pictures of a split. Shape: [N, C]; classes of the split."""
+        """Return the logits of images of a split over the split's classes. Shape: [N, C]."""
         task = self.task
+        # A learner of fixed classes gives one column per training class: the split's own classes are picked from them
+        # below.
         fixed = self.learner.fixed_classes
         text = self._text(task.train.names if fixed else task.evaluation[split].names)
         parts = []
@@ -273,7 +281,7 @@ class FewShotLearner(Learner):
         return self.texts[names]
 
     def _labelled(self, split: str) -> Pictures | None:
-        """The pictures of a split with the labels of the training classes."""
+        """Return the images of a split, labelled with the training classes."""
         task = self.task
         if split not in task.evaluation:
             return None
@@ -282,14 +290,14 @@ class FewShotLearner(Learner):
         return self.features.pictures(task.images, items)
 
     def _tested(self) -> Pictures | None:
-        """With `selection=paper`, the pictures of the first test of the training classes."""
+        """Return, with `selection=paper`, the images of the first test split, labelled with the training classes."""
         if self.config.selection != "paper":
             return None
         first = next(split for split in self.task.evaluation if split != "val")
         return self._labelled(first)
 
     def _truth_ranks(self, split: str, items: list[Item], logits: NDArray[np.float32], write: bool) -> list[int | None]:
-        """The truth's rank among the best classes of every picture, from 1, or None; `write`: these classes as well."""
+        """Return the rank of the true class per image, from 1, or None. With `write` also write the candidates."""
         task, config = self.task, self.config
         asked, dataset = task.evaluation[split], dataset_of(task, split)
         origin = candidates.Origin(self.name, dataset, config.shots, config.seed)
@@ -308,13 +316,14 @@ class FewShotLearner(Learner):
 
 
 def probabilities(logits: NDArray[np.float32], names: tuple[str, ...], choices: tuple[str, ...]) -> Probabilities:
-    """The softmax; classes of one name add up.
+    """Return the softmax over class names; classes with the same name are added up.
 
     Args:
-        logits: Shape: [N, C].
+        logits: Logits of the classes. Shape: [N, C].
         names: Class names. Length: C.
-        choices: The names, each once.
+        choices: Names without duplicates.
     """
+    # The maximum is subtracted so that exp cannot overflow.
     shifted = np.exp(logits - logits.max(1, keepdims=True))
     values = (shifted / shifted.sum(1, keepdims=True)).astype(np.float32)
     if len(choices) < len(names):
@@ -328,7 +337,7 @@ def probabilities(logits: NDArray[np.float32], names: tuple[str, ...], choices: 
 
 
 def sources(config: Config) -> dict[str, str]:
-    """A hash of the file of sentences about the classes, if CLIP reads one."""
+    """Return a hash of the file with sentences about the classes, if CLIP reads one."""
     if config.clip is None or config.clip.prompts is None:
         return {}
     return {"clip.prompts": digest(Path(config.clip.prompts).expanduser().read_text(encoding="utf-8"))}

@@ -1,1 +1,1 @@
-"""One forward pass over prompts and their completions, every prompt computed once: to train, sample and score."""
+"""Run prompts and completions in one forward pass that computes every prompt once: to train, sample and score."""

@@ -1,15 +1,16 @@
 """Shared-prefix attention: two or three dense attention calls and no L x L mask.
 
-The prompts attend among themselves, causally except inside an image where the family says so; every completion attends
-to its own prompt and, causally, to itself. Layers with a sliding window see only that much.
-Registered with transformers' AttentionInterface under `shared_prefix`, so no modelling code is patched; without a
-layout it is ordinary scaled-dot-product attention with transformers' own masks.
+Prompts attend to themselves, causally except inside an image where the family says so. Every completion attends to its
+own prompt and, causally, to itself. Layers with a sliding window see only that much. The function is registered with
+transformers' AttentionInterface as `shared_prefix`, so no modelling code is patched; without a layout it is ordinary
+scaled-dot-product attention with transformers' own masks.
 
-Exact for models without dropout: the same sums as the plain computation, in another order.
+Exact for models without dropout: the same sums as in the plain computation, in another order.
 
-A completion's keys are its prompt's and its own, and there are two ways to attend to both. `copy` puts them side by
-side: S (W + R) keys and values, on a GPU for each of H heads, since its kernels with a mask know no grouped ones.
-`merge` leaves them where they are (common/forward/merged.py). `auto` chooses by `merges`.
+A completion attends to its prompt's keys and to its own, in one of two ways. `copy` concatenates them for every
+completion: S (W + R) keys and values, on a GPU for each of H heads, since its kernels with a mask support no grouped
+heads. `merge` leaves the keys where they are and merges two attention outputs (common/forward/merged.py). `auto`
+chooses by `merges`.
 
 Shapes: H query heads, K key heads, D head size; N, S, P, R, L as in common/forward/packing.py.
 """
@@ -29,8 +30,8 @@ from common.forward.merged import merged_attention
 from common.forward.packing import SharedPrefix
 
 NAME = "shared_prefix"
-IN_CACHE = 2**22  # bytes
-WORTHWHILE = 1.5  # keys that are copied per token
+IN_CACHE = 2**22  # bytes of copied keys and values that still fit into a cache
+WORTHWHILE = 1.5  # copied keys per token of the row, from which on merging pays
 NAMES = {"auto": NAME, "copy": f"{NAME}_copy", "merge": f"{NAME}_merge"}
 
 
@@ -46,22 +47,29 @@ def shared_prefix_attention(
     how: str = "auto",
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Transformers' attention signature. Shape: query [1, H, L, D], key and value [1, K, L, D] -> [1, L, H, D]."""
+    """Attend by the shared layout; the signature is transformers'.
+
+    Shape: query [1, H, L, D], key and value [1, K, L, D] -> [1, L, H, D].
+    """
     if shared_prefix is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
+    # 1. Prompts among themselves: gather them from the row into a padded batch.
     layout, grouped = shared_prefix, query.device.type == "cpu"
     prefix_q, prefix_k, prefix_v = (_take(x, layout.prefix_index) for x in (query, key, value))  # [N, heads, P, D]
     mask = layout.prefix_mask(sliding_window)
+    # No mask means causal: right padding is in the future of every real token, so causality hides it as well.
     if mask is None:
         prefix = F.scaled_dot_product_attention(
             prefix_q, prefix_k, prefix_v, is_causal=True, scale=scaling, enable_gqa=query.shape[1] > key.shape[1]
         )
     else:
         prefix = masked_attention(prefix_q, prefix_k, prefix_v, mask, scaling, grouped)
+    # 2. Completions to their prompts' keys and to their own.
     suffix_q, suffix_k, suffix_v = (_take(x, layout.suffix_index) for x in (query, key, value))  # [S, heads, R, D]
     visible, mask = layout.suffix_keys(sliding_window)
-    if visible is not layout.prefix_index:  # inside a window only the end of the prompt counts
+    if visible is not layout.prefix_index:  # sliding window: only the end of the prompt is visible
         prefix_k, prefix_v = _take(key, visible), _take(value, visible)
+    # Number of keys that `copy` would create, and bytes of a key with its value over all heads it copies them for.
     if how == "auto":
         copied, heads = len(suffix_q) * (visible.shape[1] + suffix_q.shape[2]), (key if grouped else query).shape[1]
         size = 2 * heads * query.shape[-1] * query.element_size()
@@ -71,27 +79,29 @@ def shared_prefix_attention(
         factor = query.shape[-1] ** -0.5 if scaling is None else scaling
         suffix = merged_attention(suffix_q, (prefix_k, prefix_v), (suffix_k, suffix_v), seen, factor)
     else:
+        # suffix_owner repeats a prompt's keys for each of its completions: [S, heads, W + R, D]
         keys, values = (
             torch.cat([before[layout.suffix_owner], own], 2)
             for before, own in ((prefix_k, suffix_k), (prefix_v, suffix_v))
         )
         suffix = masked_attention(suffix_q, keys, values, mask, scaling, grouped)
+    # 3. Back from two padded batches to the order of the row; padding is dropped.
     flat = torch.cat([x.transpose(1, 2).flatten(0, 1) for x in (prefix, suffix)])  # [N P + S R, H, D]
     return flat[layout.restore][None], None
 
 
 def merges(copied: int, tokens: int, size: int) -> bool:
-    """Whether `auto` merges.
+    """Return whether `auto` merges instead of copying keys.
 
-    A layer of Qwen2-VL-2B keeps 69 bytes per token and width for its gradient in bf16, and 4 more for every key that is
-    copied. A group of four with a prompt of 700 tokens copies 3.9 keys per token, which is 18 % of all that the layer
-    keeps; below 1.5 it is under 8 % (docs/performance.md). Copies that fit into a cache cost less than the calls that
+    A layer of Qwen2-VL-2B saves 69 bytes per token and width for its backward pass in bf16, and 4 more for every copied
+    key. A group of four with a prompt of 700 tokens copies 3.9 keys per token, which is 18 % of all that the layer
+    saves; below 1.5 it is under 8 % (docs/performance.md). Copies that fit into a cache cost less than the calls that
     merging adds.
 
     Args:
-        copied: Keys that all completions attend to.
-        tokens: Of the row.
-        size: Bytes of a key and its value in all heads that they would be copied for.
+        copied: Number of keys that completions attend to, summed over completions.
+        tokens: Number of tokens of the row.
+        size: Bytes of a key with its value, in all heads for which they would be copied.
     """
     return copied * size > IN_CACHE and copied >= WORTHWHILE * tokens
 
@@ -104,10 +114,10 @@ def masked_attention(
     scaling: float | None,
     grouped: bool,
 ) -> torch.Tensor:
-    """Attention of H heads to the keys of K, each of which serves H / K consecutive ones.
+    """Attention of H query heads to K key heads, each of which serves H / K consecutive query heads.
 
-    `grouped`: without copies of the keys. On the CPU copies are what is slow; on GPUs the kernel that does without them
-    is, where there is a mask.
+    `grouped`: do not copy keys for the query heads. On the CPU the copies are slow; on a GPU the kernel that avoids
+    them is slow where there is a mask.
 
     Shape: query [B, H, Q, D], key and value [B, K, W, D], mask broadcast over [B, H, Q, W] -> [B, H, Q, D].
     """
@@ -119,18 +129,18 @@ def masked_attention(
 
 
 def merge_error(model: Any, layout: SharedPrefix) -> tuple[float, float]:
-    """How far merged attention and its gradients are from those with copies, on this device and in its number format.
+    """Measure how far merged attention and its gradients are from exact ones, on this device in its number format.
 
-    Kernels are called there in a way that PyTorch does not promise (common/forward/merged.py), and a wrong gradient
-    would show in no log-probability. The numbers are random, in the sizes of a real row; the truth is computed with
-    copies in fp32.
+    Merging calls kernels in a way that PyTorch does not promise to support (common/forward/merged.py), and a wrong
+    gradient would not show in any log-probability. Inputs are random, with the sizes of a real row; the exact result is
+    computed with copies in fp32.
 
     Args:
         model: A `*ForConditionalGeneration`, or the PEFT model around one.
-        layout: Of a row.
+        layout: Layout of a row.
 
     Returns:
-        The largest relative error of output and gradients, and the largest that `copy` has; (0, 0) if nothing merges.
+        The largest relative error of output and gradients, and the error of `copy` beside it; (0, 0) if nothing merges.
     """
     text = model.config.get_text_config()
     if text._attn_implementation == NAMES["copy"]:
@@ -140,6 +150,7 @@ def merge_error(model: Any, layout: SharedPrefix) -> tuple[float, float]:
     windows = {text.sliding_window if kind == "sliding_attention" else None for kind in kinds}
     device, generator = layout.restore.device, torch.Generator().manual_seed(0)
     errors = [(0.0, 0.0)]
+    # one check per kind of layer: full attention and each sliding window
     for window in windows:
         shapes = [(1, heads, len(layout.restore), size) for heads in _heads(text)]
         rows = [torch.randn(shape, generator=generator).to(device, model.dtype) for shape in shapes]
@@ -154,6 +165,7 @@ def merge_error(model: Any, layout: SharedPrefix) -> tuple[float, float]:
             )
             return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]  # noqa: B023
 
+        # promote_types: fp32, or fp64 if the model is in fp64
         exact = attended("copy", torch.promote_types(torch.float32, model.dtype))
         merged, copied = (
             max(float((a.to(b) - b).norm() / b.norm()) for a, b in zip(attended(how, model.dtype), exact, strict=True))
@@ -168,7 +180,7 @@ def _heads(text: Any) -> tuple[int, int, int]:
 
 
 def _take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Rows of a packed tensor as a padded batch. Shape: [1, heads, L, D], [B, W] -> [B, heads, W, D]."""
+    """Gather tokens of a packed row into a padded batch. Shape: [1, heads, L, D], [B, W] -> [B, heads, W, D]."""
     heads, _, size = x.shape[1:]
     return x[0].index_select(1, index.flatten()).view(heads, *index.shape, size).transpose(0, 1)
 
@@ -178,13 +190,14 @@ def install(model: Any, how: str | None = None) -> None:
 
     Args:
         model: A `*ForConditionalGeneration`, or the PEFT model around one.
-        how: A key of `NAMES`; None: as it was installed before, else `auto`.
+        how: A key of `NAMES`; None: keep what is installed, else `auto`.
     """
     text = model.config.get_text_config()
     if how is not None or text._attn_implementation not in NAMES.values():
         text._attn_implementation = NAMES[how or "auto"]
 
 
+# Registering sdpa_mask under the same names lets transformers build its usual masks for forwards without a layout.
 for _how, _name in NAMES.items():
     AttentionInterface.register(_name, partial(shared_prefix_attention, how=_how))
     AttentionMaskInterface.register(_name, sdpa_mask)

@@ -1,8 +1,8 @@
-"""Log-probabilities of given tokens under the policy: one forward, vocabulary projection only where it is needed.
+"""Compute log-probabilities of given tokens under the policy in one forward, projecting only the rows that are needed.
 
-The projection runs over the predictor rows alone and in chunks that are recomputed in the backward pass, so the T x V
-logits never exist at once. The same ids are banned and the same temperature is applied as in sampling, so the numbers
-are those of the distribution that was sampled from.
+The vocabulary projection runs only over rows that predict a target, in chunks that are recomputed in the backward pass,
+so the T x V logits never exist at once. Banned ids and temperature are those of sampling, so the numbers belong to the
+distribution that was sampled from.
 
 Shapes: T tokens to score, V vocabulary, D width.
 """
@@ -29,7 +29,7 @@ from common.runtime.distributed import gather
 
 
 class PolicyScorer(torch.nn.Module):
-    """The model as a function from packed tokens to log-probabilities. DeepSpeed wraps this module.
+    """The model as a module from packed tokens to log-probabilities; DeepSpeed wraps it.
 
     Attributes:
         model: A `*ForConditionalGeneration`, possibly a PEFT model around one.
@@ -42,12 +42,12 @@ class PolicyScorer(torch.nn.Module):
     ) -> None:
         """
         Args:
-            model: The policy.
+            model: Policy to score with.
             banned: Ids with probability zero.
-            temperature: Divides the logits.
-            chunk: Most rows per vocabulary projection.
-            in_step: All ranks call it together and project equally often, whatever their numbers of tokens: ZeRO-3
-                gathers the projection's weights at every call.
+            temperature: Divisor of the logits.
+            chunk: Largest number of rows per vocabulary projection.
+            in_step: True if all ranks call it together and must project equally often, whatever their numbers of
+                tokens: ZeRO-3 gathers the projection's weights at every call.
         """
         super().__init__()
         attention.install(model)
@@ -60,18 +60,21 @@ class PolicyScorer(torch.nn.Module):
 
         Args:
             packed: Prompts and completions.
-            entropy: False leaves the entropies at 0; nobody reads those of a reference.
+            entropy: Compute entropies; False gives zeros (the reference policy needs none).
 
         Returns:
-            Log-probabilities [T] with gradient, and the entropies [T] of their distributions without. Both in nats.
+            Log-probabilities [T] with gradient, and entropies [T] of their distributions without. Both in nats.
         """
         base = without_adapters(self.model)
+        # Run the model below its head, then keep the rows that predict a target.
         hidden = base.model(**spliced(base, packed.inputs), use_cache=False).last_hidden_state.flatten(
             0, 1
         )  # [rows, D]
         hidden = hidden[packed.predictors]  # [T, D]
         parts = math.ceil(len(hidden) / self.chunk)
+        # Under ZeRO-3 a rank with fewer chunks would leave the others waiting in the all-gather of the head's weights.
         parts = max(gather(parts)) if self.in_step else parts
+        # checkpoint: logits [chunk, V] are computed again in the backward pass instead of being kept.
         pieces = [
             checkpoint(self._score, base.lm_head, rows, targets, entropy, use_reentrant=False)
             for rows, targets in zip(hidden.tensor_split(parts), packed.targets.tensor_split(parts), strict=True)
@@ -84,23 +87,24 @@ class PolicyScorer(torch.nn.Module):
         logps = token_logps(head(hidden), self.banned, self.temperature)  # [chunk, V]
         chosen = logps.gather(-1, targets[:, None])[:, 0]
         with torch.no_grad():
+            # entr(p) = -p log p with entr(0) = 0, so banned ids do not give NaN.
             return chosen, torch.special.entr(logps.exp()).sum(-1) if entropy else torch.zeros_like(chosen)
 
 
 def head_rows(model: Any) -> int:
-    """Rows per vocabulary projection whose logits in fp32 take about 80 MB, and no more than 1024: 131 for Qwen2-VL.
+    """Return the rows per vocabulary projection whose fp32 logits take about 80 MB, at most 1024 (131 for Qwen2-VL).
 
-    A projection in bf16 and its softmax hold three to six times that for a moment.
+    A projection in bf16 and its softmax need three to six times that for a moment.
     """
     return min(1024, max(1, 20_000_000 // int(model.get_output_embeddings().weight.shape[0])))
 
 
 def spliced(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Model inputs in which ready image features take the place of their image tokens.
+    """Put ready image features in place of the image tokens' embeddings.
 
     Args:
         model: A `*ForConditionalGeneration`.
-        inputs: Keyword arguments of its forward; `image_features` [image tokens, D] in the order of the tokens.
+        inputs: Keyword arguments of the model's forward; `image_features` [image tokens, D] in the order of the tokens.
 
     Returns:
         The same without `image_features` and `input_ids`, with `inputs_embeds`; unchanged without features.
@@ -115,25 +119,26 @@ def spliced(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def token_logps(logits: torch.Tensor, banned: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Log-probabilities of all tokens at a temperature, without the banned ids. Shape: [..., V] -> [..., V].
+    """Return log-probabilities of all tokens at a temperature, without the banned ids. Shape: [..., V] -> [..., V].
 
-    At least fp32; in fp64 where the logits are.
+    Computed in fp32, or in fp64 if the logits are.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
+    # Ban before the softmax, so that the remaining probabilities add up to 1, as in sampling.
     return (logits.index_fill(-1, banned, -torch.inf) / temperature).log_softmax(-1)
 
 
-# Compute with the weights as they are, but without rounding to them: the oracle of the self-checks.
+# fp32 arithmetic with 16-bit weights: the reference of the self-checks.
 #
-# In bf16 two correct forwards differ by as much as a wrong mask can change (0.07 to 0.1 nats in Qwen2-VL-2B), so that
-# no limit on their difference separates the two. With the same weights in fp32 arithmetic correct ones differ by
-# 1e-5, and every fault of a mask or a position by a thousand times that.
+# In bf16 two correct forwards differ by as much as a wrong mask can change (0.07 to 0.1 nats in Qwen2-VL-2B), so no
+# threshold separates them. With the same weights in fp32 arithmetic correct forwards differ by 1e-5, and any wrong mask
+# or position by a thousand times that.
 
 HALF = (torch.bfloat16, torch.float16)
 
 
 class InFloat32(TorchDispatchMode):
-    """Inside, every operation on 16-bit tensors is computed on fp32 copies of them, and results stay fp32.
+    """Compute every operation on 16-bit tensors on fp32 copies of them; results stay fp32.
 
     Weights are copied for each use and forgotten, so no second model is held. For forwards without gradients.
     Operations of other libraries are left as they are; `exact` replaces the 8-bit products.
@@ -143,6 +148,8 @@ class InFloat32(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        # A cast to 16 bits becomes a cast to fp32; every other operation that computes gets fp32 inputs. Views keep the
+        # 16-bit weights as they are.
         if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") in HALF:
             kwargs["dtype"] = torch.float32
         elif computes(func):
@@ -178,12 +185,12 @@ def _dequantised_linear(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def widened(value: Any) -> Any:
-    """A 16-bit tensor as fp32, anything else as it is."""
+    """Return a 16-bit tensor as fp32, anything else unchanged."""
     return value.float() if isinstance(value, torch.Tensor) and value.dtype in HALF else value
 
 
 def computes(func: Any) -> bool:
-    """Whether an operation makes new values: no view of its input, nothing written in place."""
+    """Return whether an operation makes new values: no view of its input, nothing written in place."""
     schema = func._schema
     aliases = [each.alias_info for each in (*schema.arguments, *schema.returns)]
     return bool(func.namespace == "aten") and all(alias is None for alias in aliases)

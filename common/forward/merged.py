@@ -1,14 +1,14 @@
-"""Attention to two blocks of keys as if they lay side by side, without putting them there.
+"""Attend to two blocks of keys as if they were concatenated, without concatenating them.
 
-The completions of a prompt attend to its keys, all of them at once as the queries of one block, and then each to its
-own tokens. A softmax over both blocks is the mean of the blocks' softmaxes, weighted by what each sums to:
+All completions of a prompt attend to its keys at once, as the queries of one block, and each to its own tokens. A
+softmax over both blocks is the mean of the blocks' softmaxes, weighted by the sums in their denominators:
 
     LSE = log(exp LSE1 + exp LSE2),    out = exp(LSE1 - LSE) out1 + exp(LSE2 - LSE) out2
 
-For the gradient no derivative of a log-sum-exp is needed. The backward of a fused kernel takes the probabilities from
-the log-sum-exp, p = exp(s - LSE), and the softmax's correction from the output, ds = p (g v - g out). Given the LSE and
-the output of both blocks it computes exactly its block's part of the whole gradient (Ring Attention, arXiv 2310.01889,
-does the same between devices).
+The gradient needs no derivative of a log-sum-exp. The backward of a fused kernel computes the probabilities from the
+log-sum-exp, p = exp(s - LSE), and the correction of the softmax from the output, ds = p (g v - g out). Given the LSE
+and the output of both blocks together, it therefore computes exactly its block's part of the whole gradient (Ring
+Attention, arXiv 2310.01889, does the same between devices).
 
 Shapes: S completions of N prompts, at most G of one prompt, H query heads on K key heads, R completion tokens, W prompt
 tokens that they see, D head size; B, M and T stand for any batch, its queries and its keys.
@@ -40,17 +40,17 @@ def merged_attention(
     seen: Seen,
     scaling: float,
 ) -> torch.Tensor:
-    """Attention of completions to their prompts and to themselves.
+    """Attend from completions to their prompts and to themselves.
 
     Args:
-        query: Shape: [S, H, R, D].
+        query: Queries of the completions. Shape: [S, H, R, D].
         prompt: Keys and values of the prompts. Shape: [N, K, W, D].
-        own: Those of the completions. Shape: [S, K, R, D].
-        seen: Which of them each query sees.
+        own: Keys and values of the completions. Shape: [S, K, R, D].
+        seen: Masks of both blocks.
         scaling: Factor of the scores.
 
     Returns:
-        Shape: [S, H, R, D].
+        Attention output. Shape: [S, H, R, D].
     """
     out: torch.Tensor = _Merged.apply(query, *prompt, *own, seen, scaling)
     return out
@@ -68,11 +68,13 @@ class _Merged(torch.autograd.Function):
         seen: Seen,
         scaling: float,
     ) -> torch.Tensor:
+        # Two kernel calls: all completions of a prompt as rows of one block, then every completion on itself.
         prompt = Block(fold(query, seen, key.shape[1]), key, value, seen.prompt_bias, False, scaling)
         own = Block(query, own_key, own_value, seen.own_bias, seen.own_bias is None, scaling)
         kernels = kernel(prompt), kernel(own)
         out1, lse1 = (unfold(x, seen, query.shape) for x in kernels[0].forward(prompt))
         out2, lse2 = kernels[1].forward(own)
+        # Merge both outputs by their log-sum-exp (formula in the module docstring).
         lse = torch.logaddexp(lse1, lse2)
         out = (out1 * (lse1 - lse).exp()[..., None] + out2 * (lse2 - lse).exp()[..., None]).to(query.dtype)
         ctx.save_for_backward(query, key, value, own_key, own_value, out, lse)
@@ -84,19 +86,24 @@ class _Merged(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, own_key, own_value, out, lse = ctx.saved_tensors
         seen: Seen = ctx.seen
+        # Both backward kernels get the merged output and log-sum-exp, not those of their own block: that makes them
+        # return their parts of the whole gradient.
         together, *results = (fold(x, seen, key.shape[1]) for x in (query, grad, out, lse))
         prompt = Block(together, key, value, seen.prompt_bias, False, ctx.scaling)
         own = Block(query, own_key, own_value, seen.own_bias, seen.own_bias is None, ctx.scaling)
         of_query, of_key, of_value = ctx.kernels[0].backward(prompt, *results)
         of_own_query, of_own_key, of_own_value = ctx.kernels[1].backward(own, grad, out, lse)
+        # A query attends to both blocks, so its gradients add up; keys and values belong to one block each.
         of_query = unfold(of_query, seen, query.shape) + of_own_query
         return of_query, of_key, of_value, of_own_key, of_own_value, None, None
 
 
 def fold(x: torch.Tensor, seen: Seen, keys: int) -> torch.Tensor:
-    """Everything that attends to the same keys as rows of one block: H / K heads of G completions of R tokens.
+    """Put all queries of the same keys into one block: H / K heads of G completions of R tokens.
 
-    With one prompt a view. Completions that a prompt lacks are zero.
+    With one prompt it is a view. Missing completions of a prompt (it has fewer than G) are zero: with a zero gradient
+    they
+    add nothing to the gradients of the keys.
 
     Shape: [S, H, R, ...] -> [N, K, H / K * G * R, ...].
     """
@@ -105,11 +112,12 @@ def fold(x: torch.Tensor, seen: Seen, keys: int) -> torch.Tensor:
     else:
         missing = (seen.members < 0).view(*seen.members.shape, *[1] * (x.ndim - 1))
         rows = x[seen.members].masked_fill(missing, 0)
+    # [N, G, K, H / K, R, ...] -> [N, K, H / K, G, R, ...] -> rows
     return rows.unflatten(2, (keys, -1)).movedim(1, 3).flatten(2, 4)
 
 
 def unfold(x: torch.Tensor, seen: Seen, shape: torch.Size) -> torch.Tensor:
-    """Back from `fold`. Shape: [N, K, H / K * G * R, ...] -> [S, H, R, ...], where `shape` begins with [S, H, R]."""
+    """Undo `fold`. Shape: [N, K, H / K * G * R, ...] -> [S, H, R, ...], where `shape` begins with [S, H, R]."""
     _, heads, tokens, *_ = shape
     rows = x.unflatten(2, (heads // x.shape[1], -1, tokens)).movedim(3, 1).flatten(2, 3)  # [N, G, H, R, ...]
     return rows.flatten(0, 1) if seen.members is None else rows[seen.members >= 0]
@@ -117,7 +125,7 @@ def unfold(x: torch.Tensor, seen: Seen, shape: torch.Size) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Block:
-    """What attends to what.
+    """Inputs of one attention call.
 
     query: [B, H, M, D]. key, value: [B, K, T, D], each for H / K consecutive heads. bias: added to the scores,
     broadcast over [B, H, M, T]. causal: a query sees the keys up to its own number. scaling: factor of the scores.
@@ -131,26 +139,26 @@ class Block:
     scaling: float
 
     def for_each_head(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values repeated for the heads that share them. Shape: [B, H, T, D]."""
+        """Return keys and values repeated for the heads that share them. Shape: [B, H, T, D]."""
         repeat = self.query.shape[1] // self.key.shape[1]
         if repeat == 1:
             return self.key, self.value
         return self.key.repeat_interleave(repeat, 1), self.value.repeat_interleave(repeat, 1)
 
     def of_shared(self, gradient: torch.Tensor) -> torch.Tensor:
-        """The gradient of keys or values from that of their repetitions. Shape: [B, H, T, D] -> [B, K, T, D]."""
+        """Sum the gradient of repeated keys or values over the repetitions. Shape: [B, H, T, D] -> [B, K, T, D]."""
         return gradient.unflatten(1, (self.key.shape[1], -1)).sum(2)
 
     def whole_bias(self) -> torch.Tensor | None:
-        """The bias in the shape of the scores, without a copy."""
+        """Return the bias expanded to the shape of the scores, without a copy."""
         return None if self.bias is None else self.bias.expand(*self.query.shape[:3], self.key.shape[2])
 
 
 class Kernel(NamedTuple):
-    """A fused attention and its gradient.
+    """A fused attention with its gradient.
 
-    forward: output [B, H, M, D] and log-sum-exp [B, H, M] of a block. backward: gradients of its query, key and value
-    from that of the output, the output and the log-sum-exp.
+    forward: from a block to output [B, H, M, D] and log-sum-exp [B, H, M]. backward: from a block, the gradient of the
+    output, the output and the log-sum-exp to the gradients of query, key and value.
     """
 
     forward: Callable[[Block], tuple[torch.Tensor, torch.Tensor]]
@@ -160,14 +168,15 @@ class Kernel(NamedTuple):
 
 
 def kernel(block: Block) -> Kernel:
-    """The fastest that the device has for a block; without any, plain operations, and a line in the log."""
+    """Return the fastest kernel that the device has for a block; without any, plain operations and a warning."""
     query, key, value, device = block.query, block.key, block.value, block.query.device.type
     if device == "cpu":
         return CPU
-    if device == "meta":  # nothing is computed: what a GPU would take is counted (common/cost/)
+    if device == "meta":  # nothing is computed: memory and time of a GPU are estimated (common/cost/)
         return FLASH if block.bias is None else EFFICIENT
     if device == "cuda":
         shares = query.shape[1] > key.shape[1]
+        # FlashAttention supports grouped heads but no bias; the efficient kernel supports a bias but no grouped heads.
         aligned = query.shape[-1] % 8 == 0
         if aligned and can_use_flash_attention(SDPAParams(query, key, value, block.bias, 0.0, block.causal, shares)):
             return FLASH
@@ -224,18 +233,22 @@ def _efficient_forward(block: Block) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse, *_ = aten._scaled_dot_product_efficient_attention(
         block.query, *block.for_each_head(), block.whole_bias(), True, 0.0, block.causal, scale=block.scaling
     )
+    # The kernel pads the rows of the log-sum-exp to a multiple of 32.
     return out, lse[..., : block.query.shape[2]]
 
 
 def _efficient_backward(
     block: Block, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The kernel reads rows of the log-sum-exp as long as a multiple of 32 and an output that lies as [B, M, H, D],
-    which is what its forward writes, and checks neither. Infinity makes the probabilities of what fills the rows zero.
+    """Call the backward of memory-efficient attention, with its inputs in the layout that it assumes without a check.
+
+    It expects rows of the log-sum-exp padded to a multiple of 32, and an output that lies in memory as [B, M, H, D],
+    like
+    the results of its forward. Padding with infinity makes the probabilities of padded rows zero: exp(s - inf) = 0.
     """
     lse = F.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf).contiguous()
     out, none = out.transpose(1, 2).contiguous().transpose(1, 2), _no_dropout(block)
-    wanted = [True, True, True, False]  # none of the bias
+    wanted = [True, True, True, False]  # gradients of query, key and value, not of the bias
     of_query, of_keys, of_values, _ = aten._scaled_dot_product_efficient_attention_backward(
         *(grad, block.query, *block.for_each_head(), block.whole_bias(), out, lse, none, none, 0.0, wanted),
         block.causal,
@@ -245,7 +258,7 @@ def _efficient_backward(
 
 
 def _no_dropout(block: Block) -> torch.Tensor:
-    """In the place of the random state, which no kernel reads without dropout."""
+    """Return an empty tensor for the random state, which no kernel reads without dropout."""
     return block.query.new_empty(0, dtype=torch.long)
 
 
@@ -267,6 +280,7 @@ def _plain_backward(
     block: Block, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     keys, values = block.for_each_head()
+    # The formulas of the module docstring: p = exp(s - LSE), ds = p (g v - g out).
     p = (_scores(block, keys) - lse[..., None]).exp()
     correction = (grad.to(p) * out.to(p)).sum(-1, keepdim=True)
     ds = (block.scaling * p * ((grad @ values.mT).to(p) - correction)).to(grad.dtype)

@@ -1,4 +1,7 @@
-"""Prompts and completions in one forward pass: where they lie in a row, who sees whom, and how rows are filled."""
+"""Pack prompts and completions into the rows of one forward pass: positions, masks and targets.
+
+The shared layout computes every prompt once for its whole group; the plain layout is one padded row per completion.
+"""
 
 from __future__ import annotations
 
@@ -12,25 +15,25 @@ from torch.nn.utils.rnn import pad_sequence
 from common.models.encoder import Encoded
 from common.models.families import Family
 
-# Where prompts and completions lie in a shared row, and who sees whom.
+# The shared row as the attention function needs it: token indices and masks.
 #
 # Shapes: N prompts, S completions of all prompts, at most G of one prompt, P/R prompt/completion tokens (padded), L
 # tokens of the row, W prompt tokens that completions see.
 
 
-# What is added to the score of a key that a query does not see. It is finite: a query that sees no key of a block then
-# has a log-sum-exp there, and the weight of the block is zero all the same.
+# Added to the score of a key that a query must not see. It is finite so that a query that sees no key of a block has a
+# finite log-sum-exp there (no NaN); merging then gives the block the weight exp(-1e30 - LSE) = 0.
 HIDDEN = -1e30
 ALIGNED = 16  # kernels read the rows of a bias in vectors of up to so many numbers
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What completions see of their prompts and of themselves, each apart (see common/forward/merged.py).
+    """Masks of completions on their prompts and on themselves, separately (see common/forward/merged.py).
 
-    prompt_bias: 0 or HIDDEN, [N or 1, 1, rows or 1, W], for all that attends to a prompt as the rows of one block;
-    None: everything is seen. own_bias: [1, 1, R, R]; None: causal. members: [N, G], the completions of each prompt, -1
-    where it has fewer; None: all have equally many.
+    prompt_bias: 0 or HIDDEN, [N or 1, 1, rows or 1, W], for all queries of a prompt as the rows of one block; None:
+    everything is visible. own_bias: [1, 1, R, R]; None: causal. members: [N, G], the completions of each prompt, -1
+    where it has fewer; None: all prompts have equally many.
     """
 
     prompts: int
@@ -41,12 +44,12 @@ class Seen:
 
 @dataclass(frozen=True)
 class SharedPrefix:
-    """Where the prompts and completions of a shared row lie, for the attention function.
+    """Token indices of prompts and completions in a shared row, for the attention function.
 
     prefix_index: [N, P] and suffix_index: [S, R] index into the row (padding repeats index 0); `restore` [L] puts the
     concatenated, flattened results back in row order. prefix_lengths: [N]; suffix_owner: [S], the prompt of each
-    completion. blocks: [N, P], see `Family.blocks`, padded with -1. masks: one entry per window, so that the layers of
-    a forward share them.
+    completion. blocks: [N, P], see `Family.blocks`, padded with -1. masks: cache with one entry per window, so that the
+    layers of a forward share them.
     """
 
     prefix_index: torch.Tensor
@@ -58,13 +61,13 @@ class SharedPrefix:
     masks: dict[Any, Any] = field(default_factory=dict, compare=False)
 
     def to(self, device: torch.device) -> SharedPrefix:
-        """The same on another device."""
+        """Return a copy on another device."""
         names = ("prefix_index", "prefix_lengths", "suffix_index", "suffix_owner", "restore")
         moved = {name: getattr(self, name).to(device) for name in names}
         return SharedPrefix(**moved, blocks=None if self.blocks is None else self.blocks.to(device))
 
     def prefix_mask(self, window: int | None) -> torch.Tensor | None:
-        """Which prompt tokens a prompt token sees, True = sees; None: all before it. Shape: [N, 1, P, P].
+        """Return which prompt tokens a prompt token sees, or None for a causal mask. True: visible. [N, 1, P, P].
 
         Right padding lies in the future of every real token, so it needs no mask of its own.
         """
@@ -74,6 +77,7 @@ class SharedPrefix:
         if ("prefix", window) not in self.masks:
             position = torch.arange(width, device=self.prefix_index.device)
             seen = (position <= position[:, None])[None]  # [1, P, P]
+            # tokens of one image see each other in both directions
             if self.blocks is not None:
                 seen = seen | ((self.blocks[:, None] == self.blocks[:, :, None]) & (self.blocks >= 0)[:, None])
             if window is not None:
@@ -82,9 +86,9 @@ class SharedPrefix:
         return self.masks["prefix", window]
 
     def suffix_keys(self, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The prompt tokens that completions can see, and the mask over [those, own completion], True = sees.
+        """Return the prompt tokens that completions can see, and the mask over [those, own completion] (True: visible).
 
-        Inside a window only the last `window - 1` tokens of the prompt count.
+        With a window, only the last `window - 1` tokens of the prompt can be visible.
 
         Returns:
             Index into the row [N, W], and mask [S, 1, R, W + R] ([1, 1, R, W + R] if all prompts have equal length).
@@ -94,27 +98,32 @@ class SharedPrefix:
             device, lengths = self.prefix_index.device, self.prefix_lengths[:, None]
             positions = torch.arange(width, device=device).expand(len(lengths), -1)  # [N, W]
             index = self.prefix_index
+            # Positions of those last tokens; in a short prompt some are negative and masked out below.
             if window is not None and window <= width:
                 positions = lengths - (window - 1) + torch.arange(window - 1, device=device)
                 index = index.gather(1, positions.clamp(0, width - 1))
+            # With prompts of equal length the mask is the same for all completions: build it once and broadcast.
             owner = self.suffix_owner if bool((lengths != lengths[0]).any()) else self.suffix_owner[:1]
             row = torch.arange(own, device=device)[:, None]  # [R, 1]
+            # [S, R, W + R]: real tokens of the own prompt, then the own tokens causally
             before = (positions[owner] >= 0) & (positions[owner] < lengths[owner])  # [S, W]
             seen = before[:, None, :].expand(-1, own, -1)  # [S, R, W]
             itself = (row >= row.T).expand(len(owner), -1, -1)  # [S, R, R]
             if window is not None:
+                # Completion token r has position length + r in the sequence, and sees the positions above length + r -
+                # window.
                 seen = seen & (positions[owner][:, None, :] > lengths[owner][:, :, None] + row - window)
                 itself = itself & (row - window < row.T)
             self.masks["suffix", window] = index, torch.cat([seen, itself], 2)[:, None]
         return self.masks["suffix", window]
 
     def seen_apart(self, window: int | None, repeat: int, dtype: torch.dtype) -> Seen:
-        """What completions see, as `suffix_keys` has it, in the form that attention in two parts takes.
+        """Return the mask of `suffix_keys` in the form that merged attention needs.
 
         Args:
-            window: Of the layer.
+            window: Sliding window of the layer; None: full attention.
             repeat: Query heads per key head; all are rows of one block.
-            dtype: Of the queries.
+            dtype: Number format of the queries.
         """
         key = ("apart", window, repeat, dtype)
         if key not in self.masks:
@@ -122,14 +131,18 @@ class SharedPrefix:
             count, tokens = len(index), self.suffix_index.shape[1]
             per_prompt = torch.bincount(self.suffix_owner, minlength=count)  # [N]
             starts, most = per_prompt.cumsum(0) - per_prompt, int(per_prompt.max())
+            # One mask per prompt suffices: all completions of a prompt have the same one. `starts`: first completion of
+            # each.
             prompt, own = mask[starts if len(mask) > 1 else [0]].split([index.shape[1], tokens], -1)
-            if bool((prompt == prompt[:, :, :1]).all()):  # the same for every token of a completion
+            if bool((prompt == prompt[:, :, :1]).all()):  # the same for all tokens of a completion
                 rows = prompt[:, :, :1]
             else:
+                # Rows in the order of `fold`: heads, completions, tokens.
                 rows = prompt.repeat(1, 1, repeat * most, 1)
             causal = torch.ones_like(own[0, 0]).tril()
             within = torch.arange(most, device=index.device)
             members = (starts[:, None] + within).where(within < per_prompt[:, None], -1)
+            # A bias that hides nothing becomes None, which lets the faster kernels run.
             self.masks[key] = Seen(
                 count,
                 None if bool(rows.all()) else _bias(rows, dtype),
@@ -141,20 +154,20 @@ class SharedPrefix:
 
 
 def _bias(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """0 where a key is seen and HIDDEN elsewhere, with rows that begin where kernels can read them."""
+    """Return a bias of 0 where a key is visible and HIDDEN elsewhere, whose rows start at aligned addresses."""
     width = seen.shape[-1]
     bias = torch.full((*seen.shape[:-1], width + -width % ALIGNED), HIDDEN, dtype=dtype, device=seen.device)
     bias[..., :width].masked_fill_(seen, 0)
     return bias[..., :width]
 
 
-# Laying out prompts and completions for one forward pass.
+# The two layouts.
 #
-# Shared layout: one row `[prompt 1, its completions, prompt 2, its completions, ...]`. Every prompt is computed once
-# for its whole group and its image is encoded once; a group costs P + R1 + ... + RG tokens instead of G (P + R). The
-# attention function (common/forward/attention.py) keeps completions from seeing each other.
+# Shared: one row `[prompt 1, its completions, prompt 2, its completions, ...]`. Every prompt and its image are computed
+# once for the whole group; a group costs P + R1 + ... + RG tokens instead of G (P + R). The attention function
+# (common/forward/attention.py) keeps completions from seeing each other.
 #
-# Plain layout: one right-padded row `[prompt, completion]` per completion, as any textbook does it. The oracle.
+# Plain: one right-padded row `[prompt, completion]` per completion, the usual way. Self-checks compare against it.
 #
 # Example: one prompt of 3 tokens [a b c] with completions [x y] and [z]:
 # shared ids        a b c x y z       positions 0 1 2 3 4 3
@@ -167,7 +180,7 @@ def _bias(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 # row, T completion tokens of all completions together, A position axes, D width.
 
 T = TypeVar("T")
-WORTHWHILE = 1.1  # impl=auto takes the shared layout where it saves at least this factor in tokens
+WORTHWHILE = 1.1  # impl=auto takes the shared layout if it saves at least this factor in tokens
 
 
 @dataclass(frozen=True)
@@ -180,10 +193,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Packed:
-    """Inputs of one forward, and which of its rows predict which tokens.
+    """Inputs of one forward, with the rows that predict the tokens to score.
 
     inputs: keyword arguments of the model. predictors, targets, owner: [T]; predictors index the flattened rows of the
-    forward, owner counts completions in the order of the groups.
+    forward, owner counts completions in the order of the groups. completions: their number.
     """
 
     inputs: dict[str, Any]
@@ -194,24 +207,24 @@ class Packed:
 
     @property
     def tokens(self) -> int:
-        """Tokens that go through the language model, padding included."""
+        """Return the number of tokens that go through the language model, padding included."""
         return int(self.inputs["input_ids"].numel())
 
 
 def followed_by(prompt: Encoded, ids: torch.Tensor) -> Encoded:
-    """The prompt with the beginning of a reply, token ids [R], already behind it."""
+    """Return the prompt extended by the beginning of a reply, token ids [R]."""
     blocks = None if prompt.blocks is None else torch.cat([prompt.blocks, torch.full_like(ids, -1)])
     positions = torch.cat([prompt.positions, _continue(prompt.positions, len(ids))], 1)
     return replace(prompt, ids=torch.cat([prompt.ids, ids]), positions=positions, blocks=blocks)
 
 
 def shared_tokens(group: Group) -> int:
-    """Tokens of a group in the shared layout."""
+    """Return the number of tokens of a group in the shared layout."""
     return len(group.prompt.ids) + sum(len(completion) for completion in group.completions)
 
 
 def plain_tokens(groups: Sequence[Group]) -> int:
-    """Tokens of the plain layout, padding included."""
+    """Return the number of tokens of the plain layout, padding included."""
     rows = [len(group.prompt.ids) + len(completion) for group in groups for completion in group.completions]
     return len(rows) * max(rows)
 
@@ -219,7 +232,7 @@ def plain_tokens(groups: Sequence[Group]) -> int:
 def within_budget(
     items: Sequence[int], tokens: Callable[[int], int], budget: int | None, at_most: int
 ) -> list[list[int]]:
-    """Consecutive items in as few parts as hold at most `budget` tokens and `at_most` items each.
+    """Split items into consecutive parts of at most `budget` tokens and `at_most` items each.
 
     An item above the budget gets a part of its own.
 
@@ -239,7 +252,7 @@ def within_budget(
 
 
 def micro_batches(items: list[T], size: int) -> Iterator[list[T]]:
-    """Consecutive slices of `size` items.
+    """Yield consecutive slices of `size` items.
 
     >>> list(micro_batches([1, 2, 3], 2))
     [[1, 2], [3]]
@@ -259,19 +272,24 @@ def pack(groups: Sequence[Group], family: type[Family], pad: int, device: torch.
 
 
 def pack_shared(groups: Sequence[Group], family: type[Family], device: torch.device) -> Packed:
-    """The shared layout of one or several groups."""
+    """Pack one or several groups in the shared layout."""
     prompts = [group.prompt for group in groups]
+    # Order of the row: prompt 1, its completions, prompt 2, ... with the start and size of every piece.
     pieces = [piece for group in groups for piece in (group.prompt.ids, *group.completions)]
     sizes = torch.tensor([len(piece) for piece in pieces])
     starts = sizes.cumsum(0) - sizes
     is_prompt = torch.tensor([piece is None for group in groups for piece in (None, *group.completions)])
+    # Indices of prompts and completions as padded batches, which the attention function gathers.
     owner = is_prompt.cumsum(0)[~is_prompt] - 1  # [S]
     prefix, in_prefix = _padded(starts[is_prompt], sizes[is_prompt])  # [N, P]
     suffix, in_suffix = _padded(starts[~is_prompt], sizes[~is_prompt])  # [S, R]
+    # Positions: a completion continues after the largest position of its prompt, on all axes (M-RoPE: an image takes
+    # fewer positions than tokens), and all completions of a prompt start at the same one.
     after = torch.stack([prompt.positions.max() + 1 for prompt in prompts])  # [N]
     positions = torch.empty(len(prompts[0].positions), int(sizes.sum()), dtype=torch.long)  # [A, L]
     positions[:, prefix[in_prefix]] = torch.cat([prompt.positions for prompt in prompts], 1)
     positions[:, suffix[in_suffix]] = (after[owner][:, None] + torch.arange(suffix.shape[1]))[in_suffix]
+    # Predictors: the row before each completion token, and for the first token the last row of its prompt.
     before = suffix - 1
     before[:, 0] = (starts + sizes - 1)[is_prompt][owner]  # the last row of its prompt
     layout = SharedPrefix(
@@ -295,7 +313,7 @@ def pack_shared(groups: Sequence[Group], family: type[Family], device: torch.dev
 
 
 def pack_plain(groups: Sequence[Group], family: type[Family], pad: int, device: torch.device) -> Packed:
-    """One right-padded row per completion; the prompt and its image are repeated."""
+    """Pack one right-padded row per completion; the prompt and its image are repeated."""
     pairs = [(group.prompt, completion) for group in groups for completion in group.completions]
     rows = [torch.cat([prompt.ids, completion]) for prompt, completion in pairs]
     positions = [
@@ -305,6 +323,7 @@ def pack_plain(groups: Sequence[Group], family: type[Family], pad: int, device: 
     width = ids.shape[1]
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     padded = pad_sequence([p.T for p in positions], batch_first=True).permute(2, 0, 1)  # [A, S, L]
+    # row index in the flattened [S, L]: the last prompt token predicts the first completion token
     predictors = [
         row * width + len(prompt.ids) - 1 + torch.arange(len(completion))
         for row, (prompt, completion) in enumerate(pairs)
@@ -322,7 +341,7 @@ def pack_plain(groups: Sequence[Group], family: type[Family], pad: int, device: 
 
 
 def pad_blocks(prompts: Sequence[Encoded], width: int = 0, left: bool = False) -> torch.Tensor | None:
-    """The prompts' image blocks, padded with -1 to the longest (or to `width`); None: causal. Shape: [B, L]."""
+    """Return the prompts' image blocks, padded with -1 to the longest (or to `width`); None: causal. Shape: [B, L]."""
     if prompts[0].blocks is None:
         return None
     width = max(width, *(len(prompt.ids) for prompt in prompts))
@@ -335,13 +354,14 @@ def pad_blocks(prompts: Sequence[Encoded], width: int = 0, left: bool = False) -
 
 
 def score_prompts(packed: Packed, ignored: Sequence[int], vocabulary: int) -> Packed:
-    """Score the prompts' own tokens too, except `ignored` ids, those beyond the `vocabulary`, that nothing can predict,
-    and each prompt's first token, that nothing does.
+    """Add the prompts' own tokens to the targets.
 
-    Only for the shared layout; `owner` of the added tokens is -1.
+    Left out are `ignored` ids, ids beyond the `vocabulary` (no output predicts them) and each prompt's first token (no
+    token is before it). Only for the shared layout; `owner` of the added tokens is -1.
     """
     layout: SharedPrefix = packed.inputs["shared_prefix"]
     ids = packed.inputs["input_ids"][0]
+    # Positions of all real prompt tokens but the first; the token before, in the row as in the prompt, predicts each.
     inside = torch.arange(layout.prefix_index.shape[1], device=ids.device) < layout.prefix_lengths[:, None]  # [N, P]
     targets = layout.prefix_index[:, 1:][inside[:, 1:]]
     targets = targets[~torch.isin(ids[targets], torch.tensor(list(ignored), device=ids.device))]
@@ -356,7 +376,7 @@ def score_prompts(packed: Packed, ignored: Sequence[int], vocabulary: int) -> Pa
 
 
 def images(prompts: Sequence[Encoded], family: type[Family], device: torch.device) -> dict[str, torch.Tensor]:
-    """The images of all prompts as the model takes them, or their ready features (see `logprobs.spliced`)."""
+    """Return the images of all prompts in the model's input format, or their features (see `logprobs.spliced`)."""
     inputs: dict[str, torch.Tensor] = {}
     if features := [prompt.features for prompt in prompts if prompt.features is not None]:
         inputs["image_features"] = torch.cat(features)
@@ -373,19 +393,19 @@ def _packed(inputs: dict[str, Any], predictors: torch.Tensor, groups: Sequence[G
 
 
 def _continue(positions: torch.Tensor, count: int) -> torch.Tensor:
-    """Positions of `count` text tokens after a prompt: all axes go on from its largest one. Shape: [A, count]."""
+    """Return positions of `count` text tokens after a prompt: all axes continue from its maximum. Shape: [A, count]."""
     return (positions.max() + 1 + torch.arange(count)).expand(len(positions), -1)
 
 
 def _padded(starts: torch.Tensor, sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pieces of a row as a batch: indices into the row, padded with 0, and which of them are real. Both [B, W]."""
+    """Arrange pieces of a row as a batch: indices into the row, padded with 0, and a mask of real ones. Both [B, W]."""
     within = torch.arange(int(sizes.max()))
     real = within < sizes[:, None]
     return (starts[:, None] + within).where(real, 0), real
 
 
 def _restore(index: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """For each token of the row, where it is among the real ones of `index`. Shape: [B], [B] -> [L]."""
+    """Return, for each token of the row, its place among the real entries of `index`. Shape: [B], [B] -> [L]."""
     places = real.nonzero()[:, 0]
     restore = torch.empty_like(places)
     restore[index[places]] = places

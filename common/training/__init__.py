@@ -1,1 +1,1 @@
-"""Optimisation: the DeepSpeed engine, the schedule, and the trainers on top of them."""
+"""Train policies: the DeepSpeed engine, the schedules, and the GRPO and SFT trainers on top of them."""

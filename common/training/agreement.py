@@ -1,4 +1,4 @@
-"""Whether sampler, shared-prefix forward and plain forward compute the same; asked on real data before a training.
+"""Check on real data, before a training, that sampler, shared-prefix forward and plain forward compute the same.
 
 Whether the *logic* is the same (masks, positions, images) is asked in fp32 arithmetic on the weights as they are
 (`common.forward.logprobs.exact`), where correct forwards differ by 1e-5 nats and wrong ones by a thousand times
@@ -22,13 +22,13 @@ from common.forward.packing import Group, pack_plain, pack_shared
 from common.models.vlm import VLM
 from common.rollout.base import Decoding, Request, Rollout
 
-# Mean differences in nats that correct computations may have without any measured noise, by number format of the
-# weights. EXACT: in fp32 arithmetic (fp64 where weights have it). SAMPLER: each with its own arithmetic.
+# Smallest thresholds on mean differences, in nats, by number format of the weights. EXACT: both sides compute in fp32
+# (fp64 if the weights are). SAMPLER: each side computes in its own arithmetic.
 EXACT = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 1e-4}
 SAMPLER = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 1e-4}
 # Two correct computations differ by about 1.4 times the noise of each.
 MULTIPLE = 4.0
-REPLAYED = 16  # tokens of the completions that a sampler draws once more in exact arithmetic
+REPLAYED = 16  # tokens per completion that the sampler draws once more in exact arithmetic
 
 
 @dataclass(frozen=True)
@@ -52,39 +52,39 @@ class Agreement:
 
     @property
     def allowed(self) -> float:
-        """Most that correct forwards differ by in exact arithmetic."""
+        """Return the largest difference of correct forwards in exact arithmetic."""
         return max(EXACT[self.dtype], MULTIPLE * self.noise)
 
     @property
     def allowed_of_sampler(self) -> float:
-        """Most that a correct sampler differs by from the trainer, each with its own rounding."""
+        """Return the largest difference of a correct sampler from the trainer, each with its own rounding."""
         return max(SAMPLER[self.dtype], MULTIPLE * self.rounding)
 
     @property
     def forwards_agree(self) -> bool:
-        """False also where a difference is no number."""
+        """Return whether shared-prefix and plain forward agree; False also for NaN."""
         return self.shared <= self.allowed
 
     @property
     def allowed_merged(self) -> float:
-        """Largest relative error that merged attention may have where copies have theirs."""
+        """Return the largest allowed relative error of merged attention, given that of copies."""
         return max(1e-5, MULTIPLE * self.copied)
 
     @property
     def gradients_agree(self) -> bool:
-        """Whether merged attention and its gradients are as exact as copies; True where nothing is merged."""
+        """Return whether merged attention and its gradients are as exact as copies; True where nothing is merged."""
         return self.merged <= self.allowed_merged
 
     @property
     def sampler_agrees(self) -> bool:
-        """In exact arithmetic, as far as that can be asked."""
+        """Return whether the sampler agrees in exact arithmetic, as far as this can be tested."""
         return self.replay is None or self.replay <= self.allowed
 
 
 def measure(
     scorer: PolicyScorer, vlm: VLM, group: Group, rollout: Rollout | None, request: Request, decoding: Decoding
 ) -> Agreement:
-    """`compare` with the errors of merged attention beside it."""
+    """Run `compare`, and add the errors of merged attention."""
     layout = pack_shared([group], vlm.family, vlm.device).inputs["shared_prefix"]
     merged, copied = attention.merge_error(vlm.model, layout)
     return replace(compare(scorer, vlm, group, rollout, request, decoding), merged=merged, copied=copied)
@@ -94,15 +94,15 @@ def measure(
 def compare(
     scorer: PolicyScorer, vlm: VLM, group: Group, rollout: Rollout | None, request: Request, decoding: Decoding
 ) -> Agreement:
-    """Compare the forwards on one sampled group. The ranks call it together, each with a group of its own.
+    """Compare the forwards on one sampled group. All ranks call it together, each with a group of its own.
 
     Args:
-        scorer: The policy; all its weights are at hand.
-        vlm: The same model.
-        group: The prompt and its completions.
-        rollout: The sampler, if it computes with the same weights.
-        request: What it was asked.
-        decoding: How the group was drawn.
+        scorer: Policy as a scorer; under ZeRO-3 its weights must be gathered.
+        vlm: Policy as a model, the same one.
+        group: Prompt and its sampled completions.
+        rollout: Sampler, if it computes with the same weights; else None.
+        request: Request that the sampler answered.
+        decoding: Decoding parameters of the group.
     """
 
     def plain(group: Group) -> torch.Tensor:
@@ -112,8 +112,10 @@ def compare(
         return scorer(pack_shared([group], vlm.family, vlm.device), entropy=False)[0]
 
     was_training = scorer.training
+    # The forward exactly as in training, with its rounding.
     trained = shared()
     scorer.eval()
+    # Noise: the plain forward of the whole group against that of its two halves, which differ only in batch shape.
     half = (len(group.completions) + 1) // 2
     with exact(vlm.model):
         right = plain(group)
@@ -133,7 +135,7 @@ def compare(
 def replayed(
     plain: Callable[[Group], torch.Tensor], rollout: Rollout, request: Request, size: int, decoding: Decoding
 ) -> float:
-    """The beginning of a group, sampled and scored in the same arithmetic."""
+    """Sample the beginning of a group again, score it in the same arithmetic, and return the difference."""
     (completions,) = rollout.generate([request], size, replace(decoding, max_tokens=min(REPLAYED, decoding.max_tokens)))
     sampled = torch.cat([completion.logps for completion in completions])
     scored = plain(Group(request.encoded, tuple(completion.ids for completion in completions)))
@@ -141,5 +143,5 @@ def replayed(
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Mean absolute difference."""
+    """Return the mean absolute difference."""
     return float((a - b.to(a)).abs().mean())

@@ -1,4 +1,4 @@
-"""What the training loop asks of a trainer, and which prompts and which learning rate an update uses."""
+"""Define the interface between training loop and trainers, and which prompts and learning rate an update uses."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Any, Protocol
 from common.config.schema import GRPOConfig, TrainerConfig
 from common.types import Prompt
 
-# What the training loop asks of a trainer; GRPO and SFT look the same from there.
-
 
 @dataclass(frozen=True)
 class Step:
-    """What one update reports: metrics by name, seconds by phase, its completions as table rows, and counts that a
-    resumed run would not repeat (names with a `/`).
+    """Report of one update.
+
+    metrics: values by name. seconds: time by phase. rows: completions as table rows. counts: counts that a resumed run
+    would not repeat (names with a `/`).
     """
 
     metrics: dict[str, float]
@@ -30,52 +30,50 @@ class Step:
 
 
 class Trainer(Protocol):
-    """GRPO and SFT look the same from the loop. All ranks call the methods together. tokens: seen so far."""
+    """Interface of GRPO and SFT for the training loop. All ranks call the methods together. tokens: seen so far."""
 
     tokens: float
 
     def step(self, update: int) -> Step:
-        """Update number `update`, counted from 0."""
+        """Make update number `update`, counted from 0."""
 
     def sampling(self, sampler_only: bool = False) -> AbstractContextManager[None]:
-        """Inside, every rank holds all weights, and the sampler is awake and has them: to sample, score and save.
+        """Give every rank all weights, and a sampler that is awake and has them: to sample, score and save.
 
-        `sampler_only`: nobody else needs them, so that they are not gathered for a sampler that keeps its own.
-
-        The one place where weights are gathered and the sampler is told about them, for training and evaluation alike.
+        `sampler_only`: only the sampler needs weights, so none are gathered if it keeps a copy of its own. This is the
+        only place where weights are gathered and the sampler gets new ones, for training and evaluation alike.
         """
 
     def save(self, folder: Path) -> None:
         """Write weights and optimizer state into a folder that a trainer can resume from."""
 
     def restore(self, folder: Path, done: int) -> None:
-        """Take over the weights that `save` wrote on as many ranks after `done` updates."""
+        """Load the weights that `save` wrote on the same number of ranks after `done` updates."""
 
     def close(self) -> None:
         """Release the engine."""
 
 
-# Which prompts and which learning rate an update uses: pure functions of its number.
-#
-# Nothing here has a state, so a resumed run and a run on another number of ranks see the same data in the same order.
+# Data order and learning rate: pure functions of the update's number, so that a resumed run, or one on another number
+# of ranks, sees the same data in the same order.
 
 
 class Epochs:
-    """The prompts of every epoch, in the order of the training images; asked for when they are needed."""
+    """Prompts of every epoch, in the order of the training images, built on demand."""
 
     def __init__(self, ask: Callable[[int], Sequence[Prompt]], first: Sequence[Prompt] | None = None) -> None:
         """
         Args:
-            ask: From an epoch, counted from 0, to its prompts.
-            first: Those of epoch 0, if they are known already.
+            ask: Function from an epoch, counted from 0, to its prompts.
+            first: Prompts of epoch 0, if they exist already.
         """
         self.ask, self.known = ask, {0: ask(0) if first is None else first}
         self.size = len(self.known[0])
 
     def __call__(self, epoch: int) -> Sequence[Prompt]:
-        """The prompts of one epoch, counted from 0."""
+        """Return the prompts of one epoch, counted from 0."""
         if epoch not in self.known:
-            # an update reaches from one epoch into the next at most
+            # Keep only the previous epoch: a batch can cross the border between two epochs.
             self.known = {number: prompts for number, prompts in self.known.items() if number == epoch - 1}
             self.known[epoch] = self.ask(epoch)
         return self.known[epoch]
@@ -85,9 +83,9 @@ class Epochs:
 
 
 def total_updates(config: TrainerConfig, items: int) -> int:
-    """`updates` if set, else as many as `epochs` passes over the items take (the last one may be partial).
+    """Return `updates` if set, else the updates in `epochs` passes over the items (the last one may be partial).
 
-    Each rollout batch makes `num_iterations` updates. 0 for trainer=none.
+    GRPO makes `num_iterations` updates per rollout batch. 0 for trainer=none.
     """
     if config.name == "none":
         return 0
@@ -96,7 +94,7 @@ def total_updates(config: TrainerConfig, items: int) -> int:
 
 
 def batch(update: int, size: int, items: int, seed: int) -> list[tuple[int, int]]:
-    """Epoch and index of each of the update's prompts: consecutive stretches of freshly shuffled epochs.
+    """Return epoch and index of each prompt of an update: consecutive slices of freshly shuffled epochs.
 
     >>> sorted(batch(0, 2, 4, seed=1) + batch(1, 2, 4, seed=1) + batch(2, 2, 4, seed=1))[:4]
     [(0, 0), (0, 1), (0, 2), (0, 3)]
@@ -116,10 +114,10 @@ def _order(epoch: int, items: int, seed: int) -> tuple[int, ...]:
 
 
 def learning_rate(config: TrainerConfig, update: int, updates: int) -> float:
-    """Linear warm-up over `warmup_ratio` of the updates, then constant, linear or cosine to `final_ratio` of the peak.
+    """Return the rate: linear warm-up over `warmup_ratio` of the updates, then constant, linear or cosine decay.
 
-    `update` counts from 0. Without warm-up the first update uses the full rate, and linear decay would reach its end
-    one update after the last, as in transformers.
+    Decay ends at `final_ratio` of the peak. `update` counts from 0. Without warm-up the first update uses the full
+    rate, and linear decay would reach its end one update after the last, as in transformers.
     """
     warmup = math.ceil(config.warmup_ratio * updates)
     if update < warmup:

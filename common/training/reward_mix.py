@@ -1,4 +1,4 @@
-"""The rewards of a run, made ready: built, reached, and given the run's own model where they judge with it."""
+"""Prepare the rewards of a run: build them, fetch what they need, bind the run's own model to judges."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from common.runtime.distributed import barrier, rank
 
 
 def prepare_rewards(mix: dict[str, dict[str, Any]]) -> dict[str, Reward]:
-    """The reward mix of a run, built once: what its rewards need from outside is fetched, loaded or asked here.
+    """Build the reward mix of a run, and fetch, load or connect what its rewards need from outside.
 
     Rank 0 goes first, so that nothing is fetched twice.
 
@@ -28,13 +28,13 @@ def prepare_rewards(mix: dict[str, dict[str, Any]]) -> dict[str, Reward]:
 
 
 def bind_rewards(rewards: dict[str, Reward], policy: VLM, batch: int, name: str) -> None:
-    """Give the rewards that judge with the run's own model that model, as it is now.
+    """Give the rewards that judge with the run's own model that model in its present state.
 
     Args:
-        rewards: From `prepare_rewards`.
-        policy: Before anything is attached to it or trained, and before a training is continued.
-        batch: Texts that it is asked together.
-        name: Of its weights as they compute, for caches.
+        rewards: Rewards from `prepare_rewards`.
+        policy: Model before anything is attached to it or trained, and before a training is resumed.
+        batch: Number of texts in a batch.
+        name: Name of the weights, with their number format, for caches.
     """
     for reward in rewards.values():
         if isinstance(reward.function, StatefulReward) and reward.function.needs_base:

@@ -1,8 +1,8 @@
 """Supervised fine-tuning on the labels: the baseline of CLS-RL, on the same engine and the same forward as GRPO.
 
-Loss: mean cross-entropy per token over the update. `answer` counts the label's tokens and the end of sequence;
-`everything` is what the CLS-RL authors' code does: it also counts the prompt, image tokens excepted, and behind the
-label the header of one more, empty reply.
+Loss: mean cross-entropy per token over the update. `answer` counts the label's tokens and the end of sequence.
+`everything` is what the CLS-RL authors' code does: it also counts the prompt without image tokens, and after the label
+the header of one more, empty reply.
 
 Shapes: T scored tokens of a micro-batch.
 """
@@ -28,7 +28,7 @@ from common.training.engine import Engine, EngineTrainer, zero_stage
 
 
 class SFTTrainer(EngineTrainer):
-    """One `step` per update over `prompts_per_update` labelled images."""
+    """Trainer whose `step` makes one update over `prompts_per_update` labelled images."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class SFTTrainer(EngineTrainer):
         done: int = 0,
         reply: Callable[[str], str] = str,
     ) -> None:
-        """`reply`: from a label to the text that answers it. `rollout`: for evaluations. The rest as for GRPO."""
+        """Build the engine. `reply`: from a label to the reply text. `rollout`: for evaluations. Others as for GRPO."""
         self.rollout, self.version = rollout, done
         self.reply, self.vocabulary = reply, vlm.model.get_output_embeddings().weight.shape[0]
         self.vlm, self.encoder, self.prompts = vlm, encoder, prompts
@@ -58,13 +58,15 @@ class SFTTrainer(EngineTrainer):
         self.engine = Engine(scorer, config, deepspeed, updates, resume)
 
     def step(self, update: int) -> Step:
-        """One update."""
+        """Make one update."""
         start = time.perf_counter()
+        # This rank's share of the update's prompts, packed into micro-batches.
         chosen = batch(update, self.config.prompts_per_update, len(self.prompts), self.seed)
         prompts = share_of([self.prompts(epoch)[i] for epoch, i in chosen])
-        with self.engine.whole_weights():  # image features may have to be computed
+        with self.engine.whole_weights():  # encoding may run the vision tower
             encoded = self.encoder(prompts)
         targets = [target(self.vlm, self.reply(prompt.label), self.loss) for prompt in prompts]
+        # a group of one completion: the target
         groups = [Group(e, (ids,)) for e, ids in zip(encoded, targets, strict=True)]
         packs = [
             pack_shared(part, self.vlm.family, self.vlm.device)
@@ -72,12 +74,14 @@ class SFTTrainer(EngineTrainer):
         ]
         if self.loss == "everything":
             packs = [score_prompts(packed, self.vlm.banned, self.vocabulary) for packed in packs]
+        # Number of target tokens over all ranks: the loss is a mean over all of them, not a mean of means.
         tokens = sum(gather(sum(len(packed.targets) for packed in packs)))
         self.tokens += float(sum(gather(sum(packed.tokens for packed in packs))))
         total, entropy, right = 0.0, 0.0, 0.0
         for number, packed in enumerate(packs):
             logps, entropies = self.engine(packed)
             loss = -logps.sum() / tokens
+            # DeepSpeed averages gradients over ranks; the loss is a sum over them.
             self.engine.backward(loss * world(), last=number + 1 == len(packs))
             total, entropy = total + float(loss.detach()), entropy + float(entropies.sum()) / tokens
             right += float((logps.detach().exp()).sum()) / tokens
@@ -95,9 +99,9 @@ class SFTTrainer(EngineTrainer):
 
 
 def target(vlm: VLM, reply: str, loss: str) -> torch.Tensor:
-    """Token ids of a reply and of what ends it. Shape: [T].
+    """Return the token ids of a reply and of its end. Shape: [T].
 
-    With `everything` the header of another reply follows: the CLS-RL authors' code applies the chat template with
+    With `everything` the header of another reply is appended: the CLS-RL authors' code applies the chat template with
     `add_generation_prompt=True` to the finished conversation.
     """
     tokenizer = vlm.processor.tokenizer

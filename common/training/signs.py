@@ -1,4 +1,7 @@
-"""Signs that a training goes wrong, from what its updates report, and what is probably the cause."""
+"""Detect signs that a training goes wrong from the metrics of its updates, and name the probable cause.
+
+Pure functions: the same rows of metrics.jsonl give the same signs, whether they come one by one or are read again.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import sqrt
 from statistics import fmean
 
-# Rewards that say nothing: what pays everybody or nobody cannot teach. Pure functions of what updates report.
-#
-# A reward's metrics are its mean and deviation over the samples of an update (`rewards/<name>/mean`, `.../std`).
+# Rewards without a learning signal: those that give every completion the same value. The metrics of a reward are its
+# mean and deviation over the samples of an update (`rewards/<name>/mean`, `.../std`).
 
-
-HARDLY = 0.02  # of a reward's 1: about one completion of fifty was right
-CUT = 0.1  # share of completions cut at the limit from which on it is said
-MOSTLY = 0.5  # and from which on it explains a reward that pays nobody
+HARDLY = 0.02  # mean reward below which it counts as hardly ever paid: one completion of fifty was right
+CUT = 0.1  # share of completions cut at the token limit above which there is a warning
+MOSTLY = 0.5  # share above which being cut explains a reward that is never paid
 FIX = {
     "nobody": "the model never does what it asks for, so raising its weight changes nothing: begin with SFT on replies"
     " that earn it (model.path=<that run>/model), use an easier reward first or another method, or leave it out with"
@@ -24,7 +25,7 @@ FIX = {
 
 
 def silent_rewards(updates: Sequence[Mapping[str, float]]) -> dict[str, str]:
-    """Rewards that paid all samples of all these updates the same: `nobody` if that was 0, else `everybody`.
+    """Return rewards that gave all samples of all these updates the same value: `nobody` if it was 0, else `everybody`.
 
     >>> first = {"rewards/format/mean": 0.0, "rewards/format/std": 0.0, "rewards/a/mean": 0.5, "rewards/a/std": 0.5}
     >>> silent_rewards([first, {**first, "rewards/a/mean": 1.0, "rewards/a/std": 0.0}])
@@ -43,7 +44,7 @@ def silent_rewards(updates: Sequence[Mapping[str, float]]) -> dict[str, str]:
 
 
 def hardly_paid(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Rewards that paid next to nothing in these updates, with their mean. One that also takes away is none of them.
+    """Return rewards with a mean close to 0 in these updates, and that mean. Rewards with a negative mean are left out.
 
     >>> hardly_paid([{"rewards/equality/mean": 0.03}, {"rewards/equality/mean": 0.0}]), hardly_paid([{"loss": 1.0}])
     ({'equality': 0.015}, {})
@@ -56,15 +57,13 @@ def hardly_paid(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def fix(name: str, whom: str, cut: float = 0.0) -> str:
-    """What would help against a reward that paid `nobody` or `everybody`, where so large a share of completions was cut
-    at `rollout.max_completion_tokens`.
-    """
+    """Return advice on a reward that paid `nobody` or `everybody`. `cut`: share of completions that were cut."""
     first = "most completions are cut, so raise rollout.max_completion_tokens first; if they do end, "
     return (first if whom == "nobody" and cut >= MOSTLY else "") + FIX[whom].format(name=name)
 
 
 def cut_line(share: float, limit: int | None, what: str = "completions") -> str:
-    """What is said of completions that were cut.
+    """Return the warning about completions that were cut.
 
     >>> cut_line(0.921, 64)
     '92 % of completions were cut at rollout.max_completion_tokens=64: raise it, since what is cut off counts as wrong'
@@ -73,31 +72,30 @@ def cut_line(share: float, limit: int | None, what: str = "completions") -> str:
     return f"{100 * share:.0f} % of {what} were cut at {key}: raise it, since what is cut off counts as wrong"
 
 
-# Signs that a training goes wrong, and what is probably the cause: from what its updates and evaluations report.
-#
-# Pure: the same rows of metrics.jsonl give the same signs, whether they come one by one or are read again.
+# Signs over the whole training: cut completions, zero-variance groups, collapsing entropy or length, falling accuracy.
 
-WINDOW = 10  # rollout batches that are looked at together, at the beginning and at the end
-FAR = 0.1  # a drop of accuracy, as a share of 1
-SURE = 2.0  # and in standard errors of the difference: few images vary as much by chance
-# Shares of its value at the beginning at which a measure has fallen or jumped. A policy that learns gets surer and
-# often briefer, so the entropy may fall further, and neither is a sign while the reward rises.
+WINDOW = 10  # rollout batches that are averaged, at the beginning and at the end
+FAR = 0.1  # smallest drop of accuracy that is a sign, as a share of 1
+SURE = 2.0  # and smallest drop in standard errors of the difference, since few images vary by chance
+# Factors of the initial value beyond which a measure has fallen or jumped. A policy that learns becomes more certain
+# and often briefer, so the entropy may fall further, and neither is a sign while the reward rises.
 BOUNDS = {"entropy": (0.1, 3.0), "completions/mean_length": (1 / 3, 3.0)}
 WORDS = {"entropy": "the entropy of the tokens", "completions/mean_length": "the length of completions"}
 RATE = "trainer.learning_rate is probably too high: lower it to a third or a tenth, under another run_name"
 
 
 class Signs:
-    """What was found so far, by name: one line each, with the likely cause. cut: share of all completions that were.
+    """Signs found so far, by name, each as one line with the probable cause.
 
-    flat: rollout batches in a row, up to the last one, in which no group has differed.
+    cut: share of all completions that were cut. flat: number of rollout batches in a row, up to the last one, in which
+    all groups had zero variance.
     """
 
     def __init__(self, rows: Iterable[Mapping[str, float]] = (), limit: int | None = None) -> None:
         """
         Args:
-            rows: Of metrics.jsonl, in their order.
-            limit: `rollout.max_completion_tokens`.
+            rows: Rows of metrics.jsonl, in order.
+            limit: Value of `rollout.max_completion_tokens`.
         """
         self.found: dict[str, str] = {}
         self.limit, self.flat, self.number, self.cut = limit, 0, 0, 0.0
@@ -108,9 +106,9 @@ class Signs:
             self.see(row)
 
     def see(self, row: Mapping[str, float]) -> dict[str, str]:
-        """Take in one row, and return what it shows for the first time."""
+        """Add one row, and return the signs that it shows for the first time."""
         signs = self._accuracy(row)
-        if "reward" in row:  # the updates after the first over the same completions report none
+        if "reward" in row:  # only the first update of a rollout batch reports rewards
             self._take(row)
             if self.number >= WINDOW:
                 signs |= self._cut() | self._no_differences() | self._moved()
@@ -121,19 +119,20 @@ class Signs:
     def _take(self, row: Mapping[str, float]) -> None:
         self.number += 1
         self.flat = self.flat + 1 if row.get("frac_reward_zero_std") == 1 else 0
+        # running mean over all batches
         self.cut += (row.get("completions/clipped_ratio", 0.0) - self.cut) / self.number
         if len(self.first) < WINDOW:
             self.first.append(row)
         self.last.append(row)
 
     def _mean(self, name: str, rows: Iterable[Mapping[str, float]]) -> float | None:
-        """Over the batches that report it: one without differences may compute no loss."""
+        """Return the mean over the batches that report a metric; a batch without any loss reports no entropy."""
         values = [row[name] for row in rows if name in row]
         return fmean(values) if values else None
 
     @property
     def _reward(self) -> tuple[float, float]:
-        """At the very beginning, and now."""
+        """Return the mean reward of the first batch, and of the last ones."""
         return self.first[0]["reward"], fmean(row["reward"] for row in self.last)
 
     def _cut(self) -> dict[str, str]:
@@ -194,7 +193,7 @@ class Signs:
 
 
 def at(update: int) -> str:
-    """When an evaluation was made, in words.
+    """Return in words when an evaluation was made.
 
     >>> at(0), at(20)
     ('before training', 'after update 20')
@@ -203,5 +202,5 @@ def at(update: int) -> str:
 
 
 def _error(before: float, n_before: float, after: float, n_after: float) -> float:
-    """Standard error of the difference of two shares of independent images."""
+    """Return the standard error of the difference of two accuracies on independent images."""
     return sqrt(before * (1 - before) / max(1.0, n_before) + after * (1 - after) / max(1.0, n_after))

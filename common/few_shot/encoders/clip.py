@@ -1,6 +1,6 @@
 """CLIP and every other model with two towers that open_clip has, from the hub or a local file. The tiny one: tiny.py.
 
-The models of OpenAI compute with the quick form of GELU: `RN50-quickgelu`. open_clip only warns of the other name.
+OpenAI's models compute with the quick form of GELU: choose `RN50-quickgelu`. For plain `RN50` open_clip only warns.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from common.few_shot.encoders.encoder import CLIP_MEAN, CLIP_STD, Look
 from common.types import UserError
 
-TEXTS = 256  # in a forward
+TEXTS = 256  # texts in a forward
 
 
 class TwoTowers:
@@ -38,7 +38,7 @@ class TwoTowers:
             tokenize: Texts to ids, cut to the context. Shape: [T, tokens].
             look: Size and normalisation of its pictures.
             identity: Name of model and weights, for caches.
-            source: Where the weights came from.
+            source: Origin of the weights, for messages.
         """
         self.model, self.tokenize, self.look = model.eval().requires_grad_(False), tokenize, look
         self.identity, self.source = identity, source
@@ -54,6 +54,7 @@ class TwoTowers:
         parts = [list(texts[start : start + TEXTS]) for start in range(0, len(texts), TEXTS)]
         with torch.inference_mode():
             encoded = [self.model.encode_text(self.tokenize(part).to(self.device)).float() for part in parts]
+        # Outside inference mode, so that the result is an ordinary tensor, which a computation with gradients may use.
         return torch.cat(encoded).clone()
 
     def maps(self, pixels: Tensor) -> Tensor:
@@ -88,39 +89,47 @@ class OpenClip(TwoTowers):
     def embed(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         ids = self.tokenize(list(texts)).to(self.device)
         for text, row in zip(texts, ids, strict=True):
-            if row[-1] != 0:  # the end token: the text fills all places, or lost its end
+            if row[-1] != 0:  # padding is 0, so the text fills the whole context, perhaps truncated
                 raise UserError(f"'{text}' has {len(row)} tokens or more, too long for the text tower of {self.source}")
+        # The end token has the highest id, so argmax finds its position, as in CLIP's own code.
         return self.model.token_embedding(ids).float(), ids.argmax(dim=1)
 
     def read(self, embedded: Tensor, ends: Tensor) -> Tensor:
         model = self.model
+        # open_clip's encode_text from its token embeddings on: learnt embeddings (CoOp) can be fed, and gradients flow.
         x = embedded.to(self.dtype) + model.positional_embedding[: embedded.shape[1]]
         x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask))
+        # The output at the end token is the text's feature.
         return (x[torch.arange(len(x), device=x.device), ends] @ model.text_projection).float()
 
 
 def _positions(visual: Any) -> int:
+    # One entry of the positional embedding belongs to the global feature (class token or attention pool), the rest to
+    # the map.
     if hasattr(visual, "attnpool"):
         return int(visual.attnpool.positional_embedding.shape[0]) - 1
     return int(visual.positional_embedding.shape[0]) - 1
 
 
 def _map(visual: Any, pixels: Tensor) -> Tensor:
-    """What the last layer says of each position, projected as the picture's own feature is. Shape: [B, P, D]."""
+    """Return the last layer's output at each position, projected like the image's own feature. Shape: [B, P, D]."""
+    # Vision transformer: all tokens but the class token, through the final norm and projection.
     if not hasattr(visual, "attnpool"):
         tokens = visual.transformer(visual._embeds(pixels))
         return visual.ln_post(tokens)[:, 1:] @ visual.proj
+    # ResNet: run the convolutional stages, then keep what the attention pool gives at every position.
     for layer in (visual.stem, visual.layer1, visual.layer2, visual.layer3, visual.layer4):
         pixels = layer(pixels)
     return attention_pool(visual.attnpool, pixels)[:, 1:]
 
 
 def attention_pool(pool: Any, features: Tensor) -> Tensor:
-    """All outputs of the attention pool of a CLIP ResNet; open_clip itself keeps the first, the picture's feature.
+    """Return all outputs of a CLIP ResNet's attention pool; open_clip keeps only the first, the image's feature.
 
     Shape: [B, width, height of the map, its width] -> [B, 1 + P, D].
     """
     x = features.flatten(2).permute(2, 0, 1)
+    # The mean over the positions comes first: as a query it gives the global feature, the others give the map.
     x = torch.cat([x.mean(0, keepdim=True), x]) + pool.positional_embedding[:, None].to(x.dtype)
     pooled, _ = F.multi_head_attention_forward(
         query=x,
@@ -158,16 +167,16 @@ def load(
     """See `Load`.
 
     Args:
-        key: For errors.
-        device: Where it computes.
+        key: Configuration key, for errors.
+        device: Device of the model.
         cache_dir: Not used: the hub's own cache holds the weights.
-        dtype: It computes in.
-        model: A name of open_clip, such as RN50-quickgelu.
-        pretrained: A tag of open_clip, such as openai; fetched from the hub unless it was fetched before.
-        file: Weights on this machine, instead of a tag.
+        dtype: Number format of the model.
+        model: Model name in open_clip, such as RN50-quickgelu.
+        pretrained: Tag in open_clip, such as openai; downloaded from the hub once.
+        file: Local weights file, instead of a tag.
 
     Raises:
-        UserError: open_clip is not installed, knows no such model, or the weights cannot be had or are of another one.
+        UserError: open_clip is not installed, has no such model, or the weights are unavailable or of another model.
     """
     try:
         import open_clip
@@ -177,7 +186,7 @@ def load(
         raise UserError(f"{key}.options.model=<name of open_clip> is needed, such as ViT-B-16-SigLIP2")
     if file is None and pretrained is None:
         raise UserError(f"{key}.options needs pretrained=<tag> or file=<weights>: without them {model} knows nothing")
-    if ":" in model:  # open_clip also takes addresses, and what lies there can bring code along
+    if ":" in model:  # open_clip also takes addresses (such as hf-hub:), where foreign code could lie
         raise UserError(f"{key}.options.model={model} is no name of open_clip's own models, such as RN50-quickgelu")
     weights = pretrained if file is None else str(Path(file).expanduser().resolve())
     logger, level = logging.getLogger(), logging.getLogger().level
@@ -241,7 +250,7 @@ def _unusable(key: str, model: str, weights: str | None, file: str | None, error
 
 
 def parameters_hash(model: torch.nn.Module) -> str:
-    """SHA-256 of all parameters and buffers by name."""
+    """Return the SHA-256 of all parameters and buffers with their names."""
     total = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         total.update(f"{name}{tuple(value.shape)}".encode())

@@ -1,4 +1,4 @@
-"""What a frozen encoder is, and how it sees a picture: whole, or as one of its random views."""
+"""Define frozen encoders, and the views of an image that they encode: the whole image, or a random part of it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ from common.config.schema import EncoderConfig
 from common.plugins import locate
 from common.types import UserError
 
-# What a frozen encoder is. `clip.load` and `visual.load` name functions that make one (see `Load`).
+# Encoders: `clip.load` and `visual.load` name functions that make one (see `Load`).
 
 
 class Encoder(Protocol):
-    """Pictures to features.
+    """Protocol of an encoder from images to features.
 
-    identity: model and weights, as a name for caches. source: where the weights came from. look: size and normalisation
-    of its pictures. width: D.
+    Attributes:
+        identity: Name of model and weights, for caches.
+        source: Origin of the weights, for messages.
+        look: Size and normalisation of its input images.
+        width: D.
     """
 
     identity: str
@@ -35,42 +38,42 @@ class Encoder(Protocol):
     width: int
 
     def images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Raw features. Shape: [B, 3, S, S] -> [B, D]."""
+        """Return raw features (not normalised). Shape: [B, 3, S, S] -> [B, D]."""
 
 
 class TextEncoder(Encoder, Protocol):
-    """A CLIP: pictures and texts to features of one space. positions: P."""
+    """Protocol of a CLIP: images and texts to features of one space. `positions`: P."""
 
     positions: int
 
     def maps(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Features of the positions of a picture, in the space of the texts. Shape: [B, 3, S, S] -> [B, P, D]."""
+        """Return features of the positions of each image, in the texts' space. Shape: [B, 3, S, S] -> [B, P, D]."""
 
     def texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """Raw features; a text that is too long loses its end. Shape: [T, D]."""
+        """Return raw text features; a text that is too long is truncated. Shape: [T, D]."""
 
     def embed(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token embeddings, shape [T, tokens, width], and the position of the end token, shape [T].
+        """Return token embeddings, shape [T, tokens, width], and the positions of the end tokens, shape [T].
 
         Raises:
             UserError: A text is too long.
         """
 
     def read(self, embedded: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        """What `texts` makes of the embeddings of `embed`; gradients flow. Shape: [T, D]."""
+        """Return the features that `texts` computes, from the embeddings of `embed`; gradients flow. Shape: [T, D]."""
 
 
 class Load(Protocol):
-    """A function that `clip.load` or `visual.load` names."""
+    """Protocol of a function that `clip.load` or `visual.load` names."""
 
     def __call__(self, key: str, device: torch.device, cache_dir: Path, dtype: torch.dtype, **options: Any) -> Encoder:
         """
         Args:
             key: `clip` or `visual`, for errors.
-            device: Where it computes.
-            cache_dir: For models that are built.
-            dtype: It computes in.
-            options: From the configuration.
+            device: Device of the encoder.
+            cache_dir: Folder for models that are built, not downloaded.
+            dtype: Number format of the encoder.
+            options: Further arguments from the configuration.
 
         Raises:
             UserError: The weights are missing, or of another model.
@@ -78,7 +81,7 @@ class Load(Protocol):
 
 
 def load(key: str, config: EncoderConfig, device: torch.device, cache_dir: Path) -> Encoder:
-    """The encoder of a configuration. `key`: `clip` or `visual`."""
+    """Load the encoder of a configuration. `key`: `clip` or `visual`."""
     import torch
 
     assert config.load is not None
@@ -87,7 +90,7 @@ def load(key: str, config: EncoderConfig, device: torch.device, cache_dir: Path)
 
 
 def check(key: str, config: EncoderConfig) -> None:
-    """A file of weights that is not there costs a second. Loads nothing.
+    """Check that a configured weights file exists, without loading it.
 
     Raises:
         UserError: Names the key and the file.
@@ -97,11 +100,11 @@ def check(key: str, config: EncoderConfig) -> None:
         raise UserError(f"{key}.options.file={file} does not exist; {key}={config.name} reads its weights there")
 
 
-# A picture as an encoder sees it: whole, or as one of its random views.
+# Views of an image.
 #
-# The test view is CLIP's: the shorter side to S by bicubic interpolation, then the centre. A random view is a part of
-# the picture, enlarged to S and perhaps mirrored, drawn from a generator of its own, so that it depends on seed,
-# picture and number alone.
+# The test view is CLIP's: resize the shorter side to S by bicubic interpolation, then crop the centre. A random view is
+# a random crop, resized to S and perhaps mirrored. Each is drawn from a generator of its own, so that it depends only
+# on seed, image key and view number.
 
 BICUBIC = InterpolationMode.BICUBIC
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -124,8 +127,10 @@ class Look:
 
 @dataclass(frozen=True)
 class View:
-    """Which view of a picture. number: -1 is the test view. scale: shares of the picture that a random view covers.
-    flip: how probably it is mirrored.
+    """One view of an image.
+
+    number: -1 for the test view, else the number of a random view. scale: range of the share of the image's area that a
+    random view covers. flip: probability that it is mirrored.
     """
 
     number: int = -1
@@ -135,7 +140,7 @@ class View:
 
     @property
     def name(self) -> str:
-        """Names the view in caches."""
+        """Return the name of the view in caches."""
         drawn = f"{self.number}-{self.seed}-{self.scale[0]:g}-{self.scale[1]:g}-{self.flip:g}"
         return "test" if self.number < 0 else drawn
 
@@ -144,13 +149,13 @@ TEST = View()
 
 
 def see(picture: Image.Image, image: str, view: View, look: Look) -> torch.Tensor:
-    """The normalised pixels of a view. Shape: [3, S, S].
+    """Return the normalised pixels of a view. Shape: [3, S, S].
 
     Args:
-        picture: RGB.
-        image: Its key, which a random view is drawn from.
-        view: Which one.
-        look: Size and normalisation that the encoder wants.
+        picture: Image in RGB.
+        image: Key of the image, which seeds a random view.
+        view: View to return.
+        look: Size and normalisation that the encoder needs.
     """
     if view.number < 0 and look.squash:
         seen = F.resize(picture, [look.size, look.size], BICUBIC)
@@ -158,12 +163,13 @@ def see(picture: Image.Image, image: str, view: View, look: Look) -> torch.Tenso
         seen = F.center_crop(F.resize(picture, [look.size], BICUBIC), [look.size, look.size])
     else:
         seen = random_view(picture, image, view, look.size)
+    # [S, S, 3] bytes -> [3, S, S] in [0, 1]
     pixels = torch.from_numpy(np.array(seen)).permute(2, 0, 1).float() / 255
     return F.normalize(pixels, list(look.mean), list(look.std))
 
 
 def random_view(picture: Image.Image, image: str, view: View, size: int) -> Image.Image:
-    """A random part, enlarged, and perhaps mirrored; from a generator of its own, so threads may draw side by side."""
+    """Return a random crop, resized and perhaps mirrored; thread-safe, since each view has a generator of its own."""
     rng = random.Random(f"view-{view.seed}-{view.number}-{image}")
     top, left, height, width = crop_box(picture.width, picture.height, rng, view.scale)
     seen = F.resized_crop(picture, top, left, height, width, [size, size], BICUBIC)
@@ -171,14 +177,15 @@ def random_view(picture: Image.Image, image: str, view: View, size: int) -> Imag
 
 
 def crop_box(width: int, height: int, rng: random.Random, scale: tuple[float, float]) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a random part, by the rules of torchvision's RandomResizedCrop.
+    """Return top, left, height and width of a random crop, by the rules of torchvision's RandomResizedCrop.
 
-    Its share of the area is uniform in `scale`, its ratio of width to height log-uniform in RATIO; after ten parts that
-    do not fit, the largest one in the centre whose ratio is allowed.
+    The share of the area is uniform in `scale`, the ratio of width to height log-uniform in RATIO; after ten crops that
+    do not fit, it is the largest central one whose ratio is allowed.
     """
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
         ratio = math.exp(rng.uniform(*(math.log(bound) for bound in RATIO)))
+        # width / height = ratio and width * height = area
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             return rng.randint(0, height - h), rng.randint(0, width - w), h, w

@@ -1,4 +1,4 @@
-"""Generated pictures as more shots (CaFo's DALL-E images): a folder per class, or a split file with a folder."""
+"""Read generated images as more shots (CaFo's DALL-E images): a folder per class, or a split file with a folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class Folder:
-    """Pictures by their absolute paths; see `Images`."""
+    """Images by their absolute paths; implements `Images`."""
 
     def __init__(self) -> None:
         self.contents = Contents()
@@ -43,25 +43,27 @@ class Folder:
 
 
 def pick(key: str, source: str, per_class: int, names: Sequence[str], seed: int) -> list[Item]:
-    """`per_class` generated pictures of every class.
+    """Draw `per_class` generated images of every class.
 
     Args:
         key: Configuration key, for errors.
         source: A folder with a sub-folder per class, named as the class with spaces or underscores; or
             `<json>:<folder>`, a split file as CoOp's, {"train": [[path, label, class], …]}, and their folder.
-        per_class: Pictures of each class. A class with fewer gives all.
+        per_class: Number of images per class. A class with fewer gives all.
         names: Class names.
-        seed: Seed of the draw; `random.sample` class by class, as the authors draw.
+        seed: Seed of the draw; `random.sample` class by class, as in the authors' code.
 
     Returns:
-        By class.
+        The drawn images, ordered by class.
 
     Raises:
-        UserError: A path does not exist, or a class has no picture.
+        UserError: A path does not exist, or a class has no image.
     """
+    # `<json>:<folder>` or a plain folder
     file, _, folder = source.partition(".json:")
     table = _of_file(key, Path(f"{file}.json"), Path(folder)) if folder else _of_folder(key, Path(source))
     rng, chosen = random.Random(seed), list[Item]()
+    # One generator over all classes in order, like the authors: the draw of a class depends on those before it.
     for label, name in enumerate(names):
         there = table.get(name.replace("_", " ").lower(), [])
         if not there:

@@ -1,13 +1,13 @@
-"""Features on disk, memory-mapped: each picture and view is encoded once, whatever run asks for it.
+"""Keep features on disk, memory-mapped, so that each view of an image is encoded only once over all runs.
 
-    <folder>/<writer>.keys    16 bytes a row: a hash of what was encoded
-    <folder>/<writer>.rows    the row itself, `width` numbers of the number format
+    <folder>/<writer>.keys    16 bytes per row: a hash of what was encoded
+    <folder>/<writer>.rows    the row itself: `width` numbers of the number format
 
-A writer appends rows first and their keys second, so a row counts when its key is whole: a kill at any moment loses the
-batch it was at, and the next attempt goes on behind it. Every process appends to files of its own and reads all. Where
-the disk is full or cannot be written, further rows stay in this process's memory.
+A writer appends rows first and their keys second, so a row counts when its key is complete: a kill at any moment loses
+only the current batch. Every process appends to files of its own and reads all files. If the disk is full or not
+writable, further rows stay in the memory of the process.
 
-`Encoded` looks the pictures of a task up, and encodes batch by batch what is missing. Ranks share that, and all call
+`Encoded` looks the images of a task up, and encodes in batches what is missing. Ranks share that work, and all call
 its methods together.
 """
 
@@ -34,42 +34,43 @@ from common.types import Images, UserError
 
 log = logging.getLogger(__name__)
 MEMORY = "memory"  # name of a table that has no file
-KEY = np.dtype("S16")  # compared as bytes; trailing zeros do not count, so keys never end with one (see `key_of`)
+KEY = np.dtype("S16")  # compared as bytes; NumPy ignores trailing zeros, so no key ends with one (`key_of`)
 
 
 def key_of(*parts: str) -> bytes:
-    """16 bytes that name a row."""
+    """Return the 16-byte key of a row."""
     digest = hashlib.sha256("\0".join(parts).encode()).digest()[:15]
     return digest + b"\x01"
 
 
 class Store:
-    """A table of rows by key. Not for threads."""
+    """A table of rows by key. Not thread-safe."""
 
     def __init__(self, folder: Path, width: int, dtype: str) -> None:
         """
         Args:
-            folder: Its own folder; made if need be.
-            width: Numbers of a row.
+            folder: Folder of this table alone; created if missing.
+            width: Number of values in a row.
             dtype: `float16` or `float32`.
         """
         self.folder, self.width, self.dtype = folder, width, np.dtype(dtype)
         self.writable = True
         self.writer: tuple[IO[bytes], IO[bytes]] | None = None
-        self.kept: list[tuple[NDArray[np.bytes_], NDArray[np.generic]]] = []  # in memory
+        self.kept: list[tuple[NDArray[np.bytes_], NDArray[np.generic]]] = []  # rows that are not on disk
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             self._give_up(error)
-        self.tables: dict[str, NDArray[np.generic]] = {}  # by file; the order stays, so that places stay
+        self.tables: dict[str, NDArray[np.generic]] = {}  # by file; never reordered: `find` returns positions in it
         self.refresh()
 
     def refresh(self) -> None:
-        """See what all processes have written meanwhile."""
+        """Read the keys that all processes have written so far."""
         if self.writer is not None:
             for file in self.writer:
                 file.flush()
         keys, where = [], []
+        # Files of all writers. A row counts only if both its key and its values are complete.
         for path in sorted(self.folder.glob("*.keys")):
             rows = path.with_suffix(".rows")
             size = self.width * self.dtype.itemsize
@@ -78,27 +79,32 @@ class Store:
                 continue
             self.tables[path.name] = np.memmap(rows, self.dtype, "r", shape=(whole, self.width))
             keys.append(np.fromfile(path, KEY, count=whole))
+            # (table, row) of each key
             where.append(np.stack([np.full(whole, list(self.tables).index(path.name)), np.arange(whole)], 1))
+        # Rows in memory look like one more table.
         if self.kept:
             self.tables[MEMORY] = np.concatenate([rows for _, rows in self.kept])
             keys.append(np.concatenate([names for names, _ in self.kept]))
             whole = len(keys[-1])
             where.append(np.stack([np.full(whole, list(self.tables).index(MEMORY)), np.arange(whole)], 1))
+        # Sorted keys make `find` a binary search.
         every = np.concatenate(keys) if keys else np.empty(0, KEY)
         order = np.argsort(every, kind="stable")
         self.keys = every[order]
         self.where = (np.concatenate(where) if where else np.empty((0, 2), np.int64))[order]
 
     def find(self, keys: Sequence[bytes]) -> NDArray[np.int64]:
-        """Table and row of each key, -1 for those that are not there. Shape: [N, 2]."""
+        """Return table and row of each key, -1 for missing ones. Shape: [N, 2]."""
         asked = np.array(keys, KEY)
         if not len(self.keys) or not len(asked):
             return np.full((len(asked), 2), -1)
+        # searchsorted gives the place where a key would be inserted; a key is there if the entry at that place equals
+        # it.
         place = np.searchsorted(self.keys, asked).clip(max=len(self.keys) - 1)
         return np.where((self.keys[place] == asked)[:, None], self.where[place], -1)
 
     def add(self, keys: Sequence[bytes], rows: torch.Tensor) -> None:
-        """Append rows; `refresh` shows them. Shape: [N, width]."""
+        """Append rows of shape [N, width]; the next `refresh` makes them visible."""
         values = rows.detach().cpu().numpy().astype(self.dtype)
         if values.shape != (len(keys), self.width):
             raise ValueError(f"{len(keys)} keys for rows of shape {values.shape}, not of width {self.width}")
@@ -108,6 +114,7 @@ class Store:
                 if self.writer is None:
                     name = uuid.uuid4().hex
                     self.writer = (self.folder / f"{name}.rows").open("ab"), (self.folder / f"{name}.keys").open("ab")
+                # rows before keys: see the module docstring
                 for file, content in zip(self.writer, (values.tobytes(), names.tobytes()), strict=True):
                     file.write(content)
                     file.flush()
@@ -118,13 +125,13 @@ class Store:
 
     def _give_up(self, error: OSError) -> None:
         self.writable = False
-        with suppress(OSError):  # what it still holds goes nowhere
+        with suppress(OSError):  # closing flushes again, which fails again
             self.close()
         self.writer = None
         log.warning("features are kept in memory, not in %s: %s (cache_dir)", self.folder, error.strerror)
 
     def read(self, where: NDArray[np.int64]) -> torch.Tensor:
-        """Rows that `find` found. fp32, shape: [N, width]."""
+        """Read the rows that `find` found, as fp32. Shape: [N, width]."""
         found, tables = np.empty((len(where), self.width), np.float32), list(self.tables.values())
         for number in np.unique(where[:, 0]):
             mine = where[:, 0] == number
@@ -132,7 +139,7 @@ class Store:
         return torch.from_numpy(found)
 
     def close(self) -> None:
-        """End this process's files."""
+        """Close this process's files."""
         if self.writer is not None:
             with ExitStack() as files:
                 for file in self.writer:
@@ -141,13 +148,13 @@ class Store:
 
 
 class Rows:
-    """Rows of a store in a given order, read when they are asked for, so that any number of them takes no memory."""
+    """Rows of a store in a given order, read from disk on access, so that any number of them needs no memory."""
 
     def __init__(self, store: Store, where: NDArray[np.int64], shape: tuple[int, ...]) -> None:
         """
         Args:
-            store: The table.
-            where: Table and row of each. Shape: [N, 2].
+            store: Table to read from.
+            where: Table and row of each entry, from `Store.find`. Shape: [N, 2].
             shape: Shape of one row.
         """
         self.store, self.where, self.shape = store, where, shape
@@ -156,38 +163,38 @@ class Rows:
         return len(self.where)
 
     def __getitem__(self, part: slice) -> torch.Tensor:
-        """fp32. Shape: [rows of the slice, *shape]."""
+        """Read a slice as fp32. Shape: [rows of the slice, *shape]."""
         rows = self.store.read(self.where[part])
         return rows.view(len(rows), *self.shape)
 
 
 class Encoded:
-    """Features of one encoder."""
+    """Cached features of one encoder."""
 
     def __init__(self, encoder: Encoder, cache_dir: Path, dtype: str, batch: int, workers: int = 4) -> None:
         """
         Args:
-            encoder: What makes them.
-            cache_dir: The run's cache; features lie in `encoded` in it, a folder per encoder.
-            dtype: Number format of the kept rows, `float16` or `float32`.
-            batch: Pictures in a forward.
-            workers: Threads that decode.
+            encoder: Encoder that computes the features.
+            cache_dir: Cache folder of the run; features lie in its sub-folder `encoded`, one folder per encoder.
+            dtype: Number format of the stored rows, `float16` or `float32`.
+            batch: Images in a forward.
+            workers: Number of decoding threads.
         """
         self.encoder, self.batch, self.workers = encoder, batch, workers
         self.folder, self.dtype = Path(cache_dir).resolve() / "encoded" / f"{encoder.identity}-{dtype}", dtype
         self.stores: dict[str, Store] = {}
 
     def images(self, images: Images, keys: Sequence[str], view: View = TEST) -> Rows:
-        """Raw features of the pictures in a view. Rows of shape [D]."""
+        """Return raw features of images in a view. Rows of shape [D]."""
         return self._rows("images", (self.encoder.width,), images, keys, view)
 
     def maps(self, images: Images, keys: Sequence[str], view: View = TEST) -> Rows:
-        """Features of the positions, of a CLIP. Rows of shape [P, D]."""
+        """Return features of the positions; the encoder must be a CLIP. Rows of shape [P, D]."""
         clip: TextEncoder = self.encoder  # type: ignore[assignment]
         return self._rows("maps", (clip.positions, clip.width), images, keys, view)
 
     def close(self) -> None:
-        """End this process's files."""
+        """Close this process's files."""
         for store in self.stores.values():
             store.close()
 
@@ -196,10 +203,12 @@ class Encoded:
         if store is None:
             store = self.stores[kind] = Store(self.folder / kind, int(np.prod(shape)), self.dtype)
         stamps = on_all(images.stamp, keys, self.workers)
+        # A key covers the content of the file, the view and the version of our decoding, not only the image's name.
         named = [key_of(key, stamp, view.name, str(VERSION)) for key, stamp in zip(keys, stamps, strict=True)]
         where = store.find(named)
         missing = {name: key for name, key, row in zip(named, keys, where[:, 0], strict=True) if row < 0}
-        missing = gather(missing if rank() == 0 else None)[0] or {}  # others may write meanwhile: one rank says what
+        # Other processes may write meanwhile, so ranks could differ in what is missing: rank 0's list counts for all.
+        missing = gather(missing if rank() == 0 else None)[0] or {}
         if missing:
             self._encode(kind, store, images, list(missing.items()), view)
             store.refresh()
@@ -213,6 +222,7 @@ class Encoded:
 
     def _encode(self, kind: str, store: Store, images: Images, missing: list[tuple[bytes, str]], view: View) -> None:
         encode = getattr(self.encoder, kind)
+        # Each rank encodes its share and appends it to its own files; after the barrier every rank can read them all.
         mine = share_of(missing)
 
         def look(key: str) -> torch.Tensor:

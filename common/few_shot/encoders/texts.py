@@ -1,4 +1,4 @@
-"""What a CLIP reads of a class: templates, or the sentences of a language model (CuPL's and CaFo's GPT-3 files)."""
+"""Write the texts that CLIP reads for a class: templates, or sentences of a language model (CuPL's, CaFo's)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from common.data.listing import invisible, visible
 from common.types import UserError
 
 KEY = "clip.prompts"
-MARKS = ("<start_of_text>", "<end_of_text>")  # open_clip's tokenizer reads them as the tokens around every text
+MARKS = ("<start_of_text>", "<end_of_text>")  # open_clip's tokenizer turns them into its special tokens
 
 
 def of_templates(names: Sequence[str], templates: Sequence[str]) -> list[list[str]]:
-    """Every template with every name; underscores in names are spaces.
+    """Fill every template with every name; underscores in names become spaces.
 
     >>> of_templates(["king_crab"], ["a photo of a {}.", "{} texture."])
     [['a photo of a king crab.', 'king crab texture.']]
@@ -33,20 +33,20 @@ def of_templates(names: Sequence[str], templates: Sequence[str]) -> list[list[st
 
 
 def spoken(name: str) -> str:
-    """A class name as a text tower reads it."""
+    """Return a class name as the text tower reads it."""
     return name.replace("_", " ")
 
 
 def of_file(path: Path, names: Sequence[str]) -> list[list[str]]:
-    """The sentences of every class: a JSON object from the name (spaces, not underscores) to a list of sentences.
+    """Read the sentences of every class: a JSON object from the name (spaces, not underscores) to a list of sentences.
 
     Args:
-        path: The file. It may hold more classes. A sentence that stands there twice counts twice.
+        path: Path of the file. It may hold more classes. A sentence that occurs twice counts twice.
         names: Class names.
 
     Raises:
-        UserError: The file cannot be read, lacks a class, has none or something else than sentences for one, or a
-            sentence with one of MARKS.
+        UserError: The file cannot be read, lacks a class, has no list of sentences for a class, or has a sentence with
+            one of MARKS.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -63,6 +63,7 @@ def of_file(path: Path, names: Sequence[str]) -> list[list[str]]:
     wanted = [spoken(name) for name in names]
     if missing := [name for name in dict.fromkeys(wanted) if name not in content]:
         shown = ", ".join(f"'{name}'" for name in missing[:5]) + (", …" if len(missing) > 5 else "")
+        # Invisible characters (such as a soft hyphen) make keys differ that look the same: name them in the error.
         alike = {visible(key): character for key in content if (character := invisible(key))}
         shown += next(
             (f"; its key '{name}' has the invisible character {alike[name]}" for name in missing if name in alike), ""

@@ -1,7 +1,7 @@
-"""`clip=tiny`: a CLIP of 0.2 M parameters, trained on the rendered pictures of the tiny vision-language models.
+"""Train and load `clip=tiny`: a CLIP of 0.2 M parameters, trained on rendered digits and garments.
 
-No CLIP is to be had without a hub, so this one stands in for it where there is no network: open_clip's architecture,
-a vision transformer of 32 x 32 pixels, a text tower of its own tokenizer. It was never shown a photograph.
+It stands in for a real CLIP where there is no network: open_clip's architecture, a vision transformer on images of
+32 x 32 pixels, a text tower with its own tokenizer. It has never seen a photograph.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from common.types import UserError
 SOURCES = (Path(__file__), *(Path(pictures.__file__).with_name(f"{name}.py") for name in (*PICTURES, "wordings")))
 SHIPPED = Path(__file__).parent / "weights"
 CONTEXT, SIZE, PATCH, WIDTH = 77, 32, 8, 64
-START, END = 512, 513  # behind the bytes, and the bytes that end a word
+START, END = 512, 513  # after 256 byte tokens and 256 tokens of a byte that ends a word
 PIECES = re.compile(r"[a-z]+|[0-9]|[^\sa-z0-9]+")
 VISION = {"image_size": SIZE, "patch_size": PATCH, "width": WIDTH, "layers": 2, "head_width": 32, "mlp_ratio": 2.0}
 TEXT = {"context_length": CONTEXT, "vocab_size": END + 1, "width": WIDTH, "heads": 2, "layers": 2}
 STEPS, BATCH, RATE, WARM_UP = 1000, 128, 2e-3, 40
-FIRST_SCALE, GROWTH = 1 / 0.07, 0.7  # over which share of the steps it grows
+FIRST_SCALE, GROWTH = 1 / 0.07, 0.7  # logit scale at the start, and the share of the steps over which it grows
 TEMPLATES = (
     *("a photo of a {}.", "itap of a {}.", "a bad photo of the {}.", "a drawing of a {}.", "{}."),
     *("a photo of the large {}.", "a photo of the small {}.", "a photo of a {}, a type of {noun}."),
@@ -46,7 +46,7 @@ NOUNS = {DIGITS: ("digit", "number"), GARMENTS: ("clothing", "garment")}
 
 
 def encode(text: str) -> list[int]:
-    """Bytes of lower-case words; the last one of a word is another token, as in CLIP's own vocabulary.
+    """Encode lower-case words as bytes; the last byte of a word is another token, as in CLIP's own vocabulary.
 
     >>> encode("A one.") == [256 + ord("a"), ord("o"), ord("n"), 256 + ord("e"), 256 + ord(".")]
     True
@@ -59,7 +59,7 @@ def encode(text: str) -> list[int]:
 
 
 def tokenize(texts: Sequence[str]) -> Tensor:
-    """Start, bytes, end, and zeros; a text that is too long loses its end. Shape: [T, CONTEXT]."""
+    """Encode texts as start token, bytes, end token and zeros; a long text is truncated. Shape: [T, CONTEXT]."""
     table = torch.zeros(len(texts), CONTEXT, dtype=torch.long)
     for row, text in zip(table, texts, strict=True):
         ids = [START, *encode(text)[: CONTEXT - 2], END]
@@ -68,7 +68,7 @@ def tokenize(texts: Sequence[str]) -> Tensor:
 
 
 def make() -> Any:
-    """The model, not trained."""
+    """Build the model, not trained."""
     try:
         import open_clip
     except ImportError as error:
@@ -77,7 +77,7 @@ def make() -> Any:
 
 
 def load(key: str, device: torch.device, cache_dir: Path, dtype: torch.dtype) -> OpenClip:
-    """See `Load`; the first call trains the model."""
+    """Load the tiny CLIP; implements `Load`. It is trained first if neither repository nor cache holds it."""
     folder = build_once(cached_folder(cache_dir), _save)
     model = make()
     model.load_state_dict(load_file(folder / "model.safetensors"))
@@ -87,7 +87,7 @@ def load(key: str, device: torch.device, cache_dir: Path, dtype: torch.dtype) ->
 
 
 def cached_folder(cache_dir: Path) -> Path:
-    """Where the model lies: in the repository, or once it is built."""
+    """Return the folder of the model: in the repository, or in the cache once it is built."""
     return place("tiny_clip", SOURCES, SHIPPED, Path(cache_dir).resolve())
 
 
@@ -96,9 +96,9 @@ def _save(folder: Path) -> None:
 
 
 def train(seed: int = 0) -> Any:
-    """The model, trained as CLIP is, but that a picture's caption is right for all pictures of its class in the batch.
+    """Train the model with CLIP's loss, except that a caption is right for all images of its class in the batch.
 
-    Every step draws a wording for each class; pictures are told the captions apart, and captions the pictures.
+    Every step draws one wording per class. Images are classified over captions, and captions over images.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -109,9 +109,10 @@ def train(seed: int = 0) -> Any:
         optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.05)
         model.train()
         for step in progress(range(STEPS), "training the tiny CLIP", STEPS):
+            # Learning rate: linear warm-up, constant, then linear decay over about the last 40 % of the steps, to 2 %.
             for group in optimizer.param_groups:
                 group["lr"] = RATE * min(1.0, (step + 1) / WARM_UP, 0.02 + (STEPS - step) / (0.4 * STEPS))
-            # where CLIP's own scale begins and ends; the learners count on its end
+            # The scale grows from CLIP's initial value to its final one, SCALE, which the few-shot learners assume.
             grown = FIRST_SCALE * (SCALE / FIRST_SCALE) ** min(1.0, step / (GROWTH * STEPS))
             model.logit_scale.fill_(math.log(grown))
             labels = torch.randint(len(CLASSES), (BATCH,), generator=generator)
@@ -120,6 +121,8 @@ def train(seed: int = 0) -> Any:
             images = F.normalize(model.encode_image((pixels - mean) / std), dim=1)
             captions = F.normalize(model.encode_text(texts), dim=1)
             logits = model.logit_scale.exp() * images @ captions.T  # [B, classes]
+            # Text-to-image direction: several images of a batch share a class, so the target of a caption is uniform
+            # over them.
             right = F.one_hot(labels, len(CLASSES)).float()
             of_texts = right / right.sum(0).clamp(min=1)
             loss = F.cross_entropy(logits, labels) - (of_texts * logits.log_softmax(0)).sum(0).mean()
@@ -130,7 +133,7 @@ def train(seed: int = 0) -> Any:
 
 
 def captions_of_all(generator: torch.Generator) -> list[str]:
-    """A caption of every class, in random wordings."""
+    """Return one caption per class, in random wordings."""
     wordings = torch.randint(len(TEMPLATES), (len(CLASSES),), generator=generator).tolist()
     nouns = {kind: NOUNS[kind][int(torch.randint(2, (1,), generator=generator))] for kind in KINDS}
     names = [(name, nouns[kind]) for kind in KINDS for name in kind]

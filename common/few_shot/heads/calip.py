@@ -1,10 +1,10 @@
-"""CALIP (Guo et al. 2023): text and image look at each other without a parameter. As the authors' code.
+"""CALIP (Guo et al. 2023): parameter-free attention between text and image features, as in the authors' code.
 
-    A = 2 F W^T; F: the positions of an image's map, each of length 1; W: the text weights
+    A = 2 F W^T; F: the positions of an image's map, each of unit length; W: the text weights
     logits = 100 (b1 x W^T + b2 x (softmax over positions(A)^T F)^T + b3 pool(softmax over classes(A) W) W^T)
 
-pool: mean plus maximum over the positions. What attention makes is not of length 1, and stays so. Readers of the paper
-divide A by 2; the code multiplies.
+pool: mean plus maximum over the positions. The outputs of attention are not normalised again. By the paper A could be
+divided by 2; the code multiplies.
 """
 
 from __future__ import annotations
@@ -16,23 +16,25 @@ from common.few_shot.heads.base import SCALE, FewShotHead, Pictures, Text, maps_
 from common.types import UserError
 
 SHARPNESS = 2.0
-BETAS = (1.0, 1.12, 0.02)  # of ImageNet and RN50, as others read the paper; the public configuration is RN101's
+BETAS = (1.0, 1.12, 0.02)  # ImageNet, RN50, as others read the paper; the public configuration is for RN101
 
 
 def terms(images: Tensor, maps: Tensor, text: Tensor, sharpness: float = SHARPNESS) -> tuple[Tensor, Tensor, Tensor]:
-    """The three logits before they are weighed and scaled.
+    """Return CALIP's three logits before they are weighted and scaled.
 
     Args:
         images: Raw features. Shape: [N, D].
         maps: Features of the positions, raw. Shape: [N, P, D].
-        text: Text weights, of length 1. Shape: [C, D].
-        sharpness: What the cosines are multiplied by before the softmax.
+        text: Text weights of unit length. Shape: [C, D].
+        sharpness: Factor of the cosines before the softmax.
 
     Returns:
-        Global, with the attended text side, with the attended visual side. Shape of each: [N, C].
+        Global logits, logits with the map as the texts attend to it, logits with the texts as the map attends to them.
+        Shape of each: [N, C].
     """
     image, positions = normalize(images, dim=1), normalize(maps, dim=2)
     attention = sharpness * positions @ text.T
+    # [N, P, C] attention: over the positions for every class, [N, C, D]; over the classes for every position, [N, P, D]
     seen_by_text = attention.softmax(1).transpose(1, 2) @ positions
     seen_by_image = attention.softmax(2) @ text
     pooled = seen_by_image.mean(1) + seen_by_image.amax(1)
@@ -46,34 +48,35 @@ def logits(
     betas: tuple[float, float, float] = BETAS,
     sharpness: float = SHARPNESS,
 ) -> Tensor:
-    """
+    """Return CALIP's logits.
+
     Args:
         images: Raw features. Shape: [N, D].
         maps: Features of the positions, raw. Shape: [N, P, D].
-        text: Text weights, of length 1. Shape: [C, D].
+        text: Text weights of unit length. Shape: [C, D].
         betas: Weights of the three terms; (1, 0, 0) is zero-shot CLIP.
-        sharpness: See `terms`.
+        sharpness: Factor of the cosines before the softmax.
 
     Returns:
-        Shape: [N, C].
+        Logits. Shape: [N, C].
     """
     return weighed(terms(images, maps, text, sharpness), betas)
 
 
 def weighed(terms: tuple[Tensor, Tensor, Tensor], betas: tuple[float, float, float]) -> Tensor:
-    """The three terms times `betas`, added and scaled. Shape: [N, C]."""
+    """Return the weighted sum of the three terms, scaled. Shape: [N, C]."""
     return SCALE * (betas[0] * terms[0] + betas[1] * terms[1] + betas[2] * terms[2])
 
 
 def three(betas: list[float]) -> tuple[float, float, float]:
-    """The weights of CALIP's terms."""
+    """Check that there are three weights, one for each term of CALIP."""
     if len(betas) != 3:
         raise UserError(f"few_shot.betas={betas} must be three numbers, one for each term")
     return betas[0], betas[1], betas[2]
 
 
 class Calip(FewShotHead):
-    """CALIP, without parameters."""
+    """CALIP: attention between text and image features, without parameters."""
 
     needs = frozenset({"text", "maps"})
 
@@ -82,7 +85,7 @@ class Calip(FewShotHead):
         Args:
             seed: Not used.
             betas: Weights of the three terms.
-            sharpness: See `terms`.
+            sharpness: Factor of the cosines before the softmax.
         """
         super().__init__(seed=seed)
         self.betas, self.sharpness = three(betas), sharpness

@@ -1,7 +1,7 @@
 """CALIP-FS, the trained CALIP (Guo et al. 2023), a reconstruction: its code was announced and never published.
 
-One small network makes queries, keys and values of both the image's map and the class texts; what each side reads from
-the other goes through one linear layer. Pooling and the three terms are CALIP's. Widths and weights are our choice.
+One small network makes queries, keys and values of both the image's map and the class texts; both attention outputs go
+through one linear layer. Pooling and the three terms are CALIP's. Widths and weights are our choice.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ HIDDEN = 256
 
 
 class CrossAttention(nn.Module):
-    """Shared by both sides."""
+    """Attention in both directions between map and texts, with shared parameters."""
 
     def __init__(self, width: int, hidden: int = HIDDEN) -> None:
         """
         Args:
             width: D.
-            hidden: Width of the two hidden layers.
+            hidden: Width of the two hidden layers of the projection.
         """
         super().__init__()
         self.before = nn.Sequential(
@@ -31,14 +31,17 @@ class CrossAttention(nn.Module):
         self.after = nn.Linear(width, width)
 
     def forward(self, positions: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """
+        """Attend from the texts to the map and from the map to the texts.
+
         Args:
-            positions: Features of the map's positions, of length 1. Shape: [N, P, D].
-            text: Text weights, of length 1. Shape: [C, D].
+            positions: Features of the map's positions, of unit length. Shape: [N, P, D].
+            text: Text weights of unit length. Shape: [C, D].
 
         Returns:
-            What the texts read from the map, shape [N, C, D], and the map from the texts, shape [N, P, D].
+            Outputs of the texts' attention to the map, shape [N, C, D], and of the map's attention to the texts, shape
+            [N, P, D].
         """
+        # queries, keys and values of both sides, made by the same network
         of_map = self.before(positions).chunk(3, dim=-1)
         of_text = [part.expand(len(positions), -1, -1) for part in self.before(text).chunk(3, dim=-1)]
         by_text = scaled_dot_product_attention(of_text[0], of_map[1], of_map[2])
@@ -49,26 +52,28 @@ class CrossAttention(nn.Module):
 def logits(
     attention: CrossAttention, images: Tensor, maps: Tensor, text: Tensor, betas: tuple[float, float, float] = BETAS
 ) -> Tensor:
-    """
+    """Return CALIP-FS's logits.
+
     Args:
-        attention: The trained network.
+        attention: Trained network.
         images: Raw features. Shape: [N, D].
         maps: Features of the positions, raw. Shape: [N, P, D].
-        text: Text weights, of length 1. Shape: [C, D].
-        betas: Weights of the three terms, as CALIP's; (1, 0, 0) is zero-shot CLIP.
+        text: Text weights of unit length. Shape: [C, D].
+        betas: Weights of CALIP's three terms; (1, 0, 0) is zero-shot CLIP.
 
     Returns:
-        Shape: [N, C].
+        Logits. Shape: [N, C].
     """
     image, positions = normalize(images, dim=1), normalize(maps, dim=2)
     by_text, by_map = attention(positions, text)
     pooled = by_map.mean(1) + by_map.amax(1)
+    # CALIP's three terms: global, the texts' side, the map's side.
     terms = image @ text.T, (by_text @ image[:, :, None]).squeeze(2), pooled @ text.T
     return weighed(terms, betas)
 
 
 class CalipFS(GradientHead):
-    """CALIP-FS."""
+    """CALIP-FS, trained by SGD; a reconstruction."""
 
     needs = frozenset({"text", "maps"})
     remark = RECONSTRUCTION
@@ -88,14 +93,14 @@ class CalipFS(GradientHead):
     ) -> None:
         """
         Args:
-            seed: Draws the start and the order of the pictures.
+            seed: Seed of initialisation and order of the images.
             epochs: Passes over the shots.
-            batch: Pictures in a step.
-            learning_rate: Peak of the learning rate.
+            batch: Images in a step.
+            learning_rate: Peak learning rate.
             weight_decay: Weight decay of SGD.
             betas: Weights of the three terms.
             hidden: Width of the hidden layers.
-            drop_last: See `Plan`.
+            drop_last: Drop an incomplete last batch, see `Plan`.
         """
         super().__init__(seed=seed, plan=Plan("sgd", epochs, batch, learning_rate, weight_decay, drop_last))
         self.betas, self.hidden = three(betas), hidden

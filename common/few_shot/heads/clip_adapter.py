@@ -9,13 +9,13 @@ from common.few_shot.heads.base import DASSL_CROP, GradientHead, Pictures, Plan,
 
 
 class Adapter(nn.Module):
-    """ReLU(W2 ReLU(W1 x)) without biases; a quarter of the width in between, as in the authors' code."""
+    """Bottleneck ReLU(W2 ReLU(W1 x)) without biases, a quarter as wide as the input, as in the authors' code."""
 
     def __init__(self, width: int, reduction: int = 4) -> None:
         """
         Args:
             width: D.
-            reduction: D / reduction hidden units.
+            reduction: Ratio of D to the number of hidden units.
         """
         super().__init__()
         hidden = width // reduction
@@ -24,26 +24,28 @@ class Adapter(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """From raw features to raw features. Shape of both: [N, D]."""
+        """Map raw features to raw features. Shape of both: [N, D]."""
         return self.layers(images)
 
 
 def logits(adapter: Adapter, images: Tensor, text: Tensor, ratio: float) -> Tensor:
-    """
+    """Return CLIP-Adapter's logits.
+
     Args:
-        adapter: The trained layers.
-        images: Raw features: they are mixed before their length becomes 1. Shape: [N, D].
-        text: Text weights, of length 1. Shape: [C, D].
-        ratio: Share of the adapter; 0 leaves zero-shot CLIP.
+        adapter: Trained layers.
+        images: Raw features; they are mixed before they are normalised. Shape: [N, D].
+        text: Text weights of unit length. Shape: [C, D].
+        ratio: Share of the adapter's output; 0 gives zero-shot CLIP.
 
     Returns:
-        Shape: [N, C].
+        Logits. Shape: [N, C].
     """
+    # (1 - ratio) image + ratio adapter(image), before normalisation
     return cosine_logits(torch.lerp(images, adapter(images), ratio), text)
 
 
 class ClipAdapter(GradientHead):
-    """CLIP-Adapter; the last epoch counts."""
+    """CLIP-Adapter; the last epoch is kept."""
 
     crop = DASSL_CROP
     module: Adapter | None
@@ -61,13 +63,13 @@ class ClipAdapter(GradientHead):
     ) -> None:
         """
         Args:
-            seed: Draws the start and the order of the pictures.
+            seed: Seed of initialisation and order of the images.
             epochs: Passes over the shots.
-            batch: Pictures in a step.
-            learning_rate: Peak of the learning rate.
+            batch: Images in a step.
+            learning_rate: Peak learning rate.
             weight_decay: Weight decay of SGD.
             ratio: Share of the adapter in the mixed feature.
-            drop_last: See `Plan`.
+            drop_last: Drop an incomplete last batch, see `Plan`.
         """
         super().__init__(seed=seed, plan=Plan("sgd", epochs, batch, learning_rate, weight_decay, drop_last))
         self.ratio = ratio

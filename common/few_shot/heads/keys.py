@@ -1,11 +1,10 @@
-"""Keys: what training images are remembered by, and how they vote (Zhang et al. 2022). Tip-Adapter's part of all
-learners with a cache, and of the search of their alpha and beta.
+"""Keys: cached features of training images, and the votes that they give (Zhang et al. 2022).
 
     votes = exp(-beta (1 - x K^T)) V
 
-x: an image's feature of length 1. K, the keys: the training images' features. V: their labels, one-hot, so a product
-with V is a sum over the images of a class. Keys therefore stand class by class, and a class with fewer images is filled
-up with keys that have no vote.
+x: an image's feature of unit length. K, the keys: the training images' features. V: their labels, one-hot, so a product
+with V is a sum over the images of a class. Keys are therefore stored class by class, and a class with fewer images is
+padded with keys that have no vote. All learners with a cache use this, and so does the search of their alpha and beta.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from torch.nn.functional import normalize
 
 @dataclass(frozen=True)
 class Keys:
-    """What training images are remembered by.
+    """Keys of the training images, class by class.
 
     Args:
-        values: Shape: [C, K, D].
+        values: Features of unit length, 0 where missing. Shape: [C, K, D].
         missing: True where a class has fewer than K images. Shape: [C, K].
     """
 
@@ -31,11 +30,11 @@ class Keys:
 
 
 def keys_of(views: Tensor, labels: Tensor, classes: int) -> Keys:
-    """The keys at the start: the mean of an image's raw features over its views, then of length 1.
+    """Build the initial keys: an image's raw features averaged over its views, then normalised.
 
     Args:
-        views: Raw features. Shape: [V, N, D].
-        labels: Shape: [N].
+        views: Raw features of every view. Shape: [V, N, D].
+        labels: Class indices. Shape: [N].
         classes: C.
 
     Raises:
@@ -44,6 +43,7 @@ def keys_of(views: Tensor, labels: Tensor, classes: int) -> Keys:
     counts = torch.bincount(labels, minlength=classes)
     if empty := (counts == 0).nonzero().flatten().tolist():
         raise ValueError(f"class number {empty[0]} has no training image")
+    # Sort the images by label; slot: the place of an image among those of its class.
     order = torch.argsort(labels, stable=True)
     first = counts.cumsum(0) - counts
     label = labels[order]
@@ -56,27 +56,29 @@ def keys_of(views: Tensor, labels: Tensor, classes: int) -> Keys:
 
 
 def affinity(images: Tensor, keys: Keys) -> Tensor:
-    """Cosine of every image to every key, minus infinity for the missing ones.
+    """Return the cosine of every image to every key, minus infinity for missing keys.
 
     Args:
         images: Raw features. Shape: [N, D].
         keys: Keys of the training images.
 
     Returns:
-        Shape: [N, C, K].
+        Cosines. Shape: [N, C, K].
     """
     found = normalize(images, dim=1) @ keys.values.flatten(0, 1).T
+    # exp(-inf) = 0, so missing keys give no vote.
     return found.view(len(images), *keys.missing.shape).masked_fill(keys.missing, -torch.inf)
 
 
 def votes(affinity: Tensor, beta: float) -> Tensor:
-    """exp(-beta (1 - affinity)), summed over the keys of a class.
+    """Return exp(-beta (1 - affinity)), summed over the keys of a class.
 
     Args:
-        affinity: Shape: [N, C, K].
-        beta: How sharply the vote falls with the distance; above 0.
+        affinity: Cosines to the keys. Shape: [N, C, K].
+        beta: Sharpness: the decay of a vote with the distance; above 0.
 
     Returns:
-        Shape: [N, C].
+        Votes. Shape: [N, C].
     """
+    # In place after the first subtraction: [N, C, K] is the largest tensor of a fit.
     return (affinity - 1).mul_(beta).exp_().sum(-1)

@@ -1,7 +1,7 @@
-"""The linear probe of CLIP (Radford et al. 2021, appendix A.3), as CoOp's authors run it on few shots.
+"""Linear probe of CLIP (Radford et al. 2021, appendix A.3), as CoOp's authors run it on few shots.
 
-Multinomial logistic regression on raw features of the test transform: minimises half the squared weights plus
-`strength` times the summed cross entropy; the intercept is not punished. The strength is searched on validation images.
+Multinomial logistic regression on raw features of the test transform: minimise half the squared weights plus `strength`
+times the summed cross entropy, without a penalty on the intercept. The strength is searched on validation images.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ ITERATIONS = 1000
 
 @dataclass(frozen=True)
 class Probe:
-    """logits = images weight^T + bias. Shapes: [C, D], [C].
+    """A fitted linear classifier: logits = images weight^T + bias. Shapes: [C, D], [C].
 
-    converged: the solver ended before its last iteration. With great strengths it often does not.
+    converged: True if the solver ended before its last iteration; with a large strength it often does not.
     """
 
     weight: Tensor
@@ -39,40 +39,40 @@ class Probe:
     converged: bool = True
 
     def logits(self, images: Tensor) -> Tensor:
-        """From raw features, shape [N, D], to shape [N, C]."""
+        """Return logits of shape [N, C] from raw features of shape [N, D]."""
         return images @ self.weight.T + self.bias
 
 
 def fit_sklearn(images: Tensor, labels: Tensor, classes: int, strength: float, tolerance: float = 1e-4) -> Probe:
-    """By scikit-learn's L-BFGS, as the authors do.
+    """Fit by scikit-learn's L-BFGS, like the authors.
 
     Args:
         images: Raw features. Shape: [N, D].
-        labels: Every class occurs. Shape: [N].
+        labels: Class indices; every class occurs. Shape: [N].
         classes: C, at least 2.
-        strength: scikit-learn's C.
-        tolerance: Size of the gradient at which it ends; the default is scikit-learn's, and the authors'.
+        strength: Inverse regularisation strength, scikit-learn's C.
+        tolerance: Size of the gradient at which the solver stops; the default is scikit-learn's, and the authors'.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     model = LogisticRegression(C=strength, max_iter=ITERATIONS, tol=tolerance)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # a search tries strengths that nobody uses
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a search also tries strengths that are not chosen
         model.fit(images.cpu().numpy(), labels.cpu().numpy())
     weight, bias = np.asarray(model.coef_), np.asarray(model.intercept_)
-    if classes == 2:  # scikit-learn keeps one row, the log odds of the second class; any split of it gives the same
+    if classes == 2:  # scikit-learn keeps one row, the log odds of the second class: split it over both classes
         weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
     converged = bool(model.n_iter_.max() < ITERATIONS)
     return Probe(torch.as_tensor(weight).to(images), torch.as_tensor(bias).to(images), converged)
 
 
 def fit_torch(images: Tensor, labels: Tensor, classes: int, strength: float) -> Probe:
-    """The optimum itself by torch's L-BFGS, for a GPU. Arguments as of `fit_sklearn`."""
+    """Fit to the exact optimum by torch's L-BFGS, for a GPU. Arguments as in `fit_sklearn`."""
     weight = torch.zeros(classes, images.shape[1], dtype=images.dtype, device=images.device, requires_grad=True)
     bias = torch.zeros(classes, dtype=images.dtype, device=images.device, requires_grad=True)
     small = torch.finfo(images.dtype).eps
-    punished = 1.0 if classes == 2 else 0.5  # scikit-learn punishes the difference of two classes' weights
+    punished = 1.0 if classes == 2 else 0.5  # with two classes scikit-learn penalises the weights' difference
     optimizer = torch.optim.LBFGS(
         [weight, bias],
         max_iter=ITERATIONS,
@@ -80,7 +80,8 @@ def fit_torch(images: Tensor, labels: Tensor, classes: int, strength: float) -> 
         tolerance_change=small,
         line_search_fn="strong_wolfe",
     )
-    scale = 1 / max(1.0, strength * len(images))  # the optimum stays, and gradients keep a size that can be judged
+    # Scaling the objective leaves the optimum where it is, and keeps gradients at a size that the tolerances fit.
+    scale = 1 / max(1.0, strength * len(images))
 
     def objective() -> Tensor:
         optimizer.zero_grad()
@@ -90,6 +91,7 @@ def fit_torch(images: Tensor, labels: Tensor, classes: int, strength: float) -> 
         (loss * scale).backward()
         return loss.detach() * scale
 
+    # a single step: LBFGS makes all its iterations inside
     optimizer.step(objective)
     made, limits = optimizer.state[weight], optimizer.param_groups[0]
     converged = made["n_iter"] < limits["max_iter"] and made["func_evals"] < limits["max_eval"]
@@ -98,21 +100,23 @@ def fit_torch(images: Tensor, labels: Tensor, classes: int, strength: float) -> 
 
 @dataclass(frozen=True)
 class Trace:
-    """A search: the strengths that were tried, with their accuracies, and the one that was chosen."""
+    """Result of a search: the strengths that were tried, with their accuracies, and the chosen one."""
 
     tried: tuple[tuple[float, float], ...]
     chosen: float
 
 
 def search(accuracy: Callable[[float], float]) -> Trace:
-    """The strength by the authors' search: the best of a coarse list (of equal ones the first), then eight halvings of
-    the interval from a tenth to ten times of it. Each compares both ends and moves the worse one (of equal ones the
-    right) to the middle in log10. The end that is kept last is the result.
+    """Search the strength like the authors: coarsely, then by bisection.
+
+    Take the best of a coarse list (of equal ones the first), then halve the interval from a tenth to ten times of it
+    eight times. Each halving compares both ends and moves the worse one (of equal ones the right) to the middle in
+    log10. The end that is kept last is the result.
 
     Args:
-        accuracy: From a strength to the accuracy on the validation images of the probe that it gives.
+        accuracy: Function from a strength to the validation accuracy of the probe that it gives.
     """
-    accuracy = cache(accuracy)  # every halving asks for the end that it kept
+    accuracy = cache(accuracy)  # every halving evaluates one end again
     tried = [(strength, accuracy(strength)) for strength in COARSE]
     peak = max(tried, key=lambda pair: pair[1])[0]
     left, right = 0.1 * peak, 10 * peak
@@ -128,8 +132,10 @@ def search(accuracy: Callable[[float], float]) -> Trace:
 
 
 class LinearProbe(FewShotHead):
-    """The linear probe; its strength is searched on validation pictures. With `selection=paper`, where there are none,
-    it is on a few test pictures: CoOp's code takes them, since its ImageNet has the test split for validation.
+    """Linear probe with its strength searched on validation images.
+
+    With `selection=paper` and no validation images it is searched on a few test images: CoOp's code does so, since its
+    ImageNet uses the test split for validation.
     """
 
     needs = frozenset()
@@ -140,9 +146,9 @@ class LinearProbe(FewShotHead):
     def __init__(self, *, seed: int, strength: float | None = None, solver: str = "auto") -> None:
         """
         Args:
-            seed: Draws the test pictures to search on; the fit is the optimum.
-            strength: scikit-learn's C; null: searched.
-            solver: `sklearn`, `torch`, or `auto`: torch on a GPU.
+            seed: Seed of the test images to search on; the fit itself is deterministic.
+            strength: Inverse regularisation strength, scikit-learn's C; null: searched.
+            solver: Solver of the fit: `sklearn`, `torch`, or `auto` (torch on a GPU).
         """
         super().__init__(seed=seed)
         one_of("few_shot.solver", solver, ("auto", "sklearn", "torch"))
@@ -176,6 +182,7 @@ class LinearProbe(FewShotHead):
         self.check_val(self.searched_on is not None)
         val = self.searched_on
         assert val is not None
+        # As many test images per class as there are shots, at most four.
         if self.searches_test:
             val = some_of_each(val, min(4, int(self.train.seen.labels.bincount().max())), self.seed)
         fitted: dict[float, Probe] = {}
@@ -207,9 +214,9 @@ class LinearProbe(FewShotHead):
 
 
 def some_of_each(pictures: Pictures, count: int, seed: int) -> Pictures:
-    """At most `count` random pictures of each label, in their order."""
+    """Return at most `count` random images of each label, in their original order."""
     order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed)).to(pictures.labels.device)
-    rank = torch.zeros_like(order)  # of a picture among those of its label, in the random order
+    rank = torch.zeros_like(order)  # rank of an image among those of its label, in the random order
     for label in pictures.labels.unique():
         own = order[pictures.labels[order] == label]
         rank[own] = torch.arange(len(own), device=order.device)

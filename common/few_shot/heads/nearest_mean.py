@@ -1,9 +1,9 @@
-"""The nearest class mean, our plainest baseline.
+"""Nearest class mean: our simplest baseline.
 
     logits = 100 x M^T
 
-x: an image's feature of length 1. M: of every class the mean of its images' features, each of length 1, then itself of
-length 1.
+x: an image's feature of unit length. M: per class the mean of its images' features, each of unit length, normalised
+again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from common.few_shot.heads.base import FewShotHead, Pictures, Text, base_logits,
 
 
 class NearestMean(FewShotHead):
-    """The nearest class mean: cosine to the mean of the shots' features, each of length 1. No text, no parameter."""
+    """Nearest class mean: cosine to the mean of the shots' unit-length features. Uses no text and has no parameters."""
 
     needs = frozenset()
     fixed_classes = True
@@ -28,6 +28,7 @@ class NearestMean(FewShotHead):
     def step(self, number: int) -> dict[str, float]:
         seen, count = self.train.seen, len(self.text.names)
         sums = seen.images.new_zeros(count, seen.images.shape[1])
+        # The sum needs no division by the count: it is normalised anyway.
         self.means = normalize(sums.index_add_(0, seen.labels, normalize(seen.images, dim=1)), dim=1)
         return {}
 

@@ -1,9 +1,9 @@
-"""Tip-Adapter and Tip-Adapter-F (Zhang et al. 2022): zero-shot CLIP plus votes of the training images that are alike.
+"""Tip-Adapter and Tip-Adapter-F (Zhang et al. 2022): zero-shot CLIP plus votes of similar training images.
 
     logits = 100 x W^T + alpha exp(-beta (1 - x K^T)) V
 
-x: an image's feature of length 1. W: the text weights. K, V: keys and labels of the training images (keys.py). As the
-authors' code (their first preprint swaps alpha and beta). Tip-Adapter-F trains the keys; CaFo trains two sets of them.
+x: an image's feature of unit length. W: the text weights. K, V: keys and labels of the training images (keys.py). As in
+the authors' code (their first preprint swaps alpha and beta). Tip-Adapter-F trains the keys; CaFo trains two sets.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ from common.few_shot.heads.search import Found, Searched
 
 
 def logits(images: Tensor, keys: Keys, zero_shot: Tensor, alpha: float, beta: float) -> Tensor:
-    """
+    """Return Tip-Adapter's logits.
+
     Args:
         images: Raw features. Shape: [N, D].
         keys: Keys of the training images.
         zero_shot: Logits of the images. Shape: [N, C].
-        alpha: Weight of the votes; 0 leaves zero-shot CLIP.
-        beta: How sharply a vote falls with the distance.
+        alpha: Weight of the votes; 0 gives zero-shot CLIP.
+        beta: Sharpness: the decay of a vote with the distance.
 
     Returns:
-        Shape: [N, C].
+        Logits. Shape: [N, C].
     """
     return zero_shot + alpha * votes(affinity(images, keys), beta)
 
 
 class TipAdapter(FewShotHead):
-    """Tip-Adapter: keys from the shots, nothing trained. Without CLIP the votes of the keys alone count."""
+    """Tip-Adapter: keys from the shots, no training. Without CLIP only the votes of the keys count."""
 
     needs = frozenset()
     fixed_classes = True
@@ -49,10 +50,10 @@ class TipAdapter(FewShotHead):
         """
         Args:
             seed: Not used.
-            alpha: Weight of the votes, where nothing is searched.
-            beta: How sharply a vote falls with the distance, where nothing is searched.
-            search_scale: Ends of beta and alpha.
-            key_views: Random views that a key is the mean of.
+            alpha: Weight of the votes if no search is made.
+            beta: Sharpness of the votes if no search is made.
+            search_scale: Upper ends of beta and alpha in the search.
+            key_views: Number of random views over which a key is averaged.
         """
         super().__init__(seed=seed)
         positive("few_shot.key_views", key_views)
@@ -61,6 +62,7 @@ class TipAdapter(FewShotHead):
 
     def step(self, number: int) -> dict[str, float]:
         mean = self.train.mean_view(self.key_views)
+        # [None]: the views are averaged already, so `keys_of` gets a single one
         self.keys = keys_of(mean.images[None], mean.labels, len(self.text.names))
         return {}
 
@@ -100,12 +102,12 @@ class KeyModule(nn.Module):
             self.register_buffer(f"missing_{number}", each.missing)
 
     def keys(self) -> list[Keys]:
-        """As they are now."""
+        """Return the current keys."""
         return [Keys(v, self.get_buffer(f"missing_{n}")) for n, v in enumerate(self.values)]
 
 
 class TrainedKeys(GradientHead):
-    """What Tip-Adapter-F and CaFo share: trained keys, the best epoch, then a search of alpha and beta."""
+    """Base of Tip-Adapter-F and CaFo: train keys, keep the best epoch, then search alpha and beta."""
 
     needs = frozenset()
     fixed_classes = True
@@ -127,15 +129,15 @@ class TrainedKeys(GradientHead):
     ) -> None:
         """
         Args:
-            seed: Draws the order of the pictures.
+            seed: Seed of the order of the images.
             epochs: Passes over the shots.
-            batch: Pictures in a step.
-            learning_rate: Learning rate at the start.
+            batch: Images in a step.
+            learning_rate: Initial learning rate.
             weight_decay: Weight decay of AdamW.
-            alpha: Weight of the votes while training.
-            beta: How sharply a vote falls with the distance, while training.
-            search_scale: Ends of beta and alpha in the search.
-            key_views: Random views that a key is the mean of, at the start; the training shows others.
+            alpha: Weight of the votes during training.
+            beta: Sharpness of the votes during training.
+            search_scale: Upper ends of beta and alpha in the search.
+            key_views: Number of random views over which the initial keys are averaged; the training shows others.
         """
         super().__init__(seed=seed, plan=Plan("adamw", epochs, batch, learning_rate, weight_decay))
         positive("few_shot.key_views", key_views)
@@ -144,22 +146,23 @@ class TrainedKeys(GradientHead):
 
     @abstractmethod
     def vote(self, pictures: Pictures, base: Tensor) -> Callable[[float], Tensor]:
-        """From pictures and their zero-shot logits to a function from beta to what alpha multiplies."""
+        """Return a function from beta to the votes that alpha multiplies, for images with their zero-shot logits."""
 
     @property
     def chosen_by_test(self) -> bool:
         return self.test is not None
 
     def forward(self, pictures: Pictures, text: Text) -> Tensor:
+        # alpha and beta stay fixed in training; the search comes after the last epoch
         base = base_logits(pictures, text)
         return base + self.mix.alpha * self.vote(pictures, base)(self.mix.beta)
 
     def search(self, pictures: Pictures) -> Found:
-        """Alpha and beta on some pictures, with the keys as they are."""
+        """Search alpha and beta on images, with the current keys."""
         return self.mix.search(lambda p: self.vote(p, base_logits(p, self.text)), pictures, self.text)
 
     def keys_to_search_with(self) -> dict[str, Tensor] | None:
-        """Weights to search alpha and beta with, if they are not the trained ones."""
+        """Return weights to search alpha and beta with, or None for the trained ones."""
         return None
 
     def end(self) -> dict[str, Any]:
@@ -167,6 +170,7 @@ class TrainedKeys(GradientHead):
         assert self.module is not None
         if self.searched_on is None or self.judges is None:
             return facts | {"alpha": self.mix.alpha, "beta": self.mix.beta, "searched": False}
+        # Search, with `selection=paper` on the keys that the authors search with, then put the trained keys back.
         trained = copy.deepcopy(self.module.state_dict())
         other = self.keys_to_search_with() if self.test is not None else None
         if other is not None:
@@ -174,6 +178,7 @@ class TrainedKeys(GradientHead):
         with torch.no_grad():
             found = self.search(self.searched_on)
         self.module.load_state_dict(trained)
+        # Keep the found pair only if it beats the training pair on the selection images.
         begun, before = (self.mix.alpha, self.mix.beta), accuracy(self, self.judges, self.text)
         self.mix.alpha, self.mix.beta = found.alpha, found.beta
         better = accuracy(self, self.judges, self.text) > before
@@ -189,7 +194,7 @@ class TrainedKeys(GradientHead):
         self.mix.alpha, self.mix.beta = head["mix"]
 
     def shaped_as(self, weights: dict[str, Tensor]) -> nn.Module:
-        caches = range(len(weights) // 2)  # of each its keys, and which are missing
+        caches = range(len(weights) // 2)  # two tensors per cache: keys and mask of missing ones
         return KeyModule([Keys(weights[f"values.{n}"], weights[f"missing_{n}"]) for n in caches])
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -198,7 +203,7 @@ class TrainedKeys(GradientHead):
 
 
 class TipAdapterF(TrainedKeys):
-    """Tip-Adapter-F: the keys are trained."""
+    """Tip-Adapter-F: Tip-Adapter with trained keys."""
 
     def build(self) -> nn.Module:
         mean = self.train.mean_view(self.key_views)
@@ -206,6 +211,7 @@ class TipAdapterF(TrainedKeys):
 
     def vote(self, pictures: Pictures, base: Tensor) -> Callable[[float], Tensor]:
         assert self.module is not None
+        # Affinities do not depend on beta: compute them once for all betas of a search.
         near = affinity(pictures.images, self.module.keys()[0])
         return lambda beta: votes(near, beta)
 

@@ -1,8 +1,8 @@
-"""VT-CLIP (Qiu et al. 2021), a reconstruction: neither its code nor its full text was to be had.
+"""VT-CLIP (Qiu et al. 2021), a reconstruction: neither its code nor its full text was available.
 
-Known: CLIP is frozen, the class texts ask the positions of the image's map by cross-attention, a residual keeps the
-texts. Our choices: 8 heads, no further layers, and an output projection that begins at zero, so training begins at
-zero-shot CLIP.
+Known: CLIP is frozen, the class texts attend to the positions of the image's map by cross-attention, and a residual
+connection keeps the texts. Our choices: 8 heads, no further layers, and an output projection initialised to zero, so
+that training starts at zero-shot CLIP.
 """
 
 from __future__ import annotations
@@ -17,49 +17,53 @@ HEADS = 8
 
 
 class TextAttention(nn.Module):
-    """The class texts as an image changes them."""
+    """Class texts adapted to an image by cross-attention to its map."""
 
     def __init__(self, width: int, heads: int = HEADS) -> None:
         """
         Args:
             width: D.
-            heads: Must divide D.
+            heads: Number of heads; must divide D.
         """
         super().__init__()
         self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        # The attention adds nothing at first, so training starts at zero-shot CLIP.
         nn.init.zeros_(self.attention.out_proj.weight)
         nn.init.zeros_(self.attention.out_proj.bias)
 
     def forward(self, maps: Tensor, text: Tensor) -> Tensor:
-        """
+        """Return the class texts for every image.
+
         Args:
             maps: Features of the positions. Shape: [N, P, D].
-            text: Text weights, of length 1. Shape: [C, D].
+            text: Text weights of unit length. Shape: [C, D].
 
         Returns:
-            Shape: [N, C, D].
+            Adapted texts. Shape: [N, C, D].
         """
+        # queries: the texts; keys and values: the positions
         asked = text.expand(len(maps), -1, -1)
         return text + self.attention(asked, maps, maps, need_weights=False)[0]
 
 
 def logits(attention: TextAttention, images: Tensor, maps: Tensor, text: Tensor) -> Tensor:
-    """
+    """Return VT-CLIP's logits.
+
     Args:
-        attention: The trained network.
+        attention: Trained network.
         images: Raw features. Shape: [N, D].
         maps: Features of the positions. Shape: [N, P, D].
-        text: Text weights, of length 1. Shape: [C, D].
+        text: Text weights of unit length. Shape: [C, D].
 
     Returns:
-        Shape: [N, C].
+        Logits. Shape: [N, C].
     """
     guided = normalize(attention(maps, text), dim=2)
     return SCALE * torch.einsum("nd,ncd->nc", normalize(images, dim=1), guided)
 
 
 class VTClip(GradientHead):
-    """VT-CLIP."""
+    """VT-CLIP, trained by SGD; a reconstruction."""
 
     needs = frozenset({"text", "maps"})
     remark = RECONSTRUCTION
@@ -78,13 +82,13 @@ class VTClip(GradientHead):
     ) -> None:
         """
         Args:
-            seed: Draws the start and the order of the pictures.
+            seed: Seed of initialisation and order of the images.
             epochs: Passes over the shots.
-            batch: Pictures in a step.
-            learning_rate: Peak of the learning rate.
+            batch: Images in a step.
+            learning_rate: Peak learning rate.
             weight_decay: Weight decay of SGD.
-            heads: Heads of the attention.
-            drop_last: See `Plan`.
+            heads: Number of heads of the attention.
+            drop_last: Drop an incomplete last batch, see `Plan`.
         """
         super().__init__(seed=seed, plan=Plan("sgd", epochs, batch, learning_rate, weight_decay, drop_last))
         self.heads = heads

@@ -1,9 +1,9 @@
-"""Zero-shot CLIP (Radford et al. 2021): the cosine of an image to the mean of its class's prompts.
+"""Zero-shot CLIP (Radford et al. 2021): cosine similarity of an image to the mean of its class's prompts.
 
     logits = 100 x W^T
 
-x: an image's feature of length 1. W: the text weights. All other learners begin from these logits, so they are computed
-in base.py (`cosine_logits`, `base_logits`), and the class has nothing to add.
+x: an image's feature of unit length. W: the text weights. All other learners start from these logits, so base.py
+computes them (`cosine_logits`, `base_logits`), and the class adds nothing.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from common.few_shot.heads.base import FewShotHead
 
 
 def text_weights(prompts: Sequence[Tensor]) -> Tensor:
-    """One weight per class: its prompts' features are normalised, averaged, and normalised again.
+    """Return one weight vector per class: its prompts' features are normalised, averaged, and normalised again.
 
     A prompt that occurs twice counts twice, and classes of one name get equal weights.
 
     Args:
-        prompts: Text features of every class, raw. C tensors of shape [prompts of the class, D].
+        prompts: Raw text features of every class. C tensors of shape [prompts of the class, D].
 
     Returns:
-        Of length 1. Shape: [C, D].
+        Text weights of unit length. Shape: [C, D].
 
     Raises:
         ValueError: A class has no prompt.
@@ -37,4 +37,4 @@ def text_weights(prompts: Sequence[Tensor]) -> Tensor:
 
 
 class ZeroShot(FewShotHead):
-    """Zero-shot CLIP: never fitted."""
+    """Zero-shot CLIP; never fitted."""

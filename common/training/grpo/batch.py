@@ -1,4 +1,4 @@
-"""One rollout batch: completions with their rewards and advantages, and what it and its update report."""
+"""Build one rollout batch (completions, rewards, advantages), and the metrics of the batch and its updates."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GAP = "sampling/sampling_logp_difference"
 
 
 class Measured:
-    """Sums over the forwards of one update, and their means over all ranks under TRL's names."""
+    """Sums over the forwards of one update, averaged over all ranks at the end, under TRL's names."""
 
     def __init__(self) -> None:
         self.loss = 0.0
@@ -40,15 +40,17 @@ class Measured:
     def add(
         self, inputs: LossInputs, outputs: LossOutputs, entropy: torch.Tensor, gap: torch.Tensor | None, first: bool
     ) -> None:
-        """One forward.
+        """Add one forward.
 
-        `gap` [T]: the trainer's log-probability of each token minus the sampler's; None if they are of different
+        `gap` [T]: the trainer's log-probability of each token minus the sampler's; None if the two belong to different
         distributions.
         """
         self.loss += float(outputs.loss.detach())
+        # masked completions (weight 0) count in no metric
         counted = inputs.weights[inputs.owner] > 0
         means = dict(outputs.means)
         means["entropy"] = (float(entropy[counted].sum()), float(counted.sum()))
+        # Sampler and trainer are compared only in the first update of a batch: later ones have other weights.
         if first and bool(counted.any()):
             if gap is not None:
                 distance = gap[counted].abs()
@@ -68,7 +70,7 @@ class Measured:
             self._extreme(self.highest, "clip_ratio/high_max", outputs.highest, max)
 
     def tokens(self, plain: int, computed: int) -> None:
-        """Tokens that the plain layout would have computed, padding aside, and those that were."""
+        """Add the tokens that the plain layout would have computed, without padding, and those that were computed."""
         before = self.means.get("shared_prefix/token_ratio", (0.0, 0.0))
         self.means["shared_prefix/token_ratio"] = before[0] + plain, before[1] + computed
 
@@ -77,7 +79,8 @@ class Measured:
         values[name] = choose(values.get(name, value), value)
 
     def over_ranks(self) -> dict[str, float]:
-        """All ranks call it together; a rank may have had no group to learn from."""
+        """Return the metrics over all ranks, which call it together; a rank may have had no group with a gradient."""
+        # Sums and counts are gathered, so that means are over all tokens and not over the ranks' means.
         parts = gather(self)
         metrics = {"loss": sum(part.loss for part in parts)}
         for name in sorted({name for part in parts for name in part.means}):
@@ -89,18 +92,18 @@ class Measured:
         return metrics
 
 
-# One rollout batch: completions with their rewards and advantages, and what it reports about itself.
+# One rollout batch.
 #
 # Shapes: n prompts of this rank, N of all ranks, G completions each, K rewards.
 
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """This rank's completions of one rollout.
+    """Completions of one rollout on this rank.
 
-    rewards: by component, and the weighted sum under "total", each with G values per prompt in a row. advantages: [n,
-    G]. lag: updates since the weights that sampled it.
-    old_logps, reference_logps: filled by the first update over the batch for those that follow, by group.
+    scores: rewards by component, and their weighted sum as `total`, each with G values per prompt in a row. advantages:
+    [n, G]. lag: updates since the weights that sampled it. old_logps, reference_logps: stored by the first update over
+    the batch for those that follow, by group.
     """
 
     prompts: list[Prompt]
@@ -114,7 +117,7 @@ class RolloutBatch:
     reference_logps: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def lengths(self, without_truncated: bool) -> torch.Tensor:
-        """Tokens of each completion that count; 0 for a truncated one if those are left out. Shape: [n G]."""
+        """Return the tokens per completion that count; 0 for a truncated one if those are masked. Shape: [n G]."""
         completions = [c for group in self.completions for c in group]
         return torch.tensor([0 if c.truncated and without_truncated else len(c.ids) for c in completions])
 
@@ -129,7 +132,7 @@ class RolloutBatch:
         return set.intersection(*(set(without_differences(part, size)) for part in self.scores.parts.values()))
 
     def sampled_logps(self, groups: Sequence[int]) -> torch.Tensor:
-        """The sampler's log-probabilities of the tokens of some groups. Shape: [T]."""
+        """Return the sampler's log-probabilities of the tokens of some groups. Shape: [T]."""
         return torch.cat([c.logps for i in groups for c in self.completions[i]])
 
 
@@ -139,7 +142,7 @@ def score_groups(
     rewards: dict[str, Reward],
     open_image: Callable[[str], Image] | None = None,
 ) -> Scores:
-    """Every reward of every completion, group after group.
+    """Compute every reward of every completion, group after group.
 
     `open_image`: from an image's key to its picture, for rewards that look at it.
 
@@ -162,7 +165,7 @@ def score_groups(
 
 
 def gaps(values: Sequence[float], group_size: int) -> list[bool]:
-    """Of every value, whether its group has a NaN.
+    """Return for every value whether its group has a NaN.
 
     >>> gaps([1.0, float("nan"), 0.5, 0.0], 2)
     [True, True, False, False]
@@ -172,7 +175,7 @@ def gaps(values: Sequence[float], group_size: int) -> list[bool]:
 
 
 def without_differences(total: Sequence[float], group_size: int) -> list[int]:
-    """The groups in which all completions got the same reward: nothing to learn from.
+    """Return the zero-variance groups: all completions have the same reward, so there is nothing to learn from.
 
     >>> without_differences([1.0, 1.0, 0.0, 1.0], 2)
     [0]
@@ -188,10 +191,10 @@ def compare(
     advantages: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     shuffle_seed: int | None,
 ) -> tuple[Scores, torch.Tensor]:
-    """Advantages of this rank's completions, from the rewards of all ranks.
+    """Compute the advantages of this rank's completions from the rewards of all ranks.
 
     Args:
-        scores: This rank's rewards.
+        scores: Rewards of this rank.
         weights: Weight of each reward.
         group_size: G.
         advantages: From rewards [K, N, G] and their weights [K] to advantages [N, G].
@@ -200,8 +203,10 @@ def compare(
     Returns:
         The rewards as they were used (permuted or not), and advantages [n, G].
     """
+    # One matrix of everything that is gathered and permuted together.
     columns = [*scores.parts.values(), scores.total, *scores.missing.values()]
     mine = torch.tensor(columns, dtype=torch.float64).view(len(columns), -1, group_size)  # [columns, n, G]
+    # All ranks gather all rewards: with `batch` scaling and GDPO the normalisation is over the whole update.
     everyone = torch.stack(interleave([list(part.unbind(1)) for part in gather(mine)]), 1)  # [columns, N, G]
     if shuffle_seed is not None:
         order = torch.randperm(everyone[0].numel(), generator=torch.Generator().manual_seed(shuffle_seed))
@@ -215,9 +220,9 @@ def compare(
 
 
 def describe(batch: RolloutBatch) -> dict[str, float]:
-    """Rewards and lengths of the rollout over all ranks, under TRL's names.
+    """Return rewards and lengths of the rollout over all ranks, under TRL's names.
 
-    Of a reward that may be missing: its mean and deviation where it is there, left out if it is nowhere, and the share
+    For a reward that may be missing: mean and deviation where it exists (left out if it exists nowhere), and the share
     of samples without it (`rewards/<name>/missing`).
     """
     size = batch.advantages.shape[1]
@@ -229,6 +234,7 @@ def describe(batch: RolloutBatch) -> dict[str, float]:
         "resampled": [batch.resampled],
         **{f"rewards/{name}": values for name, values in batch.scores.known.items()},
     }
+    # one collective for everything, then statistics over all completions of the update
     ranks = gather(mine)
     joined = {key: [value for part in ranks for value in part[key]] for key in mine}
     flat = without_differences(joined["total"], size)
@@ -260,12 +266,12 @@ def describe(batch: RolloutBatch) -> dict[str, float]:
 
 
 def _std(values: list[float]) -> float:
-    """Unbiased; NaN where a value is one (the statistics module raises), so that the guard can name it."""
+    """Return the unbiased deviation, or NaN if a value is NaN (the statistics module would raise)."""
     return float(torch.tensor(values, dtype=torch.float64).std())
 
 
 def rows(number: int, batch: RolloutBatch) -> list[dict[str, Any]]:
-    """The completions of all ranks as table rows, in the order of the prompts."""
+    """Return the completions of all ranks as table rows, in the order of the prompts."""
     size, rewards = batch.advantages.shape[1], batch.scores.known
     mine = []
     for i, prompt in enumerate(batch.prompts):
@@ -289,4 +295,5 @@ def rows(number: int, batch: RolloutBatch) -> list[dict[str, Any]]:
                 }
             )
         mine.append(records)
+    # undo `share_of`: ranks hold every world-th prompt
     return [row for group in interleave(gather(mine)) for row in group]

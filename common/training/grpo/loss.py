@@ -1,4 +1,4 @@
-"""GRPO's advantages and objective, and its relatives, as pure functions: tensors in, loss and metrics out."""
+"""Advantages and objective of GRPO and its relatives, as pure functions: tensors in, loss and metrics out."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from common.config.schema import GRPOConfig
 # Shapes: K reward components, N prompts of the whole update, G completions per prompt.
 
 
-EPSILON = 1e-4  # TRL's and the authors' value
+EPSILON = 1e-4  # added to standard deviations, as in TRL and the authors' code
 
 
 def advantages(parts: torch.Tensor, weights: torch.Tensor, scaling: str, aggregation: str) -> torch.Tensor:
-    """From the reward components of all completions to one advantage each.
+    """Compute one advantage per completion from all its reward components.
 
     Args:
         parts: Every reward of every completion. Shape: [K, N, G].
         weights: Weight of each component in the mix. Shape: [K].
-        scaling: See `scaled`. Only used by `sum_then_normalize`.
-        aggregation: `sum_then_normalize` (the papers): the weighted sum is compared within the group.
-            `normalize_then_sum` (GDPO, arXiv 2601.05242): every component is compared within the group first, so that
-            one with a small spread is not drowned; the weighted sum is then standardised over the update.
+        scaling: Spread to divide by, see `scaled`. Only used by `sum_then_normalize`.
+        aggregation: `sum_then_normalize` (the papers): the weighted sum is normalised within the group.
+            `normalize_then_sum` (GDPO, arXiv 2601.05242): every component is normalised within the group first, so that
+            a component with a small spread keeps its influence; the weighted sum is then standardised over the update.
 
     Returns:
-        Shape: [N, G].
+        Advantages. Shape: [N, G].
     """
     if aggregation == "sum_then_normalize":
         return scaled((parts * weights[:, None, None]).sum(0), scaling)
@@ -57,10 +57,10 @@ def grpo_advantages(parts: torch.Tensor, weights: torch.Tensor, config: GRPOConf
 
 
 def scaled(rewards: torch.Tensor, scaling: str = "group") -> torch.Tensor:
-    """Rewards minus the mean of their group, divided by a spread. Shape: [N, G] -> [N, G].
+    """Subtract the mean of the group from rewards and divide by a spread. Shape: [N, G] -> [N, G].
 
     Args:
-        rewards: The weighted sum of all components.
+        rewards: Weighted sum of all components. Shape: [N, G].
         scaling: Divide by the group's unbiased standard deviation plus 1e-4 (`group`: GRPO), by that of the whole
             update (`batch`: arXiv 2508.08221), or not at all (`none`: Dr. GRPO, arXiv 2503.20783).
 
@@ -75,25 +75,26 @@ def scaled(rewards: torch.Tensor, scaling: str = "group") -> torch.Tensor:
     return centred / (spread + EPSILON)
 
 
-# The GRPO objective and its relatives as pure functions: tensors in, loss and metrics out.
+# The objective.
 #
 # Per token: -min(ratio A, clip(ratio) A) + beta KL, with the k3 estimate KL = exp(ref - logp) - (ref - logp) - 1
-# (arXiv 2402.03300, equations 3 and 4). The loss types differ only in what each token counts (`token_weights`); the
+# (arXiv 2402.03300, equations 3 and 4). The loss types differ only in the weight of each token (`token_weights`); the
 # sequence-level ratio of GSPO (arXiv 2507.18071) is the exponential of the completion's mean log-ratio.
 #
 # Example: two completions of 2 and 1 tokens, on-policy (ratio 1), advantages 1 and -1, beta 0, loss type `grpo`. Token
-# losses are -1, -1, +1; the completion means are -1 and +1; the loss is 0. With `dapo` every token counts alike: -1/3.
+# losses are -1, -1, +1; the completion means are -1 and +1; the loss is 0. With `dapo` all tokens weigh the same: -1/3.
 #
 # Shapes: T tokens of all completions, S completions, N groups of G completions.
 
 
 @dataclass(frozen=True)
 class LossInputs:
-    """Log-probabilities are natural logarithms of the sampled tokens.
+    """Inputs of the loss; log-probabilities are natural logarithms of the sampled tokens' probabilities.
 
     logps: [T], with gradient. old_logps: [T], of the policy that sampled, computed by the trainer's own forward.
-    ref_logps: [T], or None when beta is 0. advantages, weights: [S], see `token_weights`; a completion of weight 0 is
-    left out. owner: [T], the completion of each token. correction: [T], see `importance_correction`, or None.
+    ref_logps: [T], of the reference policy, or None when beta is 0. advantages, weights: [S], see `token_weights`; a
+    completion of weight 0 is masked. owner: [T], the completion of each token. correction: [T], see
+    `importance_correction`, or None.
     """
 
     logps: torch.Tensor
@@ -107,10 +108,12 @@ class LossInputs:
 
 @dataclass(frozen=True)
 class LossOutputs:
-    """loss: scalar; the losses of all micro-batches add up to the loss of the update.
+    """Loss and metrics of one micro-batch.
 
-    means: under TRL's names, sum and count of what is averaged (over tokens; over completions for the sequence level).
-    lowest, highest: extremes over completions of the share of clipped tokens, None without completions.
+    loss: scalar; the losses of all micro-batches add up to the loss of the update. means: under TRL's names, sum and
+    count
+    of averaged values (over tokens; over completions for the sequence level). lowest, highest: extremes over
+    completions of the share of clipped tokens, None without completions.
     """
 
     loss: torch.Tensor
@@ -122,23 +125,25 @@ class LossOutputs:
 def token_weights(
     loss_type: str, lengths: torch.Tensor, group_size: int, completions: int, tokens: int, max_tokens: int
 ) -> torch.Tensor:
-    """What one token of each completion counts. Shape: [S] -> [S].
+    """Return the weight of one token of each completion in the loss. Shape: [S] -> [S].
 
     Args:
-        loss_type: `grpo`: tokens averaged within a completion, then completions (arXiv 2402.03300). `dapo`: all tokens
-            of the update alike (arXiv 2503.14476). `bnpo`: all tokens of a group alike, then groups; TRL's batch
-            normalisation with one group per device batch. `dr_grpo`: divided by the constant completion limit, so
-            that long wrong answers are not favoured (arXiv 2503.20783).
-        lengths: Tokens of each completion, 0 for one that is left out. Whole groups, G in a row. Shape: [S].
+        loss_type: `grpo`: mean over the tokens of a completion, then over completions (arXiv 2402.03300). `dapo`: mean
+            over all tokens of the update (arXiv 2503.14476). `bnpo`: mean over all tokens of a group, then over groups;
+            TRL's batch normalisation with one group per device batch. `dr_grpo`: sum divided by the constant completion
+            limit, so that long wrong answers are not favoured (arXiv 2503.20783).
+        lengths: Tokens of each completion, 0 for a masked one. Whole groups, G in a row. Shape: [S].
         group_size: G.
-        completions: Completions of the whole update, over all micro-batches and ranks, left-out ones included.
-        tokens: Tokens of the whole update without the left-out ones.
+        completions: Completions of the whole update, over all micro-batches and ranks, masked ones included.
+        tokens: Tokens of the whole update without masked completions.
         max_tokens: Limit on a completion's length.
 
     >>> token_weights("grpo", torch.tensor([2, 1]), 2, completions=2, tokens=3, max_tokens=8)
     tensor([0.2500, 0.5000], dtype=torch.float64)
     """
     counted = (lengths > 0).double()
+    # Every weight is already divided by the totals of the update, so losses are only summed over micro-batches and
+    # ranks.
     if loss_type == "grpo":
         weights = 1 / (completions * lengths.double().clamp(min=1))
     elif loss_type == "dr_grpo":
@@ -154,14 +159,14 @@ def token_weights(
 def importance_correction(
     old_logps: torch.Tensor, sampled_logps: torch.Tensor, owner: torch.Tensor, count: int, mode: str, cap: float
 ) -> torch.Tensor:
-    """Weights that correct for a sampler whose numerics differ from the trainer's. Shape: [T] -> [T].
+    """Return weights that correct for a sampler whose numerics differ from the trainer's. Shape: [T] -> [T].
 
     The ratio of the trainer's probability to the sampler's, per token or of the whole completion; above `cap` it is
-    truncated to it (arXiv 2508.03772) or the token or completion is left out (`mask`).
+    truncated to `cap` (arXiv 2508.03772), or the token or completion is masked (`mask`).
 
     Args:
-        old_logps: The trainer's log-probabilities under the sampling weights. Shape: [T].
-        sampled_logps: The sampler's. Shape: [T].
+        old_logps: Log-probabilities by the trainer before the update. Shape: [T].
+        sampled_logps: Log-probabilities by the sampler. Shape: [T].
         owner: Completion of each token. Shape: [T].
         count: S.
         mode: `token_truncate`, `token_mask`, `sequence_truncate` or `sequence_mask`.
@@ -171,6 +176,7 @@ def importance_correction(
     level, action = mode.split("_")
     if level == "sequence":
         difference = _sum_by(difference, owner, count)[owner]
+    # With `mask`, a weight of 0 takes the token or completion out of the policy-gradient term.
     ratio = difference.exp()
     return ratio.clamp(max=cap) if action == "truncate" else ratio.where(ratio <= cap, 0.0)
 
@@ -183,36 +189,41 @@ def policy_loss(
     level: str = "token",
     correct_kl: bool = False,
 ) -> LossOutputs:
-    """Clipped policy-gradient loss with KL penalty.
+    """Compute the clipped policy-gradient loss with KL penalty.
 
     Args:
         inputs: Log-probabilities, advantages and weights.
-        epsilon_low: The ratio is clipped to [1 - epsilon_low, 1 + epsilon_high].
-        epsilon_high: See epsilon_low.
+        epsilon_low: Lower clipping range: the ratio is clipped to [1 - epsilon_low, 1 + epsilon_high].
+        epsilon_high: Upper clipping range.
         beta: Weight of the KL term.
         level: Ratio of each `token`, or of the `sequence` (GSPO).
         correct_kl: Multiply the KL estimate by the ratio (arXiv 2512.02556, DeepSeek-V3.2), off in both papers.
     """
     counted = inputs.weights[inputs.owner] > 0  # [T]
     log_ratio = inputs.logps - inputs.old_logps  # [T]
+    # GSPO: one ratio per completion, exp of its mean log-ratio, used by all its tokens.
     if level == "sequence":
         count = len(inputs.weights)
         lengths = _sum_by(torch.ones_like(log_ratio), inputs.owner, count).clamp(min=1)
         log_ratio = (_sum_by(log_ratio, inputs.owner, count) / lengths)[inputs.owner]
+    # PPO's pessimistic bound: clipping can remove the incentive to move further, never add one.
     ratio = log_ratio.exp()
     advantage = inputs.advantages[inputs.owner]  # [T]
     token_loss = -torch.min(ratio * advantage, ratio.clamp(1 - epsilon_low, 1 + epsilon_high) * advantage)
     if inputs.correction is not None:
         token_loss = token_loss * inputs.correction
+    # Tokens where clipping is active: where it stops the gradient, not merely where the ratio is outside the range.
     low = (ratio < 1 - epsilon_low) & (advantage < 0) & counted
     high = (ratio > 1 + epsilon_high) & (advantage > 0) & counted
     measured = {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low | high}
     if inputs.ref_logps is not None:
         difference = inputs.ref_logps - inputs.logps  # [T]
+        # k3 estimate: unbiased for samples of the current policy, and never negative (Schulman).
         kl = difference.exp() - difference - 1
         kl = kl * ratio if correct_kl else kl
         token_loss = token_loss + beta * kl
         measured["kl"] = kl.detach()
+    # weights include the division by totals and the mask (weight 0)
     loss = (token_loss * inputs.weights[inputs.owner].to(token_loss)).sum()
     return LossOutputs(loss, *_metrics(measured, inputs, counted, per_completion=level == "sequence"))
 
@@ -232,7 +243,7 @@ def grpo_loss(inputs: LossInputs, config: GRPOConfig) -> LossOutputs:
 def _metrics(
     measured: dict[str, torch.Tensor], inputs: LossInputs, counted: torch.Tensor, per_completion: bool
 ) -> tuple[dict[str, tuple[float, float]], float | None, float | None]:
-    """Sums, counts and extremes as TRL defines them: a sequence-level ratio counts once per completion."""
+    """Return sums, counts and extremes as TRL defines them: a sequence-level ratio counts once per completion."""
     lengths = _sum_by(counted.double(), inputs.owner, len(inputs.weights))  # [S]
     present = lengths > 0
     by_completion = {
@@ -241,7 +252,7 @@ def _metrics(
     }
     means = {}
     for name, values in measured.items():
-        # the KL stays a value per token unless the sequence ratio multiplies it, which makes no difference to the mean
+        # The KL stays a value per token, also with a sequence-level ratio.
         once = per_completion and name != "kl"
         total = by_completion[name].sum() if once else (values.double() * counted).sum()
         means[name] = (float(total), float(present.sum() if once else counted.sum()))
@@ -251,5 +262,5 @@ def _metrics(
 
 
 def _sum_by(values: torch.Tensor, owner: torch.Tensor, count: int) -> torch.Tensor:
-    """Sums over the tokens of each completion. Shape: [T] -> [S]."""
+    """Sum over the tokens of each completion. Shape: [T] -> [S]."""
     return values.new_zeros(count).index_add(0, owner, values)

@@ -1,4 +1,4 @@
-"""GRPO: roll out, score, compare within the group, and step (arXiv 2402.03300; CLS-RL section 3.1)."""
+"""GRPO trainer: sample, score, compare within the group, update (arXiv 2402.03300; CLS-RL section 3.1)."""
 
 from __future__ import annotations
 
@@ -54,18 +54,18 @@ if TYPE_CHECKING:
 
 # The completions of a rollout batch: now, or for the next batch in a thread while the update runs.
 #
-# Sampled ahead, a batch is of the weights before the update that it waits for: one update old (`lag`). The importance
-# correction then weighs each token by the policy of now against the sampler (arXiv 2508.03772), and a group of the very
-# policy costs nothing but waiting. Sampling ahead needs a sampler with weights of its own.
+# A batch sampled ahead comes from weights that are one update old (`lag`). The importance correction then weights each
+# token by the ratio of the current policy to the sampler (arXiv 2508.03772). Sampling ahead needs a sampler with its
+# own copy of the weights.
 #
 # Shapes: n prompts of this rank, G completions each.
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """This rank's prompts, encoded, with their completions [n][G] by the weights after `version` updates.
+    """Encoded prompts of this rank with completions [n][G] by the weights after `version` updates.
 
-    resampled: groups that were drawn again because they had no differences.
+    resampled: number of groups that were drawn again because they had zero variance.
     """
 
     prompts: list[Prompt]
@@ -80,7 +80,7 @@ class Sampled:
 
 
 class Sampling:
-    """Which prompts a batch has, and what the sampler says to them."""
+    """Chooses the prompts of a batch and samples their completions."""
 
     def __init__(
         self,
@@ -93,25 +93,25 @@ class Sampling:
         seed: int,
         open_image: Callable[[str], Image] | None = None,
     ) -> None:
-        """As for `GRPOTrainer`."""
+        """Arguments: see `GRPOTrainer`."""
         self.encoder, self.rollout, self.prompts, self.rewards = encoder, rollout, prompts, rewards
         self.decoding, self.config, self.seed, self.open_image = decoding, config, seed, open_image
         self.thread: ThreadPoolExecutor | None = None
         self.pending: tuple[int, Future[Sampled]] | None = None
 
     def __call__(self, number: int, version: int) -> Sampled:
-        """Batch `number` by the weights of now, which have seen `version` updates."""
+        """Sample batch `number` with the current weights, which have seen `version` updates."""
         return self._complete(*self._ask(number), version)
 
     def begin(self, number: int, version: int) -> None:
-        """Start on batch `number`; the sampler keeps the weights that it has, whatever becomes of the policy's."""
+        """Start sampling batch `number` in a thread; later updates of the policy do not affect it."""
         if self.thread is None:
             self.thread = ThreadPoolExecutor(1, "rollout")
-        prompts, asked = self._ask(number)  # here: an encoder is not made for two
+        prompts, asked = self._ask(number)  # not in the thread: the encoder is not thread-safe
         self.pending = number, self.thread.submit(self._complete, prompts, asked, version)
 
     def take(self, number: int) -> Sampled | None:
-        """Batch `number` if it was begun. Waits for it, and raises what the sampler raised."""
+        """Return batch `number` if it was begun. Wait for it, and raise the sampler's errors."""
         if self.pending is None:
             return None
         begun, future = self.pending
@@ -120,23 +120,25 @@ class Sampling:
         return future.result()
 
     def settle(self) -> None:
-        """Wait until the sampler is free for something else."""
+        """Wait until the sampler is free."""
         if self.pending is not None:
             wait([self.pending[1]])
 
     def close(self) -> None:
-        """Let a batch that nobody will take end."""
+        """Wait for a batch that is no longer needed."""
         if self.thread is not None:
             self.thread.shutdown(cancel_futures=True)
 
     def _ask(self, number: int) -> tuple[list[Prompt], list[Request]]:
         chosen = batch(number, self.config.prompts_per_update, len(self.prompts), self.seed)
         prompts = share_of([self.prompts(epoch)[i] for epoch, i in chosen])
+        # The seed of a prompt depends on its place in the whole batch, not on the rank: any number of ranks samples the
+        # same.
         seeds = [f"rollout-{self.seed}-{number}-{each}" for each in share_of(list(range(len(chosen))))]
         return prompts, requests(self.encoder, prompts, seeds)
 
     def _complete(self, prompts: list[Prompt], asked: Sequence[Request], version: int) -> Sampled:
-        """Groups without differences are drawn again if the config says so."""
+        """Sample completions; draw zero-variance groups again if configured (`zero_variance: resample`)."""
         size, again = self.config.group_size, 0
         completions = self.rollout.generate(asked, size, self.decoding)
         for attempt in range(self.config.resample_rounds if self.config.zero_variance == "resample" else 0):
@@ -152,15 +154,15 @@ class Sampling:
         return Sampled(prompts, list(asked), completions, version, again)
 
 
-# With `num_iterations: 1` (both papers) every rollout batch is used for one update: the sampling policy is the
-# current one, the ratio is 1 up to rounding, and clipping has no effect. With more, the log-probabilities of the
-# first update are the old policy's in those that follow; no extra forward is spent on them.
+# The trainer. With `num_iterations: 1` (both papers) every rollout batch is used for one update: the sampling policy is
+# the current one, the ratio is 1 up to rounding, and clipping has no effect. With more, the log-probabilities of the
+# first update serve as the old policy's in the following ones, without an extra forward.
 #
 # Shapes: n prompts of this rank, G completions each, T tokens, S = n G completions.
 
 
 class GRPOTrainer(EngineTrainer):
-    """One `step` per update. Construct it before the weights are touched again: DeepSpeed takes over the parameters."""
+    """Trainer whose `step` makes one update. Change no weights once it is built: DeepSpeed owns the parameters."""
 
     def __init__(
         self,
@@ -194,14 +196,14 @@ class GRPOTrainer(EngineTrainer):
         self.by_sum = (config.advantages, config.multi_objective_aggregation) == (GRPO_ADVANTAGES, "sum_then_normalize")
         scorer = PolicyScorer(vlm.model, vlm.banned, decoding.temperature, config.head_chunk).to(vlm.device)
         self.adapters = hasattr(vlm.model, "disable_adapter")
-        # the frozen copy of full fine-tuning stays outside the engine; with adapters, the base is the reference, but
-        # the embeddings that a method has put beside it are trained as they are
+        # Reference policy: in full fine-tuning a frozen copy outside the engine. With adapters it is the base model,
+        # but embeddings that a method added (slots) are trained in place, so their initial rows are kept.
         if self.adapters and config.beta > 0 and vlm.slots is not None:
             vlm.slots.remember()
         self.frozen = None if self.adapters or config.beta == 0 else copy.deepcopy(scorer).eval().requires_grad_(False)
         scorer.in_step = zero_stage(deepspeed) == 3
         self.engine = Engine(scorer, config, deepspeed, updates, resume)
-        self._counts()  # what the doctor's questions cost is not the training's
+        self._counts()  # reset: counts of the doctor's examination are not the training's
         self.tokens = 0.0
         self.scorer, self.checked, self.allowed_gap = scorer, not config.self_check, math.inf
         self.logprobs_match = logprobs_match_policy(rollout, decoding)
@@ -219,7 +221,7 @@ class GRPOTrainer(EngineTrainer):
         super().close()
 
     def step(self, update: int) -> Step:
-        """One update: metrics under TRL's names, seconds per phase, and the completions as rows."""
+        """Make one update. Return metrics under TRL's names, seconds per phase, and the completions as rows."""
         seconds, clock = {}, time.perf_counter()
 
         def lap(phase: str) -> None:
@@ -227,23 +229,28 @@ class GRPOTrainer(EngineTrainer):
             now = time.perf_counter()
             seconds[phase], clock = now - clock, now
 
+        # `number`: rollout batch; `iteration`: update over the same batch.
         number, iteration = divmod(update, self.config.num_iterations)
         metrics: dict[str, float] = {}
         counts: dict[str, float] = {}
+        # 1. Roll out a new batch, unless it was sampled ahead, and compute its rewards and advantages.
         if iteration == 0:
             ahead = self.samples.take(number)
             with self.sampling(sampler_only=not self._others_ask()):
                 sampled = ahead or self.samples(number, self.version)
                 lap("rollout")
                 self.current = self._score(number, sampled)
+                # Begin the next batch while the sampler is awake with weights that are current now.
                 if self.overlap and update + 1 < self.updates:
                     self.samples.begin(number + 1, self.version)
             metrics |= describe(self.current)
             self.tokens += metrics.pop("tokens")
             counts = self._counts()
             lap("reward")
+            # 2. Before the first update: check that all forwards agree on this batch.
             if not self.checked:
                 self._self_check(sampled.requests[0], self.current.groups[0])
+        # 3. Update the policy.
         metrics |= self._update(update, first=iteration == 0)
         self.version = update + 1
         lap("update")
@@ -252,7 +259,7 @@ class GRPOTrainer(EngineTrainer):
         return Step(metrics, seconds, rows(update + 1, self.current) if iteration == 0 else [], counts)
 
     def _others_ask(self) -> bool:
-        """Whether the model itself is needed: image features may have to be computed, and a judge may be the model."""
+        """Return whether more than the sampler needs the model: image features may be missing, a judge may use it."""
         judges = (r.function for r in self.rewards.values() if isinstance(r.function, StatefulReward))
         return self.samples.encoder.store is not None or any(judge.needs_base for judge in judges)
 
@@ -270,7 +277,7 @@ class GRPOTrainer(EngineTrainer):
         return RolloutBatch(sampled.prompts, groups, sampled.completions, scores, advantages, sampled.resampled, lag)
 
     def _counts(self) -> dict[str, float]:
-        """What rewards that keep accounts did for this update, over all ranks."""
+        """Return the counts of stateful rewards since the last call, summed over all ranks."""
         own: dict[str, float] = {}
         for reward in self.rewards.values():
             if isinstance(reward.function, StatefulReward):
@@ -279,14 +286,15 @@ class GRPOTrainer(EngineTrainer):
         return {name: sum(counts[name] for counts in ranks) for name in own}
 
     def _update(self, update: int, first: bool) -> dict[str, float]:
-        """Gradients of all groups, then the optimiser step."""
+        """Compute the gradients of all groups, then make the optimizer step."""
         rollouts, weights, parts = self.current, self._weights(), self._parts()
-        # gradients are reduced across ranks in every backward, so all ranks must make the same number of them
+        # Ranks reduce gradients together, so all must make the same number of backward passes, even one with fewer
+        # groups (zero-variance groups skipped, or longer completions and thus more parts elsewhere).
         forwards = max(1, max(gather(len(parts))))
         measured = Measured()
         for number in range(forwards):
             part = parts[number] if number < len(parts) else []
-            shown = part or [0]  # without a part left, a forward in which nothing counts
+            shown = part or [0]  # no part left: a dummy forward whose weights are all 0
             groups = [rollouts.groups[i] for i in shown]
             packed = self._pack(groups)
             logps, entropy = self.engine(packed)
@@ -299,13 +307,14 @@ class GRPOTrainer(EngineTrainer):
                 measured.add(inputs, outputs, entropy, gap, first)
                 measured.tokens(sum(len(g.prompt.ids) + len(c) for g in groups for c in g.completions), packed.tokens)
         metrics = measured.over_ranks()
+        # In the first update compare with the sampler's own log-probabilities; a larger gap than rounding is an error.
         if not self.agreed and f"{GAP}/mean" in metrics:
             check_agreement(metrics[f"{GAP}/mean"], self.allowed_gap)
             self.agreed = True
         return {**metrics, **self.engine.step(update)}
 
     def _weights(self) -> torch.Tensor:
-        """What a token of each completion counts. Shape: [n, G]."""
+        """Return the weight of a token of each completion. Shape: [n, G]."""
         config = self.config
         lengths = self.current.lengths(config.mask_truncated_completions)
         return token_weights(
@@ -318,7 +327,7 @@ class GRPOTrainer(EngineTrainer):
         ).view(-1, config.group_size)
 
     def _parts(self) -> list[list[int]]:
-        """The groups of each forward."""
+        """Return the groups of each forward, within the token budget; without zero-variance groups if configured."""
         config, rollouts = self.config, self.current
         skipped = rollouts.zero_variance_groups(self.by_sum) if config.zero_variance == "skip" else set()
         live = [i for i in range(len(rollouts.groups)) if i not in skipped]
@@ -350,14 +359,15 @@ class GRPOTrainer(EngineTrainer):
     def _earlier_logps(
         self, shown: list[int], packed: Packed, logps: torch.Tensor, first: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Of the policy that sampled and of the reference: computed by the first update over a batch, then recalled."""
+        """Return log-probabilities by the old and the reference policy; after the first update the stored ones."""
         rollouts, penalised = self.current, self.config.beta > 0
         if not first and all(i in rollouts.old_logps for i in shown):
             old = torch.cat([rollouts.old_logps[i] for i in shown])
             return old, torch.cat([rollouts.reference_logps[i] for i in shown]) if penalised else None
+        # First update over a batch: the policy's own log-probabilities serve as the old ones, so the ratio is 1.
         old, reference = logps.detach(), None
         if penalised:
-            # a later update only comes here with a forward in which nothing counts
+            # a later update gets here only with a dummy forward, whose weights are all 0
             reference = self._reference_logps(packed) if first else old
         if self.config.num_iterations > 1 and first:
             counts = [sum(len(c) for c in rollouts.groups[i].completions) for i in shown]
@@ -370,12 +380,13 @@ class GRPOTrainer(EngineTrainer):
     def _reference_logps(self, packed: Packed) -> torch.Tensor:
         if self.frozen is not None:
             return self.frozen(packed, False)[0]
+        # With adapters: the same engine without adapters, and with the initial rows of added embeddings.
         slots = self.vlm.slots
         with self.vlm.model.disable_adapter(), nullcontext() if slots is None else slots.as_begun():
             return self.engine(packed, False)[0]
 
     def _self_check(self, request: Request, group: Group) -> None:
-        """Refuse to train if sampler, shared and plain forward disagree on real data."""
+        """Raise if sampler, shared-prefix and plain forward disagree on real data."""
         sampler = None if getattr(self.rollout, "has_weight_copy", False) else self.rollout
         with self.engine.whole_weights():
             found = agreement.measure(self.scorer, self.vlm, group, sampler, request, self.samples.decoding)
