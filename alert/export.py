@@ -13,7 +13,7 @@ import torch
 
 from alert.bank import file as bank_file
 from alert.prompt import meta_task
-from common.models.slots import rows_of_vocabulary
+from common.models.extra_embeddings import rows_of_vocabulary
 from common.rollout.vllm.weights import ROUND
 from common.types import CATEGORY, Prompt
 from common.vlm.prompting import Words

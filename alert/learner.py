@@ -27,9 +27,8 @@ from common.data.task import dataset_of
 from common.few_shot import candidates
 from common.few_shot.candidates import Candidates
 from common.models import files, vlm
-from common.models.hosted_slots import attach_hosted
-from common.models.lazy_adamw import Rule
-from common.models.slots import Slots, attach
+from common.models.extra_embeddings import ExtraEmbeddings, attach
+from common.models.offloaded import Rule, attach_offloaded
 from common.models.vision import VisionTower
 from common.runtime.distributed import gather, rank
 from common.types import Task, UserError
@@ -73,8 +72,8 @@ class AlertLearner(VLMLearner):
         elif asked.patches:
             self.means = None  # ImageNet's patches are 38 GB
         # 3. The bank becomes trainable rows behind the vocabulary; prompts are final from here on.
-        slots = attach_bank(self.policy.model, entries, asked.trainable, config.trainer)
-        self.policy = replace(self.policy, slots=slots)
+        extra = attach_bank(self.policy.model, entries, asked.trainable, config.trainer)
+        self.policy = replace(self.policy, extra_embeddings=extra)
         self.prompts = prompting.ask(asked, self.task)
 
     def sources(self) -> dict[str, str]:
@@ -99,9 +98,9 @@ class AlertLearner(VLMLearner):
 
     def save_weights(self, folder: Path) -> None:
         super().save_weights(folder)
-        assert self.policy.slots is not None
+        assert self.policy.extra_embeddings is not None
         architecture = str(self.policy.model.config.model_type)
-        table = self.policy.slots.table().cpu()
+        table = self.policy.extra_embeddings.table().cpu()
         bank_file.export(folder / EMBEDDINGS, table, self.task.train.names, architecture)
         if self.means is not None:
             self.means.save(folder / EMBEDDINGS)
@@ -210,7 +209,7 @@ def name_candidates(
     return ranks
 
 
-def attach_bank(model: Any, entries: torch.Tensor, trainable: bool, trainer: TrainerConfig) -> Slots:
+def attach_bank(model: Any, entries: torch.Tensor, trainable: bool, trainer: TrainerConfig) -> ExtraEmbeddings:
     """Put the bank behind the vocabulary of a model. All ranks call it together.
 
     Args:
@@ -221,5 +220,5 @@ def attach_bank(model: Any, entries: torch.Tensor, trainable: bool, trainer: Tra
     """
     if trainer.embeddings == "host" and trainable and trainer.name != "none":
         rule = Rule((trainer.betas[0], trainer.betas[1]), trainer.weight_decay)
-        return attach_hosted(model, entries, True, rule)
+        return attach_offloaded(model, entries, True, rule)
     return attach(model, entries, trainable)

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from common.types import CATEGORY
-
-if TYPE_CHECKING:
-    pass
-
 
 INSTRUCTION = """\
 You are an image classifier. You are given a dataset containing images with their corresponding labels. When a user\

@@ -38,9 +38,8 @@ def peak() -> float:
 def train(where: str, shape: tuple[int, int, int], result: Path) -> dict[str, float]:
     """Train one side, and write all rows that were trained and some that were not."""
     from common.config.schema import TrainerConfig
-    from common.models.hosted_slots import HostedSlots
-    from common.models.lazy_adamw import Rule
-    from common.models.slots import DeviceSlots, Slots
+    from common.models.extra_embeddings import DeviceEmbeddings, ExtraEmbeddings
+    from common.models.offloaded import OffloadedEmbeddings, Rule
     from common.runtime.group import init_process_group
     from common.training.engine import Engine
 
@@ -51,13 +50,13 @@ def train(where: str, shape: tuple[int, int, int], result: Path) -> dict[str, fl
     entries = torch.randn(shape, generator=torch.manual_seed(1)).mul_(0.3)
     torch.manual_seed(2)
     embedding = torch.nn.Embedding(4, dim)
-    slots: Slots
+    extra: ExtraEmbeddings
     if where == "host":
-        slots = HostedSlots(embedding, entries, True, Rule(BETAS, DECAY), torch.float32)
+        extra = OffloadedEmbeddings(embedding, entries, True, Rule(BETAS, DECAY), torch.float32)
     else:
-        slots = DeviceSlots(embedding, entries, True)
+        extra = DeviceEmbeddings(embedding, entries, True)
     del entries
-    model = torch.nn.Sequential(slots, torch.nn.Linear(dim, 8))
+    model = torch.nn.Sequential(extra, torch.nn.Linear(dim, 8))
     config = TrainerConfig(
         "sft",
         learning_rate=RATE,
@@ -79,7 +78,7 @@ def train(where: str, shape: tuple[int, int, int], result: Path) -> dict[str, fl
     seconds = (time.perf_counter() - clock) / UPDATES
     memory = peak() - before
     kept = sorted({*seen, *range(0, count, max(1, count // 50))})  # touched and untouched ones
-    rows = slots.host.lend(kept) if isinstance(slots, HostedSlots) else slots.table()[kept]
+    rows = extra.host.fetch(kept) if isinstance(extra, OffloadedEmbeddings) else extra.table()[kept]
     torch.save(rows.clone(), result)
     engine.close()
     return {"seconds": seconds, "memory": memory / (count * width * dim * 4)}

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from common.config.schema import GRPOConfig, ModelConfig
 from common.forward.logprobs import PolicyScorer
-from common.forward.packing import Group, pack_plain, pack_shared
+from common.forward.packing import PromptGroup, pack_plain, pack_shared
 from common.models import vlm
 from common.models.encoder import Encoded
 from common.models.families import Qwen2VL
@@ -151,7 +151,7 @@ def perturb(model: torch.nn.Module) -> None:
             parameter.add_(0.3 * parameter.std(correction=0) * noise)
 
 
-def make_group(policy: VLM, case: Case) -> Group:
+def make_group(policy: VLM, case: Case) -> PromptGroup:
     """A prompt of random words with one image near its beginning, and random completions."""
     config = policy.model.config
     generator = torch.Generator().manual_seed(1)
@@ -162,7 +162,7 @@ def make_group(policy: VLM, case: Case) -> Group:
     grid = torch.tensor([GRID])
     pixels = torch.randn(GRID[1] * GRID[2], 3 * 2 * PATCH * PATCH, generator=generator)
     completions = torch.randint(FIRST_WORD, VOCABULARY, (case.group, case.completion), generator=generator)
-    return Group(Encoded(ids, Qwen2VL.positions(ids, grid, config), pixels, grid), tuple(completions))
+    return PromptGroup(Encoded(ids, Qwen2VL.positions(ids, grid, config), pixels, grid), tuple(completions))
 
 
 def make_advantages(case: Case) -> torch.Tensor:

@@ -37,7 +37,7 @@ from common.runtime.distributed import barrier, rank
 from common.runtime.group import init_process_group, model_of
 from common.runtime.progress import Stopwatch, doing
 from common.training.base import total_updates
-from common.training.signs import CUT, Signs, silent_rewards
+from common.training.signs import CUT, Signs, constant_rewards
 
 
 def run(config: Config, folder: Path, data: TaskData | None = None) -> Result:
@@ -94,7 +94,7 @@ def run(config: Config, folder: Path, data: TaskData | None = None) -> Result:
         if updates:
             rows = recorder.files.read_log("metrics.jsonl")
             result.train |= best_evaluation(config, learner, checkpoints, after, updates, rows)
-            result.train["silent_rewards"] = silent_rewards(rows)
+            result.train["constant_rewards"] = constant_rewards(rows)
             result.train |= told(config, learner, updates, rows)
         result.remarks = list(learner.remarks)
         result.train["seconds"] = clock.split(recorder.seconds())

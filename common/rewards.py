@@ -86,23 +86,23 @@ def equality(samples: Sequence[Sample]) -> list[float]:
 
 @runtime_checkable
 class Explained(Protocol):
-    """Reward with reasons: `said` has a text (such as a judge's reply) or None for each sample of the last call."""
+    """Reward with reasons: `judge_replies` has a text or None for each sample of the last call."""
 
-    said: list[str | None]
+    judge_replies: list[str | None]
 
 
 @dataclass(frozen=True)
 class Scores:
     """Each reward by name, and their weighted sum. Length of every list: N.
 
-    missing: for rewards that may be missing, which samples are scored without them; their value in `parts` is 0. said:
-    for rewards with reasons (see `Explained`), the reason of each sample.
+    missing: for rewards that may be missing, which samples are scored without them; their value in `parts` is 0.
+    judge_replies: for rewards with reasons (see `Explained`), the reason of each sample.
     """
 
     parts: dict[str, list[float]]
     total: list[float]
     missing: dict[str, list[bool]] = field(default_factory=dict)
-    said: dict[str, list[str | None]] = field(default_factory=dict)
+    judge_replies: dict[str, list[str | None]] = field(default_factory=dict)
 
     @property
     def known(self) -> dict[str, list[float | None]]:
@@ -134,8 +134,8 @@ def score(samples: Sequence[Sample], rewards: dict[str, Reward]) -> Scores:
     parts = {name: _numbers(name, reward.function(samples), len(samples)) for name, reward in rewards.items()}
     weights = {name: reward.weight for name, reward in rewards.items()}
     functions: dict[str, object] = {name: reward.function for name, reward in rewards.items()}
-    said = {name: list(each.said) for name, each in functions.items() if isinstance(each, Explained)}
-    return Scores(parts, weighted(parts, weights) if parts else [0.0] * len(samples), said=said)
+    replies = {name: list(each.judge_replies) for name, each in functions.items() if isinstance(each, Explained)}
+    return Scores(parts, weighted(parts, weights) if parts else [0.0] * len(samples), judge_replies=replies)
 
 
 def _numbers(name: str, values: Sequence[Any], count: int) -> list[float]:

@@ -22,7 +22,7 @@ from common.config.schema import LoraConfig, ModelConfig, TrainerConfig
 from common.cost.update import _drop_gradient
 from common.forward import attention
 from common.forward.logprobs import PolicyScorer, head_rows
-from common.forward.packing import Group, pack_shared
+from common.forward.packing import PromptGroup, pack_shared
 from common.models import vlm
 from common.models.encoder import Encoder
 from common.runtime.group import init_process_group
@@ -57,7 +57,7 @@ def row(policy):
         return [Image.new("RGB", (SIZE, SIZE)) for _ in keys]
 
     (prompt,) = Encoder(policy, black, None)([Prompt("0", "the " * WORDS, "")])
-    group = Group(prompt, (torch.full((COMPLETION,), policy.eos[0]),) * GROUP)
+    group = PromptGroup(prompt, (torch.full((COMPLETION,), policy.eos[0]),) * GROUP)
     return pack_shared([group], policy.family, torch.device("cpu"))
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from common.config.schema import LoraConfig
 from common.data.loading import Loader
 from common.forward.logprobs import PolicyScorer
-from common.forward.packing import Group, images, pack_plain, pack_shared
+from common.forward.packing import PromptGroup, images, pack_plain, pack_shared
 from common.models import files, meter, vlm
 from common.models.adapters import without_adapters
 from common.models.encoder import Encoder
@@ -295,6 +295,6 @@ def test_no_gradient_runs_into_a_frozen_vision_tower(load_vlm, digits_task, no_t
     assert projected.requires_grad == (changes.get("lora", LORA).projector != "none")
     scorer = PolicyScorer(policy.model, policy.banned, temperature=1.0, chunk=64).train()
     completion = torch.tensor([40, 41, 42])
-    scorer(pack_shared([Group(prompt, (completion, completion[:2]))], policy.family, CPU))[0].sum().backward()
+    scorer(pack_shared([PromptGroup(prompt, (completion, completion[:2]))], policy.family, CPU))[0].sum().backward()
     reached = {name for name, parameter in policy.model.named_parameters() if parameter.grad is not None}
     assert reached == {name for name, parameter in policy.model.named_parameters() if parameter.requires_grad}

@@ -11,7 +11,7 @@ import torch
 from common.data.loading import Loader
 from common.forward import attention, merged
 from common.forward.logprobs import InFloat32, PolicyScorer, exact
-from common.forward.packing import Group, SharedPrefix, pack_plain, pack_shared
+from common.forward.packing import PromptGroup, SharedPrefix, pack_plain, pack_shared
 from common.models.encoder import Encoder
 from common.rollout.base import Decoding, requests
 from common.rollout.hf import HFRollout
@@ -32,7 +32,7 @@ def world(load_vlm, digits_task, no_think):
         (request,) = requests(encoder, no_think.train_prompts(digits_task)[:1], ["seed"])
         sampler = rollout(vlm)
         (completions,) = sampler.generate([request], 4, DECODING)
-        group = Group(request.encoded, tuple(completion.ids for completion in completions))
+        group = PromptGroup(request.encoded, tuple(completion.ids for completion in completions))
         return vlm, PolicyScorer(vlm.model, vlm.banned, 1.0, 256), group, sampler, request
 
     return make

@@ -733,7 +733,7 @@ def test_only_a_reward_that_may_be_missing_is_left_out(missing):
 
     class Judge:
         may_be_missing, needs_base = missing, False
-        said = ("no answer", "1", "2", None)
+        judge_replies = ("no answer", "1", "2", None)
 
         def __call__(self, samples):
             return [math.nan, 1.0, 0.5, 0.25]
@@ -748,7 +748,7 @@ def test_only_a_reward_that_may_be_missing_is_left_out(missing):
     rewards = {"judge": Reward(2.0, Judge()), "length": Reward(1.0, lambda samples: [1.0, 0.0, 1.0, 0.0])}
     reply = Completion(torch.tensor([1]), torch.tensor([0.0]), "six", truncated=False)
     found = score_groups([Prompt("0", "?", "six")] * 2, [[reply, reply], [reply, reply]], rewards)
-    assert found.said == {"judge": ["no answer", "1", "2", None]}
+    assert found.judge_replies == {"judge": ["no answer", "1", "2", None]}
     if missing:
         assert found.parts["judge"] == [0.0, 0.0, 0.5, 0.25] and found.total == [1.0, 0.0, 2.0, 0.5]
         assert found.known == {"judge": [None, None, 0.5, 0.25], "length": [1.0, 0.0, 1.0, 0.0]}
@@ -792,7 +792,7 @@ def test_a_missing_reward_is_not_shown_as_zero(shuffle):
         else sorted(map(str, shown)) == ["0.25", "0.5", "None", "None"]
     )
     assert all(row["reward"] == (row["rewards/judge"] or 0) + row["rewards/length"] for row in rows)
-    assert [row["said/judge"] for row in rows] == [None, "a", "b", "c"], "words stay with their completion"
+    assert [row["judge_reply/judge"] for row in rows] == [None, "a", "b", "c"], "words stay with their completion"
 
 
 def test_a_reward_that_is_missing_everywhere_does_not_stop_the_run():

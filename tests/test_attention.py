@@ -12,7 +12,7 @@ from common.config.schema import ModelConfig
 from common.forward import attention, merged
 from common.forward.attention import merges, shared_prefix_attention
 from common.forward.merged import CPU, EFFICIENT, FLASH, PLAIN, Block
-from common.forward.packing import ALIGNED, Group, Seen, pack_shared
+from common.forward.packing import ALIGNED, PromptGroup, Seen, pack_shared
 from common.models.encoder import Encoded
 from common.models.families import Gemma3, Qwen2VL
 from common.types import UserError
@@ -31,7 +31,7 @@ def packed(prompts, completions, blocks=None):
     for number, (length, own) in enumerate(zip(prompts, completions, strict=True)):
         block = None if blocks is None else blocks[number]
         prompt = Encoded(torch.zeros(length, dtype=torch.long), torch.arange(length)[None], blocks=block)
-        made.append(Group(prompt, tuple(torch.zeros(size, dtype=torch.long) for size in own)))
+        made.append(PromptGroup(prompt, tuple(torch.zeros(size, dtype=torch.long) for size in own)))
     family = Qwen2VL if blocks is None else Gemma3
     return pack_shared(made, family, torch.device("cpu")).inputs["shared_prefix"]
 

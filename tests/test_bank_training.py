@@ -12,11 +12,11 @@ import torch
 from common.config.schema import LoraConfig
 from common.data.loading import Loader
 from common.forward.packing import pack_shared
-from common.models import slots
+from common.models import extra_embeddings
 from common.models.encoder import Encoder
 from common.training.engine import Engine
+from tests.test_extra_embeddings import prompts
 from tests.test_shared_prefix import LORA, groups
-from tests.test_slots import prompts
 from tests.test_training import ZERO, distance, grpo, options, run, weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("process_group")]
@@ -27,7 +27,7 @@ def with_slots(load_vlm, trainable=True, **changes):
     torch.manual_seed(0)
     vlm = load_vlm(family="gemma3", **changes)
     entries = torch.randn(5, 4, vlm.model.config.get_text_config().hidden_size, generator=torch.manual_seed(3)) * 0.3
-    return replace(vlm, slots=slots.attach(vlm.model, entries, trainable))
+    return replace(vlm, extra_embeddings=extra_embeddings.attach(vlm.model, entries, trainable))
 
 
 @pytest.mark.parametrize(("lora", "stage"), [(LoraConfig(), 2), (LORA, 0), (LORA, 2), (LORA, 3)])
@@ -41,7 +41,7 @@ def test_the_reference_keeps_the_embeddings_of_the_start(load_vlm, digits_task, 
 
     def seen():
         with torch.no_grad(), trainer.sampling():
-            rows = vlm.slots.entries.detach().clone()
+            rows = vlm.extra_embeddings.entries.detach().clone()
         with torch.no_grad():
             return rows, trainer._reference_logps(packed), trainer.engine(packed)[0]
 
@@ -60,7 +60,7 @@ def test_nothing_is_remembered_that_nobody_asks_for(load_vlm, digits_task):
     vlm = with_slots(load_vlm, lora=LORA)
     method = SimpleNamespace(train_prompts=lambda task: prompts(digits_task))
     grpo(vlm, digits_task, method, beta=0.0).close()
-    assert vlm.slots.begun is None
+    assert vlm.extra_embeddings.begun is None
 
 
 def trained_on(entries, seen, stage, **changes):
@@ -69,7 +69,7 @@ def trained_on(entries, seen, stage, **changes):
     The gradient is clipped nowhere; layers and entries have their own learning rate and share the weight decay.
     """
     torch.manual_seed(0)
-    table = slots.DeviceSlots(torch.nn.Embedding(6, 4), entries, trainable=True)
+    table = extra_embeddings.DeviceEmbeddings(torch.nn.Embedding(6, 4), entries, trainable=True)
     model = torch.nn.Sequential(table, torch.nn.Linear(4, 3))
     oracle = copy.deepcopy(model)
     config = options(learning_rate=1e-3, embedding_learning_rate=1e-2, grad_clip=0.0, schedule="linear", **changes)

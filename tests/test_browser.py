@@ -81,7 +81,7 @@ def folder(write):  # noqa: F811
     before = answered(images, labels, first, NAMES, confidences, texts, reasoning_agrees=agrees)
     after = answered(images, labels, last, NAMES, confidences, texts, reasoning_agrees=agrees)
     row = {"prompt": "Which?", "label": "six", "tokens": 1, "truncated": False, "lag": 0, "rewards/accuracy": 1.0}
-    row |= {"said/judge": "Score: 8", "reward": 1.5}
+    row |= {"judge_reply/judge": "Score: 8", "reward": 1.5}
     samples = [
         row | {"step": s, "image": "t.png", "completion": f"c{s}{g}", "advantage": g - 1.0}
         for s in (1, 2)

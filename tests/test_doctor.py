@@ -85,7 +85,7 @@ def test_greedy_sampling_is_found(examine):
 @pytest.mark.slow
 def test_rewards_without_differences_are_found(examine):
     found = examine(rewards={"equality": Reward(1.0, equality)})  # an untrained model is never right
-    failed(found, "rewards", "64 of 64 groups without differences.*'equality' paid nobody.*begin with SFT")
+    failed(found, "rewards", "64 of 64 groups without differences.*'equality' was always 0.*begin with SFT")
 
 
 def test_equal_rewards_within_every_group_ask_for_larger_groups():
@@ -100,7 +100,7 @@ def test_a_reward_that_pays_nobody_is_named_beside_one_that_differs():
     total = [0.0, 1.0, 1.0, 0.0]
     finding = doctor.check_rewards(total, {"accuracy": total, "format": [0.0] * 4, "short": [1.0] * 4}, 2)
     assert finding.verdict == "warning" and finding.fix.count("~rewards.") == 2
-    assert "'format' paid nobody, 'short' paid everybody" in finding.seen and "'accuracy'" not in finding.seen
+    assert "'format' was always 0, 'short' was always the same" in finding.seen and "'accuracy'" not in finding.seen
 
 
 def test_a_wrong_mask_is_found(examine, monkeypatch):

@@ -157,7 +157,7 @@ def test_auto_shares_only_where_it_saves_tokens(load_vlm, digits_task, think, mo
     trainer = grpo(load_vlm(), digits_task, think, group_size=2, self_check=False)
     encoded = trainer.samples.encoder(trainer.prompts(0)[:1])[0]
     # a prompt of 80 tokens with two completions: 176 against 96 tokens, or 1,960 against 1,880
-    packed = trainer._pack([packing.Group(encoded, (torch.full((length,), 100),) * 2)])
+    packed = trainer._pack([packing.PromptGroup(encoded, (torch.full((length,), 100),) * 2)])
     assert used == [layout] and packed.completions == 2
     trainer.close()
 
@@ -218,7 +218,7 @@ def test_frozen_vision_features_are_the_tower_s(load_vlm, digits_task, think, tm
             Encoder(vlm, Loader(digits_task.images, 32), 512, store),
             Encoder(vlm, Loader(digits_task.images, 32), 512, store),  # from the disk
         ):
-            groups = [packing.Group(e, completions) for e in encoder(prompts)]
+            groups = [packing.PromptGroup(e, completions) for e in encoder(prompts)]
             with torch.no_grad():
                 shared = scorer(packing.pack_shared(groups, vlm.family, vlm.device))[0]
                 plain = scorer(pack_plain(groups, vlm.family, vlm.pad, vlm.device))[0]

@@ -228,9 +228,13 @@ def test_a_training_image_has_its_completions_together(write):
     def sample(step, image, text, **values):
         row = {"step": step, "image": image, "prompt": "Which?", "label": "six", "completion": text, "tokens": 3}
         row |= {"truncated": text == "cut", "reward": 0.5, "advantage": 0.25, "lag": 0}
-        return row | {"rewards/accuracy": 1.0, "rewards/judge": None, "said/judge": None} | values
+        return row | {"rewards/accuracy": 1.0, "rewards/judge": None, "judge_reply/judge": None} | values
 
-    samples = [sample(1, "t1", "six"), sample(1, "t1", "cut"), sample(2, "t1", "six", **{"said/judge": "Score: 8"})]
+    samples = [
+        sample(1, "t1", "six"),
+        sample(1, "t1", "cut"),
+        sample(2, "t1", "six", **{"judge_reply/judge": "Score: 8"}),
+    ]
     folder = small(write, samples=samples)
     run_page.make(folder)
     index, rows = of_page(folder)
@@ -255,7 +259,7 @@ def test_whatever_a_run_has_written_stays_text(write):
     images = [f"{text[:50]}/{n}.png" for n, text in enumerate(texts)]
     before = answered(images, labels, labels, names, [0.9] * len(texts), texts, prompt=texts)
     sample = {"step": 1, "image": "t", "prompt": texts[1], "label": names[1], "completion": texts[1], "tokens": 1}
-    sample |= {"truncated": False, "reward": 0.0, "advantage": 0.0, "lag": 0, "said/judge": texts[2]}
+    sample |= {"truncated": False, "reward": 0.0, "advantage": 0.0, "lag": 0, "judge_reply/judge": texts[2]}
     said = {key: HOSTILE[number] for number, key in enumerate(("method", "data", "model", "setting", "protocol"))}
     folder = write("run", before, before, names=names, samples=[sample], **said)
     run_page.make(folder)

@@ -263,7 +263,7 @@ def test_malformed_completions_are_not_asked_about(judge):
     with JudgeServer(contrasts) as server:
         reward = judge(server)
         assert reward([sample("six"), think("six, nine"), sample("<think>six, nine")]) == pytest.approx([0, 1 / 3, 0])
-        first, said, last = reward.said
+        first, said, last = reward.judge_replies
         assert (first, last) == (None, None) and parse_score(said) == 4, "1 to 10 becomes 0 to 1"
         assert reward([]) == [] and reward([sample("six")]) == [0.0]
     assert len(server.requests) == 1

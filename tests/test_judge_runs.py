@@ -18,7 +18,7 @@ from common.config import composition as config
 from common.data import task
 from common.learner import learner_class
 from common.models import files
-from common.models.slots import Slots
+from common.models.extra_embeddings import ExtraEmbeddings
 from common.models.tiny import gemma3 as tiny_gemma3
 from common.rollout.hf import FrozenReplies
 from common.run import doctor
@@ -79,8 +79,8 @@ def test_the_own_judge_stays_the_model_before_training(weights, model, folder, c
     )
     policy, judge = learner.policy, learner.rewards["reasoning"].function.judge
     assert judge.ask(prompts) == expected
-    in_the_judge = [module for module in judge.generate.vlm.model.modules() if isinstance(module, Slots)]
-    assert policy.slots is not None and len(in_the_judge) == (weights is LORA), "no copy of the embeddings"
+    in_the_judge = [module for module in judge.generate.vlm.model.modules() if isinstance(module, ExtraEmbeddings)]
+    assert policy.extra_embeddings is not None and len(in_the_judge) == (weights is LORA), "no copy of the embeddings"
     with torch.no_grad():
         trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
         for parameter in trained:

@@ -14,7 +14,7 @@ from common.data.loading import Loader
 from common.evaluation import evaluate
 from common.forward.label_scores import LabelScorer, rows
 from common.forward.logprobs import PolicyScorer
-from common.forward.packing import Group, pack_plain
+from common.forward.packing import PromptGroup, pack_plain
 from common.models.encoder import Encoder
 from common.rollout.base import Completion
 from common.rollout.hf import HFRollout
@@ -79,7 +79,7 @@ def test_equal_to_the_plain_layout(setup):
     for prompt, texts, scores in zip(prompts, responses, found, strict=True):
         replies = tuple(reply_ids(vlm, text) for text in texts)
         with torch.no_grad():
-            logps, _ = scorer(pack_plain([Group(prompt, replies)], vlm.family, vlm.pad, vlm.device))
+            logps, _ = scorer(pack_plain([PromptGroup(prompt, replies)], vlm.family, vlm.pad, vlm.device))
         expected = torch.stack(
             [part.sum(dtype=torch.double) for part in logps.split([len(reply) for reply in replies])]
         )
@@ -114,7 +114,7 @@ def test_a_name_after_reasoning_is_the_end_of_one_long_reply(load_vlm, digits_ta
     replies = tuple(torch.tensor([*thought.tolist(), *end, vlm.end_of_turn]) for end in ends)
     scorer = PolicyScorer(vlm.model, vlm.banned, temperature=1.0, chunk=1024).eval()
     with torch.no_grad():
-        logps, _ = scorer(pack_plain([Group(prompts[0], replies)], vlm.family, vlm.pad, vlm.device))
+        logps, _ = scorer(pack_plain([PromptGroup(prompts[0], replies)], vlm.family, vlm.pad, vlm.device))
     own = [part[len(thought) :].double().sum() for part in logps.split([len(reply) for reply in replies])]
     assert float((found[0].logps - torch.stack(own)).abs().max()) <= 1e-5
     assert found[0].lengths.tolist() == [len(end) + 1 for end in ends]

@@ -11,7 +11,7 @@ import torch
 
 from common.config.schema import AGGREGATIONS, LOSS_TYPES, SCALINGS, ModelConfig
 from common.data.loading import Loader
-from common.forward.packing import Group
+from common.forward.packing import PromptGroup
 from common.models import vlm
 from common.models.encoder import Encoded, Encoder
 from common.rewards import Reward, Scores
@@ -209,7 +209,7 @@ def rollout(which):
         group = [Completion(torch.arange(n), torch.zeros(n), f"{place} {n}", n == 2 * place) for n in lengths]
         prompt = Encoded(torch.arange(10 + place), torch.zeros(1, 10 + place))
         completions.append(group)
-        groups.append(Group(prompt, tuple(c.ids for c in group)))
+        groups.append(PromptGroup(prompt, tuple(c.ids for c in group)))
     prompts = [Prompt(str(place), "?", "six") for place in which]
     advantages = torch.tensor([[place + 0.25 * j for j in range(4)] for place in which])
     return RolloutBatch(prompts, groups, completions, scores(which), advantages, resampled=len(which) // 2)

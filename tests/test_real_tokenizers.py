@@ -11,7 +11,7 @@ from alert.prompting import AlertPrompting
 from clsrl.prompting import ClassListPrompt
 from common.forward.label_scores import LabelScorer
 from common.forward.logprobs import PolicyScorer
-from common.forward.packing import Group, pack_plain
+from common.forward.packing import PromptGroup, pack_plain
 from common.models import vlm
 from common.models.encoder import Encoded
 from common.training.sft import target
@@ -82,7 +82,7 @@ def test_names_after_reasoning_are_scored_as_tokens_of_the_whole_reply(loaded, f
     replies = tuple(torch.tensor([*whole, model.end_of_turn]) for whole in wholes)
     scorer = PolicyScorer(model.model, model.banned, temperature=1.0, chunk=256).eval()
     with torch.no_grad():
-        logps, _ = scorer(pack_plain([Group(encoded[0], replies)], model.family, model.pad, model.device))
+        logps, _ = scorer(pack_plain([PromptGroup(encoded[0], replies)], model.family, model.pad, model.device))
     parts = logps.split([len(each) for each in replies])
     expected = torch.stack([part[skip:].double().sum() for part, skip in zip(parts, given, strict=True)])
     (found,) = LabelScorer(model)(encoded, [[asks.label_response(name) for name in NAMES]], [begun])

@@ -18,7 +18,7 @@ from common.config.schema import LoraConfig, ModelConfig
 from common.data.loading import Loader
 from common.forward.label_scores import LabelScorer
 from common.forward.logprobs import InFloat32, PolicyScorer, head_rows
-from common.forward.packing import Group, pack_plain, pack_shared
+from common.forward.packing import PromptGroup, pack_plain, pack_shared
 from common.models import vlm
 from common.models.encoder import Encoder
 from common.rollout.base import Decoding, requests
@@ -98,7 +98,7 @@ def test_correct_bf16_passes_and_every_fault_is_refused(
     request = asked(model, digits_task, no_think)
     sampler = HFRollout(model)
     (completions,) = sampler.generate([request], 2, DECODING)
-    group = Group(request.encoded, tuple(completion.ids for completion in completions))
+    group = PromptGroup(request.encoded, tuple(completion.ids for completion in completions))
     scorer = PolicyScorer(model.model, model.banned, 1.0, 128).eval()
 
     def plain(group):
@@ -140,7 +140,7 @@ def test_names_are_scored_on_the_ids_of_the_whole_reply(load, digits_task, think
     shared = next(n for n, pair in enumerate(zip(*wholes, strict=False)) if pair[0] != pair[1])
     replies = tuple(torch.tensor([*whole, model.end_of_turn]) for whole in wholes)
     with torch.no_grad():
-        logps, _ = scorer(pack_plain([Group(request.encoded, replies)], model.family, model.pad, model.device))
+        logps, _ = scorer(pack_plain([PromptGroup(request.encoded, replies)], model.family, model.pad, model.device))
     expected = [float(part[shared:].sum()) for part in logps.split([len(reply) for reply in replies])]
     (found,) = LabelScorer(model)([request.encoded], [[think.label_response(name) for name in names]], [begun])
     # what both replies begin with adds the same to each
@@ -162,7 +162,7 @@ def test_a_frozen_tower_has_no_gradient_and_few_rows_are_projected(load, digits_
     tower = next(module for name, module in model.model.named_modules() if name.endswith(model.family.vision[0]))
     seen = []
     tower.register_forward_hook(lambda module, inputs, out: seen.append(out.last_hidden_state.requires_grad))
-    scorer(pack_shared([Group(request.encoded, (reply,))], model.family, model.device))[0].sum().backward()
+    scorer(pack_shared([PromptGroup(request.encoded, (reply,))], model.family, model.device))[0].sum().backward()
     assert seen and not any(seen), "nothing runs back into the tower"
     reached = {name for name, parameter in model.model.named_parameters() if parameter.grad is not None}
     assert reached and all("lora_" in name for name in reached)

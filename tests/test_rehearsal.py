@@ -17,7 +17,7 @@ from benchmarks.setup import Case
 from common.data import task
 from common.forward.label_scores import LabelScorer
 from common.forward.logprobs import PolicyScorer
-from common.forward.packing import Group, pack_shared
+from common.forward.packing import PromptGroup, pack_shared
 from common.models.adapters import without_adapters
 from common.models.encoder import Encoder
 from common.models.families import Qwen2VL
@@ -337,8 +337,10 @@ def test_nothing_stays_on_the_cpu(learner, monkeypatch, family):
         monkeypatch.setattr(torch, name, pretend_device.made(getattr(torch, name)))
     model = copy.copy(learner(family))
     model.policy = replace(model.policy, model=copy.deepcopy(model.policy.model))
-    if model.policy.slots is not None:
-        model.policy = replace(model.policy, slots=without_adapters(model.policy.model).get_input_embeddings())
+    if model.policy.extra_embeddings is not None:
+        model.policy = replace(
+            model.policy, extra_embeddings=without_adapters(model.policy.model).get_input_embeddings()
+        )
     model.encoder = Encoder(model.policy, model.encoder.load_images, None)
     model.rollout = HFRollout(model.policy)
     pretend_device.move(model.policy.model)
@@ -347,12 +349,14 @@ def test_nothing_stays_on_the_cpu(learner, monkeypatch, family):
         assert {line.verdict for line in lines} == {"ok"}, lines
         (encoded,) = model.encoder(model.prompts.train[:1])
         scorer = PolicyScorer(model.policy.model, model.policy.banned, 1.0, 4).to(model.policy.device)
-        packed = pack_shared([Group(encoded, (torch.tensor([5, 6]),) * 2)], model.policy.family, model.policy.device)
+        packed = pack_shared(
+            [PromptGroup(encoded, (torch.tensor([5, 6]),) * 2)], model.policy.family, model.policy.device
+        )
         scorer(packed)[0].sum().backward()
         gradients = [p.grad for _, p in checks.learned(model.policy)]
         assert any(isinstance(gradient, pretend_device.Pretend) for gradient in gradients)
         with pytest.raises(RuntimeError, match="both devices"):
-            scorer(pack_shared([Group(encoded, (torch.tensor([5, 6]),) * 2)], model.policy.family, CPU))
+            scorer(pack_shared([PromptGroup(encoded, (torch.tensor([5, 6]),) * 2)], model.policy.family, CPU))
 
 
 @pytest.mark.faults

@@ -16,7 +16,7 @@ from transformers import (
 
 from common.data.loading import Loader
 from common.forward.logprobs import PolicyScorer
-from common.forward.packing import Group, pack_plain, pack_shared
+from common.forward.packing import PromptGroup, pack_plain, pack_shared
 from common.models.encoder import Encoder
 from common.models.families import Qwen2VL
 from common.rollout.base import Decoding
@@ -47,7 +47,7 @@ def test_sampled_logps_equal_a_fresh_scoring_pass(setup, temperature):
     decoding = Decoding(temperature, top_k=0, top_p=1.0, max_tokens=24)
     found = HFRollout(vlm).generate(requests(prompts, ABC), 6, decoding)
     scorer = PolicyScorer(vlm.model, vlm.banned, temperature, chunk=1024).eval()
-    groups = [Group(p, tuple(c.ids for c in group)) for p, group in zip(prompts, found, strict=True)]
+    groups = [PromptGroup(p, tuple(c.ids for c in group)) for p, group in zip(prompts, found, strict=True)]
     with torch.no_grad():
         scored, _ = scorer(pack_plain(groups, vlm.family, vlm.pad, vlm.device))
     sampled = torch.cat([c.logps for group in found for c in group])
@@ -82,7 +82,7 @@ def test_numbers_are_those_of_the_distribution_at_the_sampling_temperature(setup
     vlm, prompts = setup
     decoding = Decoding(temperature, top_k=8, top_p=0.9, max_tokens=6)  # restrict what is drawn, not its numbers
     found = HFRollout(vlm).generate(requests(prompts, ABC), 2, decoding)
-    groups = [Group(p, tuple(c.ids for c in group)) for p, group in zip(prompts, found, strict=True)]
+    groups = [PromptGroup(p, tuple(c.ids for c in group)) for p, group in zip(prompts, found, strict=True)]
     expected, cold = (
         torch.cat([stock_logps(group.prompt, ids, t) for group in groups for ids in group.completions])
         for t in (temperature, 1.0)

@@ -62,12 +62,12 @@ def test_parts_of_an_earlier_version_lack_columns(tmp_path):
     """A run that it began is finished by this one."""
     place = RunFolder(tmp_path)
     place.write_completions([{"step": 1, "reward": 0.5}], 1)
-    place.write_completions([{"step": 2, "said/judge": "8", "reward": 1.0}], 2)
+    place.write_completions([{"step": 2, "judge_reply/judge": "8", "reward": 1.0}], 2)
     place.merge_completions()
     rows = pyarrow.parquet.read_table(tmp_path / "completions.parquet").to_pylist()
     assert rows == [
-        {"step": 1, "reward": 0.5, "said/judge": None},
-        {"step": 2, "reward": 1.0, "said/judge": "8"},
+        {"step": 1, "reward": 0.5, "judge_reply/judge": None},
+        {"step": 2, "reward": 1.0, "judge_reply/judge": "8"},
     ]
 
 

@@ -13,7 +13,7 @@ from common.data.loading import Loader
 from common.forward import attention
 from common.forward.attention import masked_attention
 from common.forward.logprobs import PolicyScorer
-from common.forward.packing import Group, pack_plain, pack_shared
+from common.forward.packing import PromptGroup, pack_plain, pack_shared
 from common.models.encoder import Encoded, Encoder
 from common.models.families import Qwen2VL
 
@@ -45,7 +45,7 @@ def groups(vlm, prompts, encoder, sizes, lengths, image):
             length = lengths[count % len(lengths)]
             completions.append(allowed[torch.randint(len(allowed), (length,), generator=generator)])
             count += 1
-        made.append(Group(prompt, tuple(completions)))
+        made.append(PromptGroup(prompt, tuple(completions)))
     return made
 
 
@@ -175,7 +175,7 @@ def test_completions_do_not_see_each_other(load_vlm, digits_task, think):
     encoder = Encoder(vlm, Loader(digits_task.images, 32), 512)
     group = groups(vlm, think.train_prompts(digits_task), encoder, [3], [5, 2, 4], image=True)[0]
     scorer = PolicyScorer(vlm.model, vlm.banned, temperature=1.0, chunk=1024)
-    changed = Group(group.prompt, (group.completions[0], group.completions[1].flip(0), group.completions[2]))
+    changed = PromptGroup(group.prompt, (group.completions[0], group.completions[1].flip(0), group.completions[2]))
     with torch.no_grad():
         before, _ = scorer(pack_shared([group], vlm.family, vlm.device))
         after, _ = scorer(pack_shared([changed], vlm.family, vlm.device))
@@ -185,7 +185,7 @@ def test_completions_do_not_see_each_other(load_vlm, digits_task, think):
 
 def test_docstring_example_of_packing():
     prompt = Encoded(torch.tensor([10, 11, 12]), torch.arange(3).expand(3, -1))
-    group = Group(prompt, (torch.tensor([20, 21]), torch.tensor([22])))
+    group = PromptGroup(prompt, (torch.tensor([20, 21]), torch.tensor([22])))
     shared = pack_shared([group], Qwen2VL, torch.device("cpu"))
     assert shared.inputs["input_ids"].tolist() == [[10, 11, 12, 20, 21, 22]]
     assert shared.inputs["position_ids"][0].tolist() == [[0, 1, 2, 3, 4, 3]]

@@ -19,8 +19,8 @@ from alert.tiny.episodes import Reference
 from common import parsing
 from common.data.loading import Loader
 from common.forward.logprobs import PolicyScorer
-from common.forward.packing import Group, pack_plain
-from common.models import files, meter, slots, vlm
+from common.forward.packing import PromptGroup, pack_plain
+from common.models import extra_embeddings, files, meter, vlm
 from common.models.encoder import Encoder
 from common.models.tiny import cached
 from common.models.tiny import gemma3 as untrained
@@ -61,11 +61,11 @@ def asked(items, categories):
 def test_loss_is_that_of_each_reply_alone(model, policy, processor, digits_task, categories):
     items = digits_task.train.items[:3]
     bank = torch.randn(10, 4, 96, generator=torch.Generator().manual_seed(0))
-    policy = replace(policy, slots=slots.attach(policy.model, bank, trainable=False))
+    policy = replace(policy, extra_embeddings=extra_embeddings.attach(policy.model, bank, trainable=False))
     prompts = Encoder(policy, Loader(digits_task.images, 32), 512)(asked(items, categories))
     episodes = tiny_pretrain.Episodes(model, processor, seed=0)
     replies = [episodes.ids(text) for text in ("<think>It is.</think><answer>six</answer>", "nine", "The answer")]
-    groups = [Group(p, (torch.tensor(reply),)) for p, reply in zip(prompts, replies, strict=True)]
+    groups = [PromptGroup(p, (torch.tensor(reply),)) for p, reply in zip(prompts, replies, strict=True)]
     packed = pack_plain(groups, policy.family, policy.pad, policy.device)
     logps, _ = PolicyScorer(policy.model, (), 1.0, 1024)(packed)
 
@@ -181,7 +181,9 @@ def test_built_once_and_an_ordinary_folder(tmp_path, monkeypatch, model_config, 
     assert tiny_gemma3.build(tmp_path) == folder
 
     policy = vlm.load(folder, model_config(family="gemma3"), torch.device("cpu"))
-    policy = replace(policy, slots=slots.attach(policy.model, torch.zeros(10, 4, 96), trainable=False))
+    policy = replace(
+        policy, extra_embeddings=extra_embeddings.attach(policy.model, torch.zeros(10, 4, 96), trainable=False)
+    )
     prompts = asked(digits_task.train.items[:2], (1, 7, 4))
     lengths = [len(e.ids) for e in Encoder(policy, Loader(digits_task.images, 32), 512)(prompts)]
     assert tiny_gemma3.meter().tokens(prompts, 32) == meter.of_folder(folder, "gemma3").tokens(prompts, 32)

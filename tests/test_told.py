@@ -1,4 +1,4 @@
-"""What a run tells about itself: silent rewards, the best evaluation, the bar, the seconds, and results on disk."""
+"""What a run tells about itself: constant rewards, the best evaluation, the bar, the seconds, and results on disk."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ def test_the_doctor_names_silent_rewards():
     parts = {"never": [0.0] * 4, "always": [1.0] * 4, "fair": [0.0, 1.0, 1.0, 0.0]}
     finding = doctor.check_rewards([1.0, 2.0, 2.0, 1.0], parts, 2)
     assert finding.verdict == "warning"
-    assert "'never' paid nobody" in finding.seen and "'always' paid everybody" in finding.seen
+    assert "'never' was always 0" in finding.seen and "'always' was always the same" in finding.seen
     assert "fair" not in finding.seen + finding.fix
     assert "~rewards.never" in finding.fix and "~rewards.always" in finding.fix and "SFT" in finding.fix
     assert doctor.check_rewards([1.0, 2.0], {"fair": [0.0, 1.0]}, 2).verdict == "ok"
 
 
 def test_the_table_names_silent_rewards_with_what_would_help():
-    silent = {"format": "nobody", "length": "everybody"}
-    lines = tables.training_lines(result({}, {}, train={"updates": 3, "silent_rewards": silent}))
+    constant = {"format": "always 0", "length": "always the same"}
+    lines = tables.training_lines(result({}, {}, train={"updates": 3, "constant_rewards": constant}))
     assert len(lines) == 2
-    assert "'format' paid nobody" in lines[0] and "begin with SFT" in lines[0] and "~rewards.format" in lines[0]
-    assert "'length' paid everybody" in lines[1] and "~rewards.length" in lines[1]
+    assert "'format' was always 0" in lines[0] and "begin with SFT" in lines[0] and "~rewards.format" in lines[0]
+    assert "'length' was always the same" in lines[1] and "~rewards.length" in lines[1]
 
 
 def metrics(format_mean):
@@ -53,9 +53,9 @@ def metrics(format_mean):
 
 
 @pytest.mark.parametrize(
-    ("paid", "warnings", "silent"),
+    ("paid", "warnings", "constant"),
     [
-        ([0.0] * 12, 1, {"format": "nobody"}),
+        ([0.0] * 12, 1, {"format": "always 0"}),
         ([0.0] * 9, 0, {}),
         ([0.0] * 9 + [0.1] * 3, 0, {}),
         ([0.0] * 10 + [0.1], 1, {}),
@@ -63,14 +63,14 @@ def metrics(format_mean):
         ([0.0] * 10 + [1.0], 1, {}),
     ],
 )
-def test_a_training_warns_once_after_ten_updates(paid, warnings, silent, caplog):
+def test_a_training_warns_once_after_ten_updates(paid, warnings, constant, caplog):
     watch = loop.Watch([])
     with caplog.at_level(logging.WARNING):
         for mean in paid:
             watch.see(metrics(mean))
             watch.see({"loss": 0.0})  # the second update over the same completions
-    assert len(caplog.records) == warnings and watch.silent == silent
-    assert all("'format' paid nobody in 10 updates" in record.getMessage() for record in caplog.records)
+    assert len(caplog.records) == warnings and watch.constant == constant
+    assert all("'format' was always 0 in 10 updates" in record.getMessage() for record in caplog.records)
 
 
 def test_a_continued_training_remembers_what_was_paid_before(caplog):
@@ -181,8 +181,8 @@ def test_what_is_cut_is_named_before_what_follows_from_it(caplog):
             watch.see(row)
     first, *_, last = [record.getMessage() for record in caplog.records]
     assert first.startswith("92 % of completions were cut at rollout.max_completion_tokens=64: raise it")
-    assert "'format' paid nobody" in last and "raise rollout.max_completion_tokens first" in last
-    assert loop.note(rows[0], None, watch.silent).startswith("92 % cut at max_completion_tokens · reward")
+    assert "'format' was always 0" in last and "raise rollout.max_completion_tokens first" in last
+    assert loop.note(rows[0], None, watch.constant).startswith("92 % cut at max_completion_tokens · reward")
     learner = SimpleNamespace(task=SimpleNamespace(train=SimpleNamespace(items=[0] * 40)))
     config = SimpleNamespace(
         trainer=TrainerConfig("grpo", 1e-3, updates=10), rollout=SimpleNamespace(max_completion_tokens=64)
@@ -190,7 +190,7 @@ def test_what_is_cut_is_named_before_what_follows_from_it(caplog):
     told = pipeline.told(config, learner, 10, rows)
     assert told["cut"] == {"share": pytest.approx(0.92), "limit": 64} and "planned" not in told
     before = {"test": summary(accuracy=0.0, truncated=0.95), "val": summary(accuracy=0.0, truncated=0.01)}
-    train = {"updates": 10, "silent_rewards": {"format": "nobody"}, **told}
+    train = {"updates": 10, "constant_rewards": {"format": "always 0"}, **told}
     lines = tables.overall_lines(result(before, {}, train=train))
     assert lines[0].startswith(
         "95 % of the replies to test, zero-shot, were cut at rollout.max_completion_tokens: raise"
@@ -442,7 +442,7 @@ def test_a_run_tests_its_best_update_and_tells_all(runner, untrained_folder, tmp
     assert "update 0 of 2; the best evaluation was before training (0.00 % on val" in "".join(
         tables.training_lines(found)
     )
-    assert found.train["silent_rewards"] == {"equality": "nobody"}
+    assert found.train["constant_rewards"] == {"equality": "always 0"}
     seconds = found.train["seconds"]
     assert sum(value for phase, value in seconds.items() if phase != "total") == pytest.approx(seconds["total"])
     assert {"data", "model", "rollout", "update", "evaluation before", "evaluation after"} <= seconds.keys()

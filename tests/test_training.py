@@ -16,7 +16,7 @@ from common.config.schema import GRPOConfig, LoraConfig, TrainerConfig
 from common.data.loading import Loader
 from common.forward import attention
 from common.forward.logprobs import PolicyScorer
-from common.forward.packing import Group, pack_plain, pack_shared, score_prompts
+from common.forward.packing import PromptGroup, pack_plain, pack_shared, score_prompts
 from common.models.encoder import Encoder
 from common.models.meter import messages
 from common.report import dashboard
@@ -190,7 +190,7 @@ def test_sft_learns_the_labels(load_vlm, digits_task, no_think):
 def test_score_prompts_skips_images_and_first_tokens(load_vlm, digits_task, no_think):
     vlm = load_vlm()
     encoded = Encoder(vlm, Loader(digits_task.images, 32), 512)(no_think.train_prompts(digits_task)[:2])
-    packed = pack_shared([Group(e, (torch.tensor([9, 2]),)) for e in encoded], vlm.family, vlm.device)
+    packed = pack_shared([PromptGroup(e, (torch.tensor([9, 2]),)) for e in encoded], vlm.family, vlm.device)
     scored = score_prompts(packed, vlm.banned, vlm.model.get_output_embeddings().weight.shape[0])
     ids = packed.inputs["input_ids"][0]
     assert not set(scored.targets.tolist()) & set(vlm.banned)
@@ -471,7 +471,7 @@ def test_scorer_chunks_do_not_matter(load_vlm, digits_task, think):
     vlm = load_vlm()
     encoded = Encoder(vlm, Loader(digits_task.images, 32), 512)(think.train_prompts(digits_task)[:1])
     packed = pack_plain(
-        [Group(encoded[0], (torch.arange(100, 117), torch.arange(200, 209)))], vlm.family, vlm.pad, vlm.device
+        [PromptGroup(encoded[0], (torch.arange(100, 117), torch.arange(200, 209)))], vlm.family, vlm.pad, vlm.device
     )
     with torch.no_grad():
         whole, small = (PolicyScorer(vlm.model, vlm.banned, 1.0, chunk)(packed)[0] for chunk in (1000, 4))

@@ -16,8 +16,8 @@ from scipy.stats import chisquare
 from clsrl.prompting import ClassListPrompt
 from common.data.loading import Loader
 from common.forward.logprobs import PolicyScorer
-from common.forward.packing import Group, pack_plain
-from common.models import adapters, slots, vlm
+from common.forward.packing import PromptGroup, pack_plain
+from common.models import adapters, extra_embeddings, vlm
 from common.models.encoder import Encoded, Encoder
 from common.models.families import family
 from common.rollout.base import Decoding, Request, requests, sampling_mode
@@ -44,7 +44,7 @@ class Subject:
         if categories:
             width = self.vlm.model.config.get_text_config().hidden_size
             entries = torch.randn(3, 4, width, generator=torch.Generator().manual_seed(5)) * 0.3
-            self.vlm = replace(self.vlm, slots=slots.attach(self.vlm.model, entries, True))
+            self.vlm = replace(self.vlm, extra_embeddings=extra_embeddings.attach(self.vlm.model, entries, True))
         self.encoder = Encoder(self.vlm, Loader(task.images, 32), 512)
         think = ClassListPrompt(instruction="think", seed=1).train_prompts(task)
         self.prompts = [think[0], replace(think[17], image_last=True), replace(think[33], system="Say little.")]
@@ -70,7 +70,7 @@ class Subject:
     def scored(self, asked, found, temperature):
         """The trainer's plain forward over the same tokens."""
         scorer = PolicyScorer(self.vlm.model, self.vlm.banned, temperature, chunk=1024).eval()
-        groups = [Group(r.encoded, tuple(c.ids for c in group)) for r, group in zip(asked, found, strict=True)]
+        groups = [PromptGroup(r.encoded, tuple(c.ids for c in group)) for r, group in zip(asked, found, strict=True)]
         return scorer(pack_plain(groups, self.vlm.family, self.vlm.pad, self.vlm.device))[0]
 
     def gap(self, **changes):
@@ -255,7 +255,7 @@ def test_category_embeddings_are_tokens_of_the_engine(make, family):
     assert subject.gap() < TOLERANCE
     _, found = subject.sample(size=16)
     drawn = torch.cat([c.ids for group in found for c in group])
-    assert int(drawn.max()) < subject.vlm.slots.first
+    assert int(drawn.max()) < subject.vlm.extra_embeddings.first
 
 
 @needs_vllm

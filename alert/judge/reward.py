@@ -60,7 +60,7 @@ class ContrastiveReasoning:
         self.judge = make_judge(model, self.runtime)
         self.scale, self.unparsed, self.on_failure = scale, unparsed, on_failure
         self.counts = dict.fromkeys(COUNTS, 0.0)
-        self.said: list[str | None] = []  # replies to the samples of the last call
+        self.judge_replies: list[str | None] = []  # replies to the samples of the last call
         self.silences = 0  # calls in a row without any reply
 
     @property
@@ -102,7 +102,7 @@ class ContrastiveReasoning:
         texts = [reasoning(sample.completion) for sample in samples]
         prompts = [None if text is None else judge_prompt(text) for text in texts]
         replies = self._replies([prompt for prompt in prompts if prompt is not None])
-        self.said = [None if prompt is None else replies[prompt] for prompt in prompts]
+        self.judge_replies = [None if prompt is None else replies[prompt] for prompt in prompts]
         return [0.0 if prompt is None else self._value(replies[prompt]) for prompt in prompts]
 
     def _value(self, reply: str | None) -> float:

@@ -25,9 +25,8 @@ class Row:
     """One prompt's beginning with several endings, each an input image and a reply.
 
     beginning: ids up to the input image. image: ids of the input image and of the text between it and the reply.
-    replies:
-    ids, ends of turn included. categories: entry in the bank of each input image. names: id of the category's name of
-    each input image.
+    replies: ids, ends of turn included. categories: entry in the bank of each input image. names: id of the
+    category's name of each input image.
     """
 
     beginning: list[int]

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from alert.prompt import meta_task
 from alert.tiny.episodes import draw, reply
 from alert.tiny.layout import NONE, Row, Rows, forward, lay_out, reply_loss, visible
+from common.models.extra_embeddings import expand_placeholders
 from common.models.families import Gemma3
 from common.models.meter import messages
-from common.models.slots import expand_placeholders
 from common.models.tiny.gemma3 import END, IMAGE, IMAGE_TOKENS
 from common.models.tiny.pictures import Pictures
 from common.models.tiny.qwen2_vl import IMAGE_SIZE

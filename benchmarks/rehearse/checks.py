@@ -31,7 +31,7 @@ from common.config.schema import Config
 from common.data import task
 from common.forward.label_scores import LabelScorer
 from common.forward.logprobs import PolicyScorer, exact
-from common.forward.packing import Group, pack_shared
+from common.forward.packing import PromptGroup, pack_shared
 from common.learner import learner_class
 from common.models.adapters import without_adapters
 from common.models.families import Qwen2VL
@@ -106,7 +106,7 @@ def prompts(learner: VLMLearner, each: int = 2) -> Iterator[Line]:
     yield Line("prompts", "failed" if wrong else "ok", seen, fix, {"prompts": len(chosen), "longest": max(counted)})
 
 
-def stock_group(policy: VLM, group: Group, temperature: float) -> torch.Tensor:
+def stock_group(policy: VLM, group: PromptGroup, temperature: float) -> torch.Tensor:
     """`stock_logps` of the first completions of a group, one after the other. Shape: [T]."""
     return torch.cat([stock_logps(policy, group.prompt, ids, temperature) for ids in group.completions[:COMPARED]])
 
@@ -118,7 +118,7 @@ def forwards(learner: VLMLearner) -> Iterator[Line]:
     with learner._sampling():
         request, completions = sampled(learner, learner.rollout, size)
     decoding = decoding_of(learner)
-    group = Group(request.encoded, tuple(completion.ids for completion in completions))
+    group = PromptGroup(request.encoded, tuple(completion.ids for completion in completions))
     scorer = PolicyScorer(policy.model, policy.banned, decoding.temperature, 128).to(policy.device)
     own = None if getattr(learner.rollout, "has_weight_copy", False) else learner.rollout
     found = agreement.measure(scorer, policy, group, own, request, decoding)
@@ -157,7 +157,9 @@ def forwards(learner: VLMLearner) -> Iterator[Line]:
         yield kernel(policy, group, right, kind, max(found.rounding, 1e-5), decoding.temperature)
 
 
-def kernel(policy: VLM, group: Group, exact: torch.Tensor, kind: str, rounding: float, temperature: float) -> Line:
+def kernel(
+    policy: VLM, group: PromptGroup, exact: torch.Tensor, kind: str, rounding: float, temperature: float
+) -> Line:
     """A stock attention kernel in the training's own arithmetic, against the exact forward of ours."""
     if kind.startswith("flash") and find_spec("flash_attn") is None:
         return Line(f"kernel {kind}", "ok", "is not installed; nothing here asks for it")
@@ -247,10 +249,10 @@ def push(learner: VLMLearner, other: Rollout | None = None) -> Iterator[Line]:
     own = learned(policy)
     begun = [p.detach().clone() for _, p in own]
 
-    def gap(version: int) -> tuple[float, Group]:
+    def gap(version: int) -> tuple[float, PromptGroup]:
         with sampling_mode(rollout, version):
             request, completions = sampled(learner, rollout, GROUP)
-        group = Group(request.encoded, tuple(completion.ids for completion in completions))
+        group = PromptGroup(request.encoded, tuple(completion.ids for completion in completions))
         scored = scorer(pack_shared([group], policy.family, policy.device), entropy=False)[0].cpu()
         return agreement.difference(scored, torch.cat([completion.logps for completion in completions])), group
 

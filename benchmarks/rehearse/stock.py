@@ -56,9 +56,9 @@ def stock_positions(policy: VLM, ids: torch.Tensor, stock: dict[str, torch.Tenso
 
 def without_categories(ids: torch.Tensor, policy: VLM) -> tuple[torch.Tensor, tuple[int, ...]]:
     """Ids with one padding token for every category's embeddings, and which categories these were; -1: not whole."""
-    if policy.slots is None:
+    if policy.extra_embeddings is None:
         return ids, ()
-    first, width = policy.slots.first, policy.slots.width
+    first, width = policy.extra_embeddings.first, policy.extra_embeddings.width
     kept, categories, place = [], [], 0
     while place < len(ids):
         number = int(ids[place]) - first

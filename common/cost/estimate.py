@@ -18,11 +18,11 @@ from common.cost.update import GIB, Batch, Pass, cache_bytes, measure, memory
 from common.counted import counted
 from common.forward import attention
 from common.forward.logprobs import head_rows
-from common.forward.packing import Group, pack, score_prompts
+from common.forward.packing import PromptGroup, pack, score_prompts
 from common.models import files, meter, vlm
 from common.models.adapters import without_adapters
 from common.models.encoder import Encoded, Encoder
-from common.models.slots import attach
+from common.models.extra_embeddings import attach
 from common.training.base import total_updates
 from common.training.sft import target
 from common.types import Prompt
@@ -148,7 +148,7 @@ def _measured(policy: vlm.VLM, prompt: Encoded, label: torch.Tensor, length: int
     """Count the forward of some groups whose completions all have one length."""
     trainer = config.trainer
     completion = label if len(label) == length else label[:1].repeat(length)
-    made = [Group(prompt, (completion,) * _group_size(config))] * groups
+    made = [PromptGroup(prompt, (completion,) * _group_size(config))] * groups
     impl = trainer.impl if isinstance(trainer, GRPOConfig) else "shared"
     packed = pack(made, policy.family, policy.pad, torch.device("cpu"), impl)
     if not isinstance(trainer, GRPOConfig) and config.protocol.sft_loss == "everything":
@@ -197,7 +197,7 @@ def _with_bank(policy: vlm.VLM, config: Config, asked: TaskPrompts) -> vlm.VLM:
     if config.trainer.embeddings == "host":  # only those of the current prompt are on the GPU
         count, trained = max(len(prompt.categories) for prompt in asked.train), False
     entries = torch.empty(count, tokens, text.hidden_size, device="meta")
-    return replace(policy, slots=attach(policy.model, entries, trained))
+    return replace(policy, extra_embeddings=attach(policy.model, entries, trained))
 
 
 def _encoded(policy: vlm.VLM, prompt: Prompt, image_size: int) -> Encoded:

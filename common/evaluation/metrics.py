@@ -54,7 +54,7 @@ class Summary:
     accuracy_macro: mean of the classes' accuracies; None if all classes have equally many images, since it is then the
     accuracy. accuracy_official, accuracy_aliases, well_formed, mean_tokens, truncated, probability: None where they do
     not apply, such as metrics of replies for a classifier. per_class: accuracy by class name; images_per_class: number
-    of images by class name. facts: entries of the method (see `Accounts.facts`), beside the others in metrics.json.
+    of images by class name. facts: entries of the method (`Prompting.diagnostics`), beside the others in metrics.json.
     """
 
     n: int

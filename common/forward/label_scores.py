@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from common.forward.logprobs import PolicyScorer, head_rows
-from common.forward.packing import Group, followed_by, pack_shared
+from common.forward.packing import PromptGroup, followed_by, pack_shared
 from common.models.encoder import Encoded
 from common.models.vlm import VLM
 
@@ -92,7 +92,7 @@ class LabelScorer:
         for row in rows([len(context.ids) for context in contexts], lengths, self.budget):
             scored = [endings[number][start:stop] for number, start, stop in row]
             groups = [
-                Group(contexts[number], tuple(ending.ids for ending in own))
+                PromptGroup(contexts[number], tuple(ending.ids for ending in own))
                 for (number, *_), own in zip(row, scored, strict=True)
             ]
             packed = pack_shared(groups, self.vlm.family, self.vlm.device)

@@ -184,7 +184,7 @@ WORTHWHILE = 1.1  # impl=auto takes the shared layout if it saves at least this 
 
 
 @dataclass(frozen=True)
-class Group:
+class PromptGroup:
     """One prompt and its completions (token ids, end-of-sequence included, no padding)."""
 
     prompt: Encoded
@@ -218,12 +218,12 @@ def followed_by(prompt: Encoded, ids: torch.Tensor) -> Encoded:
     return replace(prompt, ids=torch.cat([prompt.ids, ids]), positions=positions, blocks=blocks)
 
 
-def shared_tokens(group: Group) -> int:
+def shared_tokens(group: PromptGroup) -> int:
     """Return the number of tokens of a group in the shared layout."""
     return len(group.prompt.ids) + sum(len(completion) for completion in group.completions)
 
 
-def plain_tokens(groups: Sequence[Group]) -> int:
+def plain_tokens(groups: Sequence[PromptGroup]) -> int:
     """Return the number of tokens of the plain layout, padding included."""
     rows = [len(group.prompt.ids) + len(completion) for group in groups for completion in group.completions]
     return len(rows) * max(rows)
@@ -261,7 +261,7 @@ def micro_batches(items: list[T], size: int) -> Iterator[list[T]]:
         yield items[start : start + size]
 
 
-def pack(groups: Sequence[Group], family: type[Family], pad: int, device: torch.device, impl: str) -> Packed:
+def pack(groups: Sequence[PromptGroup], family: type[Family], pad: int, device: torch.device, impl: str) -> Packed:
     """The layout that `trainer.impl` names: `shared`, `plain`, or `auto`, the shared one where it saves tokens."""
     if impl == "auto" and not family.shares_prefixes:
         impl = "plain"
@@ -271,7 +271,7 @@ def pack(groups: Sequence[Group], family: type[Family], pad: int, device: torch.
     return pack_plain(groups, family, pad, device) if impl == "plain" else pack_shared(groups, family, device)
 
 
-def pack_shared(groups: Sequence[Group], family: type[Family], device: torch.device) -> Packed:
+def pack_shared(groups: Sequence[PromptGroup], family: type[Family], device: torch.device) -> Packed:
     """Pack one or several groups in the shared layout."""
     prompts = [group.prompt for group in groups]
     # Order of the row: prompt 1, its completions, prompt 2, ... with the start and size of every piece.
@@ -312,7 +312,7 @@ def pack_shared(groups: Sequence[Group], family: type[Family], device: torch.dev
     return _packed(inputs, before[in_suffix], groups, device)
 
 
-def pack_plain(groups: Sequence[Group], family: type[Family], pad: int, device: torch.device) -> Packed:
+def pack_plain(groups: Sequence[PromptGroup], family: type[Family], pad: int, device: torch.device) -> Packed:
     """Pack one right-padded row per completion; the prompt and its image are repeated."""
     pairs = [(group.prompt, completion) for group in groups for completion in group.completions]
     rows = [torch.cat([prompt.ids, completion]) for prompt, completion in pairs]
@@ -385,7 +385,9 @@ def images(prompts: Sequence[Encoded], family: type[Family], device: torch.devic
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
-def _packed(inputs: dict[str, Any], predictors: torch.Tensor, groups: Sequence[Group], device: torch.device) -> Packed:
+def _packed(
+    inputs: dict[str, Any], predictors: torch.Tensor, groups: Sequence[PromptGroup], device: torch.device
+) -> Packed:
     completions = [completion for group in groups for completion in group.completions]
     lengths = torch.tensor([len(completion) for completion in completions])
     owner = torch.repeat_interleave(torch.arange(len(completions)), lengths)

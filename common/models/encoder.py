@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from common.models.adapters import without_adapters
+from common.models.extra_embeddings import expand_placeholders
 from common.models.meter import messages, too_long
-from common.models.slots import expand_placeholders
 from common.models.vision import FeatureStore
 from common.models.vlm import VLM
 from common.types import CATEGORY, Prompt
@@ -126,9 +126,9 @@ class Encoder:
     def _with_categories(self, prompt: Prompt, ids: torch.Tensor) -> torch.Tensor:
         if not prompt.categories:
             return ids
-        slots = self.vlm.slots
-        assert slots is not None, "a method with category embeddings attaches them to the model"
-        return expand_placeholders(ids, self.vlm.pad, prompt.categories, slots.first, slots.width)
+        extra = self.vlm.extra_embeddings
+        assert extra is not None, "a method with category embeddings attaches them to the model"
+        return expand_placeholders(ids, self.vlm.pad, prompt.categories, extra.first, extra.width)
 
     @torch.no_grad()
     def _features(self, pixels: torch.Tensor, grid: torch.Tensor | None) -> torch.Tensor:

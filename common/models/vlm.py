@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from common.config.schema import ModelConfig
 from common.counted import counted
 from common.models import adapters
+from common.models.extra_embeddings import ExtraEmbeddings
 from common.models.families import Family
 from common.models.families import family as family_of
 from common.models.files import lineage, on_hub
-from common.models.slots import Slots
 from common.types import UserError
 
 # what from_pretrained raises when configuration, tokenizer or weights make no sense
@@ -44,7 +44,7 @@ class VLM:
     eos: ids that end a completion. end_of_turn: the one that the chat template writes after a reply. banned: ids that
     are neither sampled nor scored (image placeholders, padding).
     causal_images: image tokens attend causally even where the family's own see each other both ways.
-    slots: embeddings beyond the vocabulary, if a method has attached some.
+    extra_embeddings: embeddings beyond the vocabulary, if a method has attached some.
     hub: id and commit of a model that came from the hub.
     """
 
@@ -56,7 +56,7 @@ class VLM:
     banned: tuple[int, ...]
     pad: int
     causal_images: bool = False
-    slots: Slots | None = None
+    extra_embeddings: ExtraEmbeddings | None = None
     hub: tuple[str, str] | None = None
 
     @property

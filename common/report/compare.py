@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from common.report.folders import ASKED, Group, Run, configuration
+from common.report.folders import ASKED, Run, SeedGroup, configuration
 from common.report.statistics import compare_groups, interval, mean_std
 from common.types import UserError
 
@@ -60,7 +60,7 @@ class Table:
     notes: list[str]
 
 
-def build(groups: Sequence[Group], strangers: Sequence[Run] = (), against: str | None = None) -> Table:
+def build(groups: Sequence[SeedGroup], strangers: Sequence[Run] = (), against: str | None = None) -> Table:
     """Build the comparison.
 
     Args:
@@ -80,7 +80,7 @@ def build(groups: Sequence[Group], strangers: Sequence[Run] = (), against: str |
     return Table(columns, rows, [*_missing(groups), *_repeated(groups), *_unfinished(groups, strangers)])
 
 
-def complete(groups: Sequence[Group], strangers: Sequence[Run] = ()) -> bool:
+def complete(groups: Sequence[SeedGroup], strangers: Sequence[Run] = ()) -> bool:
     """Tell whether every folder holds a finished run, or a preview by manifest=true."""
     whole = all(run.state == ASKED for run in strangers)
     return whole and all(run.result is not None for group in groups for run in group.runs)
@@ -103,7 +103,7 @@ def render(table: Table, how: str) -> str:
     return notes + "\n".join([begin, r"\toprule", head, r"\midrule", body, r"\bottomrule", r"\end{tabular}", ""])
 
 
-def _named(groups: Sequence[Group], part: str) -> Group:
+def _named(groups: Sequence[SeedGroup], part: str) -> SeedGroup:
     found = [group for group in groups if part in group.label]
     # a method's name may be part of another's, so exact matches win
     exact = [group for group in found if part in (group.label, group.label.split(" · ")[0].split(" ")[0])]
@@ -114,7 +114,7 @@ def _named(groups: Sequence[Group], part: str) -> Group:
     return found[0]
 
 
-def _rows(group: Group, base: Group | None) -> list[tuple[str, ...]]:
+def _rows(group: SeedGroup, base: SeedGroup | None) -> list[tuple[str, ...]]:
     finished = [run.result for run in group.finished if run.result is not None]
     if not finished:
         return [(group.label, "–", _seeds(group), *("–" for _ in COLUMNS[3:]), *("" for _ in AGAINST if base))]
@@ -155,7 +155,7 @@ def _seconds(phases: Mapping[str, float]) -> float:
     return sum(seconds for phase, seconds in phases.items() if phase != "model")
 
 
-def _against(group: Group, base: Group, split: str) -> tuple[str, ...]:
+def _against(group: SeedGroup, base: SeedGroup, split: str) -> tuple[str, ...]:
     found = None if group is base else compare_groups(group, base, split)
     if found is None:
         return ("", "", "")
@@ -164,12 +164,12 @@ def _against(group: Group, base: Group, split: str) -> tuple[str, ...]:
     return f"{100 * found.difference:+.2f}", f"{100 * low:+.2f} – {100 * high:+.2f}", p
 
 
-def _seeds(group: Group) -> str:
+def _seeds(group: SeedGroup) -> str:
     """Return the seeds of a group, those without a result in brackets."""
     return ", ".join(str(run.values["seed"]) if run.result else f"({run.values['seed']})" for run in group.runs)
 
 
-def _missing(groups: Sequence[Group]) -> list[str]:
+def _missing(groups: Sequence[SeedGroup]) -> list[str]:
     """Return notes on seeds that only other groups have."""
     everywhere = {seed for group in groups for seed in group.seeds}
     return [
@@ -179,7 +179,7 @@ def _missing(groups: Sequence[Group]) -> list[str]:
     ]
 
 
-def _repeated(groups: Sequence[Group]) -> list[str]:
+def _repeated(groups: Sequence[SeedGroup]) -> list[str]:
     """Return notes on seeds of one configuration that several folders hold."""
     places: dict[tuple[str, int], list[str]] = {}
     for group in groups:
@@ -192,7 +192,7 @@ def _repeated(groups: Sequence[Group]) -> list[str]:
     ]
 
 
-def _unfinished(groups: Sequence[Group], strangers: Sequence[Run]) -> list[str]:
+def _unfinished(groups: Sequence[SeedGroup], strangers: Sequence[Run]) -> list[str]:
     runs = [run for group in groups for run in group.runs if run.result is None]
     remarks = sorted({line for group in groups for run in group.finished if run.result for line in run.result.remarks})
     return [

@@ -110,7 +110,7 @@ LONG = 60  # characters of a value in a label
 
 
 @dataclass(frozen=True)
-class Group:
+class SeedGroup:
     """Runs of one configuration, sorted by seed."""
 
     label: str
@@ -137,8 +137,8 @@ class Group:
         return found
 
 
-def group(runs: Iterable[Run]) -> list[Group]:
-    """Group runs by everything but the seed, in the given order; runs without a configuration are left out.
+def group(runs: Iterable[Run]) -> list[SeedGroup]:
+    """SeedGroup runs by everything but the seed, in the given order; runs without a configuration are left out.
 
     A second run of the same seed is not another seed: it starts a group of its own.
     """
@@ -151,7 +151,7 @@ def group(runs: Iterable[Run]) -> list[Group]:
             together.setdefault((key, turn), []).append(run)
     groups = [tuple(sorted(each, key=lambda run: int(run.values["seed"]))) for each in together.values()]
     repeated = [(key, 1) in together for key, _ in together]
-    return [Group(name, each) for name, each in zip(labels(groups, repeated), groups, strict=True)]
+    return [SeedGroup(name, each) for name, each in zip(labels(groups, repeated), groups, strict=True)]
 
 
 def configuration(run: Run) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.evaluation.metrics import exact_p, wilson_interval
-from common.report.folders import Group, photos
+from common.report.folders import SeedGroup, photos
 
 # Intervals of means over seeds, of differences, and of numbers computed from others.
 #
@@ -118,7 +118,7 @@ class Difference:
     p: float | None = None
 
 
-def compare_groups(group: Group, other: Group, split: str) -> Difference | None:
+def compare_groups(group: SeedGroup, other: SeedGroup, split: str) -> Difference | None:
     """Compare two groups; None if they share no seed on that split, or their datasets differ.
 
     If any seed has both groups on the same images, only such seeds count.
@@ -138,7 +138,7 @@ def compare_groups(group: Group, other: Group, split: str) -> Difference | None:
     return Difference(tuple(found), *over_seeds(aligned([*found.values()])))
 
 
-def _unpaired(group: Group, other: Group, split: str) -> Difference | None:
+def _unpaired(group: SeedGroup, other: SeedGroup, split: str) -> Difference | None:
     """Compare as for independent images: the number of images of one seed, with the mean accuracy over the seeds that
     both have. The interval is never narrower than Student's for the seeds' differences.
 
@@ -162,7 +162,7 @@ def _unpaired(group: Group, other: Group, split: str) -> Difference | None:
     return Difference(seeds, shares[0] - shares[1], (low, high))
 
 
-def _dataset(group: Group) -> str:
+def _dataset(group: SeedGroup) -> str:
     return photos(group.runs[0].values)
 
 

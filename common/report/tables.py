@@ -160,8 +160,8 @@ def training_lines(result: Result) -> list[str]:
     # the sign `cut` would repeat the line on truncated completions above
     lines += [line for name, line in result.train.get("signs", {}).items() if not (cut and name == "cut")]
     share = cut["share"] if cut else 0.0
-    for name, whom in result.train.get("silent_rewards", {}).items():
-        lines.append(f"reward '{name}' paid {whom} in all updates: {fix(name, whom, share)}")
+    for name, value in result.train.get("constant_rewards", {}).items():
+        lines.append(f"reward '{name}' was {value} in all updates: {fix(name, value, share)}")
     return lines
 
 

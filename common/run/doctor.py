@@ -21,7 +21,7 @@ from common.config.schema import GRPOConfig, TrainerConfig
 from common.cost.estimate import Cost, lines
 from common.counted import counted
 from common.forward.logprobs import PolicyScorer
-from common.forward.packing import Group, pack_shared, shared_tokens, within_budget
+from common.forward.packing import PromptGroup, pack_shared, shared_tokens, within_budget
 from common.models.encoder import Encoded, Encoder
 from common.models.vlm import VLM
 from common.rewards import Reward
@@ -29,7 +29,7 @@ from common.rollout.base import Completion, Decoding, Rollout, logprobs_match_po
 from common.training import agreement
 from common.training.agreement import Agreement
 from common.training.grpo.batch import score_groups, without_differences
-from common.training.signs import CUT, fix, silent_rewards
+from common.training.signs import CUT, constant_rewards, fix
 from common.types import Prompt, UserError
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def examine(
         prompts: The training prompts; evenly spaced ones are used.
         rewards: The reward mix.
         decoding: Sampling parameters.
-        config: Group size and batch sizes.
+        config: PromptGroup size and batch sizes.
         image_size: Side of the images in pixels.
         updates: Planned updates.
         ranks: Number of processes.
@@ -110,7 +110,7 @@ def examine(
     completions = rollout.generate(asked, config.group_size, decoding)
     sampling = time.perf_counter() - began
     # score the completions with the trainer's forward, and compare with the sampler
-    groups = [Group(e, tuple(c.ids for c in group)) for e, group in zip(encoded, completions, strict=True)]
+    groups = [PromptGroup(e, tuple(c.ids for c in group)) for e, group in zip(encoded, completions, strict=True)]
     scorer = PolicyScorer(vlm.model, vlm.banned, decoding.temperature, config.head_chunk).to(vlm.device)
     gaps, scoring = score(scorer, vlm, groups, completions, config)
     sampler = None if getattr(rollout, "has_weight_copy", False) else rollout
@@ -207,17 +207,19 @@ def check_rewards(
     seen = f"{flat} of {counted(groups, 'group')} without differences; mean reward {statistics.fmean(total):.3f}"
     help = "raise trainer.group_size or rollout.temperature, or add a reward in which completions differ"
     spread = {name: (statistics.fmean(values), statistics.pstdev(values)) for name, values in parts.items()}
-    silent = silent_rewards([{f"rewards/{n}/mean": mean, f"rewards/{n}/std": std} for n, (mean, std) in spread.items()])
-    if silent:
-        seen += "; " + ", ".join(f"'{name}' paid {whom}" for name, whom in silent.items())
-        help = "; ".join(f"'{name}': {fix(name, whom, cut)}" for name, whom in silent.items())
+    constant = constant_rewards(
+        [{f"rewards/{n}/mean": mean, f"rewards/{n}/std": std} for n, (mean, std) in spread.items()]
+    )
+    if constant:
+        seen += "; " + ", ".join(f"'{name}' was {value}" for name, value in constant.items())
+        help = "; ".join(f"'{name}': {fix(name, value, cut)}" for name, value in constant.items())
     # named first, since truncation usually explains the other findings
     if cut >= CUT:
         seen = f"{100 * cut:.0f} % of completions were cut at rollout.max_completion_tokens={limit}; {seen}"
         help = f"raise rollout.max_completion_tokens; {help}"
     if flat == groups:
         return Finding("rewards", "failed", seen, help)
-    few = silent or flat >= FEW_LEARN * groups or cut >= CUT
+    few = constant or flat >= FEW_LEARN * groups or cut >= CUT
     return Finding("rewards", "warning" if few else "ok", seen, help)
 
 
@@ -261,7 +263,7 @@ def check_forward(found: Agreement) -> Finding:
 def score(
     scorer: PolicyScorer,
     vlm: VLM,
-    groups: Sequence[Group],
+    groups: Sequence[PromptGroup],
     completions: Sequence[Sequence[Completion]],
     config: GRPOConfig,
 ) -> tuple[torch.Tensor, float]:

@@ -19,7 +19,7 @@ from common.runtime.distributed import gather, rank, world
 from common.runtime.interrupt import Interrupted, requested
 from common.runtime.progress import bar
 from common.training.base import Step, Trainer
-from common.training.signs import CUT, WINDOW, Signs, at, fix, hardly_paid, silent_rewards
+from common.training.signs import CUT, WINDOW, Signs, at, constant_rewards, fix, low_rewards
 from common.types import Task, UserError
 from common.vlm.check import INSTEAD, unknown_classes
 
@@ -95,7 +95,7 @@ def train(
                 accuracy = evaluation.summary[monitor_split(predictor.task)].accuracy
                 better = best is None or accuracy > best[1]
                 best = (number, accuracy) if better else best
-            shown.advance(note(step.metrics, best, watch.silent, watch.signs.flat))
+            shown.advance(note(step.metrics, best, watch.constant, watch.signs.flat))
             # a batch that is used for several updates is not saved, so a requested stop waits for its last update
             stopping = any(gather(interruption.made)) and number % iterations == 0
             # stop early, write a checkpoint, leave on request
@@ -144,13 +144,13 @@ def is_due(config: Config, number: int, last: bool) -> bool:
 
 
 def note(
-    metrics: dict[str, float], best: tuple[int, float] | None, silent: Mapping[str, str] | None = None, flat: int = 0
+    metrics: dict[str, float], best: tuple[int, float] | None, constant: Mapping[str, str] | None = None, flat: int = 0
 ) -> str:
     """Return the text beside the bar: share of truncated completions if large, mean reward or loss of the update, best
-    accuracy so far, number of updates in which no group differed, and silent rewards.
+    accuracy so far, number of updates in which no group differed, and constant rewards.
 
-    >>> note({"reward": 0.5312, "loss": 0.1}, (20, 0.8123), {"format": "nobody"}), note({"loss": 1.25}, None)
-    ('reward 0.531 · best accuracy 81.2 % · format paid nobody', 'loss 1.250')
+    >>> note({"reward": 0.5312, "loss": 0.1}, (20, 0.8123), {"format": "always 0"}), note({"loss": 1.25}, None)
+    ('reward 0.531 · best accuracy 81.2 % · format always 0', 'loss 1.250')
     >>> note({"reward": 0.0, "completions/clipped_ratio": 0.92}, None, {}, 12)
     '92 % cut at max_completion_tokens · reward 0.000 · no group differs for 12 updates'
     """
@@ -159,7 +159,7 @@ def note(
     said += [f"{name} {metrics[name]:.3f}"] if name in metrics else []
     said += [f"best accuracy {100 * best[1]:.1f} %" + ("" if best[0] else " (untrained)")] if best else []
     said += [f"no group differs for {counted(flat, 'update')}"] if flat >= WINDOW else []
-    return " · ".join(said + [f"{name} paid {whom}" for name, whom in (silent or {}).items()])
+    return " · ".join(said + [f"{name} {value}" for name, value in (constant or {}).items()])
 
 
 def is_stranger(config: Config, task: Task) -> bool:
@@ -168,10 +168,10 @@ def is_stranger(config: Config, task: Task) -> bool:
 
 
 def hopeless(poor: Mapping[str, float]) -> str:
-    """Return why a training on unknown classes stops, and what to do instead. `poor`: from `hardly_paid`."""
-    paid = ", ".join(f"reward '{name}' paid {100 * mean:.1f} %" for name, mean in poor.items())
+    """Return why a training on unknown classes stops, and what to do instead. `poor`: from `low_rewards`."""
+    means = ", ".join(f"reward '{name}' had a mean of {mean:.3f}" for name, mean in poor.items())
     return (
-        f"the training has stopped: in {WINDOW} updates {paid} of the completions, and the model was never taught"
+        f"the training has stopped: in {WINDOW} updates {means}, and the model was never taught"
         f" these classes. Instead, {INSTEAD}; or train it all the same with doctor=false"
     )
 
@@ -180,7 +180,7 @@ class Watch:
     """Warns once of every sign that the training goes wrong, and, after WINDOW batches of completions, of rewards that
     were the same for all completions.
 
-    silent: these rewards, as long as that holds; empty before.
+    constant: these rewards, as long as that holds; empty before.
     """
 
     def __init__(
@@ -194,7 +194,7 @@ class Watch:
         """
         self.signs, self.is_stranger = Signs(earlier, limit), is_stranger
         self.seen = [row for row in earlier if "reward" in row]
-        self.silent = silent_rewards(self.seen) if len(self.seen) >= WINDOW else {}
+        self.constant = constant_rewards(self.seen) if len(self.seen) >= WINDOW else {}
 
     def see(self, metrics: dict[str, float]) -> None:
         """Check the metrics of one update or one evaluation.
@@ -207,15 +207,15 @@ class Watch:
         if "reward" not in metrics:  # an evaluation, or another update on the same batch
             return
         self.seen.append(metrics)
-        if len(self.seen) > WINDOW:  # a reward that differed once is no longer silent
-            still = silent_rewards([self.seen[0], metrics])
-            self.silent = {name: whom for name, whom in self.silent.items() if name in still}
+        if len(self.seen) > WINDOW:  # a reward that differed once is no longer constant
+            still = constant_rewards([self.seen[0], metrics])
+            self.constant = {name: value for name, value in self.constant.items() if name in still}
         elif len(self.seen) == WINDOW:
-            if self.is_stranger and (poor := hardly_paid(self.seen)):
+            if self.is_stranger and (poor := low_rewards(self.seen)):
                 raise UserError(hopeless(poor))
-            self.silent = silent_rewards(self.seen)
-            for name, whom in self.silent.items():
-                _warn(f"reward '{name}' paid {whom} in {WINDOW} updates: {fix(name, whom, self.signs.cut)}")
+            self.constant = constant_rewards(self.seen)
+            for name, value in self.constant.items():
+                _warn(f"reward '{name}' was {value} in {WINDOW} updates: {fix(name, value, self.signs.cut)}")
 
 
 def _warn(line: str) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 #
 # Columns: phase (`before` or `after` training), split, the fields of `Prediction`; for replies `completion`, `tokens`,
 # `truncated`, `formatted` and `correct_official`; for probabilities `choices` (the offered names), `probabilities` and
-# `probabilities_raw`; then the method's own (see `Accounts.columns`) and the text of the prompt (`prompt`).
+# `probabilities_raw`; then the method's own (see `Prompting.extra_columns`) and the text of the prompt (`prompt`).
 
 
 REPLY = {"completion": "text", "tokens": "tokens", "truncated": "truncated", "formatted": "well_formed"}

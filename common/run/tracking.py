@@ -193,7 +193,7 @@ def numbers(result: Result) -> dict[str, float]:
 
 
 def make_tracker(config: Config, folder: Path, task: Task, known: str | None) -> Tracker:
-    """Create the tracker that is configured on rank 0, none elsewhere. `known`: the tracker's id of the run that is resumed."""
+    """Create the configured tracker on rank 0, none elsewhere. `known`: its id of the run that is resumed."""
     if rank() != 0 or config.tracking.mode == "disabled":
         return NullTracker()
     whose = dict.fromkeys(task.origins.values())

@@ -18,7 +18,7 @@ import torch
 
 from common.forward import attention
 from common.forward.logprobs import PolicyScorer, exact
-from common.forward.packing import Group, pack_plain, pack_shared
+from common.forward.packing import PromptGroup, pack_plain, pack_shared
 from common.models.vlm import VLM
 from common.rollout.base import Decoding, Request, Rollout
 
@@ -82,7 +82,7 @@ class Agreement:
 
 
 def measure(
-    scorer: PolicyScorer, vlm: VLM, group: Group, rollout: Rollout | None, request: Request, decoding: Decoding
+    scorer: PolicyScorer, vlm: VLM, group: PromptGroup, rollout: Rollout | None, request: Request, decoding: Decoding
 ) -> Agreement:
     """Run `compare`, and add the errors of merged attention."""
     layout = pack_shared([group], vlm.family, vlm.device).inputs["shared_prefix"]
@@ -92,7 +92,7 @@ def measure(
 
 @torch.no_grad()
 def compare(
-    scorer: PolicyScorer, vlm: VLM, group: Group, rollout: Rollout | None, request: Request, decoding: Decoding
+    scorer: PolicyScorer, vlm: VLM, group: PromptGroup, rollout: Rollout | None, request: Request, decoding: Decoding
 ) -> Agreement:
     """Compare the forwards on one sampled group. All ranks call it together, each with a group of its own.
 
@@ -105,7 +105,7 @@ def compare(
         decoding: Decoding parameters of the group.
     """
 
-    def plain(group: Group) -> torch.Tensor:
+    def plain(group: PromptGroup) -> torch.Tensor:
         return scorer(pack_plain([group], vlm.family, vlm.pad, vlm.device), entropy=False)[0]
 
     def shared() -> torch.Tensor:
@@ -133,12 +133,12 @@ def compare(
 
 
 def replayed(
-    plain: Callable[[Group], torch.Tensor], rollout: Rollout, request: Request, size: int, decoding: Decoding
+    plain: Callable[[PromptGroup], torch.Tensor], rollout: Rollout, request: Request, size: int, decoding: Decoding
 ) -> float:
     """Sample the beginning of a group again, score it in the same arithmetic, and return the difference."""
     (completions,) = rollout.generate([request], size, replace(decoding, max_tokens=min(REPLAYED, decoding.max_tokens)))
     sampled = torch.cat([completion.logps for completion in completions])
-    scored = plain(Group(request.encoded, tuple(completion.ids for completion in completions)))
+    scored = plain(PromptGroup(request.encoded, tuple(completion.ids for completion in completions)))
     return difference(scored.cpu(), sampled)
 
 

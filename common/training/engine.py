@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from common.config.schema import TrainerConfig
-from common.models.hosted_slots import HostedSlots
-from common.models.slots import Slots
+from common.models.extra_embeddings import ExtraEmbeddings
+from common.models.offloaded import OffloadedEmbeddings
 from common.plugins import locate
 from common.rollout.base import Rollout, sampling_mode
 from common.runtime import saved as saved_files
@@ -28,7 +28,7 @@ from common.runtime.distributed import barrier, rank, world
 from common.training.base import learning_rate
 from common.types import UserError
 
-HOSTED = "host_rows_{}"  # file beside DeepSpeed's own
+OFFLOADED = "host_rows_{}"  # file beside DeepSpeed's own
 
 
 def make_optimizer(config: TrainerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -80,19 +80,21 @@ class Engine:
         import deepspeed
 
         self.config, self.updates = config, updates
-        # Parameter groups: the model, embeddings added to the vocabulary (slots) with a rate of their own, and the
-        # stand-ins of slots on the host. Their gradient is the norm of the host rows' gradient, so that clipping sees
+        # Parameter groups: the model, embeddings added to the vocabulary (extra) with a rate of their own, and the
+        # stand-ins of extra on the host. Their gradient is the norm of the host rows' gradient, so that clipping sees
         # it; rate 0 keeps them.
         parameters = [p for p in module.parameters() if p.requires_grad]
-        slots = {id(p) for submodule in module.modules() if isinstance(submodule, Slots) for p in submodule.parts()}
-        self.hosted = [m for m in module.modules() if isinstance(m, HostedSlots) and m.trainable]
+        extra = {
+            id(p) for submodule in module.modules() if isinstance(submodule, ExtraEmbeddings) for p in submodule.parts()
+        }
+        self.hosted = [m for m in module.modules() if isinstance(m, OffloadedEmbeddings) and m.trainable]
         own_peak = config.embedding_learning_rate
         norms = {id(m.norm) for m in self.hosted}
         self.rows_peak = config.learning_rate if own_peak is None else own_peak
         peaks = (config.learning_rate, self.rows_peak, 0.0)
         members = (
-            [p for p in parameters if id(p) not in slots | norms],
-            [p for p in parameters if id(p) in slots],
+            [p for p in parameters if id(p) not in extra | norms],
+            [p for p in parameters if id(p) in extra],
             [p for p in parameters if id(p) in norms],
         )
         kept = [(own, peak) for own, peak in zip(members, peaks, strict=True) if own]
@@ -190,7 +192,7 @@ class Engine:
         if loaded is None:
             raise RuntimeError(f"DeepSpeed cannot read the checkpoint {folder}")
         for number, rows in enumerate(self.hosted):
-            rows.host.restore((saved or folder) / HOSTED.format(number))
+            rows.host.restore((saved or folder) / OFFLOADED.format(number))
 
     def save(self, folder: Path) -> None:
         """Write weights and optimizer state of all ranks in DeepSpeed's format. All ranks call it together."""
@@ -199,7 +201,7 @@ class Engine:
         )
         for number, rows in enumerate(self.hosted):
             if rank() == 0:
-                rows.host.save(folder / HOSTED.format(number))
+                rows.host.save(folder / OFFLOADED.format(number))
             barrier()
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ import torch
 
 from common.config.schema import TrainerConfig
 from common.forward.logprobs import PolicyScorer, head_rows
-from common.forward.packing import Group, micro_batches, pack_shared, score_prompts
+from common.forward.packing import PromptGroup, micro_batches, pack_shared, score_prompts
 from common.models.encoder import Encoder
 from common.models.vlm import VLM, after_reply
 from common.rollout.base import Rollout
@@ -67,7 +67,7 @@ class SFTTrainer(EngineTrainer):
             encoded = self.encoder(prompts)
         targets = [target(self.vlm, self.reply(prompt.label), self.loss) for prompt in prompts]
         # a group of one completion: the target
-        groups = [Group(e, (ids,)) for e, ids in zip(encoded, targets, strict=True)]
+        groups = [PromptGroup(e, (ids,)) for e, ids in zip(encoded, targets, strict=True)]
         packs = [
             pack_shared(part, self.vlm.family, self.vlm.device)
             for part in micro_batches(groups, self.config.prompts_per_forward)

@@ -13,53 +13,53 @@ from statistics import fmean
 # Rewards without a learning signal: those that give every completion the same value. The metrics of a reward are its
 # mean and deviation over the samples of an update (`rewards/<name>/mean`, `.../std`).
 
-HARDLY = 0.02  # mean reward below which it counts as hardly ever paid: one completion of fifty was right
+LOW_REWARD = 0.02  # mean reward below which it counts as hardly ever paid: one completion of fifty was right
 CUT = 0.1  # share of completions cut at the token limit above which there is a warning
 MOSTLY = 0.5  # share above which being cut explains a reward that is never paid
 FIX = {
-    "nobody": "the model never does what it asks for, so raising its weight changes nothing: begin with SFT on replies"
-    " that earn it (model.path=<that run>/model), use an easier reward first or another method, or leave it out with"
-    " ~rewards.{name}",
-    "everybody": "there is nothing left to learn from it; leave it out with ~rewards.{name}, or ask for more",
+    "always 0": "the model never does what it asks for, so raising its weight changes nothing: begin with SFT on"
+    " replies that earn it (model.path=<that run>/model), use an easier reward first or another method, or leave it out"
+    " with ~rewards.{name}",
+    "always the same": "there is nothing left to learn from it; leave it out with ~rewards.{name}, or ask for more",
 }
 
 
-def silent_rewards(updates: Sequence[Mapping[str, float]]) -> dict[str, str]:
-    """Return rewards that gave all samples of all these updates the same value: `nobody` if it was 0, else `everybody`.
+def constant_rewards(updates: Sequence[Mapping[str, float]]) -> dict[str, str]:
+    """Return rewards that gave all samples of all these updates one value: `always 0`, or `always the same`.
 
     >>> first = {"rewards/format/mean": 0.0, "rewards/format/std": 0.0, "rewards/a/mean": 0.5, "rewards/a/std": 0.5}
-    >>> silent_rewards([first, {**first, "rewards/a/mean": 1.0, "rewards/a/std": 0.0}])
-    {'format': 'nobody'}
-    >>> silent_rewards([{"rewards/b/mean": 1.0, "rewards/b/std": 0.0}]), silent_rewards([{"loss": 0.0}])
-    ({'b': 'everybody'}, {})
+    >>> constant_rewards([first, {**first, "rewards/a/mean": 1.0, "rewards/a/std": 0.0}])
+    {'format': 'always 0'}
+    >>> constant_rewards([{"rewards/b/mean": 1.0, "rewards/b/std": 0.0}]), constant_rewards([{"loss": 0.0}])
+    ({'b': 'always the same'}, {})
     """
     means = {key for row in updates for key in row if key.startswith("rewards/") and key.endswith("/mean")}
-    silent = {}
+    constant = {}
     for name in sorted(key.split("/")[1] for key in means):
         mean, std = (f"rewards/{name}/{which}" for which in ("mean", "std"))
         rows = [(row[mean], row[std]) for row in updates if mean in row]
         if all(deviation == 0 for _, deviation in rows) and len({mean for mean, _ in rows}) == 1:
-            silent[name] = "everybody" if rows[0][0] else "nobody"
-    return silent
+            constant[name] = "always the same" if rows[0][0] else "always 0"
+    return constant
 
 
-def hardly_paid(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def low_rewards(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Return rewards with a mean close to 0 in these updates, and that mean. Rewards with a negative mean are left out.
 
-    >>> hardly_paid([{"rewards/equality/mean": 0.03}, {"rewards/equality/mean": 0.0}]), hardly_paid([{"loss": 1.0}])
+    >>> low_rewards([{"rewards/equality/mean": 0.03}, {"rewards/equality/mean": 0.0}]), low_rewards([{"loss": 1.0}])
     ({'equality': 0.015}, {})
-    >>> hardly_paid([{"rewards/format/mean": 0.9, "rewards/length/mean": -0.1}])
+    >>> low_rewards([{"rewards/format/mean": 0.9, "rewards/length/mean": -0.1}])
     {}
     """
     keys = sorted({key for row in updates for key in row if key.startswith("rewards/") and key.endswith("/mean")})
     means = {key.split("/")[1]: fmean(row[key] for row in updates if key in row) for key in keys}
-    return {name: mean for name, mean in means.items() if 0 <= mean < HARDLY}
+    return {name: mean for name, mean in means.items() if 0 <= mean < LOW_REWARD}
 
 
-def fix(name: str, whom: str, cut: float = 0.0) -> str:
-    """Return advice on a reward that paid `nobody` or `everybody`. `cut`: share of completions that were cut."""
+def fix(name: str, value: str, cut: float = 0.0) -> str:
+    """Return advice on a reward that was `always 0` or `always the same`. `cut`: share of completions that were cut."""
     first = "most completions are cut, so raise rollout.max_completion_tokens first; if they do end, "
-    return (first if whom == "nobody" and cut >= MOSTLY else "") + FIX[whom].format(name=name)
+    return (first if value == "always 0" and cut >= MOSTLY else "") + FIX[value].format(name=name)
 
 
 def cut_line(share: float, limit: int | None, what: str = "completions") -> str:

@@ -24,7 +24,7 @@ from common.forward.label_scores import LabelScorer
 from common.learner import Learner
 from common.models import adapters, files, meter, vlm
 from common.models.encoder import Encoder
-from common.models.slots import detached
+from common.models.extra_embeddings import detached
 from common.models.vision import FeatureStore
 from common.plugins import check_call, locate
 from common.rollout.base import Decoding, Rollout, check_logprobs_match, sampling_mode
@@ -283,8 +283,8 @@ class VLMLearner(Learner):
     @contextmanager
     def _sampling(self) -> Iterator[None]:
         """See `Trainer.sampling`; before there is a trainer, the weights are those that were loaded."""
-        if self.policy.slots is not None:
-            self.policy.slots.settle()
+        if self.policy.extra_embeddings is not None:
+            self.policy.extra_embeddings.flush()
         with sampling_mode(self.rollout, 0) if self.trainer is None else self.trainer.sampling():
             yield
 

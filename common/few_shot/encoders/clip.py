@@ -1,4 +1,4 @@
-"""CLIP and every other model with two towers that open_clip has, from the hub or a local file. The tiny one: tiny.py.
+"""Load CLIP and any other two-tower model of open_clip, from the hub or a local file. The tiny CLIP is in tiny.py.
 
 OpenAI's models compute with the quick form of GELU: choose `RN50-quickgelu`. For plain `RN50` open_clip only warns.
 """
@@ -22,9 +22,9 @@ TEXTS = 256  # texts in a forward
 
 
 class TwoTowers:
-    """An open_clip model of any kind with a tower for pictures and one for texts: SigLIP, SigLIP 2, PE, EVA02.
+    """An open_clip model with an image tower and a text tower: SigLIP, SigLIP 2, PE, EVA02.
 
-    What looks into a tower (positions of a picture, embeddings of a text) is there for CLIP's own architecture alone.
+    Features of single positions and token embeddings exist for CLIP's own architecture alone (`OpenClip`).
     """
 
     positions = 0

@@ -1,4 +1,4 @@
-"""Encoders without texts: any model of timm, DINO's ResNet-50, EfficientNet-Lite0, the pixels themselves."""
+"""Load encoders without a text tower: any timm model, DINO's ResNet-50, EfficientNet-Lite0, the raw pixels."""
 
 from __future__ import annotations
 
@@ -119,18 +119,18 @@ def load_timm(
     model: str | None = None,
     file: str | None = None,
 ) -> Timm:
-    """Any model of timm by its name, without its head, prepared as its own configuration says; see `Load`.
+    """Load any timm model by name; its own configuration says how pictures are prepared. Implements `Load`.
 
     Args:
-        key: For errors.
-        device: Where it computes.
+        key: Configuration key, for errors.
+        device: Device of the model.
         cache_dir: Not used: the hub's own cache holds the weights.
-        dtype: It computes in.
-        model: A name of timm with its tag, such as vit_small_patch14_dinov2.lvd142m.
-        file: Weights on this machine, instead of those on the hub.
+        dtype: Number format of the model.
+        model: Model name in timm with its tag, such as vit_small_patch14_dinov2.lvd142m.
+        file: Local weights file, instead of the weights on the hub.
 
     Raises:
-        UserError: timm knows no such model, or the weights cannot be had or are of another one.
+        UserError: timm has no such model, or the weights are unavailable or of another model.
     """
     import timm
     from timm.data.config import resolve_model_data_config

@@ -18,7 +18,7 @@ from markupsafe import Markup
 from common.counted import counted
 from common.report import compare, folders
 from common.report.figures import PRINT
-from common.report.folders import Group, Run
+from common.report.folders import Run, SeedGroup
 from common.report.html import transcripts
 from common.report.html.render import embedded, inline, render, write
 from common.report.html.run_page import FILE
@@ -104,7 +104,7 @@ def _listed(run: Run, folder: Path) -> dict[str, Any]:
     return {"name": run.path.name, "state": " ".join([run.state, run.why]).strip(), "link": link}
 
 
-def _curves(together: Sequence[Group]) -> Markup | None:
+def _curves(together: Sequence[SeedGroup]) -> Markup | None:
     """Draw rewards, lengths and accuracies of trained groups, if there are not too many."""
     trained = {
         group.label: [run.path for run in group.finished if run.result and run.result.after] for group in together
@@ -149,7 +149,7 @@ def _reply(row: transcripts.Row) -> dict[str, Any]:
     }
 
 
-def configurations(together: Sequence[Group]) -> tuple[compare.Table, str]:
+def configurations(together: Sequence[SeedGroup]) -> tuple[compare.Table, str]:
     """Return the values that differ between groups, one row each, and the values that they share, as YAML."""
     leaves = [dict(folders.leaves(folders.without_seed(group.runs[0].values))) for group in together]
     keys = sorted({key for each in leaves for key in each})

@@ -209,7 +209,11 @@ def _trained(members: list[dict[str, Any]], pictures: Mapping[str, bytes]) -> Ro
             "advantage": _short(row["advantage"]),
             "tokens": row["tokens"],
             "rewards": {name.removeprefix("rewards/"): _short(v) for name, v in row.items() if name[:8] == "rewards/"},
-            "said": {name.removeprefix("said/"): cut(v) for name, v in row.items() if name[:5] == "said/" and v},
+            "said": {
+                name.removeprefix("judge_reply/"): cut(v)
+                for name, v in row.items()
+                if name.startswith("judge_reply/") and v
+            },
         }
         for row in members
     ]

@@ -15,17 +15,11 @@ from typing import Any
 
 import torch
 
-from common.models.slots import rows_of_vocabulary
+from common.models.extra_embeddings import rows_of_vocabulary
 from common.models.vlm import VLM
 from common.rollout.base import Completion, Decoding, Request
 from common.rollout.vllm import weights
 from common.rollout.vllm.engine import Engine, Watchdog
-
-# Ranks that share an engine, each with a part of its weights, ask it together.
-#
-# A tensor-parallel engine answers only if all its ranks ask the same, but ranks have prompts of their own, and not
-# equally often: the last batch of an evaluation, or a group that is drawn again, concerns some alone. So they ask in
-# rounds, each for the prompts of all, and a rank that has no more joins the rounds of the others until nobody has.
 
 
 class VLLMRollout:
@@ -100,12 +94,12 @@ class VLLMRollout:
             return
         complete = self.version < 0
         with self.watchdog("taking over the weights"):
-            slots = self.vlm.slots
+            extra = self.vlm.extra_embeddings
             self.engine.push(weights.named(self.vlm, trained=not complete))
-            if slots is not None and slots.trainable and not complete:
-                with weights.whole([slots.embedding.weight, *slots.parts()]):
-                    rows = rows_of_vocabulary(slots.embedding, slots.table())
-                self.engine.push_rows(slots.first, rows)
+            if extra is not None and extra.trainable and not complete:
+                with weights.whole([extra.embedding.weight, *extra.parts()]):
+                    rows = rows_of_vocabulary(extra.embedding, extra.table())
+                self.engine.push_rows(extra.first, rows)
             self.engine.forget()
         self.version = version
 

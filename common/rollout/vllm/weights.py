@@ -16,7 +16,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 
 from common.models.adapters import without_adapters
-from common.models.slots import Slots, rows_of_vocabulary
+from common.models.extra_embeddings import ExtraEmbeddings, rows_of_vocabulary
 from common.models.vlm import VLM
 
 ROUND = 64  # rows of a vocabulary, a multiple of which engines want
@@ -25,7 +25,7 @@ ROUND = 64  # rows of a vocabulary, a multiple of which engines want
 def vocabulary(model: Any) -> int:
     """Rows of the engine's vocabulary: the policy's, and those of the embeddings beyond it."""
     embedding = without_adapters(model).get_input_embeddings()
-    if not isinstance(embedding, Slots):
+    if not isinstance(embedding, ExtraEmbeddings):
         return int(embedding.num_embeddings)
     rows = embedding.first + embedding.count * embedding.width
     return -(-rows // ROUND) * ROUND
@@ -47,8 +47,8 @@ def named(vlm: VLM, trained: bool = False) -> Iterator[tuple[str, torch.Tensor]]
     for module in base.modules():
         if isinstance(module, LoraLayer):
             adapters.setdefault(id(adapted(module)), []).append(module)
-    slots = base.get_input_embeddings()
-    own = {id(each) for each in slots.parameters(recurse=False)} if isinstance(slots, Slots) else set()
+    extra = base.get_input_embeddings()
+    own = {id(each) for each in extra.parameters(recurse=False)} if isinstance(extra, ExtraEmbeddings) else set()
     for name, parameter in base.named_parameters():
         parts = name.split(".")
         if any(part.startswith("lora_") for part in parts) or "original_module" in parts or id(parameter) in own:
@@ -64,8 +64,8 @@ def named(vlm: VLM, trained: bool = False) -> Iterator[tuple[str, torch.Tensor]]
 
 def beside(base: Any, parameter: torch.nn.Parameter, layers: Sequence[Any]) -> list[torch.nn.Parameter]:
     """The other parameters that a pushed weight is made of: adapters on it, embeddings behind it."""
-    slots = base.get_input_embeddings()
-    behind = slots.parts() if isinstance(slots, Slots) and parameter is slots.embedding.weight else []
+    extra = base.get_input_embeddings()
+    behind = extra.parts() if isinstance(extra, ExtraEmbeddings) and parameter is extra.embedding.weight else []
     adapters = [p for layer in layers for n, p in layer.named_parameters() if n.startswith("lora_")]
     return [*behind, *adapters]
 
@@ -87,7 +87,7 @@ def whole(parameters: Sequence[torch.nn.Parameter]) -> Iterator[bool]:
 
 
 def plain_name(name: str) -> str:
-    """Of a parameter as it would be called without adapters and slots around it.
+    """Of a parameter as it would be called without adapters and extra embeddings around it.
 
     >>> plain_name("model.multi_modal_projector.modules_to_save.default.mm_soft_emb_norm.weight")
     'model.multi_modal_projector.mm_soft_emb_norm.weight'
@@ -119,15 +119,15 @@ def extended(base: Any, parameter: torch.Tensor, weight: torch.Tensor) -> torch.
 
     Shape: [V, D] -> [V + E m, D], rounded up.
     """
-    slots = base.get_input_embeddings()
-    if not isinstance(slots, Slots):
+    extra = base.get_input_embeddings()
+    if not isinstance(extra, ExtraEmbeddings):
         return weight
-    inner = parameter is slots.embedding.weight
+    inner = parameter is extra.embedding.weight
     if not inner and parameter is not base.get_output_embeddings().weight:
         return weight
     larger = weight.new_zeros(vocabulary(base), weight.shape[1])
     larger[: len(weight)] = weight
     if inner:
-        behind = rows_of_vocabulary(slots.embedding, slots.table())
-        larger[slots.first : slots.first + len(behind)] = behind
+        behind = rows_of_vocabulary(extra.embedding, extra.table())
+        larger[extra.first : extra.first + len(behind)] = behind
     return larger

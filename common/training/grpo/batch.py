@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from common.forward.packing import Group
+from common.forward.packing import PromptGroup
 from common.rewards import Reward, Scores, StatefulReward, score, weighted
 from common.rollout.base import Completion
 from common.runtime.distributed import gather, interleave, share_of
@@ -107,7 +107,7 @@ class RolloutBatch:
     """
 
     prompts: list[Prompt]
-    groups: list[Group]
+    groups: list[PromptGroup]
     completions: list[list[Completion]]
     scores: Scores
     advantages: torch.Tensor
@@ -161,7 +161,7 @@ def score_groups(
             missing[name] = gaps(parts[name], len(completions[0]))
             parts[name] = [0.0 if gap else value for value, gap in zip(parts[name], missing[name], strict=True)]
     weights = {name: reward.weight for name, reward in rewards.items()}
-    return Scores(parts, weighted(parts, weights) if parts else scores.total, missing, scores.said)
+    return Scores(parts, weighted(parts, weights) if parts else scores.total, missing, scores.judge_replies)
 
 
 def gaps(values: Sequence[float], group_size: int) -> list[bool]:
@@ -216,7 +216,9 @@ def compare(
     used = torch.stack(share_of(list(everyone.unbind(1))), 1).flatten(1).tolist()
     parts = dict(zip(scores.parts, used[:kinds], strict=True))
     missing = {name: [gap > 0 for gap in row] for name, row in zip(scores.missing, used[kinds + 1 :], strict=True)}
-    return Scores(parts, used[kinds], missing, scores.said), torch.stack(share_of(list(estimates.unbind(0)))).float()
+    return Scores(parts, used[kinds], missing, scores.judge_replies), torch.stack(
+        share_of(list(estimates.unbind(0)))
+    ).float()
 
 
 def describe(batch: RolloutBatch) -> dict[str, float]:
@@ -237,14 +239,14 @@ def describe(batch: RolloutBatch) -> dict[str, float]:
     # one collective for everything, then statistics over all completions of the update
     ranks = gather(mine)
     joined = {key: [value for part in ranks for value in part[key]] for key in mine}
-    flat = without_differences(joined["total"], size)
+    zero_variance = without_differences(joined["total"], size)
     lengths = joined["lengths"]
     ended = [n for n, cut in zip(lengths, joined["truncated"], strict=True) if not cut] or [0]
     metrics = {
         "sampling/lag": float(batch.lag),
         "reward": statistics.fmean(joined["total"]),
         "reward_std": _std(joined["total"]),
-        "frac_reward_zero_std": len(flat) * size / len(joined["total"]),
+        "frac_reward_zero_std": len(zero_variance) * size / len(joined["total"]),
         "frac_resampled": sum(joined["resampled"]) * size / len(joined["total"]),
         "completions/mean_length": statistics.fmean(lengths),
         "completions/min_length": float(min(lengths)),
@@ -289,7 +291,7 @@ def rows(number: int, batch: RolloutBatch) -> list[dict[str, Any]]:
                     "truncated": completion.truncated,
                     "reward": batch.scores.total[row],
                     **{f"rewards/{name}": values[row] for name, values in rewards.items()},
-                    **{f"said/{name}": texts[row] for name, texts in batch.scores.said.items()},
+                    **{f"judge_reply/{name}": texts[row] for name, texts in batch.scores.judge_replies.items()},
                     "advantage": float(batch.advantages[i, j]),
                     "lag": batch.lag,
                 }

@@ -17,7 +17,7 @@ import torch
 
 from common.config.schema import GRPO_ADVANTAGES, GRPOConfig
 from common.forward.logprobs import PolicyScorer
-from common.forward.packing import Group, Packed, pack, shared_tokens, within_budget
+from common.forward.packing import Packed, PromptGroup, pack, shared_tokens, within_budget
 from common.models.encoder import Encoded, Encoder
 from common.models.vlm import VLM
 from common.plugins import locate
@@ -142,13 +142,15 @@ class Sampling:
         size, again = self.config.group_size, 0
         completions = self.rollout.generate(asked, size, self.decoding)
         for attempt in range(self.config.resample_rounds if self.config.zero_variance == "resample" else 0):
-            flat = without_differences(score_groups(prompts, completions, self.rewards, self.open_image).total, size)
-            if not flat:
+            zero_variance = without_differences(
+                score_groups(prompts, completions, self.rewards, self.open_image).total, size
+            )
+            if not zero_variance:
                 break
-            once_more = [replace(asked[i], seed=f"{asked[i].seed}-again-{attempt}") for i in flat]
+            once_more = [replace(asked[i], seed=f"{asked[i].seed}-again-{attempt}") for i in zero_variance]
             fresh = self.rollout.generate(once_more, size, self.decoding)
-            again += len(flat)
-            for i, group in zip(flat, fresh, strict=True):
+            again += len(zero_variance)
+            for i, group in zip(zero_variance, fresh, strict=True):
                 completions[i] = group
         check_fresh(completions, version)
         return Sampled(prompts, list(asked), completions, version, again)
@@ -197,9 +199,9 @@ class GRPOTrainer(EngineTrainer):
         scorer = PolicyScorer(vlm.model, vlm.banned, decoding.temperature, config.head_chunk).to(vlm.device)
         self.adapters = hasattr(vlm.model, "disable_adapter")
         # Reference policy: in full fine-tuning a frozen copy outside the engine. With adapters it is the base model,
-        # but embeddings that a method added (slots) are trained in place, so their initial rows are kept.
-        if self.adapters and config.beta > 0 and vlm.slots is not None:
-            vlm.slots.remember()
+        # but embeddings that a method added (extra) are trained in place, so their initial rows are kept.
+        if self.adapters and config.beta > 0 and vlm.extra_embeddings is not None:
+            vlm.extra_embeddings.remember()
         self.frozen = None if self.adapters or config.beta == 0 else copy.deepcopy(scorer).eval().requires_grad_(False)
         scorer.in_step = zero_stage(deepspeed) == 3
         self.engine = Engine(scorer, config, deepspeed, updates, resume)
@@ -272,7 +274,7 @@ class GRPOTrainer(EngineTrainer):
             self.seed * 1_000_003 + number if self.config.shuffle_rewards else None,
         )
         pairs = zip(sampled.encoded, sampled.completions, strict=True)
-        groups = [Group(encoded, tuple(c.ids for c in group)) for encoded, group in pairs]
+        groups = [PromptGroup(encoded, tuple(c.ids for c in group)) for encoded, group in pairs]
         lag = self.version - sampled.version
         return RolloutBatch(sampled.prompts, groups, sampled.completions, scores, advantages, sampled.resampled, lag)
 
@@ -353,7 +355,7 @@ class GRPOTrainer(EngineTrainer):
             correction=correction,
         )
 
-    def _pack(self, groups: Sequence[Group]) -> Packed:
+    def _pack(self, groups: Sequence[PromptGroup]) -> Packed:
         return pack(groups, self.vlm.family, self.vlm.pad, self.vlm.device, self.config.impl)
 
     def _earlier_logps(
@@ -381,11 +383,11 @@ class GRPOTrainer(EngineTrainer):
         if self.frozen is not None:
             return self.frozen(packed, False)[0]
         # With adapters: the same engine without adapters, and with the initial rows of added embeddings.
-        slots = self.vlm.slots
-        with self.vlm.model.disable_adapter(), nullcontext() if slots is None else slots.as_begun():
+        extra = self.vlm.extra_embeddings
+        with self.vlm.model.disable_adapter(), nullcontext() if extra is None else extra.as_begun():
             return self.engine(packed, False)[0]
 
-    def _self_check(self, request: Request, group: Group) -> None:
+    def _self_check(self, request: Request, group: PromptGroup) -> None:
         """Raise if sampler, shared-prefix and plain forward disagree on real data."""
         sampler = None if getattr(self.rollout, "has_weight_copy", False) else self.rollout
         with self.engine.whole_weights():

@@ -9,15 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common.models.host_rows import HostRows
-from common.models.hosted_slots import HostedSlots, attach_hosted
-from common.models.lazy_adamw import Moments, Rule, catch_up
-from common.models.slots import DeviceSlots
+from common.models.extra_embeddings import DeviceEmbeddings
+from common.models.offloaded import Moments, OffloadedEmbeddings, OffloadedRows, Rule, attach_offloaded, catch_up
 from common.rollout.vllm.weights import named
 from common.training.engine import Engine
 from common.types import UserError
 from tests.test_bank_training import with_slots
-from tests.test_slots import prompts
+from tests.test_extra_embeddings import prompts
 from tests.test_training import ZERO, grpo, options
 
 ENTRIES = torch.randn(6, 2, 4, generator=torch.manual_seed(3))
@@ -45,7 +43,7 @@ def gradient(update, entry):
 
 
 def hosted(rule, seen, rates):
-    rows = HostRows(ENTRIES, rule)
+    rows = OffloadedRows(ENTRIES, rule)
     for update, entries in enumerate(seen):
         rows.step({entry: gradient(update, entry) for entry in entries}, rates[update])
     return rows
@@ -58,7 +56,7 @@ def test_rows_move_as_those_of_the_whole_table(betas, weight_decay):
     for updates in range(1, len(SEEN) + 1):
         rows, expected = hosted(rule, SEEN[:updates], RATES), dense(rule, SEEN[:updates], RATES)
         assert float((rows.table() - expected).abs().max()) < 1e-6
-        assert torch.allclose(rows.lend([3, 0]), expected[[3, 0]], rtol=0, atol=1e-6)
+        assert torch.allclose(rows.fetch([3, 0]), expected[[3, 0]], rtol=0, atol=1e-6)
 
 
 def test_a_long_absence_is_not_replayed_to_its_end():
@@ -75,10 +73,10 @@ def test_a_long_absence_is_not_replayed_to_its_end():
 
 def test_settling_changes_nothing_but_when_it_is_done():
     rule = Rule((0.9, 0.99), 0.1)
-    rows, eager = hosted(rule, SEEN, RATES), HostRows(ENTRIES, rule)
+    rows, eager = hosted(rule, SEEN, RATES), OffloadedRows(ENTRIES, rule)
     for update, entries in enumerate(SEEN):
         eager.step({entry: gradient(update, entry) for entry in entries}, RATES[update])
-        eager.settle()
+        eager.flush()
         assert {int(last) for last in eager.last if last} == {update + 1}
     assert torch.equal(rows.table(), eager.table())
 
@@ -88,7 +86,7 @@ def test_what_was_saved_goes_on_to_the_bit_and_later_updates_are_undone(tmp_path
     whole, part = hosted(rule, SEEN, RATES), hosted(rule, SEEN[:4], RATES)
     part.save(tmp_path)
     assert (tmp_path / "rows").stat().st_size == 4 * ENTRIES[:4].numel(), "untouched entries are not saved"
-    again = HostRows(ENTRIES, rule)
+    again = OffloadedRows(ENTRIES, rule)
     for rows in (again, part):  # one that is new, and one that has gone further
         if rows is part:
             rows.step({2: gradient(9, 2), 0: gradient(9, 0)}, 1.0)
@@ -102,14 +100,14 @@ def test_what_was_saved_goes_on_to_the_bit_and_later_updates_are_undone(tmp_path
 def test_the_beginning_is_remembered_and_a_reference_sees_it():
     rows = hosted(Rule((0.9, 0.99), 0.1), SEEN[:3], RATES)
     frozen = copy.deepcopy(rows)
-    assert torch.equal(rows.lend(range(6), begun=True), ENTRIES) and torch.equal(frozen.lend(range(6)), ENTRIES)
-    assert not torch.equal(rows.lend([1]), ENTRIES[[1]])
+    assert torch.equal(rows.fetch(range(6), begun=True), ENTRIES) and torch.equal(frozen.fetch(range(6)), ENTRIES)
+    assert not torch.equal(rows.fetch([1]), ENTRIES[[1]])
 
 
 def test_a_full_disk_is_one_line(monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=10))
     with pytest.raises(UserError, match="trainer.embeddings=host needs .*Set TMPDIR"):
-        HostRows(ENTRIES, Rule())
+        OffloadedRows(ENTRIES, Rule())
 
 
 # ---- through the engine
@@ -118,16 +116,16 @@ def test_a_full_disk_is_one_line(monkeypatch):
 def on_the_host(load_vlm, rule):
     """As `with_slots`, the rows on the host."""
     vlm = with_slots(load_vlm)
-    entries = vlm.slots.table().clone()
-    vlm.model.set_input_embeddings(vlm.slots.embedding)
-    return replace(vlm, slots=attach_hosted(vlm.model, entries, True, rule))
+    entries = vlm.extra_embeddings.table().clone()
+    vlm.model.set_input_embeddings(vlm.extra_embeddings.embedding)
+    return replace(vlm, extra_embeddings=attach_offloaded(vlm.model, entries, True, rule))
 
 
 def models(entries, rule):
     """The same small model with its rows on the device and on the host."""
     for make in (
-        lambda e: DeviceSlots(e, entries, True),
-        lambda e: HostedSlots(e, entries, True, rule, torch.float32),
+        lambda e: DeviceEmbeddings(e, entries, True),
+        lambda e: OffloadedEmbeddings(e, entries, True, rule, torch.float32),
     ):
         torch.manual_seed(0)
         embedding = torch.nn.Embedding(6, 4)
@@ -166,11 +164,11 @@ def test_grpo_trains_both_alike(load_vlm, digits_task):
     """Samples, rewards, KL and rows of three updates of the whole model."""
     found = []
     for vlm in (with_slots(load_vlm), on_the_host(load_vlm, Rule((0.9, 0.999), 0.1))):
-        begun = vlm.slots.table().clone()
+        begun = vlm.extra_embeddings.table().clone()
         method = SimpleNamespace(train_prompts=lambda task: prompts(digits_task))
         trainer = grpo(vlm, digits_task, method, beta=0.04, embedding_learning_rate=1e-2, weight_decay=0.1)
         steps = [trainer.step(update) for update in range(3)]
-        found.append((steps, vlm.slots.table().clone()))
+        found.append((steps, vlm.extra_embeddings.table().clone()))
         trainer.close()
     (steps, rows), (own_steps, own_rows) = found
     for a, b in zip(steps, own_steps, strict=True):

@@ -12,7 +12,7 @@ from common.config.schema import LoraConfig
 from common.data.loading import Loader
 from common.forward.logprobs import PolicyScorer
 from common.forward.packing import pack_plain, pack_shared
-from common.models import meter, slots
+from common.models import extra_embeddings, meter
 from common.models.encoder import Encoder
 from common.types import Prompt
 from tests.test_shared_prefix import LORA, groups, model_for_parity, relative_l2, scores_and_gradient
@@ -36,7 +36,7 @@ def with_slots(load_vlm, dtype, trainable=True, **changes):
     vlm = model_for_parity(load_vlm, dtype, **changes)
     width = 4
     entries = torch.randn(5, width, vlm.model.config.get_text_config().hidden_size, generator=torch.manual_seed(3))
-    return replace(vlm, slots=slots.attach(vlm.model, entries.to(dtype) * 0.3, trainable))
+    return replace(vlm, extra_embeddings=extra_embeddings.attach(vlm.model, entries.to(dtype) * 0.3, trainable))
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_gradient_equals_finite_differences(load_vlm, digits_task, family):
     batch = groups(vlm, prompts(digits_task), encoder, [2, 2, 2], [3], image=True)
     scorer = PolicyScorer(vlm.model, vlm.banned, temperature=1.0, chunk=64)
     packed = pack_shared(batch, vlm.family, vlm.device)
-    entries = vlm.slots.entries
+    entries = vlm.extra_embeddings.entries
     scorer(packed)[0].sum().backward()
     gradient = entries.grad.clone()
     for place in [(0, 0, 5), (3, 2, 40), (1, 3, 7), (2, 1, 90)]:
@@ -84,7 +84,7 @@ def test_frozen_entries_have_no_gradient(load_vlm, digits_task):
     batch = groups(vlm, prompts(digits_task), Encoder(vlm, Loader(digits_task.images, 32), 512), [2], [3], image=True)
     scorer = PolicyScorer(vlm.model, vlm.banned, temperature=1.0, chunk=64)
     scorer(pack_shared(batch, vlm.family, vlm.device))[0].sum().backward()
-    assert vlm.slots.entries.grad is None
+    assert vlm.extra_embeddings.entries.grad is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -92,12 +92,13 @@ def test_prompts_hold_the_ids_of_their_categories(load_vlm, digits_task, family)
     vlm = with_slots(load_vlm, torch.float32, family=family)
     encoded = Encoder(vlm, Loader(digits_task.images, 32), 512)(prompts(digits_task))
     for prompt, found in zip(prompts(digits_task), encoded, strict=True):
-        beyond = found.ids[found.ids >= vlm.slots.first] - vlm.slots.first
+        beyond = found.ids[found.ids >= vlm.extra_embeddings.first] - vlm.extra_embeddings.first
         assert beyond.tolist() == [4 * entry + row for entry in prompt.categories for row in range(4)]
     image = vlm.model.config.image_token_id
     last = [int((found.ids == image).nonzero().max()) for found in encoded]
     assert all(
-        place > int((found.ids >= vlm.slots.first).nonzero().max()) for place, found in zip(last, encoded, strict=True)
+        place > int((found.ids >= vlm.extra_embeddings.first).nonzero().max())
+        for place, found in zip(last, encoded, strict=True)
     )
 
 
@@ -105,10 +106,10 @@ def test_rows_are_what_the_first_layer_sees(load_vlm):
     # Gemma multiplies embeddings of words by the root of the width; image features and these rows come as they are
     vlm = with_slots(load_vlm, torch.float32, family="gemma3")
     embed = vlm.model.get_input_embeddings()
-    ids = torch.tensor([7, vlm.slots.first + 2 * 4 + 1])
+    ids = torch.tensor([7, vlm.extra_embeddings.first + 2 * 4 + 1])
     found = embed(ids)
-    assert torch.equal(found[1], vlm.slots.entries[2, 1])
-    width = vlm.slots.entries.shape[-1]
+    assert torch.equal(found[1], vlm.extra_embeddings.entries[2, 1])
+    width = vlm.extra_embeddings.entries.shape[-1]
     assert torch.allclose(found[0], embed.weight[7] * width**0.5, rtol=1e-3)
 
 
@@ -125,14 +126,14 @@ def test_a_model_is_saved_as_it_was_without_slots(load_vlm, untrained_folders, t
     from safetensors.torch import load_file
 
     vlm = with_slots(load_vlm, torch.float32, family="gemma3")
-    with slots.detached(vlm.model):
+    with extra_embeddings.detached(vlm.model):
         vlm.model.save_pretrained(tmp_path)
     saved, original = (
         load_file(tmp_path / "model.safetensors"),
         load_file(untrained_folders["gemma3"] / "model.safetensors"),
     )
     assert saved.keys() == original.keys() and all(torch.equal(saved[name], original[name]) for name in saved)
-    assert vlm.model.get_input_embeddings() is vlm.slots
+    assert vlm.model.get_input_embeddings() is vlm.extra_embeddings
 
 
 def test_no_id_beyond_the_vocabulary_is_a_target(load_vlm, digits_task):
@@ -143,6 +144,6 @@ def test_no_id_beyond_the_vocabulary_is_a_target(load_vlm, digits_task):
         vlm, prompts(digits_task), Encoder(vlm, Loader(digits_task.images, 32), 512), [1, 1, 1], [3], image=True
     )
     packed = pack_shared(batch, vlm.family, vlm.device)
-    everything = score_prompts(packed, vlm.banned, vlm.slots.first)
-    assert len(everything.targets) > len(packed.targets) and int(everything.targets.max()) < vlm.slots.first
+    everything = score_prompts(packed, vlm.banned, vlm.extra_embeddings.first)
+    assert len(everything.targets) > len(packed.targets) and int(everything.targets.max()) < vlm.extra_embeddings.first
     PolicyScorer(vlm.model, vlm.banned, temperature=1.0, chunk=64)(everything)

@@ -19,7 +19,7 @@ import torch
 from common.models.adapters import without_adapters
 
 
-class Slots(torch.nn.Module, ABC):
+class ExtraEmbeddings(torch.nn.Module, ABC):
     """Stands in the place of a model's input embedding.
 
     The rows are input embeddings as the first layer sees them: a scale that the vocabulary's own embedding applies
@@ -55,7 +55,7 @@ class Slots(torch.nn.Module, ABC):
     def remember(self) -> None:
         """Keep the rows as they are now for `as_begun`."""
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Make ready for many reads; all ranks call it together."""
         return
 
@@ -81,7 +81,7 @@ class Slots(torch.nn.Module, ABC):
         return torch.where(beyond[..., None], rows.to(known), known)
 
 
-class DeviceSlots(Slots):
+class DeviceEmbeddings(ExtraEmbeddings):
     """Slots whose rows are a parameter of the model."""
 
     begun: Any  # a tensor once something is remembered
@@ -110,12 +110,12 @@ class DeviceSlots(Slots):
         self.begun = self.entries.detach().clone()
 
 
-def attach(model: Any, entries: torch.Tensor, trainable: bool) -> DeviceSlots:
-    """Put slots behind the vocabulary of a `*ForConditionalGeneration`, or of the PEFT model around one."""
+def attach(model: Any, entries: torch.Tensor, trainable: bool) -> DeviceEmbeddings:
+    """Put extra embeddings behind the vocabulary of a `*ForConditionalGeneration`, or of the PEFT model around one."""
     base = without_adapters(model)
-    slots = DeviceSlots(base.get_input_embeddings(), entries.to(base.device, trained_format(model)), trainable)
-    base.set_input_embeddings(slots)
-    return slots
+    extra = DeviceEmbeddings(base.get_input_embeddings(), entries.to(base.device, trained_format(model)), trainable)
+    base.set_input_embeddings(extra)
+    return extra
 
 
 def trained_format(model: Any) -> torch.dtype:
@@ -143,15 +143,15 @@ def rows_of_vocabulary(embedding: Any, entries: torch.Tensor) -> torch.Tensor:
 def detached(model: Any) -> Iterator[None]:
     """Inside, the model is as it was before `attach`: to save it in a form that loads anywhere."""
     base = without_adapters(model)
-    slots = base.get_input_embeddings()
-    if not isinstance(slots, Slots):
+    extra = base.get_input_embeddings()
+    if not isinstance(extra, ExtraEmbeddings):
         yield
         return
-    base.set_input_embeddings(slots.embedding)
+    base.set_input_embeddings(extra.embedding)
     try:
         yield
     finally:
-        base.set_input_embeddings(slots)
+        base.set_input_embeddings(extra)
 
 
 def expand_placeholders(ids: torch.Tensor, mark: int, entries: Sequence[int], first: int, width: int) -> torch.Tensor:
