@@ -23,7 +23,7 @@ from common import Classifier
 from common.data import task as tasks
 from common.data.digits import Digits
 from common.learner import learner_class
-from common.predict.trained import Trained, config_of
+from common.predict.trained_model import TrainedModel, config_of
 from common.run.checkpoint import Checkpoints
 from common.runtime.group import init_process_group
 
@@ -38,7 +38,7 @@ def main() -> None:
         folder = Path(place)
         quick = ["method=zeroshot", "setting.test_per_class=1", "tracking=none", "tracking.report=false"]
         subprocess.run([sys.executable, "run.py", f"hydra.run.dir={folder / 'run'}", *quick], check=True)
-        config = config_of(Trained.of(folder / "run"))
+        config = config_of(TrainedModel.of(folder / "run"))
         config.setting.test_per_class = None
         data = tasks.build(config)
         tested = data.task.evaluation["test"]
@@ -63,7 +63,7 @@ def main() -> None:
             clock = time.perf_counter()
             answers = classifier(files)
             seconds["predict"].append(time.perf_counter() - clock)
-            assert len(answers) == len(files) and not any(answer.trouble for answer in answers)
+            assert len(answers) == len(files) and not any(answer.error for answer in answers)
         classifier.close()
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     for name, value in medians.items():

@@ -88,14 +88,14 @@ def run(config: Config, folder: Path, data: TaskData | None = None) -> Result:
             with clock.phase("evaluation after"):
                 after = all_splits(learner, "after", recorder)
             recorder.evaluation(updates, after)
-        assert after is not None, "who knows nothing is trained"
+        assert after is not None, "a learner without an evaluation before training is trained"
         # 7. Result: accuracies before and after, the best evaluation, warnings, seconds per phase.
         conclude(result, before, after, updates)
         if updates:
             rows = recorder.files.read_log("metrics.jsonl")
             result.train |= best_evaluation(config, learner, checkpoints, after, updates, rows)
             result.train["constant_rewards"] = constant_rewards(rows)
-            result.train |= told(config, learner, updates, rows)
+            result.train |= training_facts(config, learner, updates, rows)
         result.remarks = list(learner.remarks)
         result.train["seconds"] = clock.split(recorder.seconds())
         keep_thumbnails(config, learner, before, after, folder)
@@ -154,7 +154,7 @@ def conclude(result: Result, before: Evaluation | None, after: Evaluation, updat
         result.train["paired"] = {} if before is None else paired(before, after)
 
 
-def told(config: Config, learner: Learner, updates: int, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def training_facts(config: Config, learner: Learner, updates: int, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return facts about the training for the result.
 
     `signs`: signs that it went wrong. `cut`: share of truncated completions, if it is large. `planned`: planned number

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from common.data.loading import Loader
-from common.forward import attention, merged
+from common.forward import attention, merged_attention
 from common.forward.logprobs import InFloat32, PolicyScorer, exact
 from common.forward.packing import PromptGroup, SharedPrefix, pack_plain, pack_shared
 from common.models.encoder import Encoder
@@ -99,14 +99,14 @@ def test_the_exact_product_of_an_8_bit_matrix_is_that_of_its_numbers(world):
 def test_a_wrong_gradient_of_merged_attention_is_refused(world, monkeypatch, family, fault):
     """It shows in no log-probability: only the backward of the merged kernels is wrong."""
     made = world(family)
-    right = merged.CPU
+    right = merged_attention.CPU
     factor = {"none": 1.0, "sign": -1.0, "scale": 1.05}[fault]
 
     def backward(*arguments):
         query, key, value = right.backward(*arguments)
         return query, factor * key, value
 
-    monkeypatch.setattr(merged, "CPU", right._replace(backward=backward))
+    monkeypatch.setattr(merged_attention, "CPU", right._replace(backward=backward))
     with torch.no_grad():  # whoever asks need not know that gradients are compared
         found = measured(made)
     assert found.forwards_agree and found.copied > 1e-4, "bf16 rounds"

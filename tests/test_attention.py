@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from common.config.schema import ModelConfig
-from common.forward import attention, merged
+from common.forward import attention, merged_attention
 from common.forward.attention import merges, shared_prefix_attention
-from common.forward.merged import CPU, EFFICIENT, FLASH, PLAIN, Block
+from common.forward.merged_attention import CPU, EFFICIENT, FLASH, PLAIN, Block
 from common.forward.packing import ALIGNED, PromptGroup, Seen, pack_shared
 from common.models.encoder import Encoded
 from common.models.families import Gemma3, Qwen2VL
@@ -93,8 +93,8 @@ def test_copies_and_merging_are_the_written_out_attention(seed, monkeypatch):
         "gpu": lambda block: EFFICIENT if block.bias is not None else FLASH,
     }
     for how, device in (("copy", "cpu"), ("merge", "cpu"), ("merge", "plain"), ("merge", "gpu")):
-        monkeypatch.setattr(merged, "kernel", choices[device])
-        monkeypatch.setattr(merged, "aten", like_on_a_gpu() if device == "gpu" else torch.ops.aten)
+        monkeypatch.setattr(merged_attention, "kernel", choices[device])
+        monkeypatch.setattr(merged_attention, "aten", like_on_a_gpu() if device == "gpu" else torch.ops.aten)
         out, _ = shared_prefix_attention(LAYER, *tensors, None, 0.4, window, layout, how=how)
         for found, right in zip(with_gradients(out, tensors, weights), expected, strict=True):
             torch.testing.assert_close(found, right, rtol=0, atol=1e-12)
@@ -158,10 +158,10 @@ def test_kernels_of_gpus_take_what_they_are_given(kernel, biased):
 
 
 def test_a_kernel_is_refused_aloud(caplog):
-    merged._say_once.cache_clear()
+    merged_attention._say_once.cache_clear()
     other = SimpleNamespace(device=torch.device("mps"), dtype=torch.float32, shape=(1, 2, 3, 8))
     blocks = [Block(other, None, None, None, False, 1.0)] * 2
-    assert [merged.kernel(block) for block in blocks] == [PLAIN, PLAIN]
+    assert [merged_attention.kernel(block) for block in blocks] == [PLAIN, PLAIN]
     (line,) = caplog.messages
     assert "mps" in line and "model.attention=copy" in line
 
@@ -172,7 +172,7 @@ def test_a_prompt_out_of_sight_counts_nothing():
     query, own, prompt = (torch.randn(1, 2, n, 8, generator=draw).requires_grad_() for n in (4, 4, 5))
     hidden = torch.full((1, 1, 1, 5), -1e30)
     seen = Seen(1, hidden, None, None)
-    out = merged.merged_attention(query, (prompt, prompt), (own, own), seen, 0.3)
+    out = merged_attention.merged_attention(query, (prompt, prompt), (own, own), seen, 0.3)
     assert torch.equal(out, CPU.forward(Block(query, own, own, None, True, 0.3))[0])
     assert torch.equal(torch.autograd.grad(out.sum(), prompt)[0], torch.zeros_like(prompt))
 

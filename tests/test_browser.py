@@ -118,7 +118,7 @@ def test_a_page_of_answers(browser, tmp_path, width, scheme):
         Answer("1.png", label=names[0], confidence=0.7, top=((names[0], 0.7), (names[1], 0.3)), reasoning="red"),
         Answer("2.png", label=names[1], confidence=0.9, top=((names[1], 0.9), (names[0], 0.1))),
         Answer("3.png", abstained=True, confidence=0.4, top=((names[1], 0.4),)),
-        Answer("4.png", trouble="not a picture"),
+        Answer("4.png", error="not a picture"),
     ]
     pictures = {answer.image: tmp_path / "x.png" for answer in answers}
     about = cards.About("birds-7", "probe", names, "70 % right", "answers from 50 % on")

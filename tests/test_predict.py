@@ -22,10 +22,10 @@ from common.data import loading, manifest, task
 from common.data.digits import Digits
 from common.learner import learner_class
 from common.predict import __main__ as command
-from common.predict import cards, photos, trained
+from common.predict import cards, photos, trained_model
 from common.predict.classifier import Answer
 from common.predict.photos import choose, threshold_of
-from common.predict.trained import Trained, config_of, data_of
+from common.predict.trained_model import TrainedModel, config_of, data_of
 from common.report.html import transcripts
 from common.run.result import Result
 from common.types import Answers, BadImage, Prediction, Probabilities, Split, UserError
@@ -90,7 +90,7 @@ def test_answers_are_the_evaluations(runner, tmp_path, method, monkeypatch):
     run = tmp_path / "run"
     assert runner(run, [*QUICK, *METHODS[method]]) == 0
     if Result.load(run).model == "features":
-        for path in ("common.predict.trained.tasks.build", "common.few_shot.learner.FewShotLearner._begin"):
+        for path in ("common.predict.trained_model.tasks.build", "common.few_shot.learner.FewShotLearner._begin"):
             monkeypatch.setattr(path, refuse)
     before = sorted((path.name, path.stat().st_mtime_ns) for path in run.rglob("*"))
     rows, digits = expected(run)[:60], Digits()
@@ -140,7 +140,7 @@ def test_a_folder_with_broken_pictures(runner, tmp_path, capsys):
     assert command.main([str(run), str(folder), "--format", "csv", "--output", str(out)]) == 1
     rows = {row["image"]: row for row in csv.DictReader(out.open())}
     assert sorted(rows) == ["0.png", "2.png", "4.png", "cut.jpg", "empty.png", "more/1.png", "more/3.png", "more/5.png"]
-    assert all(rows[name]["trouble"] for name in ("cut.jpg", "empty.png")) and not rows["0.png"]["trouble"]
+    assert all(rows[name]["error"] for name in ("cut.jpg", "empty.png")) and not rows["0.png"]["error"]
     assert "cut.jpg: " in capsys.readouterr().err
     assert command.main([str(run), str(folder / "0.png"), "--format", "jsonl", "--names", "zero,ring"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
@@ -214,7 +214,7 @@ def test_pictures_are_found_by_folder_pattern_and_list(tmp_path):
 def test_what_a_page_of_answers_says_is_escaped(tmp_path):
     Image.new("RGB", (400, 200), "red").save(tmp_path / "a.png")
     bad = "<script>alert(1)</script>"
-    answers = [Answer(bad, label=bad, top=((bad, 0.25),), reasoning=bad, candidates=(bad,)), Answer("b", trouble=bad)]
+    answers = [Answer(bad, label=bad, top=((bad, 0.25),), reasoning=bad, candidates=(bad,)), Answer("b", error=bad)]
     about = cards.About(bad, bad, (bad, bad), bad, bad)
     page = cards.page(answers, {bad: tmp_path / "a.png", "b": b""}, about)
     head, _, rest = page.partition("<form")
@@ -239,7 +239,7 @@ def test_a_page_of_answers_says_how_far_to_trust_them(write, tmp_path):  # noqa:
     answers = [
         Answer("1", label="a", confidence=0.9, top=(("a", 0.9), ("b", 0.1))),
         Answer("2", abstained=True, confidence=0.3),
-        Answer("3", trouble="cut"),
+        Answer("3", error="cut"),
         Answer("4"),
     ]
     page = cards.page(answers, dict.fromkeys("1234", tmp_path / "a.png"), about)
@@ -294,17 +294,17 @@ def test_what_is_fitted_anew_needs_the_pictures_that_its_run_saw(compose, tmp_pa
     config = validate(compose(*asked, "data.skip_bad=true", f"cache_dir={tmp_path / 'cache'}"))
     frozen = loading.readable(config)
     manifest.write(frozen.manifest, tmp_path / "manifest.json")
-    run = Trained(tmp_path, tmp_path, tmp_path / "model")
+    run = TrainedModel(tmp_path, tmp_path, tmp_path / "model")
     monkeypatch.setattr(learner_class(config), "answers_alone", lambda config, folder: False)
-    data = trained.data_of(run, config)
+    data = trained_model.data_of(run, config)
     assert data.task.train == frozen.task.train
     assert frozen.manifest["left_out"] == ["folder/light/3.bmp"] and "folder/light/3.bmp" not in data.images
     tested, used = (split.items[0].image for split in (frozen.task.evaluation["test"], frozen.task.train))
     Image.new("L", (8, 8), 150).save(folder / tested.removeprefix("folder/"))
-    trained.data_of(run, config)  # a test image has no part in it
+    trained_model.data_of(run, config)  # a test image has no part in it
     Image.new("L", (8, 8), 150).save(folder / used.removeprefix("folder/"))
     with pytest.raises(UserError, match=f"that {tmp_path} was trained on, 1 changed since, first: {used}; put"):
-        trained.data_of(run, config)
+        trained_model.data_of(run, config)
 
 
 def test_a_new_picture_goes_before_the_datasets():
@@ -396,7 +396,7 @@ def moved(compose, tmp_path):
 
 
 def asked_again(run, data=None):
-    trained = Trained.of(run, data=data)
+    trained = TrainedModel.of(run, data=data)
     return data_of(trained, config_of(trained))
 
 

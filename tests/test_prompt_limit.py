@@ -15,7 +15,7 @@ from common.config import composition
 from common.config.composition import validate
 from common.models import meter
 from common.models.tiny import qwen2_vl
-from common.predict.trained import Trained, config_of
+from common.predict.trained_model import TrainedModel, config_of
 from common.sweep.plan import decides
 from common.types import Item, Prompt, Split, Task, UserError
 from common.vlm import check, learner
@@ -132,7 +132,7 @@ def test_questions_about_new_pictures_may_be_longer(compose, tmp_path):
     """Where nobody knows the truth, all names are listed."""
     values = composition.plain(compose("rollout=vllm", "model.max_prompt_tokens=100"))
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
-    config = config_of(Trained.of(tmp_path))
+    config = config_of(TrainedModel.of(tmp_path))
     assert config.model.max_prompt_tokens is None and config.rollout.options["prompt_tokens"] is None
 
 

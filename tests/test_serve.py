@@ -68,7 +68,7 @@ def test_what_is_too_much_is_refused_and_the_others_are_answered(tmp_path):
     answers = service.answer({"big": noise, "bomb": bomb(), "text": b"no picture", "good": GOOD, "empty": b""})
     assert [each.image for each in answers] == ["big", "bomb", "text", "good", "empty"]
     assert answers[3] == Answer("good", label="7")
-    troubles = [each.trouble for each in answers]
+    troubles = [each.error for each in answers]
     assert troubles[0].endswith("MB are more than 0.01 MB") and "3600 megapixels are more than 1" in troubles[1]
     assert troubles[2] == troubles[4] and troubles[2].startswith("not a picture that is taken here") and not troubles[3]
     nested = BytesIO()  # PIL decodes what is inside before it knows how large that is
@@ -80,7 +80,7 @@ def test_what_is_too_much_is_refused_and_the_others_are_answered(tmp_path):
         assert service.refusal(photo.getvalue()) == ""
     with pytest.raises(UserError, match="300 MB at once; at most 200 MB"):
         Limits().check([150_000_000] * 2)
-    assert service.answer({"bomb": bomb()})[0].trouble, "nobody is asked about nothing"
+    assert service.answer({"bomb": bomb()})[0].error, "nobody is asked about nothing"
     with pytest.raises(UserError, match="6 pictures at once; at most 5"):
         service.answer({str(n): GOOD for n in range(6)})
     assert not list(tmp_path.iterdir())

@@ -11,7 +11,7 @@ import torch
 
 from alert.tiny import recipe as gemma3
 from common.few_shot.encoders import tiny as clip
-from common.models.tiny import cached, garments, pictures, wordings
+from common.models.tiny import garments, model_cache, pictures, wordings
 from common.models.tiny import recipe as qwen2_vl
 from tests.conftest import REPOSITORY
 
@@ -28,18 +28,18 @@ def test_a_changed_recipe_is_built_in_the_cache(tmp_path):
     (tmp_path / "code.py").write_text("a = 1\n")
     sources = [tmp_path / "code.py"]
     shipped, cache = tmp_path / "shipped", tmp_path / "cache"
-    first = cached.place("m", sources, shipped, cache)
+    first = model_cache.place("m", sources, shipped, cache)
     assert first.parent == cache
     (shipped / first.name).mkdir(parents=True)
-    assert cached.place("m", sources, shipped, cache) == shipped / first.name
+    assert model_cache.place("m", sources, shipped, cache) == shipped / first.name
     (tmp_path / "code.py").write_text("a = 2\n")
-    assert cached.place("m", sources, shipped, cache).parent == cache
+    assert model_cache.place("m", sources, shipped, cache).parent == cache
 
 
 @pytest.mark.faults
 def test_a_model_built_anew_reads_as_well(tmp_path):
     """Another processor rounds in its own way, and so has another model; it knows as much."""
-    cached.build_once(tmp_path / "rebuilt", qwen2_vl._save)
+    model_cache.build_once(tmp_path / "rebuilt", qwen2_vl._save)
     found = {}
     for name, path in (("shipped", qwen2_vl.cached_folder(tmp_path)), ("rebuilt", tmp_path / "rebuilt")):
         for data in ("digits", "fashion"):

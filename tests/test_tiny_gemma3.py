@@ -22,8 +22,8 @@ from common.forward.logprobs import PolicyScorer
 from common.forward.packing import PromptGroup, pack_plain
 from common.models import extra_embeddings, files, meter, vlm
 from common.models.encoder import Encoder
-from common.models.tiny import cached
 from common.models.tiny import gemma3 as untrained
+from common.models.tiny import model_cache
 from common.models.tiny.wordings import DIGITS, GARMENTS
 from common.types import Prompt
 
@@ -193,11 +193,11 @@ def test_built_once_and_an_ordinary_folder(tmp_path, monkeypatch, model_config, 
 def test_cache_follows_the_code_not_the_comments(tmp_path):
     source = tmp_path / "recipe.py"
     source.write_text("steps = 3\n")
-    first = cached.syntax_hash([source])
+    first = model_cache.syntax_hash([source])
     source.write_text("# a comment\nsteps   =   3\n")
-    assert cached.syntax_hash([source]) == first
+    assert model_cache.syntax_hash([source]) == first
     source.write_text("steps = 4\n")
-    assert cached.syntax_hash([source]) != first
+    assert model_cache.syntax_hash([source]) != first
 
 
 def test_a_failed_build_leaves_nothing(tmp_path):
@@ -206,16 +206,16 @@ def test_a_failed_build_leaves_nothing(tmp_path):
         raise ValueError("interrupted")
 
     with pytest.raises(ValueError, match="interrupted"):
-        cached.build_once(tmp_path / "model", fail)
+        model_cache.build_once(tmp_path / "model", fail)
     assert not list(tmp_path.iterdir())
 
 
 def test_whoever_finishes_first_wins(tmp_path):
     def slower(folder):
         (folder / "weights").write_text("second")
-        cached.build_once(tmp_path / "model", lambda other: (other / "weights").write_text("first"))
+        model_cache.build_once(tmp_path / "model", lambda other: (other / "weights").write_text("first"))
 
-    folder = cached.build_once(tmp_path / "model", slower)
+    folder = model_cache.build_once(tmp_path / "model", slower)
     assert (folder / "weights").read_text() == "first" and list(tmp_path.iterdir()) == [folder]
 
 

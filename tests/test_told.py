@@ -187,7 +187,7 @@ def test_what_is_cut_is_named_before_what_follows_from_it(caplog):
     config = SimpleNamespace(
         trainer=TrainerConfig("grpo", 1e-3, updates=10), rollout=SimpleNamespace(max_completion_tokens=64)
     )
-    told = pipeline.told(config, learner, 10, rows)
+    told = pipeline.training_facts(config, learner, 10, rows)
     assert told["cut"] == {"share": pytest.approx(0.92), "limit": 64} and "planned" not in told
     before = {"test": summary(accuracy=0.0, truncated=0.95), "val": summary(accuracy=0.0, truncated=0.01)}
     train = {"updates": 10, "constant_rewards": {"format": "always 0"}, **told}
@@ -254,7 +254,9 @@ def test_a_training_that_patience_has_ended_says_so():
     config = SimpleNamespace(
         trainer=TrainerConfig("sft", 1e-3, updates=8), rollout=SimpleNamespace(max_completion_tokens=64)
     )
-    told = pipeline.told(config, SimpleNamespace(task=SimpleNamespace(train=SimpleNamespace(items=[0] * 16))), 2, [])
+    told = pipeline.training_facts(
+        config, SimpleNamespace(task=SimpleNamespace(train=SimpleNamespace(items=[0] * 16))), 2, []
+    )
     assert told["planned"] == 8
     best = {"best": {"update": 0, "accuracy": 0.4875, "split": "val"}, "tested": 2, "last": {"accuracy": 0.4}}
     lines = tables.training_lines(result({}, {}, train={"updates": 2, **told, **best}))

@@ -25,7 +25,7 @@ from common.export import card
 from common.models import files, meter
 from common.models import vlm as vlms
 from common.predict import __main__ as predict
-from common.predict.trained import Trained, config_of
+from common.predict.trained_model import TrainedModel, config_of
 from common.report import __main__ as report
 from common.run.run_folder import RunFolder
 from common.serve import __main__ as serve
@@ -81,7 +81,7 @@ def test_no_place_of_a_loaded_configuration_names_foreign_code(foreign, evil, pl
     key = placed(place)
     folder = foreign(**{"__".join(key): "evil" if key[-1] == "recipe" else "evil.attack"})
     with pytest.raises(UserError) as refused:
-        config_of(Trained.of(folder))
+        config_of(TrainedModel.of(folder))
     said = str(refused.value)
     assert f"{folder / 'config.yaml'} names code that would be run here: {'.'.join(key)}=evil" in said
     assert "is not of this project" in said and "--trust-code" in said and "trust_code=True" in said
@@ -91,7 +91,7 @@ def test_no_place_of_a_loaded_configuration_names_foreign_code(foreign, evil, pl
 def test_whoever_trusts_it_runs_it(foreign, evil):
     """The payload is a live one: what the other tests refuse would have run."""
     folder = foreign(method={"name": "mine", "_target_": "evil.attack"})
-    config_of(Trained.of(folder, trust_code=True))
+    config_of(TrainedModel.of(folder, trust_code=True))
     assert evil()
 
 
@@ -244,7 +244,7 @@ def test_nothing_of_this_machine_is_looked_up(foreign, monkeypatch):
     folder = foreign(data__question="What is ${oc.env:SECRET}?")
     for trusted in (False, True):
         with pytest.raises(UserError, match=r"data.question holds \$\{…\}") as refused:
-            config_of(Trained.of(folder, trust_code=trusted))
+            config_of(TrainedModel.of(folder, trust_code=trusted))
         assert "hunter2" not in str(refused.value)
 
 
@@ -253,7 +253,7 @@ def test_tags_of_yaml_make_no_objects(foreign, tmp_path, capsys, tag, compose):
     folder = foreign()
     (folder / "config.yaml").write_text(f"signature: x\nmethod: {tag} [{tmp_path / 'it ran'}]\n")
     with pytest.raises(UserError, match=r"config.yaml cannot be read"):
-        config_of(Trained.of(folder))
+        config_of(TrainedModel.of(folder))
     with pytest.raises(UserError, match=r"config.yaml cannot be read"):
         RunFolder(folder).finished_result(composition.plain(compose()))
     report.main(["compare", str(folder)])
@@ -265,7 +265,7 @@ def test_a_configuration_that_is_none_is_one_line(foreign, text):
     folder = foreign()
     (folder / "config.yaml").write_text(text)
     with pytest.raises(UserError, match=r"was not written by a run|is of another version"):
-        config_of(Trained.of(folder))
+        config_of(TrainedModel.of(folder))
 
 
 class Bomb:
@@ -481,9 +481,9 @@ def test_a_clip_is_one_of_the_librarys_own_names(tmp_path):
 def test_a_cache_of_another_machine_is_replaced_by_this_ones(foreign, monkeypatch, tmp_path):
     monkeypatch.setenv("FEWSHOT_CACHE", str(tmp_path))
     folder = foreign(cache_dir="/of/another/machine")
-    assert config_of(Trained.of(folder)).cache_dir == str(tmp_path)
+    assert config_of(TrainedModel.of(folder)).cache_dir == str(tmp_path)
     (tmp_path / "export").mkdir()
     (folder / "config.yaml").write_text((folder / "config.yaml").read_text().replace("/of/another/machine", "/"))
-    assert config_of(Trained.of(folder)).cache_dir == "/", "the run's own, where it is there"
+    assert config_of(TrainedModel.of(folder)).cache_dir == "/", "the run's own, where it is there"
     folder.rename(tmp_path / "export" / "run")
-    assert config_of(Trained.of(tmp_path / "export")).cache_dir == str(tmp_path), "an export has none"
+    assert config_of(TrainedModel.of(tmp_path / "export")).cache_dir == str(tmp_path), "an export has none"

@@ -15,7 +15,7 @@ from common.data.listing import Location, invisible
 from common.few_shot.encoders import texts
 from common.models import meter
 from common.models.tiny import gemma3, qwen2_vl
-from common.predict import trained
+from common.predict import trained_model
 from common.serve.service import PredictionService
 from common.types import CATEGORY, Item, Split, Task, UserError
 from common.vlm import check
@@ -132,7 +132,7 @@ def test_a_key_with_a_hidden_character_is_no_riddle(tmp_path):
 )
 def test_names_for_a_prediction(given, message):
     with pytest.raises(UserError, match=message):
-        trained.check_names(given)
+        trained_model.check_names(given)
 
 
 def test_a_run_is_asked_about_other_names(tmp_path, compose):
@@ -141,14 +141,14 @@ def test_a_run_is_asked_about_other_names(tmp_path, compose):
     split = {"names": ["one", "two"]}
     found = {"splits": {"train": split, "test": split}, "fingerprint": "", "origins": {}}
     (tmp_path / "manifest.json").write_text(json.dumps(found))
-    run = trained.Trained(tmp_path, tmp_path, tmp_path / "model")
-    assert trained.data_of(run, config, ["cat", "dog"]).task.evaluation["test"].names == ("cat", "dog")
+    run = trained_model.TrainedModel(tmp_path, tmp_path, tmp_path / "model")
+    assert trained_model.data_of(run, config, ["cat", "dog"]).task.evaluation["test"].names == ("cat", "dog")
     for name, why in (
         ("<answer>", "a part of the form of replies"),
         ("a<|im_end|>", "is a special token of model=tiny"),
     ):
         with pytest.raises(UserError, match=why):
-            trained.data_of(run, config, ["cat", name])
+            trained_model.data_of(run, config, ["cat", name])
 
 
 @pytest.mark.parametrize("label", ["<answer>", "c\u200bat"])

@@ -132,15 +132,15 @@ class ContrastiveReasoning:
             if cache is not None and judge is not None and parse_score(reply) is not None:
                 cache.put(judge, prompt, reply)
 
-        answers, trouble = self._ask(missing, keep)
+        answers, problem = self._ask(missing, keep)
         replies |= zip(missing, answers, strict=True)
         if missing:
             self.silences = 0 if any(answer is not None for answer in answers) else self.silences + 1
         silent = self.silences >= SILENCES
-        if trouble and (silent or self.on_failure == "stop"):
+        if problem and (silent or self.on_failure == "stop"):
             often = f"; {SILENCES} times in a row it answered nothing at all" if silent else ""
             raise UserError(
-                f"on_failure={self.on_failure}: the judge {trouble}{often}; give the same command again when it"
+                f"on_failure={self.on_failure}: the judge {problem}{often}; give the same command again when it"
                 " answers: the run continues from its last checkpoint"
             )
         return replies

@@ -10,7 +10,7 @@ from pathlib import Path
 from alert.tiny.episodes import corpus
 from common.models.meter import PromptMeter
 from common.models.tiny import gemma3 as tiny_gemma3
-from common.models.tiny.cached import build_once, place
+from common.models.tiny.model_cache import build_once, place
 from common.models.tiny.recipe import PICTURES
 from common.models.tiny.wordings import CLASSES
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from alert.tiny import recipe as gemma3
 from common.few_shot.encoders import tiny as clip
 from common.models.tiny import recipe as qwen2_vl
-from common.models.tiny.cached import build_once
+from common.models.tiny.model_cache import build_once
 
 
 def main() -> None:

@@ -275,14 +275,14 @@ def readable(config: Config, data: TaskData | None = None) -> TaskData:
     """
     data = examined(config, data)
     for line in manifest.notes_of(data.manifest):
-        tell(line)
+        log_info(line)
     if copies := data.manifest.get("duplicates"):
         if config.data.duplicates == "refuse":
             raise UserError(
                 f"data.duplicates=refuse: {duplicates.worded(copies)}; remove the copies, or go on with"
                 " data.duplicates=warn, which lists all of them in manifest.json"
             )
-        tell(f"warning: {duplicates.worded(copies)}; manifest.json lists all (data.duplicates=refuse stops here)")
+        log_info(f"warning: {duplicates.worded(copies)}; manifest.json lists all (data.duplicates=refuse stops here)")
     return data
 
 
@@ -375,7 +375,7 @@ def _shared(work: Callable[[str], T], images: Sequence[str]) -> dict[str, T]:
     return {image: results[image] for image in images if image in results}
 
 
-def tell(line: str) -> None:
+def log_info(line: str) -> None:
     """Write a line to the console and to run.log."""
     log.info("%s", line)
     say(line)

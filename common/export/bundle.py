@@ -24,7 +24,7 @@ from common.models.families import Family
 from common.models.files import ADAPTERS, check_links, weights_folder
 from common.models.meter import messages
 from common.models.vlm import VLM
-from common.predict.trained import RECORDS, Trained, config_of, data_of
+from common.predict.trained_model import RECORDS, TrainedModel, config_of, data_of
 from common.run.result import Result
 from common.types import Item, Prompt, UserError
 from common.vlm import prompting
@@ -95,7 +95,7 @@ def export(run: Path, target: Path, kind: str = "model", licence: str | None = N
     target = target.resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists already; give a new folder")
-    trained = Trained.of(run, trust_code)
+    trained = TrainedModel.of(run, trust_code)
     check_links(trained.model)
     result = Result.load(trained.records)
     config = config_of(trained)
@@ -115,7 +115,7 @@ def export(run: Path, target: Path, kind: str = "model", licence: str | None = N
         parts.rename(target)
 
 
-def _model(trained: Trained, config: Config, target: Path) -> dict[str, Any]:
+def _model(trained: TrainedModel, config: Config, target: Path) -> dict[str, Any]:
     values = {key: value for key, value in vars(config.model).items() if key != "lora"}
     settings = ModelConfig(**{**values, "lora": LoraConfig(), "load_in_8bit": False})
     learner = learner_class(config)
@@ -138,7 +138,7 @@ def _model(trained: Trained, config: Config, target: Path) -> dict[str, Any]:
     return asking
 
 
-def _adapter(trained: Trained, config: Config, target: Path) -> dict[str, Any]:
+def _adapter(trained: TrainedModel, config: Config, target: Path) -> dict[str, Any]:
     if not (trained.model / ADAPTERS[0]).is_file():
         raise UserError(f"{trained.folder} has trained no adapters (model.lora.r=0); give --as model")
     shutil.copytree(
@@ -147,7 +147,7 @@ def _adapter(trained: Trained, config: Config, target: Path) -> dict[str, Any]:
     return {}
 
 
-def _bank(trained: Trained, config: Config, target: Path) -> dict[str, Any]:
+def _bank(trained: TrainedModel, config: Config, target: Path) -> dict[str, Any]:
     if not trained.embeddings.is_dir():
         raise UserError(f"{trained.folder} has trained no category embeddings; give --as model")
     shutil.copytree(trained.embeddings, target, dirs_exist_ok=True)
@@ -157,7 +157,7 @@ def _bank(trained: Trained, config: Config, target: Path) -> dict[str, Any]:
 WRITERS = {"model": _model, "adapter": _adapter, "bank": _bank}
 
 
-def how_to_ask(trained: Trained, config: Config, words: Words | None) -> dict[str, Any]:
+def how_to_ask(trained: TrainedModel, config: Config, words: Words | None) -> dict[str, Any]:
     """Return what users need beside the weights: the conversation, the class names, how images are resized."""
     if words is None:
         prompt = _example(trained, config)
@@ -169,14 +169,14 @@ def how_to_ask(trained: Trained, config: Config, words: Words | None) -> dict[st
     return {**facts, "image": image, "messages": messages(prompt)}
 
 
-def _example(trained: Trained, config: Config) -> Prompt:
+def _example(trained: TrainedModel, config: Config) -> Prompt:
     task = data_of(trained, config).task
     (split,) = task.evaluation
     asked = replace(task.evaluation[split], items=(Item("photo.jpg", -1, ""),))
     return prompting.of_config(config).evaluation_prompts(replace(task, evaluation={split: asked}), split)[0]
 
 
-def _write_records(trained: Trained, folder: Path) -> None:
+def _write_records(trained: TrainedModel, folder: Path) -> None:
     """Write the files that `Classifier` reads, without names of images and paths of this machine."""
     folder.mkdir()
     values = trust.read(trained.records / "config.yaml")

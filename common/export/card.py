@@ -196,10 +196,10 @@ def check_card(folder: Path, run: Path) -> None:
     Raises:
         UserError: It holds something else.
     """
-    from common.predict.trained import Trained  # here, because it imports torch
+    from common.predict.trained_model import TrainedModel  # here, because it imports torch
     from common.run.result import Result
 
-    signature = Result.load(Trained.of(run).records).signature
+    signature = Result.load(TrainedModel.of(run).records).signature
     if f"| configuration | {signature} |" not in (folder / "README.md").read_text(encoding="utf-8"):
         raise UserError(f"{folder} holds something else than an export of {run}; give a new folder")
 

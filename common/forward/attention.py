@@ -9,7 +9,7 @@ Exact for models without dropout: the same sums as in the plain computation, in 
 
 A completion attends to its prompt's keys and to its own, in one of two ways. `copy` concatenates them for every
 completion: S (W + R) keys and values, on a GPU for each of H heads, since its kernels with a mask support no grouped
-heads. `merge` leaves the keys where they are and merges two attention outputs (common/forward/merged.py). `auto`
+heads. `merge` leaves the keys where they are and merges two attention outputs (merged_attention.py). `auto`
 chooses by `merges`.
 
 Shapes: H query heads, K key heads, D head size; N, S, P, R, L as in common/forward/packing.py.
@@ -26,7 +26,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from common.forward.merged import merged_attention
+from common.forward.merged_attention import merged_attention
 from common.forward.packing import SharedPrefix
 
 NAME = "shared_prefix"
@@ -131,7 +131,7 @@ def masked_attention(
 def merge_error(model: Any, layout: SharedPrefix) -> tuple[float, float]:
     """Measure how far merged attention and its gradients are from exact ones, on this device in its number format.
 
-    Merging calls kernels in a way that PyTorch does not promise to support (common/forward/merged.py), and a wrong
+    Merging calls kernels in a way that PyTorch does not promise to support (merged_attention.py), and a wrong
     gradient would not show in any log-probability. Inputs are random, with the sizes of a real row; the exact result is
     computed with copies in fp32.
 

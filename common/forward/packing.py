@@ -29,7 +29,7 @@ ALIGNED = 16  # kernels read the rows of a bias in vectors of up to so many numb
 
 @dataclass(frozen=True)
 class Seen:
-    """Masks of completions on their prompts and on themselves, separately (see common/forward/merged.py).
+    """Masks of completions on their prompts and on themselves, separately (see common/forward/merged_attention.py).
 
     prompt_bias: 0 or HIDDEN, [N or 1, 1, rows or 1, W], for all queries of a prompt as the rows of one block; None:
     everything is visible. own_bias: [1, 1, R, R]; None: causal. members: [N, G], the completions of each prompt, -1

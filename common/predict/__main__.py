@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from common.predict.classifier import Answer
 
 FORMATS = ("table", "jsonl", "csv", "html")
-COLUMNS = ("image", "label", "confidence", "abstained", "top", "candidates", "reasoning", "trouble")
+COLUMNS = ("image", "label", "confidence", "abstained", "top", "candidates", "reasoning", "error")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -60,13 +60,13 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    troubled = [answer for answer in answers if answer.trouble]
+    unusable = [answer for answer in answers if answer.error]
     if chosen.output is not None:
-        answered = counted(len(answers) - len(troubled), "answer")
-        print(f"{chosen.output}: {answered}, {len(troubled)} broken", file=sys.stderr)
-    for answer in troubled:
-        print(f"{answer.image}: {answer.trouble}", file=sys.stderr)
-    return 1 if troubled else 0
+        answered = counted(len(answers) - len(unusable), "answer")
+        print(f"{chosen.output}: {answered}, {len(unusable)} broken", file=sys.stderr)
+    for answer in unusable:
+        print(f"{answer.image}: {answer.error}", file=sys.stderr)
+    return 1 if unusable else 0
 
 
 def classify(chosen: argparse.Namespace) -> tuple[list[Answer], dict[str, Path], About]:
@@ -104,7 +104,7 @@ def write_table(answers: Sequence[Answer], file: TextIO) -> None:
 
     table = Table("picture", "answer", "sure", "else", "reasoning")
     for answer in answers:
-        said = answer.trouble or ("(abstains)" if answer.abstained else answer.label or "(none of the names)")
+        said = answer.error or ("(abstains)" if answer.abstained else answer.label or "(none of the names)")
         sure = "" if answer.confidence is None else f"{100 * answer.confidence:.1f} %"
         rest = [each for each in answer.top if each[0] != answer.label or answer.abstained]
         others = ", ".join(f"{name} {100 * share:.0f} %" for name, share in rest[:2])

@@ -34,7 +34,7 @@ STYLE = """
 .answer img { width: 160px; height: 160px; object-fit: contain; flex: none; }
 .answer h3, .answer p { margin: 0 0 .3rem; overflow-wrap: anywhere; }
 .answer .file { opacity: .7; }
-.answer .trouble { color: light-dark(#b01818, #ff9a90); }
+.answer .error { color: light-dark(#b01818, #ff9a90); }
 .answer .bar { display: grid; grid-template-columns: minmax(0, 14rem) minmax(2rem, 1fr) 4rem; gap: .8rem;
   align-items: center; margin: 3px 0; }
 .answer .bar span { overflow-wrap: anywhere; }
@@ -85,7 +85,7 @@ CARDS = TEMPLATES.from_string("""
   <div>
     <h3><bdi>{{ answer.label if kind == "answered" else kinds[kind] }}</bdi></h3>
     <p class="file"><bdi>{{ answer.image }}</bdi></p>
-    {% if answer.trouble %}<p class="trouble">{{ answer.trouble }}</p>{% endif %}
+    {% if answer.error %}<p class="error">{{ answer.error }}</p>{% endif %}
     {% for name, share in answer.top %}
     <div class="bar"><span><bdi>{{ name }}</bdi></span> <i><i style="width: {{ (100 * share) | round(1) }}%"></i></i>
       <b>{{ "%.1f" | format(100 * share) }} %</b></div>
@@ -210,7 +210,7 @@ def page(answers: Sequence[Answer], pictures: Mapping[str, bytes | Path], about:
 
 def _kind(answer: Answer) -> str:
     """Return the kind of an answer, one of KINDS."""
-    if answer.trouble:
+    if answer.error:
         return "broken"
     if answer.abstained:
         return "abstained"
@@ -219,7 +219,7 @@ def _kind(answer: Answer) -> str:
 
 def _thumbnail(answer: Answer, picture: bytes | Path) -> str:
     """Return a thumbnail as a data URI; empty for a picture that cannot be used."""
-    if answer.trouble:
+    if answer.error:
         return ""
     small, file = decode(picture), BytesIO()
     small.thumbnail((SIDE, SIDE))

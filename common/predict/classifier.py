@@ -20,7 +20,7 @@ from common.data.loading import Loader, count_treated, examine
 from common.launch import quiet_libraries
 from common.learner import Learner, learner_class
 from common.predict.photos import Photos, Picture, threshold_of
-from common.predict.trained import SPLIT, Trained, config_of, data_of, without_list
+from common.predict.trained_model import SPLIT, TrainedModel, config_of, data_of, without_list
 from common.run.checkpoint import Checkpoints
 from common.run.result import Result
 from common.runtime import process
@@ -39,7 +39,7 @@ class Answer:
     label: the answered class name; None: the reply names no class (where the prompt lists them), the model abstains, or
     the picture is broken. confidence: probability of that name. top: at most five names with their probabilities.
     reasoning: text before the answer in the reply. candidates: names proposed by a draft. abstained: the confidence is
-    below the threshold, or there is none. trouble: why the picture cannot be used.
+    below the threshold, or there is none. error: why the picture cannot be used.
     """
 
     image: str
@@ -50,7 +50,7 @@ class Answer:
     reply: str = ""
     candidates: tuple[str, ...] = ()
     abstained: bool = False
-    trouble: str = ""
+    error: str = ""
 
 
 class Classifier:
@@ -59,7 +59,7 @@ class Classifier:
     def __init__(
         self,
         config: Config,
-        run: Trained,
+        run: TrainedModel,
         names: Sequence[str] | None = None,
         threshold: float | None = None,
         began_from: str | None = None,
@@ -106,7 +106,7 @@ class Classifier:
             UserError: The run is not finished, is of another version, names foreign code, or its method does not
                 support an argument.
         """
-        trained = Trained.of(Path(run).expanduser(), trust_code, None if data is None else Path(data))
+        trained = TrainedModel.of(Path(run).expanduser(), trust_code, None if data is None else Path(data))
         result = Result.load(trained.records)
         if risk is not None and trained.records != trained.folder:
             raise UserError(f"risk={risk}: an export has no answers to validation images; ask the run itself")
@@ -149,7 +149,7 @@ class Classifier:
         broken = found.bad
         good = [key for key in given if key not in broken]
         answers = self._answers(good) if good else {}
-        return [Answer(key, trouble=broken[key]) if key in broken else answers[key] for key in given]
+        return [Answer(key, error=broken[key]) if key in broken else answers[key] for key in given]
 
     def quieten(self) -> None:
         """Turn off progress bars and notices of libraries, for commands; only if a language model is used."""

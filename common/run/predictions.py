@@ -143,9 +143,9 @@ def choose_thumbnails(before: Evaluation, after: Evaluation, trained_on: Sequenc
     for split, answers in after.answers.items():
         wrong = {p.image for each in (before, after) for p in each.answers[split].predictions if not p.correct}
         images = [prediction.image for prediction in answers.predictions]
-        troubled = evenly_spaced([image for image in images if image in wrong], limit)
-        chosen |= dict.fromkeys(troubled)
-        chosen |= dict.fromkeys(evenly_spaced([image for image in images if image not in wrong], limit - len(troubled)))
+        unusable = evenly_spaced([image for image in images if image in wrong], limit)
+        chosen |= dict.fromkeys(unusable)
+        chosen |= dict.fromkeys(evenly_spaced([image for image in images if image not in wrong], limit - len(unusable)))
     return list(chosen)
 
 

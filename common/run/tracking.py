@@ -217,10 +217,10 @@ def settled_mode(mode: str) -> str:
     mode = resolve_mode(mode)
     if mode != "online" or rank() != 0 or "WANDB_IDENTITY_TOKEN_FILE" in os.environ:
         return mode
-    trouble = what_keeps_offline()
-    if trouble is None:
+    problem = what_keeps_offline()
+    if problem is None:
         return mode
-    log.warning(OFFLINE, trouble)
+    log.warning(OFFLINE, problem)
     return "offline"
 
 

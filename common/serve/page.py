@@ -145,7 +145,7 @@ class Page:
         gradio = self.gradio
         contents = self._read([{"path": path, "orig_name": Path(path).name} for path in paths or []])
         answers = self._answers(contents)
-        told = {answer.image: (contents[answer.image], answer.label) for answer in answers if not answer.trouble}
+        told = {answer.image: (contents[answer.image], answer.label) for answer in answers if not answer.error}
         choices = gradio.Dropdown(choices=list(told), value=next(iter(told), None))
         return told, None, cards.render(answers, contents), gradio.Row(visible=bool(told)), choices, ""
 

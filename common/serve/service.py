@@ -73,7 +73,7 @@ class PredictionService:
         good = {name: content for name, content in pictures.items() if name not in refused}
         with self.asking:
             answers = {answer.image: answer for answer in self.classifier(good)} if good else {}
-        return [Answer(name, trouble=refused[name]) if name in refused else answers[name] for name in pictures]
+        return [Answer(name, error=refused[name]) if name in refused else answers[name] for name in pictures]
 
     def refusal(self, content: bytes) -> str:
         """Return why a picture is not even decoded; empty if it may be. Reads only its header."""

@@ -21,7 +21,7 @@ from common.few_shot.encoders.clip import OpenClip, parameters_hash
 from common.few_shot.encoders.encoder import CLIP_MEAN, CLIP_STD, Look
 from common.few_shot.heads.base import SCALE
 from common.models.tiny import pictures
-from common.models.tiny.cached import build_once, place
+from common.models.tiny.model_cache import build_once, place
 from common.models.tiny.pictures import Pictures
 from common.models.tiny.recipe import PICTURES
 from common.models.tiny.wordings import CLASSES, DIGITS, GARMENTS, KINDS

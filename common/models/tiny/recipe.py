@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common.models.meter import PromptMeter
 from common.models.tiny import qwen2_vl
-from common.models.tiny.cached import build_once, place
+from common.models.tiny.model_cache import build_once, place
 from common.models.tiny.wordings import CLASSES
 
 PICTURES = ("garments", "pictures")

@@ -31,7 +31,7 @@ RECORDS = "run"  # folder in an export with configuration, manifest and result o
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedModel:
     """A trained run. folder: as given. records: holds config.yaml, manifest.json, metrics.json. model: holds weights.
 
     trust_code: the configuration may name code of any package. data: where the dataset lies now, if it was moved.
@@ -44,7 +44,7 @@ class Trained:
     data: Path | None = None
 
     @classmethod
-    def of(cls, folder: Path, trust_code: bool = False, data: Path | None = None) -> Trained:
+    def of(cls, folder: Path, trust_code: bool = False, data: Path | None = None) -> TrainedModel:
         """Return the run in a folder, or the model that was exported from one."""
         if (folder / RECORDS / "config.yaml").is_file():
             return cls(folder, folder / RECORDS, folder, trust_code, data)
@@ -61,7 +61,7 @@ class Trained:
         return self.model / "embeddings"
 
 
-def config_of(run: Trained, began: bool = False) -> Config:
+def config_of(run: TrainedModel, began: bool = False) -> Config:
     """Return the configuration for inference: the run's own, with its trained weights and without training.
 
     Args:
@@ -138,7 +138,7 @@ def check_names(names: Sequence[str]) -> None:
         raise UserError(f"names: {objection}")
 
 
-def data_of(run: Trained, config: Config, names: Sequence[str] | None = None) -> TaskData:
+def data_of(run: TrainedModel, config: Config, names: Sequence[str] | None = None) -> TaskData:
     """Return the task of a run with one empty test split; read from its manifest, unless its learner needs the images.
 
     Args:
@@ -176,7 +176,7 @@ def data_of(run: Trained, config: Config, names: Sequence[str] | None = None) ->
     return TaskData(task, frozen)
 
 
-def _read_again(run: Trained, config: Config) -> TaskData:
+def _read_again(run: TrainedModel, config: Config) -> TaskData:
     """Read the task of a run again, with its images.
 
     Raises:
@@ -212,7 +212,7 @@ def _read_again(run: Trained, config: Config) -> TaskData:
     return data
 
 
-def _check_pictures(run: Trained, data: TaskData) -> None:
+def _check_pictures(run: TrainedModel, data: TaskData) -> None:
     """Check that images that a method is fitted on again have not changed since the run.
 
     Raises:
@@ -230,6 +230,6 @@ def _check_pictures(run: Trained, data: TaskData) -> None:
         )
 
 
-def _manifest(run: Trained) -> dict[str, Any]:
+def _manifest(run: TrainedModel) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((run.records / "manifest.json").read_text(encoding="utf-8"))
     return found
