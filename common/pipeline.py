@@ -1,7 +1,9 @@
-"""One run from data to figures. Every rank executes `run`; only rank 0 writes files.
+"""One run from data to figures. Every rank executes `run`; rank 0 writes the run folder, every rank its checkpoint.
 
 1. Data: read and check the images, freeze in manifest.json which ones the run uses.
-2. Model: find the last checkpoint, build the learner from it or from the initial weights.
+2. Model: find the last checkpoint, build the learner from it or from the initial weights. `learner.build` in
+   conf/learner/ names its class: for language models `VLMLearner` (common/vlm/learner.py), whose constructor also
+   freezes the prompts (prompts.json) and may run the doctor.
 3. Evaluation before training, on every split.
 4. Training, with checkpoints, and evaluations in between.
 5. Saving of the trained weights.
@@ -88,7 +90,7 @@ def run(config: Config, folder: Path, data: TaskData | None = None) -> Result:
             with clock.phase("evaluation after"):
                 after = all_splits(learner, "after", recorder)
             recorder.evaluation(updates, after)
-        assert after is not None, "a learner without an evaluation before training is trained"
+        assert after is not None, "a learner that cannot predict before training must train"
         # 7. Result: accuracies before and after, the best evaluation, warnings, seconds per phase.
         conclude(result, before, after, updates)
         if updates:

@@ -21,7 +21,10 @@ def locate(path: str, key: str) -> Callable[..., Any]:
     try:
         function = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{key}={path} cannot be imported ({error}); give the dotted path of a function") from error
+        raise UserError(
+            f"{key}={path} cannot be imported ({error}); give the dotted path of what Python finds beside"
+            " run.py, in the current folder or among installed packages"
+        ) from error
     if not callable(function):
         raise UserError(f"{key}={path} is not a function")
     return function

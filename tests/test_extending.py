@@ -194,10 +194,10 @@ def outside(tmp_path):
             path.write_text(textwrap.dedent(text).strip() + "\n")
 
         def call(*overrides):
-            command = [sys.executable, "run.py", "-cd", str(tmp_path / "conf"), "tracking=none", *overrides]
+            command = [sys.executable, str(REPOSITORY / "run.py"), "-cd", "conf", "tracking=none", *overrides]
             command += [f"hydra.run.dir={tmp_path / 'run'}", f"cache_dir={tmp_path / 'cache'}"]
-            env = {**os.environ, "PYTHONPATH": str(tmp_path), **environment}
-            done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True)
+            env = {**os.environ, **environment}  # the package lies in the current folder
+            done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
             return tmp_path / "run"
 

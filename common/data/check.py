@@ -25,6 +25,7 @@ from common.config import composition as config
 from common.config.command_line import literal
 from common.config.schema import CONF, DataConfig
 from common.counted import agree, counted
+from common.data.listing import documentation
 from common.data.source import find, load
 from common.runtime import process
 from common.runtime.progress import bar, doing, watched
@@ -133,7 +134,7 @@ def lines(reports: Sequence[Report]) -> Iterator[str]:
     """Yield the first problem of every dataset and where the documentation is."""
     for report in reports:
         if report.problems:
-            section = f"docs/datasets.md#{report.data.name}"
+            section = documentation(report.data.name)
             problem = report.problems[0]
             yield f"{report.data.name}: {problem}" + ("" if section in problem else f"; see {section}")
     if missing := [report.data.name for report in reports if not report.found]:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common.config.schema import CONF
 from common.data.contents import Contents
 from common.types import Item, UserError
 
@@ -353,6 +354,11 @@ def _name(location: Location, folder: Path, name: str) -> str:
         ) from None
 
 
+def documentation(name: str) -> str:
+    """Return where a dataset is documented. `name`: value of `data.name`; a user's own dataset has no section."""
+    return f"docs/datasets.md#{name}" if (CONF / "data" / f"{name}.yaml").is_file() else "docs/datasets.md"
+
+
 @dataclass(frozen=True)
 class Location:
     """Location of a dataset on this machine.
@@ -383,7 +389,7 @@ class Location:
 
     @property
     def section(self) -> str:
-        return f"docs/datasets.md#{self.name}"
+        return documentation(self.name)
 
     def need(self, relative: str) -> Path:
         """Return the path of a file or folder of the dataset.

@@ -9,12 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import Any, Protocol
 
 from common.config.schema import DataConfig
 from common.counted import agree, counted
 from common.data.contents import Contents
 from common.data.images import FileImages
-from common.data.listing import URL, Location, litter_summary, on_disk, visible
+from common.data.listing import URL, Location, documentation, litter_summary, on_disk, visible
 from common.data.names import display, objection, read_aliases
 from common.plugins import locate
 from common.types import Item, Source, Split, UserError
@@ -117,6 +118,20 @@ class Dataset:
         return Split(tuple(items), names, self.config.question, self.config.open_question, known)
 
 
+class Reader(Protocol):
+    """Function that `data.reader._target_` names: it reads a dataset in the format that it has on disk."""
+
+    def __call__(self, location: Location, **arguments: Any) -> Source:
+        """
+        Args:
+            location: Folder of the dataset, with helpers for reading and for errors.
+            arguments: Other keys of `data.reader`.
+
+        Raises:
+            UserError: A file is missing or wrong; made by `location.error`.
+        """
+
+
 def load(data: DataConfig, only_test: bool = False, contents: Contents | None = None) -> Source:
     """Read a dataset; class names as they are shown to a model. `only_test`, `contents`: see `Location`.
 
@@ -126,7 +141,8 @@ def load(data: DataConfig, only_test: bool = False, contents: Contents | None = 
     entry = data.hub if data.source == "hub" else data.reader
     arguments = {key: value for key, value in entry.items() if key != "_target_"}
     place = replace(find(data, only_test), background=data.background, contents=contents or Contents())
-    source: Source = locate(entry["_target_"], "data.reader._target_")(place, **arguments)
+    read: Reader = locate(entry["_target_"], "data.reader._target_")
+    source = read(place, **arguments)
     source = replace(
         source,
         names=tuple(display(name) for name in source.names),
@@ -135,7 +151,7 @@ def load(data: DataConfig, only_test: bool = False, contents: Contents | None = 
         test=_displayed(source.test),
     )
     for problem in problems(source):
-        raise UserError(f"data={data.name}: {problem}; see docs/datasets.md#{data.name}")
+        raise UserError(f"data={data.name}: {problem}; see {documentation(data.name)}")
     return source
 
 
@@ -165,7 +181,7 @@ def find(data: DataConfig, only_test: bool = False) -> Location:
     if data.root is None and not folder.is_absolute() and data.folder and data.source == "local":
         raise UserError(
             f"data={data.name} is read from $DATA/{data.folder}, but DATA is not set: export DATA=<folder of all"
-            f" datasets>, or data.root=<folder>; docs/datasets.md#{data.name} says what belongs there"
+            f" datasets>, or data.root=<folder>; {documentation(data.name)} says what belongs there"
         )
     root = Path(data.root or ".").expanduser().absolute()
     return Location(data.name, root, root / folder, data.allow_fallback_split, only_test)

@@ -15,7 +15,7 @@ from common.counted import agree, counted
 from common.data import manifest
 from common.data.contents import Contents
 from common.data.images import combine
-from common.data.listing import litter_summary
+from common.data.listing import documentation, litter_summary
 from common.data.sampling import Picks, Sampling, draw, halves
 from common.data.source import Dataset, load_dataset
 from common.plugins import locate
@@ -280,14 +280,14 @@ def _check_enough(config: Config, task: Task) -> None:
     """Check that there are images to train on (if needed) and to test on, and that no image is in both."""
     if config.trainer.name != "none" and not task.train.items:
         raise UserError(
-            f"data={config.data.name} has no training images; docs/datasets.md#{config.data.name} says where they"
+            f"data={config.data.name} has no training images; {documentation(config.data.name)} says where they"
             " come from, or only evaluate with method=zeroshot"
         )
     empty = [name for name, split in task.evaluation.items() if not split.items]
     if empty or not set(task.evaluation) - {"val"}:
         raise UserError(
             f"data={config.data.name} has no images to test on{f' in {empty[0]}' if empty else ''};"
-            f" docs/datasets.md#{config.data.name} says where they come from"
+            f" {documentation(config.data.name)} says where they come from"
         )
     trained = {item.image for item in task.train.items}
     for name, split in task.evaluation.items():

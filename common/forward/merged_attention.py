@@ -102,8 +102,7 @@ def fold(x: torch.Tensor, seen: Seen, keys: int) -> torch.Tensor:
     """Put all queries of the same keys into one block: H / K heads of G completions of R tokens.
 
     With one prompt it is a view. Missing completions of a prompt (it has fewer than G) are zero: with a zero gradient
-    they
-    add nothing to the gradients of the keys.
+    they add nothing to the gradients of the keys.
 
     Shape: [S, H, R, ...] -> [N, K, H / K * G * R, ...].
     """
@@ -243,8 +242,8 @@ def _efficient_backward(
     """Call the backward of memory-efficient attention, with its inputs in the layout that it assumes without a check.
 
     It expects rows of the log-sum-exp padded to a multiple of 32, and an output that lies in memory as [B, M, H, D],
-    like
-    the results of its forward. Padding with infinity makes the probabilities of padded rows zero: exp(s - inf) = 0.
+    like the results of its forward. Padding with infinity makes the probabilities of padded rows zero: exp(s - inf) =
+    0.
     """
     lse = F.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf).contiguous()
     out, none = out.transpose(1, 2).contiguous().transpose(1, 2), _no_dropout(block)

@@ -90,7 +90,7 @@ def examine(
         prompts: The training prompts; evenly spaced ones are used.
         rewards: The reward mix.
         decoding: Sampling parameters.
-        config: PromptGroup size and batch sizes.
+        config: Group size and batch sizes.
         image_size: Side of the images in pixels.
         updates: Planned updates.
         ranks: Number of processes.

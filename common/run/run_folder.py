@@ -1,7 +1,8 @@
 """Read and write the run folder: the only place a run writes to, and the source of every table and figure.
 
     config.yaml           the resolved configuration, with its signature
-    manifest.json         images, labels and questions of the task, hashed
+    manifest.json         images and labels of the task, hashed
+    prompts.json          hashes of the prompts of every split, and of the files that decide them
     metrics.jsonl         one line per update, written at once (TRL's metric names); byte-identical after a resume
     timings.jsonl         seconds of each update by phase
     checkpoints/          see common/run/checkpoint.py

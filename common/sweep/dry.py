@@ -131,7 +131,7 @@ def show(runs: Sequence[Run], cost: Mapping[str, Any], here: bool = True) -> Non
         first = next(name for name, why in refused.items() if why == reason)
         console.print(Text(f"{count} would be refused, first {first}: {reason}"), soft_wrap=True)
     if (more := len(reasons) - MOST_REASONS) > 0:
-        console.print(f"… and {more} more reasons")
+        console.print(f"… and {counted(more, 'more reason')}")
     for wrong, count in devices.items():
         console.print(Text(f"on this machine {count} would be refused: {wrong}"), soft_wrap=True)
 

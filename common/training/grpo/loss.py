@@ -111,8 +111,7 @@ class LossOutputs:
     """Loss and metrics of one micro-batch.
 
     loss: scalar; the losses of all micro-batches add up to the loss of the update. means: under TRL's names, sum and
-    count
-    of averaged values (over tokens; over completions for the sequence level). lowest, highest: extremes over
+    count of averaged values (over tokens; over completions for the sequence level). lowest, highest: extremes over
     completions of the share of clipped tokens, None without completions.
     """
 
