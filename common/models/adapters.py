@@ -40,6 +40,7 @@ def add(model: Any, lora: LoraConfig, family: type[Family]) -> Any:
             raise UserError(f"model.lora.targets={lora.targets} matches no module of the model")
     if lora.projector == "lora":
         linear, parameters = _matrices(model, family.projector)
+        # one regular expression for all: PEFT takes either one or a list of names
         targets = [f"({one})" for one in [*targets, *linear]]
     elif lora.projector == "full":
         whole = [family.projector]
@@ -92,6 +93,7 @@ def _in_full_precision(model: Any, name: str) -> None:
             f"model.lora.projector=full, but model.load_in_8bit=true keeps weights of {name} in 8 bits, which cannot be"
             " trained; set model.lora.projector=lora"
         )
+    # the rest of the model keeps its format, so inputs and outputs are cast at the border of the module
     outside = next(module.parameters()).dtype
     module.float()
     module.register_forward_pre_hook(_inwards)

@@ -137,6 +137,7 @@ def rows_of_vocabulary(embedding: Any, entries: torch.Tensor) -> torch.Tensor:
     """
     flat = entries.detach().flatten(0, 1).float()
     scale = getattr(embedding, "embed_scale", None)  # Gemma 3: the square root of D
+    # rounded to the format of the weights, as the embedding itself applies it
     return flat if scale is None else flat / scale.to(embedding.weight.dtype).float()
 
 

@@ -36,10 +36,12 @@ def find(path: str, revision: str | None, weights: bool = True, key: str = "mode
     if folder.is_dir():
         check_folder(folder)
         return folder.resolve()  # absolute, because results and adapters record it
+    # a hub id has exactly one slash and begins with a name
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise UserError(f"{key}={path} is not a folder; give a model folder or a hub id 'owner/name'")
     from huggingface_hub import snapshot_download
 
+    # no *.bin: pickled weights could run code
     names = ["*.json", "*.txt", "*.jinja"] + (["*.safetensors"] if weights else [])
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=names))

@@ -49,6 +49,7 @@ class VisionTower:
         pixels = [pixels.to(model.dtype) for pixels, _ in parts]
         inputs = family.pixel_inputs(pixels, [grid for _, grid in parts if grid is not None])
         on_device = {name: tensor.to(self.vlm.device) for name, tensor in inputs.items()}
+        # last_hidden_state is the output of the tower; pooler_output would be that of the projector
         states = model.get_image_features(**on_device).last_hidden_state
         return states.reshape(len(keys), -1, states.shape[-1])  # type: ignore[no-any-return]
 

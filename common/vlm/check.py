@@ -101,6 +101,7 @@ def unknown_classes(config: Config, task: Task) -> str | None:
         return None
     known: frozenset[str] | None = getattr(import_module(config.model.recipe), "knows", None)
     splits = [task.train, *task.evaluation.values()]
+    # every class name once, in the order of the splits
     names = dict.fromkeys(name for split in splits for name in split.names)
     if known is None or not (unknown := [name for name in names if name.lower() not in known]):
         return None

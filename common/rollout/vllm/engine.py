@@ -160,6 +160,7 @@ class Engine:
         """
         from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
+        # [0]: the engine has one worker, which is in this process
         layers = self.llm.apply_model(
             lambda model: [each.get_attn_backend() for each in model.modules() if isinstance(each, AttentionLayerBase)]
         )[0]
@@ -282,9 +283,11 @@ def describe(vlm: VLM, folder: Path, image_size: int | None = None) -> None:
     base = without_adapters(vlm.model)
     config = copy.deepcopy(base.config)
     rows = vocabulary(vlm.model)
+    # room for extra embeddings as tokens
     config.get_text_config().vocab_size = rows
     if hasattr(config, "vocab_size"):
         config.vocab_size = rows
+    # vLLM chooses its own implementation by this name
     config.architectures = [type(base).__name__]
     config.save_pretrained(folder)
     processor = copy.deepcopy(vlm.processor)
@@ -321,6 +324,7 @@ def kept_group() -> Iterator[None]:
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Set vLLM's environment variables, and restore random states, threads and logging after it has started."""
+    # variables that the user has set take precedence
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     state, threads, setter = torch.get_rng_state(), torch.get_num_threads(), torch.set_num_threads
@@ -330,6 +334,7 @@ def undisturbed() -> Iterator[None]:
     try:
         yield
     finally:
+        # vLLM's CPU build has replaced the function
         torch.set_num_threads = setter
         torch.set_num_threads(threads)
         torch.set_rng_state(state)

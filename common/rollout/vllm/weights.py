@@ -49,6 +49,7 @@ def named(vlm: VLM, trained: bool = False) -> Iterator[tuple[str, torch.Tensor]]
         if isinstance(module, LoraLayer):
             adapters.setdefault(id(adapted(module)), []).append(module)
     extra = base.get_input_embeddings()
+    # rows of extra embeddings are not pushed by themselves; `extended` appends them to the vocabulary
     own = {id(each) for each in extra.parameters(recurse=False)} if isinstance(extra, ExtraEmbeddings) else set()
     for name, parameter in base.named_parameters():
         parts = name.split(".")
