@@ -5,7 +5,7 @@
 All three sample G completions of N prompts of random words, from the same weights, at temperature 1 without truncation,
 with a fixed number of tokens: end-of-sequence ids are banned. Prompts have no common prefix, and vLLM's prefix cache is
 cleared between turns. The samplers alternate in one process; CPU seconds of one thread. Before timing, the first two
-decode greedily and must give the same tokens. Needs make setup-vllm.
+decode greedily and must give the same tokens, except for one prompt at most. Needs make setup-vllm.
 
 Whole updates are those of the demo's model on the digits, thinking (method=clsrl): alternating runs of `run.py` with
 one thread; wall seconds of each phase, median over all updates but the first three. `overlap` samples the next batch
@@ -109,7 +109,7 @@ def stock(folder: Path, policy: VLM, requests: list[Request], case: Case) -> Cal
 def measure(case: Case, folder: Path, rollouts: dict[str, Rollout], policy: VLM, repetitions: int) -> dict[str, Any]:
     """Measure CPU seconds and tokens per second of all samplers, and their ratios to ours."""
     requests, greedy = make_requests(policy, case), Decoding(0.0, 0, 1.0, case.completion)
-    # greedy replies must be the same
+    # greedy replies must be the same, see the limit below
     found = []
     for rollout in rollouts.values():
         with sampling_mode(rollout, 0):
