@@ -1,8 +1,8 @@
-"""Measurements against TRL and transformers, in process CPU seconds of one thread: a busy machine matters little."""
+"""Benchmarks against TRL and transformers, in CPU seconds of one thread, which a busy machine distorts little."""
 
 import os
 
-# read when torch is imported; waiting threads would count as CPU time
+# Set before torch is imported, which reads them. PASSIVE, because waiting threads would count as CPU time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

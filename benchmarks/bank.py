@@ -1,11 +1,11 @@
-"""A category bank of ImageNet's size, trained on the host and as a parameter: memory, seconds, and the same rows.
+"""Train a category bank of ImageNet's size on the host and as a parameter; compare memory, seconds and rows.
 
     python -m benchmarks.bank
 
 1,000 categories x 256 rows x 2,560 numbers behind a small embedding, and one linear layer, through the trainer's
-DeepSpeed engine: updates of 8 prompts with two categories each, with clipping and weight decay. Each side has a process
-of its own. Memory is the peak of what is resident above the libraries, in units of the rows once (2.6 GB); pages of a
-mapped file count. The rows of both sides must agree to 1e-6.
+DeepSpeed engine: updates of 8 prompts with two categories each, with clipping and weight decay. Each side has its own
+process. Memory is the peak resident memory above that of the libraries, divided by the size of the rows (2.6 GB); pages
+of mapped files count. The rows of both sides must agree to 1e-6.
 
 Shapes: E categories, m rows of one, D width.
 """
@@ -27,16 +27,16 @@ from benchmarks.setup import prepare, show
 
 IMAGENET = (1000, 256, 2560)
 UPDATES, PROMPTS = 5, 8
-BETAS, DECAY, RATE = (0.9, 0.99), 0.1, 1e-3  # ALERT's, but for the rate
+BETAS, DECAY, RATE = (0.9, 0.99), 0.1, 1e-3  # those of ALERT, except for the learning rate
 
 
 def peak() -> float:
-    """Largest resident memory so far, in bytes."""
+    """Return the peak resident memory of this process, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
 def train(where: str, shape: tuple[int, int, int], result: Path) -> dict[str, float]:
-    """Train one side, and write all rows that were trained and some that were not."""
+    """Train one side; write all rows that were trained, and some that were not, to `result`."""
     from common.config.schema import TrainerConfig
     from common.models.extra_embeddings import DeviceEmbeddings, ExtraEmbeddings
     from common.models.offloaded import OffloadedEmbeddings, Rule
@@ -67,6 +67,7 @@ def train(where: str, shape: tuple[int, int, int], result: Path) -> dict[str, fl
         grad_clip=1e-3,
     )
     engine = Engine(model, config, {"zero_optimization": {"stage": 0}}, UPDATES)
+    # the timed updates
     chosen, seen, clock = random.Random(3), [], time.perf_counter()
     for update in range(UPDATES):
         for prompt in range(PROMPTS):
@@ -77,7 +78,7 @@ def train(where: str, shape: tuple[int, int, int], result: Path) -> dict[str, fl
         engine.step(update)
     seconds = (time.perf_counter() - clock) / UPDATES
     memory = peak() - before
-    kept = sorted({*seen, *range(0, count, max(1, count // 50))})  # touched and untouched ones
+    kept = sorted({*seen, *range(0, count, max(1, count // 50))})  # trained categories and some others
     rows = extra.host.fetch(kept) if isinstance(extra, OffloadedEmbeddings) else extra.table()[kept]
     torch.save(rows.clone(), result)
     engine.close()
@@ -85,7 +86,7 @@ def train(where: str, shape: tuple[int, int, int], result: Path) -> dict[str, fl
 
 
 def compare(shape: tuple[int, int, int]) -> dict[str, Any]:
-    """Both sides, and the largest difference of a row."""
+    """Measure both sides, and the largest difference between their rows."""
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for where in ("host", "device"):

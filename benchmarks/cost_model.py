@@ -1,11 +1,11 @@
-"""What an update costs: CPU seconds of scoring, loss and backward against the tokens that go through the model.
+"""Measure the cost of an update: CPU seconds of scoring, loss and backward against the number of tokens.
 
     python -m benchmarks.cost_model                  # writes docs/cost.png
 
 One factor varies at a time: prompt tokens P, completion tokens R, completions G. The shared-prefix path computes
-P + G R tokens per group, the plain path, one row per completion, G (P + R). If the cost is the tokens, both lie on
-straight lines, and the token ratio predicts the gain. Policy with gradient and reference without (beta = 0.04), the
-17 M Qwen2-VL of the other benchmarks; the paths take turns in one process, one thread, medians.
+P + G R tokens per group, the plain path, one row per completion, G (P + R). If only the number of tokens matters, both
+lie on straight lines, and the token ratio predicts the gain. Policy with gradient and reference without (beta = 0.04),
+the 17 M Qwen2-VL of the other benchmarks; the paths alternate in one process, one thread, medians.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MARKERS = {"P": "o", "R": "s", "G": "^"}
 
 @dataclass(frozen=True)
 class Fit:
-    """Least squares: seconds = intercept + slope * tokens."""
+    """Least-squares line: seconds = intercept + slope * tokens."""
 
     slope: float
     intercept: float
@@ -49,7 +49,7 @@ class Fit:
 
 
 def fit(tokens: list[int], seconds: list[float]) -> Fit:
-    """The line through the points, and the share of the variance it explains."""
+    """Fit a line through the points, with the share of variance that it explains."""
     x, y = np.array(tokens, dtype=float), np.array(seconds)
     slope, intercept = np.polyfit(x, y, 1)
     residual = y - (intercept + slope * x)
@@ -57,7 +57,7 @@ def fit(tokens: list[int], seconds: list[float]) -> Fit:
 
 
 def measure(folder: Path, repetitions: int) -> dict[Case, dict[str, float]]:
-    """Median CPU seconds of both paths for every case of the grid."""
+    """Measure the median CPU seconds of both paths for every case of the grid."""
     models = OurModels(folder)
     medians = {}
     for case in dict.fromkeys(case for cases in GRID.values() for case in cases):
@@ -68,12 +68,12 @@ def measure(folder: Path, repetitions: int) -> dict[Case, dict[str, float]]:
 
 
 def tokens_of(case: Case, path: str) -> int:
-    """Tokens that a path computes."""
+    """Return the number of tokens that a path computes."""
     return case.shared_tokens if path == "shared" else case.plain_tokens
 
 
 def draw(medians: dict[Case, dict[str, float]], fits: dict[str, Fit], target: Path) -> None:
-    """Left the shared path on its own scale, right both paths."""
+    """Draw the figure: left the shared path on its own scale, right both paths."""
     import matplotlib
 
     matplotlib.use("Agg")

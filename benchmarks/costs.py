@@ -1,10 +1,10 @@
-"""What the papers' trainings cost, computed: the table of docs/scaling.md.
+"""Compute the cost of the papers' trainings: the table of docs/scaling.md.
 
     python -m benchmarks.costs --qwen FOLDER --gemma FOLDER      # folders of the models, with or without their weights
 
-Without folders the published configuration files are used, with a tokenizer of our own (`benchmarks.rehearse`).
-ImageNet as both papers train on it: CLS-RL's methods with 4 shots, 16 prompts per update; ALERT with 16 shots.
-Operations and memory are those of the longest prompt.
+Without folders, the published configuration files are used, with the tokenizer of the tiny models
+(`benchmarks.rehearse`). ImageNet as in both papers: the methods of CLS-RL with 4 shots, 16 prompts per update; ALERT
+with 16 shots. Operations and memory are those of the longest prompt.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from common.types import Item, Split, Task
 from common.vlm import prompting
 from common.vlm.prompting import TaskPrompts
 
-# Tokens of a completion: a label's, what a model that thinks writes (our assumption: no paper prints it), ALERT's.
+# tokens per completion: a label (8), with thinking (150: our assumption, no paper gives it), ALERT (300)
 LENGTHS = {"clsrl": 150, "nothinking": 8, "sft": 8, "alert": 300}
 MINUTES = {"clsrl": "1,587", "nothinking": "94"}  # CLS-RL, Table 3, on eight A100
 WEIGHTS = {
@@ -44,7 +44,7 @@ COLUMNS = ("method", "trained", "GPUs", "GiB", "most in", "smallest card", "TFLO
 
 
 def configuration(method: str, model: str, weights: str, gpus: int) -> Config:
-    """A run as the command line composes it; ZeRO-2 on several GPUs."""
+    """Return the configuration of a run, as from the command line; ZeRO-2 on several GPUs."""
     shots = 16 if method == "alert" else 4
     changes = [f"method={method}", f"model={model}", "data=imagenet", f"shots={shots}", f"gpus={gpus}"]
     changes += [f"deepspeed=zero{2 if gpus > 1 else 0}", *WEIGHTS[weights]]
@@ -54,7 +54,7 @@ def configuration(method: str, model: str, weights: str, gpus: int) -> Config:
 
 
 def prompts(config: Config) -> TaskPrompts:
-    """The prompts over ImageNet's classes; nobody opens the pictures."""
+    """Return the prompts for the classes of ImageNet; no image is opened."""
     names = tuple(imagenet_names()[wnid] for wnid in wnids("imagenet"))
     items = tuple(
         Item(f"{label}/{shot}.jpg", label, name) for label, name in enumerate(names) for shot in range(config.shots)
@@ -65,7 +65,7 @@ def prompts(config: Config) -> TaskPrompts:
 
 
 def row(method: str, model: str, folder: Path, weights: str, gpus: int) -> tuple[list[str], dict[str, Any]]:
-    """One line of the table, and its numbers."""
+    """Return one row of the table, and its numbers."""
     config, length = configuration(method, model, weights, gpus), LENGTHS[method]
     cost = estimate.of_run(config, prompts(config), folder, gpus, () if method == "sft" else (length,))
     length = next(iter(cost.operations))

@@ -1,16 +1,15 @@
-"""Sampling an update's completions: our sampler, vLLM in the same process, and transformers' `generate`; then whole
-updates by phase, and with the next batch sampled meanwhile.
+"""Compare samplers (ours, vLLM, transformers' `generate`) on the completions of an update, then whole updates by phase.
 
     python -m benchmarks.engines                 # about twenty minutes; --updates 0 leaves the second part out
 
-All three complete N prompts of random words G times, from the same weights, at temperature 1 without truncation, for a
-fixed number of tokens: ids that would end a completion are banned. Prompts share nothing, and vLLM forgets them between
-its turns. They take turns in one process; CPU seconds of one thread. Before the clock starts, the first two decode
-greedily and must give the same tokens. Needs make setup-vllm.
+All three sample G completions of N prompts of random words, from the same weights, at temperature 1 without truncation,
+with a fixed number of tokens: end-of-sequence ids are banned. Prompts have no common prefix, and vLLM's prefix cache is
+cleared between turns. The samplers alternate in one process; CPU seconds of one thread. Before timing, the first two
+decode greedily and must give the same tokens, except for one prompt at most. Needs make setup-vllm.
 
-Whole updates are those of the demo's model on the digits, thinking (method=clsrl): runs of `run.py` with one thread,
-turn about; wall seconds of each phase, median over the updates but the first three. With `overlap` the sampler has a
-core of its own.
+Whole updates are those of the demo's model on the digits, thinking (method=clsrl): alternating runs of `run.py` with
+one thread; wall seconds of each phase, median over all updates but the first three. `overlap` samples the next batch
+during an update; the sampler then has a core of its own.
 
 Shapes: N prompts of P tokens, G completions of R tokens.
 """
@@ -57,7 +56,7 @@ CASES = (Case(1000, 16, 8), Case(200, 128, 8), Case(200, 128, 2))
 
 
 def make_requests(policy: VLM, case: Case) -> list[Request]:
-    """Prompts of random words."""
+    """Return prompts of random words."""
     generator = torch.Generator().manual_seed(1)
     requests = []
     for number in range(PROMPTS):
@@ -68,7 +67,7 @@ def make_requests(policy: VLM, case: Case) -> list[Request]:
 
 
 def side(rollout: Rollout, requests: list[Request], case: Case) -> Callable[[], int]:
-    """A turn of a backend; it returns the number of tokens."""
+    """Return a function that samples with a backend once and returns the number of tokens."""
 
     def turn() -> int:
         with sampling_mode(rollout, 0):
@@ -80,13 +79,13 @@ def side(rollout: Rollout, requests: list[Request], case: Case) -> Callable[[], 
 
 
 def forget(rollout: Any) -> None:
-    """Let vLLM compute its prompts again."""
+    """Clear vLLM's caches, so that it computes the prompts again."""
     if hasattr(rollout, "engine"):
         rollout.engine.forget()
 
 
 def stock(folder: Path, policy: VLM, requests: list[Request], case: Case) -> Callable[[], int]:
-    """A turn of transformers' `generate`, prompts in one batch."""
+    """Return the same function for transformers' `generate`, with all prompts in one batch."""
     model = load_stock(folder).eval()
     ids = torch.stack([request.encoded.ids for request in requests])
 
@@ -108,8 +107,9 @@ def stock(folder: Path, policy: VLM, requests: list[Request], case: Case) -> Cal
 
 
 def measure(case: Case, folder: Path, rollouts: dict[str, Rollout], policy: VLM, repetitions: int) -> dict[str, Any]:
-    """CPU seconds of every side, tokens per second, and what vLLM and `generate` take of ours."""
+    """Measure CPU seconds and tokens per second of all samplers, and their ratios to ours."""
     requests, greedy = make_requests(policy, case), Decoding(0.0, 0, 1.0, case.completion)
+    # greedy replies must be the same, see the limit below
     found = []
     for rollout in rollouts.values():
         with sampling_mode(rollout, 0):
@@ -117,6 +117,7 @@ def measure(case: Case, folder: Path, rollouts: dict[str, Rollout], policy: VLM,
         forget(rollout)
     same = sum(a == b for a, b in zip(*found, strict=True)) if len(found) == 2 else PROMPTS
     assert same >= PROMPTS - 1, f"{PROMPTS - same} of {PROMPTS} greedy replies differ"  # random weights have near ties
+    # timed sampling
     sides = {name: side(rollout, requests, case) for name, rollout in rollouts.items()}
     sides["generate"] = stock(folder, policy, requests, case)
     tokens = PROMPTS * case.group * case.completion
@@ -131,7 +132,7 @@ def measure(case: Case, folder: Path, rollouts: dict[str, Rollout], policy: VLM,
 
 
 def whole_updates(updates: int, repetitions: int) -> dict[str, dict[str, Any]]:
-    """Median wall seconds of every phase of an update, and of the whole, by way of sampling."""
+    """Measure the median wall seconds of each phase and of whole updates, for each kind of sampling."""
     seconds: dict[str, list[dict[str, float]]] = {name: [] for name in WAYS}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(repetitions):
@@ -162,7 +163,7 @@ COLUMNS = ("case", "backend", "tokens/s", "CPU s: min to max")
 
 
 def compare(repetitions: int, updates: int) -> tuple[list[tuple[str, str, str, str]], dict[str, Any]]:
-    """Rows of `COLUMNS`, and the numbers for JSON: `cases` by name, `updates` by backend."""
+    """Return rows of `COLUMNS`, and the numbers for JSON: `cases` by name, `updates` by backend."""
     from common.rollout.vllm.backend import VLLMRollout
     from common.runtime.group import init_process_group
 
@@ -170,6 +171,7 @@ def compare(repetitions: int, updates: int) -> tuple[list[tuple[str, str, str, s
     with tempfile.TemporaryDirectory() as workdir:
         folder = save_model(Path(workdir) / "model")
         loaded = load_ours(folder)
+        # with end-of-sequence ids banned, every completion has its full length
         policy = replace(loaded, banned=tuple(sorted({*loaded.banned, *loaded.eos})))
         engine = VLLMRollout(policy, prompt_tokens=1024, completion_tokens=128, seed=1, cpu_kvcache_space=2)
         rollouts: dict[str, Rollout] = {"hf": HFRollout(policy), "vllm": engine}

@@ -1,22 +1,22 @@
-"""One GRPO step without sampling: scoring by policy and reference, loss, backward. Ours against TRL 1.16's own code.
+"""Compare one GRPO step without sampling (scoring by policy and reference, loss, backward) with that of TRL 1.16.
 
     python -m benchmarks.grpo_step
 
-Both sides get the same weights, prompt, image and completions in one process and take turns; CPU seconds of one thread.
+Both sides get the same weights, prompt, image and completions in one process and alternate; CPU seconds of one thread.
 TRL's side is a real `GRPOTrainer` whose `_get_per_token_logps_and_entropies` and `_compute_loss` are called as its
 training loop calls them. The losses must agree to 1e-4 and the gradients to 1e-3, else the benchmark fails.
 
-TRL's fused head scores completion tokens only where Triton runs; on a CPU it scores every token of the prompt as well.
-`trl` here is the behaviour on GPUs, the faster one (`benchmarks.setup.completion_rows_only`): `ratio` compares with
+TRL's fused head scores only completion tokens if Triton is available; on a CPU it also scores every prompt token.
+Variant `trl` has the behaviour on GPUs, the faster one (`benchmarks.setup.completion_rows_only`): `ratio` compares with
 it, `ratio_as_is` with TRL as it runs on a CPU. Gradient checkpointing, TRL's default, is off: it would cost TRL another
 forward.
 
-The vocabulary projection of the completions costs both sides the same, so the gain cannot reach the ratio of tokens.
-Its measure is the ratio of the operations that both sides carry out, as PyTorch counts them in these steps;
-`of_flop_ratio` is the part of it that is seen in CPU seconds.
+Projecting completions to the vocabulary costs both sides the same, so the gain is below the ratio of tokens. Its limit
+is the ratio of the operations of both sides, as PyTorch counts them in these steps; `of_flop_ratio` is the share of it
+that is reached in CPU seconds.
 
-Memory is the peak of a first step above what lies in memory before it (weights, libraries), each in a fresh process.
-`memory_ratio` is ours over TRL's.
+Memory is the peak of a first step above the memory before it (weights, libraries), each in a new process.
+`memory_ratio` is ours divided by TRL's.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ VARIANTS = ("ours", "trl", "trl as is")
 
 
 class TrlStep:
-    """The same step through TRL's trainer object."""
+    """The same step as `OurStep`, through TRL's trainer object."""
 
     def __init__(self, folder: Path, case: Case, compact: bool, workdir: Path, place: Place = HERE) -> None:
         from datasets import Dataset
@@ -79,7 +79,7 @@ class TrlStep:
             loss_type="grpo",
             beta=BETA,
             epsilon=EPSILON,
-            use_bias_correction_kl=False,  # our KL term, and the papers'
+            use_bias_correction_kl=False,  # the KL term of our trainer and of the papers
         )
         policy = load_stock(folder, place)
         self.trainer = GRPOTrainer(
@@ -99,7 +99,7 @@ class TrlStep:
         }
 
     def __call__(self) -> float:
-        """One step from no gradient to all gradients. Returns the loss."""
+        """Compute all gradients, starting from none, and return the loss."""
         trainer, inputs = self.trainer, self.inputs
         self.model.zero_grad()
         with completion_rows_only() if self.compact else nullcontext():
@@ -119,12 +119,12 @@ class TrlStep:
 
 
 def _no_reward(completions: list[Any], **_: Any) -> list[float | None]:
-    """The trainer object wants a reward; this benchmark never asks it."""
+    """Return zeros: the trainer's constructor needs a reward function, which is never called."""
     return [0.0 for _ in completions]
 
 
 def _trl_inputs(group: Any, advantages: torch.Tensor, config: Any) -> dict[str, Any]:
-    """What TRL's `_generate_and_score_completions` hands to its loss for this group."""
+    """Return what TRL's `_generate_and_score_completions` passes to its loss for this group."""
     completions = torch.stack(group.completions)  # [G, R]
     size = len(completions)
     prompts = group.prompt.ids.expand(size, -1)  # [G, P]
@@ -144,24 +144,24 @@ def _trl_inputs(group: Any, advantages: torch.Tensor, config: Any) -> dict[str, 
 
 
 def build(variant: str, folder: Path, case: Case, workdir: Path, place: Place = HERE) -> OurStep | TrlStep:
-    """One of `VARIANTS`, ready to be called."""
+    """Return the step of one of `VARIANTS`."""
     if variant == "ours":
         return OurStep(OurModels(folder, place), case)
     return TrlStep(folder, case, variant == "trl", workdir, place)
 
 
 def gradients(step: OurStep | TrlStep) -> dict[str, torch.Tensor]:
-    """The gradients that the last call left."""
+    """Return the gradients of the last call."""
     return {name: p.grad for name, p in step.model.named_parameters() if p.grad is not None}
 
 
 def assert_same_work(
     case: Case, steps: dict[str, OurStep | TrlStep], allowed: tuple[float, float] = (1e-4, 1e-3)
 ) -> tuple[float, float]:
-    """Largest relative difference of TRL's losses and gradients from ours; `allowed`: of each.
+    """Return the largest relative difference of TRL's losses and gradients from ours; `allowed`: limit of each.
 
     Raises:
-        AssertionError: The sides do not compute the same thing.
+        AssertionError: The sides do not compute the same.
     """
     loss = steps["ours"]()
     expected = gradients(steps["ours"])
@@ -181,8 +181,8 @@ def assert_same_work(
 
 
 def peak_memory(step: Callable[[], Any]) -> float:
-    """MiB by which the first call raises the resident memory of this process at its highest."""
-    # a plain ru_maxrss would keep the peak of importing and loading
+    """Return how many MiB the peak resident memory of the first call is above that before it."""
+    # "5" resets VmHWM; ru_maxrss would still have the peak of importing and loading
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     before = _status("VmRSS")
     step()
@@ -197,7 +197,7 @@ def _status(key: str) -> float:
 
 
 def peak_memory_in_fresh_process(variant: str, folder: Path, case: Case) -> float:
-    """`peak_memory` of a variant in a process that did nothing else."""
+    """Measure `peak_memory` of a variant in a new process."""
     size = [str(case.prompt), str(case.completion), str(case.group)]
     command = [
         sys.executable,
@@ -214,7 +214,7 @@ def peak_memory_in_fresh_process(variant: str, folder: Path, case: Case) -> floa
 
 
 def measure(case: Case, folder: Path, workdir: Path, repetitions: int) -> dict[str, Any]:
-    """All numbers of one case."""
+    """Measure all numbers of one case."""
     steps = {name: build(name, folder, case, workdir) for name in VARIANTS}
     loss_difference, gradient_difference = assert_same_work(case, steps)
     flops = {name: counted_flops(step) for name, step in steps.items()}

@@ -1,4 +1,4 @@
-"""Few-shot learners at the size of ImageNet, on random features: ours against the formulas as they are written.
+"""Compare few-shot learners at the size of ImageNet, on random features, with their formulas written out literally.
 
     python -m benchmarks.learners                    # --images 2048 --betas 4 takes eight minutes
     python -m benchmarks.learners --whole            # ours alone: 50,000 images, the whole grid; an epoch of CaFo
@@ -6,13 +6,13 @@
     tip_search      Tip-Adapter's search of alpha and beta: 16,000 keys of 1024 numbers, 1,000 classes. Written out: for
                     every pair of the grid one exponential over all keys and a product with their one-hot labels. Both
                     sides search the same part of the grid (all 20 alphas, the first --betas betas) and must find the
-                    same pair and, for one of them, the same logits.
+                    same pair, and the same logits for it.
     cafo_batch      one training batch of CaFo, 256 images against 16,000 keys of CLIP and of DINO (1024 and 2048
                     numbers): logits, gradients and AdamW. Written out: products with one-hot labels. The losses must
                     agree.
 
-Every measurement has a process of its own: its seconds, and how much its peak of resident memory grows meanwhile.
-The memory of `tip_search` is compared at --images; ours does not grow with them, but for the logits themselves.
+Every measurement has its own process: its seconds, and the growth of its peak resident memory. The memory of
+`tip_search` is compared at --images; ours does not grow with them, except for the logits themselves.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SCALE, STEPS = (7.0, 3.0), 20
 
 @dataclass(frozen=True)
 class Found:
-    """Seconds, MiB of growth, and what must agree."""
+    """Seconds, growth of peak memory in MiB, and the numbers in which both sides must agree."""
 
     seconds: float
     memory: float
@@ -49,7 +49,7 @@ class Found:
 
 
 def features(count: int, width: int, seed: int, labels: Tensor | None = None) -> Tensor:
-    """Random ones of length 1, near those of their classes."""
+    """Return random features of length 1; with labels, around a centre per class. Shape: [count, width]."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(count, width, generator=generator)
     if labels is not None:
@@ -58,12 +58,12 @@ def features(count: int, width: int, seed: int, labels: Tensor | None = None) ->
 
 
 def peak() -> float:
-    """MiB of resident memory at most so far."""
+    """Return the peak resident memory of this process, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def tip_search(ours: bool, images: int, betas: int) -> Found:
-    """See the top of this file."""
+    """Measure the search of Tip-Adapter, see the module docstring."""
     labels = torch.arange(images) % CLASSES
     key_labels = torch.arange(CLASSES).repeat_interleave(SHOTS)
     asked, keys = features(images, WIDTH, 1, labels), features(CLASSES * SHOTS, WIDTH, 2, key_labels)
@@ -86,6 +86,7 @@ def tip_search(ours: bool, images: int, betas: int) -> Found:
                 if accuracy > best:
                     best, alpha, beta = accuracy, a, b
     seconds, memory = time.perf_counter() - clock, peak() - before
+    # logits of the pair that was found, for the comparison
     few = slice(0, 32)
     if ours:
         logits = tip_adapter.logits(asked[few], kept, base[few], alpha, beta)
@@ -95,7 +96,7 @@ def tip_search(ours: bool, images: int, betas: int) -> Found:
 
 
 def cafo_batch(ours: bool, images: int, betas: int, batches: int = 2) -> Found:
-    """See the top of this file. `images` and `betas` do not matter."""
+    """Measure training batches of CaFo, see the module docstring. `images` and `betas` are not used."""
     labels = torch.arange(BATCH) % CLASSES
     key_labels = torch.arange(CLASSES).repeat_interleave(SHOTS)
     asked = [features(BATCH, width, seed, labels) for width, seed in ((WIDTH, 1), (SECOND, 2))]
@@ -134,13 +135,13 @@ CASES = {"tip_search": tip_search, "cafo_batch": cafo_batch}
 
 
 def measure(name: str, ours: bool, images: int, betas: int) -> Found:
-    """In a process of its own."""
+    """Measure one side of a case in a new process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(CASES[name], (ours, images, betas))
 
 
 def whole() -> None:
-    """Ours alone, at the size of ImageNet's validation images and shots."""
+    """Measure our side alone, at the size of ImageNet: 50,000 validation images, 16 shots."""
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         search = pool.apply(tip_search, (True, 50_000, 200))
         print(f"tip_search: 50,000 images, 200 betas, 20 alphas: {search.seconds:.0f} s, {search.memory:.0f} MiB")
@@ -150,7 +151,7 @@ def whole() -> None:
 
 
 def main() -> None:
-    """Measure both sides alternately, and print a table and one line of JSON."""
+    """Measure both sides alternately; print one line per case and one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--betas", type=int, default=2)

@@ -1,19 +1,19 @@
-"""Loading pictures at the model's size: our loader against Hugging Face `datasets` with its imagefolder builder.
+"""Compare loading images at the model's size with Hugging Face `datasets` and its imagefolder builder.
 
     python -m benchmarks.loading                     # 50,000 JPEGs; --images 2000 for a quick look
 
 Both sides read the same generated JPEGs of about 500x375 pixels (quality 85, 100 classes), convert them to RGB and
-resize them to 384x384 by Lanczos; before the clock starts, they must give the same pixels. Every measurement has a
-fresh process, and the files are in the page cache for all of them.
+resize them to 384x384 by Lanczos; before timing, they must give the same pixels. Every measurement has a new process,
+and the files are in the page cache for all of them.
 
-ours: `Loader` in batches, with threads. `decode` has no cache, `fill` also writes one, `cached` reads it; the cache
-holds as many pictures as --cache-gb allows, and these two are measured on as many.
+ours: `Loader` in batches, with threads. `decode` has no cache, `fill` also writes one, `cached` reads it; the last two
+are measured on as many images as a cache of --cache-gb holds.
 datasets: with one worker a loop over the rows, with two a torch `DataLoader` whose processes send the pixels as
 tensors through shared memory.
 
-Reports pictures per second of wall-clock time over the loop, starting the workers included; the seconds before it in
-which one side lists the files and the other builds its index; and the peak of resident memory, summed over the worker
-processes (memory that they share with the main one counts in each). Imports are not timed, but they are in memory.
+Reports images per second of wall-clock time over the loop, starting the workers included; the seconds before it in
+which one side lists the files and the other builds its index; and the peak resident memory, summed over the worker
+processes (memory that they share with the main process counts in each). Imports are not timed, but count as memory.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from pathlib import Path
 from typing import Any
 
 SIDE, BATCH, CLASSES = 384, 32, 100
-ENTRY = 3 * SIDE**2 + 4  # bytes of a cached picture
-FULL = 0.98  # share of the cache that is filled, so that nothing has to make room
+ENTRY = 3 * SIDE**2 + 4  # bytes of a cached image
+FULL = 0.98  # share of the cache that is filled, so that no image is evicted
 NAME, DONE = "generated", "generated.json"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One measurement. `cache` is the folder of ours, or where `datasets` puts its index."""
+    """One measurement. cache: folder of our cache, or of the index of `datasets`."""
 
     side: str
     workers: int
@@ -54,7 +54,7 @@ class Plan:
 
 @dataclass
 class Found:
-    """Seconds before the loop and in it, and peaks of resident memory in MiB: of the main process and its workers."""
+    """Seconds before the loop and in it, and peak resident memory in MiB of the main process and of its workers."""
 
     prepare: float
     seconds: float
@@ -63,7 +63,7 @@ class Found:
 
 
 def generate(folder: Path, images: int) -> None:
-    """Write `images` JPEGs in one folder per class, unless that has been done before."""
+    """Write `images` JPEGs in one folder per class, unless they exist."""
     done = folder / DONE
     if done.exists() and json.loads(done.read_text(encoding="utf-8")) == {"images": images, "classes": CLASSES}:
         return
@@ -76,7 +76,7 @@ def generate(folder: Path, images: int) -> None:
 
 
 def generate_class(folder: Path, label: int, count: int) -> None:
-    """Cuttings of different sizes from one blurred texture, each under its own noise."""
+    """Write crops of different sizes from one blurred texture, each with its own noise."""
     import numpy as np
     from PIL import Image
 
@@ -98,12 +98,12 @@ def generate_class(folder: Path, label: int, count: int) -> None:
 
 
 def listed(folder: Path) -> list[str]:
-    """Paths of the pictures inside the folder of all classes, sorted."""
+    """Return the paths of the images inside the folder of all classes, sorted."""
     return [f"{kind.name}/{file.name}" for kind in sorted(folder.iterdir()) for file in sorted(kind.iterdir())]
 
 
 def ours(plan: Plan) -> Found:
-    """`Loader`, batch by batch."""
+    """Measure `Loader`, batch by batch."""
     from common.data.images import FileImages
     from common.data.loading import SUFFIX, Loader
     from common.runtime.disk_cache import DiskCache
@@ -120,12 +120,12 @@ def ours(plan: Plan) -> Found:
 
 
 def chosen(items: list[str], count: int) -> list[str]:
-    """As many of them, in an order that is neither that of the disk nor that of the classes."""
+    """Return `count` random items, so that the order is neither that of the disk nor that of the classes."""
     return random.Random(0).sample(items, count)
 
 
 def index(plan: Plan) -> Any:
-    """The folder as a dataset of the hub's library, in the order of `chosen`."""
+    """Return the folder as a dataset of Hugging Face `datasets`, in the order of `chosen`."""
     from datasets import load_dataset
 
     dataset = load_dataset("imagefolder", data_dir=f"{plan.folder}/images", split="train", cache_dir=plan.cache)
@@ -134,7 +134,7 @@ def index(plan: Plan) -> Any:
 
 
 def datasets(plan: Plan) -> Found:
-    """A loop over the rows, or torch's `DataLoader`."""
+    """Measure a loop over the rows, or torch's `DataLoader`."""
     import torch
     from datasets.utils.logging import disable_progress_bar
 
@@ -154,14 +154,14 @@ def datasets(plan: Plan) -> Found:
 
 
 def square(picture: Any) -> Any:
-    """What our loader does for policy `squash`."""
+    """Resize like our loader with `model.resize=squash`."""
     from PIL.Image import Resampling
 
     return picture.convert("RGB").resize((SIDE, SIDE), Resampling.LANCZOS)
 
 
 def tensors(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """The pixels of some rows; shape of each: [SIDE, SIDE, 3]."""
+    """Return the pixels of some rows; shape of each: [SIDE, SIDE, 3]."""
     import numpy as np
     import torch
 
@@ -169,7 +169,7 @@ def tensors(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
 
 
 def same(plan: Plan) -> Found:
-    """Refuse to measure sides that do not give the same pixels."""
+    """Check that both sides give the same pixels."""
     from common.data.images import FileImages
     from common.data.loading import Loader
 
@@ -182,9 +182,9 @@ def same(plan: Plan) -> Found:
 
 
 def peak(process: int | str | None = "self") -> float:
-    """The most resident memory that a process has had since it started its program, in MiB; 0 if it has ended.
+    """Return the peak resident memory of a process since it started its program, in MiB; 0 if it has ended.
 
-    (getrusage would begin with that of the process it was started from.)
+    The peak of getrusage would include that of its parent process.
     """
     try:
         status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
@@ -197,7 +197,7 @@ SIDES: dict[str, Callable[[Plan], Found]] = {"ours": ours, "datasets": datasets,
 
 
 def measure(plan: Plan) -> Found:
-    """One measurement in a process of its own."""
+    """Run one measurement in a new process."""
     command = [sys.executable, "-m", "benchmarks.loading", "--plan", json.dumps(asdict(plan))]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
@@ -205,7 +205,7 @@ def measure(plan: Plan) -> Found:
 
 
 def run(folder: Path, images: int, cache_bytes: int, workdir: Path) -> dict[str, tuple[int, Found]]:
-    """All measurements once: number of pictures and what was found, by name."""
+    """Run all measurements once; return the number of images and the result, by name."""
     stored = min(images, int(FULL * cache_bytes / ENTRY))
     results: dict[str, tuple[int, Found]] = {}
 
@@ -225,13 +225,13 @@ def run(folder: Path, images: int, cache_bytes: int, workdir: Path) -> dict[str,
 
 
 def warm(folder: Path) -> float:
-    """Read all pictures into the page cache; mean size of one in KiB."""
+    """Read all images into the page cache; return their mean size in KiB."""
     sizes = [len((folder / "images" / path).read_bytes()) for path in listed(folder / "images")]
     return statistics.fmean(sizes) / 1024
 
 
 def refuse(options: argparse.Namespace, workdir: Path) -> None:
-    """Stop when the cache does not fit on the disk or holds nothing."""
+    """Exit if the cache does not fit on the disk or is too small."""
     free, needed = shutil.disk_usage(workdir).free, options.cache_gb * 2**30 + options.images * 100 * 2**10
     if needed > free:
         raise SystemExit(f"{needed / 2**30:.0f} GiB are needed, {free / 2**30:.0f} are free: lower --cache-gb")
@@ -240,7 +240,7 @@ def refuse(options: argparse.Namespace, workdir: Path) -> None:
 
 
 def report(rounds: list[dict[str, tuple[int, Found]]], facts: dict[str, Any]) -> None:
-    """Table and JSON."""
+    """Print the table and one line of JSON."""
     from benchmarks.setup import show
 
     rows, cases = [], {}
@@ -265,7 +265,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the images are made, and kept for the next time")
     parser.add_argument("--cache-gb", type=float, default=4.0, help="GiB for decoded pictures; 22 for all 50,000")
     parser.add_argument("--repetitions", type=int, default=1)
-    parser.add_argument("--plan", help=argparse.SUPPRESS)  # of the fresh process of one measurement
+    parser.add_argument("--plan", help=argparse.SUPPRESS)  # for the new process of one measurement
     options = parser.parse_args()
     if options.plan is not None:
         plan = Plan(**json.loads(options.plan))

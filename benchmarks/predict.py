@@ -1,10 +1,10 @@
-"""Prediction against the evaluation that it repeats: the same pictures, from files and from the dataset.
+"""Compare the speed of `Classifier` on image files with that of an evaluation on the same images.
 
     python -m benchmarks.predict                     # --images 1000; two minutes
 
-A run without training is made first. Then, by turns: its learner answers the first images of its test set, as the
-pipeline asks it (pictures read and encoded anew), and `Classifier` answers the same pictures as PNG files. Loading the
-model counts for neither. That the answers are equal is tests/test_predict.py's to show.
+First, a run without training is made. Then two measurements alternate: its learner predicts the first images of its
+test set, as in the pipeline (images read and encoded again), and `Classifier` predicts the same images as PNG files.
+Loading the model is not timed. tests/test_predict.py checks that the answers are equal.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ def main() -> None:
         folder = Path(place)
         quick = ["method=zeroshot", "setting.test_per_class=1", "tracking=none", "tracking.report=false"]
         subprocess.run([sys.executable, "run.py", f"hydra.run.dir={folder / 'run'}", *quick], check=True)
+        # the test images, as a task and as PNG files
         config = config_of(TrainedModel.of(folder / "run"))
         config.setting.test_per_class = None
         data = tasks.build(config)

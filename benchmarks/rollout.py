@@ -1,13 +1,13 @@
-"""Sampling a group's completions: our sampler, which computes the prompt once, against transformers' `generate`.
+"""Compare sampling the completions of a group with transformers' `generate`; our sampler computes the prompt once.
 
     python -m benchmarks.rollout
     python -m benchmarks.rollout --engines         # vLLM and whole updates as well (benchmarks/engines.py)
 
 `generate(num_return_sequences=G)` repeats the prompt and its image G times and computes all copies. Both sides sample
-from the same weights at temperature 1 without truncation, ban the same ids, and decode a fixed number of tokens; no
-sampled id ends a completion. They take turns in one process; CPU seconds of one thread.
+from the same weights at temperature 1 without truncation, ban the same ids, and decode a fixed number of tokens, since
+end-of-sequence ids are banned. They alternate in one process; CPU seconds of one thread.
 
-Before the clock starts, both sides decode greedily and must give the same tokens, so that it is the same work.
+Before timing, both sides decode greedily and must give the same tokens, which shows that they do the same work.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ CASE = Case(1000, 16, 8)
 
 
 class OurRollout:
-    """`HFRollout` on one prompt."""
+    """Our sampler, `HFRollout`, on one prompt."""
 
     def __init__(self, folder: Path, case: Case) -> None:
         loaded = load_ours(folder)
-        # an end-of-sequence id can never be sampled: every completion has its full length
+        # with end-of-sequence ids banned, every completion has its full length
         self.policy = replace(loaded, banned=tuple(sorted({*loaded.banned, *loaded.eos})))
         self.prompt, self.case = make_group(self.policy, case).prompt, case
         self.request = Request(self.prompt, "0", lambda: self.prompt.ids, list)
         self.rollout = HFRollout(self.policy)
 
     def __call__(self, sample: bool = True) -> torch.Tensor:
-        """Shape: [G, R]."""
+        """Return completions. Shape: [G, R]."""
         decoding = Decoding(1.0 if sample else 0.0, 0, 1.0, self.case.completion)
         return torch.stack([c.ids for c in self.rollout.generate([self.request], self.case.group, decoding)[0]])
 
 
 class StockRollout:
-    """transformers' `generate` on the same prompt and weights."""
+    """The method `generate` of transformers, on the same prompt and weights."""
 
     def __init__(self, folder: Path, ours: OurRollout) -> None:
         self.model, self.case = load_stock(folder).eval(), ours.case
@@ -61,7 +61,7 @@ class StockRollout:
         self.banned = list(ours.policy.banned)
 
     def __call__(self, sample: bool = True) -> torch.Tensor:
-        """Shape: [G, R], one row when greedy."""
+        """Return completions. Shape: [G, R]; one row if greedy."""
         sampling = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_return_sequences": self.case.group}
         out = self.model.generate(
             **self.inputs,
@@ -74,7 +74,7 @@ class StockRollout:
 
 
 def measure(case: Case, folder: Path, repetitions: int) -> tuple[dict[str, Seconds], dict[str, Any]]:
-    """CPU seconds of both sides, and the numbers of the case."""
+    """Return the CPU seconds of both sides, and the numbers of the case."""
     ours = OurRollout(folder, case)
     stock = StockRollout(folder, ours)
     assert torch.equal(ours(sample=False)[:1], stock(sample=False)), "the two samplers decode different tokens greedily"

@@ -1,6 +1,4 @@
-"""What the benchmarks share: the model they measure, its inputs, our side of the comparison, and the clock.
-
-All contact of the scoring and sampling benchmarks with `common` is here.
+"""Shared parts of the benchmarks: the model, its inputs, our side of the comparisons, and timing.
 
 Shapes: P prompt tokens, R completion tokens, G completions.
 """
@@ -41,7 +39,7 @@ FIRST_WORD = 700  # ids from here on are ordinary tokens in every benchmark prom
 
 @dataclass(frozen=True)
 class Case:
-    """One size of problem."""
+    """Problem size: prompt tokens, completion tokens, completions per prompt."""
 
     prompt: int
     completion: int
@@ -61,7 +59,7 @@ class Case:
 
 
 def save_model(folder: Path) -> Path:
-    """A Qwen2-VL of 17 M parameters with random weights, as a checkpoint folder."""
+    """Write a Qwen2-VL of 17 M parameters with random weights as a model folder."""
     from transformers import GenerationConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
     processor = tiny.build_processor()
@@ -109,16 +107,16 @@ def save_model(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Place:
-    """Where both sides compute, and in what."""
+    """Device and number format of both sides."""
 
     device: torch.device = CPU
     dtype: str = "float32"
 
     def seconds(self) -> float:
-        """CPU seconds of this process, or on a GPU seconds by the clock, once it has done what it was given."""
+        """Return CPU seconds of this process or, on a GPU, wall-clock seconds after all queued work has finished."""
         if self.device.type == "cpu":
             return time.process_time()
-        torch.cuda.synchronize(self.device)
+        torch.cuda.synchronize(self.device)  # kernels run asynchronously
         return time.perf_counter()
 
 
@@ -126,7 +124,7 @@ HERE = Place()
 
 
 def load_ours(folder: Path, place: Place = HERE) -> VLM:
-    """The checkpoint as the framework loads it."""
+    """Load the model folder with the code of this project."""
     config = ModelConfig(
         name="benchmark", family="qwen2_vl", path=str(folder), dtype=place.dtype, image_size=336, max_prompt_tokens=8192
     )
@@ -134,7 +132,7 @@ def load_ours(folder: Path, place: Place = HERE) -> VLM:
 
 
 def load_stock(folder: Path, place: Place = HERE) -> Any:
-    """The checkpoint as transformers loads it."""
+    """Load the model folder with transformers."""
     from transformers import AutoModelForImageTextToText
 
     dtype = vlm.DTYPES[place.dtype]
@@ -143,7 +141,7 @@ def load_stock(folder: Path, place: Place = HERE) -> Any:
 
 
 def perturb(model: torch.nn.Module) -> None:
-    """Move the policy a little away from the reference, so that the KL term is not zero. Always the same way."""
+    """Change the policy's weights a little, always in the same way, so that the KL term is not zero."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -152,7 +150,7 @@ def perturb(model: torch.nn.Module) -> None:
 
 
 def make_group(policy: VLM, case: Case) -> PromptGroup:
-    """A prompt of random words with one image near its beginning, and random completions."""
+    """Return a prompt of random words with one image near its beginning, and random completions."""
     config = policy.model.config
     generator = torch.Generator().manual_seed(1)
     image = torch.full((GRID[1] * GRID[2] // MERGE**2,), config.image_token_id)
@@ -166,31 +164,31 @@ def make_group(policy: VLM, case: Case) -> PromptGroup:
 
 
 def make_advantages(case: Case) -> torch.Tensor:
-    """Advantages [G] of a group in which every other completion is right."""
+    """Return the advantages [G] of a group in which every other completion is correct."""
     return scaled((torch.arange(case.group) % 2).float()[None])[0]
 
 
 class OurModels:
-    """Policy and reference behind their scorers, the policy a little away from the reference."""
+    """Policy and reference model with their scorers; the policy's weights are perturbed."""
 
     def __init__(self, folder: Path, place: Place = HERE) -> None:
         self.policy = load_ours(folder, place)
         perturb(self.policy.model)
-        # no id is banned, because TRL bans none: both sides normalise over the whole vocabulary
+        # as in TRL, no id is banned: both sides normalise over the whole vocabulary
         self.scorer = PolicyScorer(self.policy.model, (), 1.0, GRPOConfig.head_chunk).to(place.device).train()
         reference = PolicyScorer(load_ours(folder, place).model, (), 1.0, GRPOConfig.head_chunk).to(place.device)
         self.reference = reference.eval().requires_grad_(False)
 
 
 class OurStep:
-    """Scoring, loss and backward of one group, as the trainer does them for one forward."""
+    """Scoring, loss and backward of one group, as in the trainer."""
 
     def __init__(self, models: OurModels, case: Case, shared: bool = True) -> None:
         self.models, self.model, self.shared = models, models.policy.model, shared
         self.group, self.advantages = make_group(models.policy, case), make_advantages(case)
 
     def __call__(self) -> float:
-        """One step from no gradient to all gradients. Returns the loss."""
+        """Compute all gradients, starting from none, and return the loss."""
         self.model.zero_grad()
         policy = self.models.policy
         if self.shared:
@@ -210,10 +208,10 @@ class OurStep:
 
 
 def counted_flops(step: Callable[[], Any]) -> int:
-    """Floating-point operations of a step as it runs: whatever is computed again counts again.
+    """Return the floating-point operations of a step, recomputation included.
 
-    PyTorch's counter does not know the attention of CPUs; of a causal one half counts, since its kernel leaves out what
-    nobody sees.
+    PyTorch's counter has no formula for attention on CPUs. Causal attention counts half, since its kernel skips masked
+    keys.
     """
     aten = torch.ops.aten
 
@@ -239,10 +237,10 @@ def counted_flops(step: Callable[[], Any]) -> int:
 
 @contextmanager
 def completion_rows_only() -> Iterator[None]:
-    """Let TRL's fused head score completion tokens only, as it does on GPUs; its kernels are not touched.
+    """Make TRL's fused head score completion tokens only, as it does on GPUs, without changing its kernels.
 
-    The head asks the `_use_triton` of `trl.trainer.utils` which rows to score. The kernels ask their own copy, in
-    `trl.kernels`, which still answers for the CPU.
+    The head chooses the rows by `_use_triton` of `trl.trainer.utils`. The kernels call their own copy of it, in
+    `trl.kernels`, which still returns False on a CPU.
     """
     import trl.trainer.utils
 
@@ -272,7 +270,7 @@ class Seconds:
 def alternate(
     variants: Mapping[str, Callable[[], Any]], repetitions: int, clock: Callable[[], float] = time.process_time
 ) -> dict[str, Seconds]:
-    """Run the variants in turn, so that a slow phase of the machine meets all of them; one round first to warm up."""
+    """Run the variants in turn, so that slow phases of the machine affect all; the first round is a warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(repetitions + 1):
         for name, run in variants.items():
@@ -283,7 +281,7 @@ def alternate(
 
 
 def show(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], numbers: dict[str, Any]) -> None:
-    """The table for people, then one line of JSON for programs."""
+    """Print a table, then the numbers as one line of JSON."""
     table = Table(*columns, title=title)
     for row in rows:
         table.add_row(*row)
@@ -292,7 +290,7 @@ def show(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], 
 
 
 def prepare() -> None:
-    """One thread, and no chatter of the libraries between the numbers."""
+    """Use one thread, and silence log messages and progress bars of transformers."""
     import transformers
 
     torch.set_num_threads(1)

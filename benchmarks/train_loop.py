@@ -1,4 +1,4 @@
-"""Whole updates (sampling, rewards, training) on the embedded tiny model: our trainer against `trl.GRPOTrainer`.
+"""Compare whole updates (sampling, rewards, training) on the tiny model with `trl.GRPOTrainer`.
 
     python -m benchmarks.train_loop                  # 100 updates; --updates 20 for a quick look
 
@@ -7,10 +7,10 @@ on both sides: 16 prompts per update in the same order, 8 completions of at most
 truncation, the same banned ids, rewards, AdamW, learning rates and beta = 0. Accuracy is greedy, on the same test
 images and by the same evaluation, after the last update.
 
-Each side has a process of its own and they take turns, update by update; CPU seconds of one thread. TRL runs at its
-best here: one forward for the whole batch, no gradient checkpointing, its head on completion tokens only as on GPUs
-(`benchmarks.setup.completion_rows_only`), nothing logged or saved. Our side skips groups whose completions all have
-the same reward, as it does in every run with beta = 0.
+Each side has its own process, and they alternate update by update; CPU seconds of one thread. TRL has its fastest
+settings: one forward for the whole batch, no gradient checkpointing, its head on completion tokens only as on GPUs
+(`benchmarks.setup.completion_rows_only`), no logging or saving. Our side skips zero-variance groups, as in every run
+with beta = 0.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ WARM_UP = 5  # updates that are not counted
 
 @dataclass(frozen=True)
 class Plan:
-    """What both sides are told."""
+    """Settings of both sides."""
 
     method: str
     updates: int
@@ -48,7 +48,7 @@ class Plan:
 
 
 def compose(plan: Plan) -> Any:
-    """The demo's configuration, as the command line composes it."""
+    """Return the demo's configuration, as from the command line."""
     import hydra
 
     from common.config import composition as config
@@ -60,7 +60,7 @@ def compose(plan: Plan) -> Any:
 
 
 def load(config: Any, folder: str) -> VLMLearner:
-    """Task, model, sampler and rewards as common/pipeline.py gets them; `folder` is the run's and may be empty."""
+    """Build the learner as common/pipeline.py does; `folder`: run folder, which may be empty."""
     from common.data import task
     from common.run.checkpoint import Checkpoints
     from common.vlm.learner import VLMLearner
@@ -70,12 +70,12 @@ def load(config: Any, folder: str) -> VLMLearner:
 
 
 def accuracy(learner: VLMLearner, images: int) -> float:
-    """Greedy, on test images spread over the classes."""
+    """Return the greedy accuracy on test images spread over the classes."""
     return statistics.fmean(each.correct for each in learner.predict("test", images).predictions)
 
 
 def ours(pipe: Connection, plan: Plan) -> None:
-    """Our side: one update per message, then the accuracy."""
+    """Run our side: one update per message, then the accuracy."""
     from common.runtime.group import init_process_group
 
     prepare()
@@ -94,7 +94,7 @@ def ours(pipe: Connection, plan: Plan) -> None:
 
 
 def trl(pipe: Connection, plan: Plan) -> None:
-    """TRL's side."""
+    """Run TRL's side: one update per message, then the accuracy."""
     from transformers import AutoModelForImageTextToText, PrinterCallback, TrainerCallback
     from trl.trainer.grpo_config import GRPOConfig
     from trl.trainer.grpo_trainer import GRPOTrainer
@@ -167,12 +167,13 @@ def trl(pipe: Connection, plan: Plan) -> None:
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+    # evaluate TRL's weights with our evaluation
     learner.policy.model.load_state_dict(trainer.accelerator.unwrap_model(trainer.model).state_dict())
     pipe.send(accuracy(learner, plan.images))
 
 
 def trl_dataset(config: Any, learner: VLMLearner, updates: int) -> Any:
-    """Every prompt of every update in our order, images enlarged as our encoder does."""
+    """Return every prompt of every update in our order, with images enlarged as by our encoder."""
     from datasets import Dataset
     from PIL.Image import Resampling
 
@@ -196,7 +197,7 @@ def trl_dataset(config: Any, learner: VLMLearner, updates: int) -> Any:
 
 
 def reward_function(learner: VLMLearner) -> Callable[..., list[float | None]]:
-    """Our reward mix as a function that TRL calls."""
+    """Return our reward mix as a reward function for TRL."""
     from common.rewards import score
     from common.types import Sample
 
@@ -210,7 +211,7 @@ def reward_function(learner: VLMLearner) -> Callable[..., list[float | None]]:
 
 
 def measure(plan: Plan) -> dict[str, Any]:
-    """Both sides of one method, update by update in turn."""
+    """Measure both sides of one method, alternating update by update."""
     context = multiprocessing.get_context("spawn")
     pipes, workers = {}, []
     for side in SIDES:

@@ -15,7 +15,7 @@ from pathlib import Path
 from common import __version__
 from common.runtime import process
 
-# module and function by command; each is imported only when it is asked for
+# module, function and help by command; a module is imported only when its command is called
 COMMANDS = {
     "train": ("run", "run", "train and evaluate a configuration, or a sweep of them (-m)"),
     "doctor": ("run", "run", "examine a training before it starts: would it learn, fit and end in time?"),
@@ -28,7 +28,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Hand the remaining arguments to one command; its exit code is this one's."""
+    """Run one command with the remaining arguments and exit with its exit code."""
     process.ensure_utf8()
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
@@ -39,19 +39,20 @@ def main() -> None:
         return
     if name not in COMMANDS:
         sys.exit(f"error: fewshot {name} is no command; choose {', '.join(COMMANDS)}")
-    sys.path.insert(0, str(Path.cwd()))  # as `python -m` has it: rewards and methods of one's own are found there
+    # like `python -m`, so that a user's own rewards and methods in the working directory can be imported
+    sys.path.insert(0, str(Path.cwd()))
     module, function, _ = COMMANDS[name]
     sys.argv = [f"{sys.argv[0]} {name}", *sys.argv[2:], *(["doctor=true"] if name == "doctor" else [])]
     sys.exit(getattr(import_module(module), function)())
 
 
 def program(command: str) -> str:
-    """How a command was called, for its usage line."""
+    """Return how a command was called, for its usage line."""
     called_by_script = Path(sys.argv[0]).name.startswith("fewshot")
     return f"fewshot {command}" if called_by_script else f"python -m common.{command.replace('-', '.')}"
 
 
 def usage() -> str:
-    """Every command with what it does."""
+    """Return the help text: every command with a description."""
     lines = [f"  fewshot {name:<12} {what}" for name, (_, _, what) in COMMANDS.items()]
     return "\n".join([str(__doc__).splitlines()[0], "", *lines, "", "Each has --help; --version prints the version."])

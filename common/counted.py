@@ -1,10 +1,10 @@
-"""Numbers with their nouns in messages: one of a thing has no plural."""
+"""Format numbers with their nouns, in singular or plural, for messages."""
 
 from __future__ import annotations
 
 
 def counted(number: int | str, noun: str) -> str:
-    """A number (or `all`) and its noun, with a comma at the thousands.
+    """Return a number (or `all`) with its noun, with commas between thousands.
 
     >>> counted(1, "class"), counted(2000, "class"), counted(0, "picture"), counted("all", "shot")
     ('1 class', '2,000 classes', '0 pictures', 'all shots')
@@ -13,7 +13,7 @@ def counted(number: int | str, noun: str) -> str:
 
 
 def plural(noun: str) -> str:
-    """The regular plural, of the last word.
+    """Return the regular plural of the last word.
 
     >>> plural("test image"), plural("class"), plural("batch"), plural("box"), plural("copy"), plural("day")
     ('test images', 'classes', 'batches', 'boxes', 'copies', 'days')
@@ -26,7 +26,7 @@ def plural(noun: str) -> str:
 
 
 def agree(number: int, one: str, many: str) -> str:
-    """The form of a word that belongs to a number.
+    """Return the form of a word that agrees with a number.
 
     >>> agree(1, "is", "are"), agree(0, "is", "are")
     ('is', 'are')

@@ -1,4 +1,4 @@
-"""Rehearsals at real size: the published architectures through every step of a run (python -m benchmarks.rehearse)."""
+"""Rehearsals at real size: every step of a run with a published architecture (python -m benchmarks.rehearse)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from common.types import Sample
 
 
 def varied(samples: Sequence[Sample]) -> list[float]:
-    """A reward in which completions differ, whatever they say: random weights earn no other. Length: N."""
+    """Return rewards that differ between any completions: random weights would earn no real reward. Length: N."""
     return [sum(sample.completion.encode()) % 97 / 97 for sample in samples]
 
 
 def composed(overrides: Sequence[str]) -> Config:
-    """The configuration that run.py would have."""
+    """Return the configuration that run.py composes from these overrides."""
     composition.register()
     with hydra.initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
         return composition.validate(hydra.compose("config", list(overrides)))

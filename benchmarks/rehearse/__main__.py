@@ -1,17 +1,17 @@
-"""A run at real size before there is one: the published architecture through every step that a run takes.
+"""Rehearse a run at real size: a published architecture through every step of a run.
 
     python -m benchmarks.rehearse model=qwen2_vl_2b method=clsrl
     python -m benchmarks.rehearse depth=full steps=checks model=qwen2_vl_2b method=clsrl model.lora.r=16
     python -m benchmarks.rehearse tokenizer=/folder model=gemma3_4b method=alert
 
-Overrides are those of run.py. Beside them: `depth`: layers of the language model (2), `full`, or `real`: the weights
-that model.path names, if they are here (the default on a GPU). `tokenizer`: folder of the real one, else the hub's
-cache, else the tiny model's. `steps`: some of them, by commas. `out`: folder (outputs/rehearsal). `keep=true`: leave
-the weights and runs there.
+Overrides are those of run.py. Further arguments: `depth`: layers of the language model (2), `full`, or `real`: the
+weights that model.path names, if they are on this machine (the default on a GPU). `tokenizer`: folder of the real one;
+default: that in the hub's cache, else that of the tiny model. `steps`: some of the steps, separated by commas. `out`:
+folder (outputs/rehearsal). `keep=true`: keep the weights and runs there.
 
-Without a GPU a few minutes: random weights, fewer layers, few photos. With GPUs the same on them at the sizes of the
-configuration, and what only they show: kernels, 8 bits, vLLM, all of them under ZeRO-3, memory beside the doctor's
-estimate. It ends with a table and with rehearsal.json, to send along. Exit code 1 if a line failed.
+Without a GPU, it takes a few minutes: random weights, fewer layers, few photos. With GPUs, it uses the sizes of the
+configuration, and adds checks that need GPUs: kernels, 8 bits, vLLM, ZeRO-3 on all GPUs, and memory against the
+doctor's estimate. At the end it prints a table and writes rehearsal.json, for reports. Exit code 1 if a line failed.
 """
 
 from __future__ import annotations
@@ -68,20 +68,20 @@ SMALL = {
 ON_GPUS = {"gpus": "1"}
 ON_THE_CPU = {
     "gpus": "0",
-    "model.load_in_8bit": "false",  # runs refuse them there; `checks` and `update` have them
+    "model.load_in_8bit": "false",  # runs refuse 8 bits on a CPU; `checks` and `update` use them if configured
     "rollout.max_completion_tokens": "6",
     "trainer.prompts_per_update": "2",
 }
 UPDATES, PAPER = 2500, "in CLS-RL 94 (direct) and 1,587 (thinking) on eight A100"  # section 5.2, table 3
 FILE = "rehearsal.json"
-INTERRUPTED = 130  # exit code of run.py that was stopped
-ROUNDED = 0.05  # most that bf16 may change: a probability, or a share of a gradient's norm
+INTERRUPTED = 130  # exit code of run.py after a signal
+ROUNDED = 0.05  # largest change by rounding in bf16: of a probability, or relative change of a gradient norm
 PACKAGES = ("torch", "transformers", "deepspeed", "peft", "bitsandbytes", "vllm", "flash_attn", "trl")
 
 
 @dataclass
 class Rehearsal:
-    """What is rehearsed, the words for run.py, where, and on how many GPUs. lines: what was seen so far."""
+    """A rehearsal: configuration, overrides for run.py, output folder, number of GPUs, and the results so far."""
 
     config: Config
     overrides: list[str]
@@ -90,7 +90,7 @@ class Rehearsal:
     lines: list[Line] = field(default_factory=list)
 
     def run(self, name: str, *more: str) -> list[str]:
-        """What starts a run."""
+        """Return the command of a run."""
         return ["run.py", *self.overrides, f"hydra.run.dir={self.out / name}", *more]
 
     def go(
@@ -101,16 +101,17 @@ class Rehearsal:
         stop: Callable[[], bool] = lambda: False,
         code: int = 0,
     ) -> list[Line]:
-        """Run Python to its end, and judge what it has written; the lines get its seconds and its peak.
+        """Run a Python command to its end and check what it has written; the lines get its seconds and peak memory.
 
-        The peak is that of its largest process; on GPUs, of what the first one holds, others' memory included.
+        The peak is that of its largest process; on GPUs, that of all memory in use on the first GPU.
 
         Args:
-            check: Its name, for the log and for the line of a failure.
-            command: What follows `python`.
-            judge: Is asked if it ended as expected; else its last message is a failed line.
-            stop: Once this holds, it is asked to stop.
-            code: The exit code that is expected.
+            check: Name of the check, for the log and for the line of a failure.
+            command: Arguments of `python`.
+            judge: Function that checks the results if the exit code is as expected; else the last message becomes a
+                failed line.
+            stop: Condition on which the process gets SIGTERM.
+            code: Expected exit code.
         """
         log, began, high, asked = self.out / f"{check}.log", time.perf_counter(), 0.0, False
         with log.open("w", encoding="utf-8") as file:
@@ -131,14 +132,14 @@ class Rehearsal:
 
 
 def failed(check: str, code: int, said: str) -> Line:
-    """The line of a process that did not end as expected; its last message names the key."""
+    """Return the line of a process with an unexpected exit code; its last error message names the key."""
     lines = [line.strip() for line in said.splitlines() if line.strip()] or ["it said nothing"]
     told = next((line for line in reversed(lines) if "rror" in line), lines[-1])
     return Line(check, "failed", f"exit code {code}: {told}"[:600])
 
 
 def checks(plan: Rehearsal, names: str = "prompts,forwards,labels", *more: str) -> list[Line]:
-    """checks.py in a process of its own; in the configuration's 8 bits, if it asks for them, on the CPU too."""
+    """Run checks.py in a new process; with 8-bit weights if the configuration has them, even on a CPU."""
     file, eight = plan.out / "checks.json", plan.config.model.load_in_8bit and find_spec("bitsandbytes") is not None
     overrides = [*plan.overrides, *(["model.load_in_8bit=true"] if eight else []), *more]
     command = ["-m", "benchmarks.rehearse.checks", str(file), str(plan.out / "none"), names, *overrides]
@@ -146,24 +147,24 @@ def checks(plan: Rehearsal, names: str = "prompts,forwards,labels", *more: str) 
 
 
 def update(plan: Rehearsal) -> list[Line]:
-    """One update in a process that does nothing else, in 8 bits if the configuration asks for them."""
+    """Make one update in a new process, with 8-bit weights if the configuration has them."""
     return checks(plan, "update")
 
 
 def train(plan: Rehearsal) -> list[Line]:
-    """A run that is stopped after its first checkpoint."""
+    """Start a run and stop it after its first checkpoint."""
     run = plan.out / "run"
     judge, stop = partial(trained, "training, stopped", run), partial(any_state, run)
     return plan.go("train", plan.run("run"), lambda: [judge()], stop, INTERRUPTED)
 
 
 def any_state(run: Path) -> bool:
-    """Whether a run has written a checkpoint."""
+    """Return whether a run has written a checkpoint."""
     return any((run / "checkpoints").glob("step-*[0-9]/state.json"))
 
 
 def resume(plan: Rehearsal) -> list[Line]:
-    """The same command again, to its end: it goes on where it was stopped, and the weights have moved."""
+    """Run the same command again, to its end; check that it resumes where it was stopped and changes the weights."""
     run = plan.out / "run"
     before = len(updates(run))
 
@@ -178,18 +179,18 @@ def resume(plan: Rehearsal) -> list[Line]:
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
-    """Of metrics.jsonl: evaluations and updates."""
+    """Return the rows of metrics.jsonl: evaluations and updates."""
     file = run / "metrics.jsonl"
     return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.is_file() else []
 
 
 def updates(run: Path) -> list[dict[str, Any]]:
-    """The rows of updates."""
+    """Return the rows of updates."""
     return [row for row in rows(run) if "grad_norm" in row]
 
 
 def trained(check: str, run: Path) -> Line:
-    """Every update has a loss that is a number and a gradient that is not zero."""
+    """Check that every update has a finite loss and a gradient that is neither zero nor infinite."""
     made = updates(run)
     names = ("loss", "grad_norm", "reward", "sampling/sampling_logp_difference/mean")
     figures = {name: [row[name] for row in made if name in row] for name in names}
@@ -199,7 +200,7 @@ def trained(check: str, run: Path) -> Line:
 
 
 def pace(run: Path, gpus: int) -> Line:
-    """Seconds of the last update by phase, and on a GPU what the paper's updates would take at that pace."""
+    """Report the seconds of the last update by phase, and on a GPU the time of the paper's updates at that pace."""
     phases = json.loads((run / "timings.jsonl").read_text("utf-8").splitlines()[-1])
     del phases["step"]
     total = sum(phases.values())
@@ -209,14 +210,14 @@ def pace(run: Path, gpus: int) -> Line:
 
 
 def moved(base: Path, model: Path) -> Line:
-    """Whether the weights that a run has written are others than those that it was given."""
+    """Check that the weights that a run has written differ from those that it started from."""
     from safetensors.torch import load_file
 
     before = {name: weight for file in files.weight_files(base) for name, weight in load_file(file).items()}
     adapters = model / files.ADAPTERS[1]
     written = [adapters] if adapters.is_file() else files.weight_files(model)
     after = {name: weight for file in written for name, weight in load_file(file).items()}
-    fresh = [bool(weight.any()) for name, weight in after.items() if "lora_B" in name]  # they begin with zeros
+    fresh = [bool(weight.any()) for name, weight in after.items() if "lora_B" in name]  # initially zero
     others = fresh + [not torch.equal(weight, before[name]) for name, weight in after.items() if name in before]
     seen = f"{sum(others)} of {len(others)} weights are others than before"
     figures = {"changed": sum(others), "of": len(others)}
@@ -224,7 +225,7 @@ def moved(base: Path, model: Path) -> Line:
 
 
 def predict(plan: Rehearsal) -> list[Line]:
-    """A photo through the run and through what it exports: the same answer, up to adapters rounded into weights."""
+    """Classify a photo with the run and with its export; answers differ only by rounding of merged adapters."""
     photo, exported = next((plan.out / "photos").rglob("*.jpg")), plan.out / "exported"
 
     def ask(check: str, source: Path) -> list[Line]:
@@ -245,13 +246,13 @@ def predict(plan: Rehearsal) -> list[Line]:
 
 
 def answer(check: str, file: Path) -> Line:
-    """What was predicted: names and their probabilities."""
+    """Return a line with the predicted names and their probabilities."""
     top = dict(json.loads(file.read_text("utf-8").splitlines()[0])["top"])
     return Line(check, "ok", ", ".join(f"{name} {share:.3f}" for name, share in top.items()), "", top)
 
 
 def ranks(plan: Rehearsal) -> list[Line]:
-    """ZeRO-3 on two processes (gloo), or on all GPUs (NCCL), beside the first update of the run on one."""
+    """Run ZeRO-3 on two processes (gloo) or all GPUs (NCCL); compare with the first update of the run on one rank."""
     count = plan.gpus or 2
     check, run, alone = f"ZeRO-3, {count} ranks", plan.out / "ranks", plan.out / "run"
     command = plan.run("ranks", "deepspeed=zero3", "trainer.updates=1", f"gpus={plan.gpus}")
@@ -266,10 +267,10 @@ def ranks(plan: Rehearsal) -> list[Line]:
 
 
 def beside(line: Line, run: Path, alone: Path) -> Line:
-    """The line of a run on several ranks, `off` where it does not begin as the one on one rank.
+    """Return the line of a run on several ranks, `off` if it differs at first from the run on one rank.
 
-    Both score the same names before they are trained. Their first gradients are equal where both drew the same
-    completions, which rewards show; in bf16 a token may be drawn otherwise.
+    Label probabilities before training must be equal. The first gradient norms must be equal if both sampled the same
+    completions, that is, if their rewards are equal; in bf16 a sampled token may differ.
     """
     first, other = updates(run)[0], updates(alone)[0]
     scores = [[value for name, value in rows(each)[0].items() if name.endswith("/brier")] for each in (run, alone)]
@@ -282,7 +283,7 @@ def beside(line: Line, run: Path, alone: Path) -> Line:
 
 
 def doctor(plan: Rehearsal) -> list[Line]:
-    """The doctor's estimate of memory on a GPU, beside what the training took."""
+    """Compare the doctor's estimate of GPU memory with the peak of the training."""
     took = max((line.peak for line in plan.lines if line.check == "training, stopped"), default=0.0)
 
     def judge() -> list[Line]:
@@ -297,7 +298,7 @@ def doctor(plan: Rehearsal) -> list[Line]:
 
 
 def eight_bits(plan: Rehearsal) -> list[Line]:
-    """A training over 8-bit weights, where there is a GPU."""
+    """Train adapters on 8-bit weights, if there is a GPU."""
     if not plan.gpus or plan.config.model.load_in_8bit:
         return []
     rank = [] if plan.config.model.lora.wraps else ["model.lora.r=16"]
@@ -306,12 +307,12 @@ def eight_bits(plan: Rehearsal) -> list[Line]:
 
 
 def push(plan: Rehearsal) -> list[Line]:
-    """Parity with vLLM, which has weights of its own, before and after they change; where it is installed."""
+    """Check that vLLM agrees with the trainer before and after weights change, if it is installed."""
     return checks(plan, "push", "rollout=vllm") if plan.gpus and find_spec("vllm") is not None else []
 
 
 def trl(plan: Rehearsal) -> list[Line]:
-    """Seconds beside TRL's in one process, where there is a GPU."""
+    """Compare seconds with those of TRL in one process, if there is a GPU."""
     return checks(plan, "trl") if plan.gpus else []
 
 
@@ -321,7 +322,7 @@ STEPS: dict[str, Callable[[Rehearsal], list[Line]]] = {
 
 
 def photos(folder: Path, size: int) -> Path:
-    """Four photos of every name: blurred noise in a colour of the class."""
+    """Write four photos of every class: blurred noise in the colour of the class."""
     generator = numpy.random.default_rng(0)
     for number, name in enumerate(NAMES):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -337,7 +338,7 @@ def prepare(own: dict[str, str], given: list[str]) -> Rehearsal:
     """Compose the configuration, write weights and photos.
 
     Raises:
-        UserError: A word makes no sense, or the architecture is none that is written here.
+        UserError: An argument is wrong, or the model is not in PUBLISHED.
     """
     gpus, config = torch.cuda.device_count(), composed(given)
     if config.model.name not in PUBLISHED:
@@ -349,13 +350,14 @@ def prepare(own: dict[str, str], given: list[str]) -> Rehearsal:
         raise UserError(f"out={out} holds something else than a rehearsal; give a new folder")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    (out / FILE).write_text("{}", encoding="utf-8")  # so that the next one may take the folder
+    (out / FILE).write_text("{}", encoding="utf-8")  # marks the folder, so that the next rehearsal may replace it
     real = here(config, weights=True) if own.get("depth", "real" if gpus else "2") == "real" else None
     folder = real or write(own, config, out, gpus)
     values = SMALL | (ON_GPUS if gpus else ON_THE_CPU) | {"cache_dir": str(out / "cache")}
     pictures = photos(out / "photos", config.model.image_size)
     if isinstance(config.trainer, GRPOConfig):
         values["+rewards.varied"] = "{weight: 1.0, fn: benchmarks.rehearse.varied}"
+    # overrides of the user take precedence over the small sizes of a rehearsal
     typed = {word.split("=", 1)[0].lstrip("+") for word in given}
     values |= {} if "data" in typed else {"data.folder": str(pictures)}
     kept = [f"{key}={value}" for key, value in values.items() if key.lstrip("+") not in typed]
@@ -364,7 +366,7 @@ def prepare(own: dict[str, str], given: list[str]) -> Rehearsal:
 
 
 def here(config: Config, weights: bool) -> Path | None:
-    """The folder of the configured model if it needs no network; None: it is not here."""
+    """Return the folder of the configured model if it is on this machine, else None."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         return files.find(config.model.path or "", config.model.revision, weights)
@@ -373,7 +375,7 @@ def here(config: Config, weights: bool) -> Path | None:
 
 
 def write(own: dict[str, str], config: Config, out: Path, gpus: int) -> Path:
-    """Random weights, in a process of its own."""
+    """Write random weights, in a new process; return their folder."""
     depth = own.get("depth", "full" if gpus else "2")
     if depth not in ("full", "real") and not depth.isdigit():
         raise UserError(f"depth={depth}: give a number of layers, full or real")
@@ -388,7 +390,7 @@ def write(own: dict[str, str], config: Config, out: Path, gpus: int) -> Path:
 
 
 def report(lines: Sequence[Line], title: str) -> Table:
-    """The lines for the terminal."""
+    """Return the lines as a table for the terminal."""
     table = Table("check", "", "seen", "s", "GiB", title=title, title_justify="left")
     for line in lines:
         fix = f"\nchange: {line.fix}" if line.fix and line.verdict != "ok" else ""
@@ -397,7 +399,7 @@ def report(lines: Sequence[Line], title: str) -> Table:
 
 
 def main(words: Sequence[str]) -> int:
-    """Rehearse. Returns the exit code."""
+    """Run the chosen steps; return the exit code."""
     own = dict(word.split("=", 1) for word in words if word.split("=", 1)[0] in OWN)
     given = [word for word in words if word.split("=", 1)[0] not in OWN]
     chosen = own.get("steps", ",".join(name for name in STEPS if name != "update")).split(",")
@@ -409,7 +411,7 @@ def main(words: Sequence[str]) -> int:
         print(f"{name} …", flush=True)
         try:
             plan.lines += STEPS[name](plan)
-        except Exception as error:  # of what a step has written, or has not
+        except Exception as error:  # for example, a file that a step did not write
             plan.lines.append(Line(name, "failed", f"{type(error).__name__}: {error}"))
     device = torch.cuda.get_device_name(0) if plan.gpus else platform.processor() or "CPU"
     told = {

@@ -1,11 +1,11 @@
-"""Random weights in a published architecture and in the hub's own format: old names of weights, shards, bf16, a tied
-output projection that is absent, and the configuration files as their authors wrote them (hub/).
+"""Write random weights of a published architecture in the format of the hub.
 
     python -m benchmarks.rehearse.checkpoint qwen2_vl_2b /tmp/qwen --layers 2 --vision-layers 1
 
-The final norm is raised so that logits spread as in a trained model; with flat ones no fault would show in a
-log-probability, nor where one token has it all. The tokenizer is the real one where its files are given. Else it is the
-tiny model's, which knows the words of our prompts, with the special tokens at their published ids.
+As on the hub: old names of weights, shards, bf16, no entry for a tied output projection, and the authors' own
+configuration files (hub/). The final norm is scaled so that logits spread as in a trained model: errors would not show
+in log-probabilities that are all equal, or where one token has all the probability. The tokenizer is the real one if
+its files are given, else that of the tiny model with the special tokens at their published ids.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from typing import Any
 
 import torch
 
-HUB = Path(__file__).parent / "hub"  # and of ours: special_ids.json, tokens of config.json; narrow.json, see `shrunk`
+HUB = Path(__file__).parent / "hub"  # from the hub, except for special_ids.json and narrow.json (see `shrunk`)
 COPIED = ("generation_config.json", "preprocessor_config.json", "processor_config.json", "added_tokens.json")
-SHARD = 2_000_000_000  # bytes of a file, at most; one larger weight gets a file of its own
-SPREAD = 0.02  # standard deviation of random weights, both authors' initializer_range
+SHARD = 2_000_000_000  # largest size of a file in bytes; a larger weight gets its own file
+SPREAD = 0.02  # standard deviation of random weights: initializer_range of both models
 
 
 @dataclass(frozen=True)
 class Published:
-    """What the hub has of a model beside its weights.
+    """Files of a published model, without its weights, and parameters of random weights.
 
-    folder: its JSON files. renames: from the names of weights in memory to those on the hub, as regular expressions.
-    embedding: standard deviation of the vocabulary's rows; Gemma multiplies them by the root of the width before the
-    first layer, so at SPREAD a few layers would hardly change them, and every token would predict itself. last_norm:
-    see the module.
+    folder: its JSON files. renames: regular expressions from names of weights in memory to those on the hub. embedding:
+    standard deviation of the vocabulary's rows. Gemma multiplies them by the square root of the width, so with SPREAD a
+    few layers would hardly change them, and every token would predict itself. last_norm: weight of the final norm, see
+    the module docstring.
     """
 
     folder: Path
@@ -42,18 +42,18 @@ class Published:
     last_norm: float
 
     def read(self, name: str) -> dict[str, Any]:
-        """One of its JSON files."""
+        """Read one of its JSON files."""
         content: dict[str, Any] = json.loads((self.folder / name).read_text("utf-8"))
         return content
 
     @property
     def gemma(self) -> bool:
-        """Whether norms multiply by one plus their weight, and the given tokenizer brings the hub's own template."""
+        """Return whether it is a Gemma: norms multiply by 1 + weight, and the real tokenizer has the chat template."""
         return bool(self.read("config.json")["model_type"] == "gemma3")
 
     @property
     def special(self) -> dict[int, str]:
-        """Special tokens by their ids."""
+        """Return the special tokens by their ids."""
         return {int(number): name for number, name in self.read("special_ids.json").items()}
 
 
@@ -78,9 +78,9 @@ PUBLISHED = {
 
 
 def shrunk(published: Published, layers: int | None, vision_layers: int | None, narrow: bool = False) -> dict[str, Any]:
-    """Its config.json with fewer layers; Gemma keeps layers of both kinds, from two layers on.
+    """Return config.json with fewer layers; from two layers on, Gemma keeps both kinds of attention.
 
-    `narrow`: and with widths that make sense only in tests in which nothing but the vocabulary has to be real.
+    `narrow`: also with small widths, for tests that need only the vocabulary at its real size.
     """
     config = published.read("config.json")
     text, vision = config.get("text_config", config), config["vision_config"]
@@ -90,7 +90,7 @@ def shrunk(published: Published, layers: int | None, vision_layers: int | None, 
     if layers is not None:
         text["num_hidden_layers"] = layers
         if "text_config" in config and layers < 6:
-            text["sliding_window_pattern"] = 2  # else no layer of the first five attends to everything
+            text["sliding_window_pattern"] = 2  # otherwise the first five layers would all have sliding windows
     if vision_layers is not None:
         vision["num_hidden_layers" if "num_hidden_layers" in vision else "depth"] = vision_layers
     return config
@@ -106,17 +106,17 @@ def write(
     narrow: bool = False,
     weights: bool = True,
 ) -> Path:
-    """Write a whole checkpoint.
+    """Write a complete model folder.
 
     Args:
-        model: A key of PUBLISHED.
-        folder: Where it is written; made if need be.
-        layers: Of the language model; None: all.
-        vision_layers: Of the vision tower; None: all.
+        model: Key of PUBLISHED.
+        folder: Folder to write, created if it is missing.
+        layers: Number of layers of the language model; None: all.
+        vision_layers: Number of layers of the vision tower; None: all.
         tokenizer: Folder with the real tokenizer.json (or tokenizer.json.gz) and tokenizer_config.json.
-        seed: Of the weights.
-        narrow: See `shrunk`.
-        weights: False leaves them out, and their index.
+        seed: Seed of the weights.
+        narrow: Use small widths, see `shrunk`.
+        weights: Write weights and their index.
     """
     published = PUBLISHED[model]
     folder.mkdir(parents=True, exist_ok=True)
@@ -135,7 +135,7 @@ def write(
 
 
 def tokenizer_files(published: Published, given: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """tokenizer.json and tokenizer_config.json, from a folder or made of the tiny model's."""
+    """Return tokenizer.json and tokenizer_config.json, from a folder or made from those of the tiny model."""
     template = {"chat_template": (published.folder / "chat_template.jinja").read_text("utf-8")}
     kept = published.read("tokenizer_config.json")
     if given is None:
@@ -143,7 +143,7 @@ def tokenizer_files(published: Published, given: Path | None) -> tuple[dict[str,
     plain = given / "tokenizer.json"
     text = plain.read_text("utf-8") if plain.is_file() else gzip.decompress((given / "tokenizer.json.gz").read_bytes())
     tokens = json.loads(text)
-    last = max(published.special)  # Qwen2.5's tokenizer has a few more than Qwen2-VL's
+    last = max(published.special)  # a tokenizer of Qwen2.5 may be given, which has a few more
     tokens["added_tokens"] = [added for added in tokens["added_tokens"] if added["id"] <= last]
     settings = json.loads((given / "tokenizer_config.json").read_text("utf-8"))
     decoder = settings.get("added_tokens_decoder", {})
@@ -153,7 +153,7 @@ def tokenizer_files(published: Published, given: Path | None) -> tuple[dict[str,
 
 
 def stretched(published: Published) -> dict[str, Any]:
-    """The tiny model's tokenizer with the special tokens at their published ids, and unused words between."""
+    """Return the tiny model's tokenizer with special tokens at their published ids, filled up with unused words."""
     from common.models.tiny import gemma3, qwen2_vl
 
     tiny = gemma3.build_tokenizer().backend_tokenizer if published.gemma else qwen2_vl.train_tokenizer()
@@ -179,13 +179,15 @@ def stretched(published: Published) -> dict[str, Any]:
 
 
 def write_weights(published: Published, folder: Path, seed: int) -> None:
-    """Random weights as bf16 shards with an index, under the names that the hub's files have."""
+    """Write random weights as bf16 shards with an index, under their names on the hub."""
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForImageTextToText
 
+    # shapes, without allocating memory
     with torch.device("meta"):
         empty = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
     shapes = {name: p.shape for name, p in empty.named_parameters() if "lm_head" not in name}
+    # shards of limited size, two bytes per number
     shards: list[dict[str, torch.Size]] = [{}]
     size = 0
     for name, shape in shapes.items():
@@ -206,21 +208,21 @@ def write_weights(published: Published, folder: Path, seed: int) -> None:
 
 
 def hub_name(published: Published, name: str) -> str:
-    """The name that a weight has on the hub."""
+    """Return the name of a weight on the hub."""
     for pattern, replacement in published.renames:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def drawn(published: Published, name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    """A weight in bf16: norms near the identity, biases of Qwen's attention and all matrices random."""
+    """Return a weight in bf16: norms near the identity, biases of Qwen and all matrices random."""
     norm = "norm" in name or "ln_q" in name
     if name == "model.language_model.norm.weight":
         value = torch.full(shape, published.last_norm)
     elif norm and not (published.gemma and "vision" not in name):
         value = torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
     elif norm or (published.gemma and name.endswith("bias")):
-        value = torch.zeros(shape)  # Gemma's norms multiply by one plus their weight
+        value = torch.zeros(shape)  # Gemma's norms multiply by 1 + weight
     else:
         spread = published.embedding if "embed_tokens" in name else SPREAD
         value = torch.empty(shape).normal_(0, spread, generator=generator)
@@ -228,7 +230,7 @@ def drawn(published: Published, name: str, shape: torch.Size, generator: torch.G
 
 
 def main() -> None:
-    """Write one from the command line."""
+    """Write a model folder from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=list(PUBLISHED))
     parser.add_argument("folder", type=Path)

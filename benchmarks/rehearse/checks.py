@@ -1,7 +1,7 @@
-"""Checks of a learner in one process: is what it loads, asks, samples and scores what the model's authors compute?
+"""Check a learner in one process: weights, prompts, sampling and scoring against processor and model of transformers.
 
-The other side is the stock processor and the stock forward of transformers, in fp32 arithmetic on the same weights
-(`common.forward.logprobs`): what is right differs by 1e-5 nats, what is wrong by a thousand times that, at every depth.
+The reference is the unchanged processor and forward of transformers, in fp32 arithmetic on the same weights
+(`common.forward.logprobs`). Correct results differ by 1e-5 nats, wrong ones by a thousand times that, at every depth.
 
 Shapes: P prompt tokens, R tokens of a reply.
 """
@@ -44,14 +44,14 @@ from common.runtime.group import init_process_group
 from common.training import agreement
 from common.vlm.learner import VLMLearner, sampling
 
-TOKENS, GROUP, COMPARED = 6, 3, 1  # of a completion; completions; how many of them go through stock forwards
-TRL_CASES = (setup.Case(700, 6, 4), setup.Case(700, 150, 4))  # CLS-RL on ImageNet: a label, a thought
-KERNELS = ("sdpa", "eager", "flash_attention_2")  # of transformers
+TOKENS, GROUP, COMPARED = 6, 3, 1  # tokens per completion; completions; how many are compared with transformers
+TRL_CASES = (setup.Case(700, 6, 4), setup.Case(700, 150, 4))  # CLS-RL on ImageNet: direct answers, with thinking
+KERNELS = ("sdpa", "eager", "flash_attention_2")  # attention implementations of transformers
 REASONING = "<think>Why? Round ears.</think>"
 
 
 def loading(learner: VLMLearner) -> Iterator[Line]:
-    """Every weight is that of the files, to the bit, under whatever name it has there."""
+    """Check that every weight equals that of the files bit for bit, under its name there."""
     folder = lineage(Path(learner.weights["path"]))[0]
     held = _held(learner.policy)
     known, differing = 0, []
@@ -60,7 +60,7 @@ def loading(learner: VLMLearner) -> Iterator[Line]:
             for name in shard.keys():  # noqa: SIM118  # it is no dict
                 if name not in held:
                     differing.append(f"{name} is not in the model")
-                elif held[name].dtype != torch.int8:  # what bitsandbytes has made of a matrix
+                elif held[name].dtype != torch.int8:  # int8: quantized by bitsandbytes
                     known += 1
                     same = torch.equal(held[name].cpu(), shard.get_tensor(name).to(held[name].dtype))
                     differing += [] if same else [f"{name} has another value"]
@@ -70,7 +70,7 @@ def loading(learner: VLMLearner) -> Iterator[Line]:
 
 
 def _held(policy: VLM) -> dict[str, torch.Tensor]:
-    """The weights in memory by the names that they have on the hub."""
+    """Return the weights in memory, by their names in transformers and on the hub."""
     base = without_adapters(policy.model)
     published = next(p for p in PUBLISHED.values() if p.read("config.json")["model_type"] == policy.family.model_type)
     inside = {
@@ -81,7 +81,7 @@ def _held(policy: VLM) -> dict[str, torch.Tensor]:
 
 
 def prompts(learner: VLMLearner, each: int = 2) -> Iterator[Line]:
-    """Ids, pixels and positions are the stock processor's and model's, and as long as the check before a run says."""
+    """Check that ids, pixels and positions equal those of transformers, and lengths those of the prompt meter."""
     policy = learner.policy
     meter = of_folder(Path(learner.weights["path"]), learner.config.model.family)
     asked = {"train": learner.prompts.train, **learner.prompts.evaluation}
@@ -93,7 +93,7 @@ def prompts(learner: VLMLearner, each: int = 2) -> Iterator[Line]:
         ids, categories = without_categories(encoded.ids, policy)
         same = {
             "ids": torch.equal(ids, stock["input_ids"][0]) and categories == prompt.categories,
-            "pixels": encoded.pixel_values is None  # ready features of a frozen tower
+            "pixels": encoded.pixel_values is None  # replaced by features of a frozen tower
             or torch.equal(encoded.pixel_values, stock["pixel_values"].to(encoded.pixel_values.dtype)),
             "positions": torch.equal(encoded.positions, stock_positions(policy, encoded.ids, stock)),
             "length": length == len(encoded.ids),
@@ -107,19 +107,20 @@ def prompts(learner: VLMLearner, each: int = 2) -> Iterator[Line]:
 
 
 def stock_group(policy: VLM, group: PromptGroup, temperature: float) -> torch.Tensor:
-    """`stock_logps` of the first completions of a group, one after the other. Shape: [T]."""
+    """Return `stock_logps` of the first completions of a group, concatenated. Shape: [T]."""
     return torch.cat([stock_logps(policy, group.prompt, ids, temperature) for ids in group.completions[:COMPARED]])
 
 
 @torch.no_grad()
 def forwards(learner: VLMLearner) -> Iterator[Line]:
-    """One sampled group: sampler, shared, plain and stock forward agree in exact arithmetic; rounding is told."""
+    """Check that sampler and shared, plain and stock forwards agree in exact arithmetic; report rounding errors."""
     policy, size = learner.policy, GROUP
     with learner._sampling():
         request, completions = sampled(learner, learner.rollout, size)
     decoding = decoding_of(learner)
     group = PromptGroup(request.encoded, tuple(completion.ids for completion in completions))
     scorer = PolicyScorer(policy.model, policy.banned, decoding.temperature, 128).to(policy.device)
+    # log-probabilities of the group, computed in several ways
     own = None if getattr(learner.rollout, "has_weight_copy", False) else learner.rollout
     found = agreement.measure(scorer, policy, group, own, request, decoding)
     trained = scorer(pack_shared([group], policy.family, policy.device), entropy=False)[0].cpu()
@@ -128,6 +129,7 @@ def forwards(learner: VLMLearner) -> Iterator[Line]:
         stock = stock_group(policy, group, decoding.temperature)
     with exact(policy.model):
         right = scorer.eval()(pack_shared([group], policy.family, policy.device), entropy=False)[0].cpu()
+    # differences between them
     gap, allowed = agreement.difference(trained, drawn), found.allowed_of_sampler
     yield within("shared against plain forward", "differ by", found.shared, found.allowed, "trainer.impl=plain")
     yield within(
@@ -160,7 +162,7 @@ def forwards(learner: VLMLearner) -> Iterator[Line]:
 def kernel(
     policy: VLM, group: PromptGroup, exact: torch.Tensor, kind: str, rounding: float, temperature: float
 ) -> Line:
-    """A stock attention kernel in the training's own arithmetic, against the exact forward of ours."""
+    """Compare an attention kernel of transformers, in the number format of training, with our exact forward."""
     if kind.startswith("flash") and find_spec("flash_attn") is None:
         return Line(f"kernel {kind}", "ok", "is not installed; nothing here asks for it")
     with stock_attention(policy, kind):
@@ -172,19 +174,19 @@ def kernel(
 
 
 def decoding_of(learner: VLMLearner) -> Decoding:
-    """As the run samples, but briefly and without cutting the distribution."""
+    """Return sampling parameters with the run's temperature, few tokens, and no top_k or top_p."""
     return Decoding(sampling(learner.config.rollout).temperature, 0, 1.0, TOKENS)
 
 
 def sampled(learner: VLMLearner, rollout: Rollout, size: int) -> tuple[Request, list[Any]]:
-    """A group for the first training prompt."""
+    """Sample a group for the first training prompt."""
     (request,) = requests(learner.encoder, learner.prompts.train[:1], ["rehearsal"])
     (completions,) = rollout.generate([request], size, decoding_of(learner))
     return request, completions
 
 
 def labels(learner: VLMLearner) -> Iterator[Line]:
-    """Names as replies, bare and after a reasoning, against the stock forward of each whole text, tokenised at once."""
+    """Check label scores, without and after reasoning, against the stock forward of the whole text."""
     policy, asks = learner.policy, learner.prompting
     prompt = learner.prompts.train[0]
     (encoded,) = learner.encoder([prompt])
@@ -197,6 +199,7 @@ def labels(learner: VLMLearner) -> Iterator[Line]:
             (found,), (apart,) = (each([encoded], [texts], [begun]) for each in (scorer, LabelScorer(policy, budget=1)))
         noise = max(noise, float(((found.logps - apart.logps) / found.lengths).abs().max()))  # in 8 bits, by the batch
         for number, text in enumerate(texts):
+            # tokenized in one piece; the tokens that end after the reasoning count for the name
             whole = tokenizer(begun + text, add_special_tokens=False)["input_ids"]
             stops = range(1, len(whole) + 1)
             ends = [len(tokenizer.decode(whole[:stop], clean_up_tokenization_spaces=False)) for stop in stops]
@@ -211,7 +214,7 @@ def labels(learner: VLMLearner) -> Iterator[Line]:
 
 
 def update(learner: VLMLearner) -> Iterator[Line]:
-    """One update as a run makes it, with its own self-checks: gradients that are not zero, and weights that move."""
+    """Make one update as in a run, self-checks included; check that gradients are not zero and weights change."""
     trainer = learner.make_trainer()
     learner.trainer = trainer
     policy = learner.policy
@@ -236,13 +239,13 @@ def update(learner: VLMLearner) -> Iterator[Line]:
 
 
 def learned(policy: VLM) -> list[tuple[str, torch.nn.Parameter]]:
-    """The weights that are trained, by name."""
+    """Return the trained weights with their names."""
     return [(name, p) for name, p in policy.model.named_parameters() if p.requires_grad]
 
 
 @torch.no_grad()
 def push(learner: VLMLearner, other: Rollout | None = None) -> Iterator[Line]:
-    """A sampler with weights of its own samples what the trainer scores, and still does when the weights change."""
+    """Check that a sampler with its own weights agrees with the trainer, also after the weights have changed."""
     policy, rollout = learner.policy, other or learner.rollout
     temperature = decoding_of(learner).temperature
     scorer = PolicyScorer(policy.model, policy.banned, temperature, 128).to(policy.device).eval()
@@ -264,6 +267,7 @@ def push(learner: VLMLearner, other: Rollout | None = None) -> Iterator[Line]:
     allowed = max(agreement.SAMPLER[policy.model.dtype], agreement.MULTIPLE * agreement.difference(rounded, right))
     yield within("sampler of its own", "differs by", first, allowed, "rollout=hf", "failed")
     for _, parameter in own:
+        # a change of the weights that the sampler must take over
         spread = float(parameter.float().std(correction=0)) or 0.02
         parameter.add_(torch.randn_like(parameter) * spread * 0.3)
     change = agreement.difference(scorer(packed, entropy=False)[0], rounded)
@@ -279,7 +283,7 @@ def push(learner: VLMLearner, other: Rollout | None = None) -> Iterator[Line]:
 
 
 def against_trl(learner: VLMLearner) -> Iterator[Line]:
-    """Scoring, loss and backward of a group in turn with TRL's trainer, which computes the same; Qwen2-VL only."""
+    """Compare scoring, loss and backward of a group with TRL's trainer, which computes the same; Qwen2-VL only."""
     folder, policy = lineage(Path(learner.weights["path"]))[0], learner.policy
     place = setup.Place(policy.device, learner.config.model.dtype)
     allowed = (1e-4, 1e-3) if place.dtype == "float32" else (0.1, 0.3)
@@ -295,7 +299,7 @@ def against_trl(learner: VLMLearner) -> Iterator[Line]:
 
 
 def arithmetic(device: torch.device) -> Iterator[Line]:
-    """How linear layers in bf16 round here, against sums in fp32 that are rounded once, as matrix units of GPUs do."""
+    """Check that linear layers in bf16 add up in fp32 and round once, as on GPUs."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(64, 1536, generator=generator).bfloat16().to(device)
     weight = (torch.randn(512, 1536, generator=generator) * SPREAD).bfloat16().to(device)
@@ -320,9 +324,9 @@ def checked(config: Config, folder: Path, names: Sequence[str]) -> list[Line]:
     """Build the learner of a configuration and check it.
 
     Args:
-        config: Of a run; none is made.
-        folder: Run folder, where the hashes of its prompts are kept; made if it is missing.
-        names: Of CHECKS.
+        config: Configuration of a run, which is not started.
+        folder: Run folder, where the hashes of its prompts are written; created if it is missing.
+        names: Names of checks in CHECKS.
     """
     os.environ.setdefault("LOCAL_RANK", "0")
     folder.mkdir(parents=True, exist_ok=True)
@@ -341,6 +345,6 @@ def checked(config: Config, folder: Path, names: Sequence[str]) -> list[Line]:
     return lines
 
 
-if __name__ == "__main__":  # lines.json, run folder, checks by commas, overrides
+if __name__ == "__main__":  # arguments: output file, run folder, checks separated by commas, overrides
     found = checked(composed(sys.argv[4:]), Path(sys.argv[2]), sys.argv[3].split(","))
     Path(sys.argv[1]).write_text(json.dumps([asdict(line) for line in found]), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a rehearsal reports: lines, each with its verdict, its figures, its seconds and its peak of memory."""
+"""Lines of a rehearsal's report: verdict, figures, seconds and peak memory of each check."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import torch
 
 @dataclass(frozen=True)
 class Line:
-    """One thing that was looked at.
+    """Result of one check.
 
-    verdict: `ok`; `off`: it works, but not as it should, `seen` says by how much; `failed`: a run would stop or teach
-    something wrong. fix: the key of the configuration to change. seconds and peak (GiB) are of the step it belongs to.
+    verdict: `ok`; `off`: it works, but not as it should (`seen` has the details); `failed`: a run would stop or train
+    something wrong. fix: key of the configuration to change. seconds and peak (GiB): those of the whole step.
     """
 
     check: str
@@ -30,19 +30,20 @@ class Line:
 
 
 def within(check: str, what: str, value: float, allowed: float, fix: str, wrong: str = "failed") -> Line:
-    """`ok` where a difference is at most what is allowed; one that is no number is not."""
+    """Return a line that is `ok` if a difference is at most the allowed one; NaN is not."""
     seen = f"{what} {value:.1e} (allowed: {allowed:.0e})"
     return Line(check, "ok" if value <= allowed else wrong, seen, fix, {"value": value, "allowed": allowed})
 
 
 def timed(check: Callable[[], Iterable[Line]], name: str, device: torch.device) -> list[Line]:
-    """The lines of a check, each with its seconds and its peak. What it raises is one failed line: the others go on.
+    """Return the lines of a check with its seconds and peak memory. An error becomes a failed line.
 
-    The peak is what PyTorch held of the GPU, or the resident memory of this process.
+    The peak is the GPU memory of PyTorch, or the resident memory of this process.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
+        # "5" resets VmHWM, which `peak` reads
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     began = time.perf_counter()
     try:
@@ -54,7 +55,7 @@ def timed(check: Callable[[], Iterable[Line]], name: str, device: torch.device) 
 
 
 def peak(device: torch.device) -> float:
-    """GiB at the highest since it was reset."""
+    """Return the peak memory since it was reset, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text("utf-8"))

@@ -1,4 +1,4 @@
-"""What the authors' own code makes of a question: the stock processor and the stock forward of transformers.
+"""Reference results by the unchanged processor and forward of transformers.
 
 Shapes: P prompt tokens, R tokens of a reply, A position axes.
 """
@@ -22,7 +22,7 @@ from common.types import CATEGORY, Prompt
 
 
 def stock_inputs(policy: VLM, prompt: Prompt, picture: Any) -> dict[str, torch.Tensor]:
-    """What transformers' own processor makes of a question, all in one call. One row."""
+    """Return the inputs that the processor of transformers makes of a prompt, in one call. One row."""
     conversation: list[dict[str, Any]] = copy.deepcopy(messages(prompt))
     for message in conversation:
         if isinstance(message["content"], str):
@@ -40,8 +40,9 @@ def stock_inputs(policy: VLM, prompt: Prompt, picture: Any) -> dict[str, torch.T
 
 
 def stock_positions(policy: VLM, ids: torch.Tensor, stock: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Position ids of a prompt as the model itself computes them. Shape: [P] -> [A, P]."""
+    """Return the position ids of a prompt that the model of transformers computes. Shape: [P] -> [A, P]."""
     base = without_adapters(policy.model)
+    # only models with M-RoPE have this method; the others count
     if not hasattr(base.model, "get_rope_index"):
         return torch.arange(len(ids))[None]
     kinds = (ids == base.config.image_token_id).int()[None]
@@ -55,7 +56,10 @@ def stock_positions(policy: VLM, ids: torch.Tensor, stock: dict[str, torch.Tenso
 
 
 def without_categories(ids: torch.Tensor, policy: VLM) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """Ids with one padding token for every category's embeddings, and which categories these were; -1: not whole."""
+    """Replace the ids of each category's embeddings by one padding token; also return the categories.
+
+    A category is -1 if its ids are incomplete or out of order.
+    """
     if policy.extra_embeddings is None:
         return ids, ()
     first, width = policy.extra_embeddings.first, policy.extra_embeddings.width
@@ -75,7 +79,7 @@ def without_categories(ids: torch.Tensor, policy: VLM) -> tuple[torch.Tensor, tu
 
 @contextmanager
 def stock_attention(policy: VLM, kind: str = "sdpa") -> Iterator[None]:
-    """Inside, the language model attends as transformers does, with masks of its own."""
+    """Use the attention and masks of transformers in the language model for a while."""
     text = without_adapters(policy.model).config.get_text_config()
     text._attn_implementation = kind
     try:
@@ -86,16 +90,18 @@ def stock_attention(policy: VLM, kind: str = "sdpa") -> Iterator[None]:
 
 @torch.no_grad()
 def stock_logps(policy: VLM, prompt: Encoded, reply: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """Log-probabilities of a reply by the stock forward of the whole sequence, one row. Shape: [R] -> [R]."""
+    """Return the log-probabilities of a reply by the stock forward of the whole sequence. Shape: [R] -> [R]."""
     model, device = without_adapters(policy.model), policy.device
     row = torch.cat([prompt.ids, reply])[None].to(device)
     inputs = {"input_ids": row, "attention_mask": torch.ones_like(row)}
     image = (row == model.config.image_token_id).long()
+    # Qwen2-VL and Gemma 3 have different names for this mask
     inputs["mm_token_type_ids" if prompt.grid is not None else "token_type_ids"] = image
     assert prompt.pixel_values is not None
     inputs |= policy.family.pixel_inputs([prompt.pixel_values], [] if prompt.grid is None else [prompt.grid])
     inputs = {name: value.to(device) for name, value in inputs.items()}
     was_training = model.training
+    # the position before each token of the reply predicts it; the last position predicts nothing here
     logits = model.eval()(**inputs, logits_to_keep=len(reply) + 1).logits[0, :-1]
     model.train(was_training)
     banned = torch.tensor(sorted(policy.banned), device=device)

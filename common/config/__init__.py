@@ -1,1 +1,1 @@
-"""The configuration: its types, and what Hydra does not check."""
+"""The configuration: types, checks beyond those of Hydra, run names, and help with misspelt keys."""

@@ -1,4 +1,4 @@
-"""Words of TRL, Hugging Face, verl, CoOp and W&B, and the key or group that is meant by them here."""
+"""Names of options in TRL, Hugging Face, verl, CoOp and W&B, with the corresponding key or group of this project."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Arguments that Hydra's grammar does not take as they are, although a user may mean nothing else by them.
+"""Rewrite command line arguments that Hydra's grammar would refuse although their meaning is clear.
 
-In a value it knows no `~`, no `=` and no letter beyond ASCII unless they are quoted, and the shell has already taken
-the quotes away: `data.folder=~/photos` would be an error.
+In an unquoted value Hydra accepts no `~`, no `=` and no letter beyond ASCII, but the shell has already removed quotes:
+`data.folder=~/photos` would be an error.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from hydra.errors import HydraException
 
 from common.types import UserError
 
-GRAMMAR = frozenset("'\"[]{}(),$\\")  # what has a meaning in a value
+GRAMMAR = frozenset("'\"[]{}(),$\\")  # characters with a meaning in Hydra's grammar
 
 
 def literal(arguments: Sequence[str]) -> list[str]:
-    """The arguments, those values quoted that Hydra could not read otherwise.
+    """Return the arguments, with quotes around values that Hydra could not parse otherwise.
 
     Raises:
-        UserError: Hydra cannot read a value, and what is meant by its brackets or quotes is not to be guessed.
+        UserError: Hydra cannot parse a value with brackets or quotes, so its meaning is unclear.
 
     >>> literal(["data=folder", "data.folder=~/photos", "shots=4", "--cfg", "job"])
     ['data=folder', "data.folder='~/photos'", 'shots=4', '--cfg', 'job']
@@ -35,10 +35,10 @@ def literal(arguments: Sequence[str]) -> list[str]:
 
 
 def of_each_run(arguments: Sequence[str]) -> list[str]:
-    """The arguments of a sweep, values of few-shot learners as choices of one.
+    """Return the arguments of a sweep, with single values of few-shot learners written as `choice(value)`.
 
-    Before it composes the runs of a sweep, Hydra composes the command line without what is swept, and applies all
-    other values to that. There `few_shot`, `clip` and `visual` may be null, although the runs have them.
+    Before the runs of a sweep, Hydra composes a configuration from the command line without the swept arguments. There
+    `few_shot`, `clip` and `visual` may be null although all runs have them; a `choice` is applied only to the runs.
 
     >>> of_each_run(["-m", "method=coop,cafo", "few_shot.epochs=2,3", "clip.views=2", "seed=1"])
     ['-m', 'method=coop,cafo', 'few_shot.epochs=2,3', 'clip.views=choice(2)', 'seed=1']
@@ -50,12 +50,12 @@ def of_each_run(arguments: Sequence[str]) -> list[str]:
 
 
 def _is_of_some(parser: OverridesParser, argument: str) -> bool:
-    """Whether it is one value of what only some runs have."""
+    """Return whether an argument sets a single value of few-shot learners or encoders, which only some runs have."""
     key, _, value = argument.partition("=")
     if not value or key.lstrip("+").partition(".")[0] not in ("few_shot", "clip", "visual") or "." not in key:
         return False
     override = parser.parse_override(argument)
-    return not override.is_sweep_override() and override.value() is not None  # Hydra knows no choice of null
+    return not override.is_sweep_override() and override.value() is not None  # Hydra has no `choice` of null
 
 
 def _is_sweep(arguments: Sequence[str]) -> bool:
@@ -69,13 +69,13 @@ def _is_sweep(arguments: Sequence[str]) -> bool:
 
 
 def _sweeps(folder: Path, name: str) -> bool:
-    """Whether a configuration of a folder, or one that it begins from, makes a sweep by itself."""
+    """Return whether a configuration file, or one in its defaults list, sets Hydra's mode to MULTIRUN."""
     path = folder / f"{name.removesuffix('.yaml')}.yaml"
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         mode, begins = values.get("hydra", {}).get("mode"), values.get("defaults", [])
     except (OSError, yaml.YAMLError, AttributeError):
-        return False  # Hydra says what is wrong with it
+        return False  # Hydra reports the mistake
     return mode == "MULTIRUN" or any(_sweeps(folder, each) for each in begins if isinstance(each, str))
 
 

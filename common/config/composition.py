@@ -1,10 +1,7 @@
-"""The configuration of a run: registered, checked, signed. The types are in common/config/schema.py.
+"""Register, validate, compare and name configurations; the types are in common/config/schema.py. Needs no torch.
 
-The types are registered under `schema/`, apart from the groups a user chooses from. `validate` does what Hydra leaves
-out: keys appended with `+`, unresolved values, rules across values, and calls to configured
-functions.
-
-Nothing here imports torch.
+Types are registered under `schema/`, apart from the groups a user chooses from. `validate` checks what Hydra does not:
+keys appended with `+`, unresolved values, rules across values, and arguments of configured functions.
 """
 
 from __future__ import annotations
@@ -64,17 +61,17 @@ SCHEMAS = {
     "rollout": RolloutConfig,
     "tracking": TrackingConfig,
 }
-# Keys that do not change a result: where it goes, how it is watched, how many processes compute it.
+# keys that do not change a result: output folder, tracking, number of processes
 NOT_IN_SIGNATURE = ("tracking", "label", "run_name", "gpus", "cache_dir", "checkpoint", "doctor", "manifest", "dry")
-# The manifest says which pictures were left out, so a run that met bad ones, or doubles, may continue.
+# A run with bad or duplicate images may resume with other values of these: its manifest lists the images left out.
 NOT_IN_SIGNATURE_OF_DATA = ("root", "cache_gb", "skip_bad", "duplicates", "near_duplicates", "own_photos", "licence")
-# A prompt is refused or asked whole; the ways to attend differ in rounding.
+# prompts are never cut, and the kinds of attention differ only in rounding
 NOT_IN_SIGNATURE_OF_MODEL = ("licence", "max_prompt_tokens", "attention")
-NOT_IN_SIGNATURE_OF_REWARDS = ("runtime",)  # of a reward that is computed elsewhere: address, patience, cache
+NOT_IN_SIGNATURE_OF_REWARDS = ("runtime",)  # of rewards computed by a server: address, timeouts, cache
 
 
 def of_shots(shots: int | str, values: list[Any]) -> Any:
-    """`${of_shots:${shots},[…]}`: the value of the field's 1, 2, 4, 8 or 16 shots, of others that of the next fewer.
+    """Resolve `${of_shots:${shots},[…]}`: values for 1, 2, 4, 8 and 16 shots; others take that of the next fewer.
 
     >>> of_shots(4, [10, 20, 40, 80, 160]), of_shots(5, [10, 20, 40, 80, 160]), of_shots("all", [10, 20, 40, 80, 160])
     (40, 40, 160)
@@ -84,17 +81,17 @@ def of_shots(shots: int | str, values: list[Any]) -> Any:
 
 
 def of_selection(selection: str, val: Any, paper: Any) -> Any:
-    """`${of_selection:${selection},…,…}`: a value for `selection=val`, and one for `selection=paper`."""
+    """Resolve `${of_selection:${selection},…,…}`: a value for `selection=val`, and one for `selection=paper`."""
     return paper if selection == "paper" else val
 
 
 def of_trainer(name: str, grpo: Any, sft: Any) -> Any:
-    """`${of_trainer:${trainer.name},…,…}`: a value for `trainer=grpo`, and one for `trainer=sft`."""
+    """Resolve `${of_trainer:${trainer.name},…,…}`: a value for `trainer=grpo`, and one for `trainer=sft`."""
     return grpo if name == "grpo" else sft
 
 
 def register() -> None:
-    """Make the schemas known to Hydra."""
+    """Register the schemas with Hydra."""
     store = ConfigStore.instance()
     for name, schema in SCHEMAS.items():
         store.store(group="schema", name=name, node=schema)
@@ -104,12 +101,13 @@ def validate(cfg: DictConfig, typed: Sequence[str] = ()) -> Config:
     """Check a composed configuration and return it as plain dataclasses.
 
     Args:
-        cfg: Without Hydra's own part.
-        typed: The overrides that a user gave, which must have an effect.
+        cfg: Composed configuration without the node `hydra`.
+        typed: Overrides that the user gave; each must have an effect.
 
     Raises:
-        UserError: With the key at fault.
+        UserError: Names the key at fault.
     """
+    # unknown keys and types
     if unknown := list(_unknown_keys(cfg)):
         raise UserError("; ".join(unknown_key(key, cfg) for key in unknown))
     try:
@@ -118,6 +116,7 @@ def validate(cfg: DictConfig, typed: Sequence[str] = ()) -> Config:
     except OmegaConfBaseException as error:
         raise user_error(error) or UserError(" ".join(str(error).split())) from error
     assert isinstance(config, Config)
+    # single values that the schema cannot check by itself
     if config.shots != "all" and (
         isinstance(config.shots, bool) or not isinstance(config.shots, int) or config.shots < 1
     ):
@@ -143,6 +142,7 @@ def validate(cfg: DictConfig, typed: Sequence[str] = ()) -> Config:
         raise UserError("evaluate=best chooses among the evaluations during training: set trainer.evaluate_every")
     if config.doctor is True and not isinstance(config.trainer, GRPOConfig):
         raise UserError(f"doctor=true examines GRPO trainings, but trainer={config.trainer.name}")
+    # rules across values, configured functions, and overrides without an effect
     consistency.check_iterations(config)
     consistency.check_overlap(config)
     consistency.check_deepspeed(config.deepspeed)
@@ -152,7 +152,7 @@ def validate(cfg: DictConfig, typed: Sequence[str] = ()) -> Config:
 
 
 def user_error(error: BaseException) -> UserError | None:
-    """The mistake behind an error of OmegaConf or Hydra, if a resolver of ours refused it; they wrap what it raises."""
+    """Return the UserError of a resolver that an error of OmegaConf or Hydra wraps, if there is one."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, UserError):
         cause = cause.__cause__ or cause.__context__
@@ -162,7 +162,7 @@ def user_error(error: BaseException) -> UserError | None:
 def _check_calls(config: Config, cfg: DictConfig) -> None:
     if "name" not in config.method:
         raise UserError("method.name is missing; see conf/method/ for examples")
-    if "_target_" in config.method:  # a learner without a language model asks nothing
+    if "_target_" in config.method:  # missing for learners without prompts
         _check_entry(cfg, config.method["_target_"], "method._target_", method_arguments(config))
     if config.model.family not in (*FAMILIES, NO_FAMILY) and "." not in config.model.family:
         raise UserError(
@@ -186,13 +186,13 @@ def _check_calls(config: Config, cfg: DictConfig) -> None:
         key = f"rewards.{name}.fn"
         is_class = isinstance(locate(entry["fn"], key), type)
         _check_entry(cfg, entry["fn"], key, arguments, given=0 if is_class else 1)
-    build_rewards(config.rewards)  # classes check their own arguments
+    build_rewards(config.rewards)  # reward classes check their arguments when created
     check_module(config.tracking.tracker, "tracking.tracker")
     _check_trainer(config.trainer)
 
 
 def _check_trainer(trainer: TrainerConfig) -> None:
-    """Check functions and classes of one's own; those of the project need torch, which takes seconds to import."""
+    """Check a user's own functions and classes; the defaults are skipped, since importing torch takes seconds."""
     if trainer.name == "none":
         return
     if trainer.optimizer != ADAMW or trainer.optimizer_options:
@@ -211,7 +211,7 @@ def _check_trainer(trainer: TrainerConfig) -> None:
 
 
 def _check_entry(cfg: DictConfig, path: str, key: str, arguments: dict[str, Any], given: int = 0) -> None:
-    """As `check_call`, for an entry of `cfg` whose keys are the arguments: a misspelt one is an unknown key."""
+    """Apply `check_call` to an entry of `cfg` whose keys are the arguments; report a misspelt one as unknown key."""
     if unknown := unknown_arguments(path, key, arguments):
         raise UserError(unknown_key(f"{key.rpartition('.')[0]}.{unknown[0]}", cfg))
     check_call(path, key, arguments, given)
@@ -228,12 +228,12 @@ def _check_data(key: str, data: DataConfig, cfg: DictConfig) -> None:
 
 
 def method_arguments(config: Config) -> dict[str, Any]:
-    """Keyword arguments of the method: its config entry without the entry's own bookkeeping."""
+    """Return the keyword arguments of the method: its entry without `_target_` and `name`."""
     return {key: value for key, value in config.method.items() if key not in ("_target_", "name")}
 
 
 def _unknown_keys(node: DictConfig, path: str = "") -> Iterator[str]:
-    """Dotted names of keys that were appended with `+` and that no schema knows."""
+    """Yield dotted names of keys that were appended with `+` and are in no schema."""
     schema = OmegaConf.get_type(node)
     known = {f.name for f in fields(schema)} if is_dataclass(schema) else None
     for name in node:
@@ -248,20 +248,20 @@ def _unknown_keys(node: DictConfig, path: str = "") -> Iterator[str]:
 
 
 def values_of(config: Config) -> dict[str, Any]:
-    """The configuration as nested dicts and lists; this is what W&B and the run folder get."""
+    """Return the configuration as nested dicts and lists, as W&B and the run folder get it."""
     found: dict[str, Any] = json.loads(json.dumps(asdict(config)))
     return found
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
-    """A composed configuration, resolved, as nested dicts and lists."""
+    """Return a composed configuration, resolved, as nested dicts and lists."""
     container = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
 
 
 def decides_result(values: dict[str, Any]) -> dict[str, Any]:
-    """The part of a plain configuration that a result depends on."""
+    """Return the part of a plain configuration that a result depends on."""
     kept = {key: value for key, value in values.items() if key not in NOT_IN_SIGNATURE}
     if "data" in kept:
         kept["data"] = _without(kept["data"], NOT_IN_SIGNATURE_OF_DATA)
@@ -270,7 +270,7 @@ def decides_result(values: dict[str, Any]) -> dict[str, Any]:
         kept["setting"] = kept["setting"] | {"targets": targets}
     if "model" in kept:
         model = _without(kept["model"], NOT_IN_SIGNATURE_OF_MODEL)
-        kept["model"] = model if model.get("path") is None else model | {"recipe": None}  # not used then
+        kept["model"] = model if model.get("path") is None else model | {"recipe": None}  # unused if path is given
     if few_shot_of(kept) is None:
         kept = _without(kept, ("clip", "visual", "few_shot", "selection"))
     if rewards := kept.get("rewards"):
@@ -279,7 +279,7 @@ def decides_result(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def few_shot_of(values: dict[str, Any]) -> str | None:
-    """The few-shot learner that a run fits: its method's own, or the draft of its method; None: none."""
+    """Return the name of the few-shot learner that a run fits, as its method or for drafts; None: it fits none."""
     method = values.get("method", {})
     is_fitted = "learner" in method or method.get("draft") == "few_shot"
     return (values.get("few_shot") or {}).get("name") if is_fitted else None
@@ -290,13 +290,13 @@ def _without(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def signature(values: dict[str, Any]) -> str:
-    """Twelve hex digits that name a configuration; equal for equal results."""
+    """Return 12 hexadecimal digits, equal for configurations with equal results."""
     text = json.dumps(decides_result(values), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> list[str]:
-    """Every value that differs between two nested dicts.
+    """Return every value that differs between two nested dicts.
 
     >>> differences({"shots": 4, "data": {"name": "dtd"}}, {"shots": 8, "data": {"name": "dtd"}})
     ['shots: 4 -> 8']
@@ -311,30 +311,29 @@ def differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> lis
     return lines
 
 
-# The name of a run: `<label>-<preset>-<method>-<data>-<setting>-<protocol>-<model>-s<shots>-seed<seed>-<hash>`.
+# Names of runs: `<label>-<preset>-<method>-<data>-<setting>-<protocol>-<model>-s<shots>-seed<seed>-<hash>`.
 #
-# conf/config.yaml writes it out; this module gives the two ends. In front stand the user's label and the chosen
-# presets. Behind stand the first six digits of the configuration's signature, so the points of any sweep have names
-# of their own, and the same configuration has the same name on every machine.
+# conf/config.yaml has the pattern; the resolvers here give its beginning (label and presets) and its end, the first
+# digits of the signature. So all points of a sweep have different names, and names are equal on all machines.
 
-WORD = re.compile(r"\w[\w.+=-]*")  # part of a folder's name on every system
+WORD = re.compile(r"\w[\w.+=-]*")  # allowed in a folder's name on every system
 DIGITS = 6
 REFERS = "a value of the run refers to run_name, which depends on it"
-_being_named: set[int] = set()
+_being_named: set[int] = set()  # ids of configurations whose suffix is being computed, to detect cycles
 
 
 def register_resolvers(signature: Callable[[dict[str, Any]], str]) -> None:
-    """Make `${run_prefix:}`, `${run_suffix:}` and, the same for all seeds, `${group_suffix:}` known to OmegaConf.
+    """Register `${run_prefix:}`, `${run_suffix:}` and, the same for all seeds, `${group_suffix:}` with OmegaConf.
 
     Args:
-        signature: From a plain configuration to its signature.
+        signature: Function from a plain configuration to its signature.
     """
 
     def suffix(*, _root_: DictConfig) -> str:
         return f"-{signature(_letters_only(_root_))[:DIGITS]}"
 
     def of_any_seed(*, _root_: DictConfig) -> str:
-        if id(_root_) in _being_named:  # the group itself is among the values
+        if id(_root_) in _being_named:  # the group's name would depend on itself
             raise UserError(REFERS)
         alike = _root_.copy()
         alike.seed = 0
@@ -349,7 +348,7 @@ def register_resolvers(signature: Callable[[dict[str, Any]], str]) -> None:
 
 
 def run_prefix(root: DictConfig) -> str:
-    """The label and the presets, a dash behind each.
+    """Return the label and the presets, with a dash behind each.
 
     Raises:
         UserError: The label cannot be part of a folder's name.
@@ -362,12 +361,12 @@ def run_prefix(root: DictConfig) -> str:
 
 
 def presets(root: DictConfig) -> list[str]:
-    """The chosen options of the group `experiment` but `none`; empty where only Hydra's compose API made the config."""
+    """Return the chosen options of the group `experiment` except `none`; empty without a Hydra application."""
     if "hydra" not in root and not HydraConfig.initialized():
         return []
     facts = root["hydra"] if "hydra" in root else HydraConfig.get()
     chosen = facts.runtime.choices.get("experiment")
-    if chosen is None:  # Hydra records a choice of one option, not of a list
+    if chosen is None:  # Hydra records the choice of one option, but not of a list
         lists = [given.partition("=")[2] for given in facts.overrides.task if given.startswith("experiment=")]
         chosen = lists[-1] if lists else ""
     names = (name.strip() for name in str(chosen).strip("[]").split(","))
@@ -375,10 +374,10 @@ def presets(root: DictConfig) -> list[str]:
 
 
 def _letters_only(root: DictConfig) -> dict[str, Any]:
-    """The configuration as nested dicts, without Hydra's own part and the name.
+    """Return the configuration as nested dicts, without the node `hydra` and the name of the run.
 
-    What cannot be resolved stays as it is written: a value that refers to the name itself, or a mistake, which the
-    check of the configuration names afterwards.
+    Values that cannot be resolved stay interpolations: those that refer to the name, and mistakes, which `validate`
+    reports later.
     """
     if id(root) in _being_named:
         raise UserError(REFERS)
@@ -395,7 +394,8 @@ def _letters_only(root: DictConfig) -> dict[str, Any]:
     return values
 
 
-register_resolvers(signature)  # here, since a launcher's worker imports this module but does not call `register`
+# at import, because a worker of a Hydra launcher imports this module but does not call `register`
+register_resolvers(signature)
 OmegaConf.register_new_resolver("of_shots", of_shots, replace=True)
 OmegaConf.register_new_resolver("of_selection", of_selection, replace=True)
 OmegaConf.register_new_resolver("of_trainer", of_trainer, replace=True)

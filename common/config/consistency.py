@@ -1,4 +1,4 @@
-"""Values that do not go together, each in range by itself."""
+"""Check combinations of values that are valid one by one but not together."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from common.config.schema import Config, GRPOConfig
 from common.types import UserError
 
-# Handed to DeepSpeed as they are; batch sizes, clipping and precision follow from other values.
+# keys passed on to DeepSpeed; batch sizes, clipping and precision follow from other values
 DEEPSPEED_KEYS = {
     *(
         "zero_optimization",
@@ -24,7 +24,7 @@ DEEPSPEED_KEYS = {
 
 
 def check_iterations(config: Config) -> None:
-    """A checkpoint falls between two rollout batches: a batch that is half used is not saved."""
+    """Check that checkpoints fall between two rollout batches, since a partly used batch is not saved."""
     if not isinstance(config.trainer, GRPOConfig):
         return
     several = config.trainer.num_iterations
@@ -37,7 +37,7 @@ def check_iterations(config: Config) -> None:
 
 
 def check_overlap(config: Config) -> None:
-    """What is sampled an update ahead has to be weighed by how far the policy has moved since."""
+    """Check that `rollout.overlap`, which samples with weights one update old, comes with importance correction."""
     trainer = config.trainer
     if not config.rollout.overlap or not isinstance(trainer, GRPOConfig):
         return
@@ -54,7 +54,7 @@ def check_overlap(config: Config) -> None:
 
 
 def check_deepspeed(values: dict[str, Any]) -> None:
-    """Keys that DeepSpeed would pass over in silence."""
+    """Check the keys of the DeepSpeed configuration; DeepSpeed would ignore unknown ones."""
     if unknown := sorted(values.keys() - DEEPSPEED_KEYS):
         raise UserError(f"unknown config key deepspeed.{unknown[0]}; known are {', '.join(sorted(DEEPSPEED_KEYS))}")
     stage = values.get("zero_optimization", {}).get("stage", 0)
@@ -64,10 +64,10 @@ def check_deepspeed(values: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Overruled:
-    """A key that another value makes meaningless.
+    """Rule about a key that has no effect because of another value.
 
-    key: it, and all below it. by: what goes first, from the configuration: `key=value`; None: the key counts. fix: what
-    would give it an effect.
+    key: the key, with all keys below it. by: function from a configuration to the other value as `key=value`, or to
+    None if the key has an effect. fix: how to give it an effect.
     """
 
     key: str
@@ -76,7 +76,7 @@ class Overruled:
 
 
 def _if(key: str, holds: Callable[[Any], bool]) -> Callable[[Config], str | None]:
-    """`key=value` of a configuration, if that holds for the value; None where there is no such key."""
+    """Return a function for `Overruled.by`: it gives `key=value` if the key exists and the condition holds."""
 
     def by(config: Config) -> str | None:
         value: Any = config
@@ -95,7 +95,7 @@ def _given(value: Any) -> bool:
 
 
 def _not_fitted(config: Config) -> str | None:
-    """What decides that a run fits no few-shot learner; None: it fits one."""
+    """Return the value because of which a run fits no few-shot learner, as `key=value`; None: it fits one."""
     if "learner" in config.method or config.method.get("draft") == "few_shot":
         return None
     return f"method.draft={config.method['draft']}" if "draft" in config.method else f"method={config.method['name']}"
@@ -148,14 +148,14 @@ OVERRULED = (
 
 
 def check_typed(config: Config, typed: Sequence[str]) -> None:
-    """What a user typed has an effect.
+    """Check that every override of the user has an effect.
 
     Args:
-        config: What became of it.
-        typed: Overrides of the command line, or of a sweep's point.
+        config: Validated configuration.
+        typed: Overrides of the command line, or of one run of a sweep.
 
     Raises:
-        UserError: Names what goes first.
+        UserError: Names the value that makes an override meaningless.
     """
     given = {key.lstrip("+"): value for key, _, value in (each.partition("=") for each in typed) if key[:1] != "~"}
     if "run_name" in given and given.get("label", "null") != "null":

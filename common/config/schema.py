@@ -1,4 +1,8 @@
-"""Types of the configuration: one dataclass per group of conf/, and what each refuses by itself."""
+"""Types of the configuration: one dataclass per group of conf/.
+
+YAML files hold the values, these classes the types, so Hydra refuses misspelt keys and wrong types. Rules about single
+groups are in `__post_init__`, rules across groups in common/config/composition.py.
+"""
 
 from __future__ import annotations
 
@@ -10,29 +14,31 @@ from omegaconf import MISSING
 
 from common.types import UserError
 
-CONF = Path(__file__).parent.parent.parent / "conf"  # the options, in the checkout and in the wheel
+CONF = Path(__file__).parent.parent.parent / "conf"  # at this place both in the checkout and in the wheel
 
 
 def one_of(key: str, value: object, allowed: tuple[str | bool, ...]) -> None:
-    """Refuse a value that is not among `allowed`."""
+    """Raise a UserError if a value is not among `allowed`."""
     if value not in allowed:
         names = [str(choice).lower() if isinstance(choice, bool) else choice for choice in allowed]
         raise UserError(f"{key}={value}: choose one of {', '.join(names)}")
 
 
 def positive(key: str, value: float) -> None:
-    """Refuse zero and below."""
+    """Raise a UserError if a value is zero or below."""
     if not value > 0:
         raise UserError(f"{key}={value} must be above 0")
 
 
-# Types of the configuration groups `learner`, `clip` and `visual`.
+# Groups `learner`, `clip` and `visual`.
 
 
 @dataclass
 class LearnerConfig:
-    """What is trained and tested (common/learner.py). build: its class. check: a function that checks its
-    configuration. needs_shots: it learns from the few-shot images without a `trainer`, too, so its classes are theirs.
+    """The kind of learner that is trained and tested (common/learner.py).
+
+    build: its class. check: function that checks its configuration. needs_shots: it uses the few-shot images even
+    without a `trainer`, so its classes are those of these images.
     """
 
     name: str = MISSING
@@ -43,12 +49,12 @@ class LearnerConfig:
 
 @dataclass
 class EncoderConfig:
-    """A frozen encoder of pictures, whose features few-shot learners are fitted on.
+    """A frozen image encoder whose features few-shot learners are fitted on.
 
-    load: the function that makes it, null: none; options: its arguments. dtype: that it computes in, and that features
-    are kept in. views: random views of a training picture before a training repeats them, and as many others for keys;
-    null: another one in every epoch. crop: shares of the picture that they cover, null: the learner's own. flip: the
-    probability that one is mirrored.
+    load: function that loads it, null: none. options: arguments of that function. dtype: number format of computation
+    and stored features. views: number of random views of a training image, after which training repeats them, and
+    number of further ones for cache keys; null: a new view in every epoch. crop: smallest and largest share of the
+    image that a view covers; null: the learner's default. flip: probability that a view is mirrored.
     """
 
     name: str = MISSING
@@ -73,17 +79,19 @@ class EncoderConfig:
 
 @dataclass
 class ClipConfig(EncoderConfig):
-    """A CLIP, which also reads. templates: sentences with {} for a class name. prompts: a JSON file of sentences for
-    every class instead.
+    """A CLIP model, which also encodes text.
+
+    templates: prompt templates with {} for a class name. prompts: JSON file with sentences for every class, instead of
+    templates.
     """
 
     templates: list[str] = field(default_factory=lambda: ["a photo of a {}."])
     prompts: str | None = None
 
 
-# Types of the configuration groups that say what is asked: dataset, setting, protocol.
+# Groups `data`, `setting` and `protocol`.
 
-# What common/data/sampling.py can draw; see `Sampling` there.
+# see `Sampling` in common/data/sampling.py
 SAMPLERS = ("coop", "clsrl")
 VALIDATIONS = ("few", "full", "none", "held_out")
 TEST_ROWS = ("test", "val_and_test")
@@ -91,16 +99,16 @@ TEST_ROWS = ("test", "val_and_test")
 
 @dataclass
 class DataConfig:
-    """A dataset: where it lies, who reads it, what is asked about it.
+    """A dataset: its location, its reader, and the questions about its images.
 
     reader: `_target_` and keyword arguments of the function that finds images and labels. hub: the same for
-    `source=hub`, where such an id is known. root: the folder of all datasets. folder: this one's, inside root or
-    absolute. cache_gb: disk space for decoded images. aliases: JSON file, class name to other words for it. published:
-    the sizes to expect. duplicates: what to do about pictures that are there twice (`warn`, `refuse`, `ignore`).
-    near_duplicates: look for pictures that look alike, too; null: among up to 20,000 pictures. background: colour
-    behind what is transparent, as a name (black) or in hexadecimal ('#80a0ff'). own_photos: nobody else's picks are to
-    be met, so unusable images are replaced, and the folder may also be inside the working directory. licence: of the
-    pictures, for model cards.
+    `source=hub`, if an id on the hub is known. root: folder of all datasets. folder: folder of this one, inside root or
+    absolute. cache_gb: disk space for decoded images. aliases: JSON file from class names to synonyms. published:
+    expected sizes of the splits. duplicates: what to do about duplicate images (`warn`, `refuse`, `ignore`).
+    near_duplicates: also look for near-duplicates; null: if there are at most 20,000 images. background: colour behind
+    transparent parts, as a name (black) or in hexadecimal ('#80a0ff'). own_photos: the few-shot images need not equal
+    those of other people's runs, so unusable images are replaced, and the folder may also be inside the working
+    directory. licence: licence of the images, for model cards.
     """
 
     name: str = MISSING
@@ -150,11 +158,12 @@ def _check_colour(key: str, value: str) -> None:
 
 @dataclass
 class SettingConfig:
-    """What the model is tested on relative to what it was trained on.
+    """Which classes and datasets the model is tested on, relative to the training data.
 
-    build: the function that assembles the splits. list_share: share of the class names that a question lists; 0: the
-    question is open. targets: datasets to test on besides; test_on: their names, null: all of them. test_per_class:
-    test on so many images of each class, the same ones for all seeds but what these train on; null: on all.
+    build: function that assembles the splits. list_share: share of the class names that a question lists; 0: open
+    question. targets: further datasets to test on. test_on: names of the targets to use, null: all of them.
+    test_per_class: number of test images of each class, the same ones for all seeds except images that a seed trains
+    on; null: all images.
     """
 
     name: str = MISSING
@@ -173,9 +182,9 @@ class SettingConfig:
 
 @dataclass
 class ProtocolConfig:
-    """Choices in which the CLS-RL authors' code and a sound evaluation differ, each a switch of its own.
+    """Choices in which the code of the CLS-RL authors and a sound evaluation differ, as separate switches.
 
-    articles: an answer may begin with a, an or the; in the evaluation's strict match alone, never in a reward.
+    articles: accept an answer that begins with a, an or the; only in the strict match of evaluations, never in rewards.
     """
 
     name: str = MISSING
@@ -204,15 +213,12 @@ class ProtocolConfig:
         one_of("protocol.sft_target", self.sft_target, ("label", "tagged"))
 
 
-# Types of the configuration: one dataclass per group of conf/.
-#
-# YAML files hold the values, these classes the types, so a misspelt key or a wrong type is refused while Hydra
-# composes. Rules about single groups stand in `__post_init__`; rules across groups in common/config/composition.py.
+# The other groups, and the whole configuration.
 
-# Adapters of architectures; `model.family` may also be the dotted path of one's own (see common/models/families.py).
-NO_FAMILY = "none"  # of a run whose learner is no language model
+# short names of model families; `model.family` may also be a dotted path (see common/models/families.py)
+NO_FAMILY = "none"  # for learners without a language model
 FAMILIES = {"qwen2_vl": "common.models.families.Qwen2VL", "gemma3": "common.models.families.Gemma3"}
-# What common/training/grpo/ can compute; sources in its docstrings.
+# choices of common/training/grpo/; sources in its docstrings
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 LEVELS = ("token", "sequence")
 SCALINGS = ("group", "batch", "none")
@@ -224,8 +230,8 @@ CORRECTIONS = ("none", "token_truncate", "token_mask", "sequence_truncate", "seq
 class LoraConfig:
     """Low-rank adapters of rank `r` (0: fine-tune all weights) on modules whose full name matches `targets`.
 
-    targets: null for none of them. projector: what is trained beside them of the projector between vision tower and
-    language model: `none`, `lora` (its matrices) or `full` (all its weights; with r=0 nothing else).
+    targets: regular expression; null: no modules. projector: what is also trained of the projector between vision tower
+    and language model: `none`, `lora` (adapters on its matrices) or `full` (all its weights; with r=0 nothing else).
     """
 
     r: int = 0
@@ -244,21 +250,21 @@ class LoraConfig:
 
     @property
     def wraps(self) -> bool:
-        """Whether the model's own weights stay as they are and something beside them is trained."""
+        """Return whether PEFT wraps the model, so that its own weights stay frozen."""
         return self.r > 0 or self.projector == "full"
 
 
 @dataclass
 class ModelConfig:
-    """A model: a folder (whole or adapters) or hub id (`path`); without one, what the module `recipe` makes.
+    """A model: a folder (whole model or adapters) or hub id (`path`), or built by the module `recipe`.
 
-    resize: how an image becomes image_size x image_size: `squash`, `crop` (shorter side, then the centre) or `pad`.
-    max_prompt_tokens: longer prompts are refused; null: those that the model cannot read. image_attention: `family`
-    (the architecture's own) or `causal`. attention: how completions reach the keys of their prompt, with the same
-    result: `copy` (one for each), `merge` (none), or what suits the sizes (`auto`). freeze_vision: tower and projector,
-    but for what `lora.projector` trains. feature_cache_gb: disk space for image features of a frozen tower, 0: no
-    cache. load_in_8bit: bitsandbytes' LLM.int8(), for the base of adapters or without training. licence: of the
-    weights.
+    resize: how an image becomes image_size x image_size: `squash`, `crop` (resize the shorter side, then centre crop)
+    or `pad`. max_prompt_tokens: longer prompts are refused; null: only those beyond the context length.
+    image_attention: `family` (that of the architecture) or `causal`. attention: how completions attend to their prompt,
+    with the same result: `copy` (each has a copy of its keys), `merge` (no copies), or by size (`auto`).
+    freeze_vision: freeze vision tower and projector, except for what `lora.projector` trains. feature_cache_gb: disk
+    space for image features of a frozen tower, 0: no cache. load_in_8bit: LLM.int8() of bitsandbytes, for the base of
+    adapters or without training. licence: licence of the weights.
     """
 
     name: str = MISSING
@@ -301,11 +307,11 @@ GRPO_ADVANTAGES = "common.training.grpo.loss.grpo_advantages"
 class TrainerConfig:
     """Optimisation shared by GRPO and SFT; an update is one optimiser step over `prompts_per_update` prompts.
 
-    embedding_learning_rate: of embeddings that a method puts behind the vocabulary; null: as the rest. embeddings: they
-    are parameters on every `device`, or stay on the `host`, which lends a batch the rows that it needs. patience: the
-    training ends after so many evaluations without a better one; 0: it goes on. optimizer: a class with the signature
-    of torch's; it is given `params`, `lr` and, if it takes them, `betas` and `weight_decay`. optimizer_options: its
-    other arguments.
+    embedding_learning_rate: learning rate of embeddings behind the vocabulary; null: that of the other weights.
+    embeddings: keep these embeddings as parameters on every `device`, or on the `host`, from which a batch fetches the
+    rows that it needs. patience: early stopping after so many evaluations without a better one; 0: off. optimizer:
+    class with the signature of torch's optimizers; it gets `params`, `lr` and, if it takes them, `betas` and
+    `weight_decay`. optimizer_options: further arguments of the optimizer.
     """
 
     name: str = MISSING
@@ -359,9 +365,9 @@ class TrainerConfig:
 class GRPOConfig(TrainerConfig):
     """Group Relative Policy Optimization (arXiv 2402.03300).
 
-    loss: a function `(LossInputs, GRPOConfig, **loss_options) -> LossOutputs`. advantages: a function `(parts [K, N,
-    G], weights [K], GRPOConfig, **advantages_options) -> [N, G]` from the rewards of all completions of the update.
-    Both are described in common/training/grpo/loss.py.
+    loss: function `(LossInputs, GRPOConfig, **loss_options) -> LossOutputs`. advantages: function `(parts [K, N, G],
+    weights [K], GRPOConfig, **advantages_options) -> [N, G]` of the rewards of all completions of the update. Both are
+    described in common/training/grpo/loss.py.
     """
 
     loss: str = GRPO_LOSS
@@ -416,9 +422,9 @@ class GRPOConfig(TrainerConfig):
 class RolloutConfig:
     """How completions are sampled for training, and how many tokens evaluation may use.
 
-    options: keyword arguments of the backend. check: a function of the configuration that refuses, before any weights
-    are loaded, what the backend cannot do; null: nothing to refuse. overlap: sample the next batch while the update
-    runs, one update old; a resumed run samples that batch anew, so it does not repeat the undisturbed one.
+    options: keyword arguments of the backend. check: function that checks, before weights are loaded, whether the
+    backend supports the configuration; null: none. overlap: sample the next batch during an update, with weights that
+    are one update old; a resumed run samples that batch again, so it differs from an uninterrupted run.
     """
 
     name: str = MISSING
@@ -442,12 +448,13 @@ class RolloutConfig:
 
 @dataclass
 class TrackingConfig:
-    """Weights & Biases. `mode: auto` is online with an API key and offline without one.
+    """Logging to Weights & Biases. `mode: auto` is online with an API key and offline without one.
 
-    completions_every: updates between two tables of sampled completions. completions_rows, predictions_rows: rows of
-    such a table, and of one of predictions at the end. thumbnails: small copies of that many pictures per split, and of
-    as many trained ones, stay in the run folder for its report; 0: none. report: whether a run ends with report.html.
-    tracker: a class with the constructor of `WandbTracker` and the members of `Tracker` (common/run/tracking.py).
+    completions_every: number of updates between two tables of sampled completions. completions_rows, predictions_rows:
+    rows of such a table, and of the table of predictions at the end. thumbnails: number of images per split, and of
+    training images, of which small copies are kept in the run folder for its report; 0: none. report: write report.html
+    at the end of a run. tracker: class with the constructor of `WandbTracker` and the members of `Tracker`
+    (common/run/tracking.py).
     """
 
     name: str = MISSING
@@ -468,8 +475,10 @@ class TrackingConfig:
 
 @dataclass
 class CheckpointConfig:
-    """When to write one (every so many updates, and whenever an evaluation is the best; 0: only then and at the end),
-    and how many to keep.
+    """When checkpoints are written, and how many are kept.
+
+    every: number of updates between two checkpoints; 0: only at the best evaluation, which always writes one, and at
+    the end.
     """
 
     every: int = 50
@@ -483,7 +492,7 @@ class CheckpointConfig:
 
 @dataclass
 class Config:
-    """One run."""
+    """Configuration of one run."""
 
     method: dict[str, Any] = field(default_factory=dict)
     data: DataConfig = MISSING

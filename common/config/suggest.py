@@ -1,7 +1,7 @@
-"""What a misspelt key, group or option probably means.
+"""Suggest corrections for misspelt keys, groups and options.
 
-Hydra says of every unknown key that a `+` would append it, which then fails. Here the nearest key that exists is named,
-also for the words of other frameworks, and a `+` only where it works.
+Hydra advises to append any unknown key with `+`, which then fails. The functions here suggest the most similar key,
+also for names from other frameworks (aliases.py), and a `+` only where it works.
 """
 
 from __future__ import annotations
@@ -28,18 +28,19 @@ from common.plugins import locate
 from common.types import UserError
 
 GROUPS = sorted({file.parent.name for file in CONF.glob("*/*.yaml")})
-CLOSE = 0.75  # of two words that differ by a slip of the finger
+CLOSE = 0.75  # lowest similarity of two words that may differ by a typing error
 
 
 def explain(error: Exception, arguments: Sequence[str]) -> str | None:
-    """One line about an unknown key, group or option of the command line or of a YAML file; None for other errors.
+    """Return one line about an unknown key, group or option of command line or YAML files; None for other errors.
 
     Args:
-        error: From Hydra's composition.
-        arguments: Of the command line.
+        error: Error of Hydra's composition.
+        arguments: Command line arguments.
     """
     text = f"{error} {error.__cause__ or ''}"
-    if isinstance(error, AssertionError):  # OmegaConf's own, of a value below a group that is null
+    # OmegaConf fails with an assertion if a value is set in a group that is null
+    if isinstance(error, AssertionError):
         return below_nothing(arguments) if "Unexpected type" in text else None
     if "Config group override must be" in text or "Error resolving interpolation" in text:
         return no_option(arguments)
@@ -52,13 +53,14 @@ def explain(error: Exception, arguments: Sequence[str]) -> str | None:
         return f"{bare[1]}: this is no key=value; a value with blanks needs quotes: 'key=two words'"
     if "Could not load 'hydra/launcher/submitit_" in text:
         return "hydra/launcher=slurm needs a package: uv pip install hydra-submitit-launcher (docs/scaling.md)"
-    if isinstance(error, RuntimeError):  # of a launcher, or of what a run does
+    if isinstance(error, RuntimeError):  # from a launcher, or from the run itself
         advice = (
             "hydra/launcher=slurm: there is no srun here; submit from a cluster, or try hydra/launcher=submitit_local"
         )
         if refused := re.findall(r"sbatch: error: (.+?)(?=\.?\s+(?:sbatch: error:|Command ')|\s*$)", text):
             return f"SLURM takes no such job ({'; '.join(refused)}); change the values of hydra.launcher"
         return advice if 'Could not detect "srun"' in text else None
+    # unknown options and keys: the patterns match the messages of Hydra and OmegaConf
     where = file[0] if (file := re.match(r"In '[^']*/[^']*': ", text)) else ""
     if missing := re.search(r"Could not find '(\S+)/([^'/]+)'\s+Available options in '[^']+':((?:\n\t\S+)+)", text):
         return where + unknown_option(missing[1], missing[2], missing[3].split())
@@ -69,7 +71,7 @@ def explain(error: Exception, arguments: Sequence[str]) -> str | None:
 
 
 def no_option(arguments: Sequence[str]) -> str | None:
-    """One line about the first group that was given something else than a name, such as null or a list."""
+    """Return one line about the first group whose value is not the name of an option, but null or a list, say."""
     for argument in arguments:
         group, _, value = argument.partition("=")
         if group in GROUPS and not re.match(r"[A-Za-z_]", value.replace("null", "")):
@@ -80,9 +82,10 @@ def no_option(arguments: Sequence[str]) -> str | None:
 
 
 def below_nothing(arguments: Sequence[str]) -> str | None:
-    """One line about the first value of a group of which nothing is chosen."""
+    """Return one line about the first argument that sets a value in a group without a chosen option."""
     keys = [key for key in (each.lstrip("+~").partition("=")[0] for each in arguments) if "." in key]
-    for cfg in (_composed(arguments), _composed([])):  # of a sweep, the first run may have what another has not
+    # In a sweep, `_composed` shows the first run, which may have a group that another run lacks.
+    for cfg in (_composed(arguments), _composed([])):
         for key in keys:
             if _lacks_group(key, cfg):
                 return unknown_key(key, cfg, arguments)
@@ -90,25 +93,25 @@ def below_nothing(arguments: Sequence[str]) -> str | None:
 
 
 def _lacks_group(key: str, cfg: DictConfig) -> bool:
-    """Whether the key's group is null: encoders and values of few-shot learners, where a run has none."""
+    """Return whether the key's group is null, as encoders and few-shot learners are in runs without them."""
     group = key.partition(".")[0]
     return group in GROUPS and group in cfg and cfg[group] is None
 
 
 def unknown_option(group: str, option: str, options: Sequence[str]) -> str:
-    """One line about an option that a group does not have."""
+    """Return one line about an option that a group does not have."""
     near = get_close_matches(option, options, 1)
     hint = f"; did you mean {group}={near[0]}?" if near else ";"
     return f"Could not find '{group}/{option}'{hint} Available options in '{group}': {' '.join(options)}"
 
 
 def unknown_key(key: str, cfg: DictConfig, arguments: Sequence[str] = ()) -> str:
-    """One line about a key that no schema knows, with what is probably meant.
+    """Return one line about a key that is in no schema, with a suggestion.
 
     Args:
-        key: Dotted.
-        cfg: The composed configuration, without the key or with it where a `+` has appended it.
-        arguments: Of the command line, for the value that was given.
+        key: Dotted name.
+        cfg: Composed configuration, without the key or, if a `+` has appended it, with it.
+        arguments: Command line arguments, for the value that was given.
     """
     parts = key.split(".")
     if parts[0] == "few_shot" and parts[-1] and set(parts[1:-1]) & set(options("few_shot")):
@@ -133,7 +136,8 @@ def unknown_key(key: str, cfg: DictConfig, arguments: Sequence[str] = ()) -> str
 
 
 def nearest(key: str, cfg: DictConfig) -> list[str]:
-    """The keys and groups that are probably meant, the likeliest first; with a `+` what has to be appended."""
+    """Return the most similar keys and groups, the best first; those that must be appended begin with `+`."""
+    # candidates: keys of this run, groups, keys that may be appended, names from other frameworks
     parent, _, leaf = key.partition("@")[0].lower().replace("-", "_").rpartition(".")
     known = [name for name in _keys(cfg) if name != key and name.startswith("hydra.") == key.startswith("hydra.")]
     words = [(_leaf(name), name) for name in (*known, *GROUPS, *_appendable(key.rpartition(".")[0], cfg))]
@@ -146,12 +150,12 @@ def nearest(key: str, cfg: DictConfig) -> list[str]:
             scores[name] = max(scores.get(name, 0.0), likeness + same_parent / 3)
     best = sorted(scores, key=lambda name: (-scores[name], name))
     best = [name for name in best if scores[name] > scores[best[0]] - 0.05]
-    # a word that stands everywhere, such as `name`, does not say what is meant
+    # more than three candidates mean a word that occurs everywhere, such as `name`: suggest none
     return (best if len(best) <= 3 else []) + ([f"+{key}"] if _takes_any(key, cfg) else [])
 
 
 def needs(key: str, cfg: DictConfig) -> str:
-    """Which other options of the key's group have the key, in words; empty if none has."""
+    """Return a phrase about the other options of the key's group that have the key; empty if none has."""
     group, _, rest = key.partition(".")
     having = owners(group, rest)
     chosen = OmegaConf.select(cfg, f"{group}.name", default=None)
@@ -160,12 +164,12 @@ def needs(key: str, cfg: DictConfig) -> str:
 
 
 def owners(group: str, key: str) -> list[str]:
-    """The options of a group whose own files have a key."""
+    """Return the options of a group whose files contain a key."""
     return [option for option in options(group) if key and key in _keys(_written(group, option))]
 
 
 def _shown(name: str, cfg: DictConfig, value: str) -> str:
-    """How a suggestion is printed: a group with its options, a key that this run does not have with what it needs."""
+    """Return a suggestion as text: a group with its options, a key that this run lacks with the option it needs."""
     if name in GROUPS:
         return f"{name}={value if value in options(name) else '|'.join(options(name))}"
     if name == "hydra.run.dir":
@@ -175,7 +179,7 @@ def _shown(name: str, cfg: DictConfig, value: str) -> str:
 
 
 def _keys(values: Any, path: str = "") -> list[str]:
-    """The dotted names of everything in nested dicts."""
+    """Return the dotted names of all keys in nested dicts."""
     if isinstance(values, DictConfig):
         values = OmegaConf.to_container(values, resolve=False)
     names = []
@@ -191,19 +195,19 @@ def _leaf(name: str) -> str:
 
 
 def options(group: str) -> list[str]:
-    """The options of a group in conf/, by the alphabet; empty if there is no such group."""
+    """Return the options of a group in conf/, sorted; empty if there is no such group."""
     return sorted(file.stem for file in (CONF / group).glob("*.yaml")) if group in GROUPS else []
 
 
 def _written(group: str, option: str) -> dict[str, Any]:
-    """What an option's own file says of its group."""
+    """Return the values that the file of an option sets in its group."""
     text = (CONF / group / f"{option}.yaml").read_text(encoding="utf-8")
     values = yaml.safe_load(text) or {}
     return values.get(group, {}) if "@package _global_" in text else values
 
 
 def _appendable(parent: str, cfg: DictConfig) -> list[str]:
-    """Keys that an entry takes besides those it has, with their `+`: further arguments of the function it names."""
+    """Return keys, with their `+`, that may be appended to an entry: further arguments of the function it names."""
     if parent == "deepspeed":
         return [f"+deepspeed.{name}" for name in sorted(DEEPSPEED_KEYS - cfg.deepspeed.keys())]
     node = OmegaConf.select(cfg, parent, default=None) if parent else None
@@ -212,12 +216,12 @@ def _appendable(parent: str, cfg: DictConfig) -> list[str]:
     try:
         parameters = inspect.signature(locate(path, parent)).parameters.values()
     except (UserError, ValueError):
-        return []  # the function itself is at fault, which is said where it is called
+        return []  # the check of the call reports it
     return [f"+{parent}.{p.name}" for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in node]
 
 
 def _takes_any(key: str, cfg: DictConfig) -> bool:
-    """Whether the key stands in a dictionary to which a `+` may add any name."""
+    """Return whether the key is in a dictionary to which a `+` may add any name."""
     parent = key.rpartition(".")[0]
     node = (
         OmegaConf.select(cfg, parent, default=None) if parent == "rewards" or parent.startswith("deepspeed.") else None
@@ -226,13 +230,13 @@ def _takes_any(key: str, cfg: DictConfig) -> bool:
 
 
 def _may_be_deleted(name: str, cfg: DictConfig) -> bool:
-    """Whether `~name` works: only what lies in a free dictionary can go."""
+    """Return whether `~name` works: only keys of dictionaries without a schema can be deleted."""
     node = OmegaConf.select(cfg, name.rpartition(".")[0], default=None) if "." in name and name[0] != "+" else None
     return isinstance(node, DictConfig) and OmegaConf.get_type(node) is dict
 
 
 def _composed(arguments: Sequence[str]) -> DictConfig:
-    """The configuration of the groups that the command line chooses, without its values; else the default one."""
+    """Return the configuration with the groups that the command line chooses, without its values; else the default."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config-dir", "-cd")
     known, rest = parser.parse_known_args(arguments)
@@ -248,5 +252,5 @@ def _composed(arguments: Sequence[str]) -> DictConfig:
     ):
         try:
             return hydra.compose("config", chosen, return_hydra_config=True)
-        except HydraException:  # one of the options is the mistake
+        except HydraException:  # one of the chosen options does not exist
             return hydra.compose("config", [], return_hydra_config=True)

@@ -1,7 +1,8 @@
-"""What a configuration from a folder may name. A run folder or an export is made to be given away, and its config.yaml
-names functions and classes that are imported and called: so only this project's own are, and only where they belong.
+"""Check which code the configuration of a run folder or an export may name.
 
-What a user composes from conf/ and the command line is not restricted.
+Such folders are passed on, and their config.yaml names functions and classes that are imported and called. Only those
+of this project are allowed, and each only at its proper key. Configurations from conf/ and the command line are not
+restricted.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ from common.config.schema import ADAMW, FAMILIES, NO_FAMILY
 from common.types import UserError
 
 OWN = ("common", "alert", "clsrl")
-Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where libyaml is; neither makes objects
+Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # with libyaml ten times as fast; neither creates objects
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a place of the configuration takes.
+    """Kind of code that a key of the configuration may name.
 
-    members: that a class has, itself or from its bases. parameters: the first ones of a function, by name. returns: its
-    annotation; None: any. Where members and parameters are given, it is a function, or a class whose objects are called
-    so. module: it is a module with these functions.
+    members: names that a class must have, itself or from its bases. parameters: names of a function's first
+    parameters. returns: return annotation; None: any. With both members and parameters, either a function or a class
+    with such a `__call__`. module: a module with these members as functions.
     """
 
     what: str
@@ -46,7 +47,7 @@ OPTIMIZER = Kind("optimizer", ("step", "state_dict", "load_state_dict"))
 SAMPLER = Kind("sampler", ("generate", "refresh", "rest", "wake", "close"))
 LEARNER = Kind("few-shot learner", ("check_val", "begin", "step", "end", "logits", "state", "restore"))
 READER = Kind("reader of a dataset", parameters=("location",), returns="Source")
-# The places that name code, by key; `*` is any name. tests/test_trust.py finds every other one in the source.
+# Keys whose values name code; `*` is any name. tests/test_trust.py checks that no other key in the source does.
 PLACES: dict[tuple[str, ...], Kind] = {
     ("method", "_target_"): METHOD,
     ("model", "family"): FAMILY,
@@ -70,19 +71,19 @@ PLACES: dict[tuple[str, ...], Kind] = {
         for source in ("reader", "hub")
         for place, kind in {
             ("_target_",): READER,
-            ("reader",): READER,  # the one that common.data.noisy reads with
+            ("reader",): READER,  # the reader that common.data.noisy wraps
             ("fallback", "_target_"): Kind("split", parameters=("location", "images", "rng"), returns="Parts"),
         }.items()
     },
 }
-ANYTHING = Kind("part")  # of a place that nothing reads yet
+ANYTHING = Kind("part")  # for `_target_` and `fn` at any other key
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The configuration that a run wrote. YAML's plain values alone: a tag that would make an object is refused.
+    """Read the configuration of a run: plain YAML values only, since tags could create objects.
 
     Raises:
-        UserError: It is damaged, or no run wrote it.
+        UserError: The file is damaged, or was not written by a run.
     """
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader)
@@ -97,13 +98,14 @@ def check(values: Mapping[str, Any], source: Path, trust_code: bool = False) -> 
     """Refuse a loaded configuration that would run foreign code or read this machine's environment.
 
     Args:
-        values: As they will be used.
-        source: The file, for errors.
-        trust_code: Whoever asks knows who made the folder: any code may be named.
+        values: Values as they will be used.
+        source: Configuration file, for errors.
+        trust_code: Allow any code, because the user trusts the author of the folder.
 
     Raises:
-        UserError: Lists what would be run.
+        UserError: Lists the code that would be run.
     """
+    # an interpolation such as ${oc.env:HOME} would be resolved here
     if key := next(_interpolations(values), None):
         raise UserError(
             f"{source}: {key} holds ${{…}}, which would be looked up on this machine; a run writes every value out, so"
@@ -120,7 +122,7 @@ def check(values: Mapping[str, Any], source: Path, trust_code: bool = False) -> 
 
 
 def kind_of(path: tuple[str, ...]) -> Kind | None:
-    """What the place at a path takes; None: it names no code."""
+    """Return the kind of code that a key may name; None: its value names no code."""
     for place, kind in PLACES.items():
         if len(place) == len(path) and all(part in ("*", name) for part, name in zip(place, path, strict=True)):
             return kind
@@ -128,7 +130,7 @@ def kind_of(path: tuple[str, ...]) -> Kind | None:
 
 
 def _named(values: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any, Kind]]:
-    """Every place that names code: key, value, and what it takes."""
+    """Yield every key whose value names code, with the value and the kind allowed there."""
     for name, value in values.items() if isinstance(values, Mapping) else enumerate(values):
         here = (*path, str(name))
         if value is not None and (kind := kind_of(here)):
@@ -138,9 +140,10 @@ def _named(values: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any, 
 
 
 def _foreign(value: Any, kind: Kind) -> str:
-    """Why a value must not be run; empty: it may."""
+    """Return why a value must not be run; empty if it may."""
     if (kind is FAMILY and value in (*FAMILIES, NO_FAMILY)) or (kind is OPTIMIZER and value == ADAMW):
         return ""
+    # the name is checked before the import, which already runs code
     if not isinstance(value, str) or not re.fullmatch(r"\w+(\.\w+)+", value) or value.partition(".")[0] not in OWN:
         return "is not of this project"
     try:
@@ -150,7 +153,7 @@ def _foreign(value: Any, kind: Kind) -> str:
         else:
             parts = [getattr(import_module(value.rpartition(".")[0]), value.rpartition(".")[2])]
     except (ImportError, AttributeError):
-        return ""  # there is nothing to run, as whoever looks for it will say
+        return ""  # nothing would be run; the error follows where it is loaded
     if not all(map(_is_own, parts)):
         return "is not defined in this project"
     if kind.module or kind is ANYTHING or _fits(parts[0], kind):
@@ -159,7 +162,7 @@ def _foreign(value: Any, kind: Kind) -> str:
 
 
 def _is_own(thing: object) -> bool:
-    """Whether it is a function or a class that this project defines, and not one that a module has imported."""
+    """Return whether it is a function or class defined in this project, not one that a module has imported."""
     if not (inspect.isfunction(thing) or isinstance(thing, type)) or thing.__module__.partition(".")[0] not in OWN:
         return False
     return getattr(sys.modules.get(thing.__module__), thing.__qualname__, None) is thing
@@ -177,12 +180,12 @@ def _fits(thing: Any, kind: Kind) -> bool:
 
 
 def _first(function: Any, count: int) -> tuple[str, ...]:
-    """The names of its first parameters."""
+    """Return the names of a function's first parameters."""
     return tuple(inspect.signature(function).parameters)[:count]
 
 
 def _interpolations(values: Any, path: str = "") -> Iterator[str]:
-    """Keys of texts that OmegaConf would resolve, such as `${oc.env:HOME}`."""
+    """Yield keys of texts that OmegaConf would resolve, such as `${oc.env:HOME}`."""
     if isinstance(values, str):
         if "${" in values:
             yield path

@@ -1,1 +1,1 @@
-"""Vision-language models: files, architectures, and the embedded tiny one."""
+"""Vision-language models: files, architectures, adapters, and the tiny models that ship with the code."""

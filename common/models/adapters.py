@@ -1,7 +1,4 @@
-"""What is trained beside a model's own weights: LoRA adapters (arXiv 2106.09685) and a copy of its projector.
-
-New ones, and those that a run has written.
-"""
+"""Add and load adapters: LoRA (arXiv 2106.09685) and a trainable copy of the projector."""
 
 from __future__ import annotations
 
@@ -18,12 +15,14 @@ from common.types import UserError
 
 
 def without_adapters(model: Any) -> Any:
-    """The `*ForConditionalGeneration` itself; its layers still carry the adapters of the PEFT model around it."""
+    """Return the `*ForConditionalGeneration` inside a PEFT model; its layers keep their adapters."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def add(model: Any, lora: LoraConfig, family: type[Family]) -> Any:
-    """Wrap the model with adapters that change nothing yet, without dropout, which shared prefixes do not allow.
+    """Wrap the model with new adapters, which change nothing yet.
+
+    They have no dropout: completions that share a prompt would share its dropout mask.
 
     Raises:
         UserError: The targets match no module, or the projector cannot be trained.
@@ -36,17 +35,18 @@ def add(model: Any, lora: LoraConfig, family: type[Family]) -> Any:
     whole = None
     if lora.r > 0 and lora.targets is not None:
         targets = [lora.targets]
-        # beside a projector that matches, PEFT only warns
+        # PEFT raises only if nothing matches at all, but the projector always does
         if lora.projector != "none" and not any(_fits(lora.targets, name) for name, _ in model.named_modules()):
             raise UserError(f"model.lora.targets={lora.targets} matches no module of the model")
     if lora.projector == "lora":
         linear, parameters = _matrices(model, family.projector)
+        # one regular expression for all: PEFT takes either one or a list of names
         targets = [f"({one})" for one in [*targets, *linear]]
     elif lora.projector == "full":
         whole = [family.projector]
         _in_full_precision(model, family.projector)
     config = LoraConfig(
-        r=max(lora.r, 1),  # PEFT wants a rank even where nothing has one
+        r=max(lora.r, 1),  # PEFT requires r >= 1 even if only the projector is trained
         lora_alpha=lora.alpha,
         target_modules="|".join(targets) or ([] if parameters else DUMMY_TARGET_MODULES),
         target_parameters=parameters or None,
@@ -70,9 +70,9 @@ def _fits(pattern: str, name: str) -> bool:
 
 
 def _matrices(model: Any, name: str) -> tuple[list[str], list[str]]:
-    """What LoRA can adapt in a module: its linear layers, as a pattern, or else its bare matrices, by name.
+    """Return what LoRA can adapt in a module: linear layers as regular expressions, else names of bare matrices.
 
-    Gemma 3's projector multiplies with a parameter of its own. The norms before it have no matrix and stay as they are.
+    Gemma 3's projector is such a bare parameter. Norms have no matrix and are not adapted.
     """
     from torch.nn import Linear
 
@@ -82,7 +82,7 @@ def _matrices(model: Any, name: str) -> tuple[list[str], list[str]]:
 
 
 def _in_full_precision(model: Any, name: str) -> None:
-    """Let a module of a bf16 model compute in fp32, as adapters are kept: bf16 would round small updates away.
+    """Let a module of a bf16 model compute in fp32, like adapters: bf16 would round small updates away.
 
     Raises:
         UserError: Its weights are in 8 bits.
@@ -93,6 +93,7 @@ def _in_full_precision(model: Any, name: str) -> None:
             f"model.lora.projector=full, but model.load_in_8bit=true keeps weights of {name} in 8 bits, which cannot be"
             " trained; set model.lora.projector=lora"
         )
+    # the rest of the model keeps its format, so inputs and outputs are cast at the border of the module
     outside = next(module.parameters()).dtype
     module.float()
     module.register_forward_pre_hook(_inwards)
@@ -100,7 +101,7 @@ def _in_full_precision(model: Any, name: str) -> None:
 
 
 def _inwards(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Asks for the format of the weights, because merging brings back the model's own."""
+    """Cast the input to the number format of the weights; merging turns them back into that of the model."""
     return (inputs[0].to(next(module.parameters()).dtype), *inputs[1:])
 
 
@@ -109,12 +110,12 @@ def _outwards(outside: Any, module: Any, inputs: tuple[Any, ...], output: Any) -
 
 
 def restore(model: Any, folder: Path, merge: bool) -> Any:
-    """Put the adapters of a folder on the model that they were trained on.
+    """Load the adapters of a folder onto the model that they were trained on.
 
     Args:
-        model: Their base.
-        folder: As `save_pretrained` of a PEFT model wrote it.
-        merge: Add them to the weights; the model is then one without adapters, all of it trainable. False: wrap it.
+        model: Base of the adapters.
+        folder: Folder that `save_pretrained` of a PEFT model wrote.
+        merge: Add them to the weights and return a model without adapters, all of it trainable. False: wrap it.
 
     Raises:
         UserError: They do not fit the model.
@@ -132,7 +133,7 @@ def restore(model: Any, folder: Path, merge: bool) -> Any:
         wrapped.peft_config["default"].base_model_name_or_path = None  # else PEFT looks for the base on the hub
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the adapters in {folder} do not load: {' '.join(str(error).split())}") from error
-    # PEFT only warns, and leaves the others as if they had not been trained
+    # PEFT only warns about names that differ, and leaves those adapters at their initial values
     if strange := sorted(written ^ get_peft_model_state_dict(wrapped).keys()):
         raise UserError(f"the adapters in {folder} do not fit their base, first: {strange[0]}")
     if not merge:
@@ -140,14 +141,14 @@ def restore(model: Any, folder: Path, merge: bool) -> Any:
     merged = wrapped.merge_and_unload().requires_grad_(True)
     for name in whole:
         merged.get_submodule(name).to(merged.dtype)
-    merged.name_or_path = str(folder)  # adapters trained on top belong on this folder, not on the first base alone
+    merged.name_or_path = str(folder)  # PEFT writes it as the base of adapters that are trained next
     return merged
 
 
 def name_base(folder: Path, path: str, commit: str) -> None:
-    """Let written adapters say which model of the hub they belong on, instead of where this machine keeps it.
+    """Write id and commit of a hub model as the base of saved adapters, instead of a path on this machine.
 
-    Not before: PEFT would ask the hub for it whenever it writes.
+    Do this after saving: given a hub id, PEFT would query the hub whenever it saves.
     """
     settings = folder / ADAPTERS[0]
     config = json.loads(settings.read_text(encoding="utf-8")) | {"base_model_name_or_path": path, "revision": commit}

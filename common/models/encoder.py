@@ -1,4 +1,4 @@
-"""Prompts as tensors: text to ids, picture to pixels, and where each token sits.
+"""Encode prompts as tensors: token ids, pixels (or image features) and position ids.
 
 Shapes: P prompt tokens, A position axes, D width.
 """
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A prompt as tensors: expanded ids [P], position ids [A, P], and its image.
+    """Prompt as tensors: ids [P] with expanded image tokens, position ids [A, P], and its image.
 
-    The image is given as `pixel_values` (with `grid` where the family has one), or as ready `features` [image tokens,
-    D] of a frozen vision tower, or not at all. blocks: [P], see `Family.blocks`.
+    The image is given as `pixel_values` (with `grid` if the family has one), or as `features` [image tokens, D] of a
+    frozen vision tower, or not at all. blocks: [P], see `Family.blocks`.
     """
 
     ids: torch.Tensor
@@ -40,7 +40,7 @@ class Encoded:
 
 
 class Encoder:
-    """Prompts to tensors, with a bounded memory (first in, first out), so that small runs decode each image once."""
+    """Encoder of prompts with a bounded cache (first in, first out), so that small runs decode each image once."""
 
     def __init__(
         self,
@@ -52,11 +52,11 @@ class Encoder:
     ) -> None:
         """
         Args:
-            vlm: Its processor is used, and its vision tower if there is a store.
-            load_images: From keys to RGB pictures of the model's size (see `common.data.loading.Loader`).
-            max_tokens: Limit on a prompt's length, image tokens included; None: none.
-            store: Images become features of the frozen vision tower at once, kept here; None: pixels.
-            cache_bytes: Bound on the remembered tensors.
+            vlm: Model whose processor is used, and whose vision tower if there is a store.
+            load_images: Function from keys to RGB images of the model's size (see `common.data.loading.Loader`).
+            max_tokens: Limit on a prompt's length, image tokens included; None: no limit.
+            store: Store for features of the frozen vision tower, which replace pixels; None: return pixels.
+            cache_bytes: Largest size of the cache.
         """
         self.vlm, self.load_images, self.max_tokens = vlm, load_images, max_tokens
         self.store, self.cache_bytes, self.used = store, cache_bytes, 0
@@ -70,6 +70,7 @@ class Encoder:
         """
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.memory]
         fresh = dict(zip(missing, self._encode(missing), strict=True)) if missing else {}
+        # collected before the cache is trimmed, which may drop any of them
         encodings = [fresh[prompt] if prompt in fresh else self.memory[prompt] for prompt in prompts]
         for prompt, encoded in fresh.items():
             self.memory[prompt] = encoded
@@ -79,7 +80,7 @@ class Encoder:
         return encodings
 
     def set_images(self, load_images: Callable[[Sequence[str]], list[Image]]) -> None:
-        """Take pictures from elsewhere; a key may stand for another one now, so nothing is remembered."""
+        """Replace the source of images and clear the cache, since a key may stand for another image now."""
         self.load_images = load_images
         self.memory.clear()
         self.used = 0
@@ -88,9 +89,9 @@ class Encoder:
         processor, family, config = self.vlm.processor, self.vlm.family, self.vlm.model.config
         pictures = [[picture] for picture in self.load_images([p.image for p in prompts])]
         texts = [self._render(prompt) for prompt in prompts]
-        # the template has already written what begins a conversation
+        # add_special_tokens=False, because the template has already written what begins a sequence (Gemma: <bos>)
         batch = processor(text=texts, images=pictures, padding=True, return_tensors="pt", add_special_tokens=False)
-        keep = batch["attention_mask"].bool()
+        keep = batch["attention_mask"].bool()  # the padding that made one batch is removed again
         encoded = []
         for row, (prompt, (pixels, grid)) in enumerate(zip(prompts, family.images(batch), strict=True)):
             ids = self._with_categories(prompt, batch["input_ids"][row][keep[row]])
@@ -106,19 +107,19 @@ class Encoder:
         return encoded
 
     def unexpanded(self, prompt: Prompt) -> torch.Tensor:
-        """The ids of a prompt with one placeholder for its image, as engines take them that render images. Shape: [U].
+        """Return the ids of a prompt with a single placeholder for its image, as vLLM takes them. Shape: [U].
 
-        The processor's own ids differ in that the placeholder stands for as many tokens as the image has.
+        In the ids of the processor, the placeholder is repeated for every image token.
         """
         ids = self.vlm.processor.tokenizer(self._render(prompt), add_special_tokens=False)["input_ids"]
         return self._with_categories(prompt, torch.tensor(ids))
 
     def pictures(self, prompt: Prompt) -> list[Image]:
-        """The picture of a prompt at the model's size."""
+        """Return the image of a prompt at the model's size."""
         return self.load_images([prompt.image])
 
     def _render(self, prompt: Prompt) -> str:
-        """The conversation as the chat template writes it; padding marks where category embeddings go."""
+        """Return the rendered chat; a padding token marks every place of a category's embeddings."""
         processor = self.vlm.processor
         text = processor.apply_chat_template(messages(prompt), tokenize=False, add_generation_prompt=True)
         return str(text).replace(CATEGORY, processor.tokenizer.pad_token)
@@ -132,7 +133,7 @@ class Encoder:
 
     @torch.no_grad()
     def _features(self, pixels: torch.Tensor, grid: torch.Tensor | None) -> torch.Tensor:
-        """Token embeddings of one image. Shape: [image tokens, D]."""
+        """Return the token embeddings of one image, from the store if it has them. Shape: [image tokens, D]."""
         assert self.store is not None
         key = self.store.key(pixels, grid)
         features = self.store.get(key)
@@ -141,6 +142,7 @@ class Encoder:
             inputs = self.vlm.family.pixel_inputs([pixels], [] if grid is None else [grid])
             base = without_adapters(self.vlm.model)
             output = base.get_image_features(**{name: x.to(device) for name, x in inputs.items()}).pooler_output
+            # Qwen2-VL returns a tuple with one tensor per image, Gemma 3 one tensor [1, image tokens, D]
             parts = list(output) if isinstance(output, tuple | list) else [output.flatten(0, -2)]
             features = torch.cat(parts).cpu()
             self.store.put(key, features)

@@ -1,8 +1,8 @@
-"""Trainable embeddings beyond the vocabulary: token ids that no text has and no sampler can draw.
+"""Trainable embeddings behind the vocabulary: token ids that occur in no text and are never sampled.
 
-A table of entries, each `width` rows of the model's input width, stands behind the vocabulary: entry e, row j is the id
-`first + e * width + j`. To the model such ids are text: they take one position each and are attended causally. The
-output projection does not know them, so they never enter a distribution.
+They form a table of entries with `width` rows each; row j of entry e has the id `first + e * width + j`. In the model
+such ids are like text: each takes one position and is attended causally. The output projection has no rows for them,
+so they have no probability.
 
 Shapes: E entries, m rows of an entry, D width, P prompt tokens.
 """
@@ -20,18 +20,18 @@ from common.models.adapters import without_adapters
 
 
 class ExtraEmbeddings(torch.nn.Module, ABC):
-    """Stands in the place of a model's input embedding.
+    """Input embedding module that wraps the model's own and adds rows behind the vocabulary.
 
-    The rows are input embeddings as the first layer sees them: a scale that the vocabulary's own embedding applies
-    (Gemma: the square root of D) is not applied to them, as it is not to image features.
+    The rows go into the first layer as they are: like image features, they are not scaled as the model's own
+    embedding scales its rows (Gemma: by the square root of D).
     """
 
     def __init__(self, embedding: Any, count: int, width: int, trainable: bool) -> None:
         """
         Args:
-            embedding: The model's own.
-            count: E.
-            width: m.
+            embedding: Input embedding of the model.
+            count: Number of entries, E.
+            width: Rows of an entry, m.
             trainable: Whether the rows get gradients.
         """
         super().__init__()
@@ -41,27 +41,27 @@ class ExtraEmbeddings(torch.nn.Module, ABC):
 
     @abstractmethod
     def table(self) -> torch.Tensor:
-        """All rows as they are now. Shape: [E, m, D]."""
+        """Return all rows as they are now. Shape: [E, m, D]."""
 
     @abstractmethod
     def parts(self) -> list[torch.nn.Parameter]:
-        """The parameters that hold the rows, if any do."""
+        """Return the parameters that hold the rows, if any do."""
 
     @abstractmethod
     def rows(self, numbers: torch.Tensor, beyond: torch.Tensor) -> torch.Tensor:
-        """Row `numbers` of the flattened table where `beyond`, anything elsewhere. Shape: [...] -> [..., D]."""
+        """Return row `numbers` of the flattened table where `beyond`, anything elsewhere. Shape: [...] -> [..., D]."""
 
     @abstractmethod
     def remember(self) -> None:
-        """Keep the rows as they are now for `as_begun`."""
+        """Keep a copy of the current rows for `as_begun`."""
 
     def flush(self) -> None:
-        """Make ready for many reads; all ranks call it together."""
+        """Prepare for many reads. All ranks call it together."""
         return
 
     @contextmanager
     def as_begun(self) -> Iterator[None]:
-        """Inside, the rows are those of `remember`, whatever a training has made of them."""
+        """Use the rows that `remember` kept instead of the trained ones, for a reference policy."""
         self.back = True
         try:
             yield
@@ -70,48 +70,49 @@ class ExtraEmbeddings(torch.nn.Module, ABC):
 
     @property
     def weight(self) -> torch.nn.Parameter:
-        """The vocabulary's rows, for code that asks an embedding for them."""
+        """Return the rows of the vocabulary, for code that reads `weight` of an embedding."""
         return self.embedding.weight  # type: ignore[no-any-return]
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Input embeddings. Shape: [...] -> [..., D]."""
+        """Return input embeddings. Shape: [...] -> [..., D]."""
         beyond = ids >= self.first
+        # Both tables are read at all places, with a valid index where the other one counts.
         known = self.embedding(ids.where(~beyond, 0))
         rows = self.rows((ids - self.first).clamp(min=0), beyond)
         return torch.where(beyond[..., None], rows.to(known), known)
 
 
 class DeviceEmbeddings(ExtraEmbeddings):
-    """Slots whose rows are a parameter of the model."""
+    """Extra embeddings whose rows are a parameter of the model."""
 
-    begun: Any  # a tensor once something is remembered
+    begun: Any  # None, or the rows that `remember` kept
 
     def __init__(self, embedding: Any, entries: torch.Tensor, trainable: bool) -> None:
-        """`entries`: shape [E, m, D]."""
+        """`entries`: initial rows, shape [E, m, D]."""
         super().__init__(embedding, entries.shape[0], entries.shape[1], trainable)
         self.entries = torch.nn.Parameter(entries.clone(), requires_grad=trainable)
         self.register_buffer("begun", None, persistent=False)
 
     def table(self) -> torch.Tensor:
-        """See `Slots.table`."""
+        """Return all rows, see `ExtraEmbeddings.table`."""
         return self.entries.detach()
 
     def parts(self) -> list[torch.nn.Parameter]:
-        """See `Slots.parts`."""
+        """Return the parameter that holds the rows."""
         return [self.entries]
 
     def rows(self, numbers: torch.Tensor, beyond: torch.Tensor) -> torch.Tensor:
-        """See `Slots.rows`."""
+        """Return the rows of some ids, see `ExtraEmbeddings.rows`."""
         assert not self.back or self.begun is not None, "nothing was remembered"
         return (self.begun if self.back else self.entries).flatten(0, 1)[numbers]
 
     def remember(self) -> None:
-        """See `Slots.remember`."""
+        """Keep a copy of the current rows for `as_begun`."""
         self.begun = self.entries.detach().clone()
 
 
 def attach(model: Any, entries: torch.Tensor, trainable: bool) -> DeviceEmbeddings:
-    """Put extra embeddings behind the vocabulary of a `*ForConditionalGeneration`, or of the PEFT model around one."""
+    """Add extra embeddings to a `*ForConditionalGeneration`, or to the one inside a PEFT model."""
     base = without_adapters(model)
     extra = DeviceEmbeddings(base.get_input_embeddings(), entries.to(base.device, trained_format(model)), trainable)
     base.set_input_embeddings(extra)
@@ -119,29 +120,30 @@ def attach(model: Any, entries: torch.Tensor, trainable: bool) -> DeviceEmbeddin
 
 
 def trained_format(model: Any) -> torch.dtype:
-    """Number format of what is trained: DeepSpeed wants one, and keeps fp32 master copies of bf16 weights."""
+    """Return the number format of the trained parameters: DeepSpeed needs the same one for all of them."""
     formats = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
     return formats.pop() if formats else without_adapters(model).dtype
 
 
 def rows_of_vocabulary(embedding: Any, entries: torch.Tensor) -> torch.Tensor:
-    """Entries as rows that an embedding would turn into them: without the scale that it gives its own.
+    """Return entries as rows of the vocabulary: divided by the factor with which the embedding scales its rows.
 
     Args:
-        embedding: The model's.
-        entries: Shape: [E, m, D].
+        embedding: Input embedding of the model.
+        entries: Extra embeddings. Shape: [E, m, D].
 
     Returns:
         Shape: [E m, D], fp32.
     """
     flat = entries.detach().flatten(0, 1).float()
     scale = getattr(embedding, "embed_scale", None)  # Gemma 3: the square root of D
+    # rounded to the format of the weights, as the embedding itself applies it
     return flat if scale is None else flat / scale.to(embedding.weight.dtype).float()
 
 
 @contextmanager
 def detached(model: Any) -> Iterator[None]:
-    """Inside, the model is as it was before `attach`: to save it in a form that loads anywhere."""
+    """Remove the extra embeddings for a while, so that the model can be saved as an ordinary one."""
     base = without_adapters(model)
     extra = base.get_input_embeddings()
     if not isinstance(extra, ExtraEmbeddings):
@@ -155,12 +157,12 @@ def detached(model: Any) -> Iterator[None]:
 
 
 def expand_placeholders(ids: torch.Tensor, mark: int, entries: Sequence[int], first: int, width: int) -> torch.Tensor:
-    """Put the ids of entries where the marks stand.
+    """Replace every mark in a prompt by the ids of its entry.
 
     Args:
-        ids: Shape: [P].
-        mark: The id that marks where an entry stands.
-        entries: One for each mark, in order.
+        ids: Token ids of a prompt. Shape: [P].
+        mark: Id that marks the place of an entry.
+        entries: Number of the entry for each mark, in order.
         first: Id of the first row of the first entry.
         width: Rows of an entry.
 

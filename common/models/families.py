@@ -1,8 +1,8 @@
-"""Everything that depends on the architecture of the vision-language model, one small adapter per family.
+"""Everything that depends on the architecture of the vision-language model: one small class per model family.
 
-An adapter says where each prompt token sits (position ids), which prompt tokens see each other both ways (blocks), how
-the processor's output is cut into images, which ids must never be sampled, and how many tokens an image takes. Adding
-an architecture means adding one here.
+A family defines position ids, which prompt tokens attend to each other in both directions (blocks), how the processor's
+output is split into images, which ids must never be sampled, and how many tokens an image takes. Adding an architecture
+means adding a family.
 
 Shapes: B rows, P prompt tokens, L tokens of a row, A position axes, n images in the prompt.
 """
@@ -22,34 +22,34 @@ if TYPE_CHECKING:
 
 
 class Family(ABC):
-    """What depends on the architecture. The abstract members are for every family; the others have usual answers."""
+    """Interface to one architecture. Every family defines the abstract members; the others have common defaults."""
 
-    # What config.json calls the architecture.
+    # `model_type` in config.json
     model_type: ClassVar[str]
-    # The modules that turn pixels into token embeddings, by their names in the model.
+    # names of the modules that turn pixels into token embeddings
     vision: ClassVar[tuple[str, ...]]
-    # The last of these, from the tower's width to that of the language model, by its full name.
+    # full name of the last of these: it maps the tower's width to that of the language model
     projector: ClassVar[str]
-    # Whether the tokens of an image see each other both ways. vLLM can do that on some devices only.
+    # whether tokens of an image attend to each other in both directions; vLLM supports that on some devices only
     both_ways: ClassVar[bool] = False
-    # Whether completions may share the row of their prompt. Not where a layer carries a state along the row.
+    # whether completions may share the row of their prompt; False if a layer carries a recurrent state along the row
     shares_prefixes: ClassVar[bool] = True
-    # The `attention_mask` with which transformers makes no mask of its own: one entry per kind of layer.
+    # an `attention_mask` given as a dict, by kind of layer, keeps transformers from building its own masks
     no_mask: ClassVar[Any] = {"full_attention": None, "sliding_attention": None}
 
     @staticmethod
     @abstractmethod
     def positions(ids: torch.Tensor, grid: torch.Tensor | None, config: Any) -> torch.Tensor:
-        """Position ids of one unpadded prompt. Shape: [P] -> [A, P]."""
+        """Return the position ids of one unpadded prompt. Shape: [P] -> [A, P]."""
 
     @staticmethod
     def position_ids(positions: torch.Tensor) -> torch.Tensor:
-        """Positions [A, B, L] in the shape that the model takes; this one is for several axes."""
+        """Return positions [A, B, L] in the shape that the model takes; unchanged where it has several axes."""
         return positions
 
     @staticmethod
     def blocks(ids: torch.Tensor, config: Any) -> torch.Tensor | None:
-        """Number of the image whose tokens see each other both ways, -1 elsewhere; None: causal throughout.
+        """Return for each token the index of its bidirectional image block, -1 elsewhere; None: causal throughout.
 
         Shape: [P] -> [P].
         """
@@ -57,50 +57,50 @@ class Family(ABC):
 
     @staticmethod
     def block_inputs(blocks: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What tells transformers' own masks about the blocks [B, L]."""
+        """Return the model inputs from which transformers builds masks for the blocks [B, L]."""
         raise ValueError("this family attends causally throughout")
 
     @staticmethod
     @abstractmethod
     def images(batch: Any) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Pixels and grid of each image of a processed batch, in order."""
+        """Return pixels and grid of each image of a processed batch, in order."""
 
     @staticmethod
     @abstractmethod
     def pixel_inputs(pixels: Sequence[torch.Tensor], grids: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What the model takes for some images, as `images` gave them; `grids` is empty where the family has none."""
+        """Return the model inputs for images from `images`; `grids` is empty for a family without grids."""
 
     @staticmethod
     @abstractmethod
     def placeholder_tokens(config: Any) -> tuple[int, ...]:
-        """Ids that stand for pixels, the image token first; a policy that emitted one would break the next forward."""
+        """Return the image placeholder ids, the image token first; forwards expect pixels there, so none is sampled."""
 
     @staticmethod
     @abstractmethod
     def image_tokens(config: dict[str, Any], image_size: int) -> int:
-        """Number of prompt tokens that a square image of `image_size` pixels takes; `config` is config.json."""
+        """Return the number of prompt tokens of a square image of `image_size` pixels; `config` is config.json."""
 
     @staticmethod
     def bound(processor: Any, image_size: int) -> None:
-        """Let a processor make no picture larger than a square one of `image_size` pixels; that one stays as it is.
+        """Limit a processor to the area of a square image of `image_size` pixels.
 
-        Nothing is to do where a processor makes pictures of one size.
+        A processor that resizes all images to one size needs no limit.
         """
         return None
 
     @staticmethod
     @abstractmethod
     def project(model: Any, hidden: torch.Tensor) -> torch.Tensor:
-        """Outputs of the vision tower as input embeddings. Shape: [n, patches, V] -> [n, m, D]."""
+        """Return outputs of the vision tower as input embeddings. Shape: [n, patches, V] -> [n, m, D]."""
 
     @staticmethod
     def image_text(text: str) -> str:
-        """A rendered chat with the text that the processor puts around its images, one image token in each."""
+        """Return a rendered chat with the text that the processor puts around images, one image token in each."""
         return text
 
     @staticmethod
     def hub_name(name: str) -> str:
-        """A parameter's name in transformers as checkpoints on the hub have it, which vLLM loads."""
+        """Return the name of a parameter in hub checkpoints, which vLLM loads, for its name in transformers."""
         return name
 
 
@@ -113,12 +113,12 @@ class Qwen2VL(Family):
 
     @staticmethod
     def positions(ids: torch.Tensor, grid: torch.Tensor | None, config: Any) -> torch.Tensor:
-        """M-RoPE of section 2.1: text advances all three axes; an image of h x w tokens advances them by max(h, w).
+        """Return M-RoPE positions (section 2.1): text advances all three axes, an image of h x w tokens by max(h, w).
 
         Args:
             ids: Prompt with its image tokens expanded. Shape: [P].
             grid: Patches per image (time, height, width), or None without an image. Shape: [n, 3].
-            config: The model's `Qwen2VLConfig`.
+            config: `Qwen2VLConfig` of the model.
 
         Returns:
             Shape: [3, P], int64, on the device of `ids`.
@@ -127,12 +127,15 @@ class Qwen2VL(Family):
 
         merge = config.vision_config.spatial_merge_size
         starts = (ids == config.vision_start_token_id).nonzero()[:, 0].tolist()
+        # first token of every image; a vision_start token alone begins no image
         starts = [s + 1 for s in starts if s + 1 < len(ids) and ids[s + 1] == config.image_token_id]
         pieces, done, position = [], 0, 0
         for start, (_, high, wide) in zip(starts, [] if grid is None else grid.tolist(), strict=True):
-            high, wide = high // merge, wide // merge
+            high, wide = high // merge, wide // merge  # the merger turns merge x merge patches into one token
+            # the text before the image: all axes count on
             text = torch.arange(start - done) + position
             position += start - done
+            # the image: constant time, row, column
             cells = torch.arange(high * wide)
             image = torch.stack([torch.zeros_like(cells), cells // wide, cells % wide]) + position
             pieces += [text.expand(3, -1), image]
@@ -142,6 +145,7 @@ class Qwen2VL(Family):
 
     @staticmethod
     def images(batch: Any) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        # pixel_values has the patches of all images in one dimension; t x h x w of them belong to each
         grids = batch["image_grid_thw"]
         return list(zip(batch["pixel_values"].split(grids.prod(1).tolist()), grids.split(1), strict=True))
 
@@ -165,7 +169,8 @@ class Qwen2VL(Family):
     def bound(processor: Any, image_size: int) -> None:
         images = processor.image_processor
         cell = images.patch_size * images.merge_size
-        images.size = {**dict(images.size), "longest_edge": (round(image_size / cell) * cell) ** 2}  # pixels
+        # despite its name, longest_edge is the largest number of pixels
+        images.size = {**dict(images.size), "longest_edge": (round(image_size / cell) * cell) ** 2}
 
     @staticmethod
     def project(model: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -175,9 +180,7 @@ class Qwen2VL(Family):
 
 
 class Gemma3(Family):
-    """Gemma 3 (arXiv 2503.19786): 1-D positions, most layers with a sliding window, and an image of 256 tokens that see
-    each other both ways.
-    """
+    """Gemma 3 (arXiv 2503.19786): 1-D positions, sliding windows in most layers, 256 bidirectional tokens per image."""
 
     model_type: ClassVar[str] = "gemma3"
     vision: ClassVar[tuple[str, ...]] = ("vision_tower", "multi_modal_projector")
@@ -186,18 +189,18 @@ class Gemma3(Family):
 
     @staticmethod
     def positions(ids: torch.Tensor, grid: torch.Tensor | None, config: Any) -> torch.Tensor:
-        """Plain counting. Shape: [P] -> [1, P]."""
+        """Return 0, 1, 2, ... Shape: [P] -> [1, P]."""
         import torch
 
         return torch.arange(len(ids), device=ids.device)[None]
 
     @staticmethod
     def position_ids(positions: torch.Tensor) -> torch.Tensor:
-        return positions[0]
+        return positions[0]  # one axis: [B, L]
 
     @staticmethod
     def blocks(ids: torch.Tensor, config: Any) -> torch.Tensor | None:
-        """Every unbroken run of image tokens is one block, as in transformers."""
+        """Return one block for every unbroken run of image tokens, as in transformers."""
         import torch
 
         image = ids == config.image_token_id
@@ -232,7 +235,8 @@ class Gemma3(Family):
 
     @staticmethod
     def hub_name(name: str) -> str:
-        """
+        """Insert `vision_model`, which hub checkpoints have in the names of the vision tower.
+
         >>> Gemma3.hub_name("model.vision_tower.embeddings.patch_embedding.bias")
         'model.vision_tower.vision_model.embeddings.patch_embedding.bias'
         """
@@ -244,5 +248,5 @@ class Gemma3(Family):
 
 
 def family(name: str) -> type[Family]:
-    """The adapter that `model.family` names: one of ours by its short name, any other by its dotted path."""
+    """Return the class that `model.family` names: a short name for those here, a dotted path for any other."""
     return cast("type[Family]", locate(FAMILIES.get(name, name), "model.family"))

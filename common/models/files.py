@@ -1,6 +1,6 @@
-"""A model as files: finding them, checking them, hashing them. No torch needed.
+"""Find, check and hash the files of a model. Needs no torch.
 
-These checks run before every job, so that a missing file or an over-long prompt costs a second and not a training run.
+The checks run before every job, so that a missing or damaged file is reported within a second.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ ADAPTERS = ("adapter_config.json", "adapter_model.safetensors")  # as PEFT write
 
 
 def find(path: str, revision: str | None, weights: bool = True, key: str = "model.path") -> Path:
-    """A local folder as it is; anything else is a hub id, fetched into the Hugging Face cache.
+    """Return the folder of a model; one on the hub is downloaded into the Hugging Face cache.
 
     Args:
         path: Folder, or `owner/name` on the hub.
         revision: Commit or branch on the hub.
-        weights: False fetches everything but the weights, enough for all checks of a prompt.
-        key: Of the configuration, for errors.
+        weights: False: download everything but the weights, which suffices to check prompts.
+        key: Key of the configuration, for errors.
 
     Raises:
         UserError: The folder is missing or damaged, or the hub cannot be reached.
@@ -35,11 +35,13 @@ def find(path: str, revision: str | None, weights: bool = True, key: str = "mode
     folder = Path(path).expanduser()
     if folder.is_dir():
         check_folder(folder)
-        return folder.resolve()  # results and adapters name it, and must not depend on where the run was started
+        return folder.resolve()  # absolute, because results and adapters record it
+    # a hub id has exactly one slash and begins with a name
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise UserError(f"{key}={path} is not a folder; give a model folder or a hub id 'owner/name'")
     from huggingface_hub import snapshot_download
 
+    # no *.bin: pickled weights could run code
     names = ["*.json", "*.txt", "*.jinja"] + (["*.safetensors"] if weights else [])
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=names))
@@ -52,11 +54,11 @@ def find(path: str, revision: str | None, weights: bool = True, key: str = "mode
 
 
 def on_hub(path: str | None, folder: Path) -> tuple[str, str] | None:
-    """Id and commit of a model on the hub; None of a local or built one.
+    """Return id and commit of a model from the hub; None for a local folder or a recipe's model.
 
     Args:
-        path: As it was given to `find`; None: it was built.
-        folder: What `find` returned; of the hub, `snapshots/<commit>` in its cache.
+        path: Argument of `find`; None: built by a recipe.
+        folder: Result of `find`; for the hub it is `snapshots/<commit>` in the cache.
     """
     if path is None or Path(path).expanduser().is_dir() or folder.parent.name != "snapshots":
         return None
@@ -64,7 +66,7 @@ def on_hub(path: str | None, folder: Path) -> tuple[str, str] | None:
 
 
 def check_folder(folder: Path) -> None:
-    """Check that the files of a model, or of adapters, are there and whole.
+    """Check that the files of a model, or of adapters, exist and are complete.
 
     Raises:
         UserError: Names the file at fault.
@@ -85,13 +87,13 @@ def check_folder(folder: Path) -> None:
 
 
 def lineage(folder: Path, weights: bool = True) -> list[Path]:
-    """The whole model that a folder builds on, then the folders of adapters in the order of their training.
+    """Return the folder of the base model, then the folders of adapters in the order of their training.
 
-    A run with adapters writes only these; where their base lies, stands in their adapter_config.json.
+    A run that trains adapters saves only these; their adapter_config.json names their base.
 
     Args:
-        folder: From `find`. A whole model is its own lineage.
-        weights: False: a base on the hub is fetched without its weights.
+        folder: Folder from `find`. A whole model is returned alone.
+        weights: False: download a base on the hub without its weights.
 
     Raises:
         UserError: A base is missing or damaged.
@@ -113,13 +115,14 @@ def lineage(folder: Path, weights: bool = True) -> list[Path]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model; empty if there are none."""
+    """Return the safetensors files of a model; empty if there are none."""
     index = folder / WEIGHTS[1]
     if index.is_file():
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"model {folder}: {index.name} is damaged; copy or build it again") from error
+        # a path such as ../x would read, hash and copy files outside of the folder
         if outside := [name for name in names if Path(name).name != name]:
             raise UserError(f"model {folder}: {index.name} names {outside[0]}, which is no file of this folder")
         return [folder / name for name in sorted(names)]
@@ -128,10 +131,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def check_links(folder: Path) -> None:
-    """Refuse links that lead out of a folder whose files will be copied or sent: they would take others along.
+    """Refuse links out of a folder whose files will be copied or uploaded: they would include other files.
 
     Raises:
-        UserError: Names the first.
+        UserError: Names the first link.
     """
     for path in sorted(folder.rglob("*")):
         if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
@@ -139,10 +142,11 @@ def check_links(folder: Path) -> None:
 
 
 def _check_safetensors(path: Path) -> None:
-    """The header of a safetensors file says how long the file must be."""
+    """Check that a safetensors file has the length that follows from its header, so a cut-off copy is found."""
     if not path.is_file():
         raise UserError(f"weights file {path} is missing")
     with path.open("rb") as file:
+        # format: 8 bytes with the size of the header, the header as JSON, then the tensors
         size = int.from_bytes(file.read(8), "little")
         try:
             header = json.loads(file.read(size) if size < 100_000_000 else b"")
@@ -157,13 +161,14 @@ def _check_safetensors(path: Path) -> None:
 
 
 def weights_hash(folder: Path) -> str:
-    """SHA-256 over the weights and the tokenizer, adapters and their base alike; part of every result."""
+    """Return the SHA-256 of weights and tokenizer, of adapters and their base; it is part of every result."""
     base, *adapters = lineage(folder)
     total = hashlib.sha256()
     for path in [*weight_files(base), base / "tokenizer.json", *(each / ADAPTERS[1] for each in adapters)]:
         with path.open("rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
-    for each in adapters:  # the same matrices count differently with another scale; where the base lies does not matter
+    # settings such as lora_alpha change the model; the path of the base does not
+    for each in adapters:
         settings = json.loads((each / ADAPTERS[0]).read_text(encoding="utf-8")) | {
             "base_model_name_or_path": None,
             "revision": None,
@@ -173,13 +178,13 @@ def weights_hash(folder: Path) -> str:
 
 
 def weights_folder(config: Config) -> Path:
-    """The folder of the run's model; built or fetched on first use."""
+    """Return the folder of the run's model; it is built or downloaded on first use."""
     model = config.model
     if model.path is None:
         assert model.recipe is not None
         return build(model.recipe, config.cache_dir)
     folder = find(model.path, model.revision)
-    lineage(folder)  # what adapters build on may be on the hub, too
+    lineage(folder)  # downloads the base of adapters if that is on the hub
     return folder
 
 
@@ -191,7 +196,7 @@ def build(recipe: str, cache_dir: str) -> Path:
 
 
 def of_recipe(recipe: str, name: str) -> Callable[..., Any]:
-    """A function of a recipe module."""
+    """Return a function of a recipe module."""
     try:
         return getattr(import_module(recipe), name)
     except (ImportError, AttributeError, TypeError, ValueError) as error:

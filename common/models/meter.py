@@ -1,4 +1,4 @@
-"""The length of prompts in tokens, from the files of a model alone: no torch, no weights."""
+"""Measure prompts in tokens from the files of a model alone, without torch and weights."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from common.models.families import family as family_of
 from common.models.files import lineage, of_recipe
 from common.types import CATEGORY, Prompt, UserError
 
-CHUNK = 1024  # conversations that are encoded together: a token takes some hundred bytes meanwhile
+CHUNK = 1024  # conversations encoded together; bounds the memory of encodings, some hundred bytes per token
 
 
 class PromptMeter:
-    """Counts the tokens of prompts as the processor will make them, from the files alone."""
+    """Token counts of prompts, equal to the lengths that the processor will produce."""
 
     def __init__(
         self,
@@ -30,18 +30,18 @@ class PromptMeter:
     ) -> None:
         """
         Args:
-            family: See `families.family`.
-            config: The model's config.json.
+            family: Name of the model family, see `families.family`.
+            config: Content of the model's config.json.
             tokenizer: A `tokenizers.Tokenizer`.
             template: Chat template.
-            begin: The token that templates write as `bos_token`, if the model has one.
-            pad: The padding token; it marks where category embeddings go.
+            begin: Token that templates write as `bos_token`, if the model has one.
+            pad: Padding token; it marks the places of category embeddings.
         """
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         self.family: type[Family] = family_of(family)
         self.config, self.tokenizer = config, tokenizer
-        # the settings of transformers' apply_chat_template
+        # same settings as in transformers' apply_chat_template, so that whitespace is the same
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
@@ -52,9 +52,9 @@ class PromptMeter:
         self._special: tuple[str, ...] | None = None
 
     def tokens(self, prompts: Iterable[Prompt], image_size: int) -> list[int]:
-        """Length of each prompt in tokens, its image and its category embeddings included.
+        """Return the length of each prompt in tokens, image and category embeddings included.
 
-        A conversation that many images share, as most methods' do, is measured once.
+        In most methods many images share a conversation; it is measured once.
         """
         prompts = list(prompts)
         distinct = list({_conversation(prompt): prompt for prompt in prompts}.values())
@@ -71,9 +71,9 @@ class PromptMeter:
         return [lengths[_conversation(p)] + extra * (1 + len(p.categories)) for p in prompts]
 
     def special_token(self, text: str) -> str | None:
-        """The first special token of the model that stands in a text, such as `<|im_end|>`; None if there is none.
+        """Return the first special token in a text, such as `<|im_end|>`; None if there is none.
 
-        The tokenizer would read it as what it stands for: the end of a turn, the place of an image, padding.
+        The tokenizer would encode it as the end of a turn, an image or padding instead of as text.
         """
         if self._special is None:
             added = self.tokenizer.get_added_tokens_decoder().values()
@@ -82,17 +82,18 @@ class PromptMeter:
 
     @property
     def context(self) -> int | None:
-        """Tokens of prompt and completion together that the model was made for; None: its config.json does not say."""
+        """Return the context length, prompt and completion together; None if config.json does not give it."""
         values = {**self.config, **self.config.get("text_config", {})}
         return values.get("max_position_embeddings")
 
     def over(self, prompts: Sequence[Prompt], image_size: int, limit: int) -> tuple[int, Prompt] | None:
-        """The longest prompt and its length in tokens, if that is over the limit.
+        """Return length and prompt of the longest one if it is over the limit, else None.
 
-        A byte is a token at most, so only texts that could be too long are tokenized.
+        A text has at most as many tokens as bytes, so only texts that could be too long are tokenized.
         """
+        # one prompt per system message and image position: its length bounds what the template adds to any text
         kinds = list({(prompt.system, prompt.image_last): prompt for prompt in prompts}.values())
-        around = max(self.tokens(kinds, image_size), default=0)  # what the template adds to a text is less than this
+        around = max(self.tokens(kinds, image_size), default=0)
         category = self.family.image_tokens(self.config, image_size)
         most = [around + len(p.text.encode()) + category * len(p.categories) for p in prompts]
         long = [prompt for prompt, tokens in zip(prompts, most, strict=True) if tokens > limit]
@@ -103,7 +104,7 @@ class PromptMeter:
 
 @contextmanager
 def _template() -> Iterator[None]:
-    """Errors of a template inside: a mistake in it, or something that a template may not reach for."""
+    """Turn errors of a chat template (a mistake, or something that the sandbox forbids) into a UserError."""
     from jinja2 import TemplateError
 
     try:
@@ -117,7 +118,7 @@ def _refuse(message: str) -> None:
 
 
 def of_folder(folder: Path, family: str) -> PromptMeter:
-    """The prompt meter of a model folder; of adapters, that of their base."""
+    """Return the prompt meter of a model folder; for a folder of adapters, that of their base."""
     from tokenizers import Tokenizer
 
     folder = lineage(folder, weights=False)[0]
@@ -136,7 +137,7 @@ def of_folder(folder: Path, family: str) -> PromptMeter:
 
 
 def of_a_recipe(recipe: str) -> PromptMeter:
-    """The prompt meter of a model that may not be built yet: its recipe's `meter` function."""
+    """Return the prompt meter of a recipe, whose model need not be built yet."""
     meter = of_recipe(recipe, "meter")()
     assert isinstance(meter, PromptMeter)
     return meter
@@ -149,6 +150,7 @@ def _special_token(folder: Path, name: str) -> str | None:
 
 
 def _template_from_json(folder: Path) -> str:
+    # older versions of transformers saved the template in one of these
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         path = folder / name
         if path.is_file() and isinstance(
@@ -159,7 +161,7 @@ def _template_from_json(folder: Path) -> str:
 
 
 def messages(prompt: Prompt) -> list[dict[str, Any]]:
-    """The conversation of one prompt: an optional system message, then image and question."""
+    """Return the conversation of one prompt: an optional system message, then image and question."""
     content = [{"type": "image"}, {"type": "text", "text": prompt.text}]
     user = {"role": "user", "content": content[::-1] if prompt.image_last else content}
     system = [] if prompt.system is None else [{"role": "system", "content": prompt.system}]
@@ -167,17 +169,17 @@ def messages(prompt: Prompt) -> list[dict[str, Any]]:
 
 
 def _conversation(prompt: Prompt) -> tuple[str | None, str, bool]:
-    """What `messages` reads of a prompt."""
+    """Return the parts of a prompt that `messages` reads."""
     return prompt.system, prompt.text, prompt.image_last
 
 
 def room(longest: int, completion: int, context: int | None) -> int:
-    """Tokens that an engine sets aside for a prompt: a power of two, so that questions of other lengths fit as well.
+    """Return the tokens that an engine reserves for a prompt: a power of two, so that somewhat longer ones fit, too.
 
     Args:
-        longest: Tokens of the longest prompt that is known.
-        completion: Tokens of the longest completion.
-        context: See `PromptMeter.context`.
+        longest: Length of the longest known prompt, in tokens.
+        completion: Length of the longest completion, in tokens.
+        context: Context length, see `PromptMeter.context`.
 
     >>> room(700, 64, None), room(1178, 1024, 32768), room(1178, 64, 2048)
     (1024, 2048, 1984)
@@ -187,7 +189,7 @@ def room(longest: int, completion: int, context: int | None) -> int:
 
 
 def too_long(length: int, limit: int, prompt: Prompt) -> UserError:
-    """The error for a prompt over the limit."""
+    """Return the error for a prompt over the limit."""
     return UserError(
         f"the prompt of image {prompt.image} has {length} tokens, but model.max_prompt_tokens={limit}; prompts are"
         f" never cut: raise the limit or list fewer names"

@@ -1,4 +1,7 @@
-"""Extra embeddings that stay on the host, for tables too large for every device, with an AdamW that skips idle rows."""
+"""Extra embeddings in host memory, for tables too large for a device, with an AdamW that skips rows without gradients.
+
+In three parts: lazy AdamW, the table shared by the ranks of a machine, and the embedding module on top of it.
+"""
 
 from __future__ import annotations
 
@@ -19,34 +22,35 @@ from common.models.extra_embeddings import ExtraEmbeddings, trained_format
 from common.runtime.distributed import barrier, gather, rank, world
 from common.types import UserError
 
-# AdamW of rows that most updates do not touch: an update without a gradient is replayed when a row is next read.
+# Lazy AdamW: updates in which a row had no gradient are replayed when the row is next read.
 #
-# The same arithmetic as `torch.optim.AdamW` on the whole table, in the same order. A row without a gradient still
-# shrinks by rate times decay and drifts on by its momentum; both are replayed, one missed update after the other.
+# The arithmetic and its order are those of `torch.optim.AdamW` on the whole table: without a gradient a row still
+# shrinks by weight decay and moves by its momentum.
 #
-# Shapes: any, all tensors alike.
+# Shapes: any, equal for all tensors.
 
-EPSILON = 1e-8  # of torch's AdamW
-FORGOTTEN = 2.0**-30  # share of a step that no fp32 row notices
+EPSILON = 1e-8  # default of torch's AdamW
+FORGOTTEN = 2.0**-30  # share of a step that is lost to rounding in fp32
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What does not change from update to update."""
+    """Hyperparameters of AdamW that stay the same in all updates."""
 
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
 
     @property
     def horizon(self) -> int:
-        """Missed updates after which the momentum has died away against the second moment's root."""
+        """Return the number of missed updates after which momentum no longer moves a row."""
+        # per missed update the step, first moment / sqrt(second moment), shrinks by this factor
         shrinks = self.betas[0] / math.sqrt(self.betas[1]) if self.betas[1] > 0 else 0.0
         return 1 if shrinks == 0 else math.ceil(math.log(FORGOTTEN) / math.log(min(shrinks, 1 - 1e-4)))
 
 
 @dataclass
 class Moments:
-    """Of some rows: first and second moment, and the update that they have seen last, from 1; 0: none."""
+    """First and second moment of some rows. last: number of the last update they include, from 1; 0: none."""
 
     first: torch.Tensor
     second: torch.Tensor
@@ -54,7 +58,7 @@ class Moments:
 
 
 def adamw_step(rows: torch.Tensor, moments: Moments, gradient: torch.Tensor, rate: float, rule: Rule) -> None:
-    """Update number `moments.last + 1`, in place."""
+    """Make update number `moments.last + 1`, in place."""
     rows.mul_(1 - rate * rule.weight_decay)
     moments.first.lerp_(gradient, 1 - rule.betas[0])
     moments.second.mul_(rule.betas[1]).addcmul_(gradient, gradient, value=1 - rule.betas[1])
@@ -63,21 +67,23 @@ def adamw_step(rows: torch.Tensor, moments: Moments, gradient: torch.Tensor, rat
 
 
 def catch_up(rows: torch.Tensor, moments: Moments, rates: Sequence[float], rule: Rule) -> None:
-    """The updates `moments.last + 1` to `len(rates)`, none of which had a gradient, in place.
+    """Replay the updates `moments.last + 1` to `len(rates)`, in which the rows had no gradient.
 
     Args:
-        rows: Are changed.
-        moments: Are changed.
+        rows: Rows to change in place.
+        moments: Moments to change in place.
         rates: Learning rates of all updates so far.
-        rule: Of all updates.
+        rule: Hyperparameters of all updates.
     """
+    # while momentum lasts: one AdamW step with a gradient of zero per missed update
     for number in range(moments.last, min(moments.last + rule.horizon, len(rates)) if moments.last else 0):
         rows.mul_(1 - rates[number] * rule.weight_decay)
         moments.first.mul_(rule.betas[0])
         moments.second.mul_(rule.betas[1])
         moments.last = number + 1
         _move(rows, moments, rates[number], rule)
-    if missed := rates[moments.last :]:  # rows that never moved, or whose momentum is forgotten, only shrink
+    # afterwards, and for rows that never had a gradient, only weight decay is left: all at once
+    if missed := rates[moments.last :]:
         rows.mul_(math.prod(1 - rate * rule.weight_decay for rate in missed))
         moments.first.zero_()
         moments.second.mul_(rule.betas[1] ** len(missed))
@@ -85,41 +91,42 @@ def catch_up(rows: torch.Tensor, moments: Moments, rates: Sequence[float], rule:
 
 
 def _move(rows: torch.Tensor, moments: Moments, rate: float, rule: Rule) -> None:
+    # bias correction, then the operations of torch's AdamW in their order, so that results round alike
     corrections = [1 - beta**moments.last for beta in rule.betas]
     root = moments.second.sqrt().div_(math.sqrt(corrections[1])).add_(EPSILON)
     rows.addcdiv_(moments.first, root, value=-rate / corrections[0])
 
 
-# A table of embeddings on the host: one copy for all ranks of a machine, from which devices fetch what a batch needs.
+# The table: one copy per machine in a file on a local disk ($TMPDIR) that all its ranks map into memory.
 #
-# For tables that are too large for every device: ALERT's bank for ImageNet is 1,000 x 256 x 2,560 numbers, 2.6 GB in
-# fp32, and gradient, two moments, master copy and reference are as large again. Here the table lies in a file on a
-# local disk ($TMPDIR) that the ranks of a machine map; the moments, and the rows as they began, take room for entries
-# alone that an update has touched. Ranks of a machine share the arithmetic; machines do the same.
+# Why: ALERT's bank for ImageNet is 1,000 x 256 x 2,560 numbers, 2.6 GB in fp32, and on a device gradient, two moments,
+# master copy and reference would each be as large. Here, moments and initial rows take space only for entries that an
+# update has touched. The ranks of a machine divide the updates among them; every machine computes all of them.
 #
 # Shapes: E entries, m rows of an entry, D width, b entries fetched.
 
 FILES = ("rows", "first", "second", "begun")
 FACTS = "facts.json"
-FETCHED = 64  # entries that are kept as they are now, so that several forwards of an update need them once
+FETCHED = 64  # entries kept up to date in memory, since several forwards of an update fetch the same ones
 
 
 class OffloadedRows:
-    """Entries by number. All ranks call what writes together; reading is a rank's own affair."""
+    """Table of entries in shared memory. All ranks call `step`, `flush` and `restore` together; each reads alone."""
 
     def __init__(self, entries: torch.Tensor, rule: Rule) -> None:
         """
         Args:
-            entries: As they begin, equal on all ranks. Shape: [E, m, D].
-            rule: How they are updated.
+            entries: Initial entries, equal on all ranks. Shape: [E, m, D].
+            rule: Hyperparameters of the updates.
 
         Raises:
             UserError: The disk is full, or cannot be written.
         """
         self.shape, self.rule = tuple(entries.shape), rule
         self.rates: list[float] = []
-        self.begins = False  # a copy that stays as it began, see `__deepcopy__`
+        self.begins = False  # True for a copy that reads initial rows, see `__deepcopy__`
         self.now: dict[int, torch.Tensor] = {}
+        # the ranks of a machine take turns in updating entries; the first of them creates the files
         hosts = gather(socket.gethostname())
         here = [number for number, host in enumerate(hosts) if host == hosts[rank()]]
         self.turn, self.turns = here.index(rank()), len(here)
@@ -132,7 +139,7 @@ class OffloadedRows:
             barrier()
         finally:
             if folder is not None:
-                shutil.rmtree(folder, ignore_errors=True)  # what is mapped stays until the processes end
+                shutil.rmtree(folder, ignore_errors=True)  # mapped files exist until the processes end
 
     def _write(self, folder: Path, entries: torch.Tensor) -> None:
         size = entries.numel() * 4
@@ -147,7 +154,7 @@ class OffloadedRows:
                 entry.float().contiguous().numpy().tofile(file)
         for name in FILES[1:]:
             with (folder / name).open("wb") as file:
-                file.truncate(size)  # takes room once it is written to
+                file.truncate(size)  # a sparse file: takes space only where it is written
         with (folder / "last").open("wb") as file:
             file.truncate(len(entries) * 8)
 
@@ -160,7 +167,7 @@ class OffloadedRows:
         self.last = torch.from_file(str(folder / "last"), shared=True, size=self.shape[0], dtype=torch.long)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OffloadedRows:
-        """The same table as it began: what a frozen reference sees."""
+        """Return a view of the same table that reads the initial rows, for a frozen reference policy."""
         other = object.__new__(OffloadedRows)
         other.__dict__ |= self.__dict__ | {"begins": True, "now": {}}
         return other
@@ -169,7 +176,8 @@ class OffloadedRows:
         return self.shape[0]
 
     def fetch(self, entries: Sequence[int], begun: bool = False) -> torch.Tensor:
-        """Some entries as they are now, or as they began. Shape: [b, m, D], fp32 on the CPU."""
+        """Return entries as they are now, or with `begun` as they were initially. Shape: [b, m, D], fp32 on the CPU."""
+        # an entry that no update has touched still has its initial rows in `rows`
         if begun or self.begins:
             return torch.stack([(self.begun if self.last[e] else self.rows)[e] for e in entries])
         if len(self.now) > FETCHED:
@@ -180,15 +188,15 @@ class OffloadedRows:
         return torch.stack([self.now[entry] for entry in entries])
 
     def step(self, gradients: Mapping[int, torch.Tensor], rate: float) -> None:
-        """One update; entries without a gradient have one of zero.
+        """Make one update; entries without a gradient count as having one of zero.
 
         Args:
-            gradients: By entry, equal on all ranks. Shape of each: [m, D].
+            gradients: Gradient by entry, equal on all ranks. Shape of each: [m, D].
             rate: Learning rate.
         """
         for entry in self._mine(gradients):
             rows, moments = self._current(entry)
-            if not self.last[entry]:
+            if not self.last[entry]:  # the first update of this entry: keep the initial rows
                 self.begun[entry] = self.rows[entry]
             adamw_step(rows, moments, gradients[entry].float().cpu(), rate, self.rule)
             self._keep(entry, rows, moments)
@@ -197,8 +205,8 @@ class OffloadedRows:
         barrier()
 
     def flush(self) -> None:
-        """Do for all touched entries what updates without them have left to be done, before many are read."""
-        barrier()  # nobody reads any more
+        """Bring all touched entries up to date once, before many forwards read them."""
+        barrier()  # no rank reads any more
         for entry in self._mine(self.touched()):
             if self.last[entry] < len(self.rates):
                 self._keep(entry, *self._current(entry))
@@ -206,18 +214,18 @@ class OffloadedRows:
         barrier()
 
     def touched(self) -> list[int]:
-        """Entries that an update has had a gradient for."""
+        """Return the entries that had a gradient in at least one update."""
         return self.last.nonzero()[:, 0].tolist()  # type: ignore[no-any-return]
 
     def table(self) -> torch.Tensor:
-        """All entries as they are now. Shape: [E, m, D]; as large as the file."""
+        """Return all entries as they are now. Shape: [E, m, D]; as large as the file."""
         whole = torch.empty(self.shape)
         for entry in range(len(self)):
             whole[entry] = self._current(entry)[0]
         return whole
 
     def save(self, folder: Path) -> None:
-        """Write what `restore` reads: the touched entries, and how they began; the others are as they began."""
+        """Write a checkpoint for `restore`: touched entries with moments and initial rows; others have not changed."""
         folder.mkdir(parents=True, exist_ok=True)
         touched = self.touched()
         for name in FILES:
@@ -228,14 +236,14 @@ class OffloadedRows:
         (folder / FACTS).write_text(json.dumps(facts), encoding="utf-8")
 
     def restore(self, folder: Path) -> None:
-        """Be as `save` found them, whatever has happened since. All ranks call it together."""
+        """Restore the state that `save` wrote. All ranks call it together."""
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         kept = {entry: number for number, entry in enumerate(facts["entries"])}
         size, shape = len(kept) * math.prod(self.shape[1:]), (len(kept), *self.shape[1:])
         saved = {name: torch.from_file(str(folder / name), size=size).view(shape) for name in FILES if kept}
-        barrier()  # nobody reads any more
+        barrier()  # no rank reads any more
         for entry in self._mine({*self.touched(), *kept}):
-            if entry not in kept:
+            if entry not in kept:  # touched after the checkpoint only: back to the initial rows
                 self.rows[entry] = self.begun[entry]
                 self.first[entry], self.second[entry], self.last[entry] = 0, 0, 0
                 continue
@@ -250,7 +258,7 @@ class OffloadedRows:
         return [entry for entry in sorted(entries) if entry % self.turns == self.turn]
 
     def _current(self, entry: int) -> tuple[torch.Tensor, Moments]:
-        """Copies, up to date. Shape: [m, D]."""
+        """Return copies of rows and moments with missed updates replayed. Shape: [m, D]."""
         last = int(self.last[entry])
         if last:
             moments = Moments(self.first[entry].clone(), self.second[entry].clone(), last)
@@ -265,65 +273,70 @@ class OffloadedRows:
         self.last[entry] = moments.last
 
 
-# Embeddings beyond the vocabulary that stay on the host, for tables too large for every device.
+# The embedding module, which fetches the entries of a batch to the device.
 #
 # Shapes: E entries, m rows of an entry, D width, b entries of a batch.
 
-SPREAD = 16  # entries of which ranks add up the gradients at a time
+SPREAD = 16  # entries per all-reduce of gradients; bounds its buffer on the device
 
 
 class OffloadedEmbeddings(ExtraEmbeddings):
-    """Slots whose rows stay on the host and are fetched to the device for a forward (`HostRows`).
+    """Extra embeddings whose rows stay on the host (`OffloadedRows`) and are fetched to the device for a forward.
 
-    They are no parameter of the model, so an engine neither holds nor updates them. It does see how large their
-    gradient is: that is the gradient of `norm`, a number that never moves. So the engine's norm is that of all
-    gradients, and model and rows are clipped alike.
+    The rows are no parameter, so DeepSpeed neither holds nor updates them. Gradient clipping still covers them: the
+    norm of their gradients is passed off as the gradient of `norm`, a parameter of one number that is never changed,
+    so the engine's total norm is that of all gradients.
     """
 
     def __init__(self, embedding: Any, entries: torch.Tensor, trainable: bool, rule: Rule, dtype: torch.dtype) -> None:
         """
         Args:
-            embedding: The model's own.
-            entries: Shape: [E, m, D].
+            embedding: Input embedding of the model.
+            entries: Initial rows. Shape: [E, m, D].
             trainable: Whether the rows get gradients.
-            rule: Of their updates.
-            dtype: Of the engine's trained parameters.
+            rule: Hyperparameters of their updates.
+            dtype: Number format of the engine's trained parameters.
         """
         super().__init__(embedding, entries.shape[0], entries.shape[1], trainable)
         self.host = OffloadedRows(entries, rule)
         self.norm = torch.nn.Parameter(torch.zeros(1, dtype=dtype, device=embedding.weight.device), trainable)
         self.gradients: dict[int, torch.Tensor] = {}
-        self.last = False  # the backward that follows is the last of an update
+        self.last = False  # whether the next backward is the last one of an update
 
     def table(self) -> torch.Tensor:
-        """See `Slots.table`."""
+        """Return all rows, see `ExtraEmbeddings.table`."""
         return self.host.table()
 
     def parts(self) -> list[torch.nn.Parameter]:
-        """See `Slots.parts`."""
+        """Return no parameters: the rows are not part of the model."""
         return []
 
     def remember(self) -> None:
-        """The host's rows remember how they began."""
+        """Do nothing: the table keeps its initial rows by itself."""
 
     def flush(self) -> None:
-        """See `Slots.flush`."""
+        """Bring all touched entries up to date. All ranks call it together."""
         self.host.flush()
 
     def rows(self, numbers: torch.Tensor, beyond: torch.Tensor) -> torch.Tensor:
-        """See `Slots.rows`."""
+        """Return the rows of some ids, see `ExtraEmbeddings.rows`."""
         entries = numbers // self.width
         used = torch.unique(entries[beyond])
+        # A batch without entries fetches entry 0, so that `norm` is in the graph of every forward.
         if not len(used):
-            used = entries.new_zeros(1)  # so that every forward has the same graph
+            used = entries.new_zeros(1)
         fetched = self.host.fetch(used.tolist(), self.back).to(numbers.device)
         if self.trainable and torch.is_grad_enabled() and not self.back:
             fetched = _Fetched.apply(fetched, self.norm, self, used.tolist())
+        # Index of each entry among the fetched ones; ids of the vocabulary get any valid index, they are masked later.
         places = torch.searchsorted(used, entries).clamp(max=len(used) - 1)
         return fetched.flatten(0, 1)[places * self.width + numbers % self.width]
 
     def add(self, entries: Sequence[int], gradients: torch.Tensor) -> torch.Tensor:
-        """Gradients of one backward; of the last one of an update, the norm over all and all ranks is returned."""
+        """Accumulate the gradients of one backward and return the gradient for `norm`.
+
+        It is zero, except in the last backward of an update: there it is the norm of all gradients, over all ranks.
+        """
         for entry, gradient in zip(entries, gradients.float(), strict=True):
             known = self.gradients.get(entry)
             self.gradients[entry] = gradient.clone() if known is None else known.add_(gradient)
@@ -334,9 +347,10 @@ class OffloadedEmbeddings(ExtraEmbeddings):
         return torch.stack(squares).sum().sqrt().to(self.norm).expand_as(self.norm)
 
     def _over_ranks(self, like: torch.Tensor) -> None:
-        """Average over ranks, as an engine does with the gradients of its parameters."""
+        """Average over ranks, as the engine does with the gradients of its parameters."""
         if world() == 1:
             return
+        # ranks have seen different entries; one that a rank has not seen counts as zero there
         union = sorted(set().union(*gather(set(self.gradients))))
         for start in range(0, len(union), SPREAD):
             part = union[start : start + SPREAD]
@@ -349,7 +363,7 @@ class OffloadedEmbeddings(ExtraEmbeddings):
                 self.gradients[entry] = total[place] / world()
 
     def step(self, rate: float, share: float) -> None:
-        """One update with `share` of the gradients, which is below 1 if they were clipped."""
+        """Make one update with the gradients times `share`, which is below 1 if they are clipped."""
         self.host.step({entry: gradient * share for entry, gradient in self.gradients.items()}, rate)
         self.forget()
 
@@ -360,7 +374,7 @@ class OffloadedEmbeddings(ExtraEmbeddings):
 
 
 class _Fetched(torch.autograd.Function):
-    """Fetched rows; their gradient goes back to the table, its norm to the parameter that stands for it."""
+    """Identity on fetched rows; backward hands their gradients to `OffloadedEmbeddings.add`, the result to `norm`."""
 
     @staticmethod
     def forward(

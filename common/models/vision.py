@@ -1,4 +1,7 @@
-"""What the vision tower says of pictures; features of a frozen tower are kept on disk."""
+"""Image features of the vision tower, before and after projection, and a disk cache for those of a frozen tower.
+
+Shapes: n images, P patches, V width of the tower, m tokens of an image, D width of the language model.
+"""
 
 from __future__ import annotations
 
@@ -20,47 +23,43 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-# What the vision tower says of pictures, before and after its projection into the language model.
-#
-# Shapes: n pictures, P patches, V width of the tower, m tokens of a picture, D width of the language model.
-
-
 class VisionTower:
-    """Tower and projector of a loaded model, without gradients."""
+    """Vision tower and projector of a loaded model, without gradients."""
 
     def __init__(self, vlm: VLM, load_images: Callable[[Sequence[str]], list[Image]], batch: int = 32) -> None:
         """
         Args:
-            vlm: The model.
-            load_images: From keys to RGB pictures of the model's size.
-            batch: Pictures per forward.
+            vlm: Loaded model.
+            load_images: Function from keys to RGB images of the model's size.
+            batch: Number of images per forward.
         """
         self.vlm, self.load_images, self.batch = vlm, load_images, batch
 
     @property
     def architecture(self) -> str:
-        """Of the model, as its config.json calls it."""
+        """Return the `model_type` of config.json."""
         return str(self.vlm.model.config.model_type)
 
     @torch.no_grad()
     def hidden(self, keys: Sequence[str]) -> torch.Tensor:
-        """Outputs of the tower. Shape: [n, P, V]; all at once, so ask for a batch."""
+        """Return the outputs of the tower, in one forward: pass a batch at most. Shape: [n, P, V]."""
         family, model = self.vlm.family, without_adapters(self.vlm.model)
         pictures = [[picture] for picture in self.load_images(keys)]
         parts = family.images(self.vlm.processor.image_processor(pictures, return_tensors="pt"))
         pixels = [pixels.to(model.dtype) for pixels, _ in parts]
         inputs = family.pixel_inputs(pixels, [grid for _, grid in parts if grid is not None])
         on_device = {name: tensor.to(self.vlm.device) for name, tensor in inputs.items()}
+        # last_hidden_state is the output of the tower; pooler_output would be that of the projector
         states = model.get_image_features(**on_device).last_hidden_state
         return states.reshape(len(keys), -1, states.shape[-1])  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Tower outputs as input embeddings of the language model. Shape: [n, P, V] -> [n, m, D]."""
+        """Map tower outputs to input embeddings of the language model. Shape: [n, P, V] -> [n, m, D]."""
         return self.vlm.family.project(without_adapters(self.vlm.model), hidden)
 
     def vectors(self, keys: Sequence[str], patches: bool = False) -> torch.Tensor:
-        """One vector per picture of a batch: the mean of its patches [n, V], or all of them in a row [n, P V].
+        """Return one vector per image of a batch: the mean of its patches [n, V], or all of them in a row [n, P V].
 
         fp32 on the CPU.
         """
@@ -68,33 +67,33 @@ class VisionTower:
         return (hidden.flatten(1) if patches else hidden.mean(1)).cpu()
 
 
-# Image features of a frozen vision tower, kept on disk: computed once, not once per epoch, run and sweep.
-#
-# Keyed by the processed image (so by picture and processor) inside a folder per model and number format.
-
 log = logging.getLogger(__name__)
 
 
 class FeatureStore:
-    """A bounded folder of tensors; several processes may share one."""
+    """Disk cache of image features, so that a frozen tower computes them once for all epochs and runs.
+
+    Keys are hashes of processed images, so they depend on image and processor; there is one folder per model and
+    number format. Its size is bounded, and several processes may share it.
+    """
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         self.cache = DiskCache(folder, limit_bytes, ".safetensors")
 
     @property
     def used(self) -> int:
-        """Bytes of all stored tensors, as far as this process knows."""
+        """Return the bytes of all stored tensors, as far as this process knows."""
         return self.cache.used
 
     @staticmethod
     def key(pixels: torch.Tensor, grid: torch.Tensor | None) -> str:
-        """SHA-256 of a processed image: values, shape and grid."""
+        """Return the SHA-256 of a processed image: values, shape and grid."""
         digest = hashlib.sha256(f"{tuple(pixels.shape)} {None if grid is None else grid.tolist()}".encode())
-        digest.update(pixels.contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(pixels.contiguous().view(torch.uint8).numpy().tobytes())  # as bytes: numpy has no bfloat16
         return digest.hexdigest()
 
     def get(self, key: str) -> torch.Tensor | None:
-        """The stored tensor, or None."""
+        """Return the stored tensor, or None."""
         content = self.cache.get(key)
         if content is None:
             return None
@@ -105,5 +104,5 @@ class FeatureStore:
             return None
 
     def put(self, key: str, features: torch.Tensor) -> None:
-        """Store a tensor, whole or not at all; one above the bound is not stored."""
+        """Store a tensor atomically; one that is larger than the whole cache is not stored."""
         self.cache.put(key, save({"features": features.contiguous()}))

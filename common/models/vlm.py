@@ -1,4 +1,4 @@
-"""Loading a vision-language model: whole or adapters on their base, with its processor."""
+"""Load a vision-language model with its processor: a whole model, or LoRA adapters with their base."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from common.models.families import family as family_of
 from common.models.files import lineage, on_hub
 from common.types import UserError
 
-# what from_pretrained raises when configuration, tokenizer or weights make no sense
+# errors that from_pretrained raises for a damaged configuration, tokenizer or weights
 DAMAGED = (
     OSError,
     ValueError,
@@ -33,19 +33,18 @@ DAMAGED = (
     SafetensorError,
     StrictDataclassError,
 )
-LONGEST_REASON = 300  # characters; some of the library's errors list every architecture there is
+LONGEST_REASON = 300  # characters; some errors of transformers list all of its architectures
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class VLM:
-    """A loaded model with everything that is read off its files.
+    """Loaded model with its processor and special ids.
 
     eos: ids that end a completion. end_of_turn: the one that the chat template writes after a reply. banned: ids that
-    are neither sampled nor scored (image placeholders, padding).
-    causal_images: image tokens attend causally even where the family's own see each other both ways.
-    extra_embeddings: embeddings beyond the vocabulary, if a method has attached some.
-    hub: id and commit of a model that came from the hub.
+    are neither sampled nor scored (image placeholders, padding). causal_images: image tokens attend causally even if
+    the family's are bidirectional. extra_embeddings: embeddings beyond the vocabulary, if a method has attached some.
+    hub: id and commit of a model from the hub.
     """
 
     model: Any
@@ -65,22 +64,21 @@ class VLM:
 
 
 def load(folder: Path, config: ModelConfig, device: torch.device, train: bool = True) -> VLM:
-    """Load a model folder, whole or adapters on their base, with its processor.
+    """Load a model folder, a whole model or adapters with their base, and its processor.
 
     Args:
-        folder: From `files.find`.
-        config: New adapters are attached if its `lora` asks for them.
-        device: Where the model goes.
-        train: The adapters that the folder holds become part of the weights, as if they had been so from the start; in
-            bf16 that rounds them. False: they stay as they were when they were written, so a model gives the answers
-            that it gave then to the bit; new ones, which would change nothing yet, are left out.
+        folder: Folder from `files.find`.
+        config: Configuration of the model; new adapters are attached if its `lora` asks for them.
+        device: Device for the model.
+        train: Merge the folder's adapters into the weights, which in bf16 rounds them. False: keep them apart, so that
+            answers are bit for bit those of the training's end, and add no new ones.
 
     Raises:
         UserError: The folder does not load as an image-text-to-text model, or an adapter target matches nothing.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    base, *earlier = lineage(folder)
+    base, *earlier = lineage(folder)  # earlier: folders of adapters, oldest first
     if earlier and config.load_in_8bit and (train or len(earlier) > 1):
         raise UserError(
             f"model.path={folder} holds adapters, which 8-bit weights cannot take in; set model.load_in_8bit=false, or"
@@ -93,6 +91,7 @@ def load(folder: Path, config: ModelConfig, device: torch.device, train: bool = 
         options |= {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device}}
     processor = loaded(AutoProcessor, base, f"model {base}")
     model = whole(AutoModelForImageTextToText, base, f"model {base}", **options)
+    # older adapters are always merged: the newest were trained on the merged weights
     for each in earlier:
         model = adapters.restore(model, each, merge=train or each != folder)
     policy = assembled(model, processor, config, f"model {base}", train)
@@ -102,13 +101,13 @@ def load(folder: Path, config: ModelConfig, device: torch.device, train: bool = 
 
 
 def on_meta(folder: Path, config: ModelConfig) -> VLM:
-    """The model of a folder as `load` prepares it for training, without its weights: tensors of the `meta` device.
+    """Return the model as `load` prepares it for training, but on the `meta` device, without reading weights.
 
-    8-bit weights appear in the format that they compute in.
+    8-bit weights have the number format of the computation.
 
     Args:
-        folder: From `files.find`; its weights need not be there.
-        config: As for `load`.
+        folder: Folder from `files.find`; the weights may be missing.
+        config: Configuration of the model.
 
     Raises:
         UserError: The folder's configuration does not describe an image-text-to-text model.
@@ -125,15 +124,16 @@ def on_meta(folder: Path, config: ModelConfig) -> VLM:
 
 
 def assembled(model: Any, processor: Any, config: ModelConfig, name: str, train: bool = True) -> VLM:
-    """Freeze what is not trained, checkpoint activations and add adapters, as the configuration asks.
+    """Freeze modules, set up gradient checkpointing and add adapters, as the configuration asks.
 
     Args:
         model: A `*ForConditionalGeneration`, or the PEFT model around one.
-        processor: Of the model.
-        config: As for `load`.
-        name: Of the model, for errors.
-        train: As for `load`.
+        processor: Processor of the model.
+        config: Configuration of the model.
+        name: Name of the model, for errors.
+        train: Add new adapters if the configuration asks for them, see `load`.
     """
+    # special ids
     eos = model.generation_config.eos_token_id
     ends = tuple(eos) if isinstance(eos, list) else (eos,)
     if None in ends:
@@ -145,15 +145,17 @@ def assembled(model: Any, processor: Any, config: ModelConfig, name: str, train:
     banned = tuple(
         sorted({*placeholders, pad, *suppressed} - set(ends))
     )  # some models also end with their padding token
+    # which parameters are trained
     if config.freeze_vision:
         freeze(model, family.vision)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        # it lets the outputs of all input embeddings require a gradient, for the reentrant checkpoints that we do not
-        # use: a gradient would run through the whole of a frozen vision tower
+        # transformers makes the outputs of all input embeddings require gradients, which only reentrant checkpoints
+        # need; gradients would then be computed through the whole frozen vision tower
         model.disable_input_require_grads()
     if config.lora.wraps and train:
         model = adapters.add(model, config.lora, family)
+    # lora.targets may match modules of the vision tower; adapters there contradict freeze_vision
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     inside = [name for name in trained if set(name.split(".")) & set(family.vision)]
     if config.lora.projector != "none":
@@ -167,7 +169,7 @@ def assembled(model: Any, processor: Any, config: ModelConfig, name: str, train:
 
 
 def loaded(kind: Any, folder: Path, name: str, **options: Any) -> Any:
-    """What `from_pretrained` finds in a folder; `name`: of the model, for errors. Python files there are never run.
+    """Call `from_pretrained`, never running Python files of the folder; `name`: name of the model, for errors.
 
     Raises:
         UserError: It does not load.
@@ -180,12 +182,12 @@ def loaded(kind: Any, folder: Path, name: str, **options: Any) -> Any:
 
 
 def whole(kind: Any, folder: Path, name: str, **options: Any) -> Any:
-    """A model all of whose weights come from its files; the library would fill in random ones.
+    """Load a model and check that no weight is missing; transformers would initialise missing ones at random.
 
     Raises:
         UserError: It does not load, or weights are missing or of another shape; names the first.
     """
-    # shapes that differ are in the report then, and not only in a table on the terminal
+    # with ignore_mismatched_sizes the report lists wrong shapes; without it they are only printed as a table
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "use_safetensors": True}
     model, report = loaded(kind, folder, name, **options)
     if missing := sorted(report["missing_keys"]):
@@ -201,7 +203,10 @@ def whole(kind: Any, folder: Path, name: str, **options: Any) -> Any:
 
 
 def end_of_turn(processor: Any, ends: Sequence[int]) -> int:
-    """The end-of-sequence id that the chat template writes after a reply; Gemma's first one only ends a text."""
+    """Return the end-of-sequence id that the chat template writes after a reply.
+
+    It need not be the first one: that of Gemma ends a text, not a turn.
+    """
     after = after_reply(processor)
     texts = {end: after.find(processor.tokenizer.convert_ids_to_tokens(end)) for end in ends}
     written = {end: position for end, position in texts.items() if position >= 0}
@@ -209,10 +214,10 @@ def end_of_turn(processor: Any, ends: Sequence[int]) -> int:
 
 
 def after_reply(processor: Any, header: bool = False) -> str:
-    """What the chat template writes behind a reply; with `header` also the beginning of another one.
+    """Return the text that the chat template writes after a reply; with `header` also the start of the next one.
 
     Raises:
-        UserError: The template has a mistake, or reaches for what a template may not.
+        UserError: The template has a mistake, or uses something that the sandbox forbids.
     """
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "reply"}]
     try:
@@ -223,7 +228,7 @@ def after_reply(processor: Any, header: bool = False) -> str:
 
 
 def freeze(model: Any, modules: tuple[str, ...]) -> None:
-    """No gradient for the parameters of the named modules."""
+    """Switch off gradients for the parameters of the named modules."""
     for name, parameter in model.named_parameters():
         if set(name.split(".")) & set(modules):
             parameter.requires_grad_(False)

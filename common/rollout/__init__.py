@@ -1,1 +1,1 @@
-"""Sampling backends behind one Protocol."""
+"""Sampling backends behind one protocol: transformers (hf.py) and vLLM (vllm/)."""

@@ -1,4 +1,4 @@
-"""What the trainer and the evaluation ask of a sampler; the backends differ only in how they compute it."""
+"""Interface of samplers, as trainer and evaluation use them, and checks of their results."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt to complete, in the two forms that samplers take.
+    """One prompt to complete, in both forms that samplers take.
 
-    A sampler inside the trainer computes on `encoded`. An engine of its own renders images itself: it takes
-    `unexpanded`, the ids with a single placeholder for every image, and the `pictures` at the model's size. These two
-    are functions, so that nobody pays for the form that is not used. Equal seeds (and weights) give equal completions.
+    A sampler on the training model uses `encoded`. vLLM processes images itself: it takes `unexpanded`, the ids with a
+    single placeholder for every image, and the `pictures` at the model's size. These two are functions, so that an
+    unused form costs nothing. Equal seeds (and weights) give equal completions.
     """
 
     encoded: Encoded
@@ -35,11 +35,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled reply. ids, logps: [R]; ids end with an end-of-sequence id unless `truncated`.
+    """One sampled completion. ids, logps: [R]; ids end with an end-of-sequence id unless `truncated`.
 
-    `logps` are natural logarithms at the sampling temperature without the banned ids, as the trainer's scoring pass
-    computes them. Of which distribution they are, the full one or what top_k and top_p left of it, says
-    `Rollout.logprobs_untruncated`. `version` counts the updates of the weights that it was sampled with.
+    `logps` are natural logarithms at the sampling temperature without the banned ids, as in the trainer's scoring pass.
+    `Rollout.logprobs_untruncated` tells whether they belong to the full distribution or to what top_k and top_p left.
+    `version` is the number of updates of the weights that it was sampled with.
     """
 
     ids: torch.Tensor
@@ -51,7 +51,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How to choose tokens. Nothing is inherited from a model's generation config. temperature 0 is greedy."""
+    """Sampling parameters; temperature 0 is greedy. A model's generation config has no influence."""
 
     temperature: float
     top_k: int
@@ -66,50 +66,51 @@ class Decoding:
 
 
 class Rollout(Protocol):
-    """A sampling backend: `rollout.backend` names a class `(vlm, **rollout.options)`."""
+    """Sampling backend: `rollout.backend` names a class `(vlm, **rollout.options)`."""
 
-    # Its log-probabilities are those of the whole distribution, although top_k and top_p restrict what is drawn.
+    # whether log-probabilities are those of the full distribution although top_k and top_p restrict sampling
     logprobs_untruncated: bool
 
-    # A backend may say `has_weight_copy = True`: it samples with a copy of its own, and needs the policy's weights in
-    # `refresh` alone, where those that ranks have parted among them are gathered one at a time.
+    # Optional `has_weight_copy = True`: the backend samples with its own copy of the weights and reads the policy's
+    # only in `refresh`, where ZeRO-3 shards are gathered one tensor at a time.
 
     def generate(self, requests: Sequence[Request], group_size: int, decoding: Decoding) -> list[list[Completion]]:
-        """`group_size` completions of every prompt: N requests, N lists of G completions."""
+        """Sample `group_size` completions of every prompt: N requests, N lists of G completions."""
 
     def refresh(self, version: int) -> None:
-        """Take over the policy's weights as they are now; they have seen `version` updates."""
+        """Take over the current weights of the policy, which have had `version` updates."""
 
     def rest(self) -> None:
-        """Give back what memory can be given back until `wake`: an update follows."""
+        """Free memory until `wake`, because an update follows."""
 
     def wake(self) -> None:
-        """Be ready to generate."""
+        """Prepare for `generate` after `rest`."""
 
     def close(self) -> None:
         """Release everything."""
 
 
 def logprobs_match_policy(backend: object, decoding: Decoding) -> bool:
-    """Whether a sampler's log-probabilities are of the distribution that the trainer scores.
+    """Return whether a sampler's log-probabilities belong to the distribution that the trainer scores.
 
     Args:
         backend: A `Rollout`, or its class.
-        decoding: How completions are drawn.
+        decoding: Sampling parameters.
     """
     restricted = decoding.top_k > 0 or decoding.top_p < 1
     return not restricted or getattr(backend, "logprobs_untruncated", True)
 
 
 def check_logprobs_match(backend: object, decoding: Decoding, correction: str) -> None:
-    """
+    """Check that importance correction gets log-probabilities of the full distribution.
+
     Args:
         backend: A `Rollout`, or its class.
-        decoding: How completions are drawn.
+        decoding: Sampling parameters.
         correction: `trainer.importance_correction`; it divides by the sampler's probabilities.
 
     Raises:
-        UserError: They would be of another distribution.
+        UserError: They would belong to another distribution.
     """
     if correction != "none" and not logprobs_match_policy(backend, decoding):
         raise UserError(
@@ -120,15 +121,16 @@ def check_logprobs_match(backend: object, decoding: Decoding, correction: str) -
 
 
 def check_agreement(mean: float, allowed: float) -> None:
-    """
+    """Check that sampler and trainer agree on log-probabilities up to rounding.
+
     Args:
-        mean: Difference of a sampled token's log-probability between sampler and trainer, in nats.
-        allowed: What rounding explains, see `common.training.agreement`.
+        mean: Mean difference of a sampled token's log-probability between sampler and trainer, in nats.
+        allowed: Largest difference that rounding explains, see `common.training.agreement`.
 
     Raises:
-        UserError: More than rounding: what is trained is not what was sampled.
+        UserError: The difference is larger: the trainer scores another policy than the sampler's.
     """
-    if not mean <= allowed:
+    if not mean <= allowed:  # so written, NaN is an error, too
         raise UserError(
             f"sampler and trainer disagree: log-probabilities differ by {mean:.1e} nats on average (allowed:"
             f" {allowed:.0e}). Either the sampler has other weights, or it renders prompt or"
@@ -139,12 +141,12 @@ def check_agreement(mean: float, allowed: float) -> None:
 
 
 def requests(encoder: Encoder, prompts: Sequence[Prompt], seeds: Sequence[str]) -> list[Request]:
-    """Prompts as a sampler takes them.
+    """Return prompts as requests to a sampler.
 
     Args:
-        encoder: Prompts to tensors.
-        prompts: N of them.
-        seeds: One per prompt.
+        encoder: Encoder of prompts.
+        prompts: Prompts. Length: N.
+        seeds: Seed of each prompt. Length: N.
 
     Raises:
         UserError: A prompt is longer than the encoder's limit.
@@ -158,7 +160,7 @@ def requests(encoder: Encoder, prompts: Sequence[Prompt], seeds: Sequence[str]) 
 
 @contextmanager
 def sampling_mode(rollout: Rollout, version: int) -> Iterator[None]:
-    """Inside, the sampler is ready and has the policy's weights of now, which have seen `version` updates."""
+    """Keep the sampler ready, with the current weights of the policy, which have had `version` updates."""
     rollout.wake()
     rollout.refresh(version)
     try:
@@ -168,9 +170,10 @@ def sampling_mode(rollout: Rollout, version: int) -> Iterator[None]:
 
 
 def check_fresh(groups: Sequence[Sequence[Completion]], version: int) -> None:
-    """
+    """Check that completions were sampled with the current weights.
+
     Raises:
-        RuntimeError: A completion was sampled with other weights than those of now.
+        RuntimeError: A completion was sampled with other weights.
     """
     stale = {completion.version for group in groups for completion in group} - {version}
     if stale:

@@ -1,9 +1,8 @@
-"""Sampling with the training model: the prompt is computed and its image encoded once, its cache serves the whole
-group.
+"""Sample with the training model: prompt and image are computed once, the KV cache is copied for the whole group.
 
-The randomness is a table of uniform numbers drawn from each prompt's own seed and turned into tokens by the inverse
-of the cumulative distribution. So a completion depends on (weights, prompt, seed) alone: not on the batch it is
-computed in, the number of ranks, or how often the program was restarted.
+Randomness is a table of uniform numbers from each prompt's seed, turned into tokens by the inverse of the cumulative
+distribution. So a completion depends only on weights, prompt and seed: not on the batch it is computed in, the number
+of ranks, or restarts.
 
 Shapes: N prompts, G completions each, B = N G rows, P padded prompt tokens, R completion tokens, V vocabulary.
 """
@@ -30,7 +29,7 @@ from common.rollout.base import Completion, Decoding, Request
 
 
 class HFRollout:
-    """The `Rollout` backend that needs nothing beside transformers: it samples with the training model itself."""
+    """Rollout backend that samples with the training model itself and needs only transformers."""
 
     logprobs_untruncated = True
 
@@ -40,7 +39,7 @@ class HFRollout:
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], group_size: int, decoding: Decoding) -> list[list[Completion]]:
-        """See `Rollout.generate`."""
+        """Sample completions, see `Rollout.generate`."""
         model = self.vlm.model
         was_training = model.training
         model.eval()
@@ -51,7 +50,7 @@ class HFRollout:
         return [rows[start : start + group_size] for start in range(0, len(rows), group_size)]
 
     def refresh(self, version: int) -> None:
-        """The weights are the trainer's own, so only their version is noted."""
+        """Note the version; the weights are those of the trainer."""
         self.version = version
 
     def rest(self) -> None:
@@ -69,6 +68,7 @@ class HFRollout:
         device = self.vlm.device
         banned = torch.tensor(self.vlm.banned, device=device)
         ends = torch.tensor(self.vlm.eos, device=device)
+        # prefill: left padding, so that every prompt ends in the last column
         ids, mask, positions = (x.to(device) for x in left_pad(prompts, self.vlm.pad))
         extra = images(prompts, self.vlm.family, device)
         blocks = pad_blocks(prompts, left=True)
@@ -76,24 +76,28 @@ class HFRollout:
             extra |= self.vlm.family.block_inputs(blocks.to(device))
         cache = DynamicCache(config=self.vlm.model.config.get_text_config())
         logits = self._forward(ids, mask, positions, cache, extra)  # [N, V]
+        # one row per completion; it continues after the position of the prompt's last token
         cache.batch_repeat_interleave(group_size)
         logits, mask = (x.repeat_interleave(group_size, 0) for x in (logits, mask))
         position = (positions.amax(0)[:, -1] + 1).repeat_interleave(group_size)  # [B]
 
-        rows = torch.arange(len(logits), device=device)  # which completion each live row belongs to
+        # decode token by token; `rows`: the completion that each remaining row belongs to
+        rows = torch.arange(len(logits), device=device)
         tokens = torch.full((len(rows), decoding.max_tokens), -1, device=device)  # [B, R]
         logps = torch.zeros(tokens.shape, device=device)
         alive = torch.ones_like(rows, dtype=torch.bool)
         for step in range(decoding.max_tokens):
             distribution = token_logps(logits, banned, decoding.temperature or 1.0)  # [live, V]
+            # indexed by completion and step, so that dropped rows do not shift the random numbers
             uniform = None if noise is None else noise[rows.cpu(), step].to(device)
             chosen = choose(distribution, decoding, uniform)  # [live]
             tokens[rows, step] = chosen
             logps[rows, step] = distribution.gather(-1, chosen[:, None])[:, 0].float()
-            alive = alive & ~torch.isin(chosen, ends)  # an ended row stays ended whatever it goes on to sample
+            alive = alive & ~torch.isin(chosen, ends)  # finished rows go on sampling; `_completions` cuts that off
             if not alive.any() or step + 1 == decoding.max_tokens:
                 break
-            if 2 * int(alive.sum()) <= len(alive):  # finished rows are dropped once they are half of the batch
+            # Drop finished rows once they are half of the rows: selecting copies the whole cache.
+            if 2 * int(alive.sum()) <= len(alive):
                 kept = alive.nonzero()[:, 0]
                 cache.batch_select_indices(kept)
                 rows, mask, position, chosen, alive = (x[kept] for x in (rows, mask, position, chosen, alive))
@@ -110,8 +114,8 @@ class HFRollout:
         cache: DynamicCache,
         extra: dict[str, torch.Tensor],
     ) -> torch.Tensor:
-        """Logits of the next token. Shape: [B, V]."""
-        # without padding causal attention needs no mask, which lets the fast kernels run
+        """Return the logits of the next token. Shape: [B, V]."""
+        # a prefill without padding needs no mask, which lets the faster kernels run
         full = ids.shape[1] > 1 and bool(mask.all())
         inputs = {
             "input_ids": ids,
@@ -124,9 +128,10 @@ class HFRollout:
         return out.logits[:, -1]
 
     def _completions(self, tokens: torch.Tensor, logps: torch.Tensor) -> list[Completion]:
-        """Cut the rows [B, R] at their first end-of-sequence id (included)."""
+        """Cut the rows [B, R] after their first end-of-sequence id."""
         ends = torch.isin(tokens, torch.tensor(self.vlm.eos, dtype=tokens.dtype))
         ended = ends.any(1)
+        # without one, a row ends before its first -1, which marks places that were not sampled
         lengths = torch.where(ended, ends.int().argmax(1) + 1, (tokens >= 0).sum(1)).tolist()
         completions = []
         for row, length in enumerate(lengths):
@@ -137,7 +142,7 @@ class HFRollout:
 
 
 def left_pad(prompts: Sequence[Encoded], pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Ids [N, P], mask [N, P] and positions [A, N, P] with the padding before each prompt."""
+    """Return ids [N, P], mask [N, P] and positions [A, N, P] with padding before each prompt."""
     width = max(len(p.ids) for p in prompts)
     ids = torch.full((len(prompts), width), pad)
     mask = torch.zeros((len(prompts), width), dtype=torch.long)
@@ -149,7 +154,7 @@ def left_pad(prompts: Sequence[Encoded], pad: int) -> tuple[torch.Tensor, torch.
 
 
 def uniform_table(seeds: Sequence[str], group_size: int, tokens: int) -> torch.Tensor:
-    """One uniform number per completion token, from each prompt's own stream. Shape: [N G, R], in [0, 1), fp64."""
+    """Draw one uniform number per completion token, from the seed of each prompt. Shape: [N G, R], in [0, 1), fp64."""
     tables = []
     for seed in seeds:
         state = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "little", signed=True)
@@ -159,21 +164,22 @@ def uniform_table(seeds: Sequence[str], group_size: int, tokens: int) -> torch.T
 
 
 def choose(logps: torch.Tensor, decoding: Decoding, uniform: torch.Tensor | None) -> torch.Tensor:
-    """The next token of every row: the most probable one, or the inverse cumulative distribution at `uniform` [B].
+    """Choose the next token of every row: the most probable one, or the inverse cumulative distribution at `uniform`.
 
     Shape: [B, V] -> [B].
     """
     if uniform is None:
         return logps.argmax(-1)
+    # fp64, because near 1 a running sum in fp32 cannot resolve small probabilities
     mass = truncate(logps.double().exp(), decoding.top_k, decoding.top_p).cumsum(-1)  # [B, V]
     drawn = torch.searchsorted(mass, (uniform * mass[:, -1])[:, None], right=True)[:, 0]
-    # rounding could step past the last token with mass
+    # by rounding, `drawn` may lie behind the last token with a probability above zero
     last = (mass < mass[:, -1:]).sum(-1)
     return torch.minimum(drawn, last)
 
 
 def truncate(probabilities: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
-    """Zero all but the `top_k` most probable tokens (0: keep all), then all but the smallest set that reaches `top_p`.
+    """Set to zero all but the `top_k` most probable tokens (0: keep all), then all but the fewest that reach `top_p`.
 
     >>> truncate(torch.tensor([[0.5, 0.3, 0.2]]), 2, 1.0)
     tensor([[0.5000, 0.3000, 0.0000]])
@@ -185,23 +191,21 @@ def truncate(probabilities: torch.Tensor, top_k: int, top_p: float) -> torch.Ten
         probabilities = probabilities.where(probabilities >= threshold, 0.0)
     if top_p < 1:
         ordered, index = probabilities.sort(dim=-1, descending=True)
-        before = ordered.cumsum(-1) - ordered
+        before = ordered.cumsum(-1) - ordered  # exclusive: the token that crosses top_p is kept
         kept = ordered.where(before < top_p * ordered.sum(-1, keepdim=True), 0.0)
         probabilities = torch.zeros_like(probabilities).scatter(-1, index, kept)
     return probabilities
 
 
-# Greedy replies to plain texts by the model as it was before training: a judge of its own.
-#
-# Shapes: P prompt tokens.
+# Greedy replies of the initial model to texts, for rewards that use it as a judge. Shapes: P prompt tokens.
 
-CUT = re.compile(r"\s*\S+\s*\Z")
+CUT = re.compile(r"\s*\S+\s*\Z")  # the last word, which a limit on tokens may have cut
 
 
 class FrozenReplies:
-    """The untrained model as a function from texts to replies; build it before the first update.
+    """Function from texts to replies of the initial model; create it before the first update.
 
-    With adapters that is the base model, without them a copy: so before anything is attached that it has no use for.
+    With adapters it uses the base model, without them a copy, which must be made before embeddings are attached.
     """
 
     def __init__(self, vlm: VLM, batch: int) -> None:
@@ -210,7 +214,7 @@ class FrozenReplies:
         self.rollout, self.batch = HFRollout(self.vlm), batch
 
     def __call__(self, texts: Sequence[str], max_tokens: int) -> list[str]:
-        """One reply to each text, without the end of turn, or its last word if the limit may have cut that."""
+        """Return one reply to each text, without the end of turn; of truncated ones, without the last word."""
         decoding = Decoding(temperature=0.0, top_k=0, top_p=1.0, max_tokens=max_tokens)
         replies: list[str] = []
         with self._base():
@@ -228,7 +232,7 @@ class FrozenReplies:
             yield
 
     def _request(self, text: str) -> Request:
-        """A conversation without an image. Shape of its ids: [P]."""
+        """Return a request for a conversation without an image. Shape of its ids: [P]."""
         tokenizer, family = self.vlm.processor.tokenizer, self.vlm.family
         turns = [{"role": "user", "content": [{"type": "text", "text": text}]}]
         rendered = self.vlm.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)

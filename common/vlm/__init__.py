@@ -1,1 +1,1 @@
-"""A vision-language model as the learner of a run: conf/learner/vlm.yaml names its `build`."""
+"""Vision-language models as learners: prompts, replies and the class that `build` of conf/learner/vlm.yaml names."""

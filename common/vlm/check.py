@@ -1,4 +1,4 @@
-"""What a vision-language model can be checked for in a second: devices, files, lengths of the prompts. No torch."""
+"""Checks of a vision-language run before the model is loaded: devices, files, prompt lengths. Needs no torch."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from common.runtime.progress import say
 from common.types import CATEGORY, Prompt, Task, UserError
 from common.vlm.prompting import TaskPrompts, ask, of_config
 
-ADAPTERS_MOVE = 5e-6  # the lowest rate that any paper here trains adapters at, ALERT's
-INSTEAD = (  # of a tiny model, on photos
+ADAPTERS_MOVE = 5e-6  # lowest learning rate at which a paper here trains adapters (ALERT)
+INSTEAD = (  # advice for photos, where the tiny model is of no use
     "on a laptop take method=linear_probe clip=none visual=lite0, on a GPU another model, such as model=qwen2_vl_2b"
 )
 
 
 def check_model(config: Config, task: Task, asked: Collection[Sequence[Prompt]]) -> None:
-    """Check devices, files, words and lengths.
+    """Check devices, model files, class names and prompt lengths; print warnings.
 
     Args:
-        config: The run's configuration.
-        task: With the class names.
-        asked: The prompts of every split.
+        config: Configuration of the run.
+        task: Task with the class names.
+        asked: Prompts of every split.
 
     Raises:
         UserError: Names the key, the file or the image at fault.
@@ -42,11 +42,12 @@ def check_model(config: Config, task: Task, asked: Collection[Sequence[Prompt]])
 
 
 def check_words(config: Config, measure: meter.PromptMeter, task: Task) -> None:
-    """No name and no question has what the tokenizer or the methods read as something else than its letters.
+    """Check that no class name and no question contains a special token or the mark of an embedding.
 
     Raises:
         UserError: Names the class or the key.
     """
+    # every text that a user can put into a prompt, by how an error message names it
     said = {f"data.{key}={text}": text for key, text in _questions(config.data)}
     for name, target in config.setting.targets.items():
         if name in task.evaluation:
@@ -69,9 +70,10 @@ def _questions(data: DataConfig) -> tuple[tuple[str, str], ...]:
 
 
 def check_lengths(config: Config, asked: Collection[Sequence[Prompt]], measure: meter.PromptMeter) -> None:
-    """Every prompt is within the limit, if there is one, and leaves the model its completion."""
+    """Check that every prompt is within `model.max_prompt_tokens` and fits the context with its completion."""
     limit, completion = config.model.max_prompt_tokens, config.rollout.max_completion_tokens
     bounds = [limit] if limit is not None else []
+    # prompt and completion share the context of the model
     if measure.context is not None:
         bounds.append(measure.context - completion)
     if not bounds:
@@ -91,14 +93,15 @@ def check_lengths(config: Config, asked: Collection[Sequence[Prompt]], measure: 
 
 
 def unknown_classes(config: Config, task: Task) -> str | None:
-    """What to say if the model is of a recipe that was taught other classes than those of the data; else None.
+    """Return a warning if the model's recipe was pre-trained on other classes than those of the data, else None.
 
-    A recipe that does not say what it `knows` was taught no certain classes.
+    A recipe without `knows` was pre-trained on no particular classes.
     """
     if config.model.path is not None or config.model.recipe is None:
         return None
     known: frozenset[str] | None = getattr(import_module(config.model.recipe), "knows", None)
     splits = [task.train, *task.evaluation.values()]
+    # every class name once, in the order of the splits
     names = dict.fromkeys(name for split in splits for name in split.names)
     if known is None or not (unknown := [name for name in names if name.lower() not in known]):
         return None
@@ -110,7 +113,7 @@ def unknown_classes(config: Config, task: Task) -> str | None:
 
 
 def still_adapters(config: Config) -> str | None:
-    """What to say if adapters are to be trained at a rate that is made for whole weights; else None."""
+    """Return a warning if adapters would be trained at a learning rate meant for full fine-tuning, else None."""
     r, rate = config.model.lora.r, config.trainer.learning_rate
     if config.trainer.name == "none" or r == 0 or rate >= ADAPTERS_MOVE:
         return None
@@ -121,7 +124,7 @@ def still_adapters(config: Config) -> str | None:
 
 
 def check_8bit(config: Config) -> None:
-    """8-bit weights are bitsandbytes' and for GPUs alone."""
+    """Check that 8-bit weights can be used: a GPU, bitsandbytes, and no ZeRO-3."""
     if not config.model.load_in_8bit:
         return
     if config.gpus == 0:
@@ -133,7 +136,7 @@ def check_8bit(config: Config) -> None:
 
 
 def check_weights(config: Config) -> meter.PromptMeter:
-    """Check the files of the model and return its prompt meter; weights on the hub are not fetched yet."""
+    """Check the files of the model and return its prompt meter; weights are not downloaded yet."""
     model = config.model
     if model.path is None:
         assert model.recipe is not None
@@ -141,11 +144,8 @@ def check_weights(config: Config) -> meter.PromptMeter:
     return meter.of_folder(find(model.path, model.revision, weights=False), model.family)
 
 
-# What can be refused before a vision-language model is loaded, and before its method makes anything. No torch.
-
-
 def check_vlm(config: Config, data: TaskData) -> TaskPrompts:
-    """See `Check` in common/learner.py.
+    """Run all checks and return the prompts: the `Check` (common/learner.py) of a vision-language run.
 
     Raises:
         UserError: Names the key, the file or the image at fault.
@@ -155,6 +155,6 @@ def check_vlm(config: Config, data: TaskData) -> TaskPrompts:
     if config.rollout.check is not None:
         locate(config.rollout.check, "rollout.check")(config)
     asked = ask(of_config(config), data.task)
-    asked.prompting.sources(data.task)  # files that are missing are named before anything is loaded
+    asked.prompting.sources(data.task)  # hashes the method's files, so a missing one is reported now
     check_model(config, data.task, [asked.train, *asked.evaluation.values()])
     return asked

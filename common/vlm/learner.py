@@ -1,4 +1,4 @@
-"""A vision-language model as the learner of a run, and the parts it is built of."""
+"""The learner for vision-language models, and functions that build its parts from the configuration."""
 
 from __future__ import annotations
 
@@ -41,16 +41,19 @@ from common.vlm import check, prompting
 from common.vlm.prompting import TaskPrompts, Words
 from common.vlm.replies import Replies, greedy
 
-# The parts of a vision-language learner, from the configuration: rollout options, encoder, embeddings, checks.
+# Parts of the learner, from the configuration: rollout options, encoder, decoding, checks.
 
 
 def backend_options(config: Config, asked: TaskPrompts) -> dict[str, Any]:
-    """Arguments of the rollout backend: those of the configuration; a backend that must know the longest prompt
-    (`prompt_tokens`) and was told no limit gets room for the run's prompts. All ranks call it together.
+    """Return the arguments of the rollout backend. All ranks call it together.
+
+    They are those of the configuration; if `prompt_tokens` is null there, it becomes what the run's prompts need.
     """
     options = config.rollout.options
+    # the default 0 stands for a backend without that option
     if options.get("prompt_tokens", 0) is not None:
         return options
+    # rank 0 measures the prompts, the others take over its result
     longest, context = 0, None
     if rank() == 0:
         measure, size = check.check_weights(config), config.model.image_size
@@ -61,7 +64,7 @@ def backend_options(config: Config, asked: TaskPrompts) -> dict[str, Any]:
 
 
 def check_logprobs(config: Config, backend: object) -> None:
-    """See `check_logprobs_match`; before the weights are loaded `backend` is a class, then its object."""
+    """Check that the sampler fits the trainer, see `check_logprobs_match`; `backend` is its class or its object."""
     if isinstance(config.trainer, GRPOConfig):
         if config.rollout.overlap and not getattr(backend, "has_weight_copy", False):
             raise UserError(
@@ -72,14 +75,14 @@ def check_logprobs(config: Config, backend: object) -> None:
 
 
 def shared_hash(folder: Path) -> str:
-    """`files.weights_hash`, by one rank for all: it reads every weight. All ranks call it together."""
+    """Return `files.weights_hash`, computed by rank 0 because it reads every weight. All ranks call it together."""
     return gather(files.weights_hash(folder) if rank() == 0 else "")[0]
 
 
 def make_encoder(config: Config, policy: vlm.VLM, sha256: str, task: Task) -> Encoder:
-    """Prompts to tensors; with a store of image features if the vision tower is frozen and disk space is given.
+    """Return the encoder of prompts, with a store of image features if `model.feature_cache_gb` is above 0.
 
-    `sha256`: of the weights; features of different ones are kept apart.
+    `sha256`: hash of the weights; features of different weights are stored apart.
     """
     store = None
     if config.model.feature_cache_gb > 0:
@@ -89,30 +92,27 @@ def make_encoder(config: Config, policy: vlm.VLM, sha256: str, task: Task) -> En
 
 
 def weights_name(config: Config, sha256: str) -> str:
-    """Names the weights that a run begins from as they compute, for caches: their hash and their number format."""
+    """Return a name for the initial weights, for caches: their hash and their number format."""
     number_format = "int8" if config.model.load_in_8bit else config.model.dtype
     return f"{sha256[:16]}-{number_format}"
 
 
 def sampling(config: RolloutConfig) -> Decoding:
-    """How completions are drawn for training."""
+    """Return how completions are sampled for training."""
     return Decoding(config.temperature, config.top_k, config.top_p, config.max_completion_tokens)
 
 
-# A vision-language model as the learner of a run.
-#
-# It answers in words (common/vlm/replies.py), is trained by GRPO or SFT (common/training/), and samples by the backend
-# that `rollout.backend` names. A method that needs more than prompts (ALERT: a draft, pictures seen beforehand,
-# embeddings behind the vocabulary) derives from it and overrides the steps in which it differs.
-
-
 class VLMLearner(Learner):
-    """See `Learner` in common/learner.py."""
+    """Learner that answers in text (common/vlm/replies.py) and is trained by GRPO or SFT (common/training/).
+
+    A method that needs more than prompts (ALERT: drafts, images described beforehand, embeddings behind the
+    vocabulary) derives from it and overrides the steps in which it differs.
+    """
 
     def __init__(
         self, config: Config, data: TaskData, device: torch.device, folder: Path, checkpoints: Checkpoints
     ) -> None:
-        """See `Learner` in common/learner.py.
+        """Load the model and build sampler, encoder and rewards; arguments as for `Learner`.
 
         Raises:
             UserError: The weights do not load, have changed since the run began, or the doctor refuses the training.
@@ -125,36 +125,38 @@ class VLMLearner(Learner):
         self.updates = total_updates(config.trainer, len(self.task.train.items))
         self.trainer: Trainer | None = None
 
-        # what can be refused before weights are loaded
+        # checks that need no weights
         options = backend_options(config, self.prompts)
         check_call(config.rollout.backend, "rollout.backend", options, given=1)
         backend = locate(config.rollout.backend, "rollout.backend")
         check_logprobs(config, backend)
         state = checkpoints.state
+        # rewards are needed only if updates are left to do
         learns = isinstance(config.trainer, GRPOConfig) and self.updates > (0 if state is None else state.update)
         self.rewards = prepare_rewards(config.rewards) if learns else {}
         self.prepare()
 
-        # the model, with fresh adapters that are alike on all ranks
+        # the model; the seed makes new adapters equal on all ranks
         source = files.weights_folder(config)
         torch.manual_seed(config.seed)
         self.policy = vlm.load(source, config.model, device, train=config.trainer.name != "none")
         attention.install(self.policy.model, config.model.attention)
         self.weights = {"path": str(source), "sha256": shared_hash(source)}
         checkpoints.begin_from(self.weights["sha256"], self.weights["path"])
-        # rewards take the model before anything is attached or trained, and before a training is continued
+        # rewards that score with the model need the initial weights: before embeddings are attached or training resumes
         name = weights_name(config, self.weights["sha256"])
         bind_rewards(self.rewards, self.policy, config.rollout.evaluation_batch, name)
 
-        # the prompts that will really be asked: from here on they do not change
+        # the final prompts: from here on they do not change
         self.setup()
         assert self.prompts.prompting.final, "setup makes the prompts final"
-        if config.doctor is not True:  # which leaves nothing behind
+        if config.doctor is not True:  # doctor=true trains nothing and writes nothing
             manifest.freeze_prompts(folder, self.prompts.hashes(), self.sources())
 
+        # encoder, sampler and evaluation
         self.encoder = make_encoder(config, self.policy, self.weights["sha256"], self.task)
         self.rollout: Rollout = backend(self.policy, **options)
-        check_logprobs(config, self.rollout)  # again: it may say so of an object alone
+        check_logprobs(config, self.rollout)  # again, because a backend may set these attributes in __init__ only
         self.replies = Replies(
             self.encoder,
             LabelScorer(self.policy) if config.label_scoring else None,
@@ -168,15 +170,13 @@ class VLMLearner(Learner):
             self.examine()
 
     def prepare(self) -> None:
-        """Make what is needed before the model is loaded. All ranks call it together."""
+        """Make what the method needs before the model is loaded. All ranks call it together."""
 
     def setup(self) -> None:
-        """Give the loaded model what the method puts beside it, and make `prompts` final. All ranks call it
-        together.
-        """
+        """Attach the method's own parts to the loaded model and make `prompts` final. All ranks call it together."""
 
     def sources(self) -> dict[str, str]:
-        """A hash of everything beside the data that decides what is asked, by what it is called."""
+        """Return a hash of everything that decides the prompts apart from the data, by its name."""
         return self.prompting.sources(self.task)
 
     @property
@@ -193,7 +193,7 @@ class VLMLearner(Learner):
 
     def set_task(self, task: Task) -> None:
         old, self.task = self.task, task
-        asked = {  # a split that is the same is not asked anew
+        asked = {  # prompts of an unchanged split are reused
             split: self.prompts.evaluation[split]
             if old.evaluation.get(split) is each
             else self.prompting.evaluation_prompts(task, split)
@@ -221,29 +221,30 @@ class VLMLearner(Learner):
         policy = self.policy
         with detached(policy.model):
             policy.model.save_pretrained(folder)
+        # adapters of a hub model name its id and commit as their base, not this machine's cache folder
         if policy.hub is not None and hasattr(policy.model, "disable_adapter"):
             adapters.name_base(folder, *policy.hub)
         policy.processor.save_pretrained(folder)
 
     @classmethod
     def into_vocabulary(cls, config: Config, policy: vlm.VLM, folder: Path) -> Words | None:
-        """Make words of the vocabulary of what a run has trained beside the weights, for readers that know nothing of
-        the method.
+        """Turn embeddings that the method has trained into tokens of the vocabulary, for an export without this code.
 
         Args:
-            config: The run's configuration.
-            policy: The trained model without adapters, and its processor; both are changed.
-            folder: What `save` wrote.
+            config: Configuration of the run.
+            policy: Trained model without adapters, and its processor; both are changed.
+            folder: Folder that `save` wrote.
 
         Returns:
-            The words; None: the weights are all that was trained.
+            The new tokens; None if only weights were trained.
         """
         return None
 
     @classmethod
     def kept_files(cls, config: Config, folder: Path) -> tuple[str, ...] | None:
-        """Which files of `folder`, beside the weights, an exported model needs to be asked by this class again; None:
-        it cannot be, without the pictures that it was trained on.
+        """Return the files of `folder` that this class needs, beside the weights, to use an exported model.
+
+        None: an export cannot be used by this class, since it needs the training images.
         """
         return ()
 
@@ -253,10 +254,10 @@ class VLMLearner(Learner):
         self.rollout.close()
 
     def examine(self) -> None:
-        """Let the doctor (common/run/doctor.py) show its findings as a table.
+        """Examine the training (common/run/doctor.py) and print the findings as a table.
 
         Raises:
-            UserError: One is a reason not to train; names the finding and the fix.
+            UserError: A finding is a reason not to train; names it and the fix.
         """
         config = self.config
         assert isinstance(config.trainer, GRPOConfig)
@@ -282,14 +283,15 @@ class VLMLearner(Learner):
 
     @contextmanager
     def _sampling(self) -> Iterator[None]:
-        """See `Trainer.sampling`; before there is a trainer, the weights are those that were loaded."""
+        """Wrap `Trainer.sampling`; before there is a trainer, sample with the weights as loaded (version 0)."""
+        # embeddings on the host catch up with updates that they have skipped, see `OffloadedRows.flush`
         if self.policy.extra_embeddings is not None:
             self.policy.extra_embeddings.flush()
         with sampling_mode(self.rollout, 0) if self.trainer is None else self.trainer.sampling():
             yield
 
     def make_trainer(self) -> Trainer:
-        """The trainer, which begins where an earlier attempt of the run stopped."""
+        """Return the trainer, resumed from the last checkpoint if there is one."""
         config, resumed = self.config, self.checkpoints.resumed
         shared: dict[str, Any] = {
             "vlm": self.policy,
@@ -314,7 +316,7 @@ class VLMLearner(Learner):
         return SFTTrainer(**shared, loss=config.protocol.sft_loss, reply=self.prompting.label_response)
 
     def _restore_best(self, made: int) -> None:
-        """Take over the weights of the best evaluation among the updates that were made.
+        """Load the weights of the best evaluation during training; `made`: number of updates.
 
         Raises:
             UserError: They were written by another number of ranks, whose optimizer state cannot be read here.
@@ -332,7 +334,7 @@ class VLMLearner(Learner):
         self.trainer.restore(best / "deepspeed", read_state(best).update)
 
     def _save_all(self, folder: Path) -> None:
-        """Write a checkpoint of the model: to resume from, and to load elsewhere."""
+        """Write a checkpoint: the engine's state to resume from, and a model folder that loads elsewhere."""
         assert self.trainer is not None
         self.trainer.save(folder / "deepspeed")
         self.save(folder / "model")

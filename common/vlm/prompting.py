@@ -1,7 +1,7 @@
-"""How a method asks a vision-language model, and what a reply looks like. No torch.
+"""Interface of a method: how it prompts a vision-language model and parses replies. Needs no torch.
 
-A method is a class that derives from `Prompting`; `method._target_` names it. Most need the five abstract members
-alone; the others have defaults that do nothing.
+A method is a class that derives from `Prompting`; `method._target_` names it. Most need only the five abstract members;
+the others have defaults that do nothing.
 """
 
 from __future__ import annotations
@@ -19,64 +19,63 @@ from common.types import Answers, Prediction, Prompt, Task, UserError
 
 
 class Prompting(ABC):
-    """How to ask about the images of a task."""
+    """Prompts for the images of a task, and the format of replies."""
 
     @abstractmethod
     def train_prompts(self, task: Task, epoch: int = 0) -> list[Prompt]:
-        """One prompt per training item, in the order of `task.train.items`."""
+        """Return one prompt per training item, in the order of `task.train.items`."""
 
     @abstractmethod
     def evaluation_prompts(self, task: Task, split: str) -> list[Prompt]:
-        """One prompt per item of `task.evaluation[split]`, in its order."""
+        """Return one prompt per item of `task.evaluation[split]`, in its order."""
 
     @abstractmethod
     def well_formed(self, completion: str) -> bool:
-        """Whether the reply follows the requested format."""
+        """Return whether the reply follows the requested format."""
 
     @abstractmethod
     def answer(self, completion: str) -> str | None:
-        """The one answer that a reply gives, normalised; None if it gives none or several."""
+        """Return the one answer of a reply, normalised; None if there is none or more than one."""
 
     @abstractmethod
     def label_response(self, name: str) -> str:
-        """The answer `name` without reasoning: a reply, or the end of one, whose probability is that of the name."""
+        """Return the reply, without reasoning, that answers `name`; its probability counts as that of the name."""
 
     @property
     def final(self) -> bool:
-        """Whether the prompts are already those that will be asked. False: they are the longest that could be, until
-        the learner has seen the pictures.
-        """
+        """Return whether the prompts are final; if not, they are upper bounds in length until `VLMLearner.setup`."""
         return True
 
     def embeddings(self, task: Task) -> int:
-        """How many trainable embeddings the prompts refer to, behind the vocabulary."""
+        """Return the number of trainable embeddings behind the vocabulary that the prompts refer to."""
         return 0
 
     def sources(self, task: Task) -> dict[str, str]:
-        """A hash of every file that decides the prompts beside the data, by its configuration key."""
+        """Return a hash of every file, data aside, that decides the prompts, by its configuration key."""
         return {}
 
     def matches_officially(self, completion: str, label: str) -> bool | None:
-        """Whether the authors' code counts the reply as the label, where it matches in a way of its own; else None."""
+        """Return whether the authors' code counts the reply as correct; None if it has no matching rule of its own."""
         return None
 
     def extra_columns(self, task: Task, split: str, predictions: Sequence[Prediction]) -> dict[str, list[Any]]:
-        """More columns of predictions.parquet: one value per prediction (text, truth value, number, a list of them or
-        None), by column.
+        """Return more columns of predictions.parquet: by column, one value per prediction.
+
+        A value is text, a truth value, a number, a list of these, or None.
         """
         return {}
 
     def diagnostics(self, task: Task, split: str, answers: Answers) -> dict[str, Any]:
-        """What metrics.json says of a split's predictions beside the accuracies.
+        """Return entries of metrics.json about a split's predictions, in addition to the accuracies.
 
-        The answers may be those of an earlier attempt of the run; their columns say what was true of each then.
+        The answers may come from an earlier attempt of the run; use their columns, not the current state.
         """
         return {}
 
 
 @dataclass(frozen=True)
 class TaskPrompts:
-    """A task with a prompt for each of its images. Lists are in the order of the items."""
+    """Task with one prompt for each of its images. Lists are in the order of the items."""
 
     task: Task
     prompting: Prompting
@@ -84,30 +83,30 @@ class TaskPrompts:
     evaluation: dict[str, list[Prompt]]
 
     def hashes(self) -> dict[str, str]:
-        """A hash of the prompts of every split, for the run folder (common/data/manifest.py)."""
+        """Return a hash of the prompts of every split, for the run folder (common/data/manifest.py)."""
         return {split: prompts_hash(prompts) for split, prompts in {"train": self.train, **self.evaluation}.items()}
 
 
 def prompts_hash(prompts: Sequence[Prompt]) -> str:
-    """SHA-256 of what is said about each image, in order."""
+    """Return the SHA-256 of system and user texts of all prompts, in order."""
     return digest([[prompt.system, prompt.text] for prompt in prompts])
 
 
 def ask(prompting: Prompting, task: Task) -> TaskPrompts:
-    """Every prompt of a task.
+    """Return every prompt of a task.
 
     Raises:
-        UserError: The method cannot ask about it.
+        UserError: The method has no prompts for this task.
     """
     evaluation = {split: prompting.evaluation_prompts(task, split) for split in task.evaluation}
     return TaskPrompts(task, prompting, prompting.train_prompts(task), evaluation)
 
 
 def of_config(config: Config) -> Prompting:
-    """The prompting that `method._target_` names.
+    """Return an object of the class that `method._target_` names.
 
     Raises:
-        UserError: It names none.
+        UserError: `method._target_` is missing or names no class.
     """
     if "_target_" not in config.method:
         raise UserError("method._target_ is missing; a method of learner=vlm has it, see conf/method/ for examples")
@@ -117,9 +116,10 @@ def of_config(config: Config) -> Prompting:
 
 @dataclass(frozen=True)
 class Words:
-    """Embeddings that have become words of the vocabulary, for readers that know nothing of a method: the ids of these,
-    and of what fills the vocabulary up, none of which is ever said; the word that stands for each name; and a prompt
-    that has some of them.
+    """Trained embeddings as tokens of the vocabulary, so that other code can use an exported model.
+
+    ids: the new tokens and those that pad the vocabulary; none of them may be generated. of_names: text that stands
+    for each class name. example: a prompt that has some of them.
     """
 
     ids: range

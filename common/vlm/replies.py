@@ -1,7 +1,8 @@
-"""A vision-language model's answers: greedy replies, matched with the labels, and the probability of every name that a
-prompt offers, after the reply's own reasoning.
+"""Evaluate a vision-language model on a split: greedy replies, matched with the labels, and label probabilities.
 
-Shapes: N prompts, C classes of a split, K names that a prompt offers (at most).
+The probability of a class name is that of the reply which gives it, after the model's own reasoning.
+
+Shapes: N prompts, C classes of a split, K names that a prompt lists (at most).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from common.vlm.prompting import Prompting, TaskPrompts
 
 
 class Replies:
-    """Asks the model about the images of a split. Ranks share the work, and every rank gets all answers."""
+    """Generate and grade replies to the prompts of a split. Ranks share the work; every rank gets all answers."""
 
     def __init__(
         self,
@@ -36,13 +37,13 @@ class Replies:
     ) -> None:
         """
         Args:
-            encoder: Prompts to tensors.
-            labels: Scores the names that a prompt offers; None: nobody does.
-            reasoned: They are scored as the end of the reply, after its own reasoning where it has the format for one;
-                False: as replies of their own, without reasoning.
-            max_tokens: Most tokens of a reply.
-            batch: Prompts that are asked together.
-            articles: See `grade`.
+            encoder: Encoder of prompts.
+            labels: Scorer of the names that a prompt lists; None: no probabilities.
+            reasoned: Score a name as the end of the reply, after its reasoning if it is well-formed; False: as a
+                reply of its own, without reasoning.
+            max_tokens: Largest number of tokens of a reply.
+            batch: Number of prompts per batch.
+            articles: Accept an article before a name, see `grade`.
         """
         self.encoder, self.labels, self.reasoned, self.articles = encoder, labels, reasoned, articles
         self.decoding, self.batch = greedy(max_tokens), batch
@@ -50,7 +51,7 @@ class Replies:
     def __call__(
         self, rollout: Rollout, asked: TaskPrompts, split: str, prompts: Sequence[Prompt], scored: bool
     ) -> Answers:
-        """Answers to some prompts of a split, in their order; the seconds are this rank's.
+        """Return the answers to some prompts of a split, in their order; the seconds are those of this rank.
 
         `scored`: with the probabilities of the names. All ranks call it together.
         """
@@ -62,7 +63,7 @@ class Replies:
         predictions: list[Prediction] = []
         parts = list(micro_batches(share_of(list(prompts)), self.batch))
         for part in progress(parts, f"evaluating {split}", len(parts)):
-            wanted = requests(self.encoder, part, [""] * len(part))
+            wanted = requests(self.encoder, part, [""] * len(part))  # greedy decoding uses no seed
             groups = rollout.generate(wanted, 1, self.decoding)
             graded = [
                 grade(prompting, prompt, indices[prompt.image], group[0], asked_about.choices, self.articles)
@@ -73,6 +74,7 @@ class Replies:
                 start = time.perf_counter()
                 table.add(self._scores(labels, prompting, asked_about.choices, part, wanted, graded))
                 scoring += time.perf_counter() - start
+        # share_of gave prompts to ranks in turn; interleave restores the order
         everyone = interleave(gather(predictions))
         probabilities = None if table is None else table.of_all_ranks()
         seconds = time.perf_counter() - began - scoring
@@ -89,7 +91,7 @@ class Replies:
         asked: Sequence[Request],
         graded: Sequence[Prediction],
     ) -> list[LabelScores]:
-        """Of the names that each prompt offers; an open question offers `everything`."""
+        """Return the scores of the names that each prompt lists; an open question has all of `everything`."""
         responses = [[prompting.label_response(name) for name in prompt.choices or everything] for prompt in prompts]
         texts = [prediction.reply.text if prediction.reply else "" for prediction in graded]
         begun = [reasoning(prompting, text) if self.reasoned else "" for text in texts]
@@ -97,17 +99,18 @@ class Replies:
 
 
 class ScoreTable:
-    """The probabilities of this rank's prompts, row by row, and then those of all ranks as one table."""
+    """Table of label probabilities: filled with the prompts of this rank, then merged over all ranks."""
 
     def __init__(self, names: Sequence[str], offered: Sequence[Sequence[str]]) -> None:
         """
         Args:
-            names: Of the classes, each once. Length: C.
-            offered: Names that each prompt of all ranks offers; none: all of them. Length: N.
+            names: Names of the classes, each once. Length: C.
+            offered: Names that each prompt of all ranks lists; empty: all of them. Length: N.
         """
         self.names = tuple(dict.fromkeys([*names, *(name for choices in offered for name in choices)]))
         index = {name: number for number, name in enumerate(self.names)}
         everything = [index[name] for name in names]
+        # -1 pads the rows of prompts that list fewer names
         width = max((len(choices) or len(names) for choices in offered), default=0)
         self.classes = numpy.full((len(offered), width), -1, numpy.int32)  # [N, K]
         for row, choices in zip(self.classes, offered, strict=True):
@@ -118,27 +121,28 @@ class ScoreTable:
         self.filled = 0
 
     def add(self, scores: Sequence[LabelScores]) -> None:
-        """The next prompts of this rank, in their order."""
+        """Fill in the next prompts of this rank, in their order."""
         for score in scores:
             count = len(score.logps)
             self.values[self.filled, :count], self.raw[self.filled, :count] = score.normalised, score.raw
             self.filled += 1
 
     def of_all_ranks(self) -> Probabilities:
-        """All ranks call it together."""
+        """Return the table of all ranks. All ranks call it together."""
         values, raw = (numpy.zeros(self.classes.shape, numpy.float32) for _ in range(2))
+        # rank r has the rows r, r + world, r + 2 world, ...
         for number, (part, raw_part) in enumerate(gather((self.values, self.raw))):
             values[number :: world()], raw[number :: world()] = part, raw_part
         return Probabilities(self.names, self.classes, values, raw)
 
 
 def reasoning(prompting: Prompting, completion: str) -> str:
-    """The beginning of a completion up to its answer; nothing if it is malformed or the method asks for none."""
+    """Return the beginning of a completion up to its answer; empty if malformed or without reasoning."""
     return parsing.reasoning_before(completion) if prompting.well_formed(completion) else ""
 
 
 def greedy(max_tokens: int) -> Decoding:
-    """The decoding of every evaluation; named in metrics.json."""
+    """Return the decoding of every evaluation, as metrics.json reports it."""
     return Decoding(temperature=0.0, top_k=0, top_p=1.0, max_tokens=max_tokens)
 
 
@@ -153,18 +157,18 @@ def grade(
     """Compare one completion with its label.
 
     Args:
-        prompting: Reads the answer.
-        prompt: With the label and the names that it offers.
-        label_index: Of the label among the classes of the split.
-        completion: The reply.
-        names: What an open question asks about.
-        articles: "a fox" answers "fox", unless it is itself a name (`protocol.articles`); rewards never allow that.
+        prompting: Method that parses the answer.
+        prompt: Prompt with its label and the names that it lists.
+        label_index: Index of the label among the classes of the split.
+        completion: Reply of the model.
+        names: Class names that count as listed by an open question.
+        articles: Let "a fox" answer "fox", unless it is itself a name (`protocol.articles`); rewards never allow that.
     """
     text, label = completion.text, parsing.normalize(prompt.label)
     answer = prompting.answer(text)
     if articles and answer is not None:
         answer = parsing.without_article(answer, (*(prompt.choices or names), prompt.label, *prompt.aliases))
-    # a label that was not offered cannot be chosen
+    # an answer that the prompt did not list never counts as correct
     offered = not prompt.choices or label in map(parsing.normalize, prompt.choices)
     official = prompting.matches_officially(text, prompt.label)
     if official is not None:

@@ -1,1 +1,1 @@
-"""The embedded models: built from code and rendered pictures, small enough for a laptop."""
+"""Tiny models for laptops and tests, pre-trained from scratch on rendered images."""

@@ -1,4 +1,8 @@
-"""Rendered garments, which the tiny models learn from: how each is drawn, and its random views."""
+"""Render garments, on which the tiny models are pre-trained: drawings with random proportions, and random views.
+
+The drawings were designed after looking at some photographs of Fashion-MNIST, but no photograph is shown in training,
+so real ones are a domain shift.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-# How each garment of `data=fashion` is drawn: polygons and lines with random proportions, never a photograph.
-#
-# The shapes were drawn by somebody who had seen some of the photographs. x goes right and y down, both from 0 to 1.
+# Drawings: polygons and lines with random proportions, one function per class of `data=fashion`. x goes right and y
+# down, both from 0 to 1.
 
 
 CANVAS = 112  # pixels of a drawing
@@ -22,45 +25,45 @@ DARK = (60, 110, 160)  # brightness of seams and prints; cloth is 255
 
 
 class Pencil:
-    """Draws one garment."""
+    """Canvas with drawing functions for one garment."""
 
     def __init__(self, rng: random.Random) -> None:
         self.rng, self.image = rng, Image.new("L", (CANVAS, CANVAS))
         self.draw, self.between = ImageDraw.Draw(self.image), rng.uniform
 
     def often(self, share: float) -> bool:
-        """True in that share of the drawings."""
+        """Return True with probability `share`."""
         return self.rng.random() < share
 
     def dark(self) -> int:
-        """A brightness of `DARK`."""
+        """Return a random brightness of `DARK`."""
         return self.rng.choice(DARK)
 
     def area(self, points: Sequence[Point], brightness: int = 255) -> None:
-        """A filled polygon."""
+        """Draw a filled polygon."""
         self.draw.polygon([(x * CANVAS, y * CANVAS) for x, y in points], fill=brightness)
 
     def both(self, half: Sequence[Point], brightness: int = 255) -> None:
-        """A symmetric polygon: `half` of it from top to bottom, as distance from the middle and y."""
+        """Draw a symmetric polygon; `half`: its right half from top to bottom, as distance from the middle and y."""
         self.area([(0.5 + x, y) for x, y in half] + [(0.5 - x, y) for x, y in reversed(half)], brightness)
 
     def line(self, points: Sequence[Point], width: float, brightness: int = 255) -> None:
-        """Connected lines."""
+        """Draw connected lines."""
         places = [(x * CANVAS, y * CANVAS) for x, y in points]
         self.draw.line(places, fill=brightness, width=max(1, round(width * CANVAS)), joint="curve")
 
     def oval(self, left: float, top: float, right: float, bottom: float, brightness: int = 0) -> None:
-        """A filled ellipse."""
+        """Draw a filled ellipse."""
         self.draw.ellipse([side * CANVAS for side in (left, top, right, bottom)], fill=brightness)
 
 
 def upper_body(pencil: Pencil, sleeve: float, wider: tuple[float, float], length: float) -> tuple[float, float, float]:
-    """A garment of the upper body. Returns half the width of neck and body, and the neck's y.
+    """Draw a garment of the upper body; return half the width of neck and body, and the neck's y.
 
     Args:
-        pencil: Draws it.
-        sleeve: Its length, from 0 to 1.
-        wider: How much wider than the body the hem is, at least and at most.
+        pencil: Canvas.
+        sleeve: Length of the sleeves, from 0 to 1.
+        wider: Smallest and largest difference between half the width of hem and body.
         length: y of the hem.
     """
     between = pencil.between
@@ -78,7 +81,7 @@ def upper_body(pencil: Pencil, sleeve: float, wider: tuple[float, float], length
 
 
 def t_shirt(pencil: Pencil) -> None:
-    """Short sleeves, a round neck, sometimes a print."""
+    """Draw short sleeves, a round neck, sometimes a print."""
     between = pencil.between
     neck, _, y = upper_body(pencil, between(0.18, 0.38), (-0.02, 0.03), between(0.93, 0.99))
     pencil.oval(0.5 - neck, y - 0.08, 0.5 + neck, y + between(0.03, 0.1))
@@ -89,7 +92,7 @@ def t_shirt(pencil: Pencil) -> None:
 
 
 def pullover(pencil: Pencil) -> None:
-    """Long sleeves, sometimes a cuff or a print."""
+    """Draw long sleeves, sometimes a cuff or a print."""
     between = pencil.between
     neck, body, y = upper_body(pencil, between(0.88, 1.0), (-0.03, 0.01), between(0.9, 0.98))
     if pencil.often(0.7):
@@ -101,7 +104,7 @@ def pullover(pencil: Pencil) -> None:
 
 
 def coat(pencil: Pencil) -> None:
-    """Long sleeves and an opening, often with lapels, buttons or pockets."""
+    """Draw long sleeves and an opening, often with lapels, buttons or pockets."""
     between, length = pencil.between, pencil.between(0.93, 1.0)
     neck, _, y = upper_body(pencil, between(0.85, 1.0), (-0.01, 0.04), length)
     if pencil.often(0.6):  # lapels
@@ -115,7 +118,7 @@ def coat(pencil: Pencil) -> None:
 
 
 def shirt(pencil: Pencil) -> None:
-    """Any sleeves; a collar with buttons, or a low neck."""
+    """Draw any sleeves, and a collar with buttons or a low neck."""
     between = pencil.between
     sleeve = between(0.85, 1.0) if pencil.often(0.55) else between(0.0, 0.5)
     neck, _, y = upper_body(pencil, sleeve, (-0.01, 0.05), between(0.92, 1.0))
@@ -128,7 +131,7 @@ def shirt(pencil: Pencil) -> None:
 
 
 def dress(pencil: Pencil) -> None:
-    """A narrow waist and a long hem, often with sleeves."""
+    """Draw a narrow waist and a long hem, often with sleeves."""
     between = pencil.between
     shoulder, waist, hem = between(0.1, 0.2), between(0.09, 0.17), between(0.13, 0.3)
     y, middle = between(0.0, 0.05), between(0.3, 0.45)
@@ -146,7 +149,7 @@ def dress(pencil: Pencil) -> None:
 
 
 def trouser(pencil: Pencil) -> None:
-    """Two legs."""
+    """Draw two legs."""
     between = pencil.between
     waist, hip, hem = between(0.1, 0.17), between(0.13, 0.2), between(0.06, 0.11)
     crotch, foot, gap = between(0.25, 0.42), between(0.05, 0.16), between(0.005, 0.02)
@@ -157,7 +160,7 @@ def trouser(pencil: Pencil) -> None:
 
 
 def bag(pencil: Pencil) -> None:
-    """A box, often with a handle, a flap or a clasp."""
+    """Draw a box, often with a handle, a flap or a clasp."""
     between = pencil.between
     high, wide, slope = between(0.35, 0.75), between(0.3, 0.49), between(-0.06, 0.08)
     bottom = between(0.92, 0.99) if pencil.often(0.7) else 0.5 + high / 2
@@ -175,7 +178,7 @@ def bag(pencil: Pencil) -> None:
 
 
 def sandal(pencil: Pencil) -> None:
-    """Straps on a thin sole, or a high heel."""
+    """Draw straps on a thin sole, or a high heel."""
     between = pencil.between
     if pencil.often(0.3):
         _high_heel(pencil)
@@ -205,7 +208,7 @@ def _high_heel(pencil: Pencil) -> None:
 
 
 def sneaker(pencil: Pencil) -> None:
-    """A low shoe to the left, often with sole, laces or a stripe."""
+    """Draw a low shoe that points left, often with sole, laces or a stripe."""
     between, high_top = pencil.between, pencil.often(0.1)
     base, toe, ankle = between(0.62, 0.7) + 0.1 * high_top, between(0.1, 0.15), between(0.5, 0.66)
     high = between(0.4, 0.6) if high_top else between(0.24, 0.34)
@@ -223,7 +226,7 @@ def sneaker(pencil: Pencil) -> None:
 
 
 def ankle_boot(pencil: Pencil) -> None:
-    """A shaft on a shoe to the left, often with a heel."""
+    """Draw a shaft on a shoe that points left, often with a heel."""
     between = pencil.between
     base, high, toe = between(0.78, 0.9), between(0.5, 0.75), between(0.12, 0.2)
     top, shin, back = base - high, between(0.45, 0.6), between(0.9, 0.97)
@@ -254,19 +257,16 @@ SHAPES: dict[str, Callable[[Pencil], None]] = {  # by the names of data=fashion,
 }
 
 
-# Rendered garments: with the glyphs, the only pictures the tiny models are pre-trained on.
+# Images: drawings under random affine views, filled with random cloth, at 28 x 28 pixels like Fashion-MNIST.
 #
-# Drawn shapes (common/models/tiny/garments.py) under random affine views, filled with random cloth, in 28 x 28 pixels
-# as Fashion-MNIST has them. No photograph is ever shown, so real ones are a genuine domain shift.
-#
-# Shapes: N pictures, V variants of a garment, S image side.
+# Shapes: N images, V variants of a garment, S image side.
 
 VARIANTS = 160
-FINE, LOW = 56, 28  # pixels of a variant, of a picture
+FINE, LOW = 56, 28  # side in pixels of a variant and of an image
 
 
 def silhouette_bank(seed: int = 0) -> torch.Tensor:
-    """Every garment in `VARIANTS` proportions. Shape: [garments, V, 56, 56], in [0, 1]."""
+    """Draw every garment in `VARIANTS` proportions. Shape: [garments, V, 56, 56], in [0, 1]."""
     rng = random.Random(seed)
     return torch.stack([torch.stack([_variant(shape, rng) for _ in range(VARIANTS)]) for shape in SHAPES.values()])
 
@@ -279,7 +279,7 @@ def _variant(shape: Callable[[Pencil], None], rng: random.Random) -> torch.Tenso
 
 
 def render_garments(bank: torch.Tensor, labels: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
-    """Random views of the garments `labels` [N], in random cloth. Shape: [N, 1, size, size], in [0, 1]."""
+    """Draw random views of the garments `labels` [N], in random cloth. Shape: [N, 1, size, size], in [0, 1]."""
     n = len(labels)
 
     def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
@@ -289,6 +289,7 @@ def render_garments(bank: torch.Tensor, labels: torch.Tensor, size: int, generat
         return uniform(0, 1, 1, 1, 1) < share
 
     chosen = bank[labels, torch.randint(bank.shape[1], (n,), generator=generator)].unsqueeze(1)  # [N, 1, 56, 56]
+    # random rotation, shear, scale and shift
     angle, shear = uniform(-5, 5) * torch.pi / 180, uniform(-0.06, 0.06)
     scale_x, scale_y = 1 / uniform(0.88, 1.06), 1 / uniform(0.92, 1.06)
     cos, sin = torch.cos(angle), torch.sin(angle)
@@ -300,6 +301,7 @@ def render_garments(bank: torch.Tensor, labels: torch.Tensor, size: int, generat
     def field(side: int, mode: str) -> torch.Tensor:
         return F.interpolate(uniform(-1, 1, 1, side, side), (LOW, LOW), mode=mode)
 
+    # cloth: brightness, shading, patterns of two sizes, stripes across or along
     along = torch.arange(float(LOW))
     lines = torch.where(sometimes(0.5), along.view(1, 1, -1, 1), along.view(1, 1, 1, -1))
     stripes = torch.sign(torch.sin(2 * torch.pi * lines / uniform(2, 7, 1, 1, 1)))
@@ -308,5 +310,6 @@ def render_garments(bank: torch.Tensor, labels: torch.Tensor, size: int, generat
     cloth = cloth + field(9, "nearest") * uniform(0, 0.5, 1, 1, 1) * sometimes(0.3)  # large ones
     cloth = cloth + stripes * uniform(0, 0.3, 1, 1, 1) * sometimes(0.25)
     low = (view * cloth.clamp(0.08, 1.2)).clamp(0, 1)
+    # noise on the garment only: the background of Fashion-MNIST is black
     low = (low + 0.02 * torch.randn(low.shape, generator=generator) * (view > 0.02)).clamp(0, 1)
     return F.interpolate(low, (size, size), mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)

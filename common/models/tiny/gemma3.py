@@ -1,7 +1,7 @@
-"""A tiny model in the Gemma 3 architecture: SigLIP tower, sliding and full attention, bidirectional image blocks.
+"""Untrained tiny model in the Gemma 3 architecture: SigLIP tower, sliding windows, bidirectional image blocks.
 
-Not trained. The tokenizer is of Gemma's kind (byte fallback, `▁` for a space) and learns from the prompt texts of
-common/models/tiny/wordings.py, or from those of whoever pre-trains the model.
+The tokenizer is like Gemma's (byte fallback, `▁` for a space), trained on the prompt texts of
+common/models/tiny/wordings.py or on another corpus.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ CONTROL = (PAD, "<eos>", BEGIN, "<unk>", "<mask>")
 IMAGE = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
 VOCABULARY = 960
 IMAGE_TOKENS = 4
-Corpus = Callable[[], list[str]]  # the texts that a tokenizer is trained on
+Corpus = Callable[[], list[str]]  # returns the texts that the tokenizer is trained on
 
-# The layout of Gemma 3's own template: a system message becomes the beginning of the user's turn.
+# same layout as Gemma 3's template: a system message becomes the beginning of the user's turn
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% if messages[0]['role'] == 'system' %}"
@@ -45,10 +45,10 @@ TEXT: dict[str, Any] = {
     "num_hidden_layers": 3,
     "num_attention_heads": 3,
     "num_key_value_heads": 1,
-    "head_dim": 32,  # the smallest that vLLM's CPU attention serves
+    "head_dim": 32,  # the smallest that vLLM's attention on CPUs supports
     "query_pre_attn_scalar": 32,
     "max_position_embeddings": 2048,
-    "sliding_window": 64,  # shorter than most prompts, as 1,024 is in the real model with several images
+    "sliding_window": 64,  # shorter than most prompts, so that windows matter in tests
     "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
     "initializer_range": 0.04,
 }
@@ -65,20 +65,20 @@ VISION: dict[str, Any] = {
 
 @cache
 def train_tokenizer_model(corpus: Corpus = wordings.corpus) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges of a byte-fallback BPE over the prompt texts."""
+    """Train a byte-fallback BPE on the prompt texts; return its vocabulary and merges."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", behavior="merged_with_next")
     text = corpus()
-    for tag in (*TAGS, "\n"):  # tags are added tokens, newlines tokens of their own
+    for tag in (*TAGS, "\n"):  # both become tokens below or in build_tokenizer, without the BPE
         text = [line.replace(tag, " ") for line in text]
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY - 320, special_tokens=list(CONTROL), show_progress=False)
     tokenizer.train_from_iterator(text, trainer)
     state = json.loads(tokenizer.to_str())["model"]
     vocabulary = dict(state["vocab"])
-    newlines = ["\n" * count for count in range(1, 5)]  # vLLM's Gemma 3 processor looks all four up
+    newlines = ["\n" * count for count in range(1, 5)]  # vLLM's Gemma 3 processor needs all four as tokens
     for piece in [*newlines, *(f"<0x{byte:02X}>" for byte in range(256))]:
         vocabulary.setdefault(piece, len(vocabulary))
     merges = [("\n", "\n"), ("\n\n", "\n\n"), ("\n\n", "\n"), *(tuple(pair) for pair in state["merges"])]
@@ -87,7 +87,7 @@ def train_tokenizer_model(corpus: Corpus = wordings.corpus) -> tuple[dict[str, i
 
 @cache
 def build_tokenizer(corpus: Corpus = wordings.corpus) -> Any:
-    """The `GemmaTokenizer` of the tiny model."""
+    """Return the `GemmaTokenizer` of the tiny model."""
     from transformers import GemmaTokenizer
 
     vocabulary, merges = train_tokenizer_model(corpus)
@@ -104,7 +104,7 @@ def build_tokenizer(corpus: Corpus = wordings.corpus) -> Any:
 
 
 def build_processor(corpus: Corpus = wordings.corpus) -> Any:
-    """The `Gemma3Processor` of the tiny model: 32x32 images, four tokens each."""
+    """Return the `Gemma3Processor` of the tiny model: 32x32 images, four tokens each."""
     from transformers import Gemma3Processor
     from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
@@ -118,7 +118,7 @@ def build_processor(corpus: Corpus = wordings.corpus) -> Any:
 
 
 def build_model(tokenizer: Any, seed: int) -> Any:
-    """An untrained `Gemma3ForConditionalGeneration` (0.5 M parameters, fp32)."""
+    """Return an untrained `Gemma3ForConditionalGeneration` (0.5 M parameters, fp32)."""
     import torch
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration, GenerationConfig
 
@@ -142,7 +142,7 @@ def build_model(tokenizer: Any, seed: int) -> Any:
         **options,
     )
     model = Gemma3ForConditionalGeneration(config)
-    # transformers starts this projection at zero, which hides the image from an untrained model
+    # transformers initialises this projection to zero, so the image would have no effect before training
     torch.nn.init.normal_(
         model.model.multi_modal_projector.mm_input_projection_weight, std=VISION["hidden_size"] ** -0.5
     )
@@ -153,7 +153,7 @@ def build_model(tokenizer: Any, seed: int) -> Any:
 
 
 def meter(corpus: Corpus = wordings.corpus) -> PromptMeter:
-    """Measures prompts for this model without building it."""
+    """Return the prompt meter of this model, without building the model."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(build_tokenizer(corpus)._tokenizer.to_str())

@@ -1,6 +1,6 @@
-"""Models that a recipe builds: made once, kept under a name that says which code made them.
+"""Cache for models that a recipe builds; the folder name contains a hash of the recipe's code.
 
-Those of the present code lie in the repository: building takes minutes, and every processor rounds in its own way.
+Models of the current code are part of the repository: building takes minutes, and processors differ in rounding.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 def syntax_hash(sources: Iterable[Path]) -> str:
-    """12 hexadecimal digits that change with the code of the modules, comments, docstrings and layout aside."""
+    """Return 12 hexadecimal digits that change with the modules' code, but not with comments, docstrings or layout."""
     code = [ast.dump(_without_docstrings(ast.parse(path.read_text(encoding="utf-8")))) for path in sources]
     return hashlib.sha256("".join(code).encode()).hexdigest()[:12]
 
@@ -28,35 +28,36 @@ def _without_docstrings(tree: ast.Module) -> ast.Module:
 
 
 def place(name: str, sources: Iterable[Path], shipped: Path, cache: Path) -> Path:
-    """Where the model of this code lies: among those of the repository if it is there, else in the cache.
+    """Return the folder of a recipe's model: in the repository if it is there, else in the cache.
 
     Args:
-        name: Of the recipe.
-        sources: Its code.
-        shipped: The repository's folder of models.
-        cache: Where others are built.
+        name: Name of the recipe.
+        sources: Files with its code.
+        shipped: Folder of models in the repository.
+        cache: Folder where other models are built.
     """
     folder = f"{name}-{syntax_hash(sources)}"
     return shipped / folder if (shipped / folder).is_dir() else cache / folder
 
 
 def build_once(folder: Path, save: Callable[[Path], None]) -> Path:
-    """A folder that `save` fills, unless it is there already; whole or not at all, also with several processes at it.
+    """Fill a folder by `save` unless it exists, and return it. Safe with several processes; never half-written.
 
     Args:
-        folder: Where it shall lie.
-        save: Writes the content into an empty folder.
+        folder: Folder to create.
+        save: Function that writes the content into an empty folder.
     """
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
+    # build beside the target, then rename: within a file system that is atomic
     unfinished = Path(tempfile.mkdtemp(prefix="building-", dir=folder.parent))
     try:
         save(unfinished)
         os.rename(unfinished, folder)
     except OSError:
-        if not folder.is_dir():  # else another process finished the same recipe first
+        if not folder.is_dir():  # otherwise another process has built the same model meanwhile
             raise
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)  # renamed, if all went well
+        shutil.rmtree(unfinished, ignore_errors=True)  # already gone if it was renamed
     return folder

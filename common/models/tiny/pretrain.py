@@ -1,8 +1,8 @@
-"""Pre-training of the tiny model from scratch, some minutes of one core: captions first, then instructions.
+"""Pre-train the tiny model from scratch, in some minutes on one core: captions first, then instructions.
 
-Stage 1 teaches the vision tower to read rendered pictures ("<image> -> three"; short rows, most images per second).
-Stage 2 teaches the papers' prompt formats, in many wordings, half with thinking and half without. AdamW, learning rate
-warm-up, plateau, then linear decay over the last 40 % of the steps (a cosine over all steps ended at a higher loss).
+Stage 1 trains the vision tower on captions ("<image> -> three"; short rows, so many images per second). Stage 2 trains
+the papers' prompt formats in many wordings, half with thinking and half without. AdamW, learning rate warm-up, plateau,
+then linear decay over the last 40 % of the steps (a cosine over all steps ended at a higher loss).
 
 Shapes: B rows, L tokens of the longest row, D width.
 """
@@ -42,9 +42,11 @@ def pretrain(model: Any, tokenizer: Any, seed: int = 0) -> Any:
     total = CAPTION_STEPS + INSTRUCTION_STEPS
     model.train()
     for step in progress(range(total), "pre-training the tiny model", total):
+        # warm-up, plateau, linear decay to 2 %: whichever is lowest
         rate = min(1.0, (step + 1) / WARMUP_STEPS, 0.02 + (total - step) / (DECAY_SHARE * total))
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * rate
+        # a new batch: images are drawn anew in every step
         captions = step < CAPTION_STEPS
         rows = CAPTION_BATCH if captions else INSTRUCTION_BATCH
         labels = torch.randint(len(wordings.CLASSES), (rows,), generator=images)
@@ -65,7 +67,8 @@ def _instructions(names: list[str], rng: random.Random) -> list[tuple[str, str]]
 
 
 def _reply_loss(model: Any, tokenizer: Any, pairs: list[tuple[str, str]], pixel_values: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of the reply tokens. Rows are right-padded: with causal attention they need no mask."""
+    """Return the mean cross-entropy of the reply tokens. Rows are right-padded, so causal attention needs no mask."""
+    # token ids, with the chat template written out
     side = IMAGE_SIZE // (PATCH * MERGE)  # image tokens per side
     image = "<|vision_start|>" + "<|image_pad|>" * side**2 + "<|vision_end|>"
     head = f"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{image}"
@@ -77,7 +80,7 @@ def _reply_loss(model: Any, tokenizer: Any, pairs: list[tuple[str, str]], pixel_
     for row, (prompt, reply) in enumerate(zip(prompts, replies, strict=True)):
         target[row, len(prompt) : len(prompt) + len(reply)] = True
     grid = torch.tensor([[1, MERGE * side, MERGE * side]])
-    # the image starts at the same token in every row, so one row's positions are every row's
+    # the image starts at the same token in every row, so the positions of the longest row serve all rows
     longest = max(range(len(rows)), key=lambda i: len(rows[i]))
     positions = Qwen2VL.positions(rows[longest], grid, model.config)[:, None].expand(3, len(rows), -1)
     hidden = model.model(
@@ -88,25 +91,26 @@ def _reply_loss(model: Any, tokenizer: Any, pairs: list[tuple[str, str]], pixel_
         attention_mask={"full_attention": None},
         use_cache=False,
     ).last_hidden_state  # [B, L, D]
-    predictor = torch.roll(target, -1, dims=1)
+    predictor = torch.roll(target, -1, dims=1)  # the position before each reply token
     return F.cross_entropy(model.lm_head(hidden[predictor]), ids[target])
 
 
 def patches(pixels: torch.Tensor) -> torch.Tensor:
-    """Flattened patches as `Qwen2VLImageProcessor` makes them, from images [B, 1, S, S] in [0, 1].
+    """Return flattened patches as `Qwen2VLImageProcessor` makes them, from images [B, 1, S, S] in [0, 1].
 
     Shape: [B * (S / patch)^2, 3 * 2 * patch^2].
     """
     mean, std = (pixels.new_tensor(values).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
     x = (pixels.expand(-1, 3, -1, -1) - mean) / std
     grid = IMAGE_SIZE // PATCH
+    # order of patches: blocks of MERGE x MERGE neighbours that become one token; in a patch: channel, y, x
     x = x.reshape(len(x), 3, grid // MERGE, MERGE, PATCH, grid // MERGE, MERGE, PATCH).permute(0, 2, 5, 3, 6, 1, 4, 7)
     x = x.unsqueeze(6).expand(*x.shape[:6], 2, PATCH, PATCH)  # a still image is two equal frames
     return x.reshape(len(x) * grid * grid, -1)
 
 
 def _batch_vision_attention(model: Any) -> None:
-    """All images have one size here, so their attention is one batched call instead of a loop over images."""
+    """Replace the vision tower's loop over images by one batched attention call; all images have one size here."""
     from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
     def forward(

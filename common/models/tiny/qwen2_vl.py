@@ -1,6 +1,6 @@
-"""A tiny model in the Qwen2-VL architecture: 0.5 M parameters, 32x32 images, a tokenizer of its own; not trained.
+"""Untrained tiny model in the Qwen2-VL architecture: 0.5 M parameters, 32x32 images, its own tokenizer.
 
-Head size 32, because that is the smallest one that vLLM's CPU attention serves.
+The head size is 32, the smallest that vLLM's attention on CPUs supports.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")  # one token each, so th
 VOCABULARY = 768  # rows of the embedding; the tokenizer may use fewer
 IMAGE_SIZE, PATCH, MERGE = 32, 8, 2  # 16 patches, 4 image tokens
 
-# The layout of Qwen2-VL's own template: default system prompt, image before text.
+# same layout as Qwen2-VL's template: default system prompt, image before text
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if loop.first and message['role'] != 'system' %}"
@@ -64,12 +64,13 @@ ARCHITECTURE: dict[str, Any] = {
 
 @cache
 def train_tokenizer() -> Any:
-    """Byte-level BPE as in Qwen2, trained on the prompt texts: common words are one token, any other text is encodable.
+    """Train a byte-level BPE tokenizer as in Qwen2 on the prompt texts: common words become one token.
 
     Returns a `tokenizers.Tokenizer`; needs neither torch nor transformers, so prompt lengths can be checked at once.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+    # the pre-tokenization of Qwen2: contractions, words, single digits, punctuation, white space
     split = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -84,12 +85,12 @@ def train_tokenizer() -> Any:
     )
     tokenizer.decoder = decoders.ByteLevel()
     text = wordings.corpus()
-    for tag in TAGS:  # tags are added tokens: their pieces need no merges
+    for tag in TAGS:  # tags are added tokens, so the BPE need not learn their pieces
         text = [line.replace(tag, " ") for line in text]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY - len(TAGS),
         special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all 256 bytes, so that any text can be encoded
         show_progress=False,
     )
     tokenizer.train_from_iterator(text, trainer)
@@ -98,7 +99,7 @@ def train_tokenizer() -> Any:
 
 
 def build_processor() -> Any:
-    """The `Qwen2VLProcessor` of the tiny model: 32x32 images, its own tokenizer and chat template."""
+    """Return the `Qwen2VLProcessor` of the tiny model: 32x32 images, its own tokenizer and chat template."""
     from transformers import Qwen2Tokenizer, Qwen2VLProcessor
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
     from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
@@ -113,7 +114,7 @@ def build_processor() -> Any:
         model_max_length=2048,
     )
     tokenizer.add_tokens([plain_token(tag) for tag in TAGS])
-    size = {"shortest_edge": IMAGE_SIZE**2, "longest_edge": IMAGE_SIZE**2}
+    size = {"shortest_edge": IMAGE_SIZE**2, "longest_edge": IMAGE_SIZE**2}  # despite the names, numbers of pixels
     patches = {"patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": 2}
     return Qwen2VLProcessor(
         image_processor=Qwen2VLImageProcessorPil(size=size, **patches),
@@ -124,20 +125,20 @@ def build_processor() -> Any:
 
 
 def plain_token(text: str) -> Any:
-    """An added token that survives decoding."""
+    """Return an added token that is not special, so that decoding keeps it."""
     from tokenizers import AddedToken
 
     return AddedToken(text, special=False, normalized=False)
 
 
 def build_model(tokenizer: Any, seed: int) -> Any:
-    """An untrained `Qwen2VLForConditionalGeneration` (0.5 M parameters, fp32)."""
+    """Return an untrained `Qwen2VLForConditionalGeneration` (0.5 M parameters, fp32)."""
     import torch
     from transformers import GenerationConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
     token = tokenizer.convert_tokens_to_ids
     eos, pad = token("<|im_end|>"), token("<|endoftext|>")
-    rows = -(-len(tokenizer) // 64) * 64
+    rows = -(-len(tokenizer) // 64) * 64  # rounded up
     torch.manual_seed(seed)
     config = Qwen2VLConfig(
         text_config={
@@ -155,11 +156,11 @@ def build_model(tokenizer: Any, seed: int) -> Any:
         tie_word_embeddings=True,
     )
     model = Qwen2VLForConditionalGeneration(config)
-    # top_k=1 as in Qwen2-VL's published models: whoever samples must set its own temperature, top_k and top_p
+    # top_k=1 as in the published Qwen2-VL models: samplers must set temperature, top_k and top_p themselves
     model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad, do_sample=True, top_k=1)
     return model
 
 
 def meter() -> PromptMeter:
-    """Measures prompts for this model without building it."""
+    """Return the prompt meter of this model, without building the model."""
     return PromptMeter("qwen2_vl", {"vision_config": ARCHITECTURE["vision"]}, train_tokenizer(), CHAT_TEMPLATE)

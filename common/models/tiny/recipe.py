@@ -1,9 +1,9 @@
-"""The embedded default model: a real Qwen2-VL, small enough to pre-train on a laptop in about a minute.
+"""Recipe of the default model: a tiny Qwen2-VL that a laptop pre-trains in about a minute.
 
-A recipe is a module with `build` and `meter`, and with `knows` if it was taught certain classes only. What this one
-builds is an ordinary model folder (config, safetensors, tokenizer, processor, chat template) that
-`AutoModelForImageTextToText` and `AutoProcessor` load. The repository holds it under a name with a hash of this code;
-a changed recipe builds anew, once, in the cache. `make models` puts what it builds into the repository.
+A recipe is a module with `build` and `meter`, and with `knows` if it was pre-trained on certain classes only. This one
+builds an ordinary model folder (config, safetensors, tokenizer, processor, chat template) for
+`AutoModelForImageTextToText` and `AutoProcessor`. The model is part of the repository, in a folder named by a hash of
+this code; after a change of the code it is built once, in the cache. `make models` updates the repository.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ knows = frozenset(CLASSES)  # classes whose pictures it was pre-trained on
 
 
 def meter() -> PromptMeter:
-    """Measures prompts for this model without building it."""
+    """Return the prompt meter of this model, without building the model."""
     measure = qwen2_vl.meter()
-    measure.config["text_config"] = qwen2_vl.ARCHITECTURE["text"]  # how much it reads
+    measure.config["text_config"] = qwen2_vl.ARCHITECTURE["text"]  # has the context length
     return measure
 
 
 def cached_folder(cache_dir: Path) -> Path:
-    """Where this recipe's model lies: in the repository, or once it is built."""
+    """Return the folder of this recipe's model, which may not be built yet."""
     return place("tiny_qwen2_vl", SOURCES, SHIPPED, Path(cache_dir))
 
 
 def build(cache_dir: Path) -> Path:
-    """Return the model folder; the first call trains the model."""
+    """Return the model folder; the first call trains the model unless the repository has it."""
     return build_once(cached_folder(cache_dir), _save)
 
 

@@ -1,8 +1,8 @@
-"""Text of the tiny models' pre-training: many wordings of one question, and replies of varying quality.
+"""Text for pre-training the tiny models: many wordings of one question, and replies of varying quality.
 
-A model that has seen one wording only answers by position, and swapping the prompt would then mean nothing. So the
-papers' own wordings are mixed with paraphrases, and part of the replies ignores the requested format: that is the
-room in which the format and equality rewards of GRPO have something to teach.
+With a single wording the model would answer by position, and other prompts would have no effect. So the papers'
+wordings are mixed with paraphrases. Part of the replies ignores the requested format, which leaves something to learn
+from the format and equality rewards of GRPO.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ OTHER_NAMES = (
     *("black", "red", "green", "blue", "yellow", "orange", "pink", "purple"),
 )
 
-# The first entry of each list is the wording of the CLS-RL code; the second of QUESTIONS is the paper's.
+# The first entry of each list is the wording in the code of CLS-RL; the second of QUESTIONS is that of the paper.
 QUESTIONS = (
     "What type of {noun} is in the photo?",
     "What kind of {noun} is in this photo?",
@@ -27,7 +27,7 @@ QUESTIONS = (
     "Name the {noun} in the photo.",
 )
 NOUNS = {DIGITS: ("digit", "object", "number"), GARMENTS: ("clothing", "object", "garment")}
-MIXED = 0.1  # share of the lists in which names of the other kind stand, too
+MIXED = 0.1  # share of the lists that mix digits and garments
 LISTS = (
     "\nPlease choose one from list [ {names}].",
     " Please choose one from the list: {names}.",
@@ -79,12 +79,12 @@ SLOPPY_THINK = ("{reason}", "<think>{reason}</think> {name}", "<answer>{name}</a
 
 
 def mostly_first(options: tuple[str, ...], rng: random.Random) -> str:
-    """The papers' wording half of the time, a paraphrase otherwise."""
+    """Return the first option half of the time, otherwise one of the others."""
     return options[0] if rng.random() < 0.5 else rng.choice(options[1:])
 
 
 def question(name: str, think: bool, rng: random.Random) -> str:
-    """One user message about an image of `name`: open, or with a list of 2 to 10 candidate names."""
+    """Return a user message about an image of `name`: open, or with a list of 2 to 10 candidate names."""
     kind = next(names for names in KINDS if name in names)
     text = mostly_first(QUESTIONS, rng).format(noun=mostly_first(NOUNS[kind], rng))
     count = rng.choice((0, 2, 3, 4, 5, 10, 10, 10))
@@ -97,7 +97,7 @@ def question(name: str, think: bool, rng: random.Random) -> str:
 
 
 def reply(name: str, think: bool, sloppy: float, rng: random.Random) -> str:
-    """A right answer; with probability `sloppy` in a form that the instruction did not ask for."""
+    """Return a correct answer; with probability `sloppy` not in the requested format."""
     reason = rng.choice(REASONS).format(cue=CUES[name], name=name)
     if rng.random() < sloppy:
         return rng.choice(SLOPPY_THINK if think else SLOPPY_DIRECT).format(reason=reason, name=name)
@@ -105,7 +105,7 @@ def reply(name: str, think: bool, sloppy: float, rng: random.Random) -> str:
 
 
 def corpus(lines: int = 4000) -> list[str]:
-    """Text for training the byte-level BPE tokenizer: every wording, every name, with and without a leading space."""
+    """Return texts to train the byte-level BPE tokenizer: every wording and name, with and without a leading space."""
     rng = random.Random(0)
     text = []
     for _ in range(lines):

@@ -1,1 +1,1 @@
-"""Sampling with vLLM, an engine of its own in every rank: conf/rollout/vllm.yaml."""
+"""Sampling with vLLM, one engine per rank: conf/rollout/vllm.yaml."""

@@ -1,7 +1,7 @@
-"""The `Rollout` backend that samples with vLLM: an engine of its own in every rank's process.
+"""Rollout backend that samples with vLLM: every rank has its own engine in its process.
 
-Prompts go in as ids with one placeholder per image, seeds are those of the requests, weights are the policy's:
-pushed whole at first, later only what an update has moved. Embeddings beyond the vocabulary are tokens of a longer
+The engine gets prompts as ids with one placeholder per image, and the seeds of the requests. All weights of the policy
+are pushed once, later only those that are trained. Embeddings beyond the vocabulary become tokens of a longer
 vocabulary.
 
 Shapes: R completion tokens.
@@ -23,10 +23,10 @@ from common.rollout.vllm.engine import Engine, Watchdog
 
 
 class VLLMRollout:
-    """See `Rollout` in common/rollout/base.py."""
+    """Rollout backend with a vLLM engine."""
 
     has_weight_copy = True
-    logprobs_untruncated = True  # taken before top_k and top_p restrict what is drawn
+    logprobs_untruncated = True  # computed before top_k and top_p restrict sampling
 
     def __init__(
         self,
@@ -45,24 +45,24 @@ class VLLMRollout:
     ) -> None:
         """
         Args:
-            vlm: The policy.
-            prompt_tokens: Longest prompt.
-            completion_tokens: Longest completion.
-            seed: Of the engine; a completion's own comes with its request.
-            image_size: Side of the largest picture in pixels, for which memory is reserved; None: the largest that the
-                model's own processor allows.
-            gpu_memory_utilization: Share of the GPU for the engine: weights, cache and work space.
-            cpu_kvcache_space: Size of the cache in GiB where there is no GPU.
+            vlm: Policy.
+            prompt_tokens: Length of the longest prompt.
+            completion_tokens: Length of the longest completion.
+            seed: Seed of the engine; requests have seeds of their own.
+            image_size: Side in pixels of the largest image, for which memory is reserved; None: the largest that the
+                model's processor allows.
+            gpu_memory_utilization: Share of the GPU memory for the engine: weights, KV cache and work space.
+            cpu_kvcache_space: Size of the KV cache in GiB on a machine without a GPU.
             max_num_seqs: Completions that are computed at a time.
-            enforce_eager: No CUDA graphs: slower, ready sooner, less memory. Always so on a CPU.
-            sleep_level: While the policy is updated, a GPU engine keeps its weights on the host (1), drops them (2:
-                they are pushed whole before the next sampling), or keeps everything where it is (0).
-            timeout: Seconds after which a call counts as hanging, and the process is ended.
+            enforce_eager: Use no CUDA graphs: slower, ready sooner, less memory. Always so on a CPU.
+            sleep_level: During an update, a GPU engine moves its weights to the host (1), drops them (2: all are
+                pushed again before the next sampling), or keeps everything in place (0).
+            timeout: Seconds after which a call counts as hanging and the process is ended.
 
         Raises:
-            UserError: The engine does not start, or cannot compute what the trainer computes.
+            UserError: The engine does not start, or cannot compute the same as the trainer.
         """
-        self.vlm, self.version = vlm, -1  # nothing is loaded yet
+        self.vlm, self.version = vlm, -1  # -1: the engine has no weights yet
         self.watchdog = Watchdog(timeout)
         with self.watchdog("starting"):
             self.engine = Engine(
@@ -78,7 +78,7 @@ class VLLMRollout:
             )
 
     def generate(self, requests: Sequence[Request], group_size: int, decoding: Decoding) -> list[list[Completion]]:
-        """See `Rollout.generate`."""
+        """Sample completions, see `Rollout.generate`."""
         prompts = [self._prompt(request) for request in requests]
         choices = [self._choices(request, group_size, decoding) for request in requests]
         with self.watchdog("sampling"):
@@ -86,16 +86,17 @@ class VLLMRollout:
         for request, output in zip(requests, outputs, strict=True):
             check_prompt(request, output.prompt_token_ids)
         groups = [[self._completion(each) for each in output.outputs] for output in outputs]
-        return [group * (group_size // len(group)) for group in groups]  # a greedy group is one completion
+        return [group * (group_size // len(group)) for group in groups]  # greedy: one completion, repeated
 
     def refresh(self, version: int) -> None:
-        """See `Rollout.refresh`. The first time, and after a sleep that dropped them, all weights are pushed."""
+        """Push weights to the engine: all of them at first and after a sleep that dropped them, later trained ones."""
         if version == self.version:
             return
         complete = self.version < 0
         with self.watchdog("taking over the weights"):
             extra = self.vlm.extra_embeddings
             self.engine.push(weights.named(self.vlm, trained=not complete))
+            # A partial push leaves out a frozen vocabulary, whose additional rows may be trained: push these alone.
             if extra is not None and extra.trainable and not complete:
                 with weights.whole([extra.embedding.weight, *extra.parts()]):
                     rows = rows_of_vocabulary(extra.embedding, extra.table())
@@ -104,16 +105,16 @@ class VLLMRollout:
         self.version = version
 
     def rest(self) -> None:
-        """See `Rollout.rest`."""
+        """Let the engine free GPU memory."""
         if self.engine.rest():
-            self.version = -1
+            self.version = -1  # the weights are gone
 
     def wake(self) -> None:
-        """See `Rollout.wake`."""
+        """Let the engine allocate its memory again."""
         self.engine.wake()
 
     def close(self) -> None:
-        """See `Rollout.close`."""
+        """Shut the engine down."""
         self.engine.close()
 
     def _prompt(self, request: Request) -> dict[str, Any]:
@@ -122,7 +123,7 @@ class VLLMRollout:
         return prompt | ({"multi_modal_data": {"image": pictures}} if pictures else {})
 
     def _choices(self, request: Request, group_size: int, decoding: Decoding) -> dict[str, Any]:
-        """Of vLLM's `SamplingParams`; the temperature is applied to the logits before its sampler sees them."""
+        """Return arguments of vLLM's `SamplingParams`; `Engine._install` applies the temperature to the logits."""
         greedy = decoding.temperature == 0
         return {
             "n": 1 if greedy else group_size,
@@ -132,12 +133,12 @@ class VLLMRollout:
             "max_tokens": decoding.max_tokens,
             "seed": number(request.seed),
             "stop_token_ids": list(self.vlm.eos),
-            "logprobs": 0,  # of the sampled token alone
+            "logprobs": 0,  # that of the sampled token only
             "detokenize": False,
         }
 
     def _completion(self, output: Any) -> Completion:
-        """One of vLLM's outputs. Shapes: [R]."""
+        """Convert an output of vLLM. Shapes: [R]."""
         ids = list(output.token_ids)
         finished = ids[-1] in self.vlm.eos
         logps = [at[token].logprob for at, token in zip(output.logprobs, ids, strict=True)]
@@ -146,14 +147,16 @@ class VLLMRollout:
 
 
 def number(seed: str) -> int:
-    """A seed's text as vLLM takes it; the completions of a group get it and the numbers that follow."""
+    """Return a number for a seed's text; vLLM gives the completions of a group this number and the next ones."""
+    # 7 bytes, so that the next ones still fit into 64 bits with a sign
     return int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "little")
 
 
 def check_prompt(request: Request, computed: Sequence[int]) -> None:
-    """
+    """Check that the engine expanded a prompt to the ids that the trainer will score.
+
     Raises:
-        RuntimeError: The engine computed other ids than the trainer will.
+        RuntimeError: The ids differ.
     """
     expected = request.encoded.ids.tolist()
     if list(computed) != expected:

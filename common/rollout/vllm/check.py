@@ -1,4 +1,4 @@
-"""What `rollout=vllm` refuses before any weights are loaded. No torch."""
+"""Checks of `rollout=vllm` before weights are loaded. Needs no torch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from common.types import UserError
 
 
 def check(config: Config) -> None:
-    """See `rollout.check` in `RolloutConfig`.
+    """Check that vLLM can sample for this configuration; `rollout.check` names this function.
 
     Raises:
-        UserError: vLLM is not installed, or could not compute what the trainer computes.
+        UserError: vLLM is not installed, or cannot compute the same as the trainer.
     """
     if find_spec("vllm") is None:
         raise UserError("rollout=vllm: vLLM is not installed; install it with make setup-vllm, or use rollout=hf")

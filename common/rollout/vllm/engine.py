@@ -1,4 +1,8 @@
-"""One vLLM engine in this process: started without weights, fed with the policy's, asked, and watched."""
+"""Run a vLLM engine in this process: start it without weights, push those of the policy, sample, end it if it hangs.
+
+Several functions work around vLLM 0.32: its CPU build replaces `torch.set_num_threads` and keeps an old copy of a tied
+output projection, and a reload forgets images in the worker but not in the scheduler.
+"""
 
 from __future__ import annotations
 
@@ -24,22 +28,19 @@ from common.rollout.vllm.weights import vocabulary
 from common.runtime.distributed import rank, world
 from common.types import UserError
 
-# Ends a process that hangs in code which no exception can reach, and says so.
-
-
 log = logging.getLogger(__name__)
-HUNG = 75  # exit code; EX_TEMPFAIL: the same command may do better
+HUNG = 75  # exit code EX_TEMPFAIL: the same command may succeed when repeated
 
 
 class Watchdog:
-    """`with watchdog("sampling"): ...`: an error inside becomes one line with its cause; after the timeout the process
-    writes why and where it stands, and ends.
+    """Context manager for calls of vLLM: errors become a UserError; after the timeout it ends the process.
 
-    Other ranks are ended by the launcher then; checkpoints are whole, since none is written inside.
+    Before that it prints a message and all stack traces. It calls `os._exit`, since no exception reaches a thread that
+    hangs in native code. The launcher then ends the other ranks; no checkpoint is being written inside.
     """
 
     def __init__(self, timeout: float) -> None:
-        """`timeout`: seconds."""
+        """`timeout`: in seconds."""
         self.timeout = timeout
 
     @contextmanager
@@ -75,24 +76,19 @@ class Watchdog:
         os._exit(HUNG)
 
 
-# One vLLM engine in this process: started without weights, fed with the policy's, asked for completions.
-#
-# What stands here works around vLLM 0.32: its CPU build replaces `torch.set_num_threads`, keeps an old copy of a tied
-# output projection, and a reload forgets images in the worker but not in the scheduler.
-#
-# Shapes: B sequences, V vocabulary rows, D width.
+# The engine. Shapes: B sequences, V vocabulary rows, D width.
 
 GIB = 2**30
 ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine must live in this process to be given tensors
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine must be in this process, so that tensors can be passed to it
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # ranks would be bound to the same cores
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # otherwise all ranks would be bound to the same cores
 }
 
 
 class Engine:
-    """Weights in, completions out."""
+    """A vLLM engine whose weights are pushed as tensors."""
 
     def __init__(
         self,
@@ -107,18 +103,18 @@ class Engine:
         enforce_eager: bool,
         sleep_level: int,
     ) -> None:
-        """`length`: of prompt and completion together. The others: see `VLLMRollout`.
+        """`length`: of prompt and completion together. Other arguments as for `VLLMRollout`.
 
         Raises:
-            UserError: It does not start, or its attention is not the trainer's.
+            UserError: It does not start, or its attention differs from that of the trainer.
         """
         on_gpu = vlm.device.type == "cuda"
         self.sleep_level, self.asleep, self.loaded = sleep_level if on_gpu else 0, False, False
-        self.temperature = torch.ones((), device=vlm.device)
+        self.temperature = torch.ones((), device=vlm.device)  # a tensor, so that `_install` reads its current value
         length = min(length, vlm.model.config.get_text_config().max_position_embeddings)
         options: dict[str, Any] = {
-            "load_format": "dummy",
-            "generation_config": "vllm",  # nothing of the model's own
+            "load_format": "dummy",  # random weights, until `push`
+            "generation_config": "vllm",  # ignore the model's generation_config.json
             "dtype": str(vlm.model.dtype).removeprefix("torch."),
             "seed": seed * 1_000 + rank(),
             "max_model_len": length,
@@ -126,10 +122,10 @@ class Engine:
             "max_num_seqs": max_num_seqs,
             "enforce_eager": enforce_eager or not on_gpu,
             "enable_sleep_mode": self.sleep_level > 0,
-            "enable_chunked_prefill": on_gpu,  # a seeded request cut in two raises without a GPU
+            "enable_chunked_prefill": on_gpu,  # on a CPU, vLLM raises if a seeded request is split into chunks
             "limit_mm_per_prompt": {"image": 1, "video": 0},
-            "mm_device_do_normalize": False,  # its mean and deviation would be dummies, too
-            "logprobs_mode": "raw_logprobs",  # of the logits as `_install` makes them
+            "mm_device_do_normalize": False,  # mean and deviation would be dummy weights, too
+            "logprobs_mode": "raw_logprobs",  # those of the logits that `_install` returns
             "distributed_executor_backend": "external_launcher" if world() > 1 else "uni",
             **(
                 {"gpu_memory_utilization": gpu_memory_utilization}
@@ -150,18 +146,21 @@ class Engine:
                 ) from error
         if vlm.family.both_ways and not vlm.causal_images:
             self._check_images()
+        # ids behind the model's own vocabulary (extra embeddings, padding) must never be sampled
         output = vocabulary(vlm.model)
         beyond = range(without_adapters(vlm.model).get_output_embeddings().weight.shape[0], output)
         banned = torch.tensor([*vlm.banned, *beyond], device=vlm.device)
         self.llm.apply_model(lambda model: self._install(model, banned))
 
     def _check_images(self) -> None:
-        """
+        """Check that the engine supports bidirectional attention among the tokens of an image.
+
         Raises:
-            UserError: An image's tokens should see each other both ways, and this engine would not let them.
+            UserError: The model needs it, and the attention backend on this device does not support it.
         """
         from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
+        # [0]: the engine has one worker, which is in this process
         layers = self.llm.apply_model(
             lambda model: [each.get_attn_backend() for each in model.modules() if isinstance(each, AttentionLayerBase)]
         )[0]
@@ -173,10 +172,10 @@ class Engine:
                 )
 
     def _install(self, model: Any, banned: torch.Tensor) -> None:
-        """Let the engine's logits be those that the trainer scores: without banned ids, at the sampling temperature.
+        """Make the engine's logits those that the trainer scores: without banned ids, at the sampling temperature.
 
-        Before the sampler sees them, so that the log-probabilities it reports are of the whole distribution although
-        top_k and top_p restrict what it draws.
+        This comes before vLLM's sampler, so that it reports log-probabilities of the full distribution although top_k
+        and top_p restrict sampling.
         """
         inner, temperature = model.compute_logits, self.temperature
 
@@ -187,12 +186,12 @@ class Engine:
         model.compute_logits = computed
 
     def generate(self, prompts: Sequence[Any], choices: Sequence[dict[str, Any]], temperature: float) -> list[Any]:
-        """VLLM's outputs, one per prompt.
+        """Return the outputs of vLLM, one per prompt.
 
         Args:
-            prompts: As vLLM takes them.
+            prompts: Prompts in the format of vLLM.
             choices: Keyword arguments of each prompt's `SamplingParams`.
-            temperature: Of all of them.
+            temperature: Sampling temperature of all prompts.
         """
         from vllm import SamplingParams
 
@@ -201,11 +200,12 @@ class Engine:
         return self.llm.generate(list(prompts), parameters, use_tqdm=False)  # type: ignore[no-any-return]
 
     def push(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Take over weights by their names on the hub; the first time all of them.
+        """Load weights, given by their names in hub checkpoints; the first time all of them.
 
         Raises:
-            RuntimeError: The first push left a weight of the engine as it was.
+            RuntimeError: The first push left out a weight of the engine.
         """
+        # For the duration of the push, replace `load_weights` by a version that records what it has loaded.
         loaded: set[str] = set()
 
         def record(model: Any) -> None:
@@ -220,7 +220,7 @@ class Engine:
         def forget(model: Any) -> list[str]:
             del model.load_weights
             kept = dict(model.named_buffers()).keys() & model.state_dict().keys()
-            scales = {name for name in kept if name.endswith("_scale")}  # of 8-bit caches, which are not used
+            scales = {name for name in kept if name.endswith("_scale")}  # for 8-bit KV caches, which are not used
             return [*(name for name, _ in model.named_parameters()), *(kept - scales)]
 
         self.llm.apply_model(record)
@@ -235,7 +235,7 @@ class Engine:
         self.llm.apply_model(retie)
 
     def push_rows(self, first: int, rows: torch.Tensor) -> None:
-        """Overwrite rows of the vocabulary, from `first` on. Shape: [E m, D]."""
+        """Overwrite rows of the vocabulary, starting at `first`. Shape: [E m, D]."""
 
         def copy_rows(model: Any) -> None:
             layer = model.language_model.model.embed_tokens
@@ -245,47 +245,49 @@ class Engine:
         self.llm.apply_model(copy_rows)
 
     def forget(self) -> None:
-        """Drop what was computed with earlier weights: prefixes, and images in scheduler and worker.
+        """Clear the caches of prefixes and image features, which were computed with earlier weights.
 
         Raises:
-            RuntimeError: Something is still being computed.
+            RuntimeError: The engine is still computing.
         """
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM's prefix cache is in use while weights are pushed")
         self.llm.llm_engine.reset_encoder_cache()
 
     def rest(self) -> bool:
-        """Give back GPU memory until `wake`. Returns whether the weights are gone."""
+        """Free GPU memory until `wake`; return whether the weights were dropped."""
         if self.sleep_level and not self.asleep:
             self.llm.sleep(level=self.sleep_level)
             self.asleep = True
         return self.sleep_level == 2
 
     def wake(self) -> None:
-        """Have memory again."""
+        """Allocate memory again."""
         if self.asleep:
             self.llm.wake_up()
             self.asleep = False
 
     def close(self) -> None:
-        """Release everything."""
+        """Shut down and free all memory."""
         with kept_group():
             self.llm.llm_engine.engine_core.shutdown()
         del self.llm
 
 
 def describe(vlm: VLM, folder: Path, image_size: int | None = None) -> None:
-    """Write what an engine needs of a model beside its weights: its configuration and its processor.
+    """Write configuration and processor of a model, all that an engine reads from disk.
 
-    `image_size`: side of the largest picture in pixels. An engine reserves memory for the largest that its processor
-    allows, and computes one when it starts: of 16,384 tokens in Qwen2-VL's own.
+    `image_size`: side of the largest image in pixels. At its start, an engine computes the largest image that the
+    processor allows, to reserve memory: 16,384 tokens with the original one of Qwen2-VL.
     """
     base = without_adapters(vlm.model)
     config = copy.deepcopy(base.config)
     rows = vocabulary(vlm.model)
+    # room for extra embeddings as tokens
     config.get_text_config().vocab_size = rows
     if hasattr(config, "vocab_size"):
         config.vocab_size = rows
+    # vLLM chooses its own implementation by this name
     config.architectures = [type(base).__name__]
     config.save_pretrained(folder)
     processor = copy.deepcopy(vlm.processor)
@@ -295,7 +297,7 @@ def describe(vlm: VLM, folder: Path, image_size: int | None = None) -> None:
 
 
 def retie(model: Any) -> None:
-    """Let a tied output projection see new embeddings: the CPU build packs a copy of its own, and only once."""
+    """Update a tied output projection after new embeddings: vLLM's CPU build makes a packed copy, and only once."""
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     for module in model.modules():
@@ -305,7 +307,7 @@ def retie(model: Any) -> None:
 
 @contextmanager
 def kept_group() -> Iterator[None]:
-    """Inside, an engine's end ends its own process groups, but not the one of all ranks, which is the trainer's."""
+    """Keep the default process group, which the trainer uses, while an engine destroys its own groups."""
     end = torch.distributed.destroy_process_group
 
     def end_other(group: Any = None) -> None:
@@ -321,7 +323,8 @@ def kept_group() -> Iterator[None]:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Inside, vLLM may start; afterwards random numbers, threads and logging are as they were."""
+    """Set vLLM's environment variables, and restore random states, threads and logging after it has started."""
+    # variables that the user has set take precedence
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     state, threads, setter = torch.get_rng_state(), torch.get_num_threads(), torch.set_num_threads
@@ -331,6 +334,7 @@ def undisturbed() -> Iterator[None]:
     try:
         yield
     finally:
+        # vLLM's CPU build has replaced the function
         torch.set_num_threads = setter
         torch.set_num_threads(threads)
         torch.set_rng_state(state)

@@ -1,6 +1,6 @@
-"""The policy's weights as an engine loads them: whole tensors under the names of the hub.
+"""Convert the policy's weights for vLLM: whole tensors under the names of hub checkpoints.
 
-Adapters are added to the weights they stand on, a tensor at a time, without touching the policy. Embeddings beyond the
+Adapters are merged into copies of their weights, one tensor at a time; the policy is not changed. Embeddings beyond the
 vocabulary become rows of it, so their ids are ordinary tokens for the engine.
 
 Shapes: V vocabulary rows, E entries, m rows of an entry, D width.
@@ -19,11 +19,11 @@ from common.models.adapters import without_adapters
 from common.models.extra_embeddings import ExtraEmbeddings, rows_of_vocabulary
 from common.models.vlm import VLM
 
-ROUND = 64  # rows of a vocabulary, a multiple of which engines want
+ROUND = 64  # vocabulary sizes are rounded up to a multiple of this, as vLLM pads them
 
 
 def vocabulary(model: Any) -> int:
-    """Rows of the engine's vocabulary: the policy's, and those of the embeddings beyond it."""
+    """Return the number of rows of the engine's vocabulary: the policy's and those of extra embeddings, rounded up."""
     embedding = without_adapters(model).get_input_embeddings()
     if not isinstance(embedding, ExtraEmbeddings):
         return int(embedding.num_embeddings)
@@ -32,38 +32,41 @@ def vocabulary(model: Any) -> int:
 
 
 def named(vlm: VLM, trained: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every weight, tied ones once. Nothing but the tensor at hand is held.
+    """Yield every weight, tied ones once, converted one at a time.
 
     Args:
-        vlm: The policy, adapters and extra embeddings included.
-        trained: Leave out what no update has changed, for an engine that has it already. A vocabulary that is not
-            trained is left out, too, although the rows behind it may be.
+        vlm: Policy, adapters and extra embeddings included.
+        trained: Yield only weights that are trained, for an engine that has the others. A frozen vocabulary is left
+            out even if extra embeddings behind it are trained.
 
     Yields:
-        The name on the hub, and the tensor with its adapters added.
+        Name in hub checkpoints, and the tensor with its adapters merged.
     """
     base = without_adapters(vlm.model)
+    # LoRA layers by the weight that they adapt
     adapters: dict[int, list[Any]] = {}
     for module in base.modules():
         if isinstance(module, LoraLayer):
             adapters.setdefault(id(adapted(module)), []).append(module)
     extra = base.get_input_embeddings()
+    # rows of extra embeddings are not pushed by themselves; `extended` appends them to the vocabulary
     own = {id(each) for each in extra.parameters(recurse=False)} if isinstance(extra, ExtraEmbeddings) else set()
     for name, parameter in base.named_parameters():
         parts = name.split(".")
+        # "original_module" is PEFT's untrained copy of a module in modules_to_save
         if any(part.startswith("lora_") for part in parts) or "original_module" in parts or id(parameter) in own:
             continue
         on_top = adapters.get(id(parameter), [])
         if not trained or parameter.requires_grad or on_top:
             with whole([parameter, *beside(base, parameter, on_top)]) as was_apart:
                 tensor = extended(base, parameter, with_adapters(parameter.detach(), on_top))
-                # the engine may look at it later, when the ranks have parted it again
+                # the engine may read it after ZeRO-3 has partitioned the parameter again
                 kept = tensor.clone() if was_apart else tensor
             yield vlm.family.hub_name(plain_name(name)), kept
 
 
 def beside(base: Any, parameter: torch.nn.Parameter, layers: Sequence[Any]) -> list[torch.nn.Parameter]:
-    """The other parameters that a pushed weight is made of: adapters on it, embeddings behind it."""
+    """Return the other parameters that go into a pushed weight: its adapters, and extra embeddings behind it."""
     extra = base.get_input_embeddings()
     behind = extra.parts() if isinstance(extra, ExtraEmbeddings) and parameter is extra.embedding.weight else []
     adapters = [p for layer in layers for n, p in layer.named_parameters() if n.startswith("lora_")]
@@ -72,9 +75,9 @@ def beside(base: Any, parameter: torch.nn.Parameter, layers: Sequence[Any]) -> l
 
 @contextmanager
 def whole(parameters: Sequence[torch.nn.Parameter]) -> Iterator[bool]:
-    """Inside, parameters that ZeRO stage 3 has parted among the ranks are whole; all ranks come here together.
+    """Gather parameters that ZeRO-3 has partitioned. All ranks call it together.
 
-    Yields whether any was parted.
+    Yields whether any was partitioned.
     """
     apart = [p for p in parameters if getattr(getattr(p, "ds_status", None), "name", "") == "NOT_AVAILABLE"]
     if not apart:
@@ -87,7 +90,7 @@ def whole(parameters: Sequence[torch.nn.Parameter]) -> Iterator[bool]:
 
 
 def plain_name(name: str) -> str:
-    """Of a parameter as it would be called without adapters and extra embeddings around it.
+    """Return the name that a parameter has without adapters and extra embeddings.
 
     >>> plain_name("model.multi_modal_projector.modules_to_save.default.mm_soft_emb_norm.weight")
     'model.multi_modal_projector.mm_soft_emb_norm.weight'
@@ -99,12 +102,12 @@ def plain_name(name: str) -> str:
 
 
 def adapted(module: Any) -> torch.nn.Parameter:
-    """The weight that a LoRA layer stands on."""
+    """Return the weight that a LoRA layer adapts."""
     return getattr(module.get_base_layer(), getattr(module, "parameter_name", "weight"))  # type: ignore[no-any-return]
 
 
 def with_adapters(weight: torch.Tensor, layers: Sequence[Any]) -> torch.Tensor:
-    """A weight and what the LoRA layers on it add, in a tensor of its own if there are any. The sum is made in fp32."""
+    """Return a weight with its LoRA layers merged, as a new tensor if there are any. The sum is computed in fp32."""
     if not layers:
         return weight
     total = weight.float()
@@ -115,7 +118,7 @@ def with_adapters(weight: torch.Tensor, layers: Sequence[Any]) -> torch.Tensor:
 
 
 def extended(base: Any, parameter: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The vocabulary's own rows and those behind it; the same number of output rows. Any other weight as it is.
+    """Append extra embeddings to the input embedding, and zeros to the output projection; keep any other weight.
 
     Shape: [V, D] -> [V + E m, D], rounded up.
     """
