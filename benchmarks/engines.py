@@ -42,7 +42,7 @@ from benchmarks.setup import (
     save_model,
     show,
 )
-from common.models.encoder import Encoded
+from common.models.encoder import EncodedPrompt
 from common.models.families import Qwen2VL
 from common.models.vlm import VLM
 from common.rollout.base import Decoding, Request, Rollout, sampling_mode
@@ -61,7 +61,7 @@ def make_requests(policy: VLM, case: Case) -> list[Request]:
     requests = []
     for number in range(PROMPTS):
         ids = torch.randint(FIRST_WORD, VOCABULARY, (case.prompt,), generator=generator)
-        encoded = Encoded(ids, Qwen2VL.positions(ids, None, policy.model.config))
+        encoded = EncodedPrompt(ids, Qwen2VL.positions(ids, None, policy.model.config))
         requests.append(Request(encoded, str(number), encoded.ids.clone, list))
     return requests
 

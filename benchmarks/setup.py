@@ -23,7 +23,7 @@ from common.config.schema import GRPOConfig, ModelConfig
 from common.forward.logprobs import PolicyScorer
 from common.forward.packing import PromptGroup, pack_plain, pack_shared
 from common.models import vlm
-from common.models.encoder import Encoded
+from common.models.encoder import EncodedPrompt
 from common.models.families import Qwen2VL
 from common.models.tiny import qwen2_vl as tiny
 from common.models.vlm import VLM
@@ -160,7 +160,7 @@ def make_group(policy: VLM, case: Case) -> PromptGroup:
     grid = torch.tensor([GRID])
     pixels = torch.randn(GRID[1] * GRID[2], 3 * 2 * PATCH * PATCH, generator=generator)
     completions = torch.randint(FIRST_WORD, VOCABULARY, (case.group, case.completion), generator=generator)
-    return PromptGroup(Encoded(ids, Qwen2VL.positions(ids, grid, config), pixels, grid), tuple(completions))
+    return PromptGroup(EncodedPrompt(ids, Qwen2VL.positions(ids, grid, config), pixels, grid), tuple(completions))
 
 
 def make_advantages(case: Case) -> torch.Tensor:

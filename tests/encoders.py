@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from common.few_shot.encoders import tiny
 from common.few_shot.encoders.clip import OpenClip, parameters_hash
-from common.few_shot.encoders.encoder import Look
+from common.few_shot.encoders.encoder import Preprocessing
 from common.few_shot.heads.base import SCALE
 
 RESNET = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16}
@@ -25,7 +25,9 @@ def model(vision, seed=0):
 def clip(vision=None, seed=0):
     vision = vision or tiny.VISION
     made = model(vision, seed)
-    return OpenClip(made, tiny.tokenize, Look(vision["image_size"]), f"test-{parameters_hash(made)[:8]}", "a test")
+    return OpenClip(
+        made, tiny.tokenize, Preprocessing(vision["image_size"]), f"test-{parameters_hash(made)[:8]}", "a test"
+    )
 
 
 def load(key, device, cache_dir, dtype):

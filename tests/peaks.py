@@ -24,7 +24,7 @@ from common.forward import attention
 from common.forward.logprobs import PolicyScorer, head_rows
 from common.forward.packing import PromptGroup, pack_shared
 from common.models import vlm
-from common.models.encoder import Encoder
+from common.models.encoder import PromptEncoder
 from common.runtime.group import init_process_group
 from common.training.engine import Engine
 from common.types import Prompt
@@ -57,7 +57,7 @@ def row(policy):
     def black(keys):
         return [Image.new("RGB", (SIZE, SIZE)) for _ in keys]
 
-    (prompt,) = Encoder(policy, black, None)([Prompt("0", "the " * WORDS, "")])
+    (prompt,) = PromptEncoder(policy, black, None)([Prompt("0", "the " * WORDS, "")])
     group = PromptGroup(prompt, (torch.full((COMPLETION,), policy.eos[0]),) * GROUP)
     return pack_shared([group], policy.family, torch.device("cpu"))
 

@@ -12,7 +12,7 @@ from common.data.loading import Loader
 from common.forward.logprobs import PolicyScorer
 from common.forward.packing import pack_shared
 from common.models import extra_embeddings
-from common.models.encoder import Encoder
+from common.models.encoder import PromptEncoder
 from common.models.vision import VisionTower
 from common.training.engine import Engine
 from tests.test_extra_embeddings import prompts
@@ -40,7 +40,7 @@ def test_a_run_in_8_bits_is_continued(load_vlm, digits_task, tmp_path, stage):
         entries = torch.randn(5, 4, vlm.model.config.get_text_config().hidden_size) * 0.3
         vlm = replace(vlm, extra_embeddings=extra_embeddings.attach(vlm.model, entries, True))
         engine = Engine(PolicyScorer(vlm.model, vlm.banned, 1.0, 64), options(), ZERO[stage], 4, resume)
-        encoder = Encoder(vlm, Loader(digits_task.images, 32), 512)
+        encoder = PromptEncoder(vlm, Loader(digits_task.images, 32), 512)
         packed = pack_shared(groups(vlm, asked, encoder, [2, 2, 2], [3, 5], image=True), vlm.family, vlm.device)
         return vlm, engine, packed, seen
 

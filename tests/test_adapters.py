@@ -18,7 +18,7 @@ from common.forward.logprobs import PolicyScorer
 from common.forward.packing import PromptGroup, images, pack_plain, pack_shared
 from common.models import files, meter, vlm
 from common.models.adapters import without_adapters
-from common.models.encoder import Encoder
+from common.models.encoder import PromptEncoder
 from common.models.families import Qwen2VL
 from common.rollout.vllm.weights import named
 from common.run.result import Result
@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 def scores(policy, task, no_think):
     """Log-probabilities of some completions to three prompts."""
-    encoder = Encoder(policy, Loader(task.images, 32), 512)
+    encoder = PromptEncoder(policy, Loader(task.images, 32), 512)
     batch = groups(policy, no_think.train_prompts(task)[:3], encoder, [2, 2, 2], [3, 5], image=True)
     scorer = PolicyScorer(policy.model, policy.banned, temperature=1.0, chunk=64)
     with torch.no_grad():
@@ -288,7 +288,7 @@ def test_an_engine_beside_is_pushed_what_is_trained_whole(load_vlm):
 def test_no_gradient_runs_into_a_frozen_vision_tower(load_vlm, digits_task, no_think, family, changes, checkpointing):
     policy = load_vlm(family=family, gradient_checkpointing=checkpointing, **changes)
     policy.model.train()
-    (prompt,) = Encoder(policy, Loader(digits_task.images, 32), 512)(no_think.train_prompts(digits_task)[:1])
+    (prompt,) = PromptEncoder(policy, Loader(digits_task.images, 32), 512)(no_think.train_prompts(digits_task)[:1])
     found = without_adapters(policy.model).get_image_features(**images([prompt], policy.family, CPU))
     projected = found.pooler_output[0] if isinstance(found.pooler_output, tuple | list) else found.pooler_output
     assert not found.last_hidden_state.requires_grad

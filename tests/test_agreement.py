@@ -12,7 +12,7 @@ from common.data.loading import Loader
 from common.forward import attention, merged_attention
 from common.forward.logprobs import InFloat32, PolicyScorer, exact
 from common.forward.packing import PromptGroup, SharedPrefix, pack_plain, pack_shared
-from common.models.encoder import Encoder
+from common.models.encoder import PromptEncoder
 from common.rollout.base import Decoding, requests
 from common.rollout.hf import HFRollout
 from common.run import doctor
@@ -28,7 +28,7 @@ def world(load_vlm, digits_task, no_think):
 
     def make(family, rollout=HFRollout, **options):
         vlm = load_vlm(family=family, dtype="bfloat16", **options)
-        encoder = Encoder(vlm, Loader(digits_task.images, 32), 512)
+        encoder = PromptEncoder(vlm, Loader(digits_task.images, 32), 512)
         (request,) = requests(encoder, no_think.train_prompts(digits_task)[:1], ["seed"])
         sampler = rollout(vlm)
         (completions,) = sampler.generate([request], 4, DECODING)

@@ -13,7 +13,7 @@ from common.forward import attention, merged_attention
 from common.forward.attention import merges, shared_prefix_attention
 from common.forward.merged_attention import CPU, EFFICIENT, FLASH, PLAIN, Block
 from common.forward.packing import ALIGNED, PromptGroup, Seen, pack_shared
-from common.models.encoder import Encoded
+from common.models.encoder import EncodedPrompt
 from common.models.families import Gemma3, Qwen2VL
 from common.types import UserError
 
@@ -30,7 +30,7 @@ def packed(prompts, completions, blocks=None):
     made = []
     for number, (length, own) in enumerate(zip(prompts, completions, strict=True)):
         block = None if blocks is None else blocks[number]
-        prompt = Encoded(torch.zeros(length, dtype=torch.long), torch.arange(length)[None], blocks=block)
+        prompt = EncodedPrompt(torch.zeros(length, dtype=torch.long), torch.arange(length)[None], blocks=block)
         made.append(PromptGroup(prompt, tuple(torch.zeros(size, dtype=torch.long) for size in own)))
     family = Qwen2VL if blocks is None else Gemma3
     return pack_shared(made, family, torch.device("cpu")).inputs["shared_prefix"]

@@ -13,7 +13,7 @@ from common.config.schema import LoraConfig
 from common.data.loading import Loader
 from common.forward.packing import pack_shared
 from common.models import extra_embeddings
-from common.models.encoder import Encoder
+from common.models.encoder import PromptEncoder
 from common.training.engine import Engine
 from tests.test_extra_embeddings import prompts
 from tests.test_shared_prefix import LORA, groups
@@ -36,7 +36,7 @@ def test_the_reference_keeps_the_embeddings_of_the_start(load_vlm, digits_task, 
     asked = prompts(digits_task)
     method = SimpleNamespace(train_prompts=lambda task: asked)
     trainer = grpo(vlm, digits_task, method, beta=0.04, deepspeed=ZERO[stage], embedding_learning_rate=0.1)
-    encoder = Encoder(vlm, Loader(digits_task.images, 32), 512)
+    encoder = PromptEncoder(vlm, Loader(digits_task.images, 32), 512)
     packed = pack_shared(groups(vlm, asked, encoder, [2, 2, 2], [3, 5], image=True), vlm.family, vlm.device)
 
     def seen():

@@ -13,7 +13,7 @@ from common.config.schema import GRPOConfig
 from common.data import task
 from common.data.loading import Loader
 from common.models import files
-from common.models.encoder import Encoder
+from common.models.encoder import PromptEncoder
 from common.rewards import STATEFUL, Reward, StatefulReward, build_rewards
 from common.rollout.base import Completion, Decoding, check_fresh, sampling_mode
 from common.rollout.hf import HFRollout
@@ -45,7 +45,7 @@ def test_stale_completions_stop_the_training(load_vlm, digits_task, think, backe
     vlm = load_vlm()
     prompts = think.train_prompts(digits_task)[:2]
     samples = Sampling(
-        Encoder(vlm, Loader(digits_task.images, 32), 512),
+        PromptEncoder(vlm, Loader(digits_task.images, 32), 512),
         backend(vlm),
         Epochs(lambda epoch: prompts, prompts),
         {"short": Reward(1.0, shorter)},
@@ -77,7 +77,7 @@ def test_one_stale_completion_among_fresh_ones_is_found():
 def test_unexpanded_ids_expand_to_the_encoded_ones(load_vlm, digits_task, think, no_think, family):
     """transformers' processor, given the text of the unexpanded ids and the picture, writes the encoded ids."""
     vlm = load_vlm(family=family)
-    encoder = Encoder(vlm, Loader(digits_task.images, 32), 512)
+    encoder = PromptEncoder(vlm, Loader(digits_task.images, 32), 512)
     first, last = think.train_prompts(digits_task)[0], replace(no_think.train_prompts(digits_task)[7], image_last=True)
     for prompt in (first, replace(first, system="Say little."), last):
         ids, (picture,), (encoded,) = encoder.unexpanded(prompt), encoder.pictures(prompt), encoder([prompt])
@@ -179,7 +179,7 @@ def test_the_doctor_does_not_compare_other_numbers(load_vlm, digits_task, think)
     vlm = load_vlm()
     findings = doctor.examine(
         vlm=vlm,
-        encoder=Encoder(vlm, Loader(digits_task.images, 32), 512),
+        encoder=PromptEncoder(vlm, Loader(digits_task.images, 32), 512),
         rollout=Truncated(vlm),
         prompts=think.train_prompts(digits_task)[:8],
         rewards={"short": Reward(1.0, shorter)},

@@ -14,7 +14,7 @@ from common.cost.estimate import Cost
 from common.cost.update import GIB
 from common.data.loading import Loader
 from common.forward.packing import SharedPrefix
-from common.models.encoder import Encoder
+from common.models.encoder import PromptEncoder
 from common.rewards import Reward, equality
 from common.rollout.base import Decoding
 from common.rollout.hf import HFRollout
@@ -35,7 +35,7 @@ def examine(load_vlm, digits_task, think):
         vlm = load_vlm(family=family)
         values = {
             "vlm": vlm,
-            "encoder": Encoder(vlm, Loader(digits_task.images, 32), 512),
+            "encoder": PromptEncoder(vlm, Loader(digits_task.images, 32), 512),
             "rollout": rollout(vlm),
             "prompts": think.train_prompts(digits_task),
             "rewards": {"short": Reward(1.0, shorter)},

@@ -31,7 +31,7 @@ from common.export import card as card_module
 from common.export.bundle import ASKING
 from common.export.card import CODE, RESIZED
 from common.forward.logprobs import token_logps
-from common.models.encoder import Encoder
+from common.models.encoder import PromptEncoder
 from common.models.extra_embeddings import attach
 from common.rollout.base import Decoding, requests
 from common.rollout.hf import HFRollout
@@ -66,7 +66,7 @@ def exported(request, load_vlm, digits_task, tmp_path):
     for attention in ("family", "causal"):
         vlm = trained(image_attention=attention)
         vlm = replace(vlm, extra_embeddings=attach(vlm.model, entries, True))
-        encoder = Encoder(vlm, pictures, 512)
+        encoder = PromptEncoder(vlm, pictures, 512)
         asked = requests(encoder, prompts, [""] * len(prompts))
         replies[attention] = [group[0].text for group in HFRollout(vlm).generate(asked, 1, GREEDY)]
     bank_file.export(tmp_path / "bank", entries, NAMES, "any")

@@ -13,7 +13,7 @@ from common.data.loading import Loader
 from common.forward.logprobs import PolicyScorer
 from common.forward.packing import pack_plain, pack_shared
 from common.models import extra_embeddings, meter
-from common.models.encoder import Encoder
+from common.models.encoder import PromptEncoder
 from common.types import Prompt
 from tests.test_shared_prefix import LORA, groups, model_for_parity, relative_l2, scores_and_gradient
 
@@ -46,7 +46,7 @@ def with_slots(load_vlm, dtype, trainable=True, **changes):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shared_equals_plain_with_categories(load_vlm, digits_task, family, lora, dtype):
     vlm = with_slots(load_vlm, dtype, family=family, lora=lora, **({"window": 9} if family == "gemma3" else {}))
-    encoder = Encoder(vlm, Loader(digits_task.images, 32), 512)
+    encoder = PromptEncoder(vlm, Loader(digits_task.images, 32), 512)
     batch = groups(vlm, prompts(digits_task), encoder, [3, 2, 4], [2, 9, 1, 5], image=True)
     scorer = PolicyScorer(vlm.model, vlm.banned, temperature=0.9, chunk=7)
     shared = scores_and_gradient(scorer, pack_shared(batch, vlm.family, vlm.device))
@@ -59,7 +59,7 @@ def test_shared_equals_plain_with_categories(load_vlm, digits_task, family, lora
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_equals_finite_differences(load_vlm, digits_task, family):
     vlm = with_slots(load_vlm, torch.float64, family=family)
-    encoder = Encoder(vlm, Loader(digits_task.images, 32), 512)
+    encoder = PromptEncoder(vlm, Loader(digits_task.images, 32), 512)
     batch = groups(vlm, prompts(digits_task), encoder, [2, 2, 2], [3], image=True)
     scorer = PolicyScorer(vlm.model, vlm.banned, temperature=1.0, chunk=64)
     packed = pack_shared(batch, vlm.family, vlm.device)
@@ -81,7 +81,9 @@ def test_gradient_equals_finite_differences(load_vlm, digits_task, family):
 
 def test_frozen_entries_have_no_gradient(load_vlm, digits_task):
     vlm = with_slots(load_vlm, torch.float32, trainable=False, family="gemma3")
-    batch = groups(vlm, prompts(digits_task), Encoder(vlm, Loader(digits_task.images, 32), 512), [2], [3], image=True)
+    batch = groups(
+        vlm, prompts(digits_task), PromptEncoder(vlm, Loader(digits_task.images, 32), 512), [2], [3], image=True
+    )
     scorer = PolicyScorer(vlm.model, vlm.banned, temperature=1.0, chunk=64)
     scorer(pack_shared(batch, vlm.family, vlm.device))[0].sum().backward()
     assert vlm.extra_embeddings.entries.grad is None
@@ -90,7 +92,7 @@ def test_frozen_entries_have_no_gradient(load_vlm, digits_task):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prompts_hold_the_ids_of_their_categories(load_vlm, digits_task, family):
     vlm = with_slots(load_vlm, torch.float32, family=family)
-    encoded = Encoder(vlm, Loader(digits_task.images, 32), 512)(prompts(digits_task))
+    encoded = PromptEncoder(vlm, Loader(digits_task.images, 32), 512)(prompts(digits_task))
     for prompt, found in zip(prompts(digits_task), encoded, strict=True):
         beyond = found.ids[found.ids >= vlm.extra_embeddings.first] - vlm.extra_embeddings.first
         assert beyond.tolist() == [4 * entry + row for entry in prompt.categories for row in range(4)]
@@ -117,7 +119,7 @@ def test_rows_are_what_the_first_layer_sees(load_vlm):
 def test_the_meter_counts_what_the_encoder_makes(load_vlm, untrained_folders, digits_task, family):
     vlm = with_slots(load_vlm, torch.float32, family=family)
     asked = prompts(digits_task)
-    encoded = Encoder(vlm, Loader(digits_task.images, 32), 512)(asked)
+    encoded = PromptEncoder(vlm, Loader(digits_task.images, 32), 512)(asked)
     measure = meter.of_folder(untrained_folders[family], family)
     assert measure.tokens(asked, 32) == [len(found.ids) for found in encoded]
 
@@ -141,7 +143,7 @@ def test_no_id_beyond_the_vocabulary_is_a_target(load_vlm, digits_task):
 
     vlm = with_slots(load_vlm, torch.float32, family="gemma3")
     batch = groups(
-        vlm, prompts(digits_task), Encoder(vlm, Loader(digits_task.images, 32), 512), [1, 1, 1], [3], image=True
+        vlm, prompts(digits_task), PromptEncoder(vlm, Loader(digits_task.images, 32), 512), [1, 1, 1], [3], image=True
     )
     packed = pack_shared(batch, vlm.family, vlm.device)
     everything = score_prompts(packed, vlm.banned, vlm.extra_embeddings.first)

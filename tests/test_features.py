@@ -15,8 +15,8 @@ from PIL import Image
 
 from common.few_shot.encoders import clip, generated, texts, tiny, visual
 from common.few_shot.encoders import store as store_module
-from common.few_shot.encoders.encoder import TEST, Look, View, crop_box, see
-from common.few_shot.encoders.store import KEY, Encoded, Rows, Store, key_of
+from common.few_shot.encoders.encoder import TEST, Preprocessing, View, crop_box, preprocess
+from common.few_shot.encoders.store import KEY, CachedFeatures, Rows, Store, key_of
 from common.types import BadImage, UserError
 from tests import encoders
 
@@ -34,7 +34,7 @@ def test_the_test_view_is_that_of_open_clip(photo):
     import open_clip
 
     expected = open_clip.image_transform(64, is_train=False)(photo)
-    assert torch.equal(see(photo, "a", View(), Look(64)), expected)
+    assert torch.equal(preprocess(photo, "a", View(), Preprocessing(64)), expected)
 
 
 def test_random_views_are_as_torchvision_draws_them():
@@ -60,14 +60,20 @@ def test_random_views_are_as_torchvision_draws_them():
 
 
 def test_a_view_depends_on_picture_number_and_seed_alone(photo):
-    first = see(photo, "a", View(2, 1), Look(32))
-    see(photo, "b", View(0, 1), Look(32))
+    first = preprocess(photo, "a", View(2, 1), Preprocessing(32))
+    preprocess(photo, "b", View(0, 1), Preprocessing(32))
     torch.rand(3)
-    assert torch.equal(see(photo, "a", View(2, 1), Look(32)), first)
-    others = [see(photo, "a", View(3, 1), Look(32)), see(photo, "a", View(2, 2), Look(32))]
-    others += [see(photo, "b", View(2, 1), Look(32)), see(photo, "a", View(2, 1, (0.1, 0.2)), Look(32))]
+    assert torch.equal(preprocess(photo, "a", View(2, 1), Preprocessing(32)), first)
+    others = [
+        preprocess(photo, "a", View(3, 1), Preprocessing(32)),
+        preprocess(photo, "a", View(2, 2), Preprocessing(32)),
+    ]
+    others += [
+        preprocess(photo, "b", View(2, 1), Preprocessing(32)),
+        preprocess(photo, "a", View(2, 1, (0.1, 0.2)), Preprocessing(32)),
+    ]
     assert not any(torch.equal(other, first) for other in others)
-    never, always = (see(photo, "a", View(2, 1, flip=flip), Look(32)) for flip in (0, 1))
+    never, always = (preprocess(photo, "a", View(2, 1, flip=flip), Preprocessing(32)) for flip in (0, 1))
     assert torch.equal(never.flip(2), always)
 
 
@@ -169,14 +175,14 @@ class Counting:
 
 def test_each_picture_and_view_is_encoded_once(tmp_path):
     pictures, encoder = Counting(), encoders.clip()
-    encoded = Encoded(encoder, tmp_path, "float32", batch=3)
+    encoded = CachedFeatures(encoder, tmp_path, "float32", batch=3)
     keys = [str(n) for n in range(0, 70, 10)]
     features = encoded.images(pictures, keys)
     assert sorted(pictures.opened) == sorted(keys) and len(features) == 7
-    alone = torch.stack([see(Image.new("RGB", (32, 32), (int(k),) * 3), k, View(), encoder.look) for k in keys])
+    alone = torch.stack([preprocess(Image.new("RGB", (32, 32), (int(k),) * 3), k, View(), encoder.look) for k in keys])
     torch.testing.assert_close(features[0:7], encoder.images(alone), atol=1e-5, rtol=1e-5)
     pictures.opened.clear()
-    again = Encoded(encoder, tmp_path, "float32", batch=3).images(pictures, keys[::-1])
+    again = CachedFeatures(encoder, tmp_path, "float32", batch=3).images(pictures, keys[::-1])
     assert not pictures.opened and torch.equal(again[0:7].flip(0), features[0:7])
     pictures.stamps["30"] = "changed"
     encoded.images(pictures, keys)
@@ -192,7 +198,7 @@ def test_ranks_that_cannot_read_each_others_rows_are_refused(tmp_path, monkeypat
 
     monkeypatch.setattr(module, "share_of", lambda items: items[::2])
     with pytest.raises(UserError, match="cache_dir must be one folder for all"):
-        Encoded(encoders.clip(), tmp_path, "float32", batch=3).images(Counting(), ["0", "10", "20"])
+        CachedFeatures(encoders.clip(), tmp_path, "float32", batch=3).images(Counting(), ["0", "10", "20"])
 
 
 def test_an_interrupted_encoding_goes_on(tmp_path):
@@ -207,10 +213,10 @@ def test_an_interrupted_encoding_goes_on(tmp_path):
 
     encoder.images = failing
     with pytest.raises(KeyboardInterrupt):
-        Encoded(encoder, tmp_path, "float32", batch=2).images(pictures, keys)
+        CachedFeatures(encoder, tmp_path, "float32", batch=2).images(pictures, keys)
     pictures.opened.clear()
     del encoder.images
-    assert len(Encoded(encoder, tmp_path, "float32", batch=2).images(pictures, keys)) == 8
+    assert len(CachedFeatures(encoder, tmp_path, "float32", batch=2).images(pictures, keys)) == 8
     assert sorted(pictures.opened) == keys[4:], "the first two batches were kept"
 
 
@@ -273,7 +279,7 @@ def test_the_tiny_clip_reads_digits_that_it_has_never_seen(digits_task):
     encoder = tiny.load("clip", torch.device("cpu"), CACHE, torch.float32)
     asked = digits_task.evaluation["test"]
     items = asked.items[::4]
-    pixels = torch.stack([see(digits_task.images.open(i.image), i.image, View(), encoder.look) for i in items])
+    pixels = torch.stack([preprocess(digits_task.images.open(i.image), i.image, View(), encoder.look) for i in items])
     text = text_weights([encoder.texts([f"a photo of a {name}."]) for name in asked.names])
     right = cosine_logits(encoder.images(pixels), text).argmax(1) == torch.tensor([i.label for i in items])
     assert right.float().mean() > 0.4
@@ -347,7 +353,7 @@ def test_any_model_with_two_towers_gives_pictures_and_texts(tmp_path, photo):
     assert not isinstance(made, open_clip.CLIP)
     loaded = clip.load("clip", CPU, tmp_path, FP32, model="towers", file=str(tmp_path / "towers.pt"))
     assert (loaded.width, loaded.look.size, loaded.positions) == (48, 160, 0)
-    pixels = see(photo, "key", TEST, loaded.look)[None]
+    pixels = preprocess(photo, "key", TEST, loaded.look)[None]
     texts = ["a photo of a cat.", "a dog"]
     with torch.no_grad():
         torch.testing.assert_close(loaded.images(pixels), made.encode_image(pixels))
@@ -385,8 +391,8 @@ def test_pictures_for_a_file_of_weights_are_prepared_as_its_model_wants(
 def test_a_picture_is_squashed_where_its_tower_wants_that(photo):
     """The corner of the photograph is seen, which the centre crop leaves out."""
     assert photo.width != photo.height
-    look = Look(32, (0.0,) * 3, (1.0,) * 3)
-    squashed, cropped = (see(photo, "key", TEST, each) for each in (replace(look, squash=True), look))
+    look = Preprocessing(32, (0.0,) * 3, (1.0,) * 3)
+    squashed, cropped = (preprocess(photo, "key", TEST, each) for each in (replace(look, squash=True), look))
     expected = torch.from_numpy(np.array(photo.resize((32, 32), Image.Resampling.BICUBIC))).permute(2, 0, 1) / 255
     torch.testing.assert_close(squashed, expected, atol=1e-6, rtol=0)
     assert float((squashed - cropped).abs().mean()) > 0.01
@@ -402,7 +408,7 @@ def test_any_model_of_timm_is_an_encoder(tmp_path):
     pixels = torch.rand(2, 3, 160, 160, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(loaded.images(pixels), made(pixels))
-    assert loaded.look == Look(160, tuple(made.pretrained_cfg["mean"]), tuple(made.pretrained_cfg["std"]))
+    assert loaded.look == Preprocessing(160, tuple(made.pretrained_cfg["mean"]), tuple(made.pretrained_cfg["std"]))
     assert loaded.width == made.num_features == loaded.images(pixels).shape[1]
 
 
@@ -437,7 +443,7 @@ def test_dino_needs_its_own_file(tmp_path):
     torch.save(state, tmp_path / "dino.pth")
     dino = visual.load_dino("visual", CPU, tmp_path, FP32, file=str(tmp_path / "dino.pth"))
     assert dino.images(torch.zeros(1, 3, 64, 64)).shape == (1, 2048)
-    assert dino.look.mean == Look(224).mean, "as CaFo's code feeds it"
+    assert dino.look.mean == Preprocessing(224).mean, "as CaFo's code feeds it"
 
 
 def test_lite0_is_the_published_network(tmp_path):
@@ -448,7 +454,7 @@ def test_lite0_is_the_published_network(tmp_path):
     encoder = visual.load_lite0("visual", CPU, tmp_path, FP32)
     assert encoder.width == 1280
     flower = Image.fromarray(load_sample_image("flower.jpg"))
-    pixels = see(flower, "flower", View(), encoder.look)[None]
+    pixels = preprocess(flower, "flower", View(), encoder.look)[None]
     with torch.no_grad():
         features = encoder.images(pixels)
         head = encoder.model.get_classifier()(features)[0].softmax(0)
@@ -491,7 +497,7 @@ def test_pictures_that_cannot_be_used_are_named(tmp_path):
                 raise BadImage("gone")
             return super().stamp(image)
 
-    encoded = Encoded(encoders.clip(), tmp_path, "float32", batch=3)
+    encoded = CachedFeatures(encoders.clip(), tmp_path, "float32", batch=3)
     for keys, said in ((["10", "40"], "1 of 2 images cannot be used: 40 .gone."), (["10", "30"], "of 2 .*: 30 .cut.")):
         with pytest.raises(UserError, match=said):
             encoded.images(Broken(), keys)

@@ -11,7 +11,7 @@ from common.data.loading import Loader
 from common.forward import packing
 from common.forward.logprobs import PolicyScorer
 from common.forward.packing import pack_plain
-from common.models.encoder import Encoder
+from common.models.encoder import PromptEncoder
 from common.rewards import Reward, accuracy, equality
 from tests.test_training import LORA, distance, grpo, weights
 
@@ -214,9 +214,9 @@ def test_frozen_vision_features_are_the_tower_s(load_vlm, digits_task, think, tm
         completions = (torch.arange(100, 104), torch.arange(200, 207))
         found = []
         for encoder in (
-            Encoder(vlm, Loader(digits_task.images, 32), 512),
-            Encoder(vlm, Loader(digits_task.images, 32), 512, store),
-            Encoder(vlm, Loader(digits_task.images, 32), 512, store),  # from the disk
+            PromptEncoder(vlm, Loader(digits_task.images, 32), 512),
+            PromptEncoder(vlm, Loader(digits_task.images, 32), 512, store),
+            PromptEncoder(vlm, Loader(digits_task.images, 32), 512, store),  # from the disk
         ):
             groups = [packing.PromptGroup(e, completions) for e in encoder(prompts)]
             with torch.no_grad():
@@ -250,7 +250,9 @@ def test_training_with_frozen_vision_equals_training_with_its_features(load_vlm,
         vlm = load_vlm(freeze_vision=True)
         trainer = grpo(vlm, digits_task, think)
         if cached:
-            trainer.samples.encoder = Encoder(vlm, Loader(digits_task.images, 32), 512, FeatureStore(tmp_path, 2**20))
+            trainer.samples.encoder = PromptEncoder(
+                vlm, Loader(digits_task.images, 32), 512, FeatureStore(tmp_path, 2**20)
+            )
         steps(trainer, 2)
         ended.append(weights(vlm.model))
         assert any(tmp_path.iterdir()) == cached

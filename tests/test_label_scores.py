@@ -15,7 +15,7 @@ from common.evaluation import evaluate
 from common.forward.label_scores import LabelScorer, rows
 from common.forward.logprobs import PolicyScorer
 from common.forward.packing import PromptGroup, pack_plain
-from common.models.encoder import Encoder
+from common.models.encoder import PromptEncoder
 from common.rollout.base import Completion
 from common.rollout.hf import HFRollout
 from common.vlm.prompting import TaskPrompts
@@ -32,7 +32,7 @@ def setup(load_vlm, digits_task, think, no_think):
     prompts = [method.train_prompts(digits_task)[place] for method, place in zip(methods, (0, 17, 33), strict=True)]
     responses = [[method.label_response(name) for name in NAMES] for method in methods]
     responses[2] = responses[2][:3]
-    return vlm, Encoder(vlm, Loader(digits_task.images, 32), 512)(prompts), responses
+    return vlm, PromptEncoder(vlm, Loader(digits_task.images, 32), 512)(prompts), responses
 
 
 def reply_ids(vlm, text):
@@ -102,7 +102,7 @@ def test_chunks_do_not_matter(setup, budget):
 @pytest.mark.parametrize("family", ["qwen2_vl", "gemma3"])
 def test_a_name_after_reasoning_is_the_end_of_one_long_reply(load_vlm, digits_task, think, family):
     vlm = load_vlm(family=family)
-    prompts = Encoder(vlm, Loader(digits_task.images, 32), 512)(think.train_prompts(digits_task)[:2])
+    prompts = PromptEncoder(vlm, Loader(digits_task.images, 32), 512)(think.train_prompts(digits_task)[:2])
     thoughts = ["<think>a loop below</think> ", ""]
     responses = [[think.label_response(name) for name in NAMES]] * 2
     found = LabelScorer(vlm)(prompts, responses, thoughts)
@@ -197,7 +197,7 @@ def evaluator(load_vlm, digits_task, no_think):
     vlm = load_vlm()
     test = digits_task.evaluation["test"]
     task = replace(digits_task, evaluation={"test": replace(test, items=test.items[:12])})
-    encoder = Encoder(vlm, Loader(task.images, 32), 512)
+    encoder = PromptEncoder(vlm, Loader(task.images, 32), 512)
 
     def make(scored=True, method=no_think, rollout=None, reasoned=True):
         prompts = method.evaluation_prompts(task, "test")

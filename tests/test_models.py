@@ -16,7 +16,7 @@ from common.data import task
 from common.data.loading import Loader
 from common.forward import attention
 from common.models import families, files, meter
-from common.models.encoder import Encoder
+from common.models.encoder import PromptEncoder
 from common.models.families import Gemma3, Qwen2VL
 from common.models.tiny import gemma3 as tiny_gemma3
 from common.models.tiny import pictures as pictures_module
@@ -45,7 +45,7 @@ def stock_inputs(vlm, task, prompts):
 def test_encoding_equals_the_processor(load_vlm, digits_task, think):
     vlm = load_vlm()
     prompts = think.train_prompts(digits_task)[:3]
-    for encoded, prompt in zip(Encoder(vlm, Loader(digits_task.images, 32), 512)(prompts), prompts, strict=True):
+    for encoded, prompt in zip(PromptEncoder(vlm, Loader(digits_task.images, 32), 512)(prompts), prompts, strict=True):
         stock = stock_inputs(vlm, digits_task, [prompt])
         assert torch.equal(encoded.ids, stock["input_ids"][0])
         assert torch.equal(encoded.pixel_values, stock["pixel_values"])
@@ -81,7 +81,7 @@ def test_prompt_meter_counts_what_the_encoder_makes(
     vlm = load_vlm(family=family)
     prompts = [*think.train_prompts(digits_task)[:5], *no_think.evaluation_prompts(digits_task, "test")[:5]]
     prompts.append(replace(prompts[0], system="Be brief. "))
-    lengths = [len(e.ids) for e in Encoder(vlm, Loader(digits_task.images, 32), 512)(prompts)]
+    lengths = [len(e.ids) for e in PromptEncoder(vlm, Loader(digits_task.images, 32), 512)(prompts)]
     assert meter.of_folder(untrained_folders[family], family).tokens(prompts, 32) == lengths
     assert recipe.meter().tokens(prompts, 32) == lengths
 
@@ -89,7 +89,7 @@ def test_prompt_meter_counts_what_the_encoder_makes(
 def test_gemma_encoding_equals_the_processor(load_vlm, digits_task, think):
     vlm = load_vlm(family="gemma3")
     prompts = think.train_prompts(digits_task)[:3]
-    for encoded, prompt in zip(Encoder(vlm, Loader(digits_task.images, 32), 512)(prompts), prompts, strict=True):
+    for encoded, prompt in zip(PromptEncoder(vlm, Loader(digits_task.images, 32), 512)(prompts), prompts, strict=True):
         content = [{"type": "image", "image": digits_task.images.open(prompt.image).resize((32, 32), 1)}]
         content.append({"type": "text", "text": prompt.text})
         stock = vlm.processor.apply_chat_template(
@@ -128,20 +128,20 @@ def test_image_tokens_of_the_paper():
 
 
 def test_encoder_refuses_long_prompts_and_names_the_limit(load_vlm, digits_task, think):
-    encoder = Encoder(load_vlm(), Loader(digits_task.images, 32), max_tokens=50)
+    encoder = PromptEncoder(load_vlm(), Loader(digits_task.images, 32), max_tokens=50)
     with pytest.raises(UserError, match="tokens, but model.max_prompt_tokens=50; prompts are never cut"):
         encoder(think.train_prompts(digits_task)[:1])
 
 
 def test_encoder_memory_is_bounded(load_vlm, digits_task, think):
     prompts = think.train_prompts(digits_task)
-    encoder = Encoder(load_vlm(), Loader(digits_task.images, 32), 512, cache_bytes=200_000)
+    encoder = PromptEncoder(load_vlm(), Loader(digits_task.images, 32), 512, cache_bytes=200_000)
     for start in range(0, 160, 16):
         encoder(prompts[start : start + 16])
         assert encoder.used <= 200_000
     assert 0 < len(encoder.memory) < 160
     again = encoder(prompts[:2])
-    fresh = Encoder(load_vlm(), Loader(digits_task.images, 32), 512)(prompts[:2])
+    fresh = PromptEncoder(load_vlm(), Loader(digits_task.images, 32), 512)(prompts[:2])
     assert all(
         torch.equal(a.ids, b.ids) and torch.equal(a.pixel_values, b.pixel_values)
         for a, b in zip(again, fresh, strict=True)
@@ -350,7 +350,7 @@ def test_official_system_prompt_replaces_the_default(load_vlm, digits_task):
     method = ClassListPrompt(instruction="no_think", seed=1, train_system_prompt="think")
     vlm = load_vlm()
     text = vlm.processor.tokenizer.decode(
-        Encoder(vlm, Loader(digits_task.images, 32), 512)(method.train_prompts(digits_task)[:1])[0].ids
+        PromptEncoder(vlm, Loader(digits_task.images, 32), 512)(method.train_prompts(digits_task)[:1])[0].ids
     )
     assert text.startswith("<|im_start|>system\nOutput the thinking process in <think>")
     assert "You are a helpful assistant" not in text

@@ -13,7 +13,7 @@ from common.config.schema import AGGREGATIONS, LOSS_TYPES, SCALINGS, ModelConfig
 from common.data.loading import Loader
 from common.forward.packing import PromptGroup
 from common.models import vlm
-from common.models.encoder import Encoded, Encoder
+from common.models.encoder import EncodedPrompt, PromptEncoder
 from common.rewards import Reward, Scores
 from common.rollout.base import Completion, Decoding
 from common.runtime.distributed import interleave, share_of
@@ -112,7 +112,7 @@ def grpo_step(policies, digits_task, think, monkeypatch):
         policy.model.zero_grad(set_to_none=True)
         trainer = GRPOTrainer(
             vlm=policy,
-            encoder=Encoder(policy, Loader(digits_task.images, 32), 512),
+            encoder=PromptEncoder(policy, Loader(digits_task.images, 32), 512),
             rollout=Replies(policy),
             prompts=Epochs(lambda epoch: prompts),
             rewards=REWARDS,
@@ -153,7 +153,7 @@ def test_an_sft_update_of_two_ranks_is_that_of_one(ranks, policies, digits_task,
         policy.model.zero_grad(set_to_none=True)
         trainer = SFTTrainer(
             vlm=policy,
-            encoder=Encoder(policy, Loader(digits_task.images, 32), 512),
+            encoder=PromptEncoder(policy, Loader(digits_task.images, 32), 512),
             rollout=Replies(policy),
             prompts=Epochs(lambda epoch: prompts),
             loss=loss,
@@ -207,7 +207,7 @@ def rollout(which):
     for place in which:
         lengths = range(1 + place, 5 + place)
         group = [Completion(torch.arange(n), torch.zeros(n), f"{place} {n}", n == 2 * place) for n in lengths]
-        prompt = Encoded(torch.arange(10 + place), torch.zeros(1, 10 + place))
+        prompt = EncodedPrompt(torch.arange(10 + place), torch.zeros(1, 10 + place))
         completions.append(group)
         groups.append(PromptGroup(prompt, tuple(c.ids for c in group)))
     prompts = [Prompt(str(place), "?", "six") for place in which]

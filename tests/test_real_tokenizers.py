@@ -13,7 +13,7 @@ from common.forward.label_scores import LabelScorer
 from common.forward.logprobs import PolicyScorer
 from common.forward.packing import PromptGroup, pack_plain
 from common.models import vlm
-from common.models.encoder import Encoded
+from common.models.encoder import EncodedPrompt
 from common.training.sft import target
 from common.vlm.replies import reasoning
 from tests.conftest import TOKENIZERS
@@ -70,7 +70,7 @@ def test_names_after_reasoning_are_scored_as_tokens_of_the_whole_reply(loaded, f
     asks = AlertPrompting(seed=1) if method == "alert" else ClassListPrompt(instruction="think", seed=1)
     question = torch.tensor(ids(model, "What is in the photo? Think, then answer."))
     blocks = model.family.blocks(question, model.model.config)
-    encoded = [Encoded(question, model.family.positions(question, None, model.model.config), blocks=blocks)]
+    encoded = [EncodedPrompt(question, model.family.positions(question, None, model.model.config), blocks=blocks)]
     begun = reasoning(asks, reply)
     assert begun.startswith("<think>")
     wholes = [ids(model, begun + asks.label_response(name)) for name in NAMES]

@@ -20,7 +20,7 @@ from common.forward.label_scores import LabelScorer
 from common.forward.logprobs import InFloat32, PolicyScorer, head_rows
 from common.forward.packing import PromptGroup, pack_plain, pack_shared
 from common.models import vlm
-from common.models.encoder import Encoder
+from common.models.encoder import PromptEncoder
 from common.rollout.base import Decoding, requests
 from common.rollout.hf import HFRollout
 from common.training import agreement
@@ -80,7 +80,7 @@ def as_a_gpu_rounds(monkeypatch):
 
 
 def asked(model, task, method):
-    encoder = Encoder(model, Loader(task.images, SIZES[name_of(model)]), None)
+    encoder = PromptEncoder(model, Loader(task.images, SIZES[name_of(model)]), None)
     return requests(encoder, method.train_prompts(task)[:1], ["seed"])[0]
 
 

@@ -19,7 +19,7 @@ from common.forward.label_scores import LabelScorer
 from common.forward.logprobs import PolicyScorer
 from common.forward.packing import PromptGroup, pack_shared
 from common.models.adapters import without_adapters
-from common.models.encoder import Encoder
+from common.models.encoder import PromptEncoder
 from common.models.families import Qwen2VL
 from common.rollout.hf import HFRollout
 from common.types import Prompt, Sample, UserError
@@ -341,7 +341,7 @@ def test_nothing_stays_on_the_cpu(learner, monkeypatch, family):
         model.policy = replace(
             model.policy, extra_embeddings=without_adapters(model.policy.model).get_input_embeddings()
         )
-    model.encoder = Encoder(model.policy, model.encoder.load_images, None)
+    model.encoder = PromptEncoder(model.policy, model.encoder.load_images, None)
     model.rollout = HFRollout(model.policy)
     pretend_device.move(model.policy.model)
     with pretend_device.There():

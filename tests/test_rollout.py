@@ -17,7 +17,7 @@ from transformers import (
 from common.data.loading import Loader
 from common.forward.logprobs import PolicyScorer
 from common.forward.packing import PromptGroup, pack_plain, pack_shared
-from common.models.encoder import Encoder
+from common.models.encoder import PromptEncoder
 from common.models.families import Qwen2VL
 from common.rollout.base import Decoding
 from common.rollout.hf import HFRollout, choose, truncate
@@ -37,7 +37,7 @@ def setup(request, load_vlm, digits_task, think, no_think):
         no_think.train_prompts(digits_task)[17],
         think.train_prompts(digits_task)[33],
     ]
-    return vlm, Encoder(vlm, Loader(digits_task.images, 32), 512)(prompts)
+    return vlm, PromptEncoder(vlm, Loader(digits_task.images, 32), 512)(prompts)
 
 
 @pytest.mark.sampled

@@ -14,7 +14,7 @@ from common.forward import attention
 from common.forward.attention import masked_attention
 from common.forward.logprobs import PolicyScorer
 from common.forward.packing import PromptGroup, pack_plain, pack_shared
-from common.models.encoder import Encoded, Encoder
+from common.models.encoder import EncodedPrompt, PromptEncoder
 from common.models.families import Qwen2VL
 
 LORA = LoraConfig(r=4, alpha=8, targets=r".*language_model.*\.(q_proj|v_proj|down_proj)")
@@ -36,7 +36,8 @@ def groups(vlm, prompts, encoder, sizes, lengths, image):
         config = vlm.model.config
         kept = [e.ids[~torch.isin(e.ids, torch.tensor(vlm.banned))] for e in encoded]
         encoded = [
-            Encoded(ids, vlm.family.positions(ids, None, config), blocks=vlm.family.blocks(ids, config)) for ids in kept
+            EncodedPrompt(ids, vlm.family.positions(ids, None, config), blocks=vlm.family.blocks(ids, config))
+            for ids in kept
         ]
     made, count = [], 0
     for prompt, size in zip(encoded, sizes, strict=True):
@@ -123,7 +124,7 @@ def test_shared_equals_plain(
     vlm = model_for_parity(load_vlm, dtype, lora=lora, gradient_checkpointing=checkpointing, **model)
     (norm,) = (each for name, each in vlm.model.named_parameters() if name.endswith("language_model.norm.weight"))
     norm.data += 1  # twice the logits of an untrained model, which are nearly flat
-    encoder = Encoder(vlm, Loader(digits_task.images, 32), 512)
+    encoder = PromptEncoder(vlm, Loader(digits_task.images, 32), 512)
     # two instructions: prompts of different lengths in one row
     prompts = [
         think.train_prompts(digits_task)[0],
@@ -151,7 +152,12 @@ def test_the_image_block_of_gemma_matters(load_vlm, digits_task, think):
     for kind in ("family", "causal"):
         vlm = model_for_parity(load_vlm, torch.float32, family="gemma3", image_attention=kind)
         batch = groups(
-            vlm, think.train_prompts(digits_task), Encoder(vlm, Loader(digits_task.images, 32), 512), [2], [4], True
+            vlm,
+            think.train_prompts(digits_task),
+            PromptEncoder(vlm, Loader(digits_task.images, 32), 512),
+            [2],
+            [4],
+            True,
         )
         scores[kind] = PolicyScorer(vlm.model, vlm.banned, 1.0, 64)(pack_shared(batch, vlm.family, vlm.device))[0]
     assert float((scores["family"] - scores["causal"]).abs().max()) > 1e-3
@@ -162,7 +168,7 @@ def test_gradient_checkpointing_changes_nothing(load_vlm, digits_task, think):
     for checkpointing in (False, True):
         vlm = load_vlm(gradient_checkpointing=checkpointing)
         vlm.model.train()
-        encoder = Encoder(vlm, Loader(digits_task.images, 32), 512)
+        encoder = PromptEncoder(vlm, Loader(digits_task.images, 32), 512)
         batch = groups(vlm, think.train_prompts(digits_task), encoder, [4], [3, 6], image=True)
         scorer = PolicyScorer(vlm.model, vlm.banned, temperature=1.0, chunk=1024)
         results.append(scores_and_gradient(scorer, pack_shared(batch, vlm.family, vlm.device)))
@@ -172,7 +178,7 @@ def test_gradient_checkpointing_changes_nothing(load_vlm, digits_task, think):
 
 def test_completions_do_not_see_each_other(load_vlm, digits_task, think):
     vlm = load_vlm()
-    encoder = Encoder(vlm, Loader(digits_task.images, 32), 512)
+    encoder = PromptEncoder(vlm, Loader(digits_task.images, 32), 512)
     group = groups(vlm, think.train_prompts(digits_task), encoder, [3], [5, 2, 4], image=True)[0]
     scorer = PolicyScorer(vlm.model, vlm.banned, temperature=1.0, chunk=1024)
     changed = PromptGroup(group.prompt, (group.completions[0], group.completions[1].flip(0), group.completions[2]))
@@ -184,7 +190,7 @@ def test_completions_do_not_see_each_other(load_vlm, digits_task, think):
 
 
 def test_docstring_example_of_packing():
-    prompt = Encoded(torch.tensor([10, 11, 12]), torch.arange(3).expand(3, -1))
+    prompt = EncodedPrompt(torch.tensor([10, 11, 12]), torch.arange(3).expand(3, -1))
     group = PromptGroup(prompt, (torch.tensor([20, 21]), torch.tensor([22])))
     shared = pack_shared([group], Qwen2VL, torch.device("cpu"))
     assert shared.inputs["input_ids"].tolist() == [[10, 11, 12, 20, 21, 22]]

@@ -21,7 +21,7 @@ from common.data.loading import Loader
 from common.forward.logprobs import PolicyScorer
 from common.forward.packing import PromptGroup, pack_plain
 from common.models import extra_embeddings, files, meter, vlm
-from common.models.encoder import Encoder
+from common.models.encoder import PromptEncoder
 from common.models.tiny import gemma3 as untrained
 from common.models.tiny import model_cache
 from common.models.tiny.wordings import DIGITS, GARMENTS
@@ -62,7 +62,7 @@ def test_loss_is_that_of_each_reply_alone(model, policy, processor, digits_task,
     items = digits_task.train.items[:3]
     bank = torch.randn(10, 4, 96, generator=torch.Generator().manual_seed(0))
     policy = replace(policy, extra_embeddings=extra_embeddings.attach(policy.model, bank, trainable=False))
-    prompts = Encoder(policy, Loader(digits_task.images, 32), 512)(asked(items, categories))
+    prompts = PromptEncoder(policy, Loader(digits_task.images, 32), 512)(asked(items, categories))
     episodes = tiny_pretrain.Episodes(model, processor, seed=0)
     replies = [episodes.ids(text) for text in ("<think>It is.</think><answer>six</answer>", "nine", "The answer")]
     groups = [PromptGroup(p, (torch.tensor(reply),)) for p, reply in zip(prompts, replies, strict=True)]
@@ -185,7 +185,7 @@ def test_built_once_and_an_ordinary_folder(tmp_path, monkeypatch, model_config, 
         policy, extra_embeddings=extra_embeddings.attach(policy.model, torch.zeros(10, 4, 96), trainable=False)
     )
     prompts = asked(digits_task.train.items[:2], (1, 7, 4))
-    lengths = [len(e.ids) for e in Encoder(policy, Loader(digits_task.images, 32), 512)(prompts)]
+    lengths = [len(e.ids) for e in PromptEncoder(policy, Loader(digits_task.images, 32), 512)(prompts)]
     assert tiny_gemma3.meter().tokens(prompts, 32) == meter.of_folder(folder, "gemma3").tokens(prompts, 32)
     assert tiny_gemma3.meter().tokens(prompts, 32) == lengths
 

@@ -17,7 +17,7 @@ from common.data.loading import Loader
 from common.forward import attention
 from common.forward.logprobs import PolicyScorer
 from common.forward.packing import PromptGroup, pack_plain, pack_shared, score_prompts
-from common.models.encoder import Encoder
+from common.models.encoder import PromptEncoder
 from common.models.meter import messages
 from common.report import dashboard
 from common.rewards import Reward, accuracy, strict_format
@@ -137,7 +137,7 @@ def test_sft_loss_equals_transformers(load_vlm, digits_task, loss, options_of_me
     trainer = SFTTrainer(
         vlm=vlm,
         rollout=HFRollout(vlm),
-        encoder=Encoder(vlm, load, 512),
+        encoder=PromptEncoder(vlm, load, 512),
         prompts=Epochs(lambda epoch: prompts),
         loss=loss,
         config=options(),
@@ -174,7 +174,7 @@ def test_sft_learns_the_labels(load_vlm, digits_task, no_think):
     trainer = SFTTrainer(
         vlm=vlm,
         rollout=HFRollout(vlm),
-        encoder=Encoder(vlm, Loader(digits_task.images, 32), 512),
+        encoder=PromptEncoder(vlm, Loader(digits_task.images, 32), 512),
         prompts=Epochs(lambda epoch: no_think.train_prompts(digits_task)[::20][:4]),
         loss="answer",
         config=options(),
@@ -189,7 +189,7 @@ def test_sft_learns_the_labels(load_vlm, digits_task, no_think):
 
 def test_score_prompts_skips_images_and_first_tokens(load_vlm, digits_task, no_think):
     vlm = load_vlm()
-    encoded = Encoder(vlm, Loader(digits_task.images, 32), 512)(no_think.train_prompts(digits_task)[:2])
+    encoded = PromptEncoder(vlm, Loader(digits_task.images, 32), 512)(no_think.train_prompts(digits_task)[:2])
     packed = pack_shared([PromptGroup(e, (torch.tensor([9, 2]),)) for e in encoded], vlm.family, vlm.device)
     scored = score_prompts(packed, vlm.banned, vlm.model.get_output_embeddings().weight.shape[0])
     ids = packed.inputs["input_ids"][0]
@@ -208,7 +208,7 @@ def grpo(vlm, task, method, **changes):
     config = grpo_options(**changes)
     return GRPOTrainer(
         vlm=vlm,
-        encoder=Encoder(vlm, Loader(task.images, 32), 512),
+        encoder=PromptEncoder(vlm, Loader(task.images, 32), 512),
         rollout=rollout,
         prompts=Epochs(lambda epoch: method.train_prompts(task)),
         rewards=rewards,
@@ -469,7 +469,7 @@ def test_gradient_checkpointing_is_at_work_in_an_update(load_vlm, digits_task, t
 
 def test_scorer_chunks_do_not_matter(load_vlm, digits_task, think):
     vlm = load_vlm()
-    encoded = Encoder(vlm, Loader(digits_task.images, 32), 512)(think.train_prompts(digits_task)[:1])
+    encoded = PromptEncoder(vlm, Loader(digits_task.images, 32), 512)(think.train_prompts(digits_task)[:1])
     packed = pack_plain(
         [PromptGroup(encoded[0], (torch.arange(100, 117), torch.arange(200, 209)))], vlm.family, vlm.pad, vlm.device
     )

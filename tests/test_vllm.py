@@ -18,7 +18,7 @@ from common.data.loading import Loader
 from common.forward.logprobs import PolicyScorer
 from common.forward.packing import PromptGroup, pack_plain
 from common.models import adapters, extra_embeddings, vlm
-from common.models.encoder import Encoded, Encoder
+from common.models.encoder import EncodedPrompt, PromptEncoder
 from common.models.families import family
 from common.rollout.base import Decoding, Request, requests, sampling_mode
 from common.rollout.hf import HFRollout
@@ -45,7 +45,7 @@ class Subject:
             width = self.vlm.model.config.get_text_config().hidden_size
             entries = torch.randn(3, 4, width, generator=torch.Generator().manual_seed(5)) * 0.3
             self.vlm = replace(self.vlm, extra_embeddings=extra_embeddings.attach(self.vlm.model, entries, True))
-        self.encoder = Encoder(self.vlm, Loader(task.images, 32), 512)
+        self.encoder = PromptEncoder(self.vlm, Loader(task.images, 32), 512)
         think = ClassListPrompt(instruction="think", seed=1).train_prompts(task)
         self.prompts = [think[0], replace(think[17], image_last=True), replace(think[33], system="Say little.")]
         if categories:
@@ -231,7 +231,7 @@ def test_a_completion_ends_once(subject):
 
 def test_a_prompt_without_a_picture(subject):
     ids = torch.tensor(subject.vlm.processor.tokenizer("What is this?", add_special_tokens=False)["input_ids"])
-    encoded = Encoded(ids, subject.vlm.family.positions(ids, None, subject.vlm.model.config))
+    encoded = EncodedPrompt(ids, subject.vlm.family.positions(ids, None, subject.vlm.model.config))
     asked = [Request(encoded, "text", lambda: ids, list)]
     with sampling_mode(subject.rollout, subject.version):
         found = subject.rollout.generate(asked, 4, SAMPLE)

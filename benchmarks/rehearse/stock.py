@@ -15,7 +15,7 @@ import torch
 from common.forward import attention
 from common.forward.logprobs import token_logps
 from common.models.adapters import without_adapters
-from common.models.encoder import Encoded
+from common.models.encoder import EncodedPrompt
 from common.models.meter import messages
 from common.models.vlm import VLM
 from common.types import CATEGORY, Prompt
@@ -89,7 +89,7 @@ def stock_attention(policy: VLM, kind: str = "sdpa") -> Iterator[None]:
 
 
 @torch.no_grad()
-def stock_logps(policy: VLM, prompt: Encoded, reply: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+def stock_logps(policy: VLM, prompt: EncodedPrompt, reply: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """Return the log-probabilities of a reply by the stock forward of the whole sequence. Shape: [R] -> [R]."""
     model, device = without_adapters(policy.model), policy.device
     row = torch.cat([prompt.ids, reply])[None].to(device)

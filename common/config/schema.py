@@ -72,9 +72,9 @@ class EncoderConfig:
         if self.views is not None:
             positive("clip.views, visual.views", self.views)
         if self.crop is not None and (len(self.crop) != 2 or not 0 < self.crop[0] <= self.crop[1] <= 1):
-            raise UserError(f"clip.crop={self.crop} must be two shares of a picture, such as [0.5,1]")
+            raise UserError(f"clip.crop, visual.crop={self.crop} must be two shares of a picture, such as [0.5,1]")
         if not 0 <= self.flip <= 1:
-            raise UserError(f"clip.flip={self.flip} must be a probability")
+            raise UserError(f"clip.flip, visual.flip={self.flip} must be a probability")
 
 
 @dataclass

@@ -21,7 +21,7 @@ from common.forward.logprobs import head_rows
 from common.forward.packing import PromptGroup, pack, score_prompts
 from common.models import files, meter, vlm
 from common.models.adapters import without_adapters
-from common.models.encoder import Encoded, Encoder
+from common.models.encoder import EncodedPrompt, PromptEncoder
 from common.models.extra_embeddings import attach
 from common.training.base import total_updates
 from common.training.sft import target
@@ -144,7 +144,9 @@ def foreseen(config: Config, asked: TaskPrompts) -> list[str]:
     return lines(of_run(config, asked, folder, max(1, config.gpus)))
 
 
-def _measured(policy: vlm.VLM, prompt: Encoded, label: torch.Tensor, length: int, groups: int, config: Config) -> Pass:
+def _measured(
+    policy: vlm.VLM, prompt: EncodedPrompt, label: torch.Tensor, length: int, groups: int, config: Config
+) -> Pass:
     """Count the forward of some groups whose completions all have one length."""
     trainer = config.trainer
     completion = label if len(label) == length else label[:1].repeat(length)
@@ -200,13 +202,13 @@ def _with_bank(policy: vlm.VLM, config: Config, asked: TaskPrompts) -> vlm.VLM:
     return replace(policy, extra_embeddings=attach(policy.model, entries, trained))
 
 
-def _encoded(policy: vlm.VLM, prompt: Prompt, image_size: int) -> Encoded:
+def _encoded(policy: vlm.VLM, prompt: Prompt, image_size: int) -> EncodedPrompt:
     """Encode the prompt with a black image."""
 
     def black(keys: Sequence[str]) -> list[Image.Image]:
         return [Image.new("RGB", (image_size, image_size)) for _ in keys]
 
-    return Encoder(policy, black, None)([prompt])[0]
+    return PromptEncoder(policy, black, None)([prompt])[0]
 
 
 def _longest(prompts: Sequence[Prompt], tokens: Sequence[int]) -> Prompt:

@@ -18,7 +18,7 @@ from common.config.schema import GRPOConfig, TrainerConfig
 from common.forward.logprobs import PolicyScorer, head_rows
 from common.forward.packing import Packed, images, pad_blocks
 from common.models.adapters import without_adapters
-from common.models.encoder import Encoded
+from common.models.encoder import EncodedPrompt
 from common.models.vlm import VLM
 from common.training.engine import bucket_size, zero_stage
 
@@ -189,7 +189,7 @@ def measure(vlm: VLM, packed: Packed, chunk: int | None = None) -> Pass:
     return Pass(forward, backward, scored, peak if trained else 0)
 
 
-def prefill_bytes(vlm: VLM, prompts: Sequence[Encoded]) -> int:
+def prefill_bytes(vlm: VLM, prompts: Sequence[EncodedPrompt]) -> int:
     """Return the peak bytes, beside weights, of the forward that reads prompts before sampling, its cache included.
 
     Args:
@@ -247,7 +247,7 @@ class Batch:
         completion: R, the largest number of tokens of a completion.
     """
 
-    prompt: Encoded
+    prompt: EncodedPrompt
     count: int
     group_size: int
     completion: int

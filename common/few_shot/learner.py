@@ -23,7 +23,7 @@ from common.few_shot import candidates
 from common.few_shot.check import make, name_of
 from common.few_shot.encoders import generated, texts
 from common.few_shot.encoders.encoder import TEST, TextEncoder, View, load
-from common.few_shot.encoders.store import Encoded, Rows
+from common.few_shot.encoders.store import CachedFeatures, Rows
 from common.few_shot.heads.base import CHUNK, FewShotHead, Pictures, Support, Text
 from common.few_shot.heads.zero_shot import text_weights
 from common.learner import Learner
@@ -65,7 +65,7 @@ class FeatureExtractor:
         }
         # CLIP comes first, so encoded[0] gives the main features and encoded[1], if any, the second ones.
         self.encoded = [
-            Encoded(each, cache, chosen.dtype, chosen.batch)
+            CachedFeatures(each, cache, chosen.dtype, chosen.batch)
             for chosen, each in ((reads, self.clip), (looks, self.visual))
             if chosen is not None and each is not None
         ]

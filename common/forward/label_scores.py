@@ -19,7 +19,7 @@ import torch
 
 from common.forward.logprobs import PolicyScorer, head_rows
 from common.forward.packing import PromptGroup, followed_by, pack_shared
-from common.models.encoder import Encoded
+from common.models.encoder import EncodedPrompt
 from common.models.vlm import VLM
 
 # Keys per row: summed over its completions, those of the prompt and of the completion itself. With model.attention=copy
@@ -68,7 +68,7 @@ class LabelScorer:
 
     @torch.no_grad()
     def __call__(
-        self, prompts: Sequence[Encoded], responses: Sequence[Sequence[str]], begun: Sequence[str] | None = None
+        self, prompts: Sequence[EncodedPrompt], responses: Sequence[Sequence[str]], begun: Sequence[str] | None = None
     ) -> list[LabelScores]:
         """Score replies to every prompt.
 

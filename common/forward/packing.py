@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from common.models.encoder import Encoded
+from common.models.encoder import EncodedPrompt
 from common.models.families import Family
 
 # The shared row as the attention function needs it: token indices and masks.
@@ -187,7 +187,7 @@ WORTHWHILE = 1.1  # impl=auto takes the shared layout if it saves at least this 
 class PromptGroup:
     """One prompt and its completions (token ids, end-of-sequence included, no padding)."""
 
-    prompt: Encoded
+    prompt: EncodedPrompt
     completions: tuple[torch.Tensor, ...]
 
 
@@ -211,7 +211,7 @@ class Packed:
         return int(self.inputs["input_ids"].numel())
 
 
-def followed_by(prompt: Encoded, ids: torch.Tensor) -> Encoded:
+def followed_by(prompt: EncodedPrompt, ids: torch.Tensor) -> EncodedPrompt:
     """Return the prompt extended by the beginning of a reply, token ids [R]."""
     blocks = None if prompt.blocks is None else torch.cat([prompt.blocks, torch.full_like(ids, -1)])
     positions = torch.cat([prompt.positions, _continue(prompt.positions, len(ids))], 1)
@@ -340,7 +340,7 @@ def pack_plain(groups: Sequence[PromptGroup], family: type[Family], pad: int, de
     return _packed(inputs, torch.cat(predictors), groups, device)
 
 
-def pad_blocks(prompts: Sequence[Encoded], width: int = 0, left: bool = False) -> torch.Tensor | None:
+def pad_blocks(prompts: Sequence[EncodedPrompt], width: int = 0, left: bool = False) -> torch.Tensor | None:
     """Return the prompts' image blocks, padded with -1 to the longest (or to `width`); None: causal. Shape: [B, L]."""
     if prompts[0].blocks is None:
         return None
@@ -375,7 +375,7 @@ def score_prompts(packed: Packed, ignored: Sequence[int], vocabulary: int) -> Pa
     )
 
 
-def images(prompts: Sequence[Encoded], family: type[Family], device: torch.device) -> dict[str, torch.Tensor]:
+def images(prompts: Sequence[EncodedPrompt], family: type[Family], device: torch.device) -> dict[str, torch.Tensor]:
     """Return the images of all prompts in the model's input format, or their features (see `logprobs.spliced`)."""
     inputs: dict[str, torch.Tensor] = {}
     if features := [prompt.features for prompt in prompts if prompt.features is not None]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedPrompt:
     """Prompt as tensors: ids [P] with expanded image tokens, position ids [A, P], and its image.
 
     The image is given as `pixel_values` (with `grid` if the family has one), or as `features` [image tokens, D] of a
@@ -39,7 +39,7 @@ class Encoded:
     features: torch.Tensor | None = None
 
 
-class Encoder:
+class PromptEncoder:
     """Encoder of prompts with a bounded cache (first in, first out), so that small runs decode each image once."""
 
     def __init__(
@@ -60,9 +60,9 @@ class Encoder:
         """
         self.vlm, self.load_images, self.max_tokens = vlm, load_images, max_tokens
         self.store, self.cache_bytes, self.used = store, cache_bytes, 0
-        self.memory: OrderedDict[Prompt, Encoded] = OrderedDict()
+        self.memory: OrderedDict[Prompt, EncodedPrompt] = OrderedDict()
 
-    def __call__(self, prompts: Sequence[Prompt]) -> list[Encoded]:
+    def __call__(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
         """Encode prompts on the CPU.
 
         Raises:
@@ -85,7 +85,7 @@ class Encoder:
         self.memory.clear()
         self.used = 0
 
-    def _encode(self, prompts: Sequence[Prompt]) -> list[Encoded]:
+    def _encode(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
         processor, family, config = self.vlm.processor, self.vlm.family, self.vlm.model.config
         pictures = [[picture] for picture in self.load_images([p.image for p in prompts])]
         texts = [self._render(prompt) for prompt in prompts]
@@ -101,9 +101,9 @@ class Encoder:
             blocks = None if self.vlm.causal_images else family.blocks(ids, config)
             pixels = pixels.to(self.vlm.model.dtype)
             if self.store is None:
-                encoded.append(Encoded(ids, positions, pixels, grid, blocks))
+                encoded.append(EncodedPrompt(ids, positions, pixels, grid, blocks))
             else:
-                encoded.append(Encoded(ids, positions, None, None, blocks, self._features(pixels, grid)))
+                encoded.append(EncodedPrompt(ids, positions, None, None, blocks, self._features(pixels, grid)))
         return encoded
 
     def unexpanded(self, prompt: Prompt) -> torch.Tensor:
@@ -149,6 +149,6 @@ class Encoder:
         return features
 
 
-def _bytes(encoded: Encoded) -> int:
+def _bytes(encoded: EncodedPrompt) -> int:
     tensors = (encoded.ids, encoded.positions, encoded.pixel_values, encoded.blocks, encoded.features)
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)

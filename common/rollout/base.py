@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from common.counted import counted
-from common.models.encoder import Encoded, Encoder
+from common.models.encoder import EncodedPrompt, PromptEncoder
 from common.types import Prompt, UserError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class Request:
     unused form costs nothing. Equal seeds (and weights) give equal completions.
     """
 
-    encoded: Encoded
+    encoded: EncodedPrompt
     seed: str
     unexpanded: Callable[[], torch.Tensor]  # [U]
     pictures: Callable[[], list[Image]]
@@ -140,7 +140,7 @@ def check_agreement(mean: float, allowed: float) -> None:
         )
 
 
-def requests(encoder: Encoder, prompts: Sequence[Prompt], seeds: Sequence[str]) -> list[Request]:
+def requests(encoder: PromptEncoder, prompts: Sequence[Prompt], seeds: Sequence[str]) -> list[Request]:
     """Return prompts as requests to a sampler.
 
     Args:

@@ -23,7 +23,7 @@ from common.forward import attention
 from common.forward.logprobs import spliced, token_logps
 from common.forward.packing import images, micro_batches, pad_blocks
 from common.models.adapters import without_adapters
-from common.models.encoder import Encoded
+from common.models.encoder import EncodedPrompt
 from common.models.vlm import VLM
 from common.rollout.base import Completion, Decoding, Request
 
@@ -45,8 +45,10 @@ class HFRollout:
         model.eval()
         seeds = [request.seed for request in requests]
         noise = uniform_table(seeds, group_size, decoding.max_tokens) if decoding.temperature > 0 else None
-        rows = self._decode([request.encoded for request in requests], group_size, decoding, noise)
-        model.train(was_training)
+        try:
+            rows = self._decode([request.encoded for request in requests], group_size, decoding, noise)
+        finally:
+            model.train(was_training)
         return [rows[start : start + group_size] for start in range(0, len(rows), group_size)]
 
     def refresh(self, version: int) -> None:
@@ -63,7 +65,7 @@ class HFRollout:
         return
 
     def _decode(
-        self, prompts: Sequence[Encoded], group_size: int, decoding: Decoding, noise: torch.Tensor | None
+        self, prompts: Sequence[EncodedPrompt], group_size: int, decoding: Decoding, noise: torch.Tensor | None
     ) -> list[Completion]:
         device = self.vlm.device
         banned = torch.tensor(self.vlm.banned, device=device)
@@ -76,10 +78,10 @@ class HFRollout:
             extra |= self.vlm.family.block_inputs(blocks.to(device))
         cache = DynamicCache(config=self.vlm.model.config.get_text_config())
         logits = self._forward(ids, mask, positions, cache, extra)  # [N, V]
-        # one row per completion; it continues after the position of the prompt's last token
+        # one row per completion; it continues after the largest position of the prompt, as in the trainer's forward
         cache.batch_repeat_interleave(group_size)
         logits, mask = (x.repeat_interleave(group_size, 0) for x in (logits, mask))
-        position = (positions.amax(0)[:, -1] + 1).repeat_interleave(group_size)  # [B]
+        position = (positions.amax((0, 2)) + 1).repeat_interleave(group_size)  # [B]
 
         # decode token by token; `rows`: the completion that each remaining row belongs to
         rows = torch.arange(len(logits), device=device)
@@ -141,7 +143,7 @@ class HFRollout:
         return completions
 
 
-def left_pad(prompts: Sequence[Encoded], pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def left_pad(prompts: Sequence[EncodedPrompt], pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return ids [N, P], mask [N, P] and positions [A, N, P] with padding before each prompt."""
     width = max(len(p.ids) for p in prompts)
     ids = torch.full((len(prompts), width), pad)
@@ -239,5 +241,5 @@ class FrozenReplies:
         ids = torch.tensor(tokenizer(rendered, add_special_tokens=False)["input_ids"])
         config = self.vlm.model.config
         blocks = None if self.vlm.causal_images else family.blocks(ids, config)
-        encoded = Encoded(ids, family.positions(ids, None, config), None, None, blocks)
+        encoded = EncodedPrompt(ids, family.positions(ids, None, config), None, None, blocks)
         return Request(encoded, "", lambda: ids, list)

@@ -22,7 +22,7 @@ from common.cost.estimate import Cost, lines
 from common.counted import counted
 from common.forward.logprobs import PolicyScorer
 from common.forward.packing import PromptGroup, pack_shared, shared_tokens, within_budget
-from common.models.encoder import Encoded, Encoder
+from common.models.encoder import EncodedPrompt, PromptEncoder
 from common.models.vlm import VLM
 from common.rewards import Reward
 from common.rollout.base import Completion, Decoding, Rollout, logprobs_match_policy, requests
@@ -68,7 +68,7 @@ def is_long(updates: int, config: TrainerConfig) -> bool:
 def examine(
     *,
     vlm: VLM,
-    encoder: Encoder,
+    encoder: PromptEncoder,
     rollout: Rollout,
     prompts: Sequence[Prompt],
     rewards: dict[str, Reward],
@@ -147,7 +147,7 @@ def examine(
 
 
 def check_lengths(
-    vlm: VLM, encoded: Sequence[Encoded], prompts: Sequence[Prompt], decoding: Decoding, image_size: int
+    vlm: VLM, encoded: Sequence[EncodedPrompt], prompts: Sequence[Prompt], decoding: Decoding, image_size: int
 ) -> Finding:
     """Check that the image is in the prompt with all its tokens, and that prompt and completion fit the model."""
     config = vlm.model.config

@@ -19,7 +19,7 @@ import torch
 from common.config.schema import TrainerConfig
 from common.forward.logprobs import PolicyScorer, head_rows
 from common.forward.packing import PromptGroup, micro_batches, pack_shared, score_prompts
-from common.models.encoder import Encoder
+from common.models.encoder import PromptEncoder
 from common.models.vlm import VLM, after_reply
 from common.rollout.base import Rollout
 from common.runtime.distributed import gather, share_of, world
@@ -34,7 +34,7 @@ class SFTTrainer(EngineTrainer):
         self,
         *,
         vlm: VLM,
-        encoder: Encoder,
+        encoder: PromptEncoder,
         rollout: Rollout,
         prompts: Epochs,
         loss: str,

@@ -23,7 +23,7 @@ from common.forward import attention
 from common.forward.label_scores import LabelScorer
 from common.learner import Learner
 from common.models import adapters, files, meter, vlm
-from common.models.encoder import Encoder
+from common.models.encoder import PromptEncoder
 from common.models.extra_embeddings import detached
 from common.models.vision import FeatureStore
 from common.plugins import check_call, locate
@@ -79,7 +79,7 @@ def shared_hash(folder: Path) -> str:
     return gather(files.weights_hash(folder) if rank() == 0 else "")[0]
 
 
-def make_encoder(config: Config, policy: vlm.VLM, sha256: str, task: Task) -> Encoder:
+def make_encoder(config: Config, policy: vlm.VLM, sha256: str, task: Task) -> PromptEncoder:
     """Return the encoder of prompts, with a store of image features if `model.feature_cache_gb` is above 0.
 
     `sha256`: hash of the weights; features of different weights are stored apart.
@@ -88,7 +88,7 @@ def make_encoder(config: Config, policy: vlm.VLM, sha256: str, task: Task) -> En
     if config.model.feature_cache_gb > 0:
         folder = Path(config.cache_dir).resolve() / "features" / weights_name(config, sha256)
         store = FeatureStore(folder, int(config.model.feature_cache_gb * 2**30))
-    return Encoder(policy, make_loader(config, task), config.model.max_prompt_tokens, store)
+    return PromptEncoder(policy, make_loader(config, task), config.model.max_prompt_tokens, store)
 
 
 def weights_name(config: Config, sha256: str) -> str:

@@ -15,7 +15,7 @@ import numpy
 from common import parsing
 from common.forward.label_scores import LabelScorer, LabelScores
 from common.forward.packing import micro_batches
-from common.models.encoder import Encoder
+from common.models.encoder import PromptEncoder
 from common.rollout.base import Completion, Decoding, Request, Rollout, requests
 from common.runtime.distributed import gather, interleave, rank, share_of, world
 from common.runtime.progress import progress
@@ -28,7 +28,7 @@ class Replies:
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: PromptEncoder,
         labels: LabelScorer | None,
         reasoned: bool,
         max_tokens: int,

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.few_shot.encoders.encoder import CLIP_MEAN, CLIP_STD, Look
+from common.few_shot.encoders.encoder import CLIP_MEAN, CLIP_STD, Preprocessing
 from common.types import UserError
 
 TEXTS = 256  # texts in a forward
@@ -30,7 +30,7 @@ class TwoTowers:
     positions = 0
 
     def __init__(
-        self, model: Any, tokenize: Callable[[list[str]], Tensor], look: Look, identity: str, source: str
+        self, model: Any, tokenize: Callable[[list[str]], Tensor], look: Preprocessing, identity: str, source: str
     ) -> None:
         """
         Args:
@@ -77,7 +77,7 @@ class OpenClip(TwoTowers):
     """A CLIP in its own architecture; see `TextEncoder`."""
 
     def __init__(
-        self, model: Any, tokenize: Callable[[list[str]], Tensor], look: Look, identity: str, source: str
+        self, model: Any, tokenize: Callable[[list[str]], Tensor], look: Preprocessing, identity: str, source: str
     ) -> None:
         super().__init__(model, tokenize, look, identity, source)
         self.positions = _positions(model.visual)
@@ -225,11 +225,11 @@ def _preprocessing(model: str, pretrained: str | None) -> dict[str, Any]:
     return {name: known[name] for name in ("mean", "std", "interpolation", "resize_mode") if name in known}
 
 
-def look_of(visual: Any) -> Look:
+def look_of(visual: Any) -> Preprocessing:
     """How a tower's pictures are prepared, as its configuration says; CLIP's own way where it says nothing."""
     shown = getattr(visual, "preprocess_cfg", {})
     size = visual.image_size
-    return Look(
+    return Preprocessing(
         size[0] if isinstance(size, tuple) else size,
         tuple(shown.get("mean", CLIP_MEAN)),
         tuple(shown.get("std", CLIP_STD)),

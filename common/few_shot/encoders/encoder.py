@@ -34,7 +34,7 @@ class Encoder(Protocol):
 
     identity: str
     source: str
-    look: Look
+    look: Preprocessing
     width: int
 
     def images(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -113,7 +113,7 @@ RATIO = (3 / 4, 4 / 3)
 
 
 @dataclass(frozen=True)
-class Look:
+class Preprocessing:
     """How pictures are prepared: their side, and what is subtracted from and divides the three channels.
 
     squash: a picture is brought to S x S whole, as SigLIP's are, instead of losing what exceeds a square.
@@ -148,7 +148,7 @@ class View:
 TEST = View()
 
 
-def see(picture: Image.Image, image: str, view: View, look: Look) -> torch.Tensor:
+def preprocess(picture: Image.Image, image: str, view: View, look: Preprocessing) -> torch.Tensor:
     """Return the normalised pixels of a view. Shape: [3, S, S].
 
     Args:

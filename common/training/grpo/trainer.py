@@ -18,7 +18,7 @@ import torch
 from common.config.schema import GRPO_ADVANTAGES, GRPOConfig
 from common.forward.logprobs import PolicyScorer
 from common.forward.packing import Packed, PromptGroup, pack, shared_tokens, within_budget
-from common.models.encoder import Encoded, Encoder
+from common.models.encoder import EncodedPrompt, PromptEncoder
 from common.models.vlm import VLM
 from common.plugins import locate
 from common.rewards import Reward, StatefulReward
@@ -75,7 +75,7 @@ class Sampled:
     resampled: int = 0
 
     @property
-    def encoded(self) -> list[Encoded]:
+    def encoded(self) -> list[EncodedPrompt]:
         return [request.encoded for request in self.requests]
 
 
@@ -84,7 +84,7 @@ class Sampling:
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: PromptEncoder,
         rollout: Rollout,
         prompts: Epochs,
         rewards: dict[str, Reward],
@@ -170,7 +170,7 @@ class GRPOTrainer(EngineTrainer):
         self,
         *,
         vlm: VLM,
-        encoder: Encoder,
+        encoder: PromptEncoder,
         rollout: Rollout,
         prompts: Epochs,
         rewards: dict[str, Reward],
