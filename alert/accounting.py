@@ -42,11 +42,10 @@ PUBLISHED: dict[str, dict[int | str, float]] = {
 class Case:
     """One test image.
 
-    Args:
-        truth: Name of the true class.
-        shown: Names of the candidates in the order of the prompt.
-        ranking: Names in the draft's own order, best first, no name twice; as many as are known.
-        answer: Final answer; empty if the reply gives none or several.
+    Args: truth: Name of the true class.
+    shown: Names of the candidates in the order of the prompt.
+    ranking: Names in the draft's own order, best first, no name twice; as many as are known.
+    answer: Final answer; empty if the reply gives none or several.
     """
 
     truth: str
@@ -59,8 +58,10 @@ class Case:
 class Outcome:
     """Result of a case.
 
-    kind: right, or the kind of error. rank: of the true class in the draft's ranking; position: among the shown
-    candidates; both from 1, None if missing. named_unseen: the answer is the true class although it was not shown.
+    kind: right, or the kind of error.
+    rank: of the true class in the draft's ranking;
+    position: among the shown candidates; both from 1, None if missing.
+    named_unseen: the answer is the true class although it was not shown.
     """
 
     kind: str

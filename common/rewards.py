@@ -31,8 +31,8 @@ RewardFunction = Callable[[Sequence[Sample]], list[float]]
 class StatefulReward(Protocol):
     """Reward with resources outside a run, or that judges with the run's own model: a class with all of these members.
 
-    may_be_missing: its value may be NaN if it is unavailable; the sample's group is then scored without it. needs_base:
-    `bind` gives it the model as it was before training.
+    may_be_missing: its value may be NaN if it is unavailable; the sample's group is then scored without it.
+    needs_base: `bind` gives it the model as it was before training.
     """
 
     @property

@@ -63,8 +63,9 @@ class Item:
 class Source:
     """A whole dataset as its reader found it; one without a split of its own has all items in `train`.
 
-    `names` are the classes by label. `fingerprint` is a hash of what defines the dataset, `origin` names the author of
-    its split. `passed_over` counts what the reader skipped, by reason; `notes` describe how it interpreted the files.
+    `names` are the classes by label. `fingerprint` is a hash of what defines the dataset, `origin` names the author
+    of its split. `passed_over` counts what the reader skipped, by reason; `notes` describe how it interpreted the
+    files.
     """
 
     names: tuple[str, ...]
@@ -118,9 +119,9 @@ CATEGORY = "<category>"  # placeholder in a prompt's text for a category's embed
 class Prompt:
     """One question about one image.
 
-    `choices` are the names it lists (empty: an open question), `aliases` other words for its label. `categories` are
-    the labels whose embeddings replace the CATEGORY placeholders in the text, in order. The image comes before the
-    text, or with `image_last` after it.
+    `choices` are the names it lists (empty: an open question), `aliases` other words for its label. `categories`
+    are the labels whose embeddings replace the CATEGORY placeholders in the text, in order. The image comes before
+    the text, or with `image_last` after it.
     """
 
     image: str
@@ -192,8 +193,8 @@ class Probabilities:
     """Probability of each offered class, for every image of a split.
 
     names: Class names without duplicates. Length: C.
-    classes: Classes offered for each image, in the order of its prompt: indices into `names`; -1 pads shorter lists.
-    [N, K]
+    classes: Classes offered for each image, in the order of its prompt: indices into `names`; -1 pads shorter
+        lists. [N, K]
     values: Their probabilities; each row adds up to 1; 0 where `classes` is -1. fp32 [N, K]
     raw: The same without length normalisation, for replies of several tokens. fp32 [N, K]
     """

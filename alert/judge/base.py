@@ -108,9 +108,11 @@ class Judge(Protocol):
 class Model:
     """Model of the judge: the configuration that decides the scores (`judge` in conf/rewards/alert.yaml).
 
-    backend: `self` (the run's own frozen base model, the paper's judge), `hf` (another model, loaded beside the run's),
-    `openai` (a server with OpenAI's protocol). model: hub id or folder (`hf`), or the server's name of the model
-    (`openai`). revision, dtype: of the model (`hf`). max_tokens: limit on a reply.
+    backend: `self` (the run's own frozen base model, the paper's judge), `hf` (another model, loaded beside the
+        run's), `openai` (a server with OpenAI's protocol).
+    model: hub id or folder (`hf`), or the server's name of the model (`openai`).
+    revision, dtype: of the model (`hf`).
+    max_tokens: limit on a reply.
     """
 
     backend: str = "self"
@@ -135,11 +137,16 @@ class Model:
 class Runtime:
     """Access to the judge, on which no score depends (`runtime` in conf/rewards/alert.yaml).
 
-    base_url: address of the server. api_key_env: environment variable with its key, None for servers without one.
-    timeout: seconds per attempt, to the last byte. retries: attempts after the first. total_timeout: seconds for all
-    prompts of one call, at most LONGEST_CALL. concurrency: prompts at a time, per rank. batch_size: prompts per forward
-    (`hf`). gpus: 0 puts the judge on the CPU (`hf`). cache_dir: folder of cached replies. cache_gb: its limit, 0: none
-    are kept.
+    base_url: address of the server.
+    api_key_env: environment variable with its key, None for servers without one.
+    timeout: seconds per attempt, to the last byte.
+    retries: attempts after the first.
+    total_timeout: seconds for all prompts of one call, at most LONGEST_CALL.
+    concurrency: prompts at a time, per rank.
+    batch_size: prompts per forward (`hf`).
+    gpus: 0 puts the judge on the CPU (`hf`).
+    cache_dir: folder of cached replies.
+    cache_gb: its limit, 0: none are kept.
     """
 
     base_url: str | None = None

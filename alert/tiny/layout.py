@@ -24,9 +24,11 @@ NONE = -1  # part of padding tokens, category of ordinary tokens
 class Row:
     """One prompt's beginning with several endings, each an input image and a reply.
 
-    beginning: ids up to the input image. image: ids of the input image and of the text between it and the reply.
-    replies: ids, ends of turn included. categories: entry in the bank of each input image. names: id of the
-    category's name of each input image.
+    beginning: ids up to the input image.
+    image: ids of the input image and of the text between it and the reply.
+    replies: ids, ends of turn included.
+    categories: entry in the bank of each input image.
+    names: id of the category's name of each input image.
     """
 
     beginning: list[int]
@@ -40,8 +42,10 @@ class Row:
 class Rows:
     """Rows as tensors [B, L].
 
-    parts: 0 in the beginning, then 1, 2, ... images: mask of image tokens. targets: mask of reply tokens. categories,
-    names: those of a part's input image, NONE in the beginning.
+    parts: 0 in the beginning, then 1, 2, ...
+    images: mask of image tokens.
+    targets: mask of reply tokens.
+    categories, names: those of a part's input image, NONE in the beginning.
     """
 
     ids: torch.Tensor

@@ -66,8 +66,9 @@ def check_deepspeed(values: dict[str, Any]) -> None:
 class Overruled:
     """Rule about a key that has no effect because of another value.
 
-    key: the key, with all keys below it. by: function from a configuration to the other value as `key=value`, or to
-    None if the key has an effect. fix: how to give it an effect.
+    key: the key, with all keys below it.
+    by: function from a configuration to the other value as `key=value`, or to None if the key has an effect.
+    fix: how to give it an effect.
     """
 
     key: str

@@ -37,8 +37,9 @@ def positive(key: str, value: float) -> None:
 class LearnerConfig:
     """The kind of learner that is trained and tested (common/learner.py).
 
-    build: its class. check: function that checks its configuration. needs_shots: it uses the few-shot images even
-    without a `trainer`, so its classes are those of these images.
+    build: its class.
+    check: function that checks its configuration.
+    needs_shots: it uses the few-shot images even without a `trainer`, so its classes are those of these images.
     """
 
     name: str = MISSING
@@ -51,10 +52,13 @@ class LearnerConfig:
 class EncoderConfig:
     """A frozen image encoder whose features few-shot learners are fitted on.
 
-    load: function that loads it, null: none. options: arguments of that function. dtype: number format of computation
-    and stored features. views: number of random views of a training image, after which training repeats them, and
-    number of further ones for cache keys; null: a new view in every epoch. crop: smallest and largest share of the
-    image that a view covers; null: the learner's default. flip: probability that a view is mirrored.
+    load: function that loads it, null: none.
+    options: arguments of that function.
+    dtype: number format of computation and stored features.
+    views: number of random views of a training image, after which training repeats them, and number of further ones
+        for cache keys; null: a new view in every epoch.
+    crop: smallest and largest share of the image that a view covers; null: the learner's default.
+    flip: probability that a view is mirrored.
     """
 
     name: str = MISSING
@@ -81,8 +85,8 @@ class EncoderConfig:
 class ClipConfig(EncoderConfig):
     """A CLIP model, which also encodes text.
 
-    templates: prompt templates with {} for a class name. prompts: JSON file with sentences for every class, instead of
-    templates.
+    templates: prompt templates with {} for a class name.
+    prompts: JSON file with sentences for every class, instead of templates.
     """
 
     templates: list[str] = field(default_factory=lambda: ["a photo of a {}."])
@@ -101,14 +105,19 @@ TEST_ROWS = ("test", "val_and_test")
 class DataConfig:
     """A dataset: its location, its reader, and the questions about its images.
 
-    reader: `_target_` and keyword arguments of the function that finds images and labels. hub: the same for
-    `source=hub`, if an id on the hub is known. root: folder of all datasets. folder: folder of this one, inside root or
-    absolute. cache_gb: disk space for decoded images. aliases: JSON file from class names to synonyms. published:
-    expected sizes of the splits. duplicates: what to do about duplicate images (`warn`, `refuse`, `ignore`).
-    near_duplicates: also look for near-duplicates; null: if there are at most 20,000 images. background: colour behind
-    transparent parts, as a name (black) or in hexadecimal ('#80a0ff'). own_photos: the few-shot images need not equal
-    those of other people's runs, so unusable images are replaced, and the folder may also be inside the working
-    directory. licence: licence of the images, for model cards.
+    reader: `_target_` and keyword arguments of the function that finds images and labels.
+    hub: the same for `source=hub`, if an id on the hub is known.
+    root: folder of all datasets.
+    folder: folder of this one, inside root or absolute.
+    cache_gb: disk space for decoded images.
+    aliases: JSON file from class names to synonyms.
+    published: expected sizes of the splits.
+    duplicates: what to do about duplicate images (`warn`, `refuse`, `ignore`).
+    near_duplicates: also look for near-duplicates; null: if there are at most 20,000 images.
+    background: colour behind transparent parts, as a name (black) or in hexadecimal ('#80a0ff').
+    own_photos: the few-shot images need not equal those of other people's runs, so unusable images are replaced,
+        and the folder may also be inside the working directory.
+    licence: licence of the images, for model cards.
     """
 
     name: str = MISSING
@@ -160,10 +169,12 @@ def _check_colour(key: str, value: str) -> None:
 class SettingConfig:
     """Which classes and datasets the model is tested on, relative to the training data.
 
-    build: function that assembles the splits. list_share: share of the class names that a question lists; 0: open
-    question. targets: further datasets to test on. test_on: names of the targets to use, null: all of them.
-    test_per_class: number of test images of each class, the same ones for all seeds except images that a seed trains
-    on; null: all images.
+    build: function that assembles the splits.
+    list_share: share of the class names that a question lists; 0: open question.
+    targets: further datasets to test on.
+    test_on: names of the targets to use, null: all of them.
+    test_per_class: number of test images of each class, the same ones for all seeds except images that a seed
+        trains on; null: all images.
     """
 
     name: str = MISSING
@@ -184,7 +195,8 @@ class SettingConfig:
 class ProtocolConfig:
     """Choices in which the code of the CLS-RL authors and a sound evaluation differ, as separate switches.
 
-    articles: accept an answer that begins with a, an or the; only in the strict match of evaluations, never in rewards.
+    articles: accept an answer that begins with a, an or the; only in the strict match of evaluations, never in
+        rewards.
     """
 
     name: str = MISSING
@@ -230,8 +242,9 @@ CORRECTIONS = ("none", "token_truncate", "token_mask", "sequence_truncate", "seq
 class LoraConfig:
     """Low-rank adapters of rank `r` (0: fine-tune all weights) on modules whose full name matches `targets`.
 
-    targets: regular expression; null: no modules. projector: what is also trained of the projector between vision tower
-    and language model: `none`, `lora` (adapters on its matrices) or `full` (all its weights; with r=0 nothing else).
+    targets: regular expression; null: no modules.
+    projector: what is also trained of the projector between vision tower and language model: `none`, `lora`
+        (adapters on its matrices) or `full` (all its weights; with r=0 nothing else).
     """
 
     r: int = 0
@@ -258,13 +271,16 @@ class LoraConfig:
 class ModelConfig:
     """A model: a folder (whole model or adapters) or hub id (`path`), or built by the module `recipe`.
 
-    resize: how an image becomes image_size x image_size: `squash`, `crop` (resize the shorter side, then centre crop)
-    or `pad`. max_prompt_tokens: longer prompts are refused; null: only those beyond the context length.
-    image_attention: `family` (that of the architecture) or `causal`. attention: how completions attend to their prompt,
-    with the same result: `copy` (each has a copy of its keys), `merge` (no copies), or by size (`auto`).
-    freeze_vision: freeze vision tower and projector, except for what `lora.projector` trains. feature_cache_gb: disk
-    space for image features of a frozen tower, 0: no cache. load_in_8bit: LLM.int8() of bitsandbytes, for the base of
-    adapters or without training. licence: licence of the weights.
+    resize: how an image becomes image_size x image_size: `squash`, `crop` (resize the shorter side, then centre
+        crop) or `pad`.
+    max_prompt_tokens: longer prompts are refused; null: only those beyond the context length.
+    image_attention: `family` (that of the architecture) or `causal`.
+    attention: how completions attend to their prompt, with the same result: `copy` (each has a copy of its keys),
+        `merge` (no copies), or by size (`auto`).
+    freeze_vision: freeze vision tower and projector, except for what `lora.projector` trains.
+    feature_cache_gb: disk space for image features of a frozen tower, 0: no cache.
+    load_in_8bit: LLM.int8() of bitsandbytes, for the base of adapters or without training.
+    licence: licence of the weights.
     """
 
     name: str = MISSING
@@ -308,10 +324,12 @@ class TrainerConfig:
     """Optimisation shared by GRPO and SFT; an update is one optimiser step over `prompts_per_update` prompts.
 
     embedding_learning_rate: learning rate of embeddings behind the vocabulary; null: that of the other weights.
-    embeddings: keep these embeddings as parameters on every `device`, or on the `host`, from which a batch fetches the
-    rows that it needs. patience: early stopping after so many evaluations without a better one; 0: off. optimizer:
-    class with the signature of torch's optimizers; it gets `params`, `lr` and, if it takes them, `betas` and
-    `weight_decay`. optimizer_options: further arguments of the optimizer.
+    embeddings: keep these embeddings as parameters on every `device`, or on the `host`, from which a batch fetches
+        the rows that it needs.
+    patience: early stopping after so many evaluations without a better one; 0: off.
+    optimizer: class with the signature of torch's optimizers; it gets `params`, `lr` and, if it takes them, `betas`
+        and `weight_decay`.
+    optimizer_options: further arguments of the optimizer.
     """
 
     name: str = MISSING
@@ -365,9 +383,9 @@ class TrainerConfig:
 class GRPOConfig(TrainerConfig):
     """Group Relative Policy Optimization (arXiv 2402.03300).
 
-    loss: function `(LossInputs, GRPOConfig, **loss_options) -> LossOutputs`. advantages: function `(parts [K, N, G],
-    weights [K], GRPOConfig, **advantages_options) -> [N, G]` of the rewards of all completions of the update. Both are
-    described in common/training/grpo/loss.py.
+    loss: function `(LossInputs, GRPOConfig, **loss_options) -> LossOutputs`.
+    advantages: function `(parts [K, N, G], weights [K], GRPOConfig, **advantages_options) -> [N, G]` of the rewards
+        of all completions of the update. Both are described in common/training/grpo/loss.py.
     """
 
     loss: str = GRPO_LOSS
@@ -422,9 +440,11 @@ class GRPOConfig(TrainerConfig):
 class RolloutConfig:
     """How completions are sampled for training, and how many tokens evaluation may use.
 
-    options: keyword arguments of the backend. check: function that checks, before weights are loaded, whether the
-    backend supports the configuration; null: none. overlap: sample the next batch during an update, with weights that
-    are one update old; a resumed run samples that batch again, so it differs from an uninterrupted run.
+    options: keyword arguments of the backend.
+    check: function that checks, before weights are loaded, whether the backend supports the configuration; null:
+        none.
+    overlap: sample the next batch during an update, with weights that are one update old; a resumed run samples
+        that batch again, so it differs from an uninterrupted run.
     """
 
     name: str = MISSING
@@ -450,11 +470,12 @@ class RolloutConfig:
 class TrackingConfig:
     """Logging to Weights & Biases. `mode: auto` is online with an API key and offline without one.
 
-    completions_every: number of updates between two tables of sampled completions. completions_rows, predictions_rows:
-    rows of such a table, and of the table of predictions at the end. thumbnails: number of images per split, and of
-    training images, of which small copies are kept in the run folder for its report; 0: none. report: write report.html
-    at the end of a run. tracker: class with the constructor of `WandbTracker` and the members of `Tracker`
-    (common/run/tracking.py).
+    completions_every: number of updates between two tables of sampled completions.
+    completions_rows, predictions_rows: rows of such a table, and of the table of predictions at the end.
+    thumbnails: number of images per split, and of training images, of which small copies are kept in the run folder
+        for its report; 0: none.
+    report: write report.html at the end of a run.
+    tracker: class with the constructor of `WandbTracker` and the members of `Tracker` (common/run/tracking.py).
     """
 
     name: str = MISSING
@@ -477,8 +498,8 @@ class TrackingConfig:
 class CheckpointConfig:
     """When checkpoints are written, and how many are kept.
 
-    every: number of updates between two checkpoints; 0: only at the best evaluation, which always writes one, and at
-    the end.
+    every: number of updates between two checkpoints; 0: only at the best evaluation, which always writes one, and
+        at the end.
     """
 
     every: int = 50

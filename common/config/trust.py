@@ -29,9 +29,11 @@ Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # with libyaml ten times
 class Kind:
     """Kind of code that a key of the configuration may name.
 
-    members: names that a class must have, itself or from its bases. parameters: names of a function's first
-    parameters. returns: return annotation; None: any. With both members and parameters, either a function or a class
-    with such a `__call__`. module: a module with these members as functions.
+    members: names that a class must have, itself or from its bases.
+    parameters: names of a function's first parameters.
+    returns: return annotation; None: any. With both members and parameters, either a function or a class with such
+        a `__call__`.
+    module: a module with these members as functions.
     """
 
     what: str

@@ -90,12 +90,11 @@ def read(
 class Column:
     """Images of one part, as Arrow columns of memory-mapped files.
 
-    Args:
-        origin: Hash that identifies the images (see `_column`).
-        pictures: The bytes of every row or, in repositories of plain image files, the path of its file.
-        sizes: Number of bytes of every row; null without bytes. They reveal an empty row without reading its image.
-        files: Facts of the mapped files (see `contents.facts`), and when the last of them changed.
-        contents: Cache of image hashes.
+    Args: origin: Hash that identifies the images (see `_column`).
+    pictures: The bytes of every row or, in repositories of plain image files, the path of its file.
+    sizes: Number of bytes of every row; null without bytes. They reveal an empty row without reading its image.
+    files: Facts of the mapped files (see `contents.facts`), and when the last of them changed.
+    contents: Cache of image hashes.
     """
 
     origin: str

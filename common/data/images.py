@@ -160,10 +160,9 @@ def on(background: str, digest: str) -> str:
 class FileImages:
     """Images that are files, in one folder per dataset. Keys are `<dataset>/<path inside the dataset's folder>`.
 
-    Args:
-        folders: Folder of each dataset.
-        background: Colour behind transparent parts.
-        contents: Cache of file hashes.
+    Args: folders: Folder of each dataset.
+    background: Colour behind transparent parts.
+    contents: Cache of file hashes.
     """
 
     folders: dict[str, Path]

@@ -363,17 +363,16 @@ def documentation(name: str) -> str:
 class Location:
     """Location of a dataset on this machine.
 
-    Args:
-        name: Name of the dataset; its section in docs/datasets.md, and the first part of its images' keys.
-        root: The folder of all datasets (CoOp's `$DATA`).
-        folder: The folder of this dataset.
-        allow_fallback_split: Allow a split of our own if the split file is missing.
-        only_test: Training images are not needed; a reader may skip listing them to save time.
-        tried: All paths where the dataset was looked for, if there are several.
-        passed_over: Reason for every path that readers passed over so far.
-        notes: Sentences in which readers say how they interpreted the files.
-        background: Colour behind transparent parts of the images.
-        contents: Cache of file hashes.
+    Args: name: Name of the dataset; its section in docs/datasets.md, and the first part of its images' keys.
+    root: The folder of all datasets (CoOp's `$DATA`).
+    folder: The folder of this dataset.
+    allow_fallback_split: Allow a split of our own if the split file is missing.
+    only_test: Training images are not needed; a reader may skip listing them to save time.
+    tried: All paths where the dataset was looked for, if there are several.
+    passed_over: Reason for every path that readers passed over so far.
+    notes: Sentences in which readers say how they interpreted the files.
+    background: Colour behind transparent parts of the images.
+    contents: Cache of file hashes.
     """
 
     name: str

@@ -42,8 +42,8 @@ CHUNK = 256  # images that are checked before the good ones are written to CHECK
 class Loader:
     """Loads square images by their keys.
 
-    Threads are enough, because PIL releases the interpreter lock while it decodes and resizes. Cache entries are found
-    by the image's stamp, so a file that has changed is decoded again.
+    Threads are enough, because PIL releases the interpreter lock while it decodes and resizes. Cache entries are
+    found by the image's stamp, so a file that has changed is decoded again.
     """
 
     def __init__(
@@ -166,8 +166,8 @@ def _unpacked(entry: bytes | None, size: int) -> Image.Image | None:
 class Examined:
     """Result of trying images, in the order of their keys.
 
-    bad: reason for each image that cannot be used. treated: what was done to each image that is not shown as it is
-    stored (see `images.to_rgb`).
+    bad: reason for each image that cannot be used.
+    treated: what was done to each image that is not shown as it is stored (see `images.to_rgb`).
     """
 
     bad: dict[str, str]

@@ -17,17 +17,16 @@ from common.types import Item, Source, UserError
 class Sampling:
     """What to draw from a dataset.
 
-    Args:
-        shots: Images per class; None: all.
-        seed: Seed of the draw; CoOp uses 1, 2, 3.
-        sampler: `coop` or `clsrl`.
-        validation: `few` (CoOp: as many as shots, at most 4), `full`, `none`, or `held_out`: as `few`, but if the
-            source has no validation images, as many of its training images that were not picked.
-        test_rows: `test`, or `val_and_test` (the CLS-RL authors' test set).
-        trains: Whether training images are used. If not, none is taken, so all images of a pool are tested.
-        held_out: Images of a pool that are not tested, since the model was trained on them.
-        unusable: Images that are left out after the draw, so that the other picks stay the same.
-        refill: Replace unusable images that were picked for training by others of their class.
+    Args: shots: Images per class; None: all.
+    seed: Seed of the draw; CoOp uses 1, 2, 3.
+    sampler: `coop` or `clsrl`.
+    validation: `few` (CoOp: as many as shots, at most 4), `full`, `none`, or `held_out`: as `few`, but if the
+        source has no validation images, as many of its training images that were not picked.
+    test_rows: `test`, or `val_and_test` (the CLS-RL authors' test set).
+    trains: Whether training images are used. If not, none is taken, so all images of a pool are tested.
+    held_out: Images of a pool that are not tested, since the model was trained on them.
+    unusable: Images that are left out after the draw, so that the other picks stay the same.
+    refill: Replace unusable images that were picked for training by others of their class.
     """
 
     shots: int | None

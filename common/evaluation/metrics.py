@@ -23,7 +23,8 @@ from common.types import Answers, Prediction, Probabilities, Reply
 class ProbabilitySummary:
     """Quality of the probabilities of the offered classes; see `probability_metrics`.
 
-    raw: the same without length normalisation. seconds: time to compute the probabilities.
+    raw: the same without length normalisation.
+    seconds: time to compute the probabilities.
     """
 
     top1: float
@@ -51,10 +52,13 @@ class ProbabilitySummary:
 class Summary:
     """Metrics of one split; shares are from 0 to 1, intervals hold 95 %.
 
-    accuracy_macro: mean of the classes' accuracies; None if all classes have equally many images, since it is then the
-    accuracy. accuracy_official, accuracy_aliases, well_formed, mean_tokens, truncated, probability: None where they do
-    not apply, such as metrics of replies for a classifier. per_class: accuracy by class name; images_per_class: number
-    of images by class name. facts: entries of the method (`Prompting.diagnostics`), beside the others in metrics.json.
+    accuracy_macro: mean of the classes' accuracies; None if all classes have equally many images, since it is then
+        the accuracy.
+    accuracy_official, accuracy_aliases, well_formed, mean_tokens, truncated, probability: None where they do not
+        apply, such as metrics of replies for a classifier.
+    per_class: accuracy by class name;
+    images_per_class: number of images by class name.
+    facts: entries of the method (`Prompting.diagnostics`), beside the others in metrics.json.
     """
 
     n: int

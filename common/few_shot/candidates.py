@@ -52,14 +52,12 @@ class Origin:
 class Candidates:
     """The best classes of every image.
 
-    Args:
-        images: Image keys, without duplicates. Length: N.
-        indices: Class indices, best first, without two classes of one name. Shape: [N, K].
-        logits: Logits of these classes, not increasing along a row. Shape: [N, K].
-        origin: Description of the learner that made the ranking.
+    Args: images: Image keys, without duplicates. Length: N.
+    indices: Class indices, best first, without two classes of one name. Shape: [N, K].
+    logits: Logits of these classes, not increasing along a row. Shape: [N, K].
+    origin: Description of the learner that made the ranking.
 
-    Raises:
-        ValueError: Shapes do not fit, or an image occurs twice.
+    Raises: ValueError: Shapes do not fit, or an image occurs twice.
     """
 
     images: tuple[str, ...]

@@ -126,8 +126,11 @@ def unfold(x: torch.Tensor, seen: Seen, shape: torch.Size) -> torch.Tensor:
 class Block:
     """Inputs of one attention call.
 
-    query: [B, H, M, D]. key, value: [B, K, T, D], each for H / K consecutive heads. bias: added to the scores,
-    broadcast over [B, H, M, T]. causal: a query sees the keys up to its own number. scaling: factor of the scores.
+    query: [B, H, M, D].
+    key, value: [B, K, T, D], each for H / K consecutive heads.
+    bias: added to the scores, broadcast over [B, H, M, T].
+    causal: a query sees the keys up to its own number.
+    scaling: factor of the scores.
     """
 
     query: torch.Tensor
@@ -156,8 +159,9 @@ class Block:
 class Kernel(NamedTuple):
     """A fused attention with its gradient.
 
-    forward: from a block to output [B, H, M, D] and log-sum-exp [B, H, M]. backward: from a block, the gradient of the
-    output, the output and the log-sum-exp to the gradients of query, key and value.
+    forward: from a block to output [B, H, M, D] and log-sum-exp [B, H, M].
+    backward: from a block, the gradient of the output, the output and the log-sum-exp to the gradients of query,
+        key and value.
     """
 
     forward: Callable[[Block], tuple[torch.Tensor, torch.Tensor]]

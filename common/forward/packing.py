@@ -32,8 +32,9 @@ class Seen:
     """Masks of completions on their prompts and on themselves, separately (see common/forward/merged_attention.py).
 
     prompt_bias: 0 or HIDDEN, [N or 1, 1, rows or 1, W], for all queries of a prompt as the rows of one block; None:
-    everything is visible. own_bias: [1, 1, R, R]; None: causal. members: [N, G], the completions of each prompt, -1
-    where it has fewer; None: all prompts have equally many.
+        everything is visible.
+    own_bias: [1, 1, R, R]; None: causal.
+    members: [N, G], the completions of each prompt, -1 where it has fewer; None: all prompts have equally many.
     """
 
     prompts: int
@@ -46,10 +47,12 @@ class Seen:
 class SharedPrefix:
     """Token indices of prompts and completions in a shared row, for the attention function.
 
-    prefix_index: [N, P] and suffix_index: [S, R] index into the row (padding repeats index 0); `restore` [L] puts the
-    concatenated, flattened results back in row order. prefix_lengths: [N]; suffix_owner: [S], the prompt of each
-    completion. blocks: [N, P], see `Family.blocks`, padded with -1. masks: cache with one entry per window, so that the
-    layers of a forward share them.
+    prefix_index: [N, P] and suffix_index: [S, R] index into the row (padding repeats index 0); `restore` [L] puts
+        the concatenated, flattened results back in row order.
+    prefix_lengths: [N].
+    suffix_owner: [S], the prompt of each completion.
+    blocks: [N, P], see `Family.blocks`, padded with -1.
+    masks: cache with one entry per window, so that the layers of a forward share them.
     """
 
     prefix_index: torch.Tensor
@@ -195,8 +198,10 @@ class PromptGroup:
 class Packed:
     """Inputs of one forward, with the rows that predict the tokens to score.
 
-    inputs: keyword arguments of the model. predictors, targets, owner: [T]; predictors index the flattened rows of the
-    forward, owner counts completions in the order of the groups. completions: their number.
+    inputs: keyword arguments of the model.
+    predictors, targets, owner: [T]; predictors index the flattened rows of the forward, owner counts completions in
+        the order of the groups.
+    completions: their number.
     """
 
     inputs: dict[str, Any]

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 class EncodedPrompt:
     """Prompt as tensors: ids [P] with expanded image tokens, position ids [A, P], and its image.
 
-    The image is given as `pixel_values` (with `grid` if the family has one), or as `features` [image tokens, D] of a
-    frozen vision tower, or not at all. blocks: [P], see `Family.blocks`.
+    The image is given as `pixel_values` (with `grid` if the family has one), or as `features` [image tokens, D] of
+        a frozen vision tower, or not at all.
+    blocks: [P], see `Family.blocks`.
     """
 
     ids: torch.Tensor

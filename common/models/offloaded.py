@@ -284,8 +284,8 @@ class OffloadedEmbeddings(ExtraEmbeddings):
     """Extra embeddings whose rows stay on the host (`OffloadedRows`) and are fetched to the device for a forward.
 
     The rows are no parameter, so DeepSpeed neither holds nor updates them. Gradient clipping still covers them: the
-    norm of their gradients is passed off as the gradient of `norm`, a parameter of one number that is never changed,
-    so the engine's total norm is that of all gradients.
+    norm of their gradients is passed off as the gradient of `norm`, a parameter of one number that is never
+    changed, so the engine's total norm is that of all gradients.
     """
 
     def __init__(self, embedding: Any, entries: torch.Tensor, trainable: bool, rule: Rule, dtype: torch.dtype) -> None:

@@ -41,9 +41,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class VLM:
     """Loaded model with its processor and special ids.
 
-    eos: ids that end a completion. end_of_turn: the one that the chat template writes after a reply. banned: ids that
-    are neither sampled nor scored (image placeholders, padding). causal_images: image tokens attend causally even if
-    the family's are bidirectional. extra_embeddings: embeddings beyond the vocabulary, if a method has attached some.
+    eos: ids that end a completion.
+    end_of_turn: the one that the chat template writes after a reply.
+    banned: ids that are neither sampled nor scored (image placeholders, padding).
+    causal_images: image tokens attend causally even if the family's are bidirectional.
+    extra_embeddings: embeddings beyond the vocabulary, if a method has attached some.
     hub: id and commit of a model from the hub.
     """
 

@@ -132,8 +132,11 @@ PAGE = TEMPLATES.from_string("""<!doctype html>
 class About:
     """Facts about a model that help to judge its answers.
 
-    run: name of its folder. title: method, data, model, shots, seed. classes: names that it chooses among. measured:
-    its accuracy. abstains: the confidence from which on it answers.
+    run: name of its folder.
+    title: method, data, model, shots, seed.
+    classes: names that it chooses among.
+    measured: its accuracy.
+    abstains: the confidence from which on it answers.
     """
 
     run: str

@@ -36,10 +36,14 @@ UNKNOWN = -1  # label of a picture without a true class
 class Answer:
     """The answer to one picture.
 
-    label: the answered class name; None: the reply names no class (where the prompt lists them), the model abstains, or
-    the picture is broken. confidence: probability of that name. top: at most five names with their probabilities.
-    reasoning: text before the answer in the reply. candidates: names proposed by a draft. abstained: the confidence is
-    below the threshold, or there is none. error: why the picture cannot be used.
+    label: the answered class name; None: the reply names no class (where the prompt lists them), the model
+        abstains, or the picture is broken.
+    confidence: probability of that name.
+    top: at most five names with their probabilities.
+    reasoning: text before the answer in the reply.
+    candidates: names proposed by a draft.
+    abstained: the confidence is below the threshold, or there is none.
+    error: why the picture cannot be used.
     """
 
     image: str

@@ -34,7 +34,8 @@ RECORDS = "run"  # folder in an export with configuration, manifest and result o
 class TrainedModel:
     """A trained run. folder: as given. records: holds config.yaml, manifest.json, metrics.json. model: holds weights.
 
-    trust_code: the configuration may name code of any package. data: where the dataset lies now, if it was moved.
+    trust_code: the configuration may name code of any package.
+    data: where the dataset lies now, if it was moved.
     """
 
     folder: Path

@@ -20,9 +20,9 @@ from common.runtime.progress import say, turn_to
 class Comparison(Callback):
     """Prints the table of `python -m common.report compare` for the runs of a multirun, however they were launched.
 
-    It is printed when the launching process exits, since Hydra calls no callback at the end of a sweep with a failed
-    job. Jobs may run in other processes or on other machines, with a copy of this object, so each job writes a file
-    beside the runs.
+    It is printed when the launching process exits, since Hydra calls no callback at the end of a sweep with a
+    failed job. Jobs may run in other processes or on other machines, with a copy of this object, so each job writes
+    a file beside the runs.
     """
 
     def __init__(self) -> None:

@@ -28,7 +28,8 @@ class Run:
     """A run folder. state: `finished`, `running`, `unfinished`, `damaged`, `asked` (only previewed by manifest=true) or
     `foreign`; why: explanation, if not finished.
 
-    values: part of the configuration that the result depends on. gpus: number of GPUs, on which no result depends.
+    values: part of the configuration that the result depends on.
+    gpus: number of GPUs, on which no result depends.
     """
 
     path: Path

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 class Request:
     """One prompt to complete, in both forms that samplers take.
 
-    A sampler on the training model uses `encoded`. vLLM processes images itself: it takes `unexpanded`, the ids with a
-    single placeholder for every image, and the `pictures` at the model's size. These two are functions, so that an
-    unused form costs nothing. Equal seeds (and weights) give equal completions.
+    A sampler on the training model uses `encoded`. vLLM processes images itself: it takes `unexpanded`, the ids
+    with a single placeholder for every image, and the `pictures` at the model's size. These two are functions, so
+    that an unused form costs nothing. Equal seeds (and weights) give equal completions.
     """
 
     encoded: EncodedPrompt
@@ -37,9 +37,9 @@ class Request:
 class Completion:
     """One sampled completion. ids, logps: [R]; ids end with an end-of-sequence id unless `truncated`.
 
-    `logps` are natural logarithms at the sampling temperature without the banned ids, as in the trainer's scoring pass.
-    `Rollout.logprobs_untruncated` tells whether they belong to the full distribution or to what top_k and top_p left.
-    `version` is the number of updates of the weights that it was sampled with.
+    `logps` are natural logarithms at the sampling temperature without the banned ids, as in the trainer's scoring
+    pass. `Rollout.logprobs_untruncated` tells whether they belong to the full distribution or to what top_k and
+    top_p left. `version` is the number of updates of the weights that it was sampled with.
     """
 
     ids: torch.Tensor

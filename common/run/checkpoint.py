@@ -41,8 +41,8 @@ class State:
     before training (update 0).
 
     began_from: SHA-256 of the weights that the run loads, including frozen ones, which checkpoints do not contain.
-    lines: bytes of metrics.jsonl and timings.jsonl at this update; what follows is computed again. seconds: time of
-    the run so far, over all attempts.
+    lines: bytes of metrics.jsonl and timings.jsonl at this update; what follows is computed again.
+    seconds: time of the run so far, over all attempts.
     """
 
     update: int

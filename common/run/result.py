@@ -34,11 +34,13 @@ class Result:
     """Result of a finished run. Its fields are the keys of metrics.json.
 
     before, after: summaries of the splits before training (empty for a learner that cannot answer yet) and after
-    training (empty if nothing was trained), see `final`.
-    weights: path and sha256 of the weights at the start. overall: one number for several splits, by phase.
+        training (empty if nothing was trained), see `final`.
+    weights: path and sha256 of the weights at the start.
+    overall: one number for several splits, by phase.
     train: updates, seconds by phase, the paired comparison, the update of the tested weights, the best evaluation,
-    and rewards that were the same for all completions. remarks: notes for tables on the trained results. device:
-    model of the GPU, or CPU.
+        and rewards that were the same for all completions.
+    remarks: notes for tables on the trained results.
+    device: model of the GPU, or CPU.
     """
 
     method: str

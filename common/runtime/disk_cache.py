@@ -19,7 +19,8 @@ class DiskCache:
     """Cache of entries by key, each one file.
 
     Several processes may share the folder; each counts the others' files only now and then, so the limit is kept
-    roughly. If the folder cannot be created or written, only a warning is logged: the run continues without the cache.
+    roughly. If the folder cannot be created or written, only a warning is logged: the run continues without the
+    cache.
     """
 
     def __init__(self, folder: Path, limit_bytes: int, suffix: str) -> None:

@@ -35,9 +35,11 @@ REPLAYED = 16  # tokens per completion that the sampler draws once more in exact
 class Agreement:
     """Mean absolute differences of log-probabilities of one group's tokens, in nats.
 
-    shared: between the shared-prefix and the plain forward, exact. replay: between a sampler that computes with the
-    trained weights and the plain forward, exact; None: the sampler has weights of its own. noise: between plain
-    forwards in batches of other shapes, exact. rounding: between the forward as it is trained and the exact plain one.
+    shared: between the shared-prefix and the plain forward, exact.
+    replay: between a sampler that computes with the trained weights and the plain forward, exact; None: the sampler
+        has weights of its own.
+    noise: between plain forwards in batches of other shapes, exact.
+    rounding: between the forward as it is trained and the exact plain one.
     merged, copied: relative errors of `attention.merge_error`, no log-probabilities.
     """
 

@@ -19,8 +19,10 @@ from common.types import Prompt
 class Step:
     """Report of one update.
 
-    metrics: values by name. seconds: time by phase. rows: completions as table rows. counts: counts that a resumed run
-    would not repeat (names with a `/`).
+    metrics: values by name.
+    seconds: time by phase.
+    rows: completions as table rows.
+    counts: counts that a resumed run would not repeat (names with a `/`).
     """
 
     metrics: dict[str, float]

@@ -57,8 +57,8 @@ def make_optimizer(config: TrainerConfig, groups: list[dict[str, Any]]) -> torch
 class Engine:
     """Optimizer steps over any number of micro-batches.
 
-    The module must be complete before it is passed in: a later edit of a weight is silently reverted by the next step,
-    because the optimizer keeps its own fp32 copy.
+    The module must be complete before it is passed in: a later edit of a weight is silently reverted by the next
+    step, because the optimizer keeps its own fp32 copy.
     """
 
     def __init__(

@@ -87,8 +87,8 @@ RATE = "trainer.learning_rate is probably too high: lower it to a third or a ten
 class Signs:
     """Signs found so far, by name, each as one line with the probable cause.
 
-    cut: share of all completions that were cut. flat: number of rollout batches in a row, up to the last one, in which
-    all groups had zero variance.
+    cut: share of all completions that were cut. flat: number of rollout batches in a row, up to the last one, in
+    which all groups had zero variance.
     """
 
     def __init__(self, rows: Iterable[Mapping[str, float]] = (), limit: int | None = None) -> None:

@@ -118,8 +118,9 @@ def of_config(config: Config) -> Prompting:
 class Words:
     """Trained embeddings as tokens of the vocabulary, so that other code can use an exported model.
 
-    ids: the new tokens and those that pad the vocabulary; none of them may be generated. of_names: text that stands
-    for each class name. example: a prompt that has some of them.
+    ids: the new tokens and those that pad the vocabulary; none of them may be generated.
+    of_names: text that stands for each class name.
+    example: a prompt that has some of them.
     """
 
     ids: range

@@ -129,8 +129,9 @@ class Preprocessing:
 class View:
     """One view of an image.
 
-    number: -1 for the test view, else the number of a random view. scale: range of the share of the image's area that a
-    random view covers. flip: probability that it is mirrored.
+    number: -1 for the test view, else the number of a random view.
+    scale: range of the share of the image's area that a random view covers.
+    flip: probability that it is mirrored.
     """
 
     number: int = -1

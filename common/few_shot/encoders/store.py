@@ -7,8 +7,8 @@ A writer appends rows first and their keys second, so a row counts when its key 
 only the current batch. Every process appends to files of its own and reads all files. If the disk is full or not
 writable, further rows stay in the memory of the process.
 
-`CachedFeatures` looks the images of a task up, and encodes in batches what is missing. Ranks share that work, and all call
-its methods together.
+`CachedFeatures` looks the images of a task up, and encodes in batches what is missing. Ranks share that work, and all
+call its methods together.
 """
 
 from __future__ import annotations

@@ -20,9 +20,8 @@ from torch.nn.functional import normalize
 class Keys:
     """Keys of the training images, class by class.
 
-    Args:
-        values: Features of unit length, 0 where missing. Shape: [C, K, D].
-        missing: True where a class has fewer than K images. Shape: [C, K].
+    Args: values: Features of unit length, 0 where missing. Shape: [C, K, D].
+    missing: True where a class has fewer than K images. Shape: [C, K].
     """
 
     values: Tensor

@@ -134,8 +134,8 @@ def search(accuracy: Callable[[float], float]) -> Trace:
 class LinearProbe(FewShotHead):
     """Linear probe with its strength searched on validation images.
 
-    With `selection=paper` and no validation images it is searched on a few test images: CoOp's code does so, since its
-    ImageNet uses the test split for validation.
+    With `selection=paper` and no validation images it is searched on a few test images: CoOp's code does so, since
+    its ImageNet uses the test split for validation.
     """
 
     needs = frozenset()

@@ -49,10 +49,12 @@ OWN = {"phase", "split", "image", "label", "label_index", "correct_alias", "choi
 class Row:
     """An image in the report.
 
-    answer: a class name of the report; None: not a class name. before, after: right or wrong; `after` is the end of the
-    run, `before` is None without training or without an evaluation before it. confidence: probability of the most
-    probable name. sureness: probability of the answer; 0 if it is not among the most probable names. detail: values
-    for the page.
+    answer: a class name of the report; None: not a class name.
+    before, after: right or wrong; `after` is the end of the run, `before` is None without training or without an
+        evaluation before it.
+    confidence: probability of the most probable name.
+    sureness: probability of the answer; 0 if it is not among the most probable names.
+    detail: values for the page.
     """
 
     split: str
@@ -265,8 +267,10 @@ def class_names(folder: Path) -> dict[str, str]:
 class Tally:
     """Counts of tested images by split, taken while rows pass through.
 
-    surest: probability of each image's most probable name, and whether that is right. pairs: normalised label and
-    answer; an empty answer for none. wrong: number of wrong images. images: number of all images.
+    surest: probability of each image's most probable name, and whether that is right.
+    pairs: normalised label and answer; an empty answer for none.
+    wrong: number of wrong images.
+    images: number of all images.
     """
 
     surest: dict[str, tuple[list[float], list[bool]]] = field(default_factory=dict)

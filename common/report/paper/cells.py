@@ -108,9 +108,14 @@ NO_TRAINING = ("data", "model", "evaluation before", "evaluation after", "saving
 class Cell:
     """One number of a table.
 
-    values: by seed. images: number of images of each. intervals: 95 %, over the images of a seed's number; times and
-    extremes have none. percent: percent, else minutes or milliseconds. combine: function over seeds. marks: remarks
-    for readers. reasons: why it is not comparable with the published number. missing: seeds without a result.
+    values: by seed.
+    images: number of images of each.
+    intervals: 95 %, over the images of a seed's number; times and extremes have none.
+    percent: percent, else minutes or milliseconds.
+    combine: function over seeds.
+    marks: remarks for readers.
+    reasons: why it is not comparable with the published number.
+    missing: seeds without a result.
     """
 
     values: dict[int, float] = field(default_factory=dict)

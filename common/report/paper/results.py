@@ -32,9 +32,10 @@ class SweepRun:
 class Sweep:
     """A sweep as it was started.
 
-    page: see common/report/paper/page.py. given: values of the command line that replace the sweep's own, except seeds
-    and values without influence on results; with any the page is not the paper's. chosen: values that only select some
-    of the sweep's runs.
+    page: see common/report/paper/page.py.
+    given: values of the command line that replace the sweep's own, except seeds and values without influence on
+        results; with any the page is not the paper's.
+    chosen: values that only select some of the sweep's runs.
     """
 
     name: str

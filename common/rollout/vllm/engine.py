@@ -35,8 +35,8 @@ HUNG = 75  # exit code EX_TEMPFAIL: the same command may succeed when repeated
 class Watchdog:
     """Context manager for calls of vLLM: errors become a UserError; after the timeout it ends the process.
 
-    Before that it prints a message and all stack traces. It calls `os._exit`, since no exception reaches a thread that
-    hangs in native code. The launcher then ends the other ranks; no checkpoint is being written inside.
+    Before that it prints a message and all stack traces. It calls `os._exit`, since no exception reaches a thread
+    that hangs in native code. The launcher then ends the other ranks; no checkpoint is being written inside.
     """
 
     def __init__(self, timeout: float) -> None:

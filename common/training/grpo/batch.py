@@ -101,9 +101,10 @@ class Measured:
 class RolloutBatch:
     """Completions of one rollout on this rank.
 
-    scores: rewards by component, and their weighted sum as `total`, each with G values per prompt in a row. advantages:
-    [n, G]. lag: updates since the weights that sampled it. old_logps, reference_logps: stored by the first update over
-    the batch for those that follow, by group.
+    scores: rewards by component, and their weighted sum as `total`, each with G values per prompt in a row.
+    advantages: [n, G].
+    lag: updates since the weights that sampled it.
+    old_logps, reference_logps: stored by the first update over the batch for those that follow, by group.
     """
 
     prompts: list[Prompt]

@@ -91,10 +91,12 @@ def scaled(rewards: torch.Tensor, scaling: str = "group") -> torch.Tensor:
 class LossInputs:
     """Inputs of the loss; log-probabilities are natural logarithms of the sampled tokens' probabilities.
 
-    logps: [T], with gradient. old_logps: [T], of the policy that sampled, computed by the trainer's own forward.
-    ref_logps: [T], of the reference policy, or None when beta is 0. advantages, weights: [S], see `token_weights`; a
-    completion of weight 0 is masked. owner: [T], the completion of each token. correction: [T], see
-    `importance_correction`, or None.
+    logps: [T], with gradient.
+    old_logps: [T], of the policy that sampled, computed by the trainer's own forward.
+    ref_logps: [T], of the reference policy, or None when beta is 0.
+    advantages, weights: [S], see `token_weights`; a completion of weight 0 is masked.
+    owner: [T], the completion of each token.
+    correction: [T], see `importance_correction`, or None.
     """
 
     logps: torch.Tensor
@@ -110,9 +112,10 @@ class LossInputs:
 class LossOutputs:
     """Loss and metrics of one micro-batch.
 
-    loss: scalar; the losses of all micro-batches add up to the loss of the update. means: under TRL's names, sum and
-    count of averaged values (over tokens; over completions for the sequence level). lowest, highest: extremes over
-    completions of the share of clipped tokens, None without completions.
+    loss: scalar; the losses of all micro-batches add up to the loss of the update.
+    means: under TRL's names, sum and count of averaged values (over tokens; over completions for the sequence
+        level).
+    lowest, highest: extremes over completions of the share of clipped tokens, None without completions.
     """
 
     loss: torch.Tensor
