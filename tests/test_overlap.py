@@ -96,7 +96,7 @@ def test_what_the_policy_has_moved_since_weighs_each_token(ahead):
         assert (abs(ratio - 1) > 1e-3) is moved
         assert (step.metrics["sampling/sampling_logp_difference/mean"] > 1e-4) is moved
     # the third batch, before its update: the policy of now against what the sampler has reported
-    trainer.samples.settle()
+    trainer.samples.wait()
     batch = trainer._score(2, trainer.samples.pending[1].result())
     with torch.no_grad():
         ratios = []

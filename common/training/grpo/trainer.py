@@ -119,7 +119,7 @@ class Sampling:
         assert begun == number, f"batch {begun} was begun, {number} is wanted"
         return future.result()
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Wait until the sampler is free."""
         if self.pending is not None:
             wait([self.pending[1]])
@@ -214,7 +214,7 @@ class GRPOTrainer(EngineTrainer):
 
     @contextmanager
     def sampling(self, sampler_only: bool = False) -> Iterator[None]:
-        self.samples.settle()
+        self.samples.wait()
         with super().sampling(sampler_only):
             yield
 
