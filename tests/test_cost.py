@@ -118,7 +118,7 @@ def prompt_of(policy):
 @pytest.mark.parametrize(
     ("dtype", "stage", "ranks", "states", "gradients", "step"),
     [
-        ("float32", 0, 1, 8, 4, 8),
+        ("float32", 0, 1, 8, 4, 4),
         ("float32", 1, 1, 12, 4, 8),
         ("float32", 2, 4, 3, 1, 2),
         ("bfloat16", 0, 4, 12, 2, 10),

@@ -288,8 +288,9 @@ def memory(
     states = count * (12 if size == 2 or stage > 0 else 8)
     split = ranks if stage >= 1 else 1
     gradients = count * size / (ranks if stage >= 2 else 1)
-    # During the step: the gradients again, flat and in fp32, and AdamW's temporaries; together 12 bytes per weight.
-    step = max(0.0, 12 * count / split - gradients)
+    # During the step: AdamW's temporaries (4 bytes per weight), and the gradients again, flat and in fp32, except where
+    # neither ZeRO nor 16-bit weights need that; together 12 bytes per weight with the gradients, or 8.
+    step = max(0.0, (12 if size == 2 or stage > 0 else 8) * count / split - gradients)
     references = isinstance(config, GRPOConfig) and config.beta > 0 and not hasattr(vlm.model, "disable_adapter")
     always = {
         "weights": own / (ranks if stage == 3 else 1),
