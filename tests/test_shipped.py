@@ -32,6 +32,8 @@ def test_a_changed_recipe_is_built_in_the_cache(tmp_path):
     assert first.parent == cache
     (shipped / first.name).mkdir(parents=True)
     assert model_cache.place("m", sources, shipped, cache) == shipped / first.name
+    (tmp_path / "code.py").write_text('"""What it is."""\n\nimport os  # moved\n\na = 1\n')
+    assert model_cache.place("m", sources, shipped, cache) == shipped / first.name, "nothing that decides a weight"
     (tmp_path / "code.py").write_text("a = 2\n")
     assert model_cache.place("m", sources, shipped, cache).parent == cache
 

@@ -15,15 +15,17 @@ from pathlib import Path
 
 
 def syntax_hash(sources: Iterable[Path]) -> str:
-    """Return 12 hexadecimal digits that change with the modules' code, but not with comments, docstrings or layout."""
-    code = [ast.dump(_without_docstrings(ast.parse(path.read_text(encoding="utf-8")))) for path in sources]
+    """Return 12 hexadecimal digits that change with the code of the modules: not comments, docstrings or imports."""
+    code = [ast.dump(_code_alone(ast.parse(path.read_text(encoding="utf-8")))) for path in sources]
     return hashlib.sha256("".join(code).encode()).hexdigest()[:12]
 
 
-def _without_docstrings(tree: ast.Module) -> ast.Module:
+def _code_alone(tree: ast.Module) -> ast.Module:
+    """Drop what decides no weight, so that a moved or better described module does not ask for new models."""
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
             node.body = node.body[1:]
+    tree.body = [node for node in tree.body if not isinstance(node, (ast.Import, ast.ImportFrom))]
     return tree
 
 
