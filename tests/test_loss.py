@@ -5,13 +5,22 @@ from __future__ import annotations
 import inspect
 import math
 import textwrap
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from common.config.schema import AGGREGATIONS, LEVELS, LOSS_TYPES, SCALINGS
-from common.training.grpo.loss import LossInputs, advantages, importance_correction, policy_loss, scaled, token_weights
+from common.config.schema import AGGREGATIONS, LEVELS, LOSS_TYPES, SCALINGS, GRPOConfig
+from common.training.grpo.loss import (
+    LossInputs,
+    advantages,
+    grpo_loss,
+    importance_correction,
+    policy_loss,
+    scaled,
+    token_weights,
+)
 
 
 def inputs(**changes):
@@ -250,3 +259,18 @@ def test_advantages_equal_trl(scaling, aggregation):
     ours, theirs = (f(parts, weights, scaling, aggregation) for f in (advantages, trl_advantages))
     assert float(theirs.abs().max()) > 0.5
     assert float((ours - theirs).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize(("high", "clipped"), [(None, 1.1), (0.3, 1.25)])
+def test_the_default_loss_takes_its_values_from_the_configuration(high, clipped):
+    """One token of advantage 1 and ratio 1.25: its loss is the ratio, cut at 1.1 unless epsilon_high lets it through."""
+    values = {"epsilon": 0.1, "epsilon_high": high, "beta": 0.0}
+    config = GRPOConfig(name="grpo", learning_rate=1e-6, epochs=1.0, group_size=2, **values)
+    logps = torch.tensor([math.log(1.25)], requires_grad=True)
+    given = LossInputs(logps, torch.zeros(1), None, torch.ones(1), torch.ones(1), torch.zeros(1, dtype=torch.long))
+    assert grpo_loss(given, config).loss.item() == pytest.approx(-clipped)
+    others = {"beta": 0.5, "importance_sampling_level": "sequence", "use_bias_correction_kl": True}
+    config = replace(config, **others)
+    given = replace(given, ref_logps=torch.tensor([-0.3]))
+    expected = policy_loss(given, 0.1, 0.1 if high is None else high, 0.5, "sequence", True)
+    assert grpo_loss(given, config).loss.item() == expected.loss.item() != policy_loss(given, 0.1, 0.1, 0.5).loss.item()
