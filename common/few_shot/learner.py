@@ -53,11 +53,15 @@ class FeatureExtractor:
         """
         self.config, self.needs, self.crop, self.device = config, learner.needs, learner.crop, device
         cache = Path(config.cache_dir)
-        reads, looks = config.clip, config.visual  # at least one is set: `check_fit` has seen to it
-        self.clip = cast(TextEncoder, load("clip", reads, device, cache)) if reads and reads.load else None
+        clip_config, visual_config = config.clip, config.visual  # at least one is set: `check_fit` has seen to it
+        self.clip = (
+            cast(TextEncoder, load("clip", clip_config, device, cache)) if clip_config and clip_config.load else None
+        )
         # The visual encoder replaces a missing CLIP; beside CLIP only a learner that uses a second encoder gets it.
         beside = self.clip is None or "second" in learner.needs
-        self.visual = load("visual", looks, device, cache) if beside and looks and looks.load else None
+        self.visual = (
+            load("visual", visual_config, device, cache) if beside and visual_config and visual_config.load else None
+        )
         encoders = [each for each in (self.clip, self.visual) if each is not None]
         self.weights = {
             "path": "; ".join(each.source for each in encoders),
@@ -66,7 +70,7 @@ class FeatureExtractor:
         # CLIP comes first, so encoded[0] gives the main features and encoded[1], if any, the second ones.
         self.encoded = [
             CachedFeatures(each, cache, chosen.dtype, chosen.batch)
-            for chosen, each in ((reads, self.clip), (looks, self.visual))
+            for chosen, each in ((clip_config, self.clip), (visual_config, self.visual))
             if chosen is not None and each is not None
         ]
 

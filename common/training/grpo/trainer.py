@@ -296,16 +296,16 @@ class GRPOTrainer(EngineTrainer):
         measured = Measured()
         for number in range(forwards):
             part = parts[number] if number < len(parts) else []
-            shown = part or [0]  # no part left: a dummy forward whose weights are all 0
-            groups = [rollouts.groups[i] for i in shown]
+            indices = part or [0]  # no part left: a dummy forward whose weights are all 0
+            groups = [rollouts.groups[i] for i in indices]
             packed = self._pack(groups)
             logps, entropy = self.engine(packed)
-            inputs = self._loss_inputs(shown, weights[shown] * bool(part), packed, logps, first)
+            inputs = self._loss_inputs(indices, weights[indices] * bool(part), packed, logps, first)
             outputs = self.loss(inputs)
             # DeepSpeed averages gradients over ranks, the loss is a sum over them
             self.engine.backward(outputs.loss * world(), last=number + 1 == forwards)
             if part:
-                gap = inputs.old_logps - rollouts.sampled_logps(shown).to(logps) if self.logprobs_match else None
+                gap = inputs.old_logps - rollouts.sampled_logps(indices).to(logps) if self.logprobs_match else None
                 measured.add(inputs, outputs, entropy, gap, first)
                 measured.tokens(sum(len(g.prompt.ids) + len(c) for g in groups for c in g.completions), packed.tokens)
         metrics = measured.over_ranks()
@@ -337,19 +337,19 @@ class GRPOTrainer(EngineTrainer):
         return within_budget(live, sizes.__getitem__, config.tokens_per_forward, config.prompts_per_forward)
 
     def _loss_inputs(
-        self, shown: list[int], weights: torch.Tensor, packed: Packed, logps: torch.Tensor, first: bool
+        self, indices: list[int], weights: torch.Tensor, packed: Packed, logps: torch.Tensor, first: bool
     ) -> LossInputs:
-        old, reference = self._earlier_logps(shown, packed, logps, first)
+        old, reference = self._earlier_logps(indices, packed, logps, first)
         correction, mode = None, self.config.importance_correction
         if mode != "none":
-            sampled = self.current.sampled_logps(shown).to(logps)
+            sampled = self.current.sampled_logps(indices).to(logps)
             cap = self.config.importance_cap
             correction = importance_correction(old, sampled, packed.owner, packed.completions, mode, cap)
         return LossInputs(
             logps=logps,
             old_logps=old,
             ref_logps=reference,
-            advantages=self.current.advantages[shown].flatten().to(logps),
+            advantages=self.current.advantages[indices].flatten().to(logps),
             weights=weights.flatten().to(logps.device),
             owner=packed.owner,
             correction=correction,
@@ -359,23 +359,23 @@ class GRPOTrainer(EngineTrainer):
         return pack(groups, self.vlm.family, self.vlm.pad, self.vlm.device, self.config.impl)
 
     def _earlier_logps(
-        self, shown: list[int], packed: Packed, logps: torch.Tensor, first: bool
+        self, indices: list[int], packed: Packed, logps: torch.Tensor, first: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return log-probabilities by the old and the reference policy; after the first update the stored ones."""
         rollouts, penalised = self.current, self.config.beta > 0
-        if not first and all(i in rollouts.old_logps for i in shown):
-            old = torch.cat([rollouts.old_logps[i] for i in shown])
-            return old, torch.cat([rollouts.reference_logps[i] for i in shown]) if penalised else None
+        if not first and all(i in rollouts.old_logps for i in indices):
+            old = torch.cat([rollouts.old_logps[i] for i in indices])
+            return old, torch.cat([rollouts.reference_logps[i] for i in indices]) if penalised else None
         # First update over a batch: the policy's own log-probabilities serve as the old ones, so the ratio is 1.
         old, reference = logps.detach(), None
         if penalised:
             # a later update gets here only with a dummy forward, whose weights are all 0
             reference = self._reference_logps(packed) if first else old
         if self.config.num_iterations > 1 and first:
-            counts = [sum(len(c) for c in rollouts.groups[i].completions) for i in shown]
-            rollouts.old_logps.update(zip(shown, old.split(counts), strict=True))
+            counts = [sum(len(c) for c in rollouts.groups[i].completions) for i in indices]
+            rollouts.old_logps.update(zip(indices, old.split(counts), strict=True))
             if reference is not None:
-                rollouts.reference_logps.update(zip(shown, reference.split(counts), strict=True))
+                rollouts.reference_logps.update(zip(indices, reference.split(counts), strict=True))
         return old, reference
 
     @torch.no_grad()
