@@ -12,6 +12,9 @@ import pytest
 import torch
 
 from common.config.schema import AGGREGATIONS, LEVELS, LOSS_TYPES, SCALINGS, GRPOConfig
+from common.rewards import Scores
+from common.rollout.base import Completion
+from common.training.grpo.batch import RolloutBatch
 from common.training.grpo.loss import (
     LossInputs,
     advantages,
@@ -274,3 +277,10 @@ def test_the_default_loss_takes_its_values_from_the_configuration(high, clipped)
     given = replace(given, ref_logps=torch.tensor([-0.3]))
     expected = policy_loss(given, 0.1, 0.1 if high is None else high, 0.5, "sequence", True)
     assert grpo_loss(given, config).loss.item() == expected.loss.item() != policy_loss(given, 0.1, 0.1, 0.5).loss.item()
+
+
+@pytest.mark.parametrize(("masked", "expected"), [(False, [2, 3]), (True, [2, 0])])
+def test_a_truncated_completion_counts_unless_it_is_masked(masked, expected):
+    done, cut = (Completion(torch.zeros(n), torch.zeros(n), "", truncated=n == 3) for n in (2, 3))
+    batch = RolloutBatch([], [], [[done, cut]], Scores({}, [0.0, 0.0]), torch.zeros(1, 2))
+    assert batch.lengths(without_truncated=masked).tolist() == expected
