@@ -470,3 +470,24 @@ def test_the_parts_of_a_trainer_from_outside(outside, tmp_path):
 def test_a_part_that_is_not_there_is_refused_before_anything_is_loaded(compose, changes, said):
     with pytest.raises(UserError, match=said):
         validate(compose("method=clsrl", *changes))
+
+
+def test_an_optimizer_gets_the_usual_values_that_it_takes_and_its_own():
+    """SGD takes no betas; what no class takes is one line."""
+    import torch
+
+    from common.config.schema import TrainerConfig
+    from common.training.engine import make_optimizer
+
+    values = {"name": "sft", "learning_rate": 0.1, "epochs": 1.0, "weight_decay": 0.2, "betas": [0.5, 0.6]}
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 0.3}]
+    adamw = make_optimizer(TrainerConfig(**values), groups)
+    assert type(adamw) is torch.optim.AdamW and adamw.param_groups[0]["lr"] == 0.3
+    assert (adamw.defaults["betas"], adamw.defaults["weight_decay"]) == ((0.5, 0.6), 0.2)
+    own = {"optimizer": "torch.optim.SGD", "optimizer_options": {"momentum": 0.9}}
+    sgd = make_optimizer(TrainerConfig(**values, **own), groups)
+    assert type(sgd) is torch.optim.SGD
+    assert (sgd.defaults["momentum"], sgd.defaults["weight_decay"]) == (0.9, 0.2)
+    wrong = {"optimizer": "torch.optim.SGD", "optimizer_options": {"momentum": -1.0}}
+    with pytest.raises(UserError, match="torch.optim.SGD does not take these values .*momentum.* correct trainer.opt"):
+        make_optimizer(TrainerConfig(**values, **wrong), groups)
