@@ -125,7 +125,7 @@ def test_names_in_the_lines_of_the_check(monkeypatch, capsys):
     monkeypatch.setattr(check, "configured", lambda *_: [data])
     monkeypatch.setattr(check, "examine", lambda _: check.Report(data, True, problems=(":dog: [/red]",)))
     assert check.main([]) == 1
-    assert "[/bold]: :dog: [/red]; see docs/datasets.md#[/bold]" in capsys.readouterr().out
+    assert "[/bold]: :dog: [/red]; see docs/datasets.md\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", NAMES)
