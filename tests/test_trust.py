@@ -75,8 +75,18 @@ def placed(place):
             for i, name in enumerate(place)]  # fmt: skip
 
 
+UNUSED = ("rewards", "trainer", "tracking")  # what only a training needs is not taken over from a folder
+
+
+@pytest.mark.parametrize("place", [place for place in trust.PLACES if place[0] in UNUSED[1:]], ids=".".join)
+def test_parts_of_a_training_are_not_taken_over_from_a_folder(foreign, evil, place):
+    config = config_of(TrainedModel.of(foreign(**{"__".join(place): "evil.attack"})))
+    assert (config.trainer.name, config.tracking.tracker) == ("none", "common.run.tracking.WandbTracker")
+    assert config.trainer.optimizer == "torch.optim.AdamW" and not evil()
+
+
 @pytest.mark.sampled
-@pytest.mark.parametrize("place", [place for place in trust.PLACES if place[0] != "rewards"], ids=".".join)
+@pytest.mark.parametrize("place", [place for place in trust.PLACES if place[0] not in UNUSED], ids=".".join)
 def test_no_place_of_a_loaded_configuration_names_foreign_code(foreign, evil, place):
     key = placed(place)
     folder = foreign(**{"__".join(key): "evil" if key[-1] == "recipe" else "evil.attack"})
