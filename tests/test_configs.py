@@ -251,3 +251,16 @@ def test_plain_values_hold_no_interpolations(compose):
     values = config.plain(compose())
     assert values["run_name"].startswith("nothinking-digits-few_shot-clean-tiny_qwen2_vl-s16-seed1-")
     assert "${" not in OmegaConf.to_yaml(values)
+
+
+@pytest.mark.parametrize("clip", [name for name in options("clip") if name != "none"])
+def test_every_clip_composes_with_a_learner_that_reads_texts(compose, clip):
+    """Each also says which second encoder stands beside it."""
+    chosen = config.validate(compose("method=tip_adapter", f"clip={clip}"))
+    assert (chosen.clip.name, chosen.few_shot["name"]) == (clip, "tip_adapter") and chosen.visual is not None
+
+
+@pytest.mark.parametrize("visual", [name for name in options("visual") if name != "none"])
+def test_every_visual_encoder_composes_with_a_learner_that_only_looks(compose, visual):
+    chosen = config.validate(compose("method=linear_probe", "clip=none", f"visual={visual}"))
+    assert (chosen.clip.name, chosen.visual.name) == ("none", visual)
