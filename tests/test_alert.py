@@ -535,6 +535,7 @@ def test_a_continued_run_asks_what_it_asked_or_says_what_has_changed(job, runner
     assert runner(run, arguments) == 0
 
 
+@pytest.mark.slow
 def test_a_run_moves_the_bank_and_accounts_for_its_answers(undisturbed):
     moved = bank.drift(*embeddings(undisturbed))
     assert moved.shape == (10,) and float(moved.min()) > 0, "all ten categories are referred to"
