@@ -366,3 +366,19 @@ def test_what_the_chat_template_writes_behind_a_reply(load_vlm):
         everything, answer = (target(loaded, "<answer>six</answer>", loss) for loss in ("everything", "answer"))
         assert tokenizer.decode(everything) == "<answer>six</answer>" + expected
         assert tokenizer.decode(answer) == "<answer>six</answer>" + expected.partition("\n")[0]
+
+
+def test_a_family_derives_from_the_base_class():
+    """One that only looks like it would lack what vLLM and the shared row ask."""
+    assert families.family("qwen2_vl") is Qwen2VL and families.family(f"{__name__}.Own") is Own
+    for name in (f"{__name__}.Alike", f"{__name__}.after_reply"):
+        with pytest.raises(UserError, match=f"model.family={name} does not derive from Family"):
+            families.family(name)
+
+
+class Own(Gemma3):
+    """A family from outside the repository."""
+
+
+class Alike:
+    model_type = "gemma3"

@@ -44,13 +44,25 @@ def test_without_vllm_the_command_that_installs_it_is_named(compose, monkeypatch
     ],
 )
 def test_what_the_engine_cannot_compute_is_refused(compose, monkeypatch, changes, message):
-    from common.models import families
-
-    monkeypatch.setattr(families, "Other", families.Qwen2VL, raising=False)
     monkeypatch.setattr(check, "find_spec", lambda name: object())
     with pytest.raises(UserError, match=message):
         check.check(validate(compose("rollout=vllm", *changes)))
     check.check(validate(compose("rollout=vllm", "model=tiny_gemma3", "method=alert", "model.image_attention=causal")))
+
+
+def test_a_family_from_outside_says_itself_what_the_engine_must_do(compose, monkeypatch):
+    from common.models import families
+
+    class Other(families.Gemma3):
+        both_ways = False
+
+    monkeypatch.setattr(families, "Other", Other, raising=False)
+    monkeypatch.setattr(check, "find_spec", lambda name: object())
+    other = ["rollout=vllm", "model=tiny_gemma3", "method=alert", "model.family=common.models.families.Other"]
+    check.check(validate(compose(*other)))
+    Other.both_ways = True
+    with pytest.raises(UserError, match="gpus=0.*model.image_attention=causal"):
+        check.check(validate(compose(*other)))
 
 
 # ---- weights as an engine takes them

@@ -167,14 +167,18 @@ def exact(model: torch.nn.Module) -> Iterator[None]:
     bitsandbytes: Any = sys.modules.get("bitsandbytes")  # imported if any weight is in 8 bits
     quantised = bitsandbytes.nn.Linear8bitLt if bitsandbytes else ()
     layers: list[Any] = [module for module in model.modules() if isinstance(module, quantised)]
+    # a library (accelerate) may have put a forward of its own on the layer: that one comes back
+    before = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
         layer.forward = partial(_dequantised_linear, layer)
     try:
         with InFloat32():
             yield
     finally:
-        for layer in layers:
+        for layer, own in zip(layers, before, strict=True):
             del layer.forward  # the class's own is seen again
+            if own is not None:
+                layer.forward = own
 
 
 def _dequantised_linear(layer: Any, x: torch.Tensor) -> torch.Tensor:

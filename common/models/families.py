@@ -12,10 +12,11 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from common.config.schema import FAMILIES
 from common.plugins import locate
+from common.types import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -248,5 +249,12 @@ class Gemma3(Family):
 
 
 def family(name: str) -> type[Family]:
-    """Return the class that `model.family` names: a short name for those here, a dotted path for any other."""
-    return cast("type[Family]", locate(FAMILIES.get(name, name), "model.family"))
+    """Return the class that `model.family` names: a short name for those here, a dotted path for any other.
+
+    Raises:
+        UserError: There is no such class, or it does not derive from `Family`.
+    """
+    found = locate(FAMILIES.get(name, name), "model.family")
+    if not (isinstance(found, type) and issubclass(found, Family)):
+        raise UserError(f"model.family={name} does not derive from Family (common/models/families.py)")
+    return found
