@@ -408,8 +408,56 @@ def test_any_model_of_timm_is_an_encoder(tmp_path):
     pixels = torch.rand(2, 3, 160, 160, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(loaded.images(pixels), made(pixels))
-    assert loaded.look == Preprocessing(160, tuple(made.pretrained_cfg["mean"]), tuple(made.pretrained_cfg["std"]))
+    assert loaded.look.size == 160 and loaded.look.mean == tuple(made.pretrained_cfg["mean"])
     assert loaded.width == made.num_features == loaded.images(pixels).shape[1]
+
+
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_pictures_are_prepared_as_timm_prepares_them(photo, tmp_path, monkeypatch, crop_mode, interpolation):
+    import timm
+    from timm.data import config, create_transform
+
+    asked = {
+        "input_size": (3, 96, 96),
+        "mean": (0.1, 0.2, 0.3),
+        "std": (0.4, 0.5, 0.6),
+        "crop_pct": 0.875,
+        "crop_mode": crop_mode,
+        "interpolation": interpolation,
+    }
+    monkeypatch.setattr(config, "resolve_model_data_config", lambda _: asked)
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "w.pth")
+    options = {"model": "test_resnet", "file": str(tmp_path / "w.pth")}
+    if crop_mode == "border":
+        with pytest.raises(UserError, match="takes pictures of 96 x 96, crop_mode=border; choose"):
+            visual.load_timm("visual", CPU, tmp_path, FP32, **options)
+        return
+    look = visual.load_timm("visual", CPU, tmp_path, FP32, **options).look
+    torch.testing.assert_close(preprocess(photo, "key", TEST, look), create_transform(**asked)(photo))
+
+
+@pytest.mark.parametrize("resize_mode", ["shortest", "squash"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_pictures_are_prepared_as_open_clip_prepares_them(photo, resize_mode, interpolation):
+    from types import SimpleNamespace
+
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    asked = PreprocessCfg(
+        size=96, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), interpolation=interpolation, resize_mode=resize_mode
+    )
+    tower = SimpleNamespace(image_size=96, preprocess_cfg=vars(asked))
+    expected = image_transform_v2(asked, is_train=False)(photo)
+    torch.testing.assert_close(preprocess(photo, "key", TEST, clip.look_of(tower)), expected)
+
+
+def test_features_of_another_preprocessing_are_not_taken_from_the_cache(tmp_path):
+    encoder, folders = visual.Pixels(8), set()
+    for changed in ({}, {"crop": 0.875}, {"squash": True}, {"interpolation": "bilinear"}):
+        encoder.look = Preprocessing(8, **changed)
+        folders.add(CachedFeatures(encoder, tmp_path, "float32", batch=1).folder)
+    assert len(folders) == 4
 
 
 @pytest.mark.parametrize(

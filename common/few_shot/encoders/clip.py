@@ -234,6 +234,7 @@ def look_of(visual: Any) -> Preprocessing:
         tuple(shown.get("mean", CLIP_MEAN)),
         tuple(shown.get("std", CLIP_STD)),
         squash=shown.get("resize_mode") == "squash",
+        interpolation=shown.get("interpolation", "bicubic"),
     )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -102,11 +103,10 @@ def check(key: str, config: EncoderConfig) -> None:
 
 # Views of an image.
 #
-# The test view is CLIP's: resize the shorter side to S by bicubic interpolation, then crop the centre. A random view is
-# a random crop, resized to S and perhaps mirrored. Each is drawn from a generator of its own, so that it depends only
-# on seed, image key and view number.
+# The test view is CLIP's unless the encoder says otherwise: resize the shorter side to S by bicubic interpolation, then
+# crop the centre. A random view is a random crop, resized to S and perhaps mirrored. Each is drawn from a generator of
+# its own, so that it depends only on seed, image key and view number.
 
-BICUBIC = InterpolationMode.BICUBIC
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 RATIO = (3 / 4, 4 / 3)
@@ -116,13 +116,22 @@ RATIO = (3 / 4, 4 / 3)
 class Preprocessing:
     """How pictures are prepared: their side, and what is subtracted from and divides the three channels.
 
-    squash: a picture is brought to S x S whole, as SigLIP's are, instead of losing what exceeds a square.
+    squash: a picture is resized to a square whole, as SigLIP's are, instead of losing what exceeds a square.
+    interpolation: `bicubic` or `bilinear`.
+    crop: share of the resized side that the central crop keeps; timm's `crop_pct`.
     """
 
     size: int
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
     squash: bool = False
+    interpolation: str = "bicubic"
+    crop: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """Return a short name that differs wherever the pixels would, for caches."""
+        return hashlib.sha256(repr(astuple(self)).encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True)
@@ -158,22 +167,26 @@ def preprocess(picture: Image.Image, image: str, view: View, look: Preprocessing
         view: View to return.
         look: Size and normalisation that the encoder needs.
     """
-    if view.number < 0 and look.squash:
-        seen = F.resize(picture, [look.size, look.size], BICUBIC)
-    elif view.number < 0:
-        seen = F.center_crop(F.resize(picture, [look.size], BICUBIC), [look.size, look.size])
+    how = InterpolationMode(look.interpolation)
+    if view.number < 0:
+        side = math.floor(look.size / look.crop)
+        # one number is the shorter side, two are both
+        seen = F.resize(picture, [side, side] if look.squash else [side], how)
+        seen = F.center_crop(seen, [look.size, look.size])
     else:
-        seen = random_view(picture, image, view, look.size)
+        seen = random_view(picture, image, view, look.size, how)
     # [S, S, 3] bytes -> [3, S, S] in [0, 1]
     pixels = torch.from_numpy(np.array(seen)).permute(2, 0, 1).float() / 255
     return F.normalize(pixels, list(look.mean), list(look.std))
 
 
-def random_view(picture: Image.Image, image: str, view: View, size: int) -> Image.Image:
+def random_view(
+    picture: Image.Image, image: str, view: View, size: int, how: InterpolationMode = InterpolationMode.BICUBIC
+) -> Image.Image:
     """Return a random crop, resized and perhaps mirrored; thread-safe, since each view has a generator of its own."""
     rng = random.Random(f"view-{view.seed}-{view.number}-{image}")
     top, left, height, width = crop_box(picture.width, picture.height, rng, view.scale)
-    seen = F.resized_crop(picture, top, left, height, width, [size, size], BICUBIC)
+    seen = F.resized_crop(picture, top, left, height, width, [size, size], how)
     return F.hflip(seen) if rng.random() < view.flip else seen
 
 

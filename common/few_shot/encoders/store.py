@@ -181,7 +181,9 @@ class CachedFeatures:
             workers: Number of decoding threads.
         """
         self.encoder, self.batch, self.workers = encoder, batch, workers
-        self.folder, self.dtype = Path(cache_dir).resolve() / "encoded" / f"{encoder.identity}-{dtype}", dtype
+        # the same weights give other features for pictures prepared in another way
+        name = f"{encoder.identity}-{encoder.look.name}-{dtype}"
+        self.folder, self.dtype = Path(cache_dir).resolve() / "encoded" / name, dtype
         self.stores: dict[str, Store] = {}
 
     def images(self, images: Images, keys: Sequence[str], view: View = TEST) -> Rows:

@@ -157,7 +157,20 @@ def load_timm(
             f" there is a network, or give a file: {key}.options.file=<path>"
         ) from error
     asked = resolve_model_data_config(made)
-    look = Preprocessing(asked["input_size"][-1], tuple(asked["mean"]), tuple(asked["std"]))
+    height, side = asked["input_size"][1:]
+    if height != side or asked["crop_mode"] not in ("center", "squash"):
+        raise UserError(
+            f"{key}.options.model={model} takes pictures of {height} x {side}, crop_mode={asked['crop_mode']}; choose a"
+            " model of square pictures, cropped at the centre or squashed"
+        )
+    look = Preprocessing(
+        side,
+        tuple(asked["mean"]),
+        tuple(asked["std"]),
+        squash=asked["crop_mode"] == "squash",
+        interpolation=asked["interpolation"],
+        crop=asked["crop_pct"],
+    )
     made = made.to(device=device, dtype=dtype)
     encoder = Timm(made, 0, look, f"{model}-{parameters_hash(made)[:16]}", str(path or f"timm {model}"))
     encoder.width = encoder.images(torch.zeros(1, 3, look.size, look.size)).shape[1]
