@@ -76,10 +76,10 @@ class FewShotDraft:
         return self.folder / candidates.FOLDER / split
 
     def _read(self, task: Task, split: str) -> Candidates:
-        asked = task.evaluation[split]
-        images = [item.image for item in asked.items]
+        tested = task.evaluation[split]
+        images = [item.image for item in tested.items]
         dataset = dataset_of(task, split)
-        return candidates.read_candidates(self._path(split), images, asked.names, dataset, split)
+        return candidates.read_candidates(self._path(split), images, tested.names, dataset, split)
 
     def _fitted(self) -> FewShotLearner:
         if rank() == 0:
@@ -149,10 +149,10 @@ class ClassMeans:
             task: Task with the split.
             split: Name of the split.
         """
-        asked, own = task.evaluation[split], prompting.train_labels(task, split)
+        tested, own = task.evaluation[split], prompting.train_labels(task, split)
         shots = len(task.train.items) // len(task.train.names)
         origin = candidates.Origin("class_means", dataset_of(task, split), shots, seed)
-        mine, parts = share_of(list(asked.items)), []
+        mine, parts = share_of(list(tested.items)), []
         for start in range(0, len(mine), vision.batch):
             items = mine[start : start + vision.batch]
             images = [item.image for item in items]
@@ -160,12 +160,12 @@ class ClassMeans:
             # columns of the split's classes, in their order
             logits = class_mean_logits(seen, self.means)[:, own]
             if k_with_truth is None:
-                parts.append(candidates.rank(images, logits, asked.names, origin))
+                parts.append(candidates.rank(images, logits, tested.names, origin))
             else:
                 truths = [item.label for item in items]
-                parts.append(oracle_recall(images, logits, truths, k_with_truth, asked.names, origin))
+                parts.append(oracle_recall(images, logits, truths, k_with_truth, tested.names, origin))
         batches = [part for of_rank in gather(parts) for part in of_rank]
-        return candidates.join(batches, [item.image for item in asked.items])
+        return candidates.join(batches, [item.image for item in tested.items])
 
 
 def class_mean_logits(features: ArrayLike, means: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -37,10 +37,10 @@ def into_vocabulary(model: Any, processor: Any, silent: int, bank: Path, instruc
     entries = bank_file.read(bank, names)
     texts = words(names, entries.shape[1])
     new = add_rows(model, processor.tokenizer, texts, entries, silent)
-    asked = meta_task(names[:2], instruction)
+    wording = meta_task(names[:2], instruction)
     for text in texts[:2]:
-        asked = asked.replace(CATEGORY, text, 1)
-    return Words(new, dict(zip(names, texts, strict=True)), Prompt("", asked, names[0], names[:2], image_last=True))
+        wording = wording.replace(CATEGORY, text, 1)
+    return Words(new, dict(zip(names, texts, strict=True)), Prompt("", wording, names[0], names[:2], image_last=True))
 
 
 def add_rows(model: Any, tokenizer: Any, texts: Sequence[str], entries: torch.Tensor, silent: int) -> range:

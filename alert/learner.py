@@ -32,9 +32,8 @@ from common.models.offloaded import Rule, attach_offloaded
 from common.models.vision import VisionTower
 from common.runtime.distributed import gather, rank
 from common.types import Task, UserError
-from common.vlm import prompting
 from common.vlm.learner import VLMLearner
-from common.vlm.prompting import Words
+from common.vlm.prompting import Words, ask
 
 EMBEDDINGS = "embeddings"  # folder beside the weights
 KEPT = (bank_file.FACTS, bank_file.ENTRIES, FILE)  # files that inference needs beside the weights
@@ -58,23 +57,23 @@ class AlertLearner(VLMLearner):
 
     def setup(self) -> None:
         """Encode the few-shot images, choose the candidates, and put the bank behind the vocabulary."""
-        config, asked = self.config, self.prompting
+        config, prompting = self.config, self.prompting
         trains = config.trainer.name != "none" and config.doctor is not True  # doctor=true leaves no files
         self.tower = tower = self._tower()
         # 1. Initial bank and class means, from the few-shot images (or from an earlier attempt's files).
-        entries, self.means = begin(asked, tower, self.task, self.folder / "model" / EMBEDDINGS if trains else None)
+        entries, self.means = begin(prompting, tower, self.task, self.folder / "model" / EMBEDDINGS if trains else None)
         if trains:
             self.begun = bank_file.bank_hash(entries.float(), self.task.train.names)
         # 2. Candidates of every tested image.
-        ranks = name_candidates(asked, self.means, tower, self.task, self.folder / "draft" if trains else None)
-        if not trains and asked.draft in ("class_means", "oracle_recall"):
+        ranks = name_candidates(prompting, self.means, tower, self.task, self.folder / "draft" if trains else None)
+        if not trains and prompting.draft in ("class_means", "oracle_recall"):
             self.ranks = ranks
-        elif asked.patches:
+        elif prompting.patches:
             self.means = None  # ImageNet's patches are 38 GB
         # 3. The bank becomes trainable rows behind the vocabulary; prompts are final from here on.
-        extra = attach_bank(self.policy.model, entries, asked.trainable, config.trainer)
+        extra = attach_bank(self.policy.model, entries, prompting.trainable, config.trainer)
         self.policy = replace(self.policy, extra_embeddings=extra)
-        self.prompts = prompting.ask(asked, self.task)
+        self.prompts = ask(prompting, self.task)
 
     def sources(self) -> dict[str, str]:
         bank = {} if self.begun is None else {f"model/{EMBEDDINGS}/{bank_file.BEGUN}": self.begun}
@@ -89,8 +88,8 @@ class AlertLearner(VLMLearner):
 
     def set_task(self, task: Task) -> None:
         self.tower.load_images = make_loader(self.config, task)
-        for split, asked in task.evaluation.items():
-            if self.task.evaluation.get(split) is not asked:
+        for split, tested in task.evaluation.items():
+            if self.task.evaluation.get(split) is not tested:
                 self.prompting.drafted.pop(split, None)
                 if self.ranks is not None:
                     self.prompting.drafted[split] = self.ranks(task, split)
@@ -137,14 +136,14 @@ class AlertLearner(VLMLearner):
 
 
 def begin(
-    asked: AlertPrompting, vision: VisionTower, task: Task, folder: Path | None
+    prompting: AlertPrompting, vision: VisionTower, task: Task, folder: Path | None
 ) -> tuple[torch.Tensor, ClassMeans]:
     """Compute the bank that training starts from and the class means, and set the similarities of the prompting.
 
     All ranks call it together.
 
     Args:
-        asked: Prompting, which says how the bank is initialised and receives the similarities.
+        prompting: Prompting of the run, which says how the bank is initialised and receives the similarities.
         vision: Tower and projector of the model.
         task: Task with the few-shot images. Without any, a finished run is loaded, whose bank has what is needed.
         folder: Folder where the initial bank is kept; a resumed run reads it from there. None: nothing is trained, so
@@ -156,33 +155,33 @@ def begin(
     train, count = task.train, len(task.train.names)
     # An earlier attempt counts only if every rank sees its files: they decide together.
     known = folder if folder is not None and all(gather((folder / bank_file.BEGUN).is_file())) else None
-    means = None if train.items or asked.bank is None else ClassMeans.load(asked.bank)
+    means = None if train.items or prompting.bank is None else ClassMeans.load(prompting.bank)
     image = next(item.image for split in (train, *task.evaluation.values()) for item in split.items)
     shape = (count, *bank.shape_of(vision, image))
-    entries = bank_file.known_entries(known, asked.bank, train.names, shape, vision.architecture)
+    entries = bank_file.known_entries(known, prompting.bank, train.names, shape, vision.architecture)
     # Kept, not recomputed: references are drawn by them, and rounding on another GPU would change the draws.
-    asked.similarities = None if known is None else bank_file.read_similarities(known)
+    prompting.similarities = None if known is None else bank_file.read_similarities(known)
     if means is None or entries is None:
-        how = asked.initialisation if entries is None else None
-        seen, fresh = bank.see(vision, train.items, count, how, asked.seed, asked.patches)
+        how = prompting.initialisation if entries is None else None
+        seen, fresh = bank.see(vision, train.items, count, how, prompting.seed, prompting.patches)
         entries = fresh if entries is None else entries
-        means = ClassMeans(reference.class_means(seen.numpy(), range(count), count), asked.patches)
+        means = ClassMeans(reference.class_means(seen.numpy(), range(count), count), prompting.patches)
     assert entries is not None
-    if asked.similarities is None:
-        asked.similarities = reference.similarities(means.means)
+    if prompting.similarities is None:
+        prompting.similarities = reference.similarities(means.means)
     if folder is not None and known is None and rank() == 0:
-        bank_file.save_similarities(folder, asked.similarities)
+        bank_file.save_similarities(folder, prompting.similarities)
         bank_file.export_begun(folder, entries)  # last: its presence marks the files as complete
     return entries, means
 
 
 def name_candidates(
-    asked: AlertPrompting, means: ClassMeans, vision: VisionTower, task: Task, folder: Path | None = None
+    prompting: AlertPrompting, means: ClassMeans, vision: VisionTower, task: Task, folder: Path | None = None
 ) -> Callable[[Task, str], Candidates]:
     """Set the candidates of every split for which no other draft has set them. All ranks call it together.
 
     Args:
-        asked: Prompting, which receives the candidates.
+        prompting: Prompting of the run, which receives the candidates.
         means: Mean features of the categories.
         vision: Vision tower that the means were computed with.
         task: Task with the images.
@@ -191,21 +190,22 @@ def name_candidates(
     Returns:
         A function that does the same for later images: from a task and the name of a split to its candidates.
     """
-    ranks = partial(means.candidates, vision, asked.seed, asked.k if asked.draft == "oracle_recall" else None)
+    k_with_truth = prompting.k if prompting.draft == "oracle_recall" else None
+    ranks = partial(means.candidates, vision, prompting.seed, k_with_truth)
     for split, tested in task.evaluation.items():
-        if split in asked.drafted:
+        if split in prompting.drafted:
             continue
         path = None if folder is None else folder / candidates.FOLDER / split
         images = [item.image for item in tested.items]
         if path is not None and all(gather(path.with_suffix(".json").is_file())):
-            asked.drafted[split] = candidates.read_candidates(
+            prompting.drafted[split] = candidates.read_candidates(
                 path, images, tested.names, dataset_of(task, split), split
             )
             continue
-        asked.drafted[split] = ranks(task, split)
+        prompting.drafted[split] = ranks(task, split)
         if path is not None and rank() == 0:
             truths = [item.label for item in tested.items]
-            candidates.write_candidates(path, asked.drafted[split], tested.names, truths)
+            candidates.write_candidates(path, prompting.drafted[split], tested.names, truths)
     return ranks
 
 

@@ -87,10 +87,10 @@ def check(config: Config, data: TaskData) -> TaskPrompts:
     if config.method["draft"] == "few_shot" and config.few_shot is None:
         raise UserError("method.draft=few_shot: no few-shot learner is chosen; add one, such as few_shot=cafo")
     check_images(data.task)
-    asked = check_vlm(config, data)
+    prompts = check_vlm(config, data)
     if config.method["draft"] == "few_shot":
         check_fit(config, data.task)
-    return asked
+    return prompts
 
 
 # The prompting. `method=alert` and `method=gemma_1shot` are this one class with other arguments. alert/learner.py sets
@@ -202,23 +202,23 @@ class AlertPrompting(Prompting):
         return [self._prompt(item, split, self._references(item, split, names, epoch)) for item in split.items]
 
     def evaluation_prompts(self, task: Task, split: str) -> list[Prompt]:
-        asked = task.evaluation[split]
+        tested = task.evaluation[split]
         labels = train_labels(task, split)
-        if self.k > len(asked.choices):
+        if self.k > len(tested.choices):
             raise UserError(
-                f"method.k={self.k}, but '{split}' has only {len(asked.choices)} to choose among; use fewer candidates"
+                f"method.k={self.k}, but '{split}' has only {len(tested.choices)} to choose among; use fewer candidates"
             )
         if self.draft == "file" and split not in self.drafted:
             # Read before the model is loaded, so that a wrong file is an error within a second.
-            images = [item.image for item in asked.items]
+            images = [item.image for item in tested.items]
             path = self._draft_path(split)
-            self.drafted[split] = candidates.read_candidates(path, images, asked.names, dataset_of(task, split), split)
+            self.drafted[split] = candidates.read_candidates(path, images, tested.names, dataset_of(task, split), split)
         # No candidates yet (checks before the model is loaded): the longest names give the longest possible prompt.
         if split not in self.drafted:
-            shown = [longest(asked, self.k)] * len(asked.items)
+            shown = [longest(tested, self.k)] * len(tested.items)
         else:
-            shown = [self.drafted[split].shown(item.image, self.k, self.order) for item in asked.items]
-        return [self._prompt(item, asked, chosen, labels) for item, chosen in zip(asked.items, shown, strict=True)]
+            shown = [self.drafted[split].shown(item.image, self.k, self.order) for item in tested.items]
+        return [self._prompt(item, tested, chosen, labels) for item, chosen in zip(tested.items, shown, strict=True)]
 
     def well_formed(self, completion: str) -> bool:
         return parsing.is_strict_format(completion)
@@ -237,18 +237,18 @@ class AlertPrompting(Prompting):
         run, whose draft may differ by rounding. The rest of the ranking is this attempt's.
         """
         drafted, names, predictions = self.drafted[split], task.evaluation[split].names, answers.predictions
-        asked = [tuple(shown) for shown in answers.columns["candidates"]]
-        differing = sum(a != b for a, b in zip(asked, self._shown(task, split, predictions), strict=True))
+        candidates_asked = [tuple(shown) for shown in answers.columns["candidates"]]
+        differing = sum(a != b for a, b in zip(candidates_asked, self._shown(task, split, predictions), strict=True))
         if differing and rank() == 0:
             log.warning(
                 "%d of the %d images of '%s' were asked with other candidates than the draft gives now; they are"
                 " accounted for with those that they were asked with",
                 differing,
-                len(asked),
+                len(candidates_asked),
                 split,
             )
         cases = []
-        for p, shown in zip(predictions, asked, strict=True):
+        for p, shown in zip(predictions, candidates_asked, strict=True):
             ranking = accounting.led_by(shown, [names[label] for label in drafted.ranking(p.image)], self.order)
             cases.append(accounting.Case(p.label, shown, ranking, p.answer))
         said = zip(predictions, answers.columns["reasoning_agrees"], strict=True)
@@ -269,8 +269,8 @@ class AlertPrompting(Prompting):
         The latter is None if the reasoning names no candidate, or if there is no reasoning.
         """
         shown = self._shown(task, split, predictions)
-        asked = zip(predictions, shown, strict=True)
-        agrees = [accounting.agrees(_text(p), p.answer, names) for p, names in asked]
+        pairs = zip(predictions, shown, strict=True)
+        agrees = [accounting.agrees(_text(p), p.answer, names) for p, names in pairs]
         return {"candidates": [list(names) for names in shown], "reasoning_agrees": agrees}
 
     def _draft_path(self, split: str) -> Path:

@@ -130,8 +130,8 @@ class ClassListPrompt(Prompting):
         self.tagged = instruction == "think" or train_target == "tagged"
 
     def train_prompts(self, task: Task, epoch: int = 0) -> list[Prompt]:
-        asked = self._prompts(task.train, self.train_ending)
-        return [replace(prompt, system=self.train_system, image_last=self.train_image_last) for prompt in asked]
+        prompts = self._prompts(task.train, self.train_ending)
+        return [replace(prompt, system=self.train_system, image_last=self.train_image_last) for prompt in prompts]
 
     def evaluation_prompts(self, task: Task, split: str) -> list[Prompt]:
         ending = TRAINING

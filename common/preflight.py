@@ -6,7 +6,7 @@ All errors are `UserError`: one line that names the key, file or class at fault 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from common.config.schema import Config
@@ -16,7 +16,7 @@ from common.data.loading import examine, report
 from common.learner import Check
 from common.plugins import locate
 from common.runtime.distributed import started_by_launcher, world
-from common.types import Task, UserError
+from common.types import UserError
 from common.vlm.prompting import TaskPrompts
 
 
@@ -49,24 +49,24 @@ def check_data(config: Config) -> tuple[task.TaskData, TaskPrompts | None]:
         The run's data and its prompts, as far as they are known without weights; None for a learner without prompts.
     """
     data = task.build(config)
-    check_choice(config, data.task)
+    check_choice(config, data.task.evaluation)
     check_images(config, data)
     look: Check = locate(config.learner.check, "learner.check")
     return data, look(config, data)
 
 
-def check_choice(config: Config, asked: Task) -> None:
+def check_choice(config: Config, evaluation: Collection[str]) -> None:
     """Check that decisions by evaluations use images without reported results, and that the best checkpoint is kept."""
     if config.trainer.name == "none":
         return
-    if (patience := config.trainer.patience) and "val" not in asked.evaluation:
+    if (patience := config.trainer.patience) and "val" not in evaluation:
         raise UserError(
             f"trainer.patience={patience} stops by validation images, and data={config.data.name} has none in this"
             " setting; set validation=held_out, where there is one, or trainer.patience=0"
         )
     if config.evaluate != "best":
         return
-    if "val" not in asked.evaluation:
+    if "val" not in evaluation:
         raise UserError(
             f"evaluate=best chooses on validation images, and data={config.data.name} has none in this setting; use"
             " evaluate=last"

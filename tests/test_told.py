@@ -244,10 +244,10 @@ def test_patience_needs_validation_images():
         evaluate="last", trainer=SimpleNamespace(name="grpo", patience=2), data=SimpleNamespace(name="dtd")
     )
     with pytest.raises(UserError, match="trainer.patience=2 .*data=dtd has none.*trainer.patience=0"):
-        preflight.check_choice(config, SimpleNamespace(evaluation={"test": []}))
-    preflight.check_choice(config, SimpleNamespace(evaluation={"val": [], "test": []}))
+        preflight.check_choice(config, {"test": []})
+    preflight.check_choice(config, {"val": [], "test": []})
     config.trainer.name = "none"
-    preflight.check_choice(config, SimpleNamespace(evaluation={"test": []}))
+    preflight.check_choice(config, {"test": []})
 
 
 def test_a_training_that_patience_has_ended_says_so():
@@ -269,7 +269,7 @@ def test_the_untrained_model_is_the_first_that_can_be_the_best(process_group):
     recorder = SimpleNamespace(
         kept=lambda phase, split: Answers(right, 0.0) if (phase, split) == ("before", "val") else 1
     )
-    predictor = SimpleNamespace(task=SimpleNamespace(evaluation={"val": [], "test": []}))
+    predictor = SimpleNamespace(task={"val": [], "test": []})
     config = SimpleNamespace(trainer=SimpleNamespace(evaluate_every=5, evaluate_limit=None))
     assert loop.untrained(predictor, config, recorder) == (0, 0.75)
     config.trainer.evaluate_limit = 2  # the images that are watched
@@ -289,12 +289,12 @@ def test_best_needs_evaluations_and_validation_images(compose, tmp_path):
     chosen = ["evaluate=best", "trainer.evaluate_every=5", "shots=1", "data=dtd", f"data.root={root}"]
     config = validate(compose(*chosen, "validation=none"))
     with pytest.raises(UserError, match="evaluate=best.*validation images.*evaluate=last"):
-        preflight.check_choice(config, task.build(config).task)
+        preflight.check_choice(config, task.build(config).task.evaluation)
     config = validate(compose(*chosen, "checkpoint.max_checkpoints=1"))
     with pytest.raises(UserError, match="checkpoint.max_checkpoints=2"):
-        preflight.check_choice(config, task.build(config).task)
+        preflight.check_choice(config, task.build(config).task.evaluation)
     config = validate(compose(*chosen))
-    preflight.check_choice(config, task.build(config).task)
+    preflight.check_choice(config, task.build(config).task.evaluation)
 
 
 @pytest.fixture
@@ -314,7 +314,7 @@ def finished(tmp_path):
 def test_the_tested_update_and_the_best_one(finished, evaluate, last, tested, best):
     right = [Prediction("a", "x", 0, "x", True, True), Prediction("b", "x", 0, "y", last == 1, last == 1)]
     config = SimpleNamespace(evaluate=evaluate, trainer=SimpleNamespace(evaluate_limit=None))
-    learner = SimpleNamespace(task=SimpleNamespace(evaluation={"val": [], "test": []}))
+    learner = SimpleNamespace(task={"val": [], "test": []})
     after = SimpleNamespace(answers={"val": Answers(right, 0.0)})
     rows = [{"step": 6, "eval/val/accuracy": 0.75}, {"step": 9, "loss": 1.0}, {"step": 9, "eval/val/accuracy": 0.5}]
     told = pipeline.best_evaluation(config, learner, finished, after, 9, rows)

@@ -90,26 +90,26 @@ class Cost:
         return found[0], found[1]
 
 
-def of_run(config: Config, asked: TaskPrompts, folder: Path, ranks: int, lengths: Sequence[int] = ()) -> Cost:
+def of_run(config: Config, task_prompts: TaskPrompts, folder: Path, ranks: int, lengths: Sequence[int] = ()) -> Cost:
     """Estimate the cost of a run's training.
 
     Args:
         config: Configuration of the run, with a trainer that trains.
-        asked: Prompts of the run.
+        task_prompts: Prompts of the run.
         folder: Folder of the model, from `files.find`; its weights need not be there.
         ranks: Number of GPUs.
         lengths: Completion lengths to count operations for; empty: the longest label's reply and the limit.
     """
     trainer, size, limit = config.trainer, config.model.image_size, config.rollout.max_completion_tokens
     # The model on the meta device, and the longest prompt, label and test prompt as the worst case.
-    policy = _with_bank(vlm.on_meta(folder, config.model), config, asked)
+    policy = _with_bank(vlm.on_meta(folder, config.model), config, task_prompts)
     attention.install(policy.model, config.model.attention)
     measure_tokens = meter.of_folder(folder, config.model.family).tokens
-    tokens = measure_tokens(asked.train, size)
-    prompt = _encoded(policy, _longest(asked.train, tokens), size)
-    tests = [each for split in asked.evaluation.values() for each in split]
+    tokens = measure_tokens(task_prompts.train, size)
+    prompt = _encoded(policy, _longest(task_prompts.train, tokens), size)
+    tests = [each for split in task_prompts.evaluation.values() for each in split]
     tested = _encoded(policy, _longest(tests, measure_tokens(tests, size)), size) if tests else prompt
-    label = max((_reply(policy, asked, each, config) for each in _labels(asked)), key=len)
+    label = max((_reply(policy, task_prompts, each, config) for each in _labels(task_prompts)), key=len)
     prompts, sampled, most = math.ceil(trainer.prompts_per_update / ranks), None, len(label)
     if isinstance(trainer, GRPOConfig):
         sampled, most = Batch(prompt, prompts, trainer.group_size, limit), limit
@@ -125,14 +125,14 @@ def of_run(config: Config, asked: TaskPrompts, folder: Path, ranks: int, lengths
         most,
         {length: _operations(passes[length], config, prompts) for length in shown},
         memory(policy, largest, sampled, evaluated, trainer, config.deepspeed, ranks, weights),
-        total_updates(trainer, len(asked.train)),
+        total_updates(trainer, len(task_prompts.train)),
         ranks,
         {length: _traffic(policy, sampled, length) for length in shown},
         trainer.num_iterations if isinstance(trainer, GRPOConfig) else 1,
     )
 
 
-def foreseen(config: Config, asked: TaskPrompts) -> list[str]:
+def foreseen(config: Config, task_prompts: TaskPrompts) -> list[str]:
     """Return the estimated cost of a run as lines of text.
 
     Empty where no vision-language model is trained, and for models that are built here, which are tiny.
@@ -141,7 +141,7 @@ def foreseen(config: Config, asked: TaskPrompts) -> list[str]:
     if model.family == NO_FAMILY or config.trainer.name == "none" or model.path is None:
         return []
     folder = files.find(model.path, model.revision, weights=False)
-    return lines(of_run(config, asked, folder, max(1, config.gpus)))
+    return lines(of_run(config, task_prompts, folder, max(1, config.gpus)))
 
 
 def _measured(
@@ -189,15 +189,15 @@ def _traffic(policy: vlm.VLM, sampled: Batch | None, length: int) -> float:
     return weights + cache
 
 
-def _with_bank(policy: vlm.VLM, config: Config, asked: TaskPrompts) -> vlm.VLM:
+def _with_bank(policy: vlm.VLM, config: Config, task_prompts: TaskPrompts) -> vlm.VLM:
     """Add the embeddings to the model that the method puts beside its vocabulary."""
-    count, trained = asked.prompting.embeddings(asked.task), bool(config.method.get("trainable", True))
+    count, trained = task_prompts.prompting.embeddings(task_prompts.task), bool(config.method.get("trainable", True))
     if count == 0:
         return policy
     text = policy.model.config.get_text_config()
     tokens = policy.family.image_tokens(policy.model.config.to_dict(), config.model.image_size)
     if config.trainer.embeddings == "host":  # only those of the current prompt are on the GPU
-        count, trained = max(len(prompt.categories) for prompt in asked.train), False
+        count, trained = max(len(prompt.categories) for prompt in task_prompts.train), False
     entries = torch.empty(count, tokens, text.hidden_size, device="meta")
     return replace(policy, extra_embeddings=attach(policy.model, entries, trained))
 
@@ -215,14 +215,14 @@ def _longest(prompts: Sequence[Prompt], tokens: Sequence[int]) -> Prompt:
     return prompts[max(range(len(prompts)), key=tokens.__getitem__)]
 
 
-def _labels(asked: TaskPrompts) -> list[str]:
-    return list(dict.fromkeys(prompt.label for prompt in asked.train))
+def _labels(task_prompts: TaskPrompts) -> list[str]:
+    return list(dict.fromkeys(prompt.label for prompt in task_prompts.train))
 
 
-def _reply(policy: vlm.VLM, asked: TaskPrompts, label: str, config: Config) -> torch.Tensor:
+def _reply(policy: vlm.VLM, task_prompts: TaskPrompts, label: str, config: Config) -> torch.Tensor:
     """Return the token ids of the reply to a label, with its end."""
     loss = "answer" if isinstance(config.trainer, GRPOConfig) else config.protocol.sft_loss
-    return target(policy, asked.prompting.label_response(label), loss)
+    return target(policy, task_prompts.prompting.label_response(label), loss)
 
 
 def _weight_bytes(policy: vlm.VLM, config: Config) -> int | None:

@@ -99,9 +99,9 @@ def monitor_split(task: Task) -> str:
 def _summarized(predictor: Predictor, answers: dict[str, Answers]) -> Evaluation:
     summary = {}
     for split, split_answers in answers.items():
-        asked = predictor.task.evaluation[split]
+        tested = predictor.task.evaluation[split]
         facts = predictor.diagnostics(split, split_answers)
-        summary[split] = metrics.summarize(split_answers, asked.choices, aliases=bool(asked.aliases), facts=facts)
+        summary[split] = metrics.summarize(split_answers, tested.choices, aliases=bool(tested.aliases), facts=facts)
     return Evaluation(answers, summary)
 
 

@@ -172,8 +172,8 @@ def how_to_ask(trained: TrainedModel, config: Config, words: Words | None) -> di
 def _example(trained: TrainedModel, config: Config) -> Prompt:
     task = data_of(trained, config).task
     (split,) = task.evaluation
-    asked = replace(task.evaluation[split], items=(Item("photo.jpg", -1, ""),))
-    return prompting.of_config(config).evaluation_prompts(replace(task, evaluation={split: asked}), split)[0]
+    one = replace(task.evaluation[split], items=(Item("photo.jpg", -1, ""),))
+    return prompting.of_config(config).evaluation_prompts(replace(task, evaluation={split: one}), split)[0]
 
 
 def _write_records(trained: TrainedModel, folder: Path) -> None:

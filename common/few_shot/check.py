@@ -112,8 +112,8 @@ def check_classes(name: str, learner: FewShotHead, task: Task) -> None:
             " shots"
         )
     if learner.fixed_classes:
-        for split, asked in task.evaluation.items():
-            if strange := sorted(set(asked.names) - set(task.train.names)):
+        for split, tested in task.evaluation.items():
+            if strange := sorted(set(tested.names) - set(task.train.names)):
                 raise UserError(
                     f"{name} knows only the classes that it was fitted on, but '{split}' has {len(strange)} others,"
                     f" first: '{strange[0]}'; use setting=few_shot or shift, or a learner that reads names:"

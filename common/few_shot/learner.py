@@ -178,17 +178,17 @@ class FewShotLearner(Learner):
         return [each for each in (self.learner.remark, by_test) if each]
 
     def predict(self, split: str, limit: int | None = None) -> Answers:
-        began, asked = time.perf_counter(), self.task.evaluation[split]
-        items = evenly_spaced(list(asked.items), limit)
+        began, tested = time.perf_counter(), self.task.evaluation[split]
+        items = evenly_spaced(list(tested.items), limit)
         logits = self.logits(split, items)
         chosen = logits.argmax(1)
         # A classifier is right if the class index is; aliases and the official matching do not apply.
         made = [
-            Prediction(item.image, item.name, item.label, asked.names[c], bool(c == item.label), bool(c == item.label))
+            Prediction(item.image, item.name, item.label, tested.names[c], bool(c == item.label), bool(c == item.label))
             for item, c in zip(items, chosen.tolist(), strict=True)
         ]
         ranks: list[Any] = self._truth_ranks(split, items, logits, write=limit is None)
-        likely = probabilities(logits, asked.names, asked.choices)
+        likely = probabilities(logits, tested.names, tested.choices)
         return Answers(made, time.perf_counter() - began, likely, 0.0, {"truth_rank": ranks})
 
     def diagnostics(self, split: str, answers: Answers) -> dict[str, Any]:
@@ -303,9 +303,9 @@ class FewShotLearner(Learner):
     def _truth_ranks(self, split: str, items: list[Item], logits: NDArray[np.float32], write: bool) -> list[int | None]:
         """Return the rank of the true class per image, from 1, or None. With `write` also write the candidates."""
         task, config = self.task, self.config
-        asked, dataset = task.evaluation[split], dataset_of(task, split)
+        tested, dataset = task.evaluation[split], dataset_of(task, split)
         origin = candidates.Origin(self.name, dataset, config.shots, config.seed)
-        ranked = candidates.rank([item.image for item in items], logits, asked.names, origin)
+        ranked = candidates.rank([item.image for item in items], logits, tested.names, origin)
         truths = [item.label for item in items]
         if write and rank() == 0:
             about = {
@@ -314,9 +314,9 @@ class FewShotLearner(Learner):
                 "chosen": self.facts,
                 **self.weights,
             }
-            candidates.write_candidates(self.folder / candidates.FOLDER / split, ranked, asked.names, truths, about)
+            candidates.write_candidates(self.folder / candidates.FOLDER / split, ranked, tested.names, truths, about)
         barrier()
-        return candidates.truth_ranks(ranked, asked.names, truths)
+        return candidates.truth_ranks(ranked, tested.names, truths)
 
 
 def probabilities(logits: NDArray[np.float32], names: tuple[str, ...], choices: tuple[str, ...]) -> Probabilities:

@@ -83,9 +83,9 @@ def audit(run: Path, trust_code: bool = False) -> tuple[Table, list[str]]:
     samples = [Sample(Prompt("audit", "", label, choices=tuple(names)), attack.text) for attack in tried]
     rewards = build_rewards(values["rewards"])
     # a stateful reward may need a server or a model, so it is left out
-    asked = {name: reward for name, reward in rewards.items() if not isinstance(reward.function, StatefulReward)}
-    parts = {name: [float(value) for value in reward.function(samples)] for name, reward in asked.items()}
-    totals = weighted(parts, {name: reward.weight for name, reward in asked.items()})
+    stateless = {name: reward for name, reward in rewards.items() if not isinstance(reward.function, StatefulReward)}
+    parts = {name: [float(value) for value in reward.function(samples)] for name, reward in stateless.items()}
+    totals = weighted(parts, {name: reward.weight for name, reward in stateless.items()})
     # methods expect either the tagged or the bare form, so the better of the two is the standard
     honest = max(totals[:2])
     cheats = [a.name for a, total in zip(tried, totals, strict=True) if a.cheats and honest and total >= honest]

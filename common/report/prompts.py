@@ -74,7 +74,7 @@ def overview(manifest: Mapping[str, Any]) -> Table:
     return table
 
 
-def remarks(manifest: Mapping[str, Any], asked: TaskPrompts | None) -> list[str]:
+def remarks(manifest: Mapping[str, Any], task_prompts: TaskPrompts | None) -> list[str]:
     """Return notes on the data: what was passed over, duplicates, classes with too few images, undecided names."""
     lines = notes_of(manifest)
     if found := manifest.get("duplicates"):
@@ -83,26 +83,28 @@ def remarks(manifest: Mapping[str, Any], asked: TaskPrompts | None) -> list[str]
         name, count = next(iter(short.items()))
         many = f"{counted(len(short), 'class')} {agree(len(short), 'has', 'have')}"
         lines.append(f"{many} fewer training images than shots, first: '{name}' has {count}")
-    if asked is not None and not asked.prompting.final:
+    if task_prompts is not None and not task_prompts.prompting.final:
         lines.append("the method chooses the names once the model has seen the pictures; those above stand for them")
     return lines
 
 
-def show(manifest: Mapping[str, Any], asked: TaskPrompts | None, path: Path, console: Console | None = None) -> None:
+def show(
+    manifest: Mapping[str, Any], task_prompts: TaskPrompts | None, path: Path, console: Console | None = None
+) -> None:
     """Print a few prompts of every split, the summary, and the path of the manifest.
 
     Args:
         manifest: The run's manifest.
-        asked: Prompts of the run; None: its learner has none.
+        task_prompts: Prompts of the run; None: its learner has none.
         path: File of the manifest.
         console: Standard output if None.
     """
     console = console or Console(width=None if Console().is_terminal else 120)
-    parts = {} if asked is None else {"train": asked.train, **asked.evaluation}
+    parts = {} if task_prompts is None else {"train": task_prompts.train, **task_prompts.evaluation}
     for split, prompts in parts.items():
         for prompt in evenly_spaced(prompts, SHOWN):
             console.print(question(split, prompt), soft_wrap=True)
     console.print(overview(manifest))
-    for line in remarks(manifest, asked):
+    for line in remarks(manifest, task_prompts):
         console.print(Text(line), soft_wrap=True)
     console.print(Text(f"all images, labels and hashes: {path}"), soft_wrap=True)

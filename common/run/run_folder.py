@@ -87,7 +87,7 @@ class RunFolder:
         if strange:
             raise UserError(f"{self.path} is not empty and holds no run (it has {strange[0]}); choose another folder")
 
-    def preview(self, asked: dict[str, Any]) -> Path:
+    def preview(self, new: dict[str, Any]) -> Path:
         """Write the manifest that a run would have, and return its path; the manifest of a run stays as it is.
 
         Raises:
@@ -97,9 +97,9 @@ class RunFolder:
         if not (self.path / "config.yaml").is_file():
             self._check_free()
             self.path.mkdir(parents=True, exist_ok=True)
-            manifest.write(asked, path)
+            manifest.write(new, path)
         elif path.is_file():
-            manifest.verify(path, asked)
+            manifest.verify(path, new)
         else:
             raise UserError(f"{self.path} holds a run that has only begun; choose another folder with run_name=<name>")
         return path

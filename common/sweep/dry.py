@@ -82,14 +82,16 @@ def show_one(config: Config, folder: Path, finished: bool) -> None:
     if finished:
         return
     try:
-        asked = preflight.check_data(config)[1]
+        task_prompts = preflight.check_data(config)[1]
     except UserError as error:
         print(f"it would be refused: {error}")
     else:
-        if asked is not None and config.model.path is not None:  # else there is no estimate, and torch is not needed
+        if (
+            task_prompts is not None and config.model.path is not None
+        ):  # else there is no estimate, and torch is not needed
             from common.cost import estimate
 
-            for line in estimate.foreseen(config, asked):
+            for line in estimate.foreseen(config, task_prompts):
                 print(line)
     if reason := preflight.refusal(preflight.check_devices, config):
         print(f"it would be refused: {reason}")

@@ -145,8 +145,8 @@ class PaperSweeper(Sweeper):
         print("composing and checking every point before the first one runs", flush=True)
         found: dict[Path, Job] = {}
         shown: list[list[results.SweepRun]] = [[] for _ in chapters]
-        asked = [(n, point) for n, one in enumerate(chapters) for point in expand(one.spec, one.values(given))]
-        for number, point in progress(asked, "composing", len(asked)):
+        points = [(n, point) for n, one in enumerate(chapters) for point in expand(one.spec, one.values(given))]
+        for number, point in progress(points, "composing", len(points)):
             jobs = composer.jobs(point)
             for job in jobs:
                 found.setdefault(job.folder, job)

@@ -21,13 +21,13 @@ INSTEAD = (  # advice for photos, where the tiny model is of no use
 )
 
 
-def check_model(config: Config, task: Task, asked: Collection[Sequence[Prompt]]) -> None:
+def check_model(config: Config, task: Task, prompts: Collection[Sequence[Prompt]]) -> None:
     """Check devices, model files, class names and prompt lengths; print warnings.
 
     Args:
         config: Configuration of the run.
         task: Task with the class names.
-        asked: Prompts of every split.
+        prompts: Prompts of every split.
 
     Raises:
         UserError: Names the key, the file or the image at fault.
@@ -35,7 +35,7 @@ def check_model(config: Config, task: Task, asked: Collection[Sequence[Prompt]])
     check_8bit(config)
     measure = check_weights(config)
     check_words(config, measure, task)
-    check_lengths(config, asked, measure)
+    check_lengths(config, prompts, measure)
     for line in (unknown_classes(config, task), still_adapters(config)):
         if line:
             say(f"warning: {line}")
@@ -69,7 +69,7 @@ def _questions(data: DataConfig) -> tuple[tuple[str, str], ...]:
     return ("question", data.question), ("open_question", data.open_question)
 
 
-def check_lengths(config: Config, asked: Collection[Sequence[Prompt]], measure: meter.PromptMeter) -> None:
+def check_lengths(config: Config, every_split: Collection[Sequence[Prompt]], measure: meter.PromptMeter) -> None:
     """Check that every prompt is within `model.max_prompt_tokens` and fits the context with its completion."""
     limit, completion = config.model.max_prompt_tokens, config.rollout.max_completion_tokens
     bounds = [limit] if limit is not None else []
@@ -78,7 +78,7 @@ def check_lengths(config: Config, asked: Collection[Sequence[Prompt]], measure: 
         bounds.append(measure.context - completion)
     if not bounds:
         return
-    for prompts in asked:
+    for prompts in every_split:
         if (found := measure.over(prompts, config.model.image_size, min(bounds))) is None:
             continue
         length, prompt = found
@@ -154,7 +154,7 @@ def check_vlm(config: Config, data: TaskData) -> TaskPrompts:
         raise UserError(f"model={config.model.name} is no language model, and method={config.method['name']} needs one")
     if config.rollout.check is not None:
         locate(config.rollout.check, "rollout.check")(config)
-    asked = ask(of_config(config), data.task)
-    asked.prompting.sources(data.task)  # hashes the method's files, so a missing one is reported now
-    check_model(config, data.task, [asked.train, *asked.evaluation.values()])
-    return asked
+    prompts = ask(of_config(config), data.task)
+    prompts.prompting.sources(data.task)  # hashes the method's files, so a missing one is reported now
+    check_model(config, data.task, [prompts.train, *prompts.evaluation.values()])
+    return prompts

@@ -44,7 +44,7 @@ from common.vlm.replies import Replies, greedy
 # Parts of the learner, from the configuration: rollout options, encoder, decoding, checks.
 
 
-def backend_options(config: Config, asked: TaskPrompts) -> dict[str, Any]:
+def backend_options(config: Config, task_prompts: TaskPrompts) -> dict[str, Any]:
     """Return the arguments of the rollout backend. All ranks call it together.
 
     They are those of the configuration; if `prompt_tokens` is null there, it becomes what the run's prompts need.
@@ -57,7 +57,7 @@ def backend_options(config: Config, asked: TaskPrompts) -> dict[str, Any]:
     longest, context = 0, None
     if rank() == 0:
         measure, size = check.check_weights(config), config.model.image_size
-        prompts = [prompt for part in (asked.train, *asked.evaluation.values()) for prompt in part]
+        prompts = [prompt for part in (task_prompts.train, *task_prompts.evaluation.values()) for prompt in part]
         longest, context = max(measure.tokens(prompts, size), default=0), measure.context
     longest, context = gather((longest, context))[0]
     return {**options, "prompt_tokens": meter.room(longest, config.rollout.max_completion_tokens, context)}
@@ -193,13 +193,13 @@ class VLMLearner(Learner):
 
     def set_task(self, task: Task) -> None:
         old, self.task = self.task, task
-        asked = {  # prompts of an unchanged split are reused
+        evaluation = {  # prompts of an unchanged split are reused
             split: self.prompts.evaluation[split]
             if old.evaluation.get(split) is each
             else self.prompting.evaluation_prompts(task, split)
             for split, each in task.evaluation.items()
         }
-        self.prompts = replace(self.prompts, task=task, evaluation=asked)
+        self.prompts = replace(self.prompts, task=task, evaluation=evaluation)
         self.encoder.set_images(make_loader(self.config, task))
 
     def train(self, recorder: Recorder) -> int:

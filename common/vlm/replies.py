@@ -49,7 +49,7 @@ class Replies:
         self.decoding, self.batch = greedy(max_tokens), batch
 
     def __call__(
-        self, rollout: Rollout, asked: TaskPrompts, split: str, prompts: Sequence[Prompt], scored: bool
+        self, rollout: Rollout, task_prompts: TaskPrompts, split: str, prompts: Sequence[Prompt], scored: bool
     ) -> Answers:
         """Return the answers to some prompts of a split, in their order; the seconds are those of this rank.
 
@@ -57,28 +57,28 @@ class Replies:
         """
         began, scoring = time.perf_counter(), 0.0
         labels = self.labels if scored else None
-        asked_about, prompting = asked.task.evaluation[split], asked.prompting
-        indices = {item.image: item.label for item in asked_about.items}
-        table = ScoreTable(asked_about.choices, [prompt.choices for prompt in prompts]) if labels else None
+        tested, prompting = task_prompts.task.evaluation[split], task_prompts.prompting
+        indices = {item.image: item.label for item in tested.items}
+        table = ScoreTable(tested.choices, [prompt.choices for prompt in prompts]) if labels else None
         predictions: list[Prediction] = []
         parts = list(micro_batches(share_of(list(prompts)), self.batch))
         for part in progress(parts, f"evaluating {split}", len(parts)):
             wanted = requests(self.encoder, part, [""] * len(part))  # greedy decoding uses no seed
             groups = rollout.generate(wanted, 1, self.decoding)
             graded = [
-                grade(prompting, prompt, indices[prompt.image], group[0], asked_about.choices, self.articles)
+                grade(prompting, prompt, indices[prompt.image], group[0], tested.choices, self.articles)
                 for prompt, group in zip(part, groups, strict=True)
             ]
             predictions += graded
             if labels is not None and table is not None:
                 start = time.perf_counter()
-                table.add(self._scores(labels, prompting, asked_about.choices, part, wanted, graded))
+                table.add(self._scores(labels, prompting, tested.choices, part, wanted, graded))
                 scoring += time.perf_counter() - start
         # share_of gave prompts to ranks in turn; interleave restores the order
         everyone = interleave(gather(predictions))
         probabilities = None if table is None else table.of_all_ranks()
         seconds = time.perf_counter() - began - scoring
-        columns = prompting.extra_columns(asked.task, split, everyone)
+        columns = prompting.extra_columns(task_prompts.task, split, everyone)
         columns["prompt"] = [prompt.text for prompt in prompts]
         return Answers(everyone, seconds, probabilities, scoring, columns)
 
@@ -88,14 +88,14 @@ class Replies:
         prompting: Prompting,
         everything: Sequence[str],
         prompts: Sequence[Prompt],
-        asked: Sequence[Request],
+        requests: Sequence[Request],
         graded: Sequence[Prediction],
     ) -> list[LabelScores]:
         """Return the scores of the names that each prompt lists; an open question has all of `everything`."""
         responses = [[prompting.label_response(name) for name in prompt.choices or everything] for prompt in prompts]
         texts = [prediction.reply.text if prediction.reply else "" for prediction in graded]
         begun = [reasoning(prompting, text) if self.reasoned else "" for text in texts]
-        return labels([request.encoded for request in asked], responses, begun)
+        return labels([request.encoded for request in requests], responses, begun)
 
 
 class ScoreTable:

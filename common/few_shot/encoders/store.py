@@ -95,13 +95,13 @@ class Store:
 
     def find(self, keys: Sequence[bytes]) -> NDArray[np.int64]:
         """Return table and row of each key, -1 for missing ones. Shape: [N, 2]."""
-        asked = np.array(keys, KEY)
-        if not len(self.keys) or not len(asked):
-            return np.full((len(asked), 2), -1)
+        wanted = np.array(keys, KEY)
+        if not len(self.keys) or not len(wanted):
+            return np.full((len(wanted), 2), -1)
         # searchsorted gives the place where a key would be inserted; a key is there if the entry at that place equals
         # it.
-        place = np.searchsorted(self.keys, asked).clip(max=len(self.keys) - 1)
-        return np.where((self.keys[place] == asked)[:, None], self.where[place], -1)
+        place = np.searchsorted(self.keys, wanted).clip(max=len(self.keys) - 1)
+        return np.where((self.keys[place] == wanted)[:, None], self.where[place], -1)
 
     def add(self, keys: Sequence[bytes], rows: torch.Tensor) -> None:
         """Append rows of shape [N, width]; the next `refresh` makes them visible."""

@@ -156,20 +156,20 @@ def load_timm(
             f"{key}: {path or model + ' on the hub'} gives no weights of timm's {model} ({reason}); fetch them where"
             f" there is a network, or give a file: {key}.options.file=<path>"
         ) from error
-    asked = resolve_model_data_config(made)
-    height, side = asked["input_size"][1:]
-    if height != side or asked["crop_mode"] not in ("center", "squash"):
+    known = resolve_model_data_config(made)
+    height, side = known["input_size"][1:]
+    if height != side or known["crop_mode"] not in ("center", "squash"):
         raise UserError(
-            f"{key}.options.model={model} takes pictures of {height} x {side}, crop_mode={asked['crop_mode']}; choose a"
+            f"{key}.options.model={model} takes pictures of {height} x {side}, crop_mode={known['crop_mode']}; choose a"
             " model of square pictures, cropped at the centre or squashed"
         )
     look = Preprocessing(
         side,
-        tuple(asked["mean"]),
-        tuple(asked["std"]),
-        squash=asked["crop_mode"] == "squash",
-        interpolation=asked["interpolation"],
-        crop=asked["crop_pct"],
+        tuple(known["mean"]),
+        tuple(known["std"]),
+        squash=known["crop_mode"] == "squash",
+        interpolation=known["interpolation"],
+        crop=known["crop_pct"],
     )
     made = made.to(device=device, dtype=dtype)
     encoder = Timm(made, 0, look, f"{model}-{parameters_hash(made)[:16]}", str(path or f"timm {model}"))

@@ -42,8 +42,8 @@ class TextAttention(nn.Module):
             Adapted texts. Shape: [N, C, D].
         """
         # queries: the texts; keys and values: the positions
-        asked = text.expand(len(maps), -1, -1)
-        return text + self.attention(asked, maps, maps, need_weights=False)[0]
+        queries = text.expand(len(maps), -1, -1)
+        return text + self.attention(queries, maps, maps, need_weights=False)[0]
 
 
 def logits(attention: TextAttention, images: Tensor, maps: Tensor, text: Tensor) -> Tensor:

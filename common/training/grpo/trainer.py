@@ -107,8 +107,8 @@ class Sampling:
         """Start sampling batch `number` in a thread; later updates of the policy do not affect it."""
         if self.thread is None:
             self.thread = ThreadPoolExecutor(1, "rollout")
-        prompts, asked = self._ask(number)  # not in the thread: the encoder is not thread-safe
-        self.pending = number, self.thread.submit(self._complete, prompts, asked, version)
+        prompts, requests = self._ask(number)  # not in the thread: the encoder is not thread-safe
+        self.pending = number, self.thread.submit(self._complete, prompts, requests, version)
 
     def take(self, number: int) -> Sampled | None:
         """Return batch `number` if it was begun. Wait for it, and raise the sampler's errors."""
@@ -137,23 +137,23 @@ class Sampling:
         seeds = [f"rollout-{self.seed}-{number}-{each}" for each in share_of(list(range(len(chosen))))]
         return prompts, requests(self.encoder, prompts, seeds)
 
-    def _complete(self, prompts: list[Prompt], asked: Sequence[Request], version: int) -> Sampled:
+    def _complete(self, prompts: list[Prompt], requests: Sequence[Request], version: int) -> Sampled:
         """Sample completions; draw zero-variance groups again if configured (`zero_variance: resample`)."""
         size, again = self.config.group_size, 0
-        completions = self.rollout.generate(asked, size, self.decoding)
+        completions = self.rollout.generate(requests, size, self.decoding)
         for attempt in range(self.config.resample_rounds if self.config.zero_variance == "resample" else 0):
             zero_variance = without_differences(
                 score_groups(prompts, completions, self.rewards, self.open_image).total, size
             )
             if not zero_variance:
                 break
-            once_more = [replace(asked[i], seed=f"{asked[i].seed}-again-{attempt}") for i in zero_variance]
+            once_more = [replace(requests[i], seed=f"{requests[i].seed}-again-{attempt}") for i in zero_variance]
             fresh = self.rollout.generate(once_more, size, self.decoding)
             again += len(zero_variance)
             for i, group in zip(zero_variance, fresh, strict=True):
                 completions[i] = group
         check_fresh(completions, version)
-        return Sampled(prompts, list(asked), completions, version, again)
+        return Sampled(prompts, list(requests), completions, version, again)
 
 
 # The trainer. With `num_iterations: 1` (both papers) every rollout batch is used for one update: the sampling policy is
