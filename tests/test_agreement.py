@@ -73,7 +73,7 @@ def test_8_bits_are_compared_as_the_matrices_that_they_stand_for(world, monkeypa
         )
     found = measured(made)
     if family == "gemma3":
-        assert agreement.difference(plain, shared) > 5e-4, "in 8 bits as they are, correct forwards differ"
+        assert agreement.difference(plain, shared) > 2 * found.allowed, "in 8 bits as they are, correct forwards differ"
     assert found.allowed == 1e-4
     assert found.shared < 2e-5 and found.replay < 2e-5 and found.noise < 2e-5 and found.rounding > 1e-3
     FAULTS["a token sees the next one"](monkeypatch)

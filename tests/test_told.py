@@ -269,7 +269,7 @@ def test_the_untrained_model_is_the_first_that_can_be_the_best(process_group):
     recorder = SimpleNamespace(
         kept=lambda phase, split: Answers(right, 0.0) if (phase, split) == ("before", "val") else 1
     )
-    predictor = SimpleNamespace(task={"val": [], "test": []})
+    predictor = SimpleNamespace(task=SimpleNamespace(evaluation={"val": [], "test": []}))
     config = SimpleNamespace(trainer=SimpleNamespace(evaluate_every=5, evaluate_limit=None))
     assert loop.untrained(predictor, config, recorder) == (0, 0.75)
     config.trainer.evaluate_limit = 2  # the images that are watched
@@ -314,7 +314,7 @@ def finished(tmp_path):
 def test_the_tested_update_and_the_best_one(finished, evaluate, last, tested, best):
     right = [Prediction("a", "x", 0, "x", True, True), Prediction("b", "x", 0, "y", last == 1, last == 1)]
     config = SimpleNamespace(evaluate=evaluate, trainer=SimpleNamespace(evaluate_limit=None))
-    learner = SimpleNamespace(task={"val": [], "test": []})
+    learner = SimpleNamespace(task=SimpleNamespace(evaluation={"val": [], "test": []}))
     after = SimpleNamespace(answers={"val": Answers(right, 0.0)})
     rows = [{"step": 6, "eval/val/accuracy": 0.75}, {"step": 9, "loss": 1.0}, {"step": 9, "eval/val/accuracy": 0.5}]
     told = pipeline.best_evaluation(config, learner, finished, after, 9, rows)

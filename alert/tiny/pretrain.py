@@ -175,8 +175,8 @@ class Episodes:
         bank = self.model.model.multi_modal_projector(outputs.unflatten(0, (len(kind), support)).mean(1))  # [E, m, D]
         rows = [self.episode(kind, count, true_names) for _ in range(EPISODE_ROWS)]
         unlisted = [self.rng.choice(self.unlisted(row, len(kind))) for row in rows for _ in row.categories]
-        listed = [category for row in rows for category in row.categories]
-        return self.loss(rows, self.blend([kind[number] for number in listed], [kind[n] for n in unlisted]), bank)
+        asked = [category for row in rows for category in row.categories]
+        return self.loss(rows, self.blend([kind[number] for number in asked], [kind[n] for n in unlisted]), bank)
 
     def episode(self, kind: Sequence[str], count: int, true_names: bool) -> Row:
         """Build a prompt with `count` reference categories, and replies to some images of them."""
