@@ -404,22 +404,31 @@ def fitted(compose, name, *words):
     return validate(compose(f"method={name}", *words, *(["few_shot.strength=1"] if name == "linear_probe" else [])))
 
 
-def test_learners_of_fixed_classes_refuse_others(compose, task):
-    check_fit(validate(compose("method=cafo")), task())
-    for name in LOOKS:
-        with pytest.raises(UserError, match=f"{name} knows only the classes.*'test' has 1 others, first: 'ox'"):
-            check_fit(fitted(compose, name), task(("ox", "green", "blue")))
-    for name in READS:
+def one_of(names):
+    """The first of the names is tried by make test-fast, the others by make test: each composes for 0.2 s."""
+    return [names[0], *(pytest.param(name, marks=pytest.mark.slow) for name in names[1:])]
+
+
+@pytest.mark.parametrize("name", one_of(LOOKS))
+def test_learners_of_fixed_classes_refuse_others(compose, task, name):
+    check_fit(fitted(compose, name), task())
+    with pytest.raises(UserError, match=f"{name} knows only the classes.*'test' has 1 others, first: 'ox'"):
         check_fit(fitted(compose, name), task(("ox", "green", "blue")))
 
 
-def test_learners_that_read_refuse_an_encoder_that_only_looks(compose, task):
-    encoders = ("clip=none", "visual=lite0")
-    for name in READS:
-        with pytest.raises(UserError, match=f"{name} compares pictures with class names.*clip=none has no text tower"):
-            check_fit(fitted(compose, name, *encoders), task())
-    for name in LOOKS:
-        check_fit(fitted(compose, name, *encoders), task())
+@pytest.mark.parametrize("name", one_of(READS))
+def test_learners_that_read_take_other_classes_but_no_encoder_that_only_looks(compose, task, name):
+    check_fit(fitted(compose, name), task(("ox", "green", "blue")))
+    with pytest.raises(UserError, match=f"{name} compares pictures with class names.*clip=none has no text tower"):
+        check_fit(fitted(compose, name, "clip=none", "visual=lite0"), task())
+
+
+@pytest.mark.parametrize("name", one_of(LOOKS))
+def test_learners_that_look_take_an_encoder_that_only_looks(compose, task, name):
+    check_fit(fitted(compose, name, "clip=none", "visual=lite0"), task())
+
+
+def test_a_learner_needs_an_encoder(compose, task):
     with pytest.raises(UserError, match="needs an encoder"):
         check_fit(validate(compose("method=cafo", "clip=none", "visual=none")), task())
 

@@ -121,11 +121,15 @@ def test_name_groups():
     ids=["different names", "shared names"],
 )
 def named(request):
-    """Names, and a large sample with one and with three references beside the truth (two, where names are shared)."""
+    """Names, and a large sample with three references beside the truth (two, where names are shared)."""
     several = 4 if request.param == NAMES else 3
-    pairs = draws(DRAWS, request.param, smallest=2, largest=2)
-    sets = draws(DRAWS, request.param, seed=2, smallest=several, largest=several)
-    return request.param, pairs, sets, several
+    return request.param, draws(DRAWS, request.param, seed=2, smallest=several, largest=several), several
+
+
+@pytest.fixture(scope="module")
+def pairs(named):
+    """A large sample with one reference beside the truth."""
+    return draws(DRAWS, named[0], smallest=2, largest=2)
 
 
 def others(sample):
@@ -133,25 +137,25 @@ def others(sample):
 
 
 @pytest.mark.slow
-def test_first_draw_follows_the_weights(named):
-    names, pairs, _, _ = named
+def test_first_draw_follows_the_weights(named, pairs):
+    names, _, _ = named
     assert p_value(others(pairs), exact(names, 2)) > 0.01
 
 
 @pytest.mark.slow
-def test_a_slightly_different_temperature_would_be_noticed(named):
-    names, pairs, sets, several = named
+def test_a_slightly_different_temperature_would_be_noticed(named, pairs):
+    names, sets, several = named
     assert p_value(others(pairs), exact(names, 2, tau=1.1 * TAU)) < 1e-6
     assert p_value(others(sets), exact(names, several, tau=1.1 * TAU)) < 1e-6
 
 
 def test_sets_follow_draws_without_replacement(named):
-    names, _, sets, several = named
+    names, sets, several = named
     assert p_value(others(sets), exact(names, several)) > 0.01
 
 
 def test_inclusion_frequencies(named):
-    names, _, sets, several = named
+    names, sets, several = named
     probabilities = exact(names, several)
     for label in range(1, len(names)):
         expected = sum(p for chosen, p in probabilities.items() if label in chosen)
@@ -160,15 +164,15 @@ def test_inclusion_frequencies(named):
 
 
 def test_truth_is_there_once_and_nothing_twice(named):
-    names, pairs, sets, _ = named
+    names, sets, _ = named
     label = [name.strip().lower() for name in names]
-    for drawn in {*pairs, *sets}:
+    for drawn in set(sets):
         assert drawn.count(0) == 1
         assert len({label[c] for c in drawn}) == len(drawn)
 
 
 def test_position_of_every_order_is_uniform(named):
-    _, _, sets, several = named
+    _, sets, several = named
     assert uniform(Counter(drawn.index(0) for drawn in sets), range(several)) > 0.01
     one_set = max(others(sets), key=others(sets).get)
     orders = Counter(drawn for drawn in sets if frozenset(drawn) - {0} == one_set)

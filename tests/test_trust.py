@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import os
 import pickle
@@ -221,10 +222,16 @@ CALLS = {
 }
 
 
+@functools.cache
+def own_code():
+    """The syntax of every file of the repository's packages, by path."""
+    return {path: ast.parse(path.read_text()) for package in trust.OWN for path in (ROOT / package).rglob("*.py")}
+
+
 def test_every_call_that_imports_what_it_is_told_is_known():
     found = set()
-    for path in (path for package in trust.OWN for path in (ROOT / package).rglob("*.py")):
-        for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+    for tree in own_code().values():
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
             name = getattr(call.func, "attr", getattr(call.func, "id", None))
             if name in ("locate", "check_call", "check_module", "of_recipe", "import_module", "__import__"):
                 found.add(ast.unparse(call.args[0]))
@@ -353,8 +360,7 @@ def test_a_few_shot_learners_state_is_plain_values(tmp_path, bomb):
 
 def test_nothing_else_unpickles():
     """Every call of `torch.load` and `numpy.load` says so itself; pickle is used nowhere."""
-    for path in (path for package in trust.OWN for path in (ROOT / package).rglob("*.py")):
-        tree = ast.parse(path.read_text())
+    for path, tree in own_code().items():
         imported = {
             alias.name
             for node in ast.walk(tree)
