@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alert import accounting
+from alert import error_analysis
 from alert import references as reference
 from alert.bank import file as bank_file
 from alert.rewards import tagged_answer
@@ -231,7 +231,7 @@ class AlertPrompting(Prompting):
         return f"<answer>{name}</answer>"
 
     def diagnostics(self, task: Task, split: str, answers: Answers) -> dict[str, Any]:
-        """Return the accounts of the two stages, and how often reasoning and answer agree (alert/accounting.py).
+        """Return the errors of the two stages, and how often reasoning and answer agree (alert/error_analysis.py).
 
         The candidates in an image's prompt come from its columns: answers may be those of an earlier attempt of the
         run, whose draft may differ by rounding. The rest of the ranking is this attempt's.
@@ -242,26 +242,27 @@ class AlertPrompting(Prompting):
         if differing and rank() == 0:
             log.warning(
                 "%d of the %d images of '%s' were asked with other candidates than the draft gives now; they are"
-                " accounted for with those that they were asked with",
+                " analysed with those that they were asked with",
                 differing,
                 len(candidates_asked),
                 split,
             )
         cases = []
         for p, shown in zip(predictions, candidates_asked, strict=True):
-            ranking = accounting.led_by(shown, [names[label] for label in drafted.ranking(p.image)], self.order)
-            cases.append(accounting.Case(p.label, shown, ranking, p.answer))
+            drafts = [names[label] for label in drafted.ranking(p.image)]
+            ranking = error_analysis.ranking_from(shown, drafts, self.order)
+            cases.append(error_analysis.Case(p.label, shown, ranking, p.answer))
         said = zip(predictions, answers.columns["reasoning_agrees"], strict=True)
         verdicts = [verdict for p, verdict in said if parsing.FORMAT.search(_text(p))]
-        accounts = accounting.account(cases)
+        analysis = error_analysis.analyse(cases)
         origin = drafted.origin
         draft = {
             **vars(origin),
             "k": self.k,
-            **accounts,
-            **accounting.published_above(origin.dataset, origin.shots, accounts),
+            **analysis,
+            **error_analysis.published_above(origin.dataset, origin.shots, analysis),
         }
-        return {"draft": draft, "reasoning": accounting.agreement(verdicts, len(predictions) - len(verdicts))}
+        return {"draft": draft, "reasoning": error_analysis.agreement(verdicts, len(predictions) - len(verdicts))}
 
     def extra_columns(self, task: Task, split: str, predictions: Sequence[Prediction]) -> dict[str, list[Any]]:
         """Return the candidates in the order of the prompt, and whether the reasoning concludes the answer.
@@ -270,7 +271,7 @@ class AlertPrompting(Prompting):
         """
         shown = self._shown(task, split, predictions)
         pairs = zip(predictions, shown, strict=True)
-        agrees = [accounting.agrees(_text(p), p.answer, names) for p, names in pairs]
+        agrees = [error_analysis.agrees(_text(p), p.answer, names) for p, names in pairs]
         return {"candidates": [list(names) for names in shown], "reasoning_agrees": agrees}
 
     def _draft_path(self, split: str) -> Path:

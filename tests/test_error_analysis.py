@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from alert.accounting import Case, account, outcome, reasoning_agrees
+from alert.error_analysis import Case, analyse, outcome, reasoning_agrees
 from common.few_shot.candidates import recall
 
 RANKING = ("ox", "fox", "cow", "cat")
@@ -40,8 +40,8 @@ def test_the_drafts_first_candidate_must_be_shown():
         outcome(Case("ox", ("fox", "cow"), RANKING, "fox"))
 
 
-def test_accounts_by_hand():
-    found = account(
+def test_shares_by_hand():
+    found = analyse(
         [Case(truth, tuple(shown.split()), RANKING, answer) for truth, shown, answer, *_ in OUTCOMES.values()]
     )
     assert found == {
@@ -84,7 +84,7 @@ def some_cases(seed, k, oracle, number=400):
 @pytest.mark.parametrize("k", [1, 2, 3, 8])
 def test_identity_of_accuracy_and_rates(k, oracle):
     cases = some_cases(k, k, oracle)
-    found = account(cases)
+    found = analyse(cases)
     right = sum(case.answer == case.truth and case.truth in case.shown for case in cases)
     assert found["accuracy"] == right / len(cases)
     first = found["recall@1"]
@@ -101,11 +101,11 @@ def test_identity_of_accuracy_and_rates(k, oracle):
 
 
 def test_shares_of_nothing_are_none():
-    found = account([Case("cow", ("ox", "fox"), RANKING, "ox")])
+    found = analyse([Case("cow", ("ox", "fox"), RANKING, "ox")])
     assert found["accuracy_given_presence"] is found["fix_rate"] is found["break_rate"] is None
     assert found["by_position"] == [{"n": 0, "accuracy": None}] * 2
     with pytest.raises(ValueError, match="no images"):
-        account([])
+        analyse([])
 
 
 def test_recall_needs_known_ranks():

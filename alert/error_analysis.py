@@ -42,7 +42,7 @@ PUBLISHED: dict[str, dict[int | str, float]] = {
 class Case:
     """One test image.
 
-    Args: truth: Name of the true class.
+    truth: Name of the true class.
     shown: Names of the candidates in the order of the prompt.
     ranking: Names in the draft's own order, best first, no name twice; as many as are known.
     answer: Final answer; empty if the reply gives none or several.
@@ -93,8 +93,8 @@ def outcome(case: Case) -> Outcome:
     return Outcome(kind, rank, position, False)
 
 
-def account(cases: Sequence[Case]) -> dict[str, Any]:
-    """Return the accounts of one split.
+def analyse(cases: Sequence[Case]) -> dict[str, Any]:
+    """Return how often the draft and the choice from it are right, for the images of one split.
 
     Returns:
         Shares of 1 unless said otherwise; None where there is no image to take a share of.
@@ -112,19 +112,20 @@ def account(cases: Sequence[Case]) -> dict[str, Any]:
 
     >>> ranking, shown = ("a", "b", "c"), ("a", "b")
     >>> pairs = (("a", "a"), ("a", "b"), ("b", "b"), ("c", "a"))
-    >>> accounts = account([Case(truth, shown, ranking, answer) for truth, answer in pairs])
-    >>> [accounts[key] for key in ("accuracy", "recall@1", "presence", "break_rate", "fix_rate")]
+    >>> found = analyse([Case(truth, shown, ranking, answer) for truth, answer in pairs])
+    >>> [found[key] for key in ("accuracy", "recall@1", "presence", "break_rate", "fix_rate")]
     [0.5, 0.5, 0.75, 0.5, 1.0]
-    >>> accounts["errors"]
+    >>> found["errors"]
     {'not_among_candidates': 0.25, 'chosen_wrong': 0.25, 'no_candidate_named': 0.0}
     """
     if not cases:
-        raise ValueError("no images to account for")
+        raise ValueError("no images to analyse")
     outcomes = [outcome(case) for case in cases]
     n, kinds = len(outcomes), Counter(each.kind for each in outcomes)
     shown = [each for each in outcomes if each.position is not None]
-    # led: the draft ranks the true class first; trailed: it is shown but not first. True where the answer is right.
-    led, trailed = ([each.kind == RIGHT for each in shown if (each.rank == 1) is first] for first in (True, False))
+    # The draft ranks the true class first, or lower among the shown ones. True where the answer is right.
+    first = [each.kind == RIGHT for each in shown if each.rank == 1]
+    lower = [each.kind == RIGHT for each in shown if each.rank != 1]
     return {
         "n": n,
         "accuracy": kinds[RIGHT] / n,
@@ -132,16 +133,16 @@ def account(cases: Sequence[Case]) -> dict[str, Any]:
         "accuracy_given_presence": _share(kinds[RIGHT], len(shown)),
         **recall([each.rank for each in outcomes], min(len(case.ranking) for case in cases)),
         "errors": {kind: kinds[kind] / n for kind in (NOT_SHOWN, CHOSEN_WRONG, NONE_NAMED)},
-        "fix_rate": _share(sum(trailed), len(trailed)),
-        "break_rate": _share(len(led) - sum(led), len(led)),
-        "fixed": sum(trailed),
-        "broken": len(led) - sum(led),
+        "fix_rate": _share(sum(lower), len(lower)),
+        "break_rate": _share(len(first) - sum(first), len(first)),
+        "fixed": sum(lower),
+        "broken": len(first) - sum(first),
         "by_position": _by_position(shown, max(len(case.shown) for case in cases)),
         "truth_named_unseen": sum(each.named_unseen for each in outcomes),
     }
 
 
-def led_by(shown: Sequence[str], ranking: Sequence[str], order: str) -> tuple[str, ...]:
+def ranking_from(shown: Sequence[str], ranking: Sequence[str], order: str) -> tuple[str, ...]:
     """Return a ranking that starts with the candidates in an image's prompt, even if the draft has changed since.
 
     Args:
@@ -149,7 +150,7 @@ def led_by(shown: Sequence[str], ranking: Sequence[str], order: str) -> tuple[st
         ranking: Names, best first.
         order: Order of the prompt. With `shuffle` the prompt does not tell the ranks, so they are taken from `ranking`.
 
-    >>> led_by(("b", "a"), ("a", "b", "c"), "rank"), led_by(("b", "a"), ("a", "b", "c"), "shuffle")
+    >>> ranking_from(("b", "a"), ("a", "b", "c"), "rank"), ranking_from(("b", "a"), ("a", "b", "c"), "shuffle")
     (('b', 'a', 'c'), ('a', 'b', 'c'))
     """
     rank = {name: number for number, name in enumerate(ranking)}
