@@ -289,7 +289,7 @@ def test_a_part_that_cannot_be_used_at_all_is_refused(part):
 
 def test_a_class_of_one_image_gets_advice_that_can_be_followed():
     with pytest.raises(
-        UserError, match="'a' has only 1 image .*; add images of this class, or.*method=zeroshot"
+        UserError, match="'a' has only 1 image .*; add images of this class, set a share .*method=zeroshot"
     ) as error:
         sampling.draw(pool(POOL[5:]), Sampling(1, 1))
     assert "shots=0" not in str(error.value)

@@ -66,7 +66,7 @@ def test_several_splits_have_one_number():
         "new, other words accepted: zero-shot 50.00 %, trained 75.00 %",
         "trained: update 3 of 3; the best evaluation was after update 2 (100.00 % on base itself: no validation images;"
         " after the last one 50.00 %)",
-        "1 class has fewer training images than shots, first: 'a' has 1",
+        "1 class has fewer training images than shots=x: a 1",
         "2 pictures that cannot be decoded were left out (manifest.json names them)",
     ]
     assert tables.overall_lines(result({"test": summary()}, {}, train={"updates": 0})) == []

@@ -41,6 +41,7 @@ from common.config.schema import (
     TrackingConfig,
     TrainerConfig,
     one_of,
+    positive,
 )
 from common.config.suggest import unknown_key
 from common.plugins import check_call, check_module, locate, unknown_arguments
@@ -123,6 +124,9 @@ def validate(cfg: DictConfig, typed: Sequence[str] = ()) -> Config:
         raise UserError(f"shots={config.shots}: give the number of training images per class, 1 or more, or all")
     one_of("sampler", config.sampler, SAMPLERS)
     one_of("validation", config.validation, VALIDATIONS)
+    if config.test_share is not None and not 0 < config.test_share < 1:
+        raise UserError(f"test_share={config.test_share} must be a share between 0 and 1, such as 0.2, or null")
+    positive("min_per_class", config.min_per_class)
     if config.gpus < 0:
         raise UserError(f"gpus={config.gpus}: give the number of GPUs, 0 to compute on the CPU")
     ranks = max(1, config.gpus)

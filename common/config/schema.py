@@ -540,6 +540,8 @@ class Config:
     seed: int = 1
     sampler: str = MISSING
     validation: str = "few"
+    test_share: float | None = None
+    min_per_class: int = 1
     gpus: int = MISSING
     cache_dir: str = MISSING
     label: str | None = None

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from common.counted import counted
+from common.counted import agree, counted
 from common.types import Item, Source, UserError
 
 
@@ -27,6 +27,8 @@ class Sampling:
     held_out: Images of a pool that are not tested, since the model was trained on them.
     unusable: Images that are left out after the draw, so that the other picks stay the same.
     refill: Replace unusable images that were picked for training by others of their class.
+    test_share: Share of each class's images of a pool that is set apart for the test before the draw; None: what was
+        not picked is tested.
     """
 
     shots: int | None
@@ -38,6 +40,7 @@ class Sampling:
     held_out: frozenset[str] = frozenset()
     unusable: frozenset[str] = frozenset()
     refill: bool = False
+    test_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -96,14 +99,18 @@ def pick_globally(items: Sequence[Item], shots: int | None, rng: random.Random) 
 def draw(source: Source, how: Sampling) -> Picks:
     """Draw training and validation images: train first, then val, from one stream of `random.Random(seed)`.
 
-    A source without a test split is a pool: all its images that were not picked are tested.
+    A source without a test split is a pool: all its images that were not picked are tested, or the share of them that
+    was set apart before the draw.
 
     Raises:
         UserError: No image of a class would be left to test on, or no usable image of a part.
     """
-    pool = not source.test
+    pool = not source.test and how.test_share is None
     if pool and how.trains:
         _check_rest(source, how.shots)
+    if not source.test and how.test_share is not None:
+        rest, test = set_apart(source.train, how.test_share, how.seed)
+        source = replace(source, train=tuple(rest), test=tuple(item for item in test if item.image not in how.held_out))
     # the draw, with all images, whether usable or not
     rng = random.Random(how.seed)
     take = pick if how.sampler == "coop" else pick_globally
@@ -116,13 +123,26 @@ def draw(source: Source, how: Sampling) -> Picks:
         val = _held_out(source.train, {item.image for item in (*picked, *train)}, how, keep=int(pool))
     # what is left of a pool is the test set
     seen = how.held_out.union(item.image for item in (*picked, *train, *val))
-    test = [item for item in source.train if item.image not in seen] if pool else source.test
+    test = [item for item in source.train if item.image not in seen] if pool else list(source.test)
     if how.test_rows == "val_and_test":
         test, val = [*source.val, *test], []
     train, val, test = (_usable(part, how) for part in (train, val, test))
     short = _short(source, train, how) if how.trains and how.shots is not None else {}
     refilled = Counter(item.name for item in set(train).difference(picked))
     return Picks(tuple(train), tuple(val), tuple(test), short, dict(sorted(refilled.items())))
+
+
+def set_apart(items: Sequence[Item], share: float, seed: int) -> tuple[list[Item], list[Item]]:
+    """Split the images of a pool into those to draw from and those to test on, class by class, in their order.
+
+    Of n images round(share * n) are tested, at least one and at most n - 1; the only image of a class is not tested.
+    """
+    tested: set[str] = set()
+    for label, group in by_label(items).items():
+        count = min(max(1, round(share * len(group))), len(group) - 1)
+        # a generator for each class: another class's images do not change this one's
+        tested.update(item.image for item in random.Random(f"test-{seed}-{label}").sample(group, count))
+    return [item for item in items if item.image not in tested], [item for item in items if item.image in tested]
 
 
 def _usable(items: Sequence[Item], how: Sampling) -> list[Item]:
@@ -186,6 +206,12 @@ def _short(source: Source, train: Sequence[Item], how: Sampling) -> dict[str, in
     return short_classes
 
 
+def too_few(short: Mapping[str, int], shots: int | str) -> str:
+    """Return the line that names all classes with fewer training images than shots, with their numbers of images."""
+    many = f"{counted(len(short), 'class')} {agree(len(short), 'has', 'have')}"
+    return f"{many} fewer training images than shots={shots}: {', '.join(f'{k} {n}' for k, n in short.items())}"
+
+
 def _check_rest(source: Source, shots: int | None) -> None:
     smallest = min(by_label(source.train).values(), key=len)
     if shots is None or len(smallest) <= shots:
@@ -193,8 +219,8 @@ def _check_rest(source: Source, shots: int | None) -> None:
         raise UserError(
             f"shots={shots or 'all'}, but class '{smallest[0].name}' has only {counted(len(smallest), 'image')} and"
             " at least one"
-            f" must be left to test on, since the dataset has no test split; {fewer}, or train nothing and test all of"
-            " them with method=zeroshot"
+            f" must be left to test on, since the dataset has no test split; {fewer}, set a share of every class apart"
+            " with test_share=0.2, or train nothing and test all of them with method=zeroshot"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -118,6 +119,42 @@ class Dataset:
         return Split(tuple(items), names, self.config.question, self.config.open_question, known)
 
 
+def large_classes(source: Source, smallest: int) -> Source:
+    """Leave out classes with fewer than `smallest` images to train on (of a pool: of all), and say which in a note.
+
+    Raises:
+        UserError: Fewer than two classes are left.
+    """
+    counts = Counter(item.label for item in source.train)
+    kept = [label for label in range(len(source.names)) if counts[label] >= smallest]
+    if len(kept) == len(source.names):
+        return source
+    if len(kept) < 2:
+        raise UserError(
+            f"min_per_class={smallest} leaves {counted(len(kept), 'class')}, and a task needs two or more: the largest"
+            f" has {counted(max(counts.values()), 'image')}"
+        )
+    renumbered = {label: number for number, label in enumerate(kept)}
+    names = tuple(source.names[label] for label in kept)
+    parts = Parts(
+        *(
+            [replace(item, label=renumbered[item.label]) for item in part if item.label in renumbered]
+            for part in (source.train, source.val, source.test)
+        )
+    )
+    gone = [f"{name} {counts[label]}" for label, name in enumerate(source.names) if label not in renumbered]
+    note = f"{counted(len(gone), 'class')} left out by min_per_class={smallest}: {', '.join(gone)}"
+    return replace(
+        source,
+        names=names,
+        train=tuple(parts.train),
+        val=tuple(parts.val),
+        test=tuple(parts.test),
+        fingerprint=fingerprint(names, parts),
+        notes=(*source.notes, note),
+    )
+
+
 class Reader(Protocol):
     """Function that `data.reader._target_` names: it reads a dataset in the format that it has on disk."""
 
@@ -155,9 +192,13 @@ def load(data: DataConfig, only_test: bool = False, contents: Contents | None = 
     return source
 
 
-def load_dataset(data: DataConfig, only_test: bool = False, contents: Contents | None = None) -> Dataset:
-    """Read a dataset and the aliases of its class names."""
+def load_dataset(
+    data: DataConfig, only_test: bool = False, contents: Contents | None = None, min_per_class: int = 1
+) -> Dataset:
+    """Read a dataset and the aliases of its class names, without classes of fewer images than `min_per_class`."""
     source = load(data, only_test, contents)
+    if min_per_class > 1:
+        source = large_classes(source, min_per_class)
     aliases = {} if data.aliases is None else read_aliases(Path(data.aliases).expanduser(), source.names)
     return Dataset(data, source, aliases)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -172,17 +172,28 @@ def build(config: Config, without: Collection[str] = ()) -> TaskData:
         header["test_per_class"] = count
     if splits.refilled:
         header["refilled"] = splits.refilled
-    observed = _observed(datasets, len(seen))
+    observed = _observed(datasets, len(seen), _untested(config, task))
     return TaskData(task, manifest.build(task, header, observed))
 
 
-def _observed(datasets: dict[str, Dataset], seen: int) -> dict[str, Any]:
+def _untested(config: Config, task: Task) -> list[str]:
+    """Return the classes whose only image is trained on, where a share of every class was to be tested."""
+    if config.test_share is None or "test" not in task.evaluation:
+        return []
+    tested = {item.name for item in task.evaluation["test"].items}
+    return [name for name in task.train.choices if name not in tested]
+
+
+def _observed(datasets: dict[str, Dataset], seen: int, untested: Sequence[str]) -> dict[str, Any]:
     """Return for the manifest what the readers passed over and their notes."""
     reasons = [reason for one in datasets.values() for reason in Counter(one.source.passed_over).elements()]
     notes = [f"data={name}: {note}" for name, one in datasets.items() for note in one.source.notes]
     if seen:
         many, are = counted(seen, "image"), agree(seen, "is", "are")
         notes.append(f"{many} that the model was trained on {are} not tested")
+    if untested:
+        one = agree(len(untested), "has one image, which is", "have one image each, which is")
+        notes.append(f"{counted(len(untested), 'class')} {one} trained on and not tested: {', '.join(untested)}")
     return {"passed_over": litter_summary(reasons)} | ({"notes": notes} if notes else {})
 
 
@@ -201,7 +212,13 @@ def read_datasets(config: Config) -> dict[str, Dataset]:
         raise _no_target(config, unknown[0])
     contents = Contents(Path(config.cache_dir).resolve())
     with doing(f"reading {config.data.name}"):
-        datasets = {config.data.name: load_dataset(config.data, contents=contents)}
+        own = load_dataset(config.data, contents=contents, min_per_class=config.min_per_class)
+        datasets = {config.data.name: own}
+    if config.test_share is not None and own.source.test:
+        raise UserError(
+            f"test_share={config.test_share}, but data={config.data.name} has a test split of its own; leave test_share"
+            " out"
+        )
     # targets are only tested, so their readers may skip the training images
     for name in chosen:
         if name != config.data.name:
@@ -250,6 +267,7 @@ def sampling(config: Config, seen: frozenset[str] = frozenset(), unusable: froze
         held_out=seen,
         unusable=unusable,
         refill=config.data.own_photos,
+        test_share=config.test_share,
     )
 
 

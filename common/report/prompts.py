@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from common.counted import agree, counted
 from common.data import duplicates
 from common.data.manifest import notes_of
+from common.data.sampling import too_few
 from common.evaluation.evaluate import evenly_spaced
 from common.types import Prompt
 from common.vlm.prompting import TaskPrompts
@@ -80,9 +80,7 @@ def remarks(manifest: Mapping[str, Any], task_prompts: TaskPrompts | None) -> li
     if found := manifest.get("duplicates"):
         lines.append(duplicates.worded(found))
     if short := manifest["short_classes"]:
-        name, count = next(iter(short.items()))
-        many = f"{counted(len(short), 'class')} {agree(len(short), 'has', 'have')}"
-        lines.append(f"{many} fewer training images than shots, first: '{name}' has {count}")
+        lines.append(too_few(short, manifest["shots"]))
     if task_prompts is not None and not task_prompts.prompting.final:
         lines.append("the method chooses the names once the model has seen the pictures; those above stand for them")
     return lines

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from common.counted import agree, counted
 from common.data.manifest import data_lines
+from common.data.sampling import too_few
 from common.evaluation.metrics import Summary
 from common.report import folders
 from common.report.folders import photos
@@ -122,9 +123,7 @@ def overall_lines(result: Result) -> list[str]:
             lines.append(f"{split}, other words accepted: {shown}")
     lines += training_lines(result)
     if short := result.short_classes:
-        name, count = next(iter(short.items()))
-        many = f"{counted(len(short), 'class')} {agree(len(short), 'has', 'have')}"
-        lines.append(f"{many} fewer training images than shots, first: '{name}' has {count}")
+        lines.append(too_few(short, result.shots))
     if result.left_out:
         many, were = counted(result.left_out, "picture"), agree(result.left_out, "was", "were")
         lines.append(f"{many} that cannot be decoded {were} left out (manifest.json names them)")
