@@ -56,6 +56,7 @@ def main() -> None:
         device = init_process_group(config.gpus)
         for number in range(options.repetitions):
             inner = folder / f"evaluation-{number}"
+            inner.mkdir()
             learner = make(config, data, device, inner, Checkpoints(inner, 1))
             clock = time.perf_counter()
             learner.predict("test")

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from common.config.schema import Config
 from common.data.task import TaskData
-from common.evaluation.evaluate import Predictor
+from common.evaluation.evaluate import Evaluation, Predictor
 from common.plugins import locate
-from common.types import Task, UserError
+from common.types import Answers, Task, UserError
 
 if TYPE_CHECKING:  # configuration checks import this module without torch
     import torch
@@ -73,6 +73,13 @@ class Learner(Predictor):
 
         Report every update to the recorder, write checkpoints, and resume from the last one of an earlier attempt.
         """
+
+    def held_out(self, after: Evaluation) -> tuple[str, Answers] | None:
+        """Return answers to images that were not trained on, to calibrate confidences by, and where they are from.
+
+        `after`: evaluation after training. By default those of its validation images (`val`), if there are any.
+        """
+        return ("val", after.answers["val"]) if "val" in after.answers else None
 
     @abstractmethod
     def save(self, folder: Path) -> None:

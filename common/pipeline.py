@@ -18,7 +18,7 @@ over its updates is common/run/loop.py.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -27,6 +27,7 @@ from common.config.schema import Config
 from common.data import manifest
 from common.data.loading import readable
 from common.data.task import TaskData
+from common.evaluation import calibration
 from common.evaluation.evaluate import Evaluation, all_splits, evenly_spaced, monitor_split
 from common.learner import Learner, learner_class
 from common.run.checkpoint import Checkpoints, read_state
@@ -40,6 +41,7 @@ from common.runtime.group import init_process_group, model_of
 from common.runtime.progress import Stopwatch, doing
 from common.training.base import total_updates
 from common.training.signs import CUT, Signs, constant_rewards
+from common.types import Answers
 
 
 def run(config: Config, folder: Path, data: TaskData | None = None) -> Result:
@@ -98,6 +100,10 @@ def run(config: Config, folder: Path, data: TaskData | None = None) -> Result:
             result.train |= best_evaluation(config, learner, checkpoints, after, updates, rows)
             result.train["constant_rewards"] = constant_rewards(rows)
             result.train |= training_facts(config, learner, updates, rows)
+        held_out = learner.held_out(after)
+        if held_out is not None:
+            recorder.held_out(*held_out)
+            result.calibration = calibrate(*held_out, after)
         result.remarks = list(learner.remarks)
         result.train["seconds"] = clock.split(recorder.seconds())
         keep_thumbnails(config, learner, before, after, folder)
@@ -154,6 +160,19 @@ def conclude(result: Result, before: Evaluation | None, after: Evaluation, updat
     if updates:
         result.after, result.overall["after"] = after.summary, after.overall
         result.train["paired"] = {} if before is None else paired(before, after)
+
+
+def calibrate(source: str, held_out: Answers, after: Evaluation) -> dict[str, Any]:
+    """Return the temperature fitted on held-out images, and the calibration error of every split with and without it.
+
+    Empty if the answers have no probabilities.
+    """
+    temperature = calibration.fit(held_out)
+    if temperature is None:
+        return {}
+    errors = {split: calibration.errors(answers, temperature) for split, answers in after.answers.items()}
+    found = {split: pair for split, pair in errors.items() if pair is not None}
+    return asdict(calibration.Calibration(temperature, source, len(held_out.predictions), found))
 
 
 def training_facts(config: Config, learner: Learner, updates: int, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

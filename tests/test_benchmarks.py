@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -82,3 +84,12 @@ def test_a_bank_on_the_host_is_trained_as_one_on_the_device():
     from benchmarks.bank import compare
 
     assert compare((40, 4, 32))["difference"] < 1e-6
+
+
+@pytest.mark.faults
+def test_the_classifier_is_timed_beside_an_evaluation(monkeypatch, capsys):
+    from benchmarks import predict
+
+    monkeypatch.setattr("sys.argv", ["predict", "--images", "4", "--repetitions", "1"])
+    predict.main()
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["images"] == 4

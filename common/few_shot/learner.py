@@ -18,7 +18,7 @@ from common.config.schema import Config
 from common.data import manifest
 from common.data.manifest import digest
 from common.data.task import TaskData, dataset_of, own_labels
-from common.evaluation.evaluate import evenly_spaced
+from common.evaluation.evaluate import Evaluation, evenly_spaced
 from common.few_shot import candidates
 from common.few_shot.check import make, name_of
 from common.few_shot.encoders import generated, texts
@@ -197,6 +197,22 @@ class FewShotLearner(Learner):
         depth = min(candidates.DEPTH, len(self.task.evaluation[split].choices))
         found = candidates.recall(ranks, depth, (*candidates.RECALL_AT, candidates.DEPTH))
         return {**({"chosen": self.facts} if self.facts else {}), "draft": found}
+
+    def held_out(self, after: Evaluation) -> tuple[str, Answers] | None:
+        """Return the predictions of the training images out of cross-validation, or those of the validation images."""
+        logits = self.learner.out_of_fold()
+        if logits is None:
+            return super().held_out(after)
+        # One repeat, so that every image counts once, as a new one would.
+        rows = logits[0].float().cpu().numpy()
+        there = ~np.isnan(rows).any(1)
+        train = self.task.train
+        items = [item for item, known in zip(train.items, there.tolist(), strict=True) if known]
+        made = [
+            Prediction(item.image, item.name, item.label, train.names[c], c == item.label, c == item.label)
+            for item, c in zip(items, rows[there].argmax(1).tolist(), strict=True)
+        ]
+        return "folds", Answers(made, 0.0, probabilities(rows[there], train.names, train.choices))
 
     def set_task(self, task: Task) -> None:
         self.task = task  # cached features are keyed by the content of images, so none becomes stale

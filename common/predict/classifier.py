@@ -17,9 +17,11 @@ from common import parsing
 from common.config.schema import NO_FAMILY, Config
 from common.data import manifest
 from common.data.loading import Loader, count_treated, examine
+from common.evaluation import calibration
 from common.launch import quiet_libraries
 from common.learner import Learner, learner_class
-from common.predict.photos import Photos, Picture, threshold_of
+from common.predict.abstention import threshold_of
+from common.predict.photos import Photos, Picture
 from common.predict.trained_model import SPLIT, TrainedModel, config_of, data_of, without_list
 from common.run.checkpoint import Checkpoints
 from common.run.result import Result
@@ -67,6 +69,7 @@ class Classifier:
         names: Sequence[str] | None = None,
         threshold: float | None = None,
         began_from: str | None = None,
+        temperature: float = 1.0,
     ) -> None:
         """Create a classifier; use `load`.
 
@@ -76,8 +79,9 @@ class Classifier:
             names: Class names, if not those of the run.
             threshold: Confidence below which it abstains.
             began_from: Hash of the weights, if they are not the run's own.
+            temperature: Temperature of the probabilities (common/evaluation/calibration.py).
         """
-        self.config, self.run, self.threshold = config, run, threshold
+        self.config, self.run, self.threshold, self.temperature = config, run, threshold, temperature
         self.workplace = tempfile.TemporaryDirectory(prefix="predict-")
         self.device = init_process_group(config.gpus)
         self.data = data_of(run, config, names)
@@ -119,10 +123,10 @@ class Classifier:
         config = learner_class(config).restored(config, trained.model, partial(config_of, trained, began=True))
         if not lists_names:
             config = without_list(config)
-        # the method trained no weights of its own, so the base weights must still be the same
-        if config.model.path != str(trained.model):
-            return cls(config, trained, names, threshold, began_from=result.weights["sha256"])
-        return cls(config, trained, names, threshold)
+        # where the method trained no weights of its own, the base weights must still be the same
+        began_from = None if config.model.path == str(trained.model) else result.weights["sha256"]
+        temperature = result.calibration.get("temperature", 1.0)
+        return cls(config, trained, names, threshold, began_from, temperature)
 
     @property
     def background(self) -> str:
@@ -194,11 +198,12 @@ class Classifier:
 
     def _read(self, answers: Answers) -> Iterable[Answer]:
         table = answers.probabilities
+        probabilities = None if table is None else calibration.scaled(table, self.temperature)
         candidates = answers.columns.get("candidates")
         for number, prediction in enumerate(answers.predictions):
             shares: dict[str, float] = {}  # of all names, the most probable first
-            if table is not None:
-                classes, values = table.classes[number], table.values[number]
+            if table is not None and probabilities is not None:
+                classes, values = table.classes[number], probabilities[number]
                 order = [place for place in (-values).argsort(kind="stable") if classes[place] >= 0]
                 shares = {table.names[classes[place]]: float(values[place]) for place in order}
             label = self._spelt(prediction.answer)

@@ -1,10 +1,10 @@
-"""Find and open the pictures to classify; choose the confidence threshold for a given risk."""
+"""Find and open the pictures to classify."""
 
 from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from urllib.parse import unquote
@@ -15,7 +15,6 @@ from common.data.images import WHITE, decode, on, to_rgb
 from common.data.layout import pictures
 from common.data.listing import URL, Location, invisible, litter_reason, visible
 from common.data.table import SUFFIXES, paths_in_table
-from common.report.html import transcripts
 from common.runtime.progress import say
 from common.types import BadImage, Images, UserError
 
@@ -135,50 +134,3 @@ class Photos:
         if self.others is None:
             raise BadImage(f"{image} is none of the given pictures")
         return self.others
-
-
-# Abstention: the confidence below which too many answers to the validation images were wrong.
-
-
-def threshold_of(run: Path, risk: float) -> float:
-    """Choose the threshold of a finished run.
-
-    Args:
-        run: Folder of the run.
-        risk: Accepted share of wrong answers among those that are given.
-
-    Raises:
-        UserError: The run has no validation images, or their answers have no probabilities.
-    """
-    if not 0 <= risk < 1:
-        raise UserError(f"risk={risk} must be a share from 0 to below 1, such as 0.05")
-    rows = [row for row in transcripts.tests(run, {}) if row.split == "val" and row.sureness is not None]
-    if not rows:
-        raise UserError(
-            f"risk={risk}: {run} has no validation images with probabilities to choose a threshold by; train with"
-            " validation=held_out (or few) and label_scoring=true"
-        )
-    said = [row for row in rows if row.sureness]  # an answer that is not a class name is never given
-    return choose([row.sureness or 0.0 for row in said], [bool(row.after) for row in said], risk)
-
-
-def choose(confidences: Sequence[float], right: Sequence[bool], risk: float) -> float:
-    """Return the lowest confidence from which on at most `risk` of the answers are wrong; infinity if there is none.
-
-    Answers of equal confidence are accepted together. Geifman and El-Yaniv 2017 (arXiv 1705.08500), without their
-    bound.
-
-
-    >>> choose([0.9, 0.8, 0.7, 0.6], [True, True, False, True], 0.25)
-    0.6
-    >>> choose([0.9, 0.8, 0.7, 0.6], [True, True, False, True], 0.1), choose([0.9], [False], 0.5)
-    (0.8, inf)
-    """
-    ordered = sorted(zip(confidences, right, strict=True), reverse=True)
-    best, wrong = float("inf"), 0
-    for number, (confidence, is_right) in enumerate(ordered, 1):
-        wrong += not is_right
-        last_of_equals = number == len(ordered) or ordered[number][0] < confidence
-        if last_of_equals and wrong <= risk * number:
-            best = confidence
-    return best

@@ -13,6 +13,7 @@ from rich.text import Text
 from common.counted import agree, counted
 from common.data.manifest import data_lines
 from common.data.sampling import too_few
+from common.evaluation import metrics
 from common.evaluation.metrics import Summary
 from common.report import folders
 from common.report.folders import photos
@@ -47,12 +48,15 @@ def result_table(result: Result, data: str | None = None) -> Table:
     where = "" if result.setting == "few_shot" else f" · {result.setting}"
     splits = " / ".join(dict.fromkeys(result.origins.values()))
     title = f"{title}{where} · {result.protocol} · {splits}"
-    table = Table(title=Text(title, style="table.title"), title_justify="left")
-    columns, rows = result_cells(result)
+    return _table(*result_cells(result), title)
+
+
+def _table(columns: list[str], rows: list[list[str]], title: str = "") -> Table:
+    table = Table(title=Text(title, style="table.title") if title else None, title_justify="left")
     for number, name in enumerate(columns):
         table.add_column(name, justify="right" if number else "left")
-    for name, *cells in rows:
-        table.add_row(Text(name), *cells)
+    for row in rows:
+        table.add_row(*map(Text, row))
     return table
 
 
@@ -89,6 +93,43 @@ def result_cells(result: Result) -> tuple[list[str], list[list[str]]]:
             cells = {name: text(summary) + (mark if name == "accuracy %" else "") for name, text in shown.items()}
             rows.append([f"{split}, {phase}", *cells.values()])
     return ["split", *shown], rows
+
+
+def leaderboard_cells(result: Result) -> tuple[list[str], list[list[str]]] | None:
+    """Return the learners that cross-validation compared, the best first, as names of columns and rows; None if none.
+
+    The intervals are those of one classification of every image; that several repeats were averaged is not counted.
+    """
+    found: list[list[str]] = []
+    for summary in result.final.values():
+        chosen = summary.facts.get("chosen", {})
+        validated = chosen.get("cross_validated")
+        if validated is None:
+            continue
+        rows = sorted(validated["learners"], key=lambda row: -row["accuracy"])
+        for row in rows:
+            values = {name: value for name, value in row.items() if name not in ("learner", "accuracy")}
+            low, high = metrics.wilson_interval(round(row["accuracy"] * validated["images"]), validated["images"])
+            mark = " (chosen)" if row["learner"] == chosen["learner"] else ""
+            setting = ", ".join(f"{name}={value:g}" for name, value in values.items())
+            interval = f"{percent(low)} – {percent(high)}"
+            found.append([row["learner"] + mark, setting, percent(row["accuracy"]), interval])
+        return ["learner", "setting", "cross-validated %", "95 % interval"], found
+    return None
+
+
+def calibration_lines(result: Result) -> list[str]:
+    """Return how far confidences are from accuracies, with and without the temperature, one line per test split."""
+    found = result.calibration
+    if not found:
+        return []
+    where = {"folds": "cross-validated", "val": "validation"}[found["source"]]
+    return [
+        f"{split}, confidence: off by {percent(before)} %, at temperature {found['temperature']:.3g} by"
+        f" {percent(after)} % (ECE; fitted on {counted(found['n'], f'{where} image')})"
+        for split, (before, after) in found["ece"].items()
+        if split != found["source"]
+    ]
 
 
 def probability_lines(result: Result) -> list[str]:
@@ -186,7 +227,10 @@ def show(result: Result, folder: Path, console: Console | None = None) -> None:
     console = console or Console(width=None if Console().is_terminal else 140)
     values = folders.read_run(folder).values
     console.print(result_table(result, photos(values) if values else None))
-    lines = [*overall_lines(result), *data_lines(vars(result)), *probability_lines(result), *paired_lines(result)]
+    if (compared := leaderboard_cells(result)) is not None:
+        console.print(_table(*compared))
+    lines = [*overall_lines(result), *data_lines(vars(result)), *probability_lines(result)]
+    lines += [*calibration_lines(result), *paired_lines(result)]
     for line in [*lines, time_line(result)]:
         console.print(Text(line))  # as Text: square brackets in names are not markup
     console.print(Text(f"run folder: {folder}"), soft_wrap=True)

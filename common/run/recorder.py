@@ -79,6 +79,11 @@ class Recorder:
         if self.writes:
             self.files.write_predictions(phase, split, answers)
 
+    def held_out(self, source: str, answers: Answers) -> None:
+        """Save the answers that confidences are calibrated by; `source` as in `Calibration`."""
+        if self.writes:
+            self.files.write_held_out(source, answers)
+
     def evaluation(self, number: int, evaluation: Evaluation) -> None:
         """Record an evaluation after `number` updates."""
         log.info("after %d updates: %s", number, evaluation.scalars)

@@ -39,6 +39,8 @@ class Result:
     overall: one number for several splits, by phase.
     train: updates, seconds by phase, the paired comparison, the update of the tested weights, the best evaluation,
         and rewards that were the same for all completions.
+    calibration: the temperature of the probabilities and what it changes (common/evaluation/calibration.py); empty
+        without held-out images or probabilities.
     remarks: notes for tables on the trained results.
     device: model of the GPU, or CPU.
     """
@@ -64,6 +66,7 @@ class Result:
     after: dict[str, Summary] = field(default_factory=dict)
     overall: dict[str, dict[str, float]] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
     refilled: dict[str, int] = field(default_factory=dict)
     passed_over: dict[str, int] = field(default_factory=dict)
     duplicates: dict[str, int] = field(default_factory=dict)

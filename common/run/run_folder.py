@@ -9,6 +9,8 @@
     completions.parquet   every sampled completion with its rewards (completions/: parts, while the run goes)
     predictions.parquet   every evaluated image, before and after training, with the probabilities of the class names
                           and the method's own columns (predictions/: parts, while the run goes)
+    held_out.parquet      answers to images that were not trained on (cross-validation, or validation images), by which
+                          confidences are calibrated
     metrics.json          the result; written last, so its presence means the run is finished
     thumbnails.parquet    small copies of some pictures, for the report
     report.html           all of this as a page (report/: its data, if it is large)
@@ -42,6 +44,7 @@ from common.types import Answers, UserError
 
 LOCK = ".lock"
 MANIFEST = "manifest.json"
+HELD_OUT = "held_out.parquet"
 LOGS = ("metrics.jsonl", "timings.jsonl")
 
 
@@ -171,6 +174,17 @@ class RunFolder:
         import pyarrow.parquet
 
         path = self._predictions(phase, split)
+        return predictions.from_table(pyarrow.parquet.read_table(path)) if path.is_file() else None
+
+    def write_held_out(self, source: str, answers: Answers) -> None:
+        """Save answers to images that were not trained on; `source` as in common/evaluation/calibration.py."""
+        self._write_table(predictions.to_table("after", source, answers), self.path / HELD_OUT)
+
+    def read_held_out(self) -> Answers | None:
+        """Read what `write_held_out` saved; None if there were no such images."""
+        import pyarrow.parquet
+
+        path = self.path / HELD_OUT
         return predictions.from_table(pyarrow.parquet.read_table(path)) if path.is_file() else None
 
     def _predictions(self, phase: str, split: str) -> Path:

@@ -275,6 +275,13 @@ class FewShotHead:
         """Return logits of shape [N, C]. Before the fit: those that the fit starts from."""
         return base_logits(pictures, text)
 
+    def out_of_fold(self) -> Tensor | None:
+        """Return logits of the training images by fits that had not seen them, if cross-validation was part of the fit.
+
+        NaN for an image that was always trained on. Shape: [repeats, N, C].
+        """
+        return None
+
     def head(self) -> dict[str, Any]:
         """Return everything that `logits` depends on beside the encoders, in a form that `torch.save` takes."""
         return {}

@@ -67,6 +67,7 @@ def make(folder: Path) -> Path:
         f" seed {result.seed}; {folder.resolve().name}",
         parts=PARTS.items(),
         results=Table(*tables.result_cells(result), _notes(result)),
+        leaderboard=_leaderboard(result),
         pictures=_pictures(folder, result, tally),
         confusions=confusion_tables(tally, names),
         classes=class_tables(result),
@@ -82,7 +83,13 @@ def make(folder: Path) -> Path:
 
 def _notes(result: Result) -> list[str]:
     lines = [*tables.overall_lines(result), *data_lines(vars(result)), *tables.probability_lines(result)]
-    return [*lines, *tables.paired_lines(result), tables.time_line(result)]
+    lines += [*tables.calibration_lines(result), *tables.paired_lines(result)]
+    return [*lines, tables.time_line(result)]
+
+
+def _leaderboard(result: Result) -> Table | None:
+    cells = tables.leaderboard_cells(result)
+    return None if cells is None else Table(*cells, [])
 
 
 def confusion_tables(tally: Tally, names: Mapping[str, str]) -> list[dict[str, Any]]:

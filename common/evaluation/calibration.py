@@ -1,0 +1,158 @@
+"""Make confidences mean something: a temperature from held-out images, and a threshold that keeps a promised risk.
+
+Temperature scaling (Guo et al. 2017, arXiv 1706.04599) divides the logits by one number, so the order of the classes
+stays. It is fitted where the model has not been trained: on predictions out of cross-validation, or on the validation
+images. No torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.evaluation.metrics import calibration_error, truth_places
+from common.types import Answers, Probabilities
+
+BOUNDS = (1e-3, 1e3)  # of the temperature
+CONFIDENCE = 0.95  # with which `threshold` keeps its promise
+STEPS = 10  # coverages that `threshold` tries: 10 %, 20 %, ... of the images
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A temperature, and where it is from.
+
+    source: `folds` or `val`.
+    n: number of predictions that it was fitted on.
+    ece: expected calibration error of each test split, without and with it.
+    """
+
+    temperature: float
+    source: str
+    n: int
+    ece: dict[str, list[float]]
+
+
+def temperature(scores: NDArray[np.floating], truths: NDArray[np.integer]) -> float:
+    """Return the temperature with the smallest cross entropy; 1 if there is no image to fit on.
+
+    The truth is smoothed as by Platt (1999): it keeps a share 1 / (n + 2) for all classes together, since n images
+    without an error do not show that there are none.
+
+    Args:
+        scores: Logits or logarithms of probabilities; minus infinity for classes that were not offered. Shape: [N, C].
+        truths: Index of the true class; -1 if it was not offered: such images are left out. Shape: [N].
+    """
+    from scipy.optimize import minimize_scalar  # here, because the import takes a second
+
+    rows = np.flatnonzero(truths >= 0)
+    if not len(rows):
+        return 1.0
+    kept, truths = scores[rows].astype(np.float64), truths[rows]
+    offered = np.isfinite(kept)
+    share = 1 / (len(rows) + 2)
+
+    def loss(log_temperature: float) -> float:
+        logs = _log_softmax(kept / math.exp(log_temperature))
+        truth = np.take_along_axis(logs, truths[:, None], 1)[:, 0]
+        mean = np.where(offered, logs, 0).sum(1) / offered.sum(1)
+        return -float(((1 - share) * truth + share * mean).mean())
+
+    low, high = (math.log(bound) for bound in BOUNDS)
+    # the loss is convex in 1 / T, hence has one minimum in log T
+    return math.exp(float(minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-4}).x))
+
+
+def _log_softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    shifted = scores - scores.max(1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(1, keepdims=True)))
+
+
+def log_probabilities(table: Probabilities) -> NDArray[np.float64]:
+    """Return the logarithms of the probabilities; minus infinity where no class was offered. Shape: [N, K]."""
+    smallest = np.finfo(np.float32).tiny  # a probability that was rounded to 0 is not impossible
+    logs = np.log(np.maximum(table.values.astype(np.float64), smallest))
+    return np.where(table.classes >= 0, logs, -np.inf)
+
+
+def scaled(table: Probabilities, temperature: float) -> NDArray[np.float64]:
+    """Return the probabilities at a temperature; each row adds up to 1. Shape: [N, K].
+
+    >>> table = Probabilities(("a", "b"), np.array([[0, 1]]), np.array([[0.8, 0.2]], np.float32))
+    >>> scaled(table, 2.0).round(4).tolist()  # sqrt(0.8) / (sqrt(0.8) + sqrt(0.2))
+    [[0.6667, 0.3333]]
+    """
+    return np.exp(_log_softmax(log_probabilities(table) / temperature))
+
+
+def fit(held_out: Answers) -> float | None:
+    """Return the temperature of the answers to held-out images; None if they have no probabilities."""
+    table = held_out.probabilities
+    if table is None:
+        return None
+    return temperature(log_probabilities(table), truth_places(table, [p.label for p in held_out.predictions]))
+
+
+def errors(answers: Answers, temperature: float) -> list[float] | None:
+    """Return the expected calibration error without and with a temperature; None without probabilities."""
+    table = answers.probabilities
+    if table is None:
+        return None
+    truths = truth_places(table, [p.label for p in answers.predictions])
+    found = []
+    for values in (table.values, scaled(table, temperature)):
+        right = values.argmax(1) == truths
+        found.append(calibration_error(values.max(1).astype(float).tolist(), right.tolist()))
+    return found
+
+
+def upper_bound(wrong: int, answered: int, confidence: float) -> float:
+    """Return the exact upper bound of the share of wrong answers (Clopper and Pearson 1934).
+
+    >>> round(upper_bound(0, 59, 0.95), 4)  # 0.05 ** (1 / 59) = 0.9505
+    0.0495
+    """
+    from scipy.stats import beta
+
+    return 1.0 if wrong >= answered else float(beta.ppf(confidence, wrong + 1, answered - wrong))
+
+
+def threshold(confidences: Sequence[float], right: Sequence[bool], risk: float) -> float:
+    """Return the lowest confidence from which on at most `risk` of the answers are wrong; infinity if there is none.
+
+    Selection with guaranteed risk control (Geifman and El-Yaniv 2017, arXiv 1705.08500): for other images of the same
+    kind, the share of wrong answers among those that are given is at most `risk`, with a probability of 95 % over the
+    draw of the images that the threshold is chosen by. For each of STEPS coverages the exact upper bound on the share
+    of wrong answers is taken at a confidence that allows for having tried all of them (Bonferroni). So many images
+    are needed that an unlikely row of right answers is excluded: 104 for a risk of 5 %.
+
+    Args:
+        confidences: Confidence of each held-out answer.
+        right: Whether it is right.
+        risk: Accepted share of wrong answers among those that are given.
+    """
+    ordered = sorted(zip(confidences, right, strict=True), reverse=True)
+    best = math.inf
+    for step in range(1, STEPS + 1):
+        count = len(ordered) * step // STEPS
+        if not count:
+            continue
+        lowest = ordered[count - 1][0]
+        answered = [is_right for confidence, is_right in ordered if confidence >= lowest]  # equal ones together
+        wrong = len(answered) - sum(answered)
+        if upper_bound(wrong, len(answered), 1 - (1 - CONFIDENCE) / STEPS) <= risk:
+            best = lowest
+    return best
+
+
+def images_needed(risk: float) -> int:
+    """Return the smallest number of right answers, without a wrong one, that `threshold` can promise a risk by.
+
+    >>> images_needed(0.05), images_needed(0.2)
+    (104, 24)
+    """
+    return math.ceil(math.log((1 - CONFIDENCE) / STEPS) / math.log(1 - risk))

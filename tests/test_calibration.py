@@ -1,0 +1,129 @@
+"""Temperatures and thresholds from held-out images, against scipy, plain computation and simulated draws."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy.stats import binom
+
+from common.evaluation import calibration
+from common.evaluation.calibration import threshold, upper_bound
+from common.types import Answers, Prediction, Probabilities
+
+
+def drawn(seed, n=4000, classes=5, spread=2.0):
+    """Logits whose softmax is the truth's own distribution, and truths that are drawn from it."""
+    generator = np.random.default_rng(seed)
+    logits = generator.normal(0, spread, (n, classes))
+    values = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    return logits, (values.cumsum(1) > generator.random((n, 1))).argmax(1)
+
+
+@pytest.mark.parametrize("factor", [0.05, 0.5, 1, 3, 40])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_distorted_scale_is_found(factor, seed):
+    logits, truths = drawn(seed)
+    assert calibration.temperature(logits * factor, truths) == pytest.approx(factor, rel=0.08)
+
+
+def test_it_is_the_minimum_of_the_smoothed_cross_entropy():
+    logits, truths = drawn(3, n=50)
+    best = calibration.temperature(logits, truths)
+
+    def loss(temperature):
+        share, total = 1 / 52, 0.0
+        for row, truth in zip(logits / temperature, truths, strict=True):
+            logs = row - math.log(sum(math.exp(value) for value in row))
+            total -= (1 - share) * logs[truth] + share * logs.mean()
+        return total
+
+    assert loss(best) < min(loss(best * 1.01), loss(best / 1.01))
+
+
+def test_images_without_an_error_do_not_make_it_certain():
+    logits = np.eye(3)[np.arange(30) % 3] * 2.0
+    temperature = calibration.temperature(logits, np.arange(30) % 3)
+    confidence = float(np.exp(2 / temperature) / (np.exp(2 / temperature) + 2))
+    # the optimum puts 1 - s + s / 3 on the truth, where s = 1 / 32
+    assert confidence == pytest.approx(1 - 2 / 3 / 32, abs=1e-4)
+
+
+def test_what_was_not_offered_counts_for_nothing():
+    logits, truths = drawn(1, n=200)
+    wide = np.concatenate([logits, np.full((200, 2), -np.inf)], 1)
+    assert calibration.temperature(wide, truths) == pytest.approx(calibration.temperature(logits, truths), rel=1e-3)
+    more = np.concatenate([logits, logits[:50] * 100])
+    assert calibration.temperature(more, np.concatenate([truths, np.full(50, -1)])) == pytest.approx(
+        calibration.temperature(logits, truths), rel=1e-6
+    )
+    assert calibration.temperature(logits[:0], truths[:0]) == 1.0
+
+
+def answers(values, truths):
+    names = tuple("abcde")[: values.shape[1]]
+    made = [
+        Prediction(str(n), names[t], int(t), names[int(row.argmax())], bool(row.argmax() == t), False)
+        for n, (row, t) in enumerate(zip(values, truths, strict=True))
+    ]
+    classes = np.broadcast_to(np.arange(values.shape[1], dtype=np.int32), values.shape)
+    return Answers(made, 0.0, Probabilities(names, classes, values.astype(np.float32)))
+
+
+def softmax(logits):
+    return np.exp(logits - logits.max(1, keepdims=True)) / np.exp(logits - logits.max(1, keepdims=True)).sum(
+        1, keepdims=True
+    )
+
+
+@pytest.mark.parametrize("factor", [0.2, 4])
+def test_the_error_falls_on_other_images(factor):
+    logits, truths = drawn(5)
+    temperature = calibration.fit(answers(softmax(logits * factor), truths))
+    new, labels = drawn(6)
+    before, after = calibration.errors(answers(softmax(new * factor), labels), temperature)
+    assert before > 0.08 and after < 0.02
+    plain = softmax(new * factor / temperature)
+    np.testing.assert_allclose(
+        calibration.scaled(answers(softmax(new * factor), labels).probabilities, temperature), plain, atol=1e-4
+    )
+
+
+def test_the_bound_is_clopper_and_pearsons():
+    for wrong, n in ((0, 20), (3, 50), (10, 12), (5, 5)):
+        bound = upper_bound(wrong, n, 0.95)
+        assert bound == 1 if wrong == n else binom.cdf(wrong, n, bound) == pytest.approx(0.05, abs=1e-9)
+
+
+@pytest.mark.parametrize("risk", [0.05, 0.1, 0.3])
+def test_the_promise_is_kept_in_95_of_100_draws(risk):
+    """Confidences are the true probabilities of being right, so the risk above a threshold is known exactly."""
+    generator = np.random.default_rng(int(risk * 100))
+    everyone = generator.beta(4, 1, 200_000)
+    ordered = np.sort(everyone)[::-1]
+    true_risk = 1 - np.cumsum(ordered) / np.arange(1, len(ordered) + 1)
+    broken = answered = 0
+    for _ in range(300):
+        confidences = generator.beta(4, 1, 400)
+        right = generator.random(400) < confidences
+        chosen = threshold(confidences.tolist(), right.tolist(), risk)
+        above = int((everyone >= chosen).sum())
+        answered += above > 0
+        broken += above > 0 and true_risk[above - 1] > risk
+    assert broken <= 0.05 * 300
+    assert answered > 100 or risk == 0.05, "and it does answer"
+
+
+def test_too_few_images_promise_nothing():
+    needed = calibration.images_needed(0.05)
+    assert threshold([0.9] * needed, [True] * needed, 0.05) == 0.9
+    assert threshold([0.9] * (needed - 1), [True] * (needed - 1), 0.05) == math.inf
+    assert threshold([], [], 0.05) == math.inf
+
+
+def test_equal_confidences_are_accepted_together():
+    confidences, right = [0.9] * 120 + [0.8] * 80, [True] * 120 + [False] * 80
+    assert threshold(confidences, right, 0.05) == 0.9
+    assert threshold(confidences[::-1], right[::-1], 0.05) == 0.9
+    assert threshold([0.9] * 200, right, 0.05) == math.inf
