@@ -36,6 +36,7 @@ from common.models.extra_embeddings import attach
 from common.rollout.base import Decoding, requests
 from common.rollout.hf import HFRollout
 from common.types import CATEGORY, Prompt, UserError
+from tests.test_predict import calibrated
 
 NAMES = ("zero", "one", "two")
 GREEDY = Decoding(0.0, 0, 1.0, 16)
@@ -304,7 +305,7 @@ def test_an_exported_alert_answers_as_its_run_did_without_the_dataset(runner, tm
             assert [list(answer.candidates) for answer in answers] == [row["candidates"] for row in part]
             assert [answer.reply for answer in answers] == [row["completion"] for row in part]
             for answer, row in zip(answers, part, strict=True):
-                share = dict(zip(row["choices"], row["probabilities"], strict=True)).get(row["answer"])
+                share = calibrated(run, row).get(row["answer"])
                 assert answer.confidence == (None if share is None else pytest.approx(share, abs=1e-5))
         classifier.close()
 

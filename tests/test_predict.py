@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import replace
 from io import BytesIO
-from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,11 +21,11 @@ from common.data.digits import Digits
 from common.learner import learner_class
 from common.predict import __main__ as command
 from common.predict import cards, photos, trained_model
+from common.predict.abstention import threshold_of
 from common.predict.classifier import Answer
-from common.predict.photos import choose, threshold_of
 from common.predict.trained_model import TrainedModel, config_of, data_of
-from common.report.html import transcripts
 from common.run.result import Result
+from common.run.run_folder import RunFolder
 from common.types import Answers, BadImage, Prediction, Probabilities, Split, UserError
 from tests.test_html import NAMES, answered, write  # noqa: F401
 
@@ -75,6 +73,13 @@ def expected(run):
     return [row for row in rows if (row["phase"], row["split"]) == (last, "test")]
 
 
+def calibrated(run, row):
+    """The probabilities of a row at the temperature of its run, by name."""
+    power = 1 / Result.load(run).calibration.get("temperature", 1.0)
+    shares = [share**power for share in row["probabilities"]]
+    return {name: share / sum(shares) for name, share in zip(row["choices"], shares, strict=True)}
+
+
 def refuse(*arguments, **named):
     raise AssertionError("not needed")
 
@@ -98,7 +103,7 @@ def test_answers_are_the_evaluations(runner, tmp_path, method, monkeypatch):
     learner = None
     for part in (rows[:25], rows[25:]):
         answers = classifier({row["image"]: digits.open(row["image"]) for row in part})
-        shares = [dict(zip(row["choices"], row["probabilities"], strict=True)) for row in part]
+        shares = [calibrated(run, row) for row in part]
         said = [
             (row["answer"], share[row["answer"]]) if row["answer"] in share else (None, None)
             for row, share in zip(part, shares, strict=True)
@@ -106,7 +111,7 @@ def test_answers_are_the_evaluations(runner, tmp_path, method, monkeypatch):
         assert [answer.label for answer in answers] == [label for label, _ in said]
         assert [answer.reply for answer in answers] == [row["completion"] or "" for row in part]
         assert [answer.confidence for answer in answers] == [
-            None if share is None else pytest.approx(share, abs=1e-6) for _, share in said
+            None if share is None else pytest.approx(share, abs=3e-6) for _, share in said
         ]
         if part[0].get("candidates") is not None:
             assert [list(answer.candidates) for answer in answers] == [row["candidates"] for row in part]
@@ -327,7 +332,7 @@ def test_an_answer_has_its_own_confidence_and_is_one_of_the_names(threshold):
     predictions = [Prediction(str(n), "", -1, answer, False, False) for n, (answer, _) in enumerate(said)]
     places, values = np.array([[1, 0]] * 3, np.int32), np.array([shares for _, shares in said], np.float32)
     asked = Classifier.__new__(Classifier)
-    asked.threshold, asked.config = threshold, SimpleNamespace(method={})
+    asked.threshold, asked.config, asked.temperature = threshold, SimpleNamespace(method={}), 1.0
     asked.data = SimpleNamespace(task=SimpleNamespace(evaluation={"test": Split((), ("boot", "bag"), "?", "?")}))
     table = Probabilities(("boot", "bag"), places, values)  # the first of each row is the bag's
     found = list(asked._read(Answers(predictions, 0.0, table)))
@@ -344,33 +349,50 @@ def test_an_answer_has_its_own_confidence_and_is_one_of_the_names(threshold):
     assert [a.label for a in asked._read(Answers(predictions[1:2], 0.0))] == [None if threshold else "one"]
 
 
-def test_what_is_no_class_name_has_no_part_in_the_threshold(write, monkeypatch):  # noqa: F811
-    """0.9 is wrong, 0.7 and 0.6 are right, a sure reply names no class: with a third of risk 0.6 is the threshold."""
-    run = write("run", answered([*"abcd"], ["six"] * 4, ["six", "nine", "six", "horse"], NAMES, [0.6, 0.9, 0.7, 0.1]))
-    rows = list(transcripts.tests(run, {}))
-    assert [row.sureness for row in rows] == [pytest.approx(0.6), pytest.approx(0.9), pytest.approx(0.7), 0.0]
-    monkeypatch.setattr(transcripts, "tests", lambda run, pictures: (replace(row, split="val") for row in rows))
-    assert threshold_of(run, 0.34) == pytest.approx(0.6) and threshold_of(run, 0.0) == float("inf")
+@pytest.fixture
+def held_out(write):  # noqa: F811
+    """A run whose held-out answers are right, right, wrong, ... by confidence, or name no class."""
+
+    def make(confidences, right, temperature=1.0, strange=0):
+        images = [str(n) for n in range(len(right) + strange)]
+        said = ["six" if each else "nine" for each in right] + ["horse"] * strange
+        answers = answered(images, ["six"] * len(images), said, NAMES, [*confidences, *[0.99] * strange])
+        run = write("run", answers)
+        RunFolder(run).write_held_out("val", answers)
+        result = Result.load(run)
+        result.calibration = {"temperature": temperature, "source": "val", "n": len(images), "ece": {}}
+        (run / "metrics.json").write_text(json.dumps(result.to_json()))
+        return run
+
+    return make
 
 
-def test_the_threshold_is_the_lowest_that_keeps_the_risk():
-    """Against all thresholds that there are."""
-    generator = np.random.default_rng(0)
-    for _ in range(60):
-        confidences = generator.integers(1, 12, 30) / 12
-        right, risk = generator.random(30) < confidences, generator.choice([0.0, 0.1, 0.3])
-        fits = [t for t in confidences if (~right[confidences >= t]).mean() <= risk]
-        assert choose(list(confidences), list(right), risk) == (min(fits) if fits else float("inf"))
-    found = [choose([0.9, 0.8, 0.7], [True, False, True], risk) for risk in (0.0, 0.2, 0.4)]
-    assert all(a >= b for a, b in pairwise(found)), "a larger risk never answers less"
+def test_what_is_no_class_name_has_no_part_in_the_threshold(held_out):
+    """200 sure right answers, 50 less sure wrong ones, and 40 surest replies that name no class."""
+    run = held_out([0.9] * 200 + [0.6] * 50, [True] * 200 + [False] * 50, strange=40)
+    assert threshold_of(run, 0.05) == pytest.approx(0.9, abs=1e-6)
+    assert threshold_of(run, 0.4) == pytest.approx(0.6, abs=1e-6)
+
+
+def test_the_threshold_is_one_of_the_calibrated_confidence(held_out):
+    run = held_out([0.9] * 200, [True] * 200, temperature=2.0)
+    others = (0.1 / (len(NAMES) - 1)) ** 0.5 * (len(NAMES) - 1)
+    assert threshold_of(run, 0.05) == pytest.approx(0.9**0.5 / (0.9**0.5 + others), abs=1e-6)
+
+
+def test_too_few_answers_promise_no_risk(held_out):
+    run = held_out([0.9] * 100, [True] * 100)
+    with pytest.raises(UserError, match="risk=0.05 cannot be promised by 100 held-out answers .* at least 104 right"):
+        threshold_of(run, 0.05)
 
 
 def test_a_run_without_validation_images_has_no_threshold(write):  # noqa: F811
     run = write("run", answered(["a"], ["six"], ["six"], NAMES, [0.9]))
     with pytest.raises(UserError, match="no validation images with probabilities.*validation=held_out"):
         threshold_of(run, 0.05)
-    with pytest.raises(UserError, match="risk=1.5 must be a share"):
-        threshold_of(run, 1.5)
+    for risk in (0.0, 1.0, 1.5):
+        with pytest.raises(UserError, match=f"risk={risk} must be a share between 0 and 1"):
+            threshold_of(run, risk)
 
 
 @pytest.fixture
