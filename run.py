@@ -113,13 +113,14 @@ def job(cfg: DictConfig, folder: Path) -> None:
 
 
 def write_page(folder: Path) -> None:
-    """Write report.html unless it exists; `python -m common.report html` writes it anew."""
-    from common.report.html import run_page  # draws
+    """Write report.html and doubts.html unless they exist; `python -m common.report html` writes them anew."""
+    from common.report.html import doubts_page, run_page  # draws
     from common.run.run_folder import best_effort
 
     if not (folder / run_page.FILE).is_file():
         with best_effort(run_page.FILE):
             run_page.make(folder)
+            doubts_page.make(folder)
 
 
 def preview(config: Config, folder: RunFolder) -> None:

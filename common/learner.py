@@ -81,6 +81,12 @@ class Learner(Predictor):
         """
         return ("val", after.answers["val"]) if "val" in after.answers else None
 
+    def examine_data(self, held_out: Answers, after: Evaluation) -> None:
+        """Write into the run folder what the answers say about the data; by default nothing.
+
+        `held_out`, `after`: as in `held_out`.
+        """
+
     @abstractmethod
     def save(self, folder: Path) -> None:
         """Write the trained weights into a folder that a later run can start from."""

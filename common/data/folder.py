@@ -13,20 +13,32 @@ from common.data.layout import PICTURES, parts_of, pictures
 from common.data.listing import Location, litter_summary, litter_worded, on_disk, scan
 from common.data.names import objections, remarks
 from common.data.source import PARTS, Parts, assemble
-from common.data.table import Photo, in_place_of_folders, metadata, others, photos_in_table, photos_in_tables, usable
+from common.data.table import (
+    Photo,
+    corrected,
+    in_place_of_folders,
+    metadata,
+    others,
+    photos_in_table,
+    photos_in_tables,
+    usable,
+)
 from common.parsing import normalize
 from common.types import Item, Source, UserError
+
+CORRECTIONS = "corrections"  # in front of the keys of photos that a table of corrections adds
 
 # Folders `train`, `test` and optionally `val` above the class folders (in a CSV file the column `split`) are the parts.
 # Without them, all photos are one pool to pick from, and those that are not picked are for testing.
 
 
-def read(location: Location, *, csv: str | None = None) -> Source:
+def read(location: Location, *, csv: str | None = None, corrections: str | None = None) -> Source:
     """Read the photos; labels follow the sorted class names, and WordNet ids are replaced by words.
 
     Args:
         location: The folder of photos, or the table itself.
         csv: Name of a table in that folder.
+        corrections: Path of a table with the right classes of some photos, and further photos.
 
     Raises:
         UserError: There are fewer than two classes, a class has no photo or a name that cannot be an answer, or a row
@@ -36,7 +48,14 @@ def read(location: Location, *, csv: str | None = None) -> Source:
     is_table = on_disk(path).is_file()
     base = location.folder.parent if on_disk(location.folder).is_file() else location.folder
     photos = photos_in_table(location, path, base) if is_table else _photos_in(location, path, base)
-    names = sorted({photo.name for photo in photos})
+    added: list[Photo] = []
+    folders = {location.name: base}
+    if corrections is not None:
+        table = Path(corrections).expanduser().absolute()
+        photos, added = corrected(location, photos, table)
+        folders[CORRECTIONS] = table.parent
+        location.notes.append(f"{table.name}: {counted(len(added), 'photo')} added, and others corrected or left out")
+    names = sorted({photo.name for photo in (*photos, *added)})
     _refuse_few(location, path, names)
     # labels are counted before WordNet ids become words, so that they do not depend on the words
     labels = {name: label for label, name in enumerate(names)}
@@ -48,8 +67,11 @@ def read(location: Location, *, csv: str | None = None) -> Source:
     for photo in photos:
         label = labels[photo.name]
         parts[photo.part].append(Item(location.key(photo.path), label, names[label]))
+    for photo in added:
+        label = labels[photo.name]
+        parts[photo.part].append(Item(f"{CORRECTIONS}/{photo.path}", label, names[label]))
     origin = "own split" if parts["test"] else "own images"
-    return assemble(location, names, Parts(**parts), origin, {location.name: base})
+    return assemble(location, names, Parts(**parts), origin, folders)
 
 
 def _refuse_few(location: Location, path: Path, names: Collection[str]) -> None:

@@ -23,6 +23,7 @@ from common.data.listing import (
     scan,
     text,
 )
+from common.data.names import display
 from common.data.source import PARTS
 
 # Paths are relative to the table. Spreadsheets, pandas, label tools, camera traps and Kaggle write tables differently:
@@ -80,6 +81,46 @@ def photos_in_table(location: Location, path: Path, base: Path) -> list[Photo]:
         photos[photo.path] = photo
     find.conclude()
     return list(photos.values())
+
+
+def corrected(location: Location, photos: Sequence[Photo], path: Path) -> tuple[list[Photo], list[Photo]]:
+    """Apply a table of corrections, as `python -m common.report doubts` and the served page write it.
+
+    A row whose path is a photo of the dataset gives it another class, or takes it out if its label is empty. A row
+    whose path is a file beside the table adds a photo; without a label it is passed over.
+
+    Args:
+        location: Location of the dataset, for error messages.
+        photos: Photos of the dataset.
+        path: The table.
+
+    Returns:
+        The dataset's photos with their right classes, and those that are added, with paths relative to the table.
+
+    Raises:
+        UserError: The table cannot be read, a row is there twice, or its path is neither.
+    """
+    if not on_disk(path).is_file():
+        raise location.error(f"data.reader.corrections={path} does not exist; give the table of corrections")
+    labels: dict[str, str] = {}
+    known, added = {photo.path for photo in photos}, []
+    for where, row in _rows(location, path, NEEDED):
+        if row["path"] in labels:
+            raise location.error(f"{where}: {row['path']} has a row already")
+        labels[row["path"]] = row["label"]
+        if row["path"] in known:
+            continue
+        if not on_disk(path.parent / row["path"]).is_file():
+            raise location.error(
+                f"{where}: {row['path']} is no photo of {location.folder}, and no file beside the table"
+            )
+        if row["label"]:
+            added.append(Photo(row["path"], row["label"], "train"))
+    # a class is written as its folder is, or as it is shown: blue_tit or blue tit
+    written = {display(photo.name): photo.name for photo in photos}
+    kept = [replace(photo, name=labels.get(photo.path, photo.name)) for photo in photos]
+    kept, added = ([replace(p, name=written.get(display(p.name), p.name)) for p in each] for each in (kept, added))
+    return [photo for photo in kept if photo.name], added
 
 
 def paths_in_table(location: Location, path: Path) -> dict[str, Path]:

@@ -19,7 +19,7 @@ from common.data import manifest
 from common.data.manifest import digest
 from common.data.task import TaskData, dataset_of, own_labels
 from common.evaluation.evaluate import Evaluation, evenly_spaced
-from common.few_shot import candidates
+from common.few_shot import candidates, doubts
 from common.few_shot.check import make, name_of
 from common.few_shot.encoders import generated, texts
 from common.few_shot.encoders.encoder import TEST, TextEncoder, View, load
@@ -214,6 +214,32 @@ class FewShotLearner(Learner):
         ]
         return "folds", Answers(made, 0.0, probabilities(rows[there], train.names, train.choices))
 
+    def examine_data(self, held_out: Answers, after: Evaluation) -> None:
+        """Write doubts.csv: labels that learners contradict that had not seen them, outliers, copies."""
+        if self.learner.out_of_fold() is None:
+            return
+        task = self.task
+        tested = [(split, answers) for split, answers in after.answers.items() if split == "test"]
+        items, parts = list(task.train.items), ["train"] * len(task.train.items)
+        known = dict(zip([p.image for p in held_out.predictions], _rows_of(held_out), strict=True))
+        for split, answers in tested:
+            own = own_labels(task, split)
+            items += [replace(item, label=own[item.label]) for item in task.evaluation[split].items]
+            parts += [split] * len(task.evaluation[split].items)
+            known |= dict(zip([p.image for p in answers.predictions], _rows_of(answers), strict=True))
+        unknown = np.full(len(task.train.choices), np.nan)
+        features = self.features.pictures(task.images, items).images.cpu().numpy()
+        if rank() == 0:
+            photos = doubts.Examined(
+                [item.image.partition("/")[2] for item in items],
+                parts,
+                np.array([item.label for item in items]),
+                np.array([known.get(item.image, unknown) for item in items]),
+                features,
+            )
+            doubts.write(doubts.find(photos, task.train.names), self.folder / doubts.FILE)
+        barrier()
+
     def set_task(self, task: Task) -> None:
         self.task = task  # cached features are keyed by the content of images, so none becomes stale
 
@@ -333,6 +359,11 @@ class FewShotLearner(Learner):
             candidates.write_candidates(self.folder / candidates.FOLDER / split, ranked, tested.names, truths, about)
         barrier()
         return candidates.truth_ranks(ranked, tested.names, truths)
+
+
+def _rows_of(answers: Answers) -> NDArray[np.float32]:
+    assert answers.probabilities is not None, "a few-shot learner has probabilities"
+    return answers.probabilities.values
 
 
 def probabilities(logits: NDArray[np.float32], names: tuple[str, ...], choices: tuple[str, ...]) -> Probabilities:

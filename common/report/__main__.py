@@ -79,7 +79,7 @@ def _paper(chosen: argparse.Namespace) -> int:
 
 def _html(chosen: argparse.Namespace) -> int:
     from common.report import publish
-    from common.report.html import run_page, sweep_page  # here, because they import matplotlib
+    from common.report.html import doubts_page, run_page, sweep_page  # here, because they import matplotlib
 
     first, *others = chosen.folders
     runs = folders.find_runs(chosen.folders)
@@ -87,6 +87,7 @@ def _html(chosen: argparse.Namespace) -> int:
         path = sweep_page.of_runs(chosen.folders)
     elif runs and runs[0].values:
         path = run_page.make(first)
+        doubts_page.make(first)
     else:
         folder = publish.find_sweep(first)
         publish.write_page(folder)

@@ -15,6 +15,7 @@ from common.data.manifest import data_lines
 from common.data.sampling import too_few
 from common.evaluation import metrics
 from common.evaluation.metrics import Summary
+from common.few_shot import doubts
 from common.report import folders
 from common.report.folders import photos
 from common.run.result import Result
@@ -236,6 +237,10 @@ def show(result: Result, folder: Path, console: Console | None = None) -> None:
     console.print(Text(f"run folder: {folder}"), soft_wrap=True)
     if (folder / "report.html").is_file():
         console.print(Text(f"every reply, to look at: {folder / 'report.html'}"), soft_wrap=True)
+    if (folder / doubts.FILE).is_file():
+        count = len(doubts.read(folder / doubts.FILE))
+        where = folder / "doubts.html"
+        console.print(Text(f"what may be wrong with the photos ({count}), to look at: {where}"), soft_wrap=True)
     if offline := sorted((folder / "wandb").glob("**/offline-run-*")):  # one for every attempt
         paths = " ".join(quote(str(path)) for path in offline)
         console.print(Text(f"W&B was offline; upload it with: wandb sync {paths}"), soft_wrap=True)

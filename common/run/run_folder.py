@@ -14,6 +14,7 @@
     metrics.json          the result; written last, so its presence means the run is finished
     thumbnails.parquet    small copies of some pictures, for the report
     report.html           all of this as a page (report/: its data, if it is large)
+    doubts.csv            of cross-validated photos: what may be wrong with them (doubts.html shows them)
     curves.png, confusion-<split>.png, run.log, model/ (weights), wandb/
 
 The signature covers everything that a result depends on. The same command shows the result of a finished folder and

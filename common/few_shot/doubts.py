@@ -1,0 +1,181 @@
+"""Find what may be wrong with the training images: labels, outliers, copies, classes that are not told apart.
+
+Labels are doubted where learners that had not seen an image say otherwise (cleanlab's confident learning, Northcutt et
+al. 2021, arXiv 1911.00068). The others are found by the features of the encoder.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.types import UserError
+
+FILE = "doubts.csv"
+
+NEIGHBOURS = 10
+COPY = 0.98  # cosine of two features from which on images may be copies
+FEW = 5  # wrong answers from which on two classes are said to be taken for one another
+
+
+@dataclass(frozen=True)
+class LabelDoubts:
+    """quality: how well a label fits, from 0 to 1; issue: it is probably wrong. Shape of both: [N]."""
+
+    quality: NDArray[np.float64]
+    issue: NDArray[np.bool_]
+
+
+def labels(given: NDArray[np.int64], probabilities: NDArray[np.float64]) -> LabelDoubts:
+    """Judge labels by cleanlab.
+
+    Args:
+        given: Labels. Shape: [N].
+        probabilities: Probabilities of the classes by learners that had not seen the image. Shape: [N, C].
+
+    Raises:
+        UserError: cleanlab is not installed.
+    """
+    try:
+        from cleanlab.filter import find_label_issues
+        from cleanlab.rank import get_label_quality_scores
+    except ImportError as error:
+        raise UserError("doubtful labels need cleanlab: uv pip install 'cleanlab>=2.9,<3'") from error
+    quality = get_label_quality_scores(given, probabilities)
+    issue = find_label_issues(given, probabilities, n_jobs=1)
+    return LabelDoubts(np.asarray(quality, np.float64), np.asarray(issue, bool))
+
+
+def unit(features: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Return the features at unit length. Shape: [N, D]."""
+    rows = features.astype(np.float64)
+    return np.asarray(rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12))
+
+
+def outlyingness(features: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Return the mean cosine distance of every image to its nearest others, NEIGHBOURS or fewer. [N, D] -> [N]."""
+    rows = unit(features)
+    near = min(NEIGHBOURS, len(rows) - 1)
+    if near < 1:
+        return np.zeros(len(rows))
+    similar = rows @ rows.T
+    np.fill_diagonal(similar, -np.inf)
+    return np.asarray(1 - np.sort(similar, axis=1)[:, -near:].mean(1))
+
+
+def outliers(distances: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return which distances lie far above the others: over the upper quartile by three times the quartiles' distance.
+
+    Tukey's outer fence (1977).
+    """
+    low, high = np.quantile(distances, (0.25, 0.75))
+    return np.asarray(distances > high + 3 * (high - low))
+
+
+def copies(features: NDArray[np.floating], least: float = COPY) -> list[tuple[int, int, float]]:
+    """Return pairs of images whose features have a cosine of `least` or more, the most similar first."""
+    rows = unit(features)
+    similar = np.triu(rows @ rows.T, 1)
+    found = [(int(a), int(b), float(similar[a, b])) for a, b in zip(*np.nonzero(similar >= least), strict=True)]
+    return sorted(found, key=lambda pair: -pair[2])
+
+
+def confused(given: NDArray[np.int64], probabilities: NDArray[np.float64]) -> list[tuple[int, int, int]]:
+    """Return pairs of classes that are taken for one another, with the number of images; the most frequent first."""
+    answers = probabilities.argmax(1)
+    count = probabilities.shape[1]
+    table = np.zeros((count, count), int)
+    np.add.at(table, (given, answers), 1)
+    both = np.triu(table + table.T, 1)
+    found = [(int(a), int(b), int(both[a, b])) for a, b in zip(*np.nonzero(both >= FEW), strict=True)]
+    return sorted(found, key=lambda pair: -pair[2])
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """A row of doubts.csv, which may be corrected and given back (`data.reader.corrections`).
+
+    path: photo in the dataset's folder.
+    label: its class, to be corrected; empty: the photo is left out.
+    suggestion: the class that it is taken for.
+    reason: `label`, `outlier`, `copy` or `copy, other label`.
+    score: how well the label fits (0: not at all), the mean distance to the nearest others, or the similarity.
+    other: the photo that it is a copy of.
+    part: train or test.
+    """
+
+    path: str
+    label: str
+    suggestion: str
+    reason: str
+    score: float
+    other: str
+    part: str
+
+
+@dataclass(frozen=True)
+class Examined:
+    """Photos with what is known of them.
+
+    paths: in the dataset's folder.
+    parts: train or test.
+    given: labels. Shape: [N].
+    probabilities: of the classes, by learners that had not seen the image; NaN where there are none. Shape: [N, C].
+    features: of the encoder. Shape: [N, D].
+    """
+
+    paths: Sequence[str]
+    parts: Sequence[str]
+    given: NDArray[np.int64]
+    probabilities: NDArray[np.float64]
+    features: NDArray[np.floating]
+
+
+def find(photos: Examined, names: Sequence[str]) -> list[Doubt]:
+    """Return all doubts, one per photo and reason: the worst labels first, then outliers, then copies.
+
+    Copies are named where they cross the parts or have other labels.
+    """
+    known = np.flatnonzero(~np.isnan(photos.probabilities).any(1))
+    judged = labels(photos.given[known], photos.probabilities[known])
+    answers = {int(place): int(row.argmax()) for place, row in zip(known, photos.probabilities[known], strict=True)}
+
+    def doubt(place: int, reason: str, score: float, other: str = "") -> Doubt:
+        answered = answers.get(place)
+        suggestion = "" if answered is None or answered == photos.given[place] else names[answered]
+        label = names[photos.given[place]]
+        return Doubt(photos.paths[place], label, suggestion, reason, round(score, 4), other, photos.parts[place])
+
+    found = [
+        doubt(int(known[number]), "label", float(judged.quality[number]))
+        for number in judged.quality.argsort(kind="stable")
+        if judged.issue[number]
+    ]
+    distances = outlyingness(photos.features)
+    far = outliers(distances)
+    found += [doubt(int(n), "outlier", float(distances[n])) for n in (-distances).argsort(kind="stable") if far[n]]
+    for one, other, score in copies(photos.features):
+        if photos.given[one] != photos.given[other]:
+            found.append(doubt(one, "copy, other label", score, photos.paths[other]))
+        elif photos.parts[one] != photos.parts[other]:
+            found.append(doubt(one, "copy", score, photos.paths[other]))
+    return found
+
+
+def write(found: Sequence[Doubt], path: Path) -> None:
+    """Write the doubts as a CSV file."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, [each.name for each in fields(Doubt)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(map(asdict, found))
+
+
+def read(path: Path) -> list[Doubt]:
+    """Read what `write` wrote."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return [Doubt(**{**row, "score": float(row["score"])}) for row in csv.DictReader(file)]  # type: ignore[arg-type]

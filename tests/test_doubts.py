@@ -1,0 +1,143 @@
+"""What may be wrong with own photos: planted faults, the table of corrections, and the page."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.data import folder
+from common.data.listing import Location
+from common.few_shot import doubts
+from common.few_shot.doubts import Doubt, Examined
+from common.types import UserError
+
+
+def photos(seed=0, classes=4, each=30, width=16):
+    """Separable features, with probabilities that agree with the true class."""
+    rng = np.random.default_rng(seed)
+    truth = np.repeat(np.arange(classes), each)
+    features = 4 * rng.normal(size=(classes, width))[truth] + rng.normal(size=(len(truth), width))
+    sure = rng.uniform(0.6, 0.95, len(truth))
+    probabilities = np.full((len(truth), classes), 0.0) + ((1 - sure) / (classes - 1))[:, None]
+    probabilities[np.arange(len(truth)), truth] = sure
+    return truth, features, probabilities
+
+
+def find(given, features, probabilities, parts=None):
+    paths = [f"{n}.png" for n in range(len(given))]
+    examined = Examined(paths, parts or ["train"] * len(given), given, probabilities, features)
+    return doubts.find(examined, ("ant", "bee", "cow", "dog"))
+
+
+def test_nothing_is_doubted_where_nothing_is_wrong():
+    assert find(*photos()) == []
+
+
+def test_swapped_labels_come_first_with_what_they_are_taken_for():
+    truth, features, probabilities = photos()
+    given, swapped = truth.copy(), [3, 40, 100]
+    given[swapped] = [1, 0, 2]
+    probabilities[swapped] = 0.01  # of all but the true class
+    probabilities[swapped, truth[swapped]] = 0.97
+    found = find(given, features, probabilities)
+    assert [(d.path, d.label, d.suggestion, d.reason) for d in sorted(found, key=lambda d: int(d.path[:-4]))] == [
+        ("3.png", "bee", "ant", "label"),
+        ("40.png", "ant", "bee", "label"),
+        ("100.png", "cow", "dog", "label"),
+    ]
+    assert [d.score for d in found] == sorted(d.score for d in found)
+
+
+def test_a_photo_without_held_out_probabilities_is_not_judged():
+    truth, features, probabilities = photos()
+    given, probabilities = truth.copy(), probabilities.copy()
+    given[3], probabilities[3] = 1, np.nan
+    assert find(given, features, probabilities) == []
+
+
+def test_an_outlier_is_unlike_all_others():
+    truth, features, probabilities = photos()
+    features = np.concatenate([features, -features[:1] * 3 + np.eye(16)[3] * 60])
+    found = find(np.append(truth, 0), features, np.concatenate([probabilities, probabilities[:1]]))
+    assert [(d.path, d.reason) for d in found] == [("120.png", "outlier")]
+    rows = features / np.linalg.norm(features, axis=1, keepdims=True)
+    nearest = np.sort(rows[:-1] @ rows[-1])[-10:]
+    assert found[0].score == pytest.approx(1 - nearest.mean(), abs=1e-4)
+
+
+def test_copies_are_named_across_parts_and_labels_only():
+    truth, features, probabilities = photos()
+    features = np.concatenate([features, features[[0, 31, 62]] * 1.5])
+    given = np.concatenate([truth, [0, 1, 3]])
+    parts = ["train"] * 120 + ["train", "test", "train"]
+    found = find(given, features, np.concatenate([probabilities, probabilities[[0, 31, 93]]]), parts)
+    copies = {(d.path, d.other, d.reason) for d in found if d.other}
+    assert copies == {("31.png", "121.png", "copy"), ("62.png", "122.png", "copy, other label")}
+    assert all(d.score == 1.0 for d in found if d.other)
+
+
+def test_classes_are_told_apart_or_not():
+    given = np.repeat([0, 1, 2], 10)
+    answers = np.array([1] * 4 + [0] * 6 + [0] * 2 + [1] * 8 + [2] * 9 + [0])
+    assert doubts.confused(given, np.eye(3)[answers]) == [(0, 1, 6)]
+
+
+def test_the_table_is_read_as_it_was_written(tmp_path):
+    found = [
+        Doubt("a, b.png", "ant", "bee", "label", 0.01, "", "train"),
+        Doubt("c", "ant", "", "copy", 1.0, "d", "test"),
+    ]
+    doubts.write(found, tmp_path / "doubts.csv")
+    assert doubts.read(tmp_path / "doubts.csv") == found
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    root = tmp_path / "photos"
+    for name in ("blue_tit/1", "blue_tit/2", "wren/1", "wren/2", "wren/3"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(root / f"{name}.png")
+    return root
+
+
+def labelled(root, corrections):
+    source = folder.read(Location("folder", root, root), corrections=str(corrections))
+    return {item.image: item.name for item in source.train}, source
+
+
+@pytest.mark.parametrize("written", ["blue_tit", "blue tit"])
+def test_corrections_change_take_out_and_add(tmp_path, dataset, written):
+    table = tmp_path / "given back" / "doubts.csv"
+    (table.parent / "pictures").mkdir(parents=True)
+    Image.new("RGB", (4, 4), "red").save(table.parent / "pictures" / "new.png")
+    rows = [f"wren/1.png,{written}", "wren/2.png,wren", "blue_tit/1.png,", "pictures/new.png,robin"]
+    table.write_text("\n".join(["path,label", *rows]))
+    found, source = labelled(dataset, table)
+    assert found == {
+        "folder/blue_tit/2.png": "blue_tit",
+        "folder/wren/1.png": "blue_tit",
+        "folder/wren/2.png": "wren",
+        "folder/wren/3.png": "wren",
+        "corrections/pictures/new.png": "robin",
+    }
+    assert source.names == ("blue_tit", "robin", "wren")
+    assert source.images.open("corrections/pictures/new.png").getpixel((0, 0)) == (255, 0, 0)
+    assert source.fingerprint != folder.read(Location("folder", dataset, dataset)).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (["wren/9.png,wren"], "row 2: wren/9.png is no photo of .*, and no file beside the table"),
+        (["wren/1.png,robin", "wren/1.png,wren"], "row 3: wren/1.png has a row already"),
+        (["blue_tit/1.png,", "blue_tit/2.png,"], "has 1 class; a task needs two or more"),
+    ],
+)
+def test_corrections_that_cannot_be_meant_are_refused(tmp_path, dataset, rows, said):
+    table = tmp_path / "doubts.csv"
+    table.write_text("\n".join(["path,label", *rows]))
+    with pytest.raises(UserError, match=said):
+        labelled(dataset, table)
+    with pytest.raises(UserError, match="corrections=.*gone.csv does not exist"):
+        labelled(dataset, tmp_path / "gone.csv")
