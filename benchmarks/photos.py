@@ -100,7 +100,8 @@ def measure(photos: Photos, seed: int, risk: float) -> dict[str, float | bool | 
     began = time.perf_counter()
     head = fit(photos, pick[0], seed)
     seconds = time.perf_counter() - began
-    logits = [head.logits(each, head.text).double().numpy() for each in pick[1:]]
+    with torch.no_grad():
+        logits = [head.logits(each, head.text).double().numpy() for each in pick[1:]]
     labels = [each.labels.numpy() for each in pick]
     # classes in the shares of the draw
     share = np.bincount(np.concatenate(labels[:2]), minlength=len(photos.names)) / (len(labels[0]) + len(labels[1]))

@@ -49,6 +49,21 @@ def test_swapped_labels_come_first_with_what_they_are_taken_for():
     assert [d.score for d in found] == sorted(d.score for d in found)
 
 
+def test_what_is_taken_for_another_class_comes_after_what_is_probably_wrong():
+    """Cleanlab counts only confident contradictions; the others are shown, too."""
+    truth, features, probabilities = photos()
+    given = truth.copy()
+    given[[3, 40]] = [1, 0]
+    for place, own in ((3, 0.01), (40, 0.3)):
+        probabilities[place] = own / 3
+        probabilities[place, given[place]], probabilities[place, truth[place]] = own, 1 - own * 5 / 3
+    found = find(given, features, probabilities)
+    assert [(d.path, d.reason, d.suggestion) for d in found] == [
+        ("3.png", "label", "ant"),
+        ("40.png", "disagreement", "bee"),
+    ]
+
+
 def test_a_photo_without_held_out_probabilities_is_not_judged():
     truth, features, probabilities = photos()
     given, probabilities = truth.copy(), probabilities.copy()

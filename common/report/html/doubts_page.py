@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from common.counted import counted
 from common.evaluation import metrics
 from common.few_shot import doubts
 from common.few_shot.doubts import Doubt
@@ -17,12 +16,12 @@ from common.report.compare import Table
 from common.report.html.render import render, write
 from common.report.html.transcripts import picture
 from common.run import predictions
-from common.run.result import Result
 from common.run.run_folder import RunFolder
 
 FILE = "doubts.html"
 TITLES = {
     "label": ("labels", "Labels that are probably wrong"),
+    "disagreement": ("disagreements", "Taken for another class"),
     "outlier": ("outliers", "Unlike all others"),
     "copy": ("copies", "In training and test"),
     "copy, other label": ("disagreeing", "Nearly the same picture, two labels"),
@@ -33,7 +32,7 @@ def make(folder: Path) -> Path | None:
     """Write the page into the folder of a run that has doubts.csv, and return its path; None for another run."""
     if not (folder / doubts.FILE).is_file():
         return None
-    found, result = doubts.read(folder / doubts.FILE), Result.load(folder)
+    found = doubts.read(folder / doubts.FILE)
     thumbnails = {key.partition("/")[2]: image for key, image in predictions.read_thumbnails(folder).items()}
     groups = [
         (mark, title, [_card(each, thumbnails) for each in found if each.reason == reason])
@@ -51,7 +50,6 @@ def make(folder: Path) -> Path | None:
         groups=groups,
         confused=confused,
         table=doubts.FILE,
-        shots=counted(result.shots, "shot"),
     )
     write(folder / FILE, page)
     return folder / FILE
@@ -59,9 +57,15 @@ def make(folder: Path) -> Path | None:
 
 def summary(found: Sequence[Doubt]) -> str:
     """Return how many photos there are of each kind of doubt."""
-    words = {"label": "doubtful label", "outlier": "outlier", "copy": "copy", "copy, other label": "disagreeing copy"}
+    words = {
+        "label": "label that is probably wrong",
+        "disagreement": "photo taken for another class",
+        "outlier": "outlier",
+        "copy": "copy",
+        "copy, other label": "copy with another label",
+    }
     counts = {word: sum(each.reason == reason for each in found) for reason, word in words.items()}
-    return ", ".join(counted(count, word) for word, count in counts.items() if count) or "nothing"
+    return ", ".join(f"{count} x {word}" for word, count in counts.items() if count) or "nothing"
 
 
 def _card(doubt: Doubt, thumbnails: dict[str, bytes]) -> dict[str, Any]:

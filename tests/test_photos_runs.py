@@ -1,0 +1,93 @@
+"""experiment=photos from a folder to a classifier, as its user meets it."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common import Classifier
+from common.few_shot import doubts
+from common.report.html import doubts_page
+from common.run.result import Result
+from common.types import UserError
+
+pytestmark = pytest.mark.slow
+
+SIZES = {"blue_tit": 25, "robin": 12, "wren": 40, "kea": 1}
+COLOURS = {"blue_tit": (60, 90, 200), "robin": (200, 80, 60), "wren": (120, 100, 60), "kea": (40, 160, 40)}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Coloured noise, a colour for each class; one robin is called a wren, and a wren is in both parts."""
+    root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for name, count in SIZES.items():
+        (root / name).mkdir()
+        for number in range(count):
+            pixels = np.clip(rng.normal(COLOURS[name], 40, (24, 32, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{number:02}.png")
+    swapped = np.clip(rng.normal(COLOURS["robin"], 40, (24, 32, 3)), 0, 255).astype(np.uint8)
+    Image.fromarray(swapped).save(root / "wren" / "swapped.png")
+    return root
+
+
+COMMAND = ["experiment=photos", "visual=pixels", "few_shot.repeats=1", "few_shot.folds=3"]
+
+
+@pytest.fixture(scope="module")
+def finished(runner, photos, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "birds"
+    assert runner(folder, [*COMMAND, f"data.folder={photos}"]) == 0
+    return folder
+
+
+def test_uneven_classes_are_used_whole_and_tested_once(finished):
+    result = Result.load(finished)
+    splits = json.loads((finished / "manifest.json").read_text())["splits"]
+    assert {name: split["n"] for name, split in splits.items()} == {"train": 64, "test": 15}
+    assert result.final["test"].images_per_class == {"blue tit": 5, "robin": 2, "wren": 8}
+    assert result.final["test"].accuracy_macro is not None
+    chosen = result.final["test"].facts["chosen"]
+    rows = {row["learner"]: row["accuracy"] for row in chosen["cross_validated"]["learners"]}
+    assert set(rows) == {"nearest_mean", "linear_probe", "tip_adapter", "tip_adapter_f"}
+    assert rows[chosen["learner"]] == max(rows.values()) > 0.9
+    assert chosen["cross_validated"]["images"] == 63, "the only kea is always trained on"
+    notes = json.loads((finished / "manifest.json").read_text())["notes"]
+    assert "1 class has one image, which is trained on and not tested: kea" in notes
+
+
+def test_what_is_wrong_is_listed_and_shown(finished):
+    found = doubts.read(finished / "doubts.csv")
+    assert found[0].path == "wren/swapped.png" and (found[0].label, found[0].suggestion) == ("wren", "robin")
+    page = doubts_page.make(finished).read_text()
+    assert "wren/swapped.png" in page and "data:image/webp" in page
+
+
+def test_it_answers_with_calibrated_confidences_and_promises_no_risk_by_few_photos(finished, photos):
+    classifier = Classifier.load(finished)
+    (answer,) = classifier([photos / "robin" / "00.png"])
+    classifier.close()
+    assert answer.label == "robin" and 0.5 < answer.confidence < 1
+    calibration = Result.load(finished).calibration
+    assert calibration["source"] == "folds" and calibration["n"] == 63 and set(calibration["ece"]) == {"test"}
+    with pytest.raises(UserError, match="risk=0.02 cannot be promised by 63 held-out answers"):
+        Classifier.load(finished, risk=0.02)
+
+
+def test_corrections_are_given_back(runner, finished, photos, tmp_path):
+    rows = list(csv.DictReader((finished / "doubts.csv").open()))
+    rows[0]["label"] = "robin"
+    with (tmp_path / "doubts.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    again = tmp_path / "again"
+    words = [*COMMAND, f"data.folder={photos}", f"data.reader.corrections={tmp_path / 'doubts.csv'}"]
+    assert runner(again, words) == 0
+    assert "wren/swapped.png" not in {each.path for each in doubts.read(again / "doubts.csv")}
+    before, after = (json.loads((run / "manifest.json").read_text()) for run in (finished, again))
+    assert before["hash"] != after["hash"]
