@@ -311,11 +311,11 @@ def test_such_a_line_reaches_the_manifest_whatever_the_method(tmp_path, compose,
     assert note.startswith("data=folder: warning: 2 of 2 class names look like codes")
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/photos.md"])
 def test_the_first_command_for_own_photos_works_on_a_laptop(compose, page):
-    """A linear probe on the network that is installed with this: no hub, no GPU, and no model that cannot know them."""
+    """Learners on the network that is installed with this: no hub, no GPU, and no model that cannot know them."""
     text = (Path(__file__).parent.parent / page).read_text(encoding="utf-8")
-    command = re.search(r"^python run\.py (data=folder (?:.*\\\n)*.*)", text, re.MULTILINE)[1]
+    command = re.search(r"^python run\.py (experiment=photos (?:.*\\\n)*.*)", text, re.MULTILINE)[1]
     config = validate(compose(*shlex.split(command.replace("\\\n", " "), comments=True)))
-    assert (config.method["name"], config.clip.name, config.visual.name) == ("linear_probe", "none", "lite0")
-    assert config.gpus == 0 and "method=linear_probe clip=none visual=lite0" in check.INSTEAD
+    assert (config.method["name"], config.clip.name, config.visual.name) == ("best_of", "none", "lite0")
+    assert config.gpus == 0 and "experiment=photos" in check.INSTEAD

@@ -41,7 +41,7 @@ def test_other_names_are_warned_of_once(warnings, model):
     (line,) = warnings(asked("zero", "cat", "dog", "One"), f"model={model}", "data=folder", "data.folder=/x")
     assert line.startswith(f"warning: model={model}") and "data=folder" in line and "'cat'" in line
     assert "2 of 4" in line
-    assert "on a laptop take method=linear_probe clip=none visual=lite0, on a GPU another model" in line
+    assert "on a laptop take experiment=photos, on a GPU another model" in line
 
 
 @pytest.mark.parametrize("model", ["tiny_qwen2_vl", "tiny_gemma3"])
@@ -78,7 +78,7 @@ def test_a_stranger_that_earns_nothing_stops():
         watch.see(paid(mean))
     with pytest.raises(UserError, match="in 10 updates reward 'equality' had a mean of 0.019, and") as stop:
         watch.see(paid(0.038))
-    for way_out in ("method=linear_probe clip=none visual=lite0", "model=qwen2_vl_2b", "doctor=false"):
+    for way_out in ("experiment=photos", "model=qwen2_vl_2b", "doctor=false"):
         assert way_out in str(stop.value)
     for given in ({"is_stranger": False}, {}):
         watch = loop.Watch([], **given)

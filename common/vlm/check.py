@@ -17,7 +17,7 @@ from common.vlm.prompting import TaskPrompts, ask, of_config
 
 ADAPTERS_MOVE = 5e-6  # lowest learning rate at which a paper here trains adapters (ALERT)
 INSTEAD = (  # advice for photos, where the tiny model is of no use
-    "on a laptop take method=linear_probe clip=none visual=lite0, on a GPU another model, such as model=qwen2_vl_2b"
+    "on a laptop take experiment=photos, on a GPU another model, such as model=qwen2_vl_2b"
 )
 
 
