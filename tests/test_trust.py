@@ -211,6 +211,7 @@ CALLS = {
     "trainer.loss": "trainer.loss",
     "trainer.advantages": "trainer.advantages",
     "entry['_target_']": "data.reader._target_",  # and few_shot._target_
+    "self.target": "few_shot.learners.x._target_",
     "reader": "data.reader.reader",
     "fallback['_target_']": "data.reader.fallback._target_",
     "entry['fn']": "rewards.x.fn",

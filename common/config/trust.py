@@ -66,6 +66,7 @@ PLACES: dict[tuple[str, ...], Kind] = {
     ("clip", "load"): (ENCODER := Kind("encoder", parameters=("key", "device", "cache_dir", "dtype"))),
     ("visual", "load"): ENCODER,
     ("few_shot", "_target_"): LEARNER,
+    ("few_shot", "learners", "*", "_target_"): LEARNER,
     ("rewards", "*", "fn"): Kind("reward", ("__call__",), ("samples",), "list[float]"),
     **{
         (*data, source, *place): kind

@@ -56,8 +56,8 @@ def _table(columns: list[str], rows: list[list[str]], title: str = "") -> Table:
     table = Table(title=Text(title, style="table.title") if title else None, title_justify="left")
     for number, name in enumerate(columns):
         table.add_column(name, justify="right" if number else "left")
-    for row in rows:
-        table.add_row(*map(Text, row))
+    for name, *cells in rows:
+        table.add_row(Text(name), *cells)
     return table
 
 
