@@ -2,6 +2,7 @@
 
 python -m common.export outputs/<run> <new folder>                    whole weights, for transformers and vLLM
 python -m common.export outputs/<run> <new folder> --as adapter       LoRA's adapters alone; or bank, ALERT's embeddings
+python -m common.export outputs/<run> <new folder> --as onnx          few-shot learner and encoder; or torchscript
 python -m common.export outputs/<run> <new folder> --push me/birds    shows what would go to the hub; --yes sends it
 """
 
@@ -17,7 +18,7 @@ from common.runtime import process
 from common.runtime.progress import watched
 from common.types import UserError
 
-KINDS = ("model", "adapter", "bank")
+KINDS = ("model", "adapter", "bank", "onnx", "torchscript")
 
 
 def main(arguments: list[str] | None = None) -> int:

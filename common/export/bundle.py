@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from common.config import trust
 from common.config.schema import Config, LoraConfig, ModelConfig
+from common.export import image_model
 from common.export.card import write_card
 from common.learner import learner_class
 from common.models import vlm
@@ -24,6 +25,7 @@ from common.models.families import Family
 from common.models.files import ADAPTERS, check_links, weights_folder
 from common.models.meter import messages
 from common.models.vlm import VLM
+from common.predict.classifier import Classifier
 from common.predict.trained_model import RECORDS, TrainedModel, config_of, data_of
 from common.run.result import Result
 from common.types import Item, Prompt, UserError
@@ -85,7 +87,8 @@ def export(run: Path, target: Path, kind: str = "model", licence: str | None = N
         run: Folder of a finished run.
         target: Folder to create.
         kind: `model` (whole weights; adapters are merged, embeddings become words of the vocabulary), `adapter` (of a
-            run with model.lora) or `bank` (ALERT's category embeddings).
+            run with model.lora), `bank` (ALERT's category embeddings), `onnx` or `torchscript` (a few-shot learner
+            with its encoder, from pixels to probabilities).
         licence: Licence of the weights, as the hub spells it; None: that of the run's base model.
         trust_code: Allow the run's configuration to name code of other packages than this project; it is run.
 
@@ -99,16 +102,19 @@ def export(run: Path, target: Path, kind: str = "model", licence: str | None = N
     check_links(trained.model)
     result = Result.load(trained.records)
     config = config_of(trained)
-    if config.model.family == "none":
-        raise UserError(
-            f"method={result.method} is no language model, so there is nothing that transformers or vLLM could load;"
-            " Classifier.load asks the run itself"
-        )
+    if (config.model.family == "none") is not (kind in image_model.FILES):
+        kinds = ", ".join(image_model.FILES if config.model.family == "none" else WRITERS)
+        raise UserError(f"--as {kind}: method={result.method} can be written as {kinds}")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as place:
         parts = Path(place) / "model"  # renamed at the end, so that an incomplete export is not taken for a model
         parts.mkdir()
-        asking = WRITERS[kind](trained, config, parts)
+        if kind in image_model.FILES:
+            classifier = Classifier.load(run, trust_code=trust_code)
+            asking = image_model.write(classifier, kind, parts)
+            classifier.close()
+        else:
+            asking = WRITERS[kind](trained, config, parts)
         write_card(parts, kind, result, config_of(trained, began=True), asking, licence)
         if target.exists():
             target.rmdir()

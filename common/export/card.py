@@ -40,7 +40,28 @@ inputs = processor.apply_chat_template(
 reply = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
 print(processor.decode(reply, skip_special_tokens=True))
 ```""")
+IMAGE_CODE = """```python
+import json, math
+import numpy, onnxruntime
+from PIL import Image, ImageOps
+
+facts = json.load(open("preprocessing.json"))
+photo = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGBA")
+photo = Image.alpha_composite(Image.new("RGBA", photo.size, facts["background"]), photo).convert("RGB")
+side, size = math.floor(facts["size"] / facts["crop"]), facts["size"]
+short = min(photo.size)
+resized = (side, side) if facts["squash"] else tuple(side if n == short else int(side * n / short) for n in photo.size)
+photo = photo.resize(resized, Image.Resampling[facts["interpolation"].upper()])
+left, top = (round((n - size) / 2) for n in photo.size)
+pixels = numpy.array(photo.crop((left, top, left + size, top + size))).transpose(2, 0, 1)[None]
+(probabilities,) = onnxruntime.InferenceSession("model.onnx").run(None, {"pixels": pixels})[0]
+print(facts["names"][probabilities.argmax()], probabilities.max())
+```"""
 HOW = {
+    "onnx": "`model.onnx` takes pixels of shape [N, 3, S, S], uint8, and returns the calibrated probabilities of the"
+    f" names in `preprocessing.json`:\n\n{IMAGE_CODE}",
+    "torchscript": "`torch.jit.load('model.pt')` takes pixels of shape [N, 3, S, S], uint8, and returns the calibrated"
+    " probabilities of the names in `preprocessing.json`. Pictures are prepared as for ONNX:\n\n" + IMAGE_CODE,
     "model": "`asking.json` has the question, the class names and the size of pictures. In transformers:\n\n{code}\n\n"
     'vLLM loads the folder, too, and takes the same conversation (`"type": "image_pil", "image_pil": photo`); give it'
     " `temperature=0`.{words}",
@@ -89,8 +110,8 @@ def write_card(
     # YAML header that the hub reads
     facts = ModelCardData(
         license=licence,
-        library_name="peft" if kind == "adapter" else "transformers",
-        pipeline_tag="image-text-to-text",
+        library_name={"adapter": "peft", "onnx": "onnx", "torchscript": "torch"}.get(kind, "transformers"),
+        pipeline_tag="image-classification" if kind in ("onnx", "torchscript") else "image-text-to-text",
         base_model=base,
         tags=[PRODUCT, result.method, result.data],
         model_name=f"{result.method}-{result.data}",
@@ -120,7 +141,7 @@ def write_card(
         versions=", ".join(f"{name} {version}" for name, version in sorted(result.versions.items())),
         licence=licence,
         model=config.model.name,
-        question=QUESTION if asking else "",
+        question=QUESTION if "messages" in asking else "",
         pictures=config.data.licence or "unknown",
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

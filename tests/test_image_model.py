@@ -1,0 +1,79 @@
+"""A few-shot learner as one ONNX or TorchScript file answers as its run does."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F
+
+from common import Classifier
+from common.export import __main__ as command
+from common.export import image_model
+from common.export.card import IMAGE_CODE
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for label, name in enumerate(("blue_tit", "robin", "wren")):
+        (root / name).mkdir()
+        for number in range(12):
+            pixels = np.clip(rng.normal(60 + 60 * label, 50, (30 + number, 44, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(runner, photos, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    quick = ["few_shot.repeats=1", "few_shot.folds=2", "visual=lite0", "~few_shot.learners.tip_adapter_f"]
+    assert runner(folder, ["experiment=photos", f"data.folder={photos}", *quick]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torchscript"])
+def test_the_file_answers_as_the_run(run, photos, tmp_path, kind, capsys):
+    assert command.main([str(run), str(tmp_path / "out"), "--as", kind]) == 0
+    facts = json.loads((tmp_path / "out" / image_model.PREPROCESSING).read_text())
+    assert facts["names"] == ["blue tit", "robin", "wren"] and facts["size"] == 224 and facts["crop"] == 1.0
+    files = sorted(photos.rglob("*.png"))[::5]
+    pixels = []
+    for file in files:
+        photo = F.resize(Image.open(file).convert("RGB"), [224], InterpolationMode.BICUBIC)
+        pixels.append(np.array(F.center_crop(photo, [224, 224])).transpose(2, 0, 1))
+    if kind == "onnx":
+        session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")
+        (found,) = session.run(None, {"pixels": np.stack(pixels)})
+        # the code of the card prepares pictures to the pixel
+        code = re.search(r"```python\n(.*)```", IMAGE_CODE, re.DOTALL)[1]
+        code = code.replace("photo.jpg", str(files[0])).replace('"model.onnx"', f'"{tmp_path}/out/model.onnx"')
+        code = code.replace("preprocessing.json", f"{tmp_path}/out/preprocessing.json")
+        capsys.readouterr()
+        exec(code, {})
+        name, share = capsys.readouterr().out.rsplit(maxsplit=1)
+        assert name == facts["names"][found[0].argmax()] and float(share) == pytest.approx(found[0].max(), abs=1e-5)
+    else:
+        found = torch.jit.load(tmp_path / "out" / "model.pt")(torch.from_numpy(np.stack(pixels))).numpy()
+    classifier = Classifier.load(run)
+    answers = classifier(files)
+    classifier.close()
+    for answer, row in zip(answers, found, strict=True):
+        shares = dict(answer.top)
+        assert [shares[name] for name in facts["names"]] == pytest.approx(row.tolist(), abs=1e-4)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "image-classification" in card and "cross" not in card.split("---")[1]
+
+
+def test_what_cannot_be_written_is_refused(run, tmp_path, capsys):
+    assert command.main([str(run), str(tmp_path / "out")]) == 2
+    assert "--as model: method=best_of can be written as onnx, torchscript" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
