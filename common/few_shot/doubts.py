@@ -1,7 +1,7 @@
 """Find what may be wrong with the training images: labels, outliers, copies, classes that are not told apart.
 
 Labels are doubted where learners that had not seen an image say otherwise (cleanlab's confident learning, Northcutt et
-al. 2021, arXiv 1911.00068). The others are found by the features of the encoder.
+al. 2021, arXiv 1911.00068), outliers are found by the features of the encoder, copies by small grey thumbnails.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL.Image import Image, Resampling
 
 from common.types import UserError
 
 FILE = "doubts.csv"
 
-NEIGHBOURS = 10
-COPY = 0.98  # cosine of two features from which on images may be copies
+SIDE = 32  # of the grey thumbnails that copies are found by
+COPY = 0.98  # correlation of two thumbnails from which on photos may be copies
+NEIGHBOURS, DIMENSIONS = 10, 64  # of the local outlier factor
+OUTLYING = 1.2  # local outlier factor from which on a photo is unlike the others
 FEW = 5  # wrong answers from which on two classes are said to be taken for one another
 
 
@@ -52,36 +55,32 @@ def labels(given: NDArray[np.int64], probabilities: NDArray[np.float64]) -> Labe
     return LabelDoubts(np.asarray(quality, np.float64), np.asarray(issue, bool))
 
 
-def unit(features: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Return the features at unit length. Shape: [N, D]."""
-    rows = features.astype(np.float64)
-    return np.asarray(rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12))
-
-
 def outlyingness(features: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Return the mean cosine distance of every image to its nearest others, NEIGHBOURS or fewer. [N, D] -> [N]."""
-    rows = unit(features)
-    near = min(NEIGHBOURS, len(rows) - 1)
-    if near < 1:
-        return np.zeros(len(rows))
-    similar = rows @ rows.T
-    np.fill_diagonal(similar, -np.inf)
-    return np.asarray(1 - np.sort(similar, axis=1)[:, -near:].mean(1))
+    """Return the local outlier factor of every image (Breunig et al. 2000): about 1 among others, higher apart.
 
-
-def outliers(distances: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Return which distances lie far above the others: over the upper quartile by three times the quartiles' distance.
-
-    Tukey's outer fence (1977).
+    Of the first principal components of the features. Shape: [N, D] -> [N].
     """
-    low, high = np.quantile(distances, (0.25, 0.75))
-    return np.asarray(distances > high + 3 * (high - low))
+    from sklearn.decomposition import PCA
+    from sklearn.neighbors import LocalOutlierFactor
+
+    if len(features) < 3:
+        return np.ones(len(features))
+    count = min(DIMENSIONS, *features.shape)
+    rows = PCA(count, random_state=0).fit_transform(features.astype(np.float64))
+    found = LocalOutlierFactor(min(NEIGHBOURS, len(rows) - 1)).fit(rows)
+    return -np.asarray(found.negative_outlier_factor_, np.float64)
 
 
-def copies(features: NDArray[np.floating], least: float = COPY) -> list[tuple[int, int, float]]:
-    """Return pairs of images whose features have a cosine of `least` or more, the most similar first."""
-    rows = unit(features)
-    similar = np.triu(rows @ rows.T, 1)
+def thumbnail(picture: Image) -> NDArray[np.float64]:
+    """Return a grey thumbnail with mean 0 and length 1, so that products are correlations. Shape: [SIDE * SIDE]."""
+    values = np.asarray(picture.convert("L").resize((SIDE, SIDE), Resampling.BICUBIC), np.float64).ravel()
+    values -= values.mean()
+    return np.asarray(values / max(float(np.linalg.norm(values)), 1e-12))
+
+
+def copies(thumbnails: NDArray[np.floating], least: float = COPY) -> list[tuple[int, int, float]]:
+    """Return pairs of images whose thumbnails have a correlation of `least` or more, the most similar first."""
+    similar = np.triu(thumbnails @ thumbnails.T, 1)
     found = [(int(a), int(b), float(similar[a, b])) for a, b in zip(*np.nonzero(similar >= least), strict=True)]
     return sorted(found, key=lambda pair: -pair[2])
 
@@ -106,7 +105,7 @@ class Doubt:
     suggestion: the class that it is taken for.
     reason: `label` (probably wrong, by cleanlab), `disagreement` (taken for another class), `outlier`, `copy` or
         `copy, other label`.
-    score: how well the label fits (0: not at all), the mean distance to the nearest others, or the similarity.
+    score: how well the label fits (0: not at all), the local outlier factor, or the correlation of the copies.
     other: the photo that it is a copy of.
     part: train or test.
     """
@@ -129,6 +128,7 @@ class Examined:
     given: labels. Shape: [N].
     probabilities: of the classes, by learners that had not seen the image; NaN where there are none. Shape: [N, C].
     features: of the encoder. Shape: [N, D].
+    thumbnails: see `thumbnail`. Shape: [N, SIDE * SIDE].
     """
 
     paths: Sequence[str]
@@ -136,6 +136,7 @@ class Examined:
     given: NDArray[np.int64]
     probabilities: NDArray[np.float64]
     features: NDArray[np.floating]
+    thumbnails: NDArray[np.floating]
 
 
 def find(photos: Examined, names: Sequence[str]) -> list[Doubt]:
@@ -161,10 +162,9 @@ def find(photos: Examined, names: Sequence[str]) -> list[Doubt]:
         for reason, numbers in (("label", wrong), ("disagreement", others))
         for number in numbers
     ]
-    distances = outlyingness(photos.features)
-    far = outliers(distances)
-    found += [doubt(int(n), "outlier", float(distances[n])) for n in (-distances).argsort(kind="stable") if far[n]]
-    for one, other, score in copies(photos.features):
+    apart = outlyingness(photos.features)
+    found += [doubt(int(n), "outlier", float(apart[n])) for n in (-apart).argsort(kind="stable") if apart[n] > OUTLYING]
+    for one, other, score in copies(photos.thumbnails):
         if photos.given[one] != photos.given[other]:
             found.append(doubt(one, "copy, other label", score, photos.paths[other]))
         elif photos.parts[one] != photos.parts[other]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from common.config.schema import Config
 from common.data import manifest
+from common.data.loading import on_all
 from common.data.manifest import digest
 from common.data.task import TaskData, dataset_of, own_labels
 from common.evaluation.evaluate import Evaluation, evenly_spaced
@@ -230,12 +232,15 @@ class FewShotLearner(Learner):
         unknown = np.full(len(task.train.choices), np.nan)
         features = self.features.pictures(task.images, items).images.cpu().numpy()
         if rank() == 0:
+            keys = [item.image for item in items]
+            small = on_all(lambda key: doubts.thumbnail(task.images.open(key)), keys, os.cpu_count() or 1)
             photos = doubts.Examined(
                 [item.image.partition("/")[2] for item in items],
                 parts,
                 np.array([item.label for item in items]),
                 np.array([known.get(item.image, unknown) for item in items]),
                 features,
+                np.stack(small),
             )
             doubts.write(doubts.find(photos, task.train.names), self.folder / doubts.FILE)
         barrier()
