@@ -374,16 +374,19 @@ def clusters(draw, classes):
 
 @pytest.mark.parametrize("classes", [2, 4])
 @pytest.mark.parametrize("strength", [1e-2, 1.0, 30.0])
-def test_both_fits_reach_scikit_learns_optimum(draw, classes, strength):
+@pytest.mark.parametrize("class_weight", [None, "balanced"])
+def test_both_fits_reach_scikit_learns_optimum(draw, classes, strength, class_weight):
     from sklearn.linear_model import LogisticRegression
 
-    images, labels = clusters(draw, classes)
-    model = LogisticRegression(C=strength, max_iter=10_000, tol=1e-10).fit(images.numpy(), labels.numpy())
+    images, labels = (rows[classes:] for rows in clusters(draw, classes))
+    images, labels = images[labels.argsort()][2:], labels.sort().values[2:]  # uneven classes
+    model = LogisticRegression(C=strength, max_iter=10_000, tol=1e-10, class_weight=class_weight)
+    model.fit(images.numpy(), labels.numpy())
     odds = model.decision_function(images.numpy())
     expected = np.stack([-odds, odds], 1) / 2 if classes == 2 else odds
     for probe in (
-        linear_probe.fit_torch(images, labels, classes, strength),
-        linear_probe.fit_sklearn(images, labels, classes, strength, tolerance=1e-10),
+        linear_probe.fit_torch(images, labels, classes, strength, class_weight),
+        linear_probe.fit_sklearn(images, labels, classes, strength, tolerance=1e-10, class_weight=class_weight),
     ):
         found = probe.logits(images).numpy()
         relative = [rows - rows.mean(1, keepdims=True) for rows in (found, expected)]  # the rest decides nothing

@@ -43,7 +43,14 @@ class Probe:
         return images @ self.weight.T + self.bias
 
 
-def fit_sklearn(images: Tensor, labels: Tensor, classes: int, strength: float, tolerance: float = 1e-4) -> Probe:
+def fit_sklearn(
+    images: Tensor,
+    labels: Tensor,
+    classes: int,
+    strength: float,
+    tolerance: float = 1e-4,
+    class_weight: str | None = None,
+) -> Probe:
     """Fit by scikit-learn's L-BFGS, like the authors.
 
     Args:
@@ -52,11 +59,12 @@ def fit_sklearn(images: Tensor, labels: Tensor, classes: int, strength: float, t
         classes: C, at least 2.
         strength: Inverse regularisation strength, scikit-learn's C.
         tolerance: Size of the gradient at which the solver stops; the default is scikit-learn's, and the authors'.
+        class_weight: `balanced`: an image counts N / (C n), where its class has n of the N images; None: 1.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    model = LogisticRegression(C=strength, max_iter=ITERATIONS, tol=tolerance)
+    model = LogisticRegression(C=strength, max_iter=ITERATIONS, tol=tolerance, class_weight=class_weight)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # a search also tries strengths that are not chosen
         model.fit(images.cpu().numpy(), labels.cpu().numpy())
@@ -67,8 +75,10 @@ def fit_sklearn(images: Tensor, labels: Tensor, classes: int, strength: float, t
     return Probe(torch.as_tensor(weight).to(images), torch.as_tensor(bias).to(images), converged)
 
 
-def fit_torch(images: Tensor, labels: Tensor, classes: int, strength: float) -> Probe:
+def fit_torch(images: Tensor, labels: Tensor, classes: int, strength: float, class_weight: str | None = None) -> Probe:
     """Fit to the exact optimum by torch's L-BFGS, for a GPU. Arguments as in `fit_sklearn`."""
+    counts = labels.bincount(minlength=classes)
+    share = None if class_weight is None else (len(labels) / (classes * counts)).to(images)
     weight = torch.zeros(classes, images.shape[1], dtype=images.dtype, device=images.device, requires_grad=True)
     bias = torch.zeros(classes, dtype=images.dtype, device=images.device, requires_grad=True)
     small = torch.finfo(images.dtype).eps
@@ -86,7 +96,7 @@ def fit_torch(images: Tensor, labels: Tensor, classes: int, strength: float) -> 
     def objective() -> Tensor:
         optimizer.zero_grad()
         loss = punished * weight.square().sum() + strength * cross_entropy(
-            images @ weight.T + bias, labels, reduction="sum"
+            images @ weight.T + bias, labels, weight=share, reduction="sum"
         )
         (loss * scale).backward()
         return loss.detach() * scale
@@ -143,18 +153,23 @@ class LinearProbe(FewShotHead):
     steps = 1
     probe: Probe | None = None
 
-    def __init__(self, *, seed: int, strength: float | None = None, solver: str = "auto") -> None:
+    def __init__(
+        self, *, seed: int, strength: float | None = None, solver: str = "auto", class_weight: str | None = None
+    ) -> None:
         """
         Args:
             seed: Seed of the test images to search on; the fit itself is deterministic.
             strength: Inverse regularisation strength, scikit-learn's C; null: searched.
             solver: Solver of the fit: `sklearn`, `torch`, or `auto` (torch on a GPU).
+            class_weight: `balanced`: every class counts as much as any other, however many images it has.
         """
         super().__init__(seed=seed)
         one_of("few_shot.solver", solver, ("auto", "sklearn", "torch"))
         if strength is not None:
             positive("few_shot.strength", strength)
-        self.strength, self.solver = strength, solver
+        if class_weight is not None:
+            one_of("few_shot.class_weight", class_weight, ("balanced",))
+        self.strength, self.solver, self.class_weight = strength, solver, class_weight
         self.facts: dict[str, Any] = {}
 
     @property
@@ -172,7 +187,7 @@ class LinearProbe(FewShotHead):
         seen = self.train.seen
         on_gpu = self.solver == "torch" or (self.solver == "auto" and seen.images.device.type != "cpu")
         solve = fit_torch if on_gpu else fit_sklearn
-        return solve(seen.images, seen.labels, len(self.text.names), strength)
+        return solve(seen.images, seen.labels, len(self.text.names), strength, class_weight=self.class_weight)
 
     def step(self, number: int) -> dict[str, float]:
         if self.strength is not None:
