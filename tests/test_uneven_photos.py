@@ -144,5 +144,7 @@ def test_what_cannot_be_is_refused(compose, folder, words, said):
 
 
 def test_a_test_split_of_its_own_is_not_split_again(compose):
-    with pytest.raises(UserError, match="test_share=0.2, but data=fashion has a test split of its own"):
+    with pytest.raises(
+        UserError, match="test_share=0.2, but data=fashion has a test split of its own; set test_share=null"
+    ):
         task.build(validate(compose("data=fashion", "test_share=0.2")))

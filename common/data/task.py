@@ -216,8 +216,8 @@ def read_datasets(config: Config) -> dict[str, Dataset]:
         datasets = {config.data.name: own}
     if config.test_share is not None and own.source.test:
         raise UserError(
-            f"test_share={config.test_share}, but data={config.data.name} has a test split of its own; leave test_share"
-            " out"
+            f"test_share={config.test_share}, but data={config.data.name} has a test split of its own; set"
+            " test_share=null"
         )
     # targets are only tested, so their readers may skip the training images
     for name in chosen:
