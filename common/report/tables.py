@@ -231,7 +231,7 @@ def show(result: Result, folder: Path, console: Console | None = None) -> None:
     if (compared := leaderboard_cells(result)) is not None:
         console.print(_table(*compared))
         console.print(
-            Text("stronger encoders, where there is a hub, and reasons, where there is a GPU: docs/photos.md")
+            Text("stronger encoders with a hub, and reasons with a GPU: docs/photos.md")
         )
     lines = [*overall_lines(result), *data_lines(vars(result)), *probability_lines(result)]
     lines += [*calibration_lines(result), *paired_lines(result)]
