@@ -230,9 +230,7 @@ def show(result: Result, folder: Path, console: Console | None = None) -> None:
     console.print(result_table(result, photos(values) if values else None))
     if (compared := leaderboard_cells(result)) is not None:
         console.print(_table(*compared))
-        console.print(
-            Text("stronger encoders with a hub, and reasons with a GPU: docs/photos.md")
-        )
+        console.print(Text("stronger encoders with a hub, and reasons with a GPU: docs/photos.md"))
     lines = [*overall_lines(result), *data_lines(vars(result)), *probability_lines(result)]
     lines += [*calibration_lines(result), *paired_lines(result)]
     for line in [*lines, time_line(result)]:
