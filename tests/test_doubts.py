@@ -152,7 +152,7 @@ def test_corrections_change_take_out_and_add(tmp_path, dataset, written):
     table = tmp_path / "given back" / "doubts.csv"
     (table.parent / "pictures").mkdir(parents=True)
     Image.new("RGB", (4, 4), "red").save(table.parent / "pictures" / "new.png")
-    rows = [f"wren/1.png,{written}", "wren/2.png,wren", "blue_tit/1.png,", "pictures/new.png,robin"]
+    rows = [f"wren/1.png,{written}", "wren/1.png,wren", "wren/2.png,wren", "blue_tit/1.png,", "pictures/new.png,robin"]
     table.write_text("\n".join(["path,label", *rows]))
     found, source = labelled(dataset, table)
     assert found == {
@@ -171,7 +171,7 @@ def test_corrections_change_take_out_and_add(tmp_path, dataset, written):
     ("rows", "said"),
     [
         (["wren/9.png,wren"], "row 2: wren/9.png is no photo of .*, and no file beside the table"),
-        (["wren/1.png,robin", "wren/1.png,wren"], "row 3: wren/1.png has a row already"),
+        (["wren/1.png,robin", "wren/1.png,tit"], "row 3: wren/1.png has another label in an earlier row"),
         (["blue_tit/1.png,", "blue_tit/2.png,"], "has 1 class; a task needs two or more"),
     ],
 )

@@ -86,8 +86,8 @@ def photos_in_table(location: Location, path: Path, base: Path) -> list[Photo]:
 def corrected(location: Location, photos: Sequence[Photo], path: Path) -> tuple[list[Photo], list[Photo]]:
     """Apply a table of corrections, as `python -m common.report doubts` and the served page write it.
 
-    A row whose path is a photo of the dataset gives it another class, or takes it out if its label is empty. A row
-    whose path is a file beside the table adds a photo; without a label it is passed over.
+    A row whose path is a photo of the dataset gives it another class, or takes it out if its label is empty; its own
+    class changes nothing. A row whose path is a file beside the table adds a photo; without a label it is passed over.
 
     Args:
         location: Location of the dataset, for error messages.
@@ -98,28 +98,24 @@ def corrected(location: Location, photos: Sequence[Photo], path: Path) -> tuple[
         The dataset's photos with their right classes, and those that are added, with paths relative to the table.
 
     Raises:
-        UserError: The table cannot be read, a row is there twice, or its path is neither.
+        UserError: The table cannot be read, two rows disagree, or the path of one is neither.
     """
     if not on_disk(path).is_file():
         raise location.error(f"data.reader.corrections={path} does not exist; give the table of corrections")
-    labels: dict[str, str] = {}
-    known, added = {photo.path for photo in photos}, []
-    for where, row in _rows(location, path, NEEDED):
-        if row["path"] in labels:
-            raise location.error(f"{where}: {row['path']} has a row already")
-        labels[row["path"]] = row["label"]
-        if row["path"] in known:
-            continue
-        if not on_disk(path.parent / row["path"]).is_file():
-            raise location.error(
-                f"{where}: {row['path']} is no photo of {location.folder}, and no file beside the table"
-            )
-        if row["label"]:
-            added.append(Photo(row["path"], row["label"], "train"))
+    own = {photo.path: photo.name for photo in photos}
     # a class is written as its folder is, or as it is shown: blue_tit or blue tit
-    written = {display(photo.name): photo.name for photo in photos}
+    written = {display(name): name for name in own.values()}
+    labels: dict[str, str] = {}
+    for where, row in _rows(location, path, NEEDED):
+        image, label = row["path"], written.get(display(row["label"]), row["label"])
+        if image not in own and not on_disk(path.parent / image).is_file():
+            raise location.error(f"{where}: {image} is no photo of {location.folder}, and no file beside the table")
+        if label == own.get(image):
+            continue  # left as it is; doubts.csv names a photo once for every doubt
+        if labels.setdefault(image, label) != label:
+            raise location.error(f"{where}: {image} has another label in an earlier row")
     kept = [replace(photo, name=labels.get(photo.path, photo.name)) for photo in photos]
-    kept, added = ([replace(p, name=written.get(display(p.name), p.name)) for p in each] for each in (kept, added))
+    added = [Photo(image, label, "train") for image, label in labels.items() if image not in own and label]
     return [photo for photo in kept if photo.name], added
 
 
