@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -41,6 +42,14 @@ def test_the_share_is_drawn_by_the_seed_and_class_by_class():
     owls = [{item.image for item in set_apart(items(), 0.2, seed)[1] if item.name == "owl"} for seed in range(200)]
     times = Counter(image for each in owls for image in each)
     assert len(times) == 60 and max(times.values()) < 70, "each of the 60 is tested about 40 times of 200"
+
+
+def test_a_photo_more_or_under_another_class_moves_hardly_any_other():
+    before = {item.image for item in set_apart(items(), 0.2, 1)[1]}
+    moved = [replace(item, label=4, name="owl") if item.image == "bee3" else item for item in items()]
+    for changed in (moved, [*items(), Item("fox99", 3, "fox")]):
+        after = {item.image for item in set_apart(changed, 0.2, 1)[1]}
+        assert len(before ^ after) <= 3
 
 
 @pytest.mark.parametrize("sampler", ["coop", "clsrl"])

@@ -4,6 +4,7 @@ and `clsrl`, as in the CLS-RL authors' notebook, with a seed.
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -138,10 +139,11 @@ def set_apart(items: Sequence[Item], share: float, seed: int) -> tuple[list[Item
     Of n images round(share * n) are tested, at least one and at most n - 1; the only image of a class is not tested.
     """
     tested: set[str] = set()
-    for label, group in by_label(items).items():
+    for group in by_label(items).values():
         count = min(max(1, round(share * len(group))), len(group) - 1)
-        # a generator for each class: another class's images do not change this one's
-        tested.update(item.image for item in random.Random(f"test-{seed}-{label}").sample(group, count))
+        # by a hash of each key: a photo that comes, goes or gets another class moves hardly any other
+        drawn = sorted(group, key=lambda item: hashlib.sha256(f"test-{seed}-{item.image}".encode()).digest())
+        tested.update(item.image for item in drawn[:count])
     return [item for item in items if item.image not in tested], [item for item in items if item.image in tested]
 
 
