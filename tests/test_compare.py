@@ -171,6 +171,7 @@ def drawn(generator, pairs, images, correlation, shares, seeds=3):
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("correlation", [0, 0.5, 0.8, 1])
+@pytest.mark.slow
 def test_seeds_of_one_image_are_no_independent_tests(correlation):
     """Of 2,000 pairs of equal classifiers few are called different, and of unequal ones the interval holds the truth."""
     generator = np.random.default_rng(3)
@@ -186,6 +187,7 @@ def test_seeds_of_one_image_are_no_independent_tests(correlation):
     [(1, 0.0, 300), (3, 0.0, 200), (3, 0.05, 200), (2, 0.05, 2000), (3, 0.05, 2000), (5, 0.02, 8000)],
 )
 @pytest.mark.parametrize("correlation", [0, 0.8])
+@pytest.mark.slow
 def test_seeds_that_differ_are_a_sample_too(seeds, spread, images, correlation):
     """Of 500 pairs of methods, whose difference is 0.08 on average and another one with each seed."""
     generator = np.random.default_rng(2)

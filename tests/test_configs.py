@@ -109,6 +109,7 @@ def test_paper_configuration(compose, method, rewards):
 
 
 @pytest.mark.parametrize(("method", "rate"), [("clsrl", 2e-5), ("sft", 1e-4)])
+@pytest.mark.slow
 def test_adapters_have_a_rate_of_their_own(compose, method, rate):
     chosen = [f"method={method}", "model=qwen2_vl_2b", "shots=4", "gpus=1"]
     c = config.validate(compose(*chosen, "experiment=lora"))
@@ -120,6 +121,7 @@ def test_adapters_have_a_rate_of_their_own(compose, method, rate):
     assert check.still_adapters(c) is None and check.still_adapters(config.validate(compose(*chosen))) is None
 
 
+@pytest.mark.slow
 def test_adapters_of_alert_keep_the_papers_rate(compose):
     c = config.validate(compose("method=alert"))
     assert (c.trainer.learning_rate, c.model.lora.r, c.model.lora.alpha) == (5e-6, 16, 32)
@@ -253,6 +255,7 @@ def test_plain_values_hold_no_interpolations(compose):
     assert "${" not in OmegaConf.to_yaml(values)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("clip", [name for name in options("clip") if name != "none"])
 def test_every_clip_composes_with_a_learner_that_reads_texts(compose, clip):
     """Each also says which second encoder stands beside it."""
@@ -260,6 +263,7 @@ def test_every_clip_composes_with_a_learner_that_reads_texts(compose, clip):
     assert (chosen.clip.name, chosen.few_shot["name"]) == (clip, "tip_adapter") and chosen.visual is not None
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("visual", [name for name in options("visual") if name != "none"])
 def test_every_visual_encoder_composes_with_a_learner_that_only_looks(compose, visual):
     chosen = config.validate(compose("method=linear_probe", "clip=none", f"visual={visual}"))

@@ -81,6 +81,7 @@ def test_attention_keeps_no_scores(mask):
 @pytest.mark.sampled
 @pytest.mark.parametrize("family", ["qwen2_vl", "gemma3"])
 @pytest.mark.parametrize("lora", [0, 8])
+@pytest.mark.slow
 def test_operations_are_those_of_the_real_model(untrained_folders, family, lora):
     """torch's own counter over the same model with weights; neither knows what a mask hides."""
     case = {"family": family, "lora": lora, "checkpointing": False, "dtype": "float32"}

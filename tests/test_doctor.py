@@ -130,6 +130,7 @@ def test_a_sampler_that_disagrees_is_found(examine):
     doctor.refuse(findings)
 
 
+@pytest.mark.slow
 def test_the_plain_forward_needs_no_comparison(examine):
     config = GRPOConfig("grpo", 1e-3, epochs=1.0, group_size=4, beta=0.0, epsilon=0.2, impl="plain")
     assert "shared against plain forward" not in examine(config=config)[0]
@@ -155,6 +156,7 @@ def test_few_flat_groups_are_no_verdict(examine):
     assert verdicts["rewards"] == "warning" and "31 of 32" in findings[2].seen
 
 
+@pytest.mark.slow
 def test_missing_image_tokens_are_found(examine):
     failed(examine(image_size=64), "prompts", "has 4 image tokens instead of 16")
 

@@ -143,6 +143,7 @@ def configured(compose, root, tmp_path):
     return get
 
 
+@pytest.mark.slow
 def test_a_run_warns_and_its_manifest_names_all(configured, capsys, tmp_path):
     found = loading.readable(configured("data.near_duplicates=false"))
     bad = found.manifest["left_out"]
@@ -155,6 +156,7 @@ def test_a_run_warns_and_its_manifest_names_all(configured, capsys, tmp_path):
     manifest.verify(path, task.build(configured()).manifest)  # what was found is no part of the task
 
 
+@pytest.mark.slow
 def test_pictures_that_look_alike_are_found_among_few_own_photos_and_by_choice_among_many(configured, monkeypatch):
     exact = {"train_and_test": [TRAIN_AND_TEST], "two_labels": [TWO_LABELS]}
     found = loading.readable(configured()).manifest["duplicates"]

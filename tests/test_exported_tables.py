@@ -229,6 +229,7 @@ def test_an_invisible_character_that_the_file_has_is_its_name(tmp_path):
     assert rows(read(tmp_path, "a.csv")) == [("\u202aa.png", "cat"), ("b.png", "dog")]
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_a_url(compose, tmp_path):
     for given in ("https://example.org/photos", "s3://bucket/photos"):
         with pytest.raises(UserError, match=f"data.folder={given} is a URL, and URLs are not read; download"):

@@ -278,6 +278,7 @@ def test_whatever_a_run_has_written_stays_text(write):
     assert "default-src 'none'" in policy and re.search(r"script-src 'sha256-[\w+/=]{44}';", policy)
 
 
+@pytest.mark.slow
 def test_many_rows_lie_beside_the_page(write, monkeypatch):
     monkeypatch.setattr(render, "INSIDE", 60_000)
     images = [f"{n}.png" for n in range(250)]

@@ -302,6 +302,7 @@ def test_grey_levels_of_unknown_range_are_refused(levels, reason):
         decode(encoded(Image.fromarray(levels), "TIFF"))
 
 
+@pytest.mark.slow
 def test_60_megapixels_are_read_in_silence():
     content = encoded(Image.new("L", (10_000, 6_000), 7), "JPEG")
     with warnings.catch_warnings():
@@ -816,6 +817,7 @@ def test_notes_that_cannot_be_written_cost_a_warning(make, tmp_path, monkeypatch
     assert "checked.txt cannot be written: No such file or directory (cache_dir)" in record.getMessage()
 
 
+@pytest.mark.slow
 def test_resizing_leaves_the_interpreter_to_other_threads():
     """Threads are of use only if Python code gets on meanwhile; one call of PIL that takes about 0.3 s."""
     picture, done, turns = noise(500, 400).resize((5000, 4000)), threading.Event(), 0

@@ -385,6 +385,7 @@ def test_a_judge_that_has_fallen_silent_stops_the_run_even_so(judge):
             reward([think("a"), think("b")])
 
 
+@pytest.mark.slow
 def test_one_answer_is_enough_to_go_on(judge):
     with JudgeServer(lambda prompt, number: "8" if "hyena" in prompt else Reply(status=400)) as server:
         reward = judge(server, on_failure="drop", cache_gb=0.0)
@@ -405,6 +406,7 @@ def test_an_attempt_ends_on_time(judge, reply):
     assert len(server.requests) == 4
 
 
+@pytest.mark.slow
 def test_a_slow_attempt_is_followed_by_a_good_one(judge):
     with JudgeServer(lambda prompt, number: Reply("7", delay=30 if number == 1 else 0)) as server:
         assert judge(server, timeout=0.5)([think("a")]) == [pytest.approx(2 / 3)]

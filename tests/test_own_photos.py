@@ -251,6 +251,7 @@ def test_a_wordnet_id_beside_its_word(tmp_path):
         read(photos(tmp_path, "n01440764/1.jpg", "Tench/1.jpg"))
 
 
+@pytest.mark.slow
 def test_all_of_imagenet_and_all_of_wordnet_have_names_of_their_own():
     for ids in (wordnet.wnids(), sorted(wordnet._all("lemma"))):
         named = wordnet.named(ids)

@@ -91,6 +91,7 @@ PUBLISHED = [
 ]  # fmt: skip
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("sizes", "val_sizes", "seed", "shots", "train", "val", "digests"), PUBLISHED)
 def test_picks_equal_the_published_lists(sizes, val_sizes, seed, shots, train, val, digests):
     whole = source(blocks(sizes), blocks(val_sizes), names=tuple(map(str, range(len(sizes)))))

@@ -42,6 +42,7 @@ def results(folder):
     return sorted(json.loads(path.read_text())["seed"] for path in folder.glob("*/metrics.json"))
 
 
+@pytest.mark.slow
 def test_the_batch_script_asks_for_one_task_per_run_with_its_gpus(tmp_path):
     from hydra import compose
     from submitit.slurm.slurm import _make_sbatch_string
@@ -77,6 +78,7 @@ def test_the_batch_script_asks_for_one_task_per_run_with_its_gpus(tmp_path):
     assert cfg._target_.endswith("SlurmLauncher") and cfg.max_num_timeout == 4
 
 
+@pytest.mark.slow
 def test_without_the_package_the_command_that_installs_it_is_named():
     hide = "import hydra_plugins, runpy, sys; hydra_plugins.__path__ = []; sys.path.insert(0, '.')"
     run = "runpy.run_path('run.py', run_name='__main__')"
@@ -267,6 +269,7 @@ def test_what_sbatch_refuses_is_one_line():
     assert suggest.explain(RuntimeError("of something else"), []) is None
 
 
+@pytest.mark.slow
 def test_only_slurms_launcher_is_watched(monkeypatch):
     from omegaconf import OmegaConf
 

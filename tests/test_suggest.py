@@ -152,6 +152,7 @@ def test_hydras_own_errors_are_explained(compose, argument, said):
         ("+clip.views=2", "unknown config key clip.views; it is of few-shot learners"),
     ],
 )
+@pytest.mark.slow
 def test_a_run_without_a_few_shot_learner_has_none_of_its_values(compose, argument, said):
     assert [compose("method=clsrl")[key] for key in ("few_shot", "clip", "visual")] == [None] * 3
     with pytest.raises(AssertionError) as error:  # of OmegaConf: there is nothing below null

@@ -200,6 +200,7 @@ def with_key(monkeypatch):
         (200, "[]", "does not answer as W&B does"),
     ],
 )
+@pytest.mark.slow
 def test_online_only_where_the_server_takes_the_key(monkeypatch, with_key, caplog, status, body, trouble):
     with server(status, body) as (address, asked), caplog.at_level(logging.WARNING):
         monkeypatch.setenv("WANDB_BASE_URL", address)
@@ -236,6 +237,7 @@ def test_nobody_is_asked_who_need_not_be(monkeypatch, with_key, tmp_path, caplog
     assert tracking.settled_mode("online") == "offline" and "there is no API key" in caplog.text
 
 
+@pytest.mark.slow
 def test_the_mode_is_settled_before_the_model_is_loaded(monkeypatch, compose, tmp_path, process_group):
     from common import pipeline
 

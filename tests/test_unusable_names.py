@@ -135,6 +135,7 @@ def test_names_for_a_prediction(given, message):
         trained_model.check_names(given)
 
 
+@pytest.mark.slow
 def test_a_run_is_asked_about_other_names(tmp_path, compose):
     """They are refused before the model is loaded, its special tokens too."""
     config = validate(compose("method=nothinking", "data=digits"))

@@ -277,6 +277,7 @@ def test_images_that_see_both_ways_are_refused_where_the_engine_cannot(load_vlm)
         VLLMRollout(load_vlm(family="gemma3"), **OPTIONS)
 
 
+@pytest.mark.slow
 def test_the_largest_picture_is_that_of_the_run(load_vlm, compose, tmp_path):
     """Qwen2-VL's own processor allows 12.8 million pixels, for which an engine would reserve memory."""
     from PIL import Image
