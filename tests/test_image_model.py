@@ -32,10 +32,11 @@ def photos(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module")
-def run(runner, photos, tmp_path_factory):
+@pytest.fixture(scope="module", params=["linear_probe", "tip_adapter"])
+def run(runner, photos, tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("runs") / "run"
-    quick = ["few_shot.repeats=1", "few_shot.folds=2", "visual=lite0", "~few_shot.learners.tip_adapter_f"]
+    others = {"linear_probe", "tip_adapter_f", "tip_adapter", "nearest_mean"} - {request.param}
+    quick = ["few_shot.repeats=1", "few_shot.folds=2", *(f"~few_shot.learners.{name}" for name in sorted(others))]
     assert runner(folder, ["experiment=photos", f"data.folder={photos}", *quick]) == 0
     return folder
 

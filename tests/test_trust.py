@@ -72,7 +72,7 @@ def foreign(write):  # noqa: F811
 
 def placed(place):
     """A place of the configuration with names for its stars."""
-    return [{"rewards": "accuracy", "targets": "dtd"}[place[i - 1]] if name == "*" else name
+    return [{"rewards": "accuracy", "targets": "dtd", "learners": "linear_probe"}[place[i - 1]] if name == "*" else name
             for i, name in enumerate(place)]  # fmt: skip
 
 

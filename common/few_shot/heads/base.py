@@ -196,7 +196,7 @@ def cosine_logits(images: Tensor, text: Tensor, scale: float = SCALE) -> Tensor:
 def base_logits(pictures: Pictures, text: Text) -> Tensor:
     """Return zero-shot CLIP's logits, or zeros where there is no CLIP. Shape: [N, C]."""
     if text.weights is None:
-        return pictures.images.new_zeros(len(pictures), len(text.names))
+        return pictures.images.new_zeros(pictures.images.shape[0], len(text.names))
     return cosine_logits(pictures.images, text.weights)
 
 

@@ -66,7 +66,8 @@ def affinity(images: Tensor, keys: Keys) -> Tensor:
     """
     found = normalize(images, dim=1) @ keys.values.flatten(0, 1).T
     # exp(-inf) = 0, so missing keys give no vote.
-    return found.view(len(images), *keys.missing.shape).masked_fill(keys.missing, -torch.inf)
+    # shape[0], not len(): an exported model takes any number of images
+    return found.view(images.shape[0], *keys.missing.shape).masked_fill(keys.missing, -torch.inf)
 
 
 def votes(affinity: Tensor, beta: float) -> Tensor:
