@@ -218,9 +218,10 @@ class FewShotLearner(Learner):
 
     def examine_data(self, held_out: Answers, after: Evaluation) -> None:
         """Write doubts.csv: labels that learners contradict that had not seen them, outliers, copies."""
-        if self.learner.out_of_fold() is None:
-            return
         task = self.task
+        # two classes of one name (ImageNet's missiles) cannot be told apart by an answer
+        if self.learner.out_of_fold() is None or len(task.train.choices) < len(task.train.names):
+            return
         tested = [(split, answers) for split, answers in after.answers.items() if split == "test"]
         items, parts = list(task.train.items), ["train"] * len(task.train.items)
         known = dict(zip([p.image for p in held_out.predictions], _rows_of(held_out), strict=True))
