@@ -8,7 +8,8 @@
 4. Training, with checkpoints, and evaluations in between.
 5. Saving of the trained weights.
 6. Evaluation after training, on every split.
-7. Result: metrics.json, whose presence marks the run as finished; then figures.
+7. Result: confidences calibrated by images that were not trained on, metrics.json, whose presence marks the run as
+   finished; then figures.
 
 A run that stopped resumes with the same command: evaluations that are complete are read from the run folder, and
 training continues from the last checkpoint. What is trained and tested is a `Learner` (common/learner.py), the loop
@@ -93,7 +94,7 @@ def run(config: Config, folder: Path, data: TaskData | None = None) -> Result:
                 after = all_splits(learner, "after", recorder)
             recorder.evaluation(updates, after)
         assert after is not None, "a learner that cannot predict before training must train"
-        # 7. Result: accuracies before and after, the best evaluation, warnings, seconds per phase.
+        # 7. Result: accuracies before and after, the best evaluation, calibration, warnings, seconds per phase.
         conclude(result, before, after, updates)
         if updates:
             rows = recorder.files.read_log("metrics.jsonl")
