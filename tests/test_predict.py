@@ -347,7 +347,7 @@ def test_an_answer_has_its_own_confidence_and_is_one_of_the_names(threshold):
     assert found[0].top[0] == ("boot", pytest.approx(0.6)) and found[1].top[0] == ("bag", pytest.approx(0.9))
     asked.threshold, asked.temperature = None, 2.0
     roots = 0.4**0.5 / (0.4**0.5 + 0.6**0.5)
-    assert [a.confidence for a in asked._read(Answers(predictions, 0.0, table))][0] == pytest.approx(1 - roots)
+    assert next(a.confidence for a in asked._read(Answers(predictions, 0.0, table))) == pytest.approx(1 - roots)
     asked.threshold, asked.temperature = threshold, 1.0
     asked.config = SimpleNamespace(method={"list_share": 0.0})  # the question lists no names: any word is an answer
     assert [a.label for a in asked._read(Answers(predictions[1:2], 0.0))] == [None if threshold else "one"]
