@@ -99,6 +99,7 @@ def test_without_a_cluster_it_is_one_line(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 def test_the_slurm_launcher_runs_a_sweep_under_submitits_debug_executor(tmp_path):
     done = sweep(tmp_path, "hydra/launcher=slurm", "seed=1,2", command=("-c", DEBUG))
     assert done.returncode == 0, done.stderr[-3000:]
