@@ -139,6 +139,25 @@ def test_an_interrupted_search_ends_as_an_undisturbed_one():
     torch.testing.assert_close(new.logits(pictures, whole.text), whole.logits(pictures, whole.text))
 
 
+def test_one_image_of_each_class_is_fitted_and_nothing_is_compared():
+    head = fitted(features(sizes=(1, 1, 1)))
+    assert head.chosen == 0 and head.out_of_fold() is None and head.end() == {"learner": "nearest_mean"}
+    assert head.logits(head.train.seen, head.text).argmax(1).tolist() == [0, 1, 2]
+
+
+def test_two_of_each_are_compared():
+    head = fitted(features(sizes=(2, 2, 2)), folds=5)
+    assert head.out_of_fold().shape == (2, 6, 3) and not head.out_of_fold().isnan().any()
+
+
+def test_a_fit_without_numbers_is_never_the_best(monkeypatch):
+    head = begun(features())
+    for number in range(head.steps - 1):
+        head.step(number)
+    head.held_out[1:3] = torch.nan  # two of the probe's three strengths
+    assert head._candidates() == [0, 3]
+
+
 @pytest.mark.parametrize(
     ("learners", "folds", "said"),
     [

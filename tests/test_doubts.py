@@ -12,6 +12,8 @@ from common.data import folder
 from common.data.listing import Location
 from common.few_shot import doubts
 from common.few_shot.doubts import Doubt, Examined
+from common.predict.__main__ import write_csv
+from common.predict.classifier import Answer
 from common.types import UserError
 
 
@@ -116,6 +118,25 @@ def test_a_photo_that_was_edited_and_saved_anew_is_a_copy():
     assert [(a, b) for a, b, _ in doubts.copies(rows)] == [(2, 8)]
     grey = [np.asarray(each.convert("L").resize((32, 32), Image.Resampling.BICUBIC), float) for each in pictures[:2]]
     assert rows[0] @ rows[1] == pytest.approx(np.corrcoef(grey[0].ravel(), grey[1].ravel())[0, 1], abs=1e-9)
+
+
+def test_few_photos_are_judged_as_far_as_that_goes():
+    truth, features, probabilities = photos(each=2)
+    assert {d.reason for d in find(truth, features, probabilities)} <= {"outlier"}
+    probabilities[0] = [0.01, 0.97, 0.01, 0.01]
+    assert [d.path for d in find(truth, features, probabilities) if d.reason in ("label", "disagreement")] == ["0.png"]
+
+
+def test_answers_of_predict_are_given_back_as_they_are_written(tmp_path, dataset):
+    """Its columns image and label count; a row without an answer is passed over."""
+    new = tmp_path / "new"
+    new.mkdir()
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (4, 4)).save(new / name)
+    with (new / "answers.csv").open("w", newline="") as file:
+        write_csv([Answer("a.png", "blue tit", 0.9, (("blue tit", 0.9),)), Answer("b.png", abstained=True)], file)
+    found, _ = labelled(dataset, new / "answers.csv")
+    assert found.pop("corrections/a.png") == "blue_tit" and "corrections/b.png" not in found and len(found) == 5
 
 
 def test_classes_are_told_apart_or_not():

@@ -84,7 +84,7 @@ def photos_in_table(location: Location, path: Path, base: Path) -> list[Photo]:
 
 
 def corrected(location: Location, photos: Sequence[Photo], path: Path) -> tuple[list[Photo], list[Photo]]:
-    """Apply a table of corrections, as `python -m common.report doubts` and the served page write it.
+    """Apply a table of corrections: a run's doubts.csv, or feedback.csv of the served page.
 
     A row whose path is a photo of the dataset gives it another class, or takes it out if its label is empty; its own
     class changes nothing. A row whose path is a file beside the table adds a photo; without a label it is passed over.

@@ -128,7 +128,8 @@ def threshold(confidences: Sequence[float], right: Sequence[bool], risk: float) 
     kind, the share of wrong answers among those that are given is at most `risk`, with a probability of 95 % over the
     draw of the images that the threshold is chosen by. For each of STEPS coverages the exact upper bound on the share
     of wrong answers is taken at a confidence that allows for having tried all of them (Bonferroni). So many images
-    are needed that an unlikely row of right answers is excluded: 104 for a risk of 5 %.
+    are needed that an unlikely row of right answers is excluded: 104 for a risk of 5 %. That the same images have
+    chosen a learner's values, or its temperature, is not allowed for.
 
     Args:
         confidences: Confidence of each held-out answer.

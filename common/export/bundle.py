@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Collection, Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -110,9 +111,8 @@ def export(run: Path, target: Path, kind: str = "model", licence: str | None = N
         parts = Path(place) / "model"  # renamed at the end, so that an incomplete export is not taken for a model
         parts.mkdir()
         if kind in image_model.FILES:
-            classifier = Classifier.load(run, trust_code=trust_code)
-            asking = image_model.write(classifier, kind, parts)
-            classifier.close()
+            with closing(Classifier.load(run, trust_code=trust_code)) as classifier:
+                asking = image_model.write(classifier, kind, parts)
         else:
             asking = WRITERS[kind](trained, config, parts)
         write_card(parts, kind, result, config_of(trained, began=True), asking, licence)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from common.config.schema import Config
 from common.data import manifest
+from common.data.folder import CORRECTIONS
 from common.data.loading import on_all
 from common.data.manifest import digest
 from common.data.task import TaskData, dataset_of, own_labels
@@ -231,6 +232,9 @@ class FewShotLearner(Learner):
             parts += [split] * len(task.evaluation[split].items)
             known |= dict(zip([p.image for p in answers.predictions], _rows_of(answers), strict=True))
         unknown = np.full(len(task.train.choices), np.nan)
+        # photos that a table of corrections has added were labelled by hand, and lie elsewhere
+        own_photos = [number for number, item in enumerate(items) if not item.image.startswith(f"{CORRECTIONS}/")]
+        items, parts = [items[number] for number in own_photos], [parts[number] for number in own_photos]
         features = self.features.pictures(task.images, items).images.cpu().numpy()
         if rank() == 0:
             keys = [item.image for item in items]

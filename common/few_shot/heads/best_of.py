@@ -13,6 +13,7 @@ Every image is thus classified by learners that have not seen it; these predicti
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -100,8 +101,10 @@ class BestOf(FewShotHead):
         return learner
 
     def _best(self) -> int:
-        """Return the setting to fit on all images; see above."""
+        """Return the setting to fit on all images; see above. Without a class of two images nothing was compared."""
         best, *others = self._candidates()
+        if not self._compared:
+            return best
         for other in others:
             ahead = self._right(other) - self._right(best)
             if float(ahead.mean()) > float(ahead.std()) / len(ahead) ** 0.5:
@@ -124,29 +127,37 @@ class BestOf(FewShotHead):
         right = int((logits.argmax(1) == labels).sum())
         temperature = calibration.temperature(logits.double().numpy(), labels.numpy())
         nll = float(torch.nn.functional.cross_entropy(logits.double() / temperature, labels))
-        return {"accuracy": right / max(1, len(labels)), "right": right, "nll": nll}
+        # a fit that gave no numbers is the worst of all
+        return {"accuracy": right / max(1, len(labels)), "right": right, "nll": nll if math.isfinite(nll) else math.inf}
 
     def predictions(self, which: int) -> tuple[Tensor, Tensor]:
         """Return the held-out logits of a setting, repeats one after the other, and their labels. [M, C], [M]."""
         assert self.held_out is not None
         logits = self.held_out[which].flatten(0, 1).cpu()
         labels = self.train.seen.labels.cpu().repeat(self.repeats)
-        there = ~logits.isnan().any(1)
+        there = torch.tensor(self.parts[0]).repeat(self.repeats) != UNKNOWN  # the same images in every repeat
         return logits[there].float(), labels[there]
 
+    @property
+    def _compared(self) -> bool:
+        """Return whether any image was classified by learners that had not seen it."""
+        return any(part != UNKNOWN for part in self.parts[0])
+
     def out_of_fold(self) -> Tensor | None:
-        if self.chosen is None or self.held_out is None:
+        if self.chosen is None or self.held_out is None or not self._compared:
             return None
         return self.held_out[self.chosen]
 
     def end(self) -> dict[str, Any]:
         assert self.chosen is not None and self.fitted is not None
+        chosen = self.settings[self.chosen]
+        if not self._compared:
+            return {"learner": chosen.name, **chosen.varied}
         rows = [
             {"learner": setting.name, **setting.varied, "accuracy": self.measured(which)["accuracy"]}
             for which in self._candidates()
             for setting in [self.settings[which]]
         ]
-        chosen = self.settings[self.chosen]
         return {
             "learner": chosen.name,
             **chosen.varied,
