@@ -223,13 +223,12 @@ class FewShotLearner(Learner):
         # two classes of one name (ImageNet's missiles) cannot be told apart by an answer
         if self.learner.out_of_fold() is None or len(task.train.choices) < len(task.train.names):
             return
-        tested = [(split, answers) for split, answers in after.answers.items() if split == "test"]
         items, parts = list(task.train.items), ["train"] * len(task.train.items)
         known = dict(zip([p.image for p in held_out.predictions], _rows_of(held_out), strict=True))
-        for split, answers in tested:
-            own = own_labels(task, split)
-            items += [replace(item, label=own[item.label]) for item in task.evaluation[split].items]
-            parts += [split] * len(task.evaluation[split].items)
+        if (answers := after.answers.get("test")) is not None:
+            own = own_labels(task, "test")
+            items += [replace(item, label=own[item.label]) for item in task.evaluation["test"].items]
+            parts += ["test"] * len(task.evaluation["test"].items)
             known |= dict(zip([p.image for p in answers.predictions], _rows_of(answers), strict=True))
         unknown = np.full(len(task.train.choices), np.nan)
         # photos that a table of corrections has added were labelled by hand, and lie elsewhere
