@@ -51,12 +51,14 @@ class BadImage(Exception):
 class Item:
     """One labelled image.
 
-    `image` is its key: `<dataset>/<path inside the dataset's folder>`, unique over all datasets.
+    `image` is its key: `<dataset>/<path inside the dataset's folder>`, unique over all datasets. Images of one `group`
+    show the same moment or thing, and stay on one side of every split; "": it belongs to no other.
     """
 
     image: str
     label: int
     name: str
+    group: str = ""
 
 
 @dataclass(frozen=True)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from common.counted import counted
 from common.data import wordnet
+from common.data.groups import WAYS, grouped
 from common.data.layout import PICTURES, parts_of, pictures
 from common.data.listing import Location, litter_summary, litter_worded, on_disk, scan
 from common.data.names import objections, remarks
 from common.data.source import PARTS, Parts, assemble
 from common.data.table import (
     Photo,
-    corrected,
+    corrections_in,
     in_place_of_folders,
     metadata,
     others,
@@ -26,36 +28,42 @@ from common.data.table import (
 from common.parsing import normalize
 from common.types import Item, Source, UserError
 
-CORRECTIONS = "corrections"  # in front of the keys of photos that a table of corrections adds
+CORRECTIONS = "corrections"  # in front of the keys of photos that tables of corrections add; with _2 for the second
 
 # Folders `train`, `test` and optionally `val` above the class folders (in a CSV file the column `split`) are the parts.
 # Without them, all photos are one pool to pick from, and those that are not picked are for testing.
 
 
-def read(location: Location, *, csv: str | None = None, corrections: str | None = None) -> Source:
+def read(
+    location: Location,
+    *,
+    csv: str | None = None,
+    corrections: str | Sequence[str] | None = None,
+    group_by: str | None = None,
+) -> Source:
     """Read the photos; labels follow the sorted class names, and WordNet ids are replaced by words.
 
     Args:
         location: The folder of photos, or the table itself.
         csv: Name of a table in that folder.
-        corrections: Path of a table with the right classes of some photos, and further photos.
+        corrections: Paths of tables with the right classes of some photos, and further photos; a later one counts more.
+        group_by: Which photos stay on one side of every split: `burst`, `folder`, or the name of a column of the table.
 
     Raises:
-        UserError: There are fewer than two classes, a class has no photo or a name that cannot be an answer, or a row
-            of the table is wrong.
+        UserError: There are fewer than two classes, a class has no photo or a name that cannot be an answer, a row of a
+            table is wrong, or there is nothing to group by.
     """
     path = location.need(csv or ".")
     is_table = on_disk(path).is_file()
     base = location.folder.parent if on_disk(location.folder).is_file() else location.folder
-    photos = photos_in_table(location, path, base) if is_table else _photos_in(location, path, base)
-    added: list[Photo] = []
-    folders = {location.name: base}
-    if corrections is not None:
-        table = Path(corrections).expanduser().absolute()
-        photos, added = corrected(location, photos, table)
-        folders[CORRECTIONS] = table.parent
-        location.notes.append(f"{table.name}: {counted(len(added), 'photo')} added, and others corrected or left out")
-    names = sorted({photo.name for photo in (*photos, *added)})
+    column = None if group_by in (None, *WAYS) else group_by
+    photos = photos_in_table(location, path, base, column) if is_table else _photos_in(location, path, base, column)
+    if group_by is not None:
+        photos = grouped(location, photos, group_by, base)
+    tables = [] if corrections is None else [corrections] if isinstance(corrections, str) else corrections
+    photos, added, folders = _corrected(location, photos, tables)
+    folders[location.name] = base
+    names = sorted({photo.name for photo in (*photos, *added.values())})
     _refuse_few(location, path, names)
     # labels are counted before WordNet ids become words, so that they do not depend on the words
     labels = {name: label for label, name in enumerate(names)}
@@ -66,12 +74,42 @@ def read(location: Location, *, csv: str | None = None, corrections: str | None 
     parts: dict[str, list[Item]] = {part: [] for part in PARTS}
     for photo in photos:
         label = labels[photo.name]
-        parts[photo.part].append(Item(location.key(photo.path), label, names[label]))
-    for photo in added:
+        parts[photo.part].append(Item(location.key(photo.path), label, names[label], photo.group))
+    for key, photo in added.items():
         label = labels[photo.name]
-        parts[photo.part].append(Item(f"{CORRECTIONS}/{photo.path}", label, names[label]))
+        parts[photo.part].append(Item(key, label, names[label]))
     origin = "own split" if parts["test"] else "own images"
     return assemble(location, names, Parts(**parts), origin, folders)
+
+
+def _corrected(
+    location: Location, photos: Sequence[Photo], tables: Sequence[str]
+) -> tuple[list[Photo], dict[str, Photo], dict[str, Path]]:
+    """Apply tables of corrections, a later one over an earlier one.
+
+    Returns:
+        The dataset's photos with their right classes; the photos that are added, by their keys; and the folders that
+        these lie in, by the beginnings of the keys.
+    """
+    added: dict[str, Photo] = {}
+    folders: dict[str, Path] = {}
+    for number, name in enumerate(tables, start=1):
+        table = Path(name).expanduser().absolute()
+        corrections, new = corrections_in(location, photos, table)
+        photos = [replace(photo, name=corrections.get(photo.path, photo.name)) for photo in photos]
+        beginning = CORRECTIONS if number == 1 else f"{CORRECTIONS}_{number}"
+        folders[beginning] = table.parent
+        added |= {f"{beginning}/{photo.path}": photo for photo in new}
+        out = sum(not label for label in corrections.values())
+        location.notes.append(
+            f"{table.name}: {counted(len(corrections) - out, 'photo')} corrected, {out} left out, {len(new)} added"
+        )
+    return [photo for photo in photos if photo.name], added, folders
+
+
+def is_added(image: str) -> bool:
+    """Tell whether an image was added by a table of corrections."""
+    return re.match(rf"{CORRECTIONS}(_\d+)?/", image) is not None
 
 
 def _refuse_few(location: Location, path: Path, names: Collection[str]) -> None:
@@ -79,21 +117,23 @@ def _refuse_few(location: Location, path: Path, names: Collection[str]) -> None:
         raise location.error(f"{path} has {counted(len(names), 'class')}; a task needs two or more")
 
 
-def _photos_in(location: Location, folder: Path, base: Path) -> list[Photo]:
+def _photos_in(location: Location, folder: Path, base: Path, group: str | None) -> list[Photo]:
     """Return the photos of a folder: by a table with a usual name, else by class folders, else by any table.
+
+    `group`: name of the column with the groups of the photos.
 
     Raises:
         UserError: There are no class folders, and no table or several; names what is there.
     """
     if described := metadata(location, folder):
-        return photos_in_tables(location, folder, described, base)
+        return photos_in_tables(location, folder, described, base, group)
     aside = replace(location, passed_over={}, notes=[])  # its notes count only if the folders can be read
     try:
         photos = list(_photos_in_folders(aside, folder))
         _refuse_few(location, folder, {photo.name for photo in photos})
     except UserError as error:
         if chosen := in_place_of_folders(location, folder):
-            return photos_in_tables(location, folder, chosen, base)
+            return photos_in_tables(location, folder, chosen, base, group)
         raise UserError(f"{error}{others(location, folder)}") from error
     location.passed_over.update(aside.passed_over)
     location.notes.extend(aside.notes)

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,6 +85,25 @@ def _opened(source: Path | bytes) -> ImageFile:
     Image.init()
     kinds = [kind for kind in Image.OPEN if kind not in PROGRAMS]
     return Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=kinds)
+
+
+def taken(path: Path) -> tuple[str, datetime] | None:
+    """Return which camera took a photo, and when, by its EXIF; None if the file does not say. Only a header is read."""
+    try:
+        with _opened(path) as image:
+            exif = image.getexif()
+            details = exif.get_ifd(ExifTags.IFD.Exif)
+            names = (
+                exif.get(ExifTags.Base.Make),
+                exif.get(ExifTags.Base.Model),
+                details.get(ExifTags.Base.BodySerialNumber),
+            )
+            time = str(details.get(ExifTags.Base.DateTimeOriginal)).strip(" \0")
+            return " ".join(str(name).strip(" \0") for name in names if name), datetime.strptime(
+                time, "%Y:%m:%d %H:%M:%S"
+            )
+    except Exception:  # no picture, no time, or damaged metadata, for which PIL raises many kinds
+        return None
 
 
 def _orientation(image: Image.Image) -> int:

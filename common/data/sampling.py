@@ -121,10 +121,10 @@ def draw(source: Source, how: Sampling) -> Picks:
     picked = picked if how.trains else []
     train = _replaced(source.train, picked, how, keep=int(pool))
     if how.validation == "held_out" and not source.val:
-        val = _held_out(source.train, {item.image for item in (*picked, *train)}, how, keep=int(pool))
+        val = _held_out(_others(source.train, picked, train), how, keep=int(pool))
     # what is left of a pool is the test set
-    seen = how.held_out.union(item.image for item in (*picked, *train, *val))
-    test = [item for item in source.train if item.image not in seen] if pool else list(source.test)
+    rest = _others(source.train, picked, train, val) if pool else list(source.test)
+    test = [item for item in rest if not pool or item.image not in how.held_out]
     if how.test_rows == "val_and_test":
         test, val = [*source.val, *test], []
     train, val, test = (_usable(part, how) for part in (train, val, test))
@@ -134,17 +134,46 @@ def draw(source: Source, how: Sampling) -> Picks:
 
 
 def set_apart(items: Sequence[Item], share: float, seed: int) -> tuple[list[Item], list[Item]]:
-    """Split the images of a pool into those to draw from and those to test on, class by class, in their order.
+    """Split the images of a pool into those to draw from and those to test on, in their order.
 
-    Of n images round(share * n) are tested, at least one and at most n - 1; the only image of a class is not tested.
+    Of the n images of a class round(share * n) are tested, at least one and at most n - 1. Images of one group go
+    together, so that their classes can have fewer or more; a class with one image or group is not tested.
     """
+    sizes = Counter(item.label for item in items)
+    wanted = {label: min(max(1, round(share * size)), size - 1) for label, size in sizes.items()}
+    groups: dict[str, Counter[int]] = {}
+    for item in items:
+        groups.setdefault(item.group or item.image, Counter())[item.label] += 1
     tested: set[str] = set()
-    for group in by_label(items).values():
-        count = min(max(1, round(share * len(group))), len(group) - 1)
-        # by a hash of each key: a photo that comes, goes or gets another class moves hardly any other
-        drawn = sorted(group, key=lambda item: hashlib.sha256(f"test-{seed}-{item.image}".encode()).digest())
-        tested.update(item.image for item in drawn[:count])
-    return [item for item in items if item.image not in tested], [item for item in items if item.image in tested]
+    counts = Counter[int]()
+
+    # by a hash of each key: a photo that comes, goes or gets another class moves hardly any other
+    drawn = sorted(groups, key=lambda key: hashlib.sha256(f"test-{seed}-{key}".encode()).digest())
+    for key in drawn:
+        if all(counts[label] + n <= wanted[label] for label, n in groups[key].items()):
+            tested.add(key)
+            counts.update(groups[key])
+    # groups that were too large: the smallest first, where a class is still without a test or they bring it closer
+    for key in sorted(drawn, key=lambda key: groups[key].total()):
+        classes = groups[key]
+        leaves_one = all(counts[label] + n < sizes[label] for label, n in classes.items())
+        error = sum(abs(counts[label] - wanted[label]) for label in classes)
+        closer = sum(abs(counts[label] + n - wanted[label]) for label, n in classes.items()) < error
+        if key not in tested and leaves_one and (closer or any(not counts[label] for label in classes)):
+            tested.add(key)
+            counts.update(classes)
+    apart = [(item.group or item.image) in tested for item in items]
+    return (
+        [item for item, is_tested in zip(items, apart, strict=True) if not is_tested],
+        [item for item, is_tested in zip(items, apart, strict=True) if is_tested],
+    )
+
+
+def _others(items: Sequence[Item], *picked: Sequence[Item]) -> list[Item]:
+    """Return the images that are in none of the picks, nor in the group of one."""
+    taken = {item.image for part in picked for item in part}
+    groups = {item.group for part in picked for item in part if item.group}
+    return [item for item in items if item.image not in taken and item.group not in groups]
 
 
 def _usable(items: Sequence[Item], how: Sampling) -> list[Item]:
@@ -187,11 +216,11 @@ def _validation(items: Sequence[Item], how: Sampling, rng: random.Random) -> lis
     return pick(items, None if how.validation == "full" or how.shots is None else min(how.shots, 4), rng)
 
 
-def _held_out(items: Sequence[Item], taken: set[str], how: Sampling, keep: int) -> list[Item]:
+def _held_out(items: Sequence[Item], how: Sampling, keep: int) -> list[Item]:
     """Draw validation images with a generator of their own, so that the other picks stay the same. At least `keep`
     images of a class are left.
     """
-    rest = by_label([item for item in items if item.image not in taken])
+    rest = by_label(items)
     count = 4 if how.shots is None else min(how.shots, 4)
     rng = random.Random(f"held-out-{how.seed}")
     return [item for group in rest.values() for item in rng.sample(group, min(count, max(0, len(group) - keep)))]

@@ -51,26 +51,28 @@ BEGINNING = 1 << 16  # bytes of a table that are read for its header
 
 @dataclass(frozen=True)
 class Photo:
-    """One photo: its path inside the dataset's folder, its class, and train, val or test."""
+    """One photo: its path inside the dataset's folder, its class, train, val or test, and its group (`Item.group`)."""
 
     path: str
     name: str
     part: str
+    group: str = ""
 
 
-def photos_in_table(location: Location, path: Path, base: Path) -> list[Photo]:
+def photos_in_table(location: Location, path: Path, base: Path, group: str | None = None) -> list[Photo]:
     """Return the photos in the order of the rows; without a column `split`, all are `train`.
 
     Args:
         location: Location of the dataset, for error messages.
         path: The table, in UTF-8: CSV with a header, JSON lines or a JSON list of objects.
         base: The dataset's folder.
+        group: Name of the column with the groups of the photos; None: there is none.
 
     Raises:
         UserError: A column is missing or occurs twice, or a row is empty, repeated, outside the folder, a URL, or of an
             unknown split; or the table has ids for paths and no image with such a name exists.
     """
-    rows = list(_rows(location, path, NEEDED))
+    rows = list(_rows(location, path, NEEDED, group))
     parts = parts_by_name(dict.fromkeys(row["split"] for _, row in rows if "split" in row))
     find = Finder(location, path)
     photos: dict[str, Photo] = {}
@@ -83,8 +85,8 @@ def photos_in_table(location: Location, path: Path, base: Path) -> list[Photo]:
     return list(photos.values())
 
 
-def corrected(location: Location, photos: Sequence[Photo], path: Path) -> tuple[list[Photo], list[Photo]]:
-    """Apply a table of corrections: a run's doubts.csv, or feedback.csv of the served page.
+def corrections_in(location: Location, photos: Sequence[Photo], path: Path) -> tuple[dict[str, str], list[Photo]]:
+    """Read a table of corrections: a run's doubts.csv, or feedback.csv of the served page.
 
     A row whose path is a photo of the dataset gives it another class, or takes it out if its label is empty; its own
     class changes nothing. A row whose path is a file beside the table adds a photo; without a label it is passed over.
@@ -95,7 +97,8 @@ def corrected(location: Location, photos: Sequence[Photo], path: Path) -> tuple[
         path: The table.
 
     Returns:
-        The dataset's photos with their right classes, and those that are added, with paths relative to the table.
+        The other classes of the dataset's photos by their paths, and the photos that are added, with paths relative to
+        the table.
 
     Raises:
         UserError: The table cannot be read, two rows disagree, or the path of one is neither.
@@ -114,9 +117,8 @@ def corrected(location: Location, photos: Sequence[Photo], path: Path) -> tuple[
             continue  # left as it is; doubts.csv names a photo once for every doubt
         if labels.setdefault(image, label) != label:
             raise location.error(f"{where}: {image} has another label in an earlier row")
-    kept = [replace(photo, name=labels.get(photo.path, photo.name)) for photo in photos]
     added = [Photo(image, label, "train") for image, label in labels.items() if image not in own and label]
-    return [photo for photo in kept if photo.name], added
+    return {image: label for image, label in labels.items() if image in own}, added
 
 
 def paths_in_table(location: Location, path: Path) -> dict[str, Path]:
@@ -155,14 +157,20 @@ def lacks(location: Location, path: Path) -> str:
     )
 
 
-def _rows(location: Location, path: Path, needed: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield rows: `file, row 2` (counted as a spreadsheet does), and cells by the keys of COLUMNS and `folder`."""
+def _rows(
+    location: Location, path: Path, needed: Sequence[str], group: str | None = None
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield rows: `file, row 2` (counted as a spreadsheet does), and cells by the keys of COLUMNS and `folder`, and by
+    `group` if that is the name of a column.
+    """
     if path.suffix.lower() in UNREAD:
         raise location.error(f"{path} is a file of a kind that is not read; save a CSV file with path,label")
     records = _records if path.suffix.lower() in (".json", ".jsonl", ".ndjson") else _lines
     rows = records(location, path)
     header = next(rows, ("", []))[1]
     columns = _columns(location, path, header, needed)
+    if group is not None:
+        columns["group"] = _group_column(location, path, header, group)
     for where, cells in rows:
         yield where, {key: cells[column].strip() for key, column in columns.items()}
 
@@ -274,6 +282,17 @@ def _columns(location: Location, path: Path, header: Sequence[str], needed: Sequ
     return columns
 
 
+def _group_column(location: Location, path: Path, header: Sequence[str], group: str) -> int:
+    """Return the position of the column of groups. Raises UserError if there is none, or there are several."""
+    hits = [index for index, cell in enumerate(header) if _word(cell) == _word(group)]
+    if len(hits) != 1:
+        raise location.error(
+            f"data.reader.group_by={group} is the name of {counted(len(hits), 'column')} of {path}; name one of"
+            f" {', '.join(map(str.strip, header))}, or group by burst or folder"
+        )
+    return hits[0]
+
+
 def _word(cell: str) -> str:
     return re.sub(r"[\s_-]", "", cell.lower())
 
@@ -310,7 +329,8 @@ def _photo(
             f"{where}: {row['path']} is outside {base}; put the CSV file above the photos,"
             " and give data.folder=<its path>"
         )
-    return Photo(relative, composed(row["label"]), parts.get(row.get("split", ""), "train"))
+    part = parts.get(row.get("split", ""), "train")
+    return Photo(relative, composed(row["label"]), part, composed(row.get("group", "")))
 
 
 # Tables in a folder of photos: choosing the one that describes the photos.
@@ -364,7 +384,9 @@ def in_place_of_folders(location: Location, folder: Path) -> dict[str, str]:
     return {names[0]: ""} if len(names) == 1 else {}
 
 
-def photos_in_tables(location: Location, folder: Path, tables: Mapping[str, str], base: Path) -> list[Photo]:
+def photos_in_tables(
+    location: Location, folder: Path, tables: Mapping[str, str], base: Path, group: str | None = None
+) -> list[Photo]:
     """Return the photos of several tables.
 
     Args:
@@ -372,11 +394,12 @@ def photos_in_tables(location: Location, folder: Path, tables: Mapping[str, str]
         folder: Folder that holds the tables.
         tables: Path in the folder and part of each table; "": a column or the first folder of its paths gives the part.
         base: The dataset's folder.
+        group: Name of the column with the groups of the photos; None: there is none.
     """
     location.notes.append(f"the photos are those of {', '.join(tables)}")
     photos = []
     for name, part in tables.items():
-        found = photos_in_table(location, folder / name, base)
+        found = photos_in_table(location, folder / name, base, group)
         if part:
             found = [replace(photo, part=part) if photo.part == "train" else photo for photo in found]
         photos += found

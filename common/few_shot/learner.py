@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from common.config.schema import Config
 from common.data import manifest
-from common.data.folder import CORRECTIONS
+from common.data.folder import is_added
 from common.data.loading import on_all
 from common.data.manifest import digest
 from common.data.task import TaskData, dataset_of, own_labels
@@ -108,7 +108,9 @@ class FeatureExtractor:
 
     def support(self, task: Task, source: str | None = None, per_class: int = 0) -> Support:
         """Return the shots of a task, with generated images as more shots if there are any."""
-        made = self._support(task.images, task.train.items)
+        made = replace(
+            self._support(task.images, task.train.items), groups=tuple(item.group for item in task.train.items)
+        )
         if source is None or not per_class:
             return made
         drawn = generated.pick("few_shot.generated", source, per_class, task.train.names, self.config.seed)
@@ -232,7 +234,7 @@ class FewShotLearner(Learner):
             known |= dict(zip([p.image for p in answers.predictions], _rows_of(answers), strict=True))
         unknown = np.full(len(task.train.choices), np.nan)
         # photos that a table of corrections has added were labelled by hand, and lie elsewhere
-        own_photos = [number for number, item in enumerate(items) if not item.image.startswith(f"{CORRECTIONS}/")]
+        own_photos = [number for number, item in enumerate(items) if not is_added(item.image)]
         items, parts = [items[number] for number in own_photos], [parts[number] for number in own_photos]
         features = self.features.pictures(task.images, items).images.cpu().numpy()
         if rank() == 0:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -81,12 +81,14 @@ class Support:
     view: Function that returns random view number i.
     views: At most so many views make a key, and a training cycles through so many others; None: no limit.
     generated: Generated images of the same classes, as more shots.
+    groups: Group of each image (`Item.group`), for cross-validation; empty: each image is on its own.
     """
 
     seen: Pictures
     view: Callable[[int], Pictures]
     views: int | None
     generated: Support | None = None
+    groups: Sequence[str] = ()
 
     def mean_view(self, count: int) -> Pictures:
         """Return features averaged over the first `count` random views (at most `views`)."""

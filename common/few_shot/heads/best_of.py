@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -67,7 +68,16 @@ class BestOf(FewShotHead):
         shape = (len(self.settings), self.repeats, images, classes)
         self.held_out = train.seen.images.new_full(shape, torch.nan)
         labels = train.seen.labels.tolist()
-        self.parts = [stratified(labels, self.folds, f"{self.seed}-{repeat}") for repeat in range(self.repeats)]
+        seeds = [f"{self.seed}-{repeat}" for repeat in range(self.repeats)]
+        if any(train.groups):
+            divided = [stratified_groups(labels, train.groups, self.folds, seed) for seed in seeds]
+            known = [UNKNOWN not in places for places in zip(*divided, strict=True)]  # the same images in every repeat
+            self.parts = [
+                [part if is_known else UNKNOWN for part, is_known in zip(parts, known, strict=True)]
+                for parts in divided
+            ]
+        else:
+            self.parts = [stratified(labels, self.folds, seed) for seed in seeds]
 
     def step(self, number: int) -> dict[str, float]:
         assert self.held_out is not None
@@ -246,3 +256,40 @@ def stratified(labels: Sequence[int], folds: int, seed: str) -> list[int]:
             parts[place] = turn % folds
             turn += 1
     return parts
+
+
+def stratified_groups(labels: Sequence[int], groups: Sequence[str], folds: int, seed: str) -> list[int]:
+    """Divide images into parts as `stratified` does, but keep groups whole (scikit-learn's StratifiedGroupKFold).
+
+    A class whose images would all lie in one part is in no part, with the groups of its images: no fit would know it.
+
+    Args:
+        labels: Class indices. Length: N.
+        groups: Group of each image; "": it is on its own. Length: N.
+        folds: Number of parts.
+        seed: Seed of the shuffle.
+
+    Returns:
+        The part of each image, -1 for one that is in none. Length: N.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    names = [group or f"\0{place}" for place, group in enumerate(groups)]  # no group begins with NUL
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    of_group = [numbers[name] for name in names]
+    count = min(folds, len(numbers))
+    if count < 2:
+        return [UNKNOWN] * len(labels)
+    shuffle = random.Random(f"folds-{seed}").getrandbits(32)
+    splitter = StratifiedGroupKFold(count, shuffle=True, random_state=shuffle)
+    parts = [UNKNOWN] * len(labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that a class has fewer images than there are parts
+        for part, (_, tested) in enumerate(splitter.split(labels, labels, of_group)):
+            for place in tested.tolist():
+                parts[place] = part
+    where: dict[int, set[int]] = {}
+    for label, part in zip(labels, parts, strict=True):
+        where.setdefault(label, set()).add(part)
+    always = {group for group, label in zip(of_group, labels, strict=True) if len(where[label]) == 1}
+    return [UNKNOWN if group in always else part for group, part in zip(of_group, parts, strict=True)]
