@@ -210,7 +210,7 @@ def test_a_run_with_adapters_is_evaluated_from_its_folder(runner, untrained_fold
         "model.recipe=null",
         "model.lora.r=4",
         "rollout.max_completion_tokens=8",
-        "shots=170",
+        "setting.test_per_class=5",
         "tracking=none",
         f"cache_dir={tmp_path}",
     ]

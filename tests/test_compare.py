@@ -402,6 +402,7 @@ def test_latex_and_markdown_carry_hostile_names():
 @pytest.mark.slow
 def test_a_multirun_ends_with_its_runs_side_by_side(tmp_path):
     arguments = ["method=linear_probe", "clip=none", "visual=pixels", "tracking=none", "shots=2,0", "seed=1,2"]
+    arguments += ["setting.test_per_class=5"]
     command = [sys.executable, "run.py", "-m", *arguments, f"hydra.sweep.dir={tmp_path}"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 1 and "s0-seed1-" in done.stdout, done.stderr

@@ -194,7 +194,7 @@ def test_official_protocol_runs_end_to_end(runner, tmp_path, method):
             [
                 f"method={method}",
                 "protocol=official",
-                "shots=170",
+                "setting.test_per_class=5",
                 "trainer.updates=2",
                 "tracking=none",
                 "label_scoring=false",
@@ -213,7 +213,7 @@ def test_adapter_run_saves_an_adapter_that_loads(runner, tmp_path):
     assert (
         runner(
             tmp_path,
-            ["model.lora.r=4", "trainer.updates=2", "trainer.beta=0.04", "shots=170", *QUIET],
+            ["model.lora.r=4", "trainer.updates=2", "trainer.beta=0.04", "setting.test_per_class=5", *QUIET],
         )
         == 0
     )

@@ -434,7 +434,8 @@ def test_the_parts_of_a_trainer_from_outside(outside, tmp_path):
         "shots=4",
         "trainer.updates=2",
         "trainer.prompts_per_update=4",
-        "evaluate=last",
+        "setting.test_per_class=3",
+        "label_scoring=false",
         "doctor=false",
     )
     lines = [line.split() for line in diary.read_text().splitlines()]

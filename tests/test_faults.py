@@ -71,7 +71,7 @@ def job(untrained_folders, tmp_path_factory):
         "checkpoint.every=3",
         "rollout.max_completion_tokens=8",
         "+rewards.short={weight:1.0,fn:tests.rewards.shorter}",
-        "shots=170",
+        "setting.test_per_class=5",
         "tracking=none",
     ]
 

@@ -107,7 +107,7 @@ def job(model):
         "trainer.embedding_learning_rate=1e-2",
         "label_scoring=false",
         "checkpoint.every=2",
-        "shots=170",
+        "setting.test_per_class=5",
     ]
 
 

@@ -29,7 +29,7 @@ def job(untrained_folders):
         "rewards=none",
         "+rewards.short={weight:1.0,fn:tests.rewards.shorter}",
         "label_scoring=false",
-        "shots=170",
+        "setting.test_per_class=5",
         "tracking=none",
     ]
 

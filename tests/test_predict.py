@@ -34,8 +34,8 @@ QUICK = [
     "tracking.report=false",
     "trainer.evaluate_every=0",
     "validation=held_out",
-    "shots=150",
-]  # 257 digits are left
+    "setting.test_per_class=20",
+]
 METHODS = {
     "thinks": ["method=clsrl", "trainer.updates=3"],
     "adapters": ["method=nothinking", "model.lora.r=4", "trainer.updates=3"],

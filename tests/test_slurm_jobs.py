@@ -24,7 +24,7 @@ TRAINING = [
     "label_scoring=false",
     "tracking=none",
     "doctor=false",
-    "shots=170",
+    "setting.test_per_class=5",
     "gpus=0",
     f"cache_dir={CACHE}",
 ]

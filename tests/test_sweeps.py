@@ -436,8 +436,8 @@ defaults: [config, {override hydra/sweeper: paper}, _self_]
 hydra:
   mode: MULTIRUN
   sweeper:
-    params: {data: digits, seed: [1], clip: tiny}
-    points: [{method: [linear_probe, tip_adapter_f], shots: [1, 2]}]
+    params: {data: digits, seed: [1], clip: none, visual: pixels}
+    points: [{method: [linear_probe, nearest_mean], shots: [1, 2]}]
     page: {kind: shots, rows: [method], columns: [shots], published: alert_table1}
 """
 
@@ -457,7 +457,7 @@ hydra:
 OTHER = """
 hydra:
   sweeper:
-    params: {data: digits, seed: [1], clip: tiny}
+    params: {data: digits, seed: [1], clip: none, visual: pixels}
     points: [{method: linear_probe, shots: [1, 2]}]
     page: {kind: table, rows: [shots], columns: [method]}
 """
@@ -485,7 +485,7 @@ def test_a_sweep_of_ones_own_runs_goes_on_and_ends_in_its_page(tmp_path):
     out = tmp_path / "out"
     broken = run(tmp_path, "method=linear_probe,nearest")
     assert broken.returncode == 1 and not out.exists()
-    assert "method=nearest: the sweep has no such points; it has linear_probe, tip_adapter_f" in broken.stderr
+    assert "method=nearest: the sweep has no such points; it has linear_probe, nearest_mean" in broken.stderr
     dry = run(tmp_path, "dry=true")
     assert dry.returncode == 0 and "4 of 4 runs to do" in dry.stdout and not out.exists()
     first = run(tmp_path)
@@ -512,7 +512,7 @@ def test_a_sweep_of_sweeps_runs_each_point_once_and_shows_every_number(tmp_path)
     assert first.returncode == 0, first.stderr
     results = {path.parent.name: json.loads(path.read_text()) for path in out.glob("*/metrics.json")}
     assert len(results) == 3, "1 shot of the linear probe stands in both chapters"
-    assert all(result["before"]["test"]["n"] == 50 for result in results.values())
+    assert all(result["after"]["test"]["n"] == 50 for result in results.values())
     report, expected = (out / "book" / "report.html").read_text(), 0
     for chapter, count in (("mine", 2), ("other", 2)):
         rows = [row for row in csv.DictReader((out / f"book-{chapter}" / "table.csv").open()) if row["ours"]]
@@ -563,8 +563,8 @@ def test_values_of_a_chapter_go_before_the_books_and_after_the_command_lines(tmp
     (found,) = plan.read(keys, [tmp_path])
     assert found.values({}) == {"clip": ["tiny"], "shots": ["4", "8"], "on": ["true"], "model": ["tiny_x"]}
     assert found.values({"shots": ["2"], "model": ["large"]}) == {"shots": ["2"], "on": ["true"], "model": ["large"]}
-    assert found.spec.params == {"seed": [1], "data": "digits", "clip": "tiny"} and found.page["kind"] == "shots"
-    assert found.methods == {"linear_probe", "tip_adapter_f"}
+    assert found.spec.params == {"seed": [1], "data": "digits", "clip": "none", "visual": "pixels"} and found.page["kind"] == "shots"
+    assert found.methods == {"linear_probe", "nearest_mean"}
     assert plan.with_methods([found], ["cafo"]) == [found], "whose error says what it has"
     other = replace(found, name="other", spec=replace(found.spec, points=[{"method": "cafo"}]))
     assert plan.with_methods([found, other], ["cafo"]) == [other] and len(plan.with_methods([found, other], None)) == 2

@@ -235,7 +235,7 @@ LORA = LoraConfig(r=4, alpha=8, targets=r".*language_model.*\.(q_proj|v_proj)")
     ("lora", "family"),
     [
         pytest.param(LoraConfig(), "qwen2_vl", id="qwen2_vl-full"),
-        pytest.param(LORA, "gemma3", id="gemma3-lora"),
+        pytest.param(LORA, "gemma3", id="gemma3-lora", marks=pytest.mark.faults),
         pytest.param(LORA, "qwen2_vl", id="qwen2_vl-lora", marks=pytest.mark.faults),
         pytest.param(LoraConfig(), "gemma3", id="gemma3-full", marks=pytest.mark.faults),
     ],
