@@ -52,7 +52,7 @@ def read(location: Location, *, csv: str | None = None, corrections: str | None 
     folders = {location.name: base}
     if corrections is not None:
         table = Path(corrections).expanduser().absolute()
-        photos, added = corrected(location, photos, table)
+        photos, added = corrected(location, photos, table, base)
         folders[CORRECTIONS] = table.parent
         location.notes.append(f"{table.name}: {counted(len(added), 'photo')} added, and others corrected or left out")
     names = sorted({photo.name for photo in (*photos, *added)})
