@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from xml.etree import ElementTree
 
 import pytest
+from PIL import Image
 
-from common.data import folder
+from common.config.composition import validate
+from common.data import folder, images, source
 from common.data.listing import Location
-from common.predict import photos
+from common.predict import __main__ as command
+from common.predict import cards, photos
+from common.predict.classifier import Answer
 from common.types import UserError
 from tests import data_tree
 
@@ -177,3 +182,118 @@ def test_pictures_to_predict_need_no_labels(tmp_path):
     write(tmp_path / "b.json", [task(address, annotation("x"), annotation("y")), task("a.png")])
     found = photos.find(str(tmp_path / "b.json"))
     assert found == {address: tmp_path / "deep/b c.png", "a.png": tmp_path / "a.png"}
+
+
+TIT = 'tit & "co" \u00e9<'
+NAMES = ("wren", TIT, "not seen")
+NEW = {"my 1%.png": "wren", "in/a%20b.png": TIT, "in/a b.png": "wren", "in/V\u00f6gel.png": TIT}
+
+
+@pytest.fixture
+def predict(tmp_path, monkeypatch):
+    """A function that predicts the pictures in `new` with given answers, and returns what it has written."""
+
+    def run(kind, output, others=()):
+        pictures(tmp_path / "new", *NEW, *(each.image for each in others if not each.error))
+        known = cards.About("bird_run", "", NAMES, "", "")
+        answers = [Answer(name, label, 0.75) for name, label in NEW.items()] + list(others)
+
+        def classify(chosen):
+            found = photos.find(str(tmp_path / "new"))
+            return answers, found | {each.image: tmp_path / "new" / each.image for each in others}, known
+
+        monkeypatch.setattr(command, "classify", classify)
+        (tmp_path / output).parent.mkdir(exist_ok=True)
+        asked = ["bird_run", str(tmp_path / "new"), "--format", kind, "--output", str(tmp_path / output)]
+        assert command.main(asked) == (1 if any(each.error for each in others) else 0)
+        return json.loads((tmp_path / output).read_text(encoding="utf-8"))
+
+    return run
+
+
+UNANSWERED = [
+    Answer("abstained.png", abstained=True, confidence=0.2),
+    Answer("word.png", "horse"),
+    Answer("none.png", reply="?"),
+    Answer("broken.png", error="cut"),
+]
+
+
+def read_back(root, compose, *overrides):
+    """What `data.folder=` reads, by paths in `new`."""
+    data = validate(compose("data=folder", f"data.folder='{root}'", *overrides)).data
+    found = source.load(data)
+    assert all(found.images.open(item.image).size == (32, 24) for item in found.train)
+    return {item.image.removeprefix("folder/").removeprefix("new/"): item.name for item in found.train}
+
+
+@pytest.mark.parametrize("output", ["answers.json", "new/answers.json"])
+def test_coco_is_written_and_read(tmp_path, predict, compose, output):
+    content = predict("coco", output, UNANSWERED)
+    assert [each["name"] for each in content["categories"]] == list(NAMES)
+    assert [each["id"] for each in content["categories"]] == [1, 2, 3]
+    start = "" if "/" in output else "new/"
+    first, *_, last = content["images"]
+    assert first == {"id": 1, "file_name": f"{start}my 1%.png", "width": 32, "height": 24}
+    assert len(content["images"]) == 8 and last == {"id": 8, "file_name": f"{start}broken.png"}
+    assert content["annotations"][1] == {"id": 2, "image_id": 2, "category_id": 2, "score": 0.75}
+    assert len(content["annotations"]) == 4
+    assert read_back(tmp_path / output, compose) == NEW
+
+
+def annotated(tasks, changes):
+    """The tool's export after each prediction was accepted; `changes`: other choices, by number of the task."""
+    for number, each in enumerate(tasks):
+        for prediction in each["predictions"]:
+            result = [{**one, "id": "Xy", "origin": "prediction"} for one in prediction["result"]]
+            result = (
+                [{**one, "value": {"choices": [changes[number]]}} for one in result] if number in changes else result
+            )
+            each["annotations"] = [{"id": number, "was_cancelled": False, "ground_truth": False, "result": result}]
+        each |= {"id": 100 + number, "meta": {}, "project": 1}
+    return tasks
+
+
+@pytest.mark.parametrize("output", ["answers.json", "new/answers.json"])
+def test_label_studio_is_written_and_read(tmp_path, predict, compose, output):
+    content = predict("label-studio", output, UNANSWERED)
+    prediction = content[1]["predictions"][0]
+    assert prediction["model_version"] == "bird_run" and prediction["score"] == 0.75
+    result = {"from_name": "choice", "to_name": "image", "type": "choices", "value": {"choices": [TIT]}}
+    assert prediction["result"] == [result]
+    start = "" if "/" in output else "new/"
+    assert content[1]["data"] == {"image": f"/data/local-files/?d={start}in/a%2520b.png"}
+    assert [len(each["predictions"]) for each in content] == [1] * 4 + [0] * 4
+    view = ElementTree.parse((tmp_path / output).with_suffix(".xml")).getroot()
+    image, choices = view
+    assert (view.tag, image.tag, choices.tag, choices.get("choice")) == ("View", "Image", "Choices", "single")
+    assert (image.get("name"), image.get("value")) == (result["to_name"], "$image")
+    assert (choices.get("name"), choices.get("toName")) == (result["from_name"], result["to_name"])
+    assert [each.get("value") for each in choices] == list(NAMES)
+    write(tmp_path / output, annotated(content, {2: TIT}))
+    right = NEW | {"in/a b.png": TIT}
+    assert read_back(tmp_path / output, compose) == right
+    # the same as corrections of a dataset of these pictures, where all are otherwise of one other class
+    rows = [f'"{path}",{name}' for path, name in zip(NEW, ["x", "y", "x", "y"], strict=True)]
+    (tmp_path / "new/own.csv").write_text("\n".join(["path,label", *rows]), encoding="utf-8")
+    corrections = f"data.reader.corrections='{tmp_path / output}'"
+    assert read_back(tmp_path / "new", compose, corrections) == right
+
+
+def test_files_of_label_tools_lie_above_their_pictures(tmp_path, capsys):
+    pictures(tmp_path, "new/a.png")
+    for output, message in (
+        ([], "--format coco needs --output <file>.json, beside the pictures or above them"),
+        (["--output", str(tmp_path / "a.txt")], "needs --output <file>.json"),
+        (["--output", str(tmp_path / "else/a.json")], f"new/a.png is not below {tmp_path}/else, and the file names"),
+    ):
+        assert command.main([str(tmp_path), str(tmp_path / "new"), "--format", "coco", *output]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_the_size_is_that_of_the_upright_picture(tmp_path):
+    for orientation in (1, 3, 6, 8):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=exif)
+        assert images.size_of(tmp_path / "a.jpg") == images.decode(tmp_path / "a.jpg").size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
@@ -70,6 +71,25 @@ class Listed(Location):
 
     def error(self, what: str) -> UserError:
         return UserError(what)
+
+
+def paths_from(file: Path, pictures: Mapping[str, Path]) -> dict[str, str]:
+    """Return the paths of pictures relative to the folder of a file, with `/`, by the pictures' names.
+
+    Raises:
+        UserError: A picture is not below that folder.
+    """
+    folder = Path(os.path.abspath(file)).parent
+    found = {}
+    for name, path in pictures.items():
+        whole = Path(os.path.abspath(path))
+        if not whole.is_relative_to(folder):
+            raise UserError(
+                f"--output {file}: {whole} is not below {folder}, and the file names pictures from its own folder on;"
+                " write it beside the pictures or above them"
+            )
+        found[name] = whole.relative_to(folder).as_posix()
+    return found
 
 
 def names_of(text: str | None) -> list[str] | None:
