@@ -1,4 +1,4 @@
-"""Read your own photos: one folder per class, or a table (table.py), which may lie in the folder."""
+"""Read your own photos: one folder per class, or a table (table.py), which may lie in the folder; zipped or not."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from common.counted import counted
 from common.data import wordnet
+from common.data.archive import unpacked
 from common.data.layout import PICTURES, parts_of, pictures
 from common.data.listing import Location, litter_summary, litter_worded, on_disk, scan
 from common.data.names import objections, remarks
@@ -36,7 +37,7 @@ def read(location: Location, *, csv: str | None = None, corrections: str | None 
     """Read the photos; labels follow the sorted class names, and WordNet ids are replaced by words.
 
     Args:
-        location: The folder of photos, or the table itself.
+        location: The folder of photos, a zip file of it, or the table itself.
         csv: Name of a table in that folder.
         corrections: Path of a table with the right classes of some photos, and further photos.
 
@@ -44,6 +45,7 @@ def read(location: Location, *, csv: str | None = None, corrections: str | None 
         UserError: There are fewer than two classes, a class has no photo or a name that cannot be an answer, or a row
             of the table is wrong.
     """
+    location = replace(location, folder=unpacked(location, location.folder))
     path = location.need(csv or ".")
     is_table = on_disk(path).is_file()
     base = location.folder.parent if on_disk(location.folder).is_file() else location.folder

@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "pictures",
         nargs="+",
-        help="pictures, folders, patterns, tables with a column path, or JSON of COCO or Label Studio",
+        help="pictures, folders, zip files, patterns, tables with a column path, or JSON of COCO or Label Studio",
     )
     parser.add_argument("--names", help="other class names, separated by commas, for methods that only read them")
     parser.add_argument("--open", action="store_true", help="list no names: the answer may be any word")

@@ -12,6 +12,7 @@ from urllib.parse import unquote
 
 from PIL import Image
 
+from common.data.archive import unpacked
 from common.data.images import WHITE, decode, on, to_rgb
 from common.data.layout import pictures
 from common.data.listing import URL, Location, invisible, litter_reason, visible
@@ -27,8 +28,8 @@ def find(what: str) -> dict[str, Path]:
     """Return the files that a folder, a pattern, a list or a single name stands for, by the names for their answers.
 
     Args:
-        what: A picture; a folder, with all pictures below it; a pattern such as `photos/*.jpg`; or a table with a
-            column of paths, relative to its own folder (see common/data/table.py).
+        what: A picture; a folder or a zip file, with all pictures below it; a pattern such as `photos/*.jpg`; or a
+            table with a column of paths, relative to its own folder (see common/data/table.py).
 
     Raises:
         UserError: No picture was found.
@@ -36,6 +37,7 @@ def find(what: str) -> dict[str, Path]:
     if URL.match(what):
         raise UserError(f"{what} is a URL, and URLs are not read; download the picture, and give its path")
     path = _as_written_or_decoded(Path(what).expanduser())
+    path = unpacked(Listed("pictures", path.parent, path), path)
     if path.is_dir():
         names = sorted(each.relative_to(path).as_posix() for each in path.rglob("*") if each.is_file())
         kept = [
@@ -54,8 +56,8 @@ def find(what: str) -> dict[str, Path]:
     if not found:
         hidden = f" (it has the invisible character {character})" if (character := invisible(what)) else ""
         raise UserError(
-            f"{visible(what)}: no picture is there{hidden}; give a picture, a folder, a pattern in quotes, or a CSV"
-            " file"
+            f"{visible(what)}: no picture is there{hidden}; give a picture, a folder, a zip file, a pattern in quotes,"
+            " or a CSV file"
         )
     return found
 
