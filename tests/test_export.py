@@ -147,7 +147,13 @@ def test_vllm_gives_the_same_replies(exported):
     assert found == replies["causal" if gemma else "family"]  # vLLM's CPU attention lets no image see both ways
 
 
-QUICK = ["tracking=none", "tracking.report=false", "trainer.evaluate_every=0", "validation=none", "setting.test_per_class=10"]
+QUICK = [
+    "tracking=none",
+    "tracking.report=false",
+    "trainer.evaluate_every=0",
+    "validation=none",
+    "setting.test_per_class=10",
+]
 RUNS = {
     "whole": ["method=nothinking", "trainer.updates=3"],
     "adapters": ["method=clsrl", "model.lora.r=4", "trainer.updates=3"],

@@ -296,8 +296,8 @@ def test_a_stray_photo_among_class_folders_reads_no_table_unasked(tmp_path):
     [
         ("{", "is not JSON"),
         (
-            '{"images": [], "annotations": []}',
-            "is no list of objects with a path and a label each; export CSV or JSON-MIN",
+            '{"a": []}',
+            "is no list of objects with a path and a label each, no COCO file .* and no export of Label Studio",
         ),
         ("[1]", "is no list of objects"),
         ("[]", "has no column 'path'; its header is ''"),

@@ -377,7 +377,13 @@ def test_a_stop_while_libraries_are_imported_is_one_too(monkeypatch, compose, tm
 @pytest.mark.faults
 def test_ctrl_c_on_the_command_line(untrained_folder, tmp_path):
     folder = tmp_path / "run"
-    command = [sys.executable, "run.py", "model.recipe=null", f"model.path={untrained_folder}", "setting.test_per_class=5"]
+    command = [
+        sys.executable,
+        "run.py",
+        "model.recipe=null",
+        f"model.path={untrained_folder}",
+        "setting.test_per_class=5",
+    ]
     command += ["trainer.updates=2000", "trainer.evaluate_every=0", "label_scoring=false", "tracking=none"]
     command += ["rollout.max_completion_tokens=4", f"hydra.run.dir={folder}", f"cache_dir={tmp_path / 'cache'}"]
     command += ["+rewards.short={weight:1.0,fn:tests.rewards.shorter}", "doctor=false"]

@@ -6,6 +6,7 @@ import csv
 import json
 from io import BytesIO
 from types import SimpleNamespace
+from zipfile import ZipFile
 
 import numpy as np
 import pyarrow.parquet
@@ -272,7 +273,8 @@ def test_new_pictures_are_seen_as_those_of_the_dataset():
 
 
 @pytest.mark.slow
-def test_a_few_shot_run_that_left_out_pictures_can_be_asked(runner, tmp_path, capsys):
+def test_a_few_shot_run_that_left_out_pictures_can_be_asked(runner, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FEWSHOT_CACHE", str(tmp_path / "cache"))
     run, folder = tmp_path / "run", tmp_path / "photos"
     for label, name in enumerate(("dark", "light")):
         (folder / name).mkdir(parents=True)
@@ -286,6 +288,14 @@ def test_a_few_shot_run_that_left_out_pictures_can_be_asked(runner, tmp_path, ca
     assert json.loads((run / "manifest.json").read_text())["left_out"] == ["folder/light/3.png"]
     assert command.main([str(run), str(new), "--format", "jsonl"]) == 0
     assert json.loads(capsys.readouterr().out)["label"] == "dark"
+    with ZipFile(tmp_path / "new.zip", "w") as file:
+        file.write(new, "new/new.png")
+    assert command.main([str(run), str(tmp_path / "new.zip"), "--format", "jsonl"]) == 0
+    assert json.loads(capsys.readouterr().out)["label"] == "dark"
+    assert command.main([str(run), str(new), "--format", "coco", "--output", str(tmp_path / "a.json")]) == 0
+    written = json.loads((tmp_path / "a.json").read_text())
+    assert [each["name"] for each in written["categories"]] == ["dark", "light"]
+    assert [each["category_id"] for each in written["annotations"]] == [1]
 
 
 def test_what_is_fitted_anew_needs_the_pictures_that_its_run_saw(compose, tmp_path, monkeypatch):

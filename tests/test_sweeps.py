@@ -563,7 +563,10 @@ def test_values_of_a_chapter_go_before_the_books_and_after_the_command_lines(tmp
     (found,) = plan.read(keys, [tmp_path])
     assert found.values({}) == {"clip": ["tiny"], "shots": ["4", "8"], "on": ["true"], "model": ["tiny_x"]}
     assert found.values({"shots": ["2"], "model": ["large"]}) == {"shots": ["2"], "on": ["true"], "model": ["large"]}
-    assert found.spec.params == {"seed": [1], "data": "digits", "clip": "none", "visual": "pixels"} and found.page["kind"] == "shots"
+    assert (
+        found.spec.params == {"seed": [1], "data": "digits", "clip": "none", "visual": "pixels"}
+        and found.page["kind"] == "shots"
+    )
     assert found.methods == {"linear_probe", "nearest_mean"}
     assert plan.with_methods([found], ["cafo"]) == [found], "whose error says what it has"
     other = replace(found, name="other", spec=replace(found.spec, points=[{"method": "cafo"}]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 import threading
 import time
@@ -25,6 +26,7 @@ class Contents:
 
     def __init__(self, folder: Path | None = None) -> None:
         """`folder`: where the hashes are kept for other processes; None: in memory only."""
+        self.cache = folder or cache_folder()
         self.file = None if folder is None else folder / FILE
         self.known: dict[str, str] | None = None
         self.lock = threading.Lock()
@@ -87,6 +89,11 @@ class Contents:
     def _give_up(self, error: OSError) -> None:
         log.warning("hashes of pictures are not kept in %s (%s)", self.file, error.strerror)
         self.file = None
+
+
+def cache_folder() -> Path:
+    """Return the default of `cache_dir` (conf/config.yaml), for commands without such a key."""
+    return Path(os.environ.get("FEWSHOT_CACHE", "cache")).absolute()
 
 
 def facts(path: Path) -> tuple[str, int]:

@@ -1,4 +1,4 @@
-"""Read your own photos: one folder per class, or a table (table.py), which may lie in the folder."""
+"""Read your own photos: one folder per class, or a table (table.py), which may lie in the folder; zipped or not."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from common.counted import counted
 from common.data import wordnet
+from common.data.archive import unpacked
 from common.data.groups import WAYS, grouped
 from common.data.layout import PICTURES, parts_of, pictures
 from common.data.listing import Location, litter_summary, litter_worded, on_disk, scan
@@ -44,7 +45,7 @@ def read(
     """Read the photos; labels follow the sorted class names, and WordNet ids are replaced by words.
 
     Args:
-        location: The folder of photos, or the table itself.
+        location: The folder of photos, a zip file of it, or the table itself.
         csv: Name of a table in that folder.
         corrections: Paths of tables with the right classes of some photos, and further photos; a later one counts more.
         group_by: Which photos stay on one side of every split: `burst`, `folder`, or the name of a column of the table.
@@ -53,6 +54,7 @@ def read(
         UserError: There are fewer than two classes, a class has no photo or a name that cannot be an answer, a row of a
             table is wrong, or there is nothing to group by.
     """
+    location = replace(location, folder=unpacked(location, location.folder))
     path = location.need(csv or ".")
     is_table = on_disk(path).is_file()
     base = location.folder.parent if on_disk(location.folder).is_file() else location.folder
@@ -61,7 +63,7 @@ def read(
     if group_by is not None:
         photos = grouped(location, photos, group_by, base)
     tables = [] if corrections is None else [corrections] if isinstance(corrections, str) else corrections
-    photos, added, folders = _corrected(location, photos, tables)
+    photos, added, folders = _corrected(location, photos, tables, base)
     folders[location.name] = base
     names = sorted({photo.name for photo in (*photos, *added.values())})
     _refuse_few(location, path, names)
@@ -83,7 +85,7 @@ def read(
 
 
 def _corrected(
-    location: Location, photos: Sequence[Photo], tables: Sequence[str]
+    location: Location, photos: Sequence[Photo], tables: Sequence[str], base: Path
 ) -> tuple[list[Photo], dict[str, Photo], dict[str, Path]]:
     """Apply tables of corrections, a later one over an earlier one.
 
@@ -95,7 +97,7 @@ def _corrected(
     folders: dict[str, Path] = {}
     for number, name in enumerate(tables, start=1):
         table = Path(name).expanduser().absolute()
-        corrections, new = corrections_in(location, photos, table)
+        corrections, new = corrections_in(location, photos, table, base)
         photos = [replace(photo, name=corrections.get(photo.path, photo.name)) for photo in photos]
         beginning = CORRECTIONS if number == 1 else f"{CORRECTIONS}_{number}"
         folders[beginning] = table.parent

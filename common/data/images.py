@@ -39,6 +39,7 @@ UPRIGHT = {  # EXIF 2.32, section 4.6.4: the transposition that undoes each orie
     7: Turn.TRANSVERSE,
     8: Turn.ROTATE_90,
 }
+SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange width and height
 # MAX_PIXELS replaces PIL's warning about large images, since large photographs are wanted. PIL's warnings about damaged
 # metadata do not concern the pixels; damaged pixels are errors. Both are set for the whole process: the context
 # managers for such settings are not thread-safe.
@@ -78,6 +79,19 @@ def decode(source: Path | bytes, background: str = WHITE) -> Image.Image:
     except Exception as error:  # PIL's decoders raise nearly every kind on damaged files
         raise BadImage(_reason(error)) from error
     return picture if turn is None else picture.transpose(turn)
+
+
+def size_of(source: Path | bytes) -> tuple[int, int]:
+    """Return the width and height of an image rotated by its EXIF orientation; only its header is read.
+
+    Raises:
+        BadImage: The header cannot be read.
+    """
+    try:
+        with _opened(source) as image:
+            return (image.height, image.width) if _orientation(image) in SIDEWAYS else image.size
+    except Exception as error:  # as in `decode`
+        raise BadImage(_reason(error)) from error
 
 
 def _opened(source: Path | bytes) -> ImageFile:

@@ -159,7 +159,20 @@ def _some(names: Sequence[str]) -> str:
 
 
 # Label Studio's addresses of an upload (its name begins with eight digits added by Label Studio) and of a local file.
-UPLOAD = re.compile(r"/data/(?:(?:upload/\d+/)((?:[\da-f]{8}-)?(.+))|local-files/\?d=(.+))")
+UPLOAD = re.compile(r"(?:https?://[^/]+)?/data/(?:(?:upload/\d+/)((?:[\da-f]{8}-)?(.+))|local-files/\?d=(.+))")
+
+
+def spelt(path: str) -> list[str]:
+    """Return the paths that a table's path may mean, the likeliest first.
+
+    >>> spelt("a%20b.jpg"), spelt("a\\\\b.jpg")
+    (['a%20b.jpg', 'a b.jpg'], ['a\\\\b.jpg', 'a/b.jpg'])
+    >>> spelt("/data/local-files/?d=a%2520b.jpg"), spelt("/data/upload/7/0a1b2c3d-b.jpg")
+    (['a%20b.jpg', 'a%2520b.jpg'], ['0a1b2c3d-b.jpg', 'b.jpg'])
+    """
+    if upload := UPLOAD.fullmatch(path):  # Label Studio encodes its addresses
+        return list(dict.fromkeys(way for name in upload.groups() if name for way in (unquote(name), name)))
+    return list(dict.fromkeys(way for name in (path, path.replace("\\", "/")) for way in (name, unquote(name))))
 
 
 class Finder:
@@ -183,14 +196,12 @@ class Finder:
         Raises:
             UserError: It is a URL, has an invisible character, or could be two images.
         """
-        if URL.match(path):
+        upload = UPLOAD.fullmatch(path)
+        if URL.match(path) and not upload:
             raise self.location.error(
                 f"{where}: '{path}' is a URL, and URLs are not read; download the pictures, and give their paths"
             )
-        # spellings to try: without Label Studio's prefix, with / for \, and with %20 and the like decoded
-        upload = UPLOAD.fullmatch(path)
-        names = upload.groups() if upload else (path, path.replace("\\", "/"))
-        ways = dict.fromkeys(way for name in names if name for way in (name, unquote(name)))
+        ways = spelt(path)
         for way in ways:
             if os.path.exists(on_disk(self.folder / way)):
                 self.known += 1
@@ -205,7 +216,7 @@ class Finder:
                 return found
         if upload:
             raise self.location.error(
-                f"{where}: {path} is an address inside Label Studio, and {list(ways)[-1]} is not in {self.folder}; copy"
+                f"{where}: {path} is an address inside Label Studio, and {ways[-1]} is not in {self.folder}; copy"
                 " the pictures there"
             )
         if not pictures([path]):
@@ -252,7 +263,7 @@ class Finder:
         if self._index is None:
             self._index = {}
             for here, folders, names in os.walk(on_disk(self.folder)):
-                folders[:] = [name for name in folders if not litter_reason(name)]
+                folders[:] = sorted(name for name in folders if not litter_reason(name))
                 inside = Path(here).relative_to(on_disk(self.folder)).as_posix()
                 for name in pictures([name for name in names if not litter_reason(name)]):
                     path = name if inside == "." else f"{inside}/{name}"

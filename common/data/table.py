@@ -1,4 +1,4 @@
-"""Read photos from a table: a column of paths, one of class names and optionally `split`."""
+"""Read photos from a table: a column of paths, one of class names and optionally `split`; or a label tool's JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from common.counted import counted
-from common.data.layout import Finder, parts_by_name, pictures
+from common.data import label_formats
+from common.data.layout import Finder, parts_by_name, pictures, spelt
 from common.data.listing import (
     Location,
     composed,
@@ -64,7 +65,7 @@ def photos_in_table(location: Location, path: Path, base: Path, group: str | Non
 
     Args:
         location: Location of the dataset, for error messages.
-        path: The table, in UTF-8: CSV with a header, JSON lines or a JSON list of objects.
+        path: The table, in UTF-8: CSV with a header, JSON lines, a JSON list of objects, COCO's or Label Studio's JSON.
         base: The dataset's folder.
         group: Name of the column with the groups of the photos; None: there is none.
 
@@ -85,8 +86,10 @@ def photos_in_table(location: Location, path: Path, base: Path, group: str | Non
     return list(photos.values())
 
 
-def corrections_in(location: Location, photos: Sequence[Photo], path: Path) -> tuple[dict[str, str], list[Photo]]:
-    """Read a table of corrections: a run's doubts.csv, or feedback.csv of the served page.
+def corrections_in(
+    location: Location, photos: Sequence[Photo], path: Path, base: Path
+) -> tuple[dict[str, str], list[Photo]]:
+    """Read a table of corrections: a run's doubts.csv, feedback.csv of the served page, or a label tool's export.
 
     A row whose path is a photo of the dataset gives it another class, or takes it out if its label is empty; its own
     class changes nothing. A row whose path is a file beside the table adds a photo; without a label it is passed over.
@@ -95,6 +98,7 @@ def corrections_in(location: Location, photos: Sequence[Photo], path: Path) -> t
         location: Location of the dataset, for error messages.
         photos: Photos of the dataset.
         path: The table.
+        base: The dataset's folder.
 
     Returns:
         The other classes of the dataset's photos by their paths, and the photos that are added, with paths relative to
@@ -109,20 +113,42 @@ def corrections_in(location: Location, photos: Sequence[Photo], path: Path) -> t
     # a class is written as its folder is, or as it is shown: blue_tit or blue tit
     written = {display(name): name for name in own.values()}
     labels: dict[str, str] = {}
+    find = Finder(location, base / path.name)
     for where, row in _rows(location, path, NEEDED):
-        image, label = row["path"], written.get(display(row["label"]), row["label"])
-        if image not in own and not on_disk(path.parent / image).is_file():
-            raise location.error(f"{where}: {image} is no photo of {location.folder}, and no file beside the table")
+        image, label = _corrected_photo(location, where, row["path"], own, find, path), row["label"]
+        label = written.get(display(label), label)
         if label == own.get(image):
             continue  # left as it is; doubts.csv names a photo once for every doubt
         if labels.setdefault(image, label) != label:
             raise location.error(f"{where}: {image} has another label in an earlier row")
+    find.conclude()
     added = [Photo(image, label, "train") for image, label in labels.items() if image not in own and label]
     return {image: label for image, label in labels.items() if image in own}, added
 
 
+def _corrected_photo(
+    location: Location, where: str, written: str, own: Mapping[str, str], find: Finder, table: Path
+) -> str:
+    """Return the path of a photo in the dataset's folder, or beside the table if the dataset has no such photo.
+
+    Raises:
+        UserError: There is neither.
+    """
+    for way in spelt(written):
+        if composed(way) in own:
+            return composed(way)
+    for way in spelt(written):
+        if on_disk(table.parent / way).is_file():
+            inside = os.path.relpath(readable(table.parent / way), readable(find.folder))
+            return inside if inside in own else way
+    if (found := composed(find(where, written))) in own:
+        return found
+    raise location.error(f"{where}: {written} is no photo of {location.folder}, and no file beside the table")
+
+
 def paths_in_table(location: Location, path: Path) -> dict[str, Path]:
-    """Return the images of a table that may lack labels, by their paths as they are written there.
+    """Return the images of a table that may lack labels, by their paths as they are written there; of a COCO file or an
+    export of Label Studio also those without a class.
 
     Raises:
         UserError: There is no column of paths, or a path is a URL.
@@ -165,8 +191,8 @@ def _rows(
     """
     if path.suffix.lower() in UNREAD:
         raise location.error(f"{path} is a file of a kind that is not read; save a CSV file with path,label")
-    records = _records if path.suffix.lower() in (".json", ".jsonl", ".ndjson") else _lines
-    rows = records(location, path)
+    is_json = path.suffix.lower() in (".json", ".jsonl", ".ndjson")
+    rows = _records(location, path, needed == NEEDED) if is_json else _lines(location, path)
     header = next(rows, ("", []))[1]
     columns = _columns(location, path, header, needed)
     if group is not None:
@@ -196,8 +222,8 @@ def _lines(location: Location, path: Path) -> Iterator[tuple[str, list[str]]]:
         raise location.error(f"{path} is not a CSV file ({error}, line {table.line_num})") from error
 
 
-def _records(location: Location, path: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield the keys of objects in JSON, then the values of each object."""
+def _records(location: Location, path: Path, labelled: bool) -> Iterator[tuple[str, list[str]]]:
+    """Yield the keys of objects in JSON, then the values of each object. `labelled`: see `label_formats.rows`."""
     content = text(location, path)
     try:
         if path.suffix.lower() == ".json":
@@ -206,10 +232,14 @@ def _records(location: Location, path: Path) -> Iterator[tuple[str, list[str]]]:
             objects = [json.loads(line) for line in content.splitlines() if line.strip()]
     except ValueError as error:
         raise location.error(f"{path} is not JSON ({error})") from error
+    if (exported := label_formats.rows(location, path, objects, labelled)) is not None:
+        yield "", list(NEEDED)
+        yield from ((where, [_value(location, where, cell) for cell in cells]) for where, *cells in exported)
+        return
     if not isinstance(objects, list) or not all(isinstance(each, dict) for each in objects):
         raise location.error(
-            f"{path} is no list of objects with a path and a label each; export CSV or JSON-MIN from Label Studio, and"
-            " write a CSV file for COCO's annotations"
+            f"{path} is no list of objects with a path and a label each, no COCO file (images, annotations,"
+            " categories) and no export of Label Studio; write one of these, or a CSV file with path,label"
         )
     # objects may lack keys: the header is the union of all keys, in the order of appearance
     header = list(dict.fromkeys(key for each in objects for key in each))
@@ -429,5 +459,8 @@ def others(location: Location, folder: Path) -> str:
     if PurePath(name).suffix.lower() in UNREAD:
         return f". {folder / name} is there, but such files are not read: save a CSV file with path,label"
     if PurePath(name).suffix.lower() == ".json":
-        return f". {folder / name} is there: data.folder={folder / name} reads a list of objects with path and label"
+        return (
+            f". {folder / name} is there: data.folder={folder / name} reads a list of objects with path and label,"
+            " COCO's annotations or Label Studio's export"
+        )
     return f". {folder / name} is there, but {lacks(location, folder / name)}: name its columns path,label"

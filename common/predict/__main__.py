@@ -3,6 +3,7 @@
 python -m common.predict outputs/<run> photo.jpg
 python -m common.predict outputs/<run> photos/ 'more/*.png' list.csv --format csv --output answers.csv
 python -m common.predict outputs/<run> photos/ --format html --output answers.html
+python -m common.predict outputs/<run> photos/ --format label-studio --output photos.json        or coco
 python -m common.predict outputs/<run> photos/ --risk 0.05        abstains if it would be wrong too often
 """
 
@@ -12,13 +13,14 @@ import argparse
 import csv
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from common.cli import program
 from common.counted import counted
+from common.data import label_formats
 from common.runtime import process
 from common.runtime.progress import doing, say, watched
 from common.types import UserError
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
     from common.predict.cards import About
     from common.predict.classifier import Answer
 
-FORMATS = ("table", "jsonl", "csv", "html")
 COLUMNS = ("image", "label", "confidence", "abstained", "top", "candidates", "reasoning", "error")
 
 
@@ -37,26 +38,35 @@ def main(arguments: list[str] | None = None) -> int:
         prog=program("predict"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="folder of a finished run")
-    parser.add_argument("pictures", nargs="+", help="pictures, folders, patterns, or CSV files with a column path")
+    parser.add_argument(
+        "pictures",
+        nargs="+",
+        help="pictures, folders, zip files, patterns, tables with a column path, or JSON of COCO or Label Studio",
+    )
     parser.add_argument("--names", help="other class names, separated by commas, for methods that only read them")
     parser.add_argument("--open", action="store_true", help="list no names: the answer may be any word")
     parser.add_argument("--risk", type=float, help="abstain so that about this share of the answers is wrong")
     parser.add_argument("--data", type=Path, help="folder in which the run's own dataset lies now, if it was moved")
     parser.add_argument("--trust-code", action="store_true", help="run code of other packages that the folder names")
-    parser.add_argument("--format", choices=FORMATS, default="table")
+    parser.add_argument(
+        "--format", choices=FORMATS, default="table", help="coco and label-studio: JSON for label tools"
+    )
     parser.add_argument("--output", type=Path, help="file to write; otherwise the terminal")
     chosen = parser.parse_args(arguments)
     process.set_thread_policy()
     try:
         with watched(f"looking for pictures, then {chosen.run} is loaded"):
             answers, pictures, known = classify(chosen)
-        with _target(chosen.output) as file:
-            if chosen.format == "html":  # for a browser: every picture beside its answer
-                from common.predict import cards
+        if chosen.format in LABEL_TOOLS:
+            write_labels(chosen, answers, pictures, known)
+        else:
+            with _target(chosen.output) as file:
+                if chosen.format == "html":  # for a browser: every picture beside its answer
+                    from common.predict import cards
 
-                file.write(cards.page(answers, pictures, known))
-            else:
-                WRITERS[chosen.format](answers, file)
+                    file.write(cards.page(answers, pictures, known))
+                else:
+                    WRITERS[chosen.format](answers, file)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -64,6 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.output is not None:
         answered = counted(len(answers) - len(unusable), "answer")
         print(f"{chosen.output}: {answered}, {len(unusable)} broken", file=sys.stderr)
+        if chosen.format == "label-studio":
+            print(f"{chosen.output.with_suffix('.xml')}: the labelling configuration", file=sys.stderr)
     for answer in unusable:
         print(f"{answer.image}: {answer.error}", file=sys.stderr)
     return 1 if unusable else 0
@@ -71,9 +83,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def classify(chosen: argparse.Namespace) -> tuple[list[Answer], dict[str, Path], About]:
     """Return the answers to all pictures, their paths by name, and facts about the run."""
-    from common.predict.photos import find, names_of
+    from common.predict.photos import find, names_of, paths_from
 
+    if chosen.format in LABEL_TOOLS and (chosen.output is None or chosen.output.suffix.lower() != ".json"):
+        raise UserError(f"--format {chosen.format} needs --output <file>.json, beside the pictures or above them")
     pictures = {name: path for what in chosen.pictures for name, path in find(what).items()}
+    if chosen.format in LABEL_TOOLS:
+        paths_from(chosen.output, pictures)
     say(f"{counted(len(pictures), 'picture')}; loading {chosen.run}")
     with doing(f"loading {chosen.run}"):
         with process.garbage_collector_paused():
@@ -130,7 +146,31 @@ def write_csv(answers: Sequence[Answer], file: TextIO) -> None:
         writer.writerow(["" if values[name] is None else values[name] for name in COLUMNS])
 
 
+def write_labels(
+    chosen: argparse.Namespace, answers: Sequence[Answer], pictures: Mapping[str, Path], known: About
+) -> None:
+    """Write the file of a label tool; for Label Studio also the labelling configuration, as XML beside it."""
+    from common.data.images import size_of
+    from common.predict.photos import paths_from
+
+    paths = paths_from(chosen.output, pictures)
+    labelled = [
+        label_formats.Labelled(
+            paths[each.image], each.label, each.confidence, None if each.error else size_of(pictures[each.image])
+        )
+        for each in answers
+    ]
+    content = LABEL_TOOLS[chosen.format](labelled, known.classes, known.run)
+    with _target(chosen.output) as file:
+        file.write(json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+    if chosen.format == "label-studio":
+        with _target(chosen.output.with_suffix(".xml")) as file:
+            file.write(label_formats.labelling_configuration(known.classes))
+
+
 WRITERS = {"table": write_table, "jsonl": write_lines, "csv": write_csv}
+LABEL_TOOLS = {"coco": label_formats.coco, "label-studio": label_formats.label_studio}
+FORMATS = (*WRITERS, "html", *LABEL_TOOLS)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
@@ -11,6 +12,7 @@ from urllib.parse import unquote
 
 from PIL import Image
 
+from common.data.archive import unpacked
 from common.data.images import WHITE, decode, on, to_rgb
 from common.data.layout import pictures
 from common.data.listing import URL, Location, invisible, litter_reason, visible
@@ -26,8 +28,8 @@ def find(what: str) -> dict[str, Path]:
     """Return the files that a folder, a pattern, a list or a single name stands for, by the names for their answers.
 
     Args:
-        what: A picture; a folder, with all pictures below it; a pattern such as `photos/*.jpg`; or a table with a
-            column of paths, relative to its own folder (see common/data/table.py).
+        what: A picture; a folder or a zip file, with all pictures below it; a pattern such as `photos/*.jpg`; or a
+            table with a column of paths, relative to its own folder (see common/data/table.py).
 
     Raises:
         UserError: No picture was found.
@@ -35,6 +37,7 @@ def find(what: str) -> dict[str, Path]:
     if URL.match(what):
         raise UserError(f"{what} is a URL, and URLs are not read; download the picture, and give its path")
     path = _as_written_or_decoded(Path(what).expanduser())
+    path = unpacked(Listed("pictures", path.parent, path), path)
     if path.is_dir():
         names = sorted(each.relative_to(path).as_posix() for each in path.rglob("*") if each.is_file())
         kept = [
@@ -53,8 +56,8 @@ def find(what: str) -> dict[str, Path]:
     if not found:
         hidden = f" (it has the invisible character {character})" if (character := invisible(what)) else ""
         raise UserError(
-            f"{visible(what)}: no picture is there{hidden}; give a picture, a folder, a pattern in quotes, or a CSV"
-            " file"
+            f"{visible(what)}: no picture is there{hidden}; give a picture, a folder, a zip file, a pattern in quotes,"
+            " or a CSV file"
         )
     return found
 
@@ -70,6 +73,25 @@ class Listed(Location):
 
     def error(self, what: str) -> UserError:
         return UserError(what)
+
+
+def paths_from(file: Path, pictures: Mapping[str, Path]) -> dict[str, str]:
+    """Return the paths of pictures relative to the folder of a file, with `/`, by the pictures' names.
+
+    Raises:
+        UserError: A picture is not below that folder.
+    """
+    folder = Path(os.path.abspath(file)).parent
+    found = {}
+    for name, path in pictures.items():
+        whole = Path(os.path.abspath(path))
+        if not whole.is_relative_to(folder):
+            raise UserError(
+                f"--output {file}: {whole} is not below {folder}, and the file names pictures from its own folder on;"
+                " write it beside the pictures or above them"
+            )
+        found[name] = whole.relative_to(folder).as_posix()
+    return found
 
 
 def names_of(text: str | None) -> list[str] | None:

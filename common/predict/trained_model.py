@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from common.config.schema import Config, TrackingConfig, TrainerConfig
 from common.counted import counted
 from common.data import loading, manifest
 from common.data import task as tasks
+from common.data.contents import cache_folder
 from common.data.names import objections
 from common.data.task import TaskData
 from common.learner import learner_class
@@ -86,7 +86,7 @@ def config_of(run: TrainedModel, began: bool = False) -> Config:
         if values["rollout"]["options"].get("prompt_tokens"):
             values["rollout"]["options"]["prompt_tokens"] = None
         if run.records != run.folder or not Path(values["cache_dir"]).is_dir():  # the run is from another machine
-            values["cache_dir"] = os.environ.get("FEWSHOT_CACHE", "cache")
+            values["cache_dir"] = str(cache_folder())
         if run.data is not None:
             values["data"] |= _moved(values["data"], run.data)
         if not began and run.has_weights:
