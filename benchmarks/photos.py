@@ -114,7 +114,7 @@ def measure(photos: Photos, seed: int) -> dict[str, float | bool]:
     # confidences
     found = head.out_of_fold()
     assert found is not None
-    held_out = found[0].double().numpy()
+    held_out = found[1][0].double().numpy()
     temperature = calibration.temperature(held_out, labels[0])
     folds, new = softmax(held_out / temperature), softmax(logits[1] / temperature)
     figures: dict[str, float | bool] = {

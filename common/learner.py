@@ -81,6 +81,12 @@ class Learner(Predictor):
         """
         return ("val", after.answers["val"]) if "val" in after.answers else None
 
+    def novelty(self) -> dict[str, Any]:
+        """Return how well images of unknown classes are told from others (common/evaluation/novelty.py); by default
+        nothing, where that is not measured.
+        """
+        return {}
+
     def examine_data(self, held_out: Answers, after: Evaluation) -> None:
         """Write into the run folder what the answers say about the data; by default nothing.
 

@@ -104,7 +104,7 @@ def run(config: Config, folder: Path, data: TaskData | None = None) -> Result:
         held_out = learner.held_out(after)
         if held_out is not None:
             recorder.held_out(*held_out)
-            result.calibration = calibrate(*held_out, after)
+            result.calibration, result.novelty = calibrate(*held_out, after), learner.novelty()
             learner.examine_data(held_out[1], after)
         result.remarks = list(learner.remarks)
         result.train["seconds"] = clock.split(recorder.seconds())

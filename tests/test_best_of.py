@@ -11,7 +11,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from common.few_shot.heads.base import Pictures, Support, Text
-from common.few_shot.heads.best_of import BestOf, stratified
+from common.few_shot.heads.best_of import BestOf
+from common.few_shot.heads.folds import stratified
 from common.types import UserError
 
 HEADS = "common.few_shot.heads"
@@ -85,8 +86,8 @@ def test_held_out_predictions_are_those_of_a_plain_loop():
         assert logits.argmax(1).tolist() == expected.tolist()
         assert len(labels) == 2 * (sum(SIZES) - 1), "all but the only one of its class, in both repeats"
         assert head.measured(which)["right"] == int((expected == labels.numpy()).sum())
-    assert head.out_of_fold().shape == (2, sum(SIZES), len(SIZES))
-    assert head.out_of_fold()[:, -1].isnan().all() and not head.out_of_fold()[:, :-1].isnan().any()
+    assert head.out_of_fold()[1].shape == (2, sum(SIZES), len(SIZES))
+    assert head.out_of_fold()[1][:, -1].isnan().all() and not head.out_of_fold()[1][:, :-1].isnan().any()
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -132,7 +133,7 @@ def test_an_interrupted_search_ends_as_an_undisturbed_one():
     again.restore(first.state())
     for number in range(11, again.steps):
         again.step(number)
-    assert again.chosen == whole.chosen and torch.equal(again.out_of_fold()[:, :-1], whole.out_of_fold()[:, :-1])
+    assert again.chosen == whole.chosen and torch.equal(again.out_of_fold()[1][:, :-1], whole.out_of_fold()[1][:, :-1])
     assert again.end() == whole.end()
     new = BestOf(seed=1, learners=LEARNERS, folds=3, repeats=2)
     new.ready(whole.head(), whole.text)
@@ -147,7 +148,7 @@ def test_one_image_of_each_class_is_fitted_and_nothing_is_compared():
 
 def test_two_of_each_are_compared():
     head = fitted(features(sizes=(2, 2, 2)), folds=5)
-    assert head.out_of_fold().shape == (2, 6, 3) and not head.out_of_fold().isnan().any()
+    assert head.out_of_fold()[1].shape == (2, 6, 3) and not head.out_of_fold()[1].isnan().any()
 
 
 def test_a_fit_without_numbers_is_never_the_best(monkeypatch):

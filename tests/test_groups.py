@@ -12,7 +12,8 @@ from common.data import folder
 from common.data.listing import Location
 from common.data.sampling import Sampling, draw, set_apart
 from common.few_shot.heads.base import Pictures, Support, Text
-from common.few_shot.heads.best_of import BestOf, stratified_groups
+from common.few_shot.heads.best_of import BestOf
+from common.few_shot.heads.folds import stratified_groups
 from common.few_shot.learner import FeatureExtractor
 from common.types import Item, Source, Split, Task, UserError
 
@@ -203,7 +204,7 @@ def test_corrections_come_in_several_tables(tmp_path):
 def test_images_without_a_part_are_the_same_in_every_repeat(monkeypatch):
     """The held-out predictions of the repeats are compared image by image."""
     divided = iter([[0, 1, -1, 0, 1, 0], [0, 1, 0, 1, -1, 0]])
-    monkeypatch.setattr("common.few_shot.heads.best_of.stratified_groups", lambda *_: next(divided))
+    monkeypatch.setattr("common.few_shot.heads.folds.stratified_groups", lambda *_: next(divided))
     pictures = Pictures(torch.zeros(6, 2), torch.tensor([0, 0, 0, 1, 1, 1]))
     head = BestOf(
         seed=1,

@@ -11,6 +11,7 @@ from PIL import Image
 
 from common import Classifier
 from common.few_shot import doubts
+from common.predict import cards
 from common.report.html import doubts_page
 from common.run.result import Result
 from common.types import UserError
@@ -74,8 +75,22 @@ def test_it_answers_with_calibrated_confidences_and_promises_no_risk_by_few_phot
     assert answer.label == "robin" and 0.5 < answer.confidence < 1
     calibration = Result.load(finished).calibration
     assert calibration["source"] == "folds" and calibration["n"] == 63 and set(calibration["ece"]) == {"test"}
+    assert set(Result.load(finished).novelty["found"]) == {"blue tit", "robin", "wren", "kea"}
     with pytest.raises(UserError, match="risk=0.02 cannot be promised by 63 held-out answers"):
         Classifier.load(finished, risk=0.02)
+
+
+def test_a_photo_of_another_kind_is_called_unknown(finished, photos, tmp_path):
+    """Green photos, of which there is one in the dataset; the others keep their names."""
+    rng = np.random.default_rng(5)
+    green = np.clip(rng.normal((250, 250, 20), 5, (24, 32, 3)), 0, 255).astype(np.uint8)
+    Image.fromarray(green).save(tmp_path / "green.png")
+    classifier = Classifier.load(finished, unknown=0.05)
+    answers = classifier([photos / "wren" / "03.png", photos / "robin" / "02.png", tmp_path / "green.png"])
+    classifier.close()
+    assert [(answer.label, answer.unknown) for answer in answers] == [("wren", False), ("robin", False), (None, True)]
+    assert answers[2].p_value == pytest.approx(1 / 64) and answers[2].top and not answers[2].abstained
+    assert cards._kind(answers[2]) == "unknown"
 
 
 def test_corrections_are_given_back(runner, finished, photos, tmp_path):

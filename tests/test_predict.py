@@ -343,6 +343,7 @@ def test_an_answer_has_its_own_confidence_and_is_one_of_the_names(threshold):
     places, values = np.array([[1, 0]] * 3, np.int32), np.array([shares for _, shares in said], np.float32)
     asked = Classifier.__new__(Classifier)
     asked.threshold, asked.config, asked.temperature = threshold, SimpleNamespace(method={}), 1.0
+    asked.unknown = None
     asked.data = SimpleNamespace(task=SimpleNamespace(evaluation={"test": Split((), ("boot", "bag"), "?", "?")}))
     table = Probabilities(("boot", "bag"), places, values)  # the first of each row is the bag's
     found = list(asked._read(Answers(predictions, 0.0, table)))

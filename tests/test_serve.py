@@ -121,7 +121,7 @@ QUICK = ["method=zeroshot", "tracking=none", "tracking.report=false", "setting.t
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory):
+def served(runner, tmp_path_factory):
     """A page over a run, as the command starts it: its address, its run, its folders."""
     from tests.conftest import CACHE
 
@@ -133,8 +133,7 @@ def served(tmp_path_factory):
         "WANDB_MODE": "offline",
     }
     (folder / "temporary").mkdir()
-    made = [sys.executable, "run.py", f"hydra.run.dir={folder / 'run'}", *QUICK]
-    subprocess.run(made, cwd=REPOSITORY, check=True, env=environment, stdout=subprocess.DEVNULL)
+    assert runner(folder / "run", QUICK) == 0
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -139,6 +139,7 @@ def validate(cfg: DictConfig, typed: Sequence[str] = ()) -> Config:
     if config.trainer.name == "grpo" and not config.rewards:
         raise UserError("rewards is empty, but trainer=grpo learns from rewards; choose e.g. rewards=nothinking")
     one_of("selection", config.selection, ("val", "paper"))
+    one_of("calibration", config.calibration, ("val", "folds"))
     one_of("label_scoring", config.label_scoring, (True, "direct", False))
     one_of("doctor", config.doctor, ("auto", True, False))
     one_of("evaluate", config.evaluate, ("last", "best"))

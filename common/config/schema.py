@@ -527,6 +527,7 @@ class Config:
     visual: EncoderConfig | None = None
     few_shot: dict[str, Any] | None = None
     selection: str = "val"
+    calibration: str = "val"
     rollout: RolloutConfig = MISSING
     deepspeed: dict[str, Any] = field(default_factory=dict)
     tracking: TrackingConfig = MISSING

@@ -82,6 +82,9 @@ def check_fit(config: Config, task: Task) -> None:
             texts.of_templates(names, clip.templates)
         else:
             texts.of_file(Path(clip.prompts).expanduser(), names)
+    # Confidences: a learner without a fit has nothing to cross-validate.
+    if config.calibration == "folds" and not learner.steps:
+        raise UserError(f"calibration=folds: {name} fits nothing that other photos could be kept from; leave it out")
     # Images: validation images where the fit needs them, and generated images if any are configured.
     learner.check_val("val" in task.evaluation or config.selection == "paper")
     if learner.generated is not None and learner.generated_per_class:

@@ -21,6 +21,7 @@ from common.data.folder import is_added
 from common.data.loading import on_all
 from common.data.manifest import digest
 from common.data.task import TaskData, dataset_of, own_labels
+from common.evaluation import novelty
 from common.evaluation.evaluate import Evaluation, evenly_spaced
 from common.few_shot import candidates, doubts
 from common.few_shot.check import make, name_of
@@ -28,6 +29,7 @@ from common.few_shot.encoders import generated, texts
 from common.few_shot.encoders.encoder import TEST, TextEncoder, View, load
 from common.few_shot.encoders.store import CachedFeatures, Rows
 from common.few_shot.heads.base import CHUNK, FewShotHead, Pictures, Support, Text
+from common.few_shot.heads.folds import FOLDS, divide, out_of_fold, stratified
 from common.few_shot.heads.zero_shot import text_weights
 from common.learner import Learner
 from common.run import loop
@@ -35,6 +37,7 @@ from common.run.checkpoint import Checkpoints
 from common.run.recorder import Recorder
 from common.runtime import saved
 from common.runtime.distributed import barrier, rank
+from common.runtime.progress import doing
 from common.training.base import Step
 from common.types import Answers, Images, Item, Prediction, Probabilities, Task, UserError
 
@@ -168,6 +171,11 @@ class FewShotLearner(Learner):
         self.texts: dict[tuple[str, ...], Text] = {}
         self.facts: dict[str, Any] = {}
         self.begun = False
+        # Of a fit with cross-validation: logits of the training images by fits on others [N, C], NaN for images in no
+        # part; and what tells unusual images.
+        self.out_of_fold: torch.Tensor | None = None
+        self.detector: novelty.Detector | None = None
+        self.is_restored = False
 
     @property
     def decoding(self) -> str:
@@ -194,7 +202,11 @@ class FewShotLearner(Learner):
         ]
         ranks: list[Any] = self._truth_ranks(split, items, logits, write=limit is None)
         likely = probabilities(logits, tested.names, tested.choices)
-        return Answers(made, time.perf_counter() - began, likely, 0.0, {"truth_rank": ranks})
+        columns: dict[str, list[Any]] = {"truth_rank": ranks}
+        if self.is_restored and self.detector is not None:
+            features = [part.images.float().cpu().numpy() for part in self.features.chunks(self.task.images, items)]
+            columns["p_value"] = self.detector.p_values(np.concatenate(features)).tolist()
+        return Answers(made, time.perf_counter() - began, likely, 0.0, columns)
 
     def diagnostics(self, split: str, answers: Answers) -> dict[str, Any]:
         """Return what the fit chose, and recall@k of the ranking."""
@@ -205,11 +217,9 @@ class FewShotLearner(Learner):
 
     def held_out(self, after: Evaluation) -> tuple[str, Answers] | None:
         """Return the predictions of the training images out of cross-validation, or those of the validation images."""
-        logits = self.learner.out_of_fold()
-        if logits is None:
+        if self.out_of_fold is None:
             return super().held_out(after)
-        # One repeat, so that every image counts once, as a new one would.
-        rows = logits[0].float().cpu().numpy()
+        rows = self.out_of_fold.cpu().numpy()
         there = ~np.isnan(rows).any(1)
         train = self.task.train
         items = [item for item, known in zip(train.items, there.tolist(), strict=True) if known]
@@ -223,7 +233,7 @@ class FewShotLearner(Learner):
         """Write doubts.csv: labels that learners contradict that had not seen them, outliers, copies."""
         task = self.task
         # two classes of one name (ImageNet's missiles) cannot be told apart by an answer
-        if self.learner.out_of_fold() is None or len(task.train.choices) < len(task.train.names):
+        if self.out_of_fold is None or len(task.train.choices) < len(task.train.names):
             return
         items, parts = list(task.train.items), ["train"] * len(task.train.items)
         known = dict(zip([p.image for p in held_out.predictions], _rows_of(held_out), strict=True))
@@ -270,6 +280,7 @@ class FewShotLearner(Learner):
                 f"{folder / STATE} is of a version that kept less of {self.name} ({error}); fit it again under another"
                 " run_name"
             ) from error
+        self.detector, self.is_restored = novelty.Detector.load(folder), True
 
     def _begin(self) -> None:
         learner, task = self.learner, self.task
@@ -288,8 +299,40 @@ class FewShotLearner(Learner):
         # `self` is both what the loop evaluates (predictor) and what it trains (trainer).
         made = loop.train(self, self, learner.steps, self.config, self.checkpoints, recorder, self._save_state)
         self.facts = learner.end()
+        self._cross_validate()
         log.info("%s chose %s", self.name, self.facts)
         return made
+
+    def _cross_validate(self) -> None:
+        """Take over the predictions of a fit that was cross-validated, or make them with `calibration=folds`."""
+        learner, train = self.learner, self.learner.train
+        found = learner.out_of_fold()
+        if found is not None:
+            # One repeat, so that every image counts once, as a new one would.
+            parts, self.out_of_fold = found[0], found[1][0].float()
+        elif self.config.calibration == "folds":
+            (parts,) = divide(train.seen.labels.tolist(), train.groups, FOLDS, 1, self.config.seed)
+            with doing(f"{self.name}: {FOLDS} fits more, to calibrate confidences"):
+                fits = out_of_fold(lambda: make(self.config), train, parts, learner.val, learner.text, learner.test)
+            self.out_of_fold = fits
+        if self.out_of_fold is not None and not self.out_of_fold.isnan().all():
+            features, labels = (each.cpu().numpy() for each in (train.seen.images.float(), train.seen.labels))
+            self.detector = novelty.calibrated(features, labels, parts)
+        else:
+            self.out_of_fold = None
+
+    def novelty(self) -> dict[str, Any]:
+        """Measure how well photos of a class that is left out are told from the others."""
+        if self.detector is None:
+            return {}
+        train = self.learner.train
+        features, labels = (each.cpu().numpy() for each in (train.seen.images.float(), train.seen.labels))
+        return novelty.measure(
+            features,
+            labels,
+            self.task.train.names,
+            lambda kept: stratified(kept.tolist(), FOLDS, str(self.config.seed)),
+        )
 
     def step(self, update: int) -> Step:
         clock = time.perf_counter()
@@ -298,6 +341,8 @@ class FewShotLearner(Learner):
 
     def save(self, folder: Path) -> None:
         self._write(folder, self.learner.head())
+        if self.detector is not None and rank() == 0:
+            self.detector.save(folder)
 
     def _save_state(self, folder: Path) -> None:
         self._write(folder, self.learner.state())

@@ -5,6 +5,7 @@ python -m common.predict outputs/<run> photos/ 'more/*.png' list.csv --format cs
 python -m common.predict outputs/<run> photos/ --format html --output answers.html
 python -m common.predict outputs/<run> photos/ --format label-studio --output photos.json        or coco
 python -m common.predict outputs/<run> photos/ --risk 0.05        abstains if it would be wrong too often
+python -m common.predict outputs/<run> photos/ --unknown 0.05     names no class where a photo looks like none of them
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from common.predict.cards import About
     from common.predict.classifier import Answer
 
-COLUMNS = ("image", "label", "confidence", "abstained", "top", "candidates", "reasoning", "error")
+COLUMNS = ("image", "label", "confidence", "abstained", "unknown", "p_value", "top", "candidates", "reasoning", "error")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,6 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--names", help="other class names, separated by commas, for methods that only read them")
     parser.add_argument("--open", action="store_true", help="list no names: the answer may be any word")
     parser.add_argument("--risk", type=float, help="abstain so that about this share of the answers is wrong")
+    parser.add_argument(
+        "--unknown", type=float, help="call so many of the known photos unknown, to notice other classes"
+    )
     parser.add_argument("--data", type=Path, help="folder in which the run's own dataset lies now, if it was moved")
     parser.add_argument("--trust-code", action="store_true", help="run code of other packages that the folder names")
     parser.add_argument(
@@ -103,6 +107,7 @@ def classify(chosen: argparse.Namespace) -> tuple[list[Answer], dict[str, Path],
             lists_names=not chosen.open,
             trust_code=chosen.trust_code,
             data=chosen.data,
+            unknown=chosen.unknown,
         )
         classifier.quieten()
     try:
@@ -120,9 +125,15 @@ def write_table(answers: Sequence[Answer], file: TextIO) -> None:
 
     table = Table("picture", "answer", "sure", "else", "reasoning")
     for answer in answers:
-        said = answer.error or ("(abstains)" if answer.abstained else answer.label or "(none of the names)")
+        said = answer.error or (
+            "(unknown)"
+            if answer.unknown
+            else "(abstains)"
+            if answer.abstained
+            else answer.label or "(none of the names)"
+        )
         sure = "" if answer.confidence is None else f"{100 * answer.confidence:.1f} %"
-        rest = [each for each in answer.top if each[0] != answer.label or answer.abstained]
+        rest = [each for each in answer.top if each[0] != answer.label or answer.abstained or answer.unknown]
         others = ", ".join(f"{name} {100 * share:.0f} %" for name, share in rest[:2])
         table.add_row(*(Text(text) for text in (answer.image, said, sure, others, answer.reasoning)))
     Console(file=file, width=None if file.isatty() else 160).print(table)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.counted import counted
-from common.evaluation import calibration, metrics
+from common.evaluation import calibration, metrics, novelty
 from common.parsing import normalize
 from common.run.result import Result
 from common.run.run_folder import RunFolder
@@ -46,6 +46,27 @@ def threshold_of(run: Path, risk: float) -> float:
             " higher risk"
         )
     return chosen
+
+
+def check_unknown(model: Path, share: float) -> None:
+    """Check that a share of known photos that may be called unknown can be kept.
+
+    Raises:
+        UserError: The share is none, the model has no detector, or too few photos were cross-validated.
+    """
+    if not 0 < share < 1:
+        raise UserError(f"unknown={share} must be a share between 0 and 1, such as 0.05")
+    detector = novelty.Detector.load(model)
+    if detector is None:
+        raise UserError(
+            f"unknown={share}: {model.parent} cannot tell unknown classes; few-shot learners can whose photos were"
+            " cross-validated: experiment=photos, or calibration=folds"
+        )
+    if len(detector.known) < (needed := novelty.smallest(share)):
+        raise UserError(
+            f"unknown={share} needs {needed} cross-validated photos, and {model.parent} has"
+            f" {len(detector.known)}; train on more, or accept a higher share"
+        )
 
 
 def said(answers: Answers, temperature: float) -> list[float | None]:

@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from common.counted import counted
 from common.data.images import decode
+from common.evaluation import novelty
 from common.run.result import Result
 
 if TYPE_CHECKING:
@@ -75,7 +76,13 @@ find("filter").addEventListener("input", filter);
 find("filter").addEventListener("submit", event => event.preventDefault());
 filter();
 """
-KINDS = {"answered": "answered", "abstained": "abstained", "none": "none of the names", "broken": "cannot be read"}
+KINDS = {
+    "answered": "answered",
+    "abstained": "abstained",
+    "unknown": "like none of the classes",
+    "none": "none of the names",
+    "broken": "cannot be read",
+}
 TEMPLATES = Environment(autoescape=True)
 CARDS = TEMPLATES.from_string("""
 {% for answer, picture, kind in answers %}
@@ -106,6 +113,7 @@ ABOUT = TEMPLATES.from_string("""<div class="about">
 {% if is_long %}</details>{% endif %}</dd>
 <dt>Measured</dt><dd>{{ about.measured }}</dd>
 <dt>Threshold</dt><dd>{{ about.abstains }}</dd>
+{% if about.novelty %}<dt>Unknown</dt><dd>{{ about.novelty }}</dd>{% endif %}
 {% if photos %}<dt>Photos</dt><dd>{{ photos }}</dd>{% endif %}
 </dl></div>
 """)
@@ -137,6 +145,7 @@ class About:
     classes: names that it chooses among.
     measured: its accuracy.
     abstains: the confidence from which on it answers.
+    novelty: how well photos of other classes are noticed; empty where that is not measured.
     """
 
     run: str
@@ -144,6 +153,7 @@ class About:
     classes: tuple[str, ...]
     measured: str
     abstains: str
+    novelty: str = ""
 
     @classmethod
     def of(
@@ -175,7 +185,7 @@ class About:
         else:
             abstains = f"answers from {100 * threshold:.1f} % on, for a risk of {100 * risk:g} % wrong answers"
         name = folder.expanduser().resolve().name
-        return cls(name, title, tuple(classes), measured, abstains)
+        return cls(name, title, tuple(classes), measured, abstains, novelty.line(result.novelty))
 
 
 def about(classifier: Classifier, risk: float | None) -> About:
@@ -215,6 +225,8 @@ def _kind(answer: Answer) -> str:
     """Return the kind of an answer, one of KINDS."""
     if answer.error:
         return "broken"
+    if answer.unknown:
+        return "unknown"
     if answer.abstained:
         return "abstained"
     return "answered" if answer.label else "none"

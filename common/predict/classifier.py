@@ -20,7 +20,7 @@ from common.data.loading import Loader, count_treated, examine
 from common.evaluation import calibration
 from common.launch import quiet_libraries
 from common.learner import Learner, learner_class
-from common.predict.abstention import threshold_of
+from common.predict.abstention import check_unknown, threshold_of
 from common.predict.photos import Photos, Picture
 from common.predict.trained_model import SPLIT, TrainedModel, config_of, data_of, without_list
 from common.run.checkpoint import Checkpoints
@@ -45,6 +45,8 @@ class Answer:
     reasoning: text before the answer in the reply.
     candidates: names proposed by a draft.
     abstained: the confidence is below the threshold, or there is none.
+    unknown: it looks like none of the classes (no label, either).
+    p_value: share of the training photos that look at least as unusual; None where that is not known.
     error: why the picture cannot be used.
     """
 
@@ -56,6 +58,8 @@ class Answer:
     reply: str = ""
     candidates: tuple[str, ...] = ()
     abstained: bool = False
+    unknown: bool = False
+    p_value: float | None = None
     error: str = ""
 
 
@@ -70,6 +74,7 @@ class Classifier:
         threshold: float | None = None,
         began_from: str | None = None,
         temperature: float = 1.0,
+        unknown: float | None = None,
     ) -> None:
         """Create a classifier; use `load`.
 
@@ -80,8 +85,10 @@ class Classifier:
             threshold: Confidence below which it abstains.
             began_from: Hash of the weights, if they are not the run's own.
             temperature: Temperature of the probabilities (common/evaluation/calibration.py).
+            unknown: p-value up to which a picture is called unknown (common/evaluation/novelty.py); None: never.
         """
         self.config, self.run, self.threshold, self.temperature = config, run, threshold, temperature
+        self.unknown = unknown
         self.workplace = tempfile.TemporaryDirectory(prefix="predict-")
         self.device = init_process_group(config.gpus)
         self.data = data_of(run, config, names)
@@ -98,6 +105,7 @@ class Classifier:
         lists_names: bool = True,
         trust_code: bool = False,
         data: str | Path | None = None,
+        unknown: float | None = None,
     ) -> Classifier:
         """Load the model of a finished run.
 
@@ -109,6 +117,8 @@ class Classifier:
             lists_names: False: the prompt lists no names, and the answer may be any word, for methods of CLS-RL.
             trust_code: Allow the folder's configuration to name code of other packages than this project; it is run.
             data: Folder in which the run's dataset lies now, for methods that need its images again.
+            unknown: Name no class where a photo looks like none of them; about this share of the photos of known
+                classes is then called unknown as well. None: never.
 
         Raises:
             UserError: The run is not finished, is of another version, names foreign code, or its method does not
@@ -119,6 +129,8 @@ class Classifier:
         if risk is not None and trained.records != trained.folder:
             raise UserError(f"risk={risk}: an export has no answers to validation images; ask the run itself")
         threshold = None if risk is None else threshold_of(trained.records, risk)
+        if unknown is not None:
+            check_unknown(trained.model, unknown)
         config = config_of(trained)
         config = learner_class(config).restored(config, trained.model, partial(config_of, trained, began=True))
         if not lists_names:
@@ -126,7 +138,7 @@ class Classifier:
         # where the method trained no weights of its own, the base weights must still be the same
         began_from = None if config.model.path == str(trained.model) else result.weights["sha256"]
         temperature = result.calibration.get("temperature", 1.0)
-        return cls(config, trained, names, threshold, began_from, temperature)
+        return cls(config, trained, names, threshold, began_from, temperature, unknown)
 
     @property
     def background(self) -> str:
@@ -199,7 +211,7 @@ class Classifier:
     def _read(self, answers: Answers) -> Iterable[Answer]:
         table = answers.probabilities
         probabilities = None if table is None else calibration.scaled(table, self.temperature)
-        candidates = answers.columns.get("candidates")
+        candidates, p_values = answers.columns.get("candidates"), answers.columns.get("p_value")
         for number, prediction in enumerate(answers.predictions):
             shares: dict[str, float] = {}  # of all names, the most probable first
             if table is not None and probabilities is not None:
@@ -208,16 +220,21 @@ class Classifier:
                 shares = {table.names[classes[place]]: float(values[place]) for place in order}
             label = self._spelt(prediction.answer)
             confidence = shares.get(label or "")
-            abstained = self.threshold is not None and (confidence is None or confidence < self.threshold)
+            p_value = None if p_values is None else p_values[number]
+            unknown = self.unknown is not None and p_value is not None and p_value <= self.unknown
+            unsure = self.threshold is not None and (confidence is None or confidence < self.threshold)
+            abstained = unsure and not unknown
             yield Answer(
                 image=prediction.image,
-                label=None if abstained else label,
+                label=None if abstained or unknown else label,
                 confidence=confidence,
                 top=tuple(itertools.islice(shares.items(), TOP)),
                 reasoning=_reasoning(prediction.reply),
                 reply=prediction.reply.text if prediction.reply else "",
                 candidates=() if candidates is None else tuple(candidates[number]),
                 abstained=abstained,
+                unknown=unknown,
+                p_value=p_value,
             )
 
     def _spelt(self, answer: str) -> str | None:

@@ -13,7 +13,7 @@ from rich.text import Text
 from common.counted import agree, counted
 from common.data.manifest import data_lines
 from common.data.sampling import too_few
-from common.evaluation import metrics
+from common.evaluation import metrics, novelty
 from common.evaluation.metrics import Summary
 from common.few_shot import doubts
 from common.report import folders
@@ -125,12 +125,13 @@ def calibration_lines(result: Result) -> list[str]:
     if not found:
         return []
     where = {"folds": "cross-validated", "val": "validation"}[found["source"]]
+    lines = [novelty.line(result.novelty)] if result.novelty else []
     return [
         f"{split}, confidence: off by {percent(before)} %, at temperature {found['temperature']:.3g} by"
         f" {percent(after)} % (ECE; fitted on {counted(found['n'], f'{where} image')})"
         for split, (before, after) in found["ece"].items()
         if split != found["source"]
-    ]
+    ] + lines
 
 
 def probability_lines(result: Result) -> list[str]:

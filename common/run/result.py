@@ -41,6 +41,8 @@ class Result:
         and rewards that were the same for all completions.
     calibration: the temperature of the probabilities and what it changes (common/evaluation/calibration.py); empty
         without held-out images or probabilities.
+    novelty: how well images of unknown classes are told from others (common/evaluation/novelty.py); empty where that
+        is not measured.
     remarks: notes for tables on the trained results.
     device: model of the GPU, or CPU.
     """
@@ -67,6 +69,7 @@ class Result:
     overall: dict[str, dict[str, float]] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
+    novelty: dict[str, Any] = field(default_factory=dict)
     refilled: dict[str, int] = field(default_factory=dict)
     passed_over: dict[str, int] = field(default_factory=dict)
     duplicates: dict[str, int] = field(default_factory=dict)

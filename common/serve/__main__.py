@@ -31,6 +31,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("--names", help="other class names, separated by commas, for methods that only read them")
     parser.add_argument("--risk", type=float, help="abstain so that about this share of the answers is wrong")
+    parser.add_argument(
+        "--unknown", type=float, help="call so many of the known photos unknown, to notice other classes"
+    )
     parser.add_argument("--data", type=Path, help="folder in which the run's own dataset lies now, if it was moved")
     parser.add_argument("--trust-code", action="store_true", help="run code of other packages that the folder names")
     parser.add_argument("--feedback", type=Path, default=Path("feedback"), help="folder of corrected pictures")
@@ -60,7 +63,12 @@ def serve(chosen: argparse.Namespace) -> None:
         from common.serve.service import Limits, PredictionService
 
         classifier = Classifier.load(
-            chosen.run, names_of(chosen.names), chosen.risk, trust_code=chosen.trust_code, data=chosen.data
+            chosen.run,
+            names_of(chosen.names),
+            chosen.risk,
+            trust_code=chosen.trust_code,
+            data=chosen.data,
+            unknown=chosen.unknown,
         )
         classifier.quieten()
     # handlers of our own, so that uploads are deleted and the model is released at the end

@@ -32,6 +32,11 @@ def check_model(config: Config, task: Task, prompts: Collection[Sequence[Prompt]
     Raises:
         UserError: Names the key, the file or the image at fault.
     """
+    if config.calibration == "folds":
+        raise UserError(
+            f"calibration=folds fits a few-shot learner five times more, and method={config.method['name']} trains a"
+            " language model: leave it out, and keep photos for it with validation=held_out"
+        )
     check_8bit(config)
     measure = check_weights(config)
     check_words(config, measure, task)

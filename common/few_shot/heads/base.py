@@ -90,6 +90,12 @@ class Support:
     generated: Support | None = None
     groups: Sequence[str] = ()
 
+    def take(self, index: Tensor) -> Support:
+        """Return those of a mask, in all views; generated images stay."""
+        chosen = index.tolist()
+        groups = [group for group, there in zip(self.groups, chosen, strict=True) if there] if self.groups else ()
+        return replace(self, seen=self.seen.take(index), view=lambda n: self.view(n).take(index), groups=groups)
+
     def mean_view(self, count: int) -> Pictures:
         """Return features averaged over the first `count` random views (at most `views`)."""
         count = self._limited(count)
@@ -277,10 +283,12 @@ class FewShotHead:
         """Return logits of shape [N, C]. Before the fit: those that the fit starts from."""
         return base_logits(pictures, text)
 
-    def out_of_fold(self) -> Tensor | None:
+    def out_of_fold(self) -> tuple[Sequence[int], Tensor] | None:
         """Return logits of the training images by fits that had not seen them, if cross-validation was part of the fit.
 
-        NaN for an image that was always trained on. Shape: [repeats, N, C].
+        Returns:
+            The part of each image in the first repeat, -1 for one that was always trained on (length N), and the
+            logits, NaN for such an image. Shape: [repeats, N, C].
         """
         return None
 

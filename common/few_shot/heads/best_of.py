@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import random
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,10 +23,9 @@ from torch import Tensor
 from common.config.schema import positive
 from common.evaluation import calibration
 from common.few_shot.heads.base import FewShotHead, Pictures, Support, Text, base_logits
+from common.few_shot.heads.folds import UNKNOWN, divide
 from common.plugins import check_call, locate
 from common.types import UserError
-
-UNKNOWN = -1  # fold of an image that is always trained on, the only one of its class
 
 
 class BestOf(FewShotHead):
@@ -68,16 +65,7 @@ class BestOf(FewShotHead):
         shape = (len(self.settings), self.repeats, images, classes)
         self.held_out = train.seen.images.new_full(shape, torch.nan)
         labels = train.seen.labels.tolist()
-        seeds = [f"{self.seed}-{repeat}" for repeat in range(self.repeats)]
-        if any(train.groups):
-            divided = [stratified_groups(labels, train.groups, self.folds, seed) for seed in seeds]
-            known = [UNKNOWN not in places for places in zip(*divided, strict=True)]  # the same images in every repeat
-            self.parts = [
-                [part if is_known else UNKNOWN for part, is_known in zip(parts, known, strict=True)]
-                for parts in divided
-            ]
-        else:
-            self.parts = [stratified(labels, self.folds, seed) for seed in seeds]
+        self.parts = divide(labels, train.groups, self.folds, self.repeats, self.seed)
 
     def step(self, number: int) -> dict[str, float]:
         assert self.held_out is not None
@@ -153,10 +141,10 @@ class BestOf(FewShotHead):
         """Return whether any image was classified by learners that had not seen it."""
         return any(part != UNKNOWN for part in self.parts[0])
 
-    def out_of_fold(self) -> Tensor | None:
+    def out_of_fold(self) -> tuple[Sequence[int], Tensor] | None:
         if self.chosen is None or self.held_out is None or not self._compared:
             return None
-        return self.held_out[self.chosen]
+        return self.parts[0], self.held_out[self.chosen]
 
     def end(self) -> dict[str, Any]:
         assert self.chosen is not None and self.fitted is not None
@@ -225,71 +213,3 @@ def _settings(name: str, entry: Mapping[str, Any], seed: int) -> Iterator[Settin
         varied = dict(zip(grid, values, strict=True))
         check_call(entry["_target_"], f"{key}._target_", {**fixed, **varied})
         yield Setting(name, entry["_target_"], {**fixed, **varied}, varied)
-
-
-def stratified(labels: Sequence[int], folds: int, seed: str) -> list[int]:
-    """Divide images into parts in which the classes have nearly equal shares.
-
-    The images of each class, shuffled, go to the parts in turn, and each class goes on where the one before ended, so
-    that the parts are of one size, too. The only image of a class is in no part: it is always trained on.
-
-    Args:
-        labels: Class indices. Length: N.
-        folds: Number of parts.
-        seed: Seed of the shuffle.
-
-    Returns:
-        The part of each image, -1 for one that is in none. Length: N.
-
-    >>> stratified([0, 0, 0, 0, 1, 1, 2], 2, "1")
-    [1, 1, 0, 0, 0, 1, -1]
-    """
-    rng = random.Random(f"folds-{seed}")
-    by_class: dict[int, list[int]] = {}
-    for place, label in enumerate(labels):
-        by_class.setdefault(label, []).append(place)
-    parts, turn = [UNKNOWN] * len(labels), 0
-    for _, places in sorted(by_class.items()):
-        if len(places) < 2:
-            continue
-        for place in rng.sample(places, len(places)):
-            parts[place] = turn % folds
-            turn += 1
-    return parts
-
-
-def stratified_groups(labels: Sequence[int], groups: Sequence[str], folds: int, seed: str) -> list[int]:
-    """Divide images into parts as `stratified` does, but keep groups whole (scikit-learn's StratifiedGroupKFold).
-
-    A class whose images would all lie in one part is in no part, with the groups of its images: no fit would know it.
-
-    Args:
-        labels: Class indices. Length: N.
-        groups: Group of each image; "": it is on its own. Length: N.
-        folds: Number of parts.
-        seed: Seed of the shuffle.
-
-    Returns:
-        The part of each image, -1 for one that is in none. Length: N.
-    """
-    from sklearn.model_selection import StratifiedGroupKFold
-
-    names = [group or f"\0{place}" for place, group in enumerate(groups)]  # no group begins with NUL
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
-    of_group = [numbers[name] for name in names]
-    count = min(folds, len(numbers))
-    if count < 2:
-        return [UNKNOWN] * len(labels)
-    shuffle = random.Random(f"folds-{seed}").getrandbits(32)
-    splitter = StratifiedGroupKFold(count, shuffle=True, random_state=shuffle)
-    parts = [UNKNOWN] * len(labels)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that a class has fewer images than there are parts
-        for part, (_, tested) in enumerate(splitter.split(labels, labels, of_group)):
-            for place in tested.tolist():
-                parts[place] = part
-    where: dict[int, set[int]] = {}
-    for label, part in zip(labels, parts, strict=True):
-        where.setdefault(label, set()).add(part)
-    always = {group for group, label in zip(of_group, labels, strict=True) if len(where[label]) == 1}
-    return [UNKNOWN if group in always else part for group, part in zip(of_group, parts, strict=True)]

@@ -1,0 +1,135 @@
+"""Cross-validate: divide the training images into parts, and classify each part by a fit on the others."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from common.few_shot.heads.base import FewShotHead, Pictures, Support, Text, all_logits, fit
+
+FOLDS = 5  # parts where a configuration does not say
+UNKNOWN = -1  # part of an image that is always trained on, such as the only one of its class
+
+
+def divide(labels: Sequence[int], groups: Sequence[str], folds: int, repeats: int, seed: int) -> list[list[int]]:
+    """Divide images into parts several times; those in no part are the same every time.
+
+    Args:
+        labels: Class indices. Length: N.
+        groups: Group of each image, which stays in one part; empty: each image is on its own.
+        folds: Number of parts.
+        repeats: Number of times.
+        seed: Seed of the parts.
+
+    Returns:
+        For each time the part of each image, UNKNOWN for one that is in none.
+    """
+    seeds = [f"{seed}-{repeat}" for repeat in range(repeats)]
+    if not any(groups):
+        return [stratified(labels, folds, each) for each in seeds]
+    divided = [stratified_groups(labels, groups, folds, each) for each in seeds]
+    known = [UNKNOWN not in places for places in zip(*divided, strict=True)]
+    return [[part if there else UNKNOWN for part, there in zip(parts, known, strict=True)] for parts in divided]
+
+
+def out_of_fold(
+    build: Callable[[], FewShotHead],
+    train: Support,
+    parts: Sequence[int],
+    val: Pictures | None,
+    text: Text,
+    test: Pictures | None = None,
+) -> Tensor:
+    """Classify the images of each part by a learner that was fitted on the others.
+
+    Args:
+        build: Function that returns the learner, not fitted.
+        train: Shots of all classes, N images.
+        parts: Part of each image, UNKNOWN for one that is always trained on. Length: N.
+        val: Validation images; see `FewShotHead.begin`.
+        text: Classes of the fit.
+        test: Test images with `selection=paper`.
+
+    Returns:
+        Logits; NaN for images in no part. Shape: [N, C].
+    """
+    places = torch.tensor(parts, device=train.seen.labels.device)
+    logits = train.seen.images.new_full((len(parts), len(text.names)), torch.nan, dtype=torch.float32)
+    for part in sorted({*parts} - {UNKNOWN}):
+        tested = places == part
+        learner = build()
+        fit(learner, train.take(~tested), val, text, test)
+        logits[tested] = all_logits(learner, train.seen.take(tested), text).float()
+    return logits
+
+
+def stratified(labels: Sequence[int], folds: int, seed: str) -> list[int]:
+    """Divide images into parts in which the classes have nearly equal shares.
+
+    The images of each class, shuffled, go to the parts in turn, and each class goes on where the one before ended, so
+    that the parts are of one size, too. The only image of a class is in no part: it is always trained on.
+
+    Args:
+        labels: Class indices. Length: N.
+        folds: Number of parts.
+        seed: Seed of the shuffle.
+
+    Returns:
+        The part of each image, -1 for one that is in none. Length: N.
+
+    >>> stratified([0, 0, 0, 0, 1, 1, 2], 2, "1")
+    [1, 1, 0, 0, 0, 1, -1]
+    """
+    rng = random.Random(f"folds-{seed}")
+    by_class: dict[int, list[int]] = {}
+    for place, label in enumerate(labels):
+        by_class.setdefault(label, []).append(place)
+    parts, turn = [UNKNOWN] * len(labels), 0
+    for _, places in sorted(by_class.items()):
+        if len(places) < 2:
+            continue
+        for place in rng.sample(places, len(places)):
+            parts[place] = turn % folds
+            turn += 1
+    return parts
+
+
+def stratified_groups(labels: Sequence[int], groups: Sequence[str], folds: int, seed: str) -> list[int]:
+    """Divide images into parts as `stratified` does, but keep groups whole (scikit-learn's StratifiedGroupKFold).
+
+    A class whose images would all lie in one part is in no part, with the groups of its images: no fit would know it.
+
+    Args:
+        labels: Class indices. Length: N.
+        groups: Group of each image; "": it is on its own. Length: N.
+        folds: Number of parts.
+        seed: Seed of the shuffle.
+
+    Returns:
+        The part of each image, -1 for one that is in none. Length: N.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    names = [group or f"\0{place}" for place, group in enumerate(groups)]  # no group begins with NUL
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    of_group = [numbers[name] for name in names]
+    count = min(folds, len(numbers))
+    if count < 2:
+        return [UNKNOWN] * len(labels)
+    shuffle = random.Random(f"folds-{seed}").getrandbits(32)
+    splitter = StratifiedGroupKFold(count, shuffle=True, random_state=shuffle)
+    parts = [UNKNOWN] * len(labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that a class has fewer images than there are parts
+        for part, (_, tested) in enumerate(splitter.split(labels, labels, of_group)):
+            for place in tested.tolist():
+                parts[place] = part
+    where: dict[int, set[int]] = {}
+    for label, part in zip(labels, parts, strict=True):
+        where.setdefault(label, set()).add(part)
+    always = {group for group, label in zip(of_group, labels, strict=True) if len(where[label]) == 1}
+    return [UNKNOWN if group in always else part for group, part in zip(of_group, parts, strict=True)]
