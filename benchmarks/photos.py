@@ -10,6 +10,8 @@ Every draw takes 10 to 60 photos of each of the ten classes, sets a fifth of eac
     interval    how often the 95 % interval of the tested photos holds the accuracy on the others
     ece         calibration error on the others, at the temperature of the folds
     kept        how often at most 5 % (10 %) of the answers to the others are wrong, above the threshold of the folds
+    unknown     share of the others, and of handwritten digits, that is called unknown where 5 % of the others may be
+    left_out    share of a class that was left out that is called unknown: by the run's own measure, and of the others
 
 The features are computed once and kept in --cache.
 """
@@ -33,10 +35,11 @@ from sklearn.linear_model import LogisticRegression
 from common.config import composition
 from common.data import task
 from common.data.sampling import by_label, set_apart
-from common.evaluation import calibration, metrics
+from common.evaluation import calibration, metrics, novelty
 from common.few_shot.check import make
 from common.few_shot.heads.base import Pictures, Support, Text
 from common.few_shot.heads.best_of import BestOf
+from common.few_shot.heads.folds import FOLDS, stratified
 from common.few_shot.learner import FeatureExtractor
 from common.types import Item
 
@@ -46,24 +49,27 @@ RISKS = (0.05, 0.1)
 
 @dataclass(frozen=True)
 class Photos:
-    """Encoded photos of the dataset, and which of them may be drawn."""
+    """Encoded photos of the dataset, which of them may be drawn, and features of digits, which belong to no class."""
 
     features: Pictures
     items: list[Item]
     names: tuple[str, ...]
     drawable: int
+    digits: NDArray[np.float32]
 
 
 def encode(folder: str, cache: str, drawable: int, others: int) -> Photos:
     """Encode so many photos to draw from and to measure on, in a random order."""
-    words = ["experiment=photos", "data=fashion", f"data.folder={folder}", "test_share=null", f"cache_dir={cache}"]
+    words = ["experiment=photos", "test_share=null", f"cache_dir={cache}"]
     with hydra.initialize_config_dir(str(Path(__file__).parent.parent / "conf"), version_base="1.3"):
-        config = composition.validate(hydra.compose("config", words))
-    data = task.build(config).task
+        config = composition.validate(hydra.compose("config", [*words, "data=fashion", f"data.folder={folder}"]))
+        strange = composition.validate(hydra.compose("config", [*words, "data=digits", "shots=30"]))
+    data, digits = task.build(config).task, task.build(strange).task
     items = [*data.train.items, *data.evaluation["test"].items]
     items = random.Random("photos").sample(items, drawable + others)
     extractor = FeatureExtractor(config, make(config), torch.device("cpu"))
-    return Photos(extractor.pictures(data.images, items), items, data.train.names, drawable)
+    unknown = extractor.pictures(digits.images, digits.train.items).images.numpy()
+    return Photos(extractor.pictures(data.images, items), items, data.train.names, drawable, unknown)
 
 
 def draw(photos: Photos, seed: int) -> tuple[list[Item], list[Item]]:
@@ -124,12 +130,39 @@ def measure(photos: Photos, seed: int) -> dict[str, float | bool]:
         "ece": weighted_ece(new.max(1), right, weights),
         "seconds": seconds,
     }
+    figures |= unknown_figures(photos, pick[0], head.parts[0], pick[2], weights)
     for risk in RISKS:
         threshold = calibration.threshold(folds.max(1).tolist(), (folds.argmax(1) == labels[0]).tolist(), risk)
         answered = new.max(1) >= threshold
         share_wrong = (weights * ~right)[answered].sum() / weights[answered].sum() if answered.any() else 0.0
         figures |= {f"answered_{risk:g}": float(weights[answered].sum()), f"kept_{risk:g}": bool(share_wrong <= risk)}
     return figures
+
+
+def unknown_figures(
+    photos: Photos, train: Pictures, parts: list[int], others: Pictures, weights: Floats
+) -> dict[str, float]:
+    """Return how many photos are called unknown: of the known classes, of digits, and of classes that are left out."""
+    features, labels = train.images.numpy(), train.labels.numpy()
+    new, truths = others.images.numpy(), others.labels.numpy()
+    detector = novelty.calibrated(features, labels, parts)
+    measured = novelty.measure(features, labels, photos.names, folds_of)
+    found = []
+    for label in range(len(photos.names)):
+        kept = labels != label
+        without = novelty.calibrated(features[kept], labels[kept], folds_of(labels[kept]))
+        found.append(float((without.p_values(new[truths == label]) <= novelty.SHARE).mean()))
+    return {
+        "unknown_others": float((weights * (detector.p_values(new) <= novelty.SHARE)).sum()),
+        "unknown_digits": float((detector.p_values(photos.digits) <= novelty.SHARE).mean()),
+        "left_out_measured": statistics.mean(measured["found"].values()),
+        "left_out": statistics.mean(found),
+    }
+
+
+def folds_of(labels: NDArray[np.integer]) -> list[int]:
+    """Return the part of each photo."""
+    return stratified(labels.tolist(), FOLDS, "1")
 
 
 def softmax(logits: Floats) -> Floats:

@@ -271,6 +271,13 @@ class FewShotHead:
         """Return whether the fit, once begun, makes choices by the test images."""
         return False
 
+    def follow(self, other: Any) -> None:
+        """Take, in place of a search, the values that a finished fit of the same learner has chosen.
+
+        In cross-validation: a fold's own search on few images could find logits of quite another scale, by which the
+        finished fit could not be calibrated.
+        """
+
     def step(self, number: int) -> dict[str, float]:
         """Make step `number` of the fit, counted from 0. Return its metrics."""
         return {}

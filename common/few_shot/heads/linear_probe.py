@@ -176,6 +176,9 @@ class LinearProbe(FewShotHead):
     def chosen_by_test(self) -> bool:
         return self.strength is None and self.searches_test
 
+    def follow(self, other: LinearProbe) -> None:
+        self.strength = other.facts["strength"]
+
     def check_val(self, there: bool) -> None:
         if self.strength is None and not there:
             raise UserError(

@@ -59,6 +59,10 @@ class TipAdapter(FewShotHead):
         positive("few_shot.key_views", key_views)
         self.key_views = key_views
         self.mix = Searched(alpha, beta, search_scale)
+        self.chosen_mix: tuple[float, float] | None = None
+
+    def follow(self, other: TipAdapter) -> None:
+        self.chosen_mix = other.mix.alpha, other.mix.beta
 
     def step(self, number: int) -> dict[str, float]:
         mean = self.train.mean_view(self.key_views)
@@ -71,7 +75,9 @@ class TipAdapter(FewShotHead):
         return self.searches_test
 
     def end(self) -> dict[str, Any]:
-        if self.searched_on is not None:
+        if self.chosen_mix is not None:
+            self.mix.alpha, self.mix.beta = self.chosen_mix
+        elif self.searched_on is not None:
             assert self.keys is not None
             found = self.mix.search_keys(self.keys, self.searched_on, self.text)
             self.mix.alpha, self.mix.beta = found.alpha, found.beta
@@ -143,6 +149,10 @@ class TrainedKeys(GradientHead):
         positive("few_shot.key_views", key_views)
         self.key_views = key_views
         self.mix = Searched(alpha, beta, search_scale)
+        self.chosen_mix: tuple[float, float] | None = None
+
+    def follow(self, other: TrainedKeys) -> None:
+        self.chosen_mix = other.mix.alpha, other.mix.beta
 
     @abstractmethod
     def vote(self, pictures: Pictures, base: Tensor) -> Callable[[float], Tensor]:
@@ -168,6 +178,9 @@ class TrainedKeys(GradientHead):
     def end(self) -> dict[str, Any]:
         facts = super().end()
         assert self.module is not None
+        if self.chosen_mix is not None:
+            self.mix.alpha, self.mix.beta = self.chosen_mix
+            return facts | {"alpha": self.mix.alpha, "beta": self.mix.beta, "searched": False}
         if self.searched_on is None or self.judges is None:
             return facts | {"alpha": self.mix.alpha, "beta": self.mix.beta, "searched": False}
         # Search, with `selection=paper` on the keys that the authors search with, then put the trained keys back.
