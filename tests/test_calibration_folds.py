@@ -12,50 +12,75 @@ from common.config.composition import validate
 from common.data import task
 from common.few_shot.heads.base import Pictures, Support, Text, fit
 from common.few_shot.heads.folds import out_of_fold
-from common.few_shot.heads.tip_adapter import TipAdapterF
+from common.few_shot.heads.linear_probe import LinearProbe
+from common.few_shot.heads.tip_adapter import TipAdapter, TipAdapterF
 from common.learner import Check
 from common.plugins import locate
 from common.run.result import Result
 from common.types import UserError
 
 
-def head():
-    return TipAdapterF(
-        seed=1,
-        epochs=2,
-        batch=8,
-        learning_rate=1e-3,
-        weight_decay=0.01,
-        alpha=1.0,
-        beta=5.0,
-        search_scale=[7, 3],
-        key_views=1,
-    )
+def head(**changes):
+    values = {"epochs": 2, "batch": 8, "learning_rate": 1e-3, "weight_decay": 0.01, "alpha": 1.0, "beta": 5.0}
+    return TipAdapterF(seed=1, search_scale=[7, 3], key_views=1, **values | changes)
 
 
-def test_each_image_is_classified_by_a_fit_on_the_others_in_all_their_views():
-    """Against a loop that fits on supports built by hand."""
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.tensor([0, 1, 2] * 6)
-    views = [torch.randn(18, 8, generator=generator) + 3 * torch.eye(8)[labels] for _ in range(4)]
-    parts = [number // 3 % 3 if number < 15 else -1 for number in range(18)]
-    text = Text(("a", "b", "c"))
+def images(count=18, seed=0):
+    """Views of images of three classes; the last one is the test view."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.tensor([0, 1, 2] * (count // 3))
+    return [torch.randn(count, 8, generator=generator) + 2 * torch.eye(8)[labels] for _ in range(4)], labels
 
-    def support(kept):
-        return Support(
-            Pictures(views[3][kept], labels[kept]), lambda n: Pictures(views[n % 3][kept], labels[kept]), 3, None, ()
-        )
 
-    everyone = torch.ones(18, dtype=torch.bool)
-    found = out_of_fold(head, support(everyone), parts, None, text)
+def support(views, labels, kept):
+    return Support(Pictures(views[3][kept], labels[kept]), lambda n: Pictures(views[n % 3][kept], labels[kept]), 3)
+
+
+TEXT = Text(("a", "b", "c"))
+PARTS = [number // 3 % 3 if number < 15 else -1 for number in range(18)]
+
+
+@pytest.mark.parametrize("with_val", [False, True])
+def test_each_image_is_classified_by_a_fit_on_the_others_in_all_their_views(with_val):
+    """Against a loop over supports built by hand: the chosen alpha and beta, and the finished fit's spread on val."""
+    views, labels = images()
+    val = Pictures(images(30, 5)[0][3], images(30, 5)[1]) if with_val else None
+    finished = head()
+    fit(finished, support(views, labels, torch.ones(18, dtype=torch.bool)), val, TEXT)
+    found = out_of_fold(finished, head, PARTS)
     assert found[15:].isnan().all()
     for part in range(3):
-        there = torch.tensor(parts) == part
+        there = torch.tensor(PARTS) == part
         learner = head()
-        fit(learner, support(~there), None, text)
+        fit(learner, support(views, labels, ~there), val, TEXT)
+        learner.mix.alpha, learner.mix.beta = finished.mix.alpha, finished.mix.beta
         with torch.no_grad():
-            expected = learner.logits(Pictures(views[3][there], labels[there]), text)
-        assert torch.equal(found[there], expected)
+            expected = learner.logits(Pictures(views[3][there], labels[there]), TEXT)
+            if with_val:
+                expected *= finished.logits(val, TEXT).std(1).mean() / learner.logits(val, TEXT).std(1).mean()
+        assert torch.allclose(found[there], expected, rtol=1e-5)
+
+
+def test_learners_follow_what_a_fit_has_chosen():
+    """Nothing is searched anew: the values are those of the finished fit, even on images that would choose others."""
+    views, labels = images()
+    everyone = torch.ones(18, dtype=torch.bool)
+    val = Pictures(images(30, 5)[0][3], images(30, 5)[1])
+    for build in (
+        head,
+        lambda: TipAdapter(seed=1, alpha=1.0, beta=5.0, search_scale=[7, 3], key_views=1),
+    ):
+        finished, follower = build(), build()
+        finished.mix.alpha, finished.mix.beta = 0.7, 3.3
+        follower.follow(finished)
+        fit(follower, support(views, labels, everyone), val, TEXT)
+        assert (follower.mix.alpha, follower.mix.beta) == (0.7, 3.3)
+    probe = LinearProbe(seed=1)
+    fit(probe, support(views, labels, everyone), val, TEXT)
+    follower = LinearProbe(seed=1)
+    follower.follow(probe)
+    fit(follower, support(views, labels, everyone), None, TEXT)
+    assert follower.facts["strength"] == probe.facts["strength"]
 
 
 @pytest.mark.parametrize(

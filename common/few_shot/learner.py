@@ -313,19 +313,12 @@ class FewShotLearner(Learner):
         elif self.config.calibration == "folds":
             (parts,) = divide(train.seen.labels.tolist(), train.groups, FOLDS, 1, self.config.seed)
             with doing(f"{self.name}: {FOLDS} fits more, to calibrate confidences"):
-                fits = out_of_fold(self._like_the_fit, train, parts, learner.val, learner.text, learner.test)
-            self.out_of_fold = fits
+                self.out_of_fold = out_of_fold(learner, lambda: make(self.config), parts)
         if self.out_of_fold is not None and not self.out_of_fold.isnan().all():
             features, labels = (each.cpu().numpy() for each in (train.seen.images.float(), train.seen.labels))
             self.detector = novelty.calibrated(features, labels, parts)
         else:
             self.out_of_fold = None
-
-    def _like_the_fit(self) -> FewShotHead:
-        """Return the learner, not fitted, with the values that its fit has chosen."""
-        made = make(self.config)
-        made.follow(self.learner)
-        return made
 
     def novelty(self) -> dict[str, Any]:
         """Measure how well photos of a class that is left out are told from the others."""

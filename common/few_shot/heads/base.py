@@ -274,8 +274,7 @@ class FewShotHead:
     def follow(self, other: Any) -> None:
         """Take, in place of a search, the values that a finished fit of the same learner has chosen.
 
-        In cross-validation: a fold's own search on few images could find logits of quite another scale, by which the
-        finished fit could not be calibrated.
+        For cross-validation: what other images would choose could have logits of quite another scale.
         """
 
     def step(self, number: int) -> dict[str, float]:

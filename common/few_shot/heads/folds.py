@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from common.few_shot.heads.base import FewShotHead, Pictures, Support, Text, all_logits, fit
+from common.few_shot.heads.base import FewShotHead, Pictures, Text, all_logits, fit
 
 FOLDS = 5  # parts where a configuration does not say
 UNKNOWN = -1  # part of an image that is always trained on, such as the only one of its class
@@ -36,35 +36,36 @@ def divide(labels: Sequence[int], groups: Sequence[str], folds: int, repeats: in
     return [[part if there else UNKNOWN for part, there in zip(parts, known, strict=True)] for parts in divided]
 
 
-def out_of_fold(
-    build: Callable[[], FewShotHead],
-    train: Support,
-    parts: Sequence[int],
-    val: Pictures | None,
-    text: Text,
-    test: Pictures | None = None,
-) -> Tensor:
-    """Classify the images of each part by a learner that was fitted on the others.
+def out_of_fold(fitted: FewShotHead, build: Callable[[], FewShotHead], parts: Sequence[int]) -> Tensor:
+    """Classify the images of each part by fits on the others, which take the values that the finished fit has chosen.
+
+    A fit on other images can have logits of another scale (an unregularised probe), and a temperature would be that of
+    the scale. So each fit's logits are brought to the finished fit's spread on the validation images, if there are any.
 
     Args:
+        fitted: The learner after its fit.
         build: Function that returns the learner, not fitted.
-        train: Shots of all classes, N images.
-        parts: Part of each image, UNKNOWN for one that is always trained on. Length: N.
-        val: Validation images; see `FewShotHead.begin`.
-        text: Classes of the fit.
-        test: Test images with `selection=paper`.
+        parts: Part of each training image, UNKNOWN for one that is always trained on. Length: N.
 
     Returns:
         Logits; NaN for images in no part. Shape: [N, C].
     """
+    train, val, text = fitted.train, fitted.val, fitted.text
     places = torch.tensor(parts, device=train.seen.labels.device)
     logits = train.seen.images.new_full((len(parts), len(text.names)), torch.nan, dtype=torch.float32)
     for part in sorted({*parts} - {UNKNOWN}):
         tested = places == part
         learner = build()
-        fit(learner, train.take(~tested), val, text, test)
-        logits[tested] = all_logits(learner, train.seen.take(tested), text).float()
+        learner.follow(fitted)
+        fit(learner, train.take(~tested), val, text, fitted.test)
+        scale = 1.0 if val is None else spread(fitted, val, text) / spread(learner, val, text)
+        logits[tested] = scale * all_logits(learner, train.seen.take(tested), text).float()
     return logits
+
+
+def spread(learner: FewShotHead, pictures: Pictures, text: Text) -> float:
+    """Return the standard deviation of an image's logits over the classes, in the mean of the images."""
+    return float(all_logits(learner, pictures, text).float().std(1).mean())
 
 
 def stratified(labels: Sequence[int], folds: int, seed: str) -> list[int]:
