@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import socket
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,9 +14,13 @@ from PIL import Image
 from common import Classifier
 from common.few_shot import doubts
 from common.predict import cards
+from common.report import __main__ as report
 from common.report.html import doubts_page
 from common.run.result import Result
+from common.serve.page import Page
+from common.serve.service import PredictionService
 from common.types import UserError
+from tests.test_browser import BROWSER
 
 pytestmark = pytest.mark.slow
 
@@ -91,6 +97,65 @@ def test_a_photo_of_another_kind_is_called_unknown(finished, photos, tmp_path):
     assert [(answer.label, answer.unknown) for answer in answers] == [("wren", False), ("robin", False), (None, True)]
     assert answers[2].p_value == pytest.approx(1 / 64) and answers[2].top and not answers[2].abstained
     assert cards._kind(answers[2]) == "unknown"
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+def test_what_is_corrected_on_the_page_is_trained_on(runner, finished, photos, tmp_path, capsys):
+    """Serve, correct in a browser, train again with the word that the page names, compare."""
+    from playwright.sync_api import expect, sync_playwright
+
+    rng = np.random.default_rng(6)
+    for number in range(2):
+        pixels = np.clip(rng.normal(COLOURS["kea"], 40, (24, 32, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"new {number}.png")
+    classifier = Classifier.load(finished)
+    (tmp_path / "uploads").mkdir()
+    page_of_run = Page(
+        PredictionService(classifier, tmp_path / "feedback"), cards.about(classifier, None), tmp_path / "uploads"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = page_of_run.launch("127.0.0.1", port)
+    try:
+        with sync_playwright() as playwright:
+            page = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"]).new_page()
+            page.goto(server.local_url)
+            expect(page.locator(".about")).to_contain_text("4: blue tit, kea, robin, wren")
+            accuracy = Result.load(finished).final["test"].accuracy
+            expect(page.locator(".about")).to_contain_text(f"{100 * accuracy:.1f} % right on 15 test images")
+            page.set_input_files("input[type=file]", [tmp_path / f"new {number}.png" for number in range(2)])
+            expect(page.locator(".answer")).to_have_count(2, timeout=60_000)
+            for number in range(2):
+                page.get_by_label("Picture").fill(f"new {number}.png")
+                page.get_by_label("Picture").press("Enter")
+                page.get_by_label("Right name").fill("kea")
+                page.get_by_label("Right name").press("Enter")
+                page.get_by_role("button", name="Save correction").click()
+                said = page.locator("code", has_text="data.reader.corrections=")
+                expect(said).to_be_visible(timeout=20_000)
+                word = said.inner_text()
+                if not number:
+                    page.get_by_label("Picture").fill("")
+            page.context.browser.close()
+    finally:
+        server.close()
+        classifier.close()
+    assert len(list((tmp_path / "feedback" / "pictures").iterdir())) == 2
+    again = tmp_path / "again"
+    assert runner(again, [*COMMAND, f"data.folder={photos}", word]) == 0
+    before, after = (
+        Counter(
+            row[1]
+            for split in json.loads((run / "manifest.json").read_text())["splits"].values()
+            for row in split["rows"]
+        )
+        for run in (finished, again)
+    )
+    assert {name: after[name] - before[name] for name in after} == {0: 0, 1: 2, 2: 0, 3: 0}, "two keas more"
+    assert Result.load(again).final["test"].images_per_class["kea"] == 1, "with three of them, one is tested"
+    assert report.main(["compare", str(finished), str(again)]) == 0
+    assert "best_of" in capsys.readouterr().out
 
 
 def test_corrections_are_given_back(runner, finished, photos, tmp_path):

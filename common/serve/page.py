@@ -158,6 +158,8 @@ class Page:
             table = self.service.keep(content, label, answered)
         except UserError as error:
             return f"Not saved: {error}"
+        if self.service.classifier.config.data.own_photos:
+            return f"Saved in `{table}`. Behind the run's command `data.reader.corrections={table}` trains on it, too"
         return f"Saved in `{table}`. With nine or more of every class you can train on it (docs/predict.md)"
 
     def _tidy(self) -> None:
