@@ -15,13 +15,19 @@ from common.config.composition import validate
 from common.few_shot.check import check, check_fit
 from common.few_shot.encoders import tiny
 from common.few_shot.heads import (
+    ape,
     cafo,
     calip_fs,
+    clap,
     clip_adapter,
     coop,
+    cross_modal,
     linear_probe,
+    lp_plus_plus,
     nearest_mean,
+    proker,
     search,
+    timo,
     tip_adapter,
     vt_clip,
 )
@@ -67,7 +73,8 @@ def world():
     labels = torch.arange(C).repeat_interleave(N // C)
     views = [pictures(labels, maps=False) for _ in range(VIEWS)]
     train = Support(pictures(labels), views.__getitem__, VIEWS)
-    text = Text(NAMES, normalize(centres + 2 * per, dim=1), None)
+    prompts = tuple(3 * (row + draw(2, D) / 4) for row in normalize(centres + 2 * per, dim=1))
+    text = Text(NAMES, normalize(centres + 2 * per, dim=1), None, prompts)
     val, test = (pictures(torch.arange(C).repeat(20)) for _ in range(2))
     views += [
         pictures(labels, maps=False) for _ in range(KEYS["key_views"])
@@ -84,6 +91,16 @@ LEARNERS = {
     "tip_adapter": lambda: tip_adapter.TipAdapter(seed=1, **KEYS),
     "tip_adapter_f": lambda: tip_adapter.TipAdapterF(seed=1, **PLAN, **KEYS),
     "cafo": lambda: cafo.CaFo(seed=1, **PLAN, **KEYS),
+    "lp_plus_plus": lambda: lp_plus_plus.LPPlusPlus(seed=1, epochs=30),
+    "proker": lambda: proker.ProKeR(seed=1, beta=1.7, lmbda=0.1),
+    "clap": lambda: clap.CLAP(seed=1, **PLAN),
+    "cross_modal": lambda: cross_modal.CrossModal(
+        seed=1, iterations=300, batch=8, learning_rate=1e-2, weight_decay=0.01
+    ),
+    "ape": lambda: ape.APE(
+        seed=1, alpha=1.0, beta=1.0, gamma=0.1, search_scale=[7, 7, 1], share=0.7, similarity=0.5, key_views=2
+    ),
+    "timo": lambda: timo.TIMO(seed=1, alpha=1.0, gamma=50.0, key_views=2),
 }
 
 
@@ -279,8 +296,8 @@ def test_only_what_the_test_pictures_decide_is_said_to_be_decided_by_them(world)
             said[name, there is not None] = learner.chosen_by_test
             learner.begin(train, there, text)
             assert not learner.chosen_by_test
-    by_test = {("tip_adapter", False), ("linear_probe", False)} | {
-        (name, there) for name in ("tip_adapter_f", "cafo") for there in (True, False)
+    by_test = {(name, False) for name in ("tip_adapter", "linear_probe", "ape", "timo", "proker")} | {
+        (name, there) for name in ("tip_adapter_f", "cafo", "lp_plus_plus", "cross_modal") for there in (True, False)
     }
     assert {key for key, value in said.items() if value} == by_test
     on_val, by_paper = (LEARNERS["tip_adapter"]() for _ in range(2))

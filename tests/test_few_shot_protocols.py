@@ -67,7 +67,7 @@ def test_the_last_batch_is_dropped_as_dassl_drops_it(pictures):
 def test_what_an_epoch_saw_is_what_its_accuracy_is_of(world, monkeypatch):  # noqa: F811
     train, _, text, _ = world
     monkeypatch.setattr(
-        "common.few_shot.heads.base.descend", lambda optimizer, logits, labels, rate: (0.0, len(labels))
+        "common.few_shot.heads.base.descend", lambda optimizer, logits, labels, rate, penalty: (0.0, len(labels))
     )
     learner = clip_adapter.ClipAdapter(seed=1, **PLAN, ratio=0.3, drop_last=True)
     learner.begin(train, None, text)

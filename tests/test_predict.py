@@ -356,6 +356,12 @@ def test_an_answer_has_its_own_confidence_and_is_one_of_the_names(threshold):
     assert [a.abstained for a in asked._read(Answers(predictions, 0.0, table))] == [True, True, False]
     asked.threshold = threshold
     assert found[0].top[0] == ("boot", pytest.approx(0.6)) and found[1].top[0] == ("bag", pytest.approx(0.9))
+    asked.unknown = 0.05  # p-values of at most that: no name, and no abstention besides
+    unlike = Answers(predictions, 0.0, table, columns={"p_value": [0.05, 0.051, 0.9]})
+    assert [(a.label, a.unknown) for a in asked._read(unlike)] == [(None, True), (None, False), ("boot", False)]
+    assert not any(a.abstained and a.unknown for a in asked._read(unlike))
+    assert not any(a.unknown for a in asked._read(Answers(predictions, 0.0, table)))
+    asked.unknown = None
     asked.threshold, asked.temperature = None, 2.0
     roots = 0.4**0.5 / (0.4**0.5 + 0.6**0.5)
     assert next(a.confidence for a in asked._read(Answers(predictions, 0.0, table))) == pytest.approx(1 - roots)

@@ -97,7 +97,9 @@ class FeatureExtractor:
         # One forward over the sentences of all classes, then back to one tensor per class.
         features = self.clip.texts([sentence for each in sentences for sentence in each])
         parts = features.split([len(each) for each in sentences])
-        return Text(tuple(names), text_weights(parts).to(self.device), self.clip)
+        return Text(
+            tuple(names), text_weights(parts).to(self.device), self.clip, tuple(p.to(self.device) for p in parts)
+        )
 
     def chunks(self, images: Images, items: Sequence[Item]) -> Iterator[Pictures]:
         """Yield the test views of images, CHUNK at a time, which bounds the memory."""

@@ -60,11 +60,16 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Text:
-    """Class names with their text weights. weights: unit length, shape [C, D]; None where there is no CLIP."""
+    """Class names with their text weights.
+
+    weights: Unit length, shape [C, D]; None where there is no CLIP.
+    prompts: Raw features of each class's prompts. C tensors of shape [prompts of the class, D].
+    """
 
     names: tuple[str, ...]
     weights: Tensor | None = None
     clip: TextEncoder | None = None
+    prompts: tuple[Tensor, ...] = ()
 
     @property
     def known(self) -> Tensor:
@@ -98,7 +103,7 @@ class Support:
 
     def mean_view(self, count: int) -> Pictures:
         """Return features averaged over the first `count` random views (at most `views`)."""
-        count = self._limited(count)
+        count = self.limited(count)
         total = self.view(0)
         images, second = total.images.clone(), None if total.second is None else total.second.clone()
         for number in range(1, count):
@@ -110,9 +115,10 @@ class Support:
 
     def training_view(self, epoch: int, key_views: int) -> Pictures:
         """Return the random view of an epoch, none of those in `mean_view(key_views)`: it would match its own key."""
-        return self.view(self._limited(key_views) + (epoch if self.views is None else epoch % self.views))
+        return self.view(self.limited(key_views) + (epoch if self.views is None else epoch % self.views))
 
-    def _limited(self, count: int) -> int:
+    def limited(self, count: int) -> int:
+        """Return the number of views that there are of so many."""
         return count if self.views is None else min(count, self.views)
 
 
@@ -168,11 +174,16 @@ def batches(count: int, size: int, seed: int, epoch: int, which: int = 0) -> Ite
     yield from torch.randperm(count, generator=generator).split(size)
 
 
-def descend(optimizer: torch.optim.Optimizer, logits: Tensor, labels: Tensor, rate: float) -> tuple[float, int]:
-    """Make one update on the cross entropy. Return the loss, and the number of correct predictions before it."""
+def descend(
+    optimizer: torch.optim.Optimizer, logits: Tensor, labels: Tensor, rate: float, penalty: Tensor | float = 0.0
+) -> tuple[float, int]:
+    """Make one update on the cross entropy. Return the loss, and the number of correct predictions before it.
+
+    `penalty`: added to the cross entropy.
+    """
     for group in optimizer.param_groups:
         group["lr"] = rate
-    loss = cross_entropy(logits, labels)
+    loss = cross_entropy(logits, labels) + penalty
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
@@ -320,6 +331,49 @@ class FewShotHead:
         self.ready(state, self.text)
 
 
+class SolvedHead(FewShotHead):
+    """A learner that is solved in one step, and answers by some tensors and numbers alone.
+
+    `values`: names of the numbers in the solution that are searched on validation images.
+    """
+
+    fixed_classes = True
+    steps = 1
+    values: tuple[str, ...] = ()
+    solution: dict[str, Any] | None = None
+    followed: dict[str, Any] | None = None  # values of a finished fit, in place of a search
+
+    def follow(self, other: SolvedHead) -> None:
+        self.followed = other.end()
+
+    @property
+    def chosen_by_test(self) -> bool:
+        return self.searches_test
+
+    @property
+    def judged(self) -> Pictures | None:
+        """Return the images to search on; None: nothing is searched."""
+        return None if self.followed is not None else self.searched_on
+
+    def end(self) -> dict[str, Any]:
+        assert self.solution is not None
+        return {**{name: self.solution[name] for name in self.values}, "searched": self.judged is not None}
+
+    def head(self) -> dict[str, Any]:
+        return {"solution": self.solution}
+
+    def ready(self, head: dict[str, Any], text: Text) -> None:
+        super().ready(head, text)
+        self.solution = head["solution"]
+
+    def logits(self, pictures: Pictures, text: Text) -> Tensor:
+        return base_logits(pictures, text) if self.solution is None else self.solved(pictures, text, self.solution)
+
+    def solved(self, pictures: Pictures, text: Text, solution: dict[str, Any]) -> Tensor:
+        """Return logits by the solution. Shape: [N, C]."""
+        raise NotImplementedError
+
+
 class GradientHead(FewShotHead, ABC):
     """A learner whose module is trained by gradients. `best`: keep the best epoch instead of the last one."""
 
@@ -359,6 +413,10 @@ class GradientHead(FewShotHead, ABC):
         """Return the sets of images that an epoch goes through, one after the other."""
         return [self.train]
 
+    def penalty(self) -> Tensor | float:
+        """Return what is added to the cross entropy of every batch."""
+        return 0.0
+
     def cosine_over(self) -> int:
         """Return the number of batches over which the cosine of the learning rate falls."""
         return self.plan.epochs * self.plan.batches(len(self.train.seen))
@@ -379,7 +437,8 @@ class GradientHead(FewShotHead, ABC):
             for index in islice(order, self.plan.batches(len(shown))):
                 part = shown.take(index.to(shown.labels.device))
                 rate = self.plan.rate(number, done, self.cosine_over())
-                loss, hits = descend(self.optimizer, self.forward(part, self.text), part.labels, rate)
+                logits = self.forward(part, self.text)
+                loss, hits = descend(self.optimizer, logits, part.labels, rate, self.penalty())
                 losses, right, seen, done = [*losses, loss], right + hits, seen + len(index), done + 1
         metrics = {
             "loss": sum(losses) / len(losses),
