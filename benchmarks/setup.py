@@ -27,7 +27,7 @@ from common.models.encoder import EncodedPrompt
 from common.models.families import Qwen2VL
 from common.models.tiny import qwen2_vl as tiny
 from common.models.vlm import VLM
-from common.training.grpo.loss import LossInputs, policy_loss, scaled, token_weights
+from common.training.grpo.loss import LossInputs, clipped, policy_loss, scaled, token_weights
 
 VOCABULARY = 8192
 GRID = (1, 24, 24)  # 576 patches, 144 image tokens: an image of 336x336 pixels
@@ -202,7 +202,7 @@ class OurStep:
         weights = token_weights("grpo", lengths, len(lengths), len(lengths), int(lengths.sum()), int(lengths.max()))
         advantages, weights = self.advantages.to(logps), weights.to(logps)
         inputs = LossInputs(logps, logps.detach(), ref_logps, advantages, weights, packed.owner)
-        loss = policy_loss(inputs, EPSILON, EPSILON, BETA).loss
+        loss = policy_loss(inputs, clipped(EPSILON, EPSILON), BETA).loss
         loss.backward()
         return float(loss.detach())
 

@@ -13,7 +13,9 @@ from common.forward.logprobs import PolicyScorer
 from common.forward.packing import pack_plain
 from common.models.encoder import PromptEncoder
 from common.rewards import Reward, accuracy, equality
-from tests.test_training import LORA, distance, grpo, weights
+from common.training.base import total_updates
+from tests.test_loss import trl_loss
+from tests.test_training import LORA, distance, grpo, grpo_options, weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("process_group")]
 
@@ -55,6 +57,66 @@ def test_two_updates_per_batch_equal_a_plain_loop(load_vlm, digits_task, think, 
             assert second.metrics["loss"] == pytest.approx(float(torch.stack(losses).mean()), abs=1e-5)
     assert second.metrics["clip_ratio/region_mean"] > 0, "the second update meets clipped tokens"
     assert distance(weights(vlm.model), weights(plain.model)) < 3e-4  # 5 % of two updates at 3e-3
+
+
+@pytest.mark.parametrize(("beta", "iterations"), [(0.0, 1), (0.04, 2)])
+def test_steps_of_one_rollout_equal_trls(load_vlm, digits_task, think, beta, iterations):
+    """`steps_per_generation` of TRL: each update on its own groups, against the policy that sampled all of them.
+
+    The losses and their gradients are those of TRL's own code; torch's SGD makes the steps (Adam's would enlarge the
+    rounding of the smallest gradients).
+    """
+    vlm = load_vlm()
+    changes = {"beta": beta, "num_iterations": iterations, "learning_rate": 0.3, "optimizer": "torch.optim.SGD"}
+    trainer = grpo(vlm, digits_task, think, steps_per_rollout=2, prompts_per_update=2, **changes)
+    found = [trainer.step(update) for update in range(2 * iterations)]
+    batch = trainer.current
+    assert [bool(step.rows) for step in found] == [True] + [False] * (2 * iterations - 1)
+    assert len(batch.groups) == 4 and found[-1].metrics["clip_ratio/region_mean"] > 0
+    trainer.close()
+
+    plain = load_vlm()
+    scorer = PolicyScorer(plain.model, plain.banned, 1.0, 1024)
+    optimizer = torch.optim.SGD(plain.model.parameters(), lr=0.3)
+
+    def logps_of(groups):
+        return scorer(pack_plain(groups, plain.family, plain.pad, plain.device))[0]
+
+    with torch.no_grad():
+        old = [logps_of(batch.groups[part : part + 2]).double() for part in (0, 2)]
+    losses = []
+    for number in range(2 * iterations):
+        part = number % 2
+        groups = batch.groups[2 * part : 2 * part + 2]
+        logps = logps_of(groups)
+        case = {
+            "lengths": [len(c) for group in groups for c in group.completions],
+            "kept": torch.ones(8),
+            "logps": logps.detach().double(),
+            "old_logps": old[part],
+            "ref_logps": old[part],  # the weights before the first update
+            "advantages": batch.advantages[2 * part : 2 * part + 2].flatten().double(),
+        }
+        loss, gradient, _ = trl_loss(case, "grpo", "token", beta, False, None, epsilon_high=0.2)
+        losses.append(loss)
+        optimizer.zero_grad()
+        logps.backward(gradient.to(logps))
+        torch.nn.utils.clip_grad_norm_(plain.model.parameters(), 1.0)
+        optimizer.step()
+    assert [step.metrics["loss"] for step in found] == pytest.approx(losses, abs=1e-5)
+    assert distance(weights(vlm.model), weights(plain.model)) < 1e-5
+
+
+def test_the_steps_of_a_rollout_are_counted(load_vlm, digits_task, think):
+    """Other prompts in each step, a new batch after all of them; updates of an epoch, checkpoints and overlap."""
+    trainer = grpo(load_vlm(), digits_task, think, steps_per_rollout=2, prompts_per_update=2)
+    found = steps(trainer, 4)
+    assert [len(step.rows) for step in found] == [16, 0, 16, 0]
+    images = [[row["image"] for row in step.rows[::4]] for step in found[::2]]
+    assert len(set(images[0]) | set(images[1])) == 8 or not set(images[0]) & set(images[1])
+    config = grpo_options(steps_per_rollout=3, num_iterations=2, prompts_per_update=2, epochs=1.0)
+    assert (config.updates_per_rollout, config.prompts_per_rollout) == (6, 6)
+    assert total_updates(replace(config, updates=None), 13) == 18, "three batches of six prompts, six updates each"
 
 
 def test_a_new_batch_after_every_second_update(load_vlm, digits_task, think):

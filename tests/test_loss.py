@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import textwrap
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from common.config.schema import AGGREGATIONS, LEVELS, LOSS_TYPES, SCALINGS, GRPOConfig
 from common.rewards import Scores
 from common.rollout.base import Completion
+from common.training.grpo import variants
 from common.training.grpo.batch import RolloutBatch
 from common.training.grpo.loss import (
     LossInputs,
     advantages,
+    clipped,
     grpo_loss,
     importance_correction,
     policy_loss,
     scaled,
     token_weights,
 )
+from common.types import UserError
 
 
 def inputs(**changes):
@@ -41,7 +46,7 @@ def inputs(**changes):
 
 def test_on_policy_loss_and_gradient():
     given = inputs()
-    out = policy_loss(given, 0.2, 0.2, beta=0.0)
+    out = policy_loss(given, clipped(0.2, 0.2), beta=0.0)
     # completion means -1 and +1, averaged over two completions
     assert out.loss.item() == pytest.approx(0.0)
     out.loss.backward()
@@ -53,7 +58,7 @@ def test_clipping():
     # ratios e^0.5 = 1.649 and e^-0.5 = 0.607 and 1; advantages 1, 1, -1
     old = torch.tensor([-1.5, -1.5, -0.5])
     given = inputs(old_logps=old)
-    out = policy_loss(given, 0.2, 0.2, beta=0.0)
+    out = policy_loss(given, clipped(0.2, 0.2), beta=0.0)
     # token losses -min(1.649, 1.2) = -1.2, -min(0.607, 0.8) = -0.607, +1
     expected = ((-1.2 - math.exp(-0.5)) / 2 + 1) / 2
     assert out.loss.item() == pytest.approx(expected, abs=1e-6)
@@ -65,12 +70,12 @@ def test_clipping():
 
 def test_clipping_low():
     given = inputs(old_logps=torch.tensor([-1.0, -2.0, 0.5]))  # ratio e^-1 at advantage -1
-    assert policy_loss(given, 0.2, 0.2, 0.0).means["clip_ratio/low_mean"] == (1, 3)
+    assert policy_loss(given, clipped(0.2, 0.2), 0.0).means["clip_ratio/low_mean"] == (1, 3)
 
 
 def test_kl_is_k3():
     given = inputs(ref_logps=torch.tensor([-1.5, -2.0, -0.5]), advantages=torch.zeros(2))
-    out = policy_loss(given, 0.2, 0.2, beta=0.1)
+    out = policy_loss(given, clipped(0.2, 0.2), beta=0.1)
     # difference -0.5: exp(-0.5) + 0.5 - 1 = 0.10653; the other tokens have none
     kl = math.exp(-0.5) + 0.5 - 1
     assert out.means["kl"] == (pytest.approx(kl, abs=1e-6), 3)
@@ -90,7 +95,7 @@ def test_micro_batches_add_up(loss_type):
         given = LossInputs(
             logps[tokens], old[tokens], old[tokens], advantage[completions], weights[completions], owner[tokens] - first
         )
-        return float(policy_loss(given, 0.2, 0.2, 0.04).loss)
+        return float(policy_loss(given, clipped(0.2, 0.2), 0.04).loss)
 
     whole = loss(slice(0, 8), slice(0, 4), 0)
     assert loss(slice(0, 3), slice(0, 2), 0) + loss(slice(3, 8), slice(2, 4), 2) == pytest.approx(whole, abs=1e-7)
@@ -123,7 +128,7 @@ def padded(values, lengths):
     return torch.nn.utils.rnn.pad_sequence(values.split(lengths), batch_first=True)
 
 
-def trl_loss(case, loss_type, level, beta, correct_kl, correction):
+def trl_loss(case, loss_type, level, beta, correct_kl, correction, epsilon_high=0.28):
     """TRL's own `_compute_loss` on the same numbers; the trainer around it is a stand-in that hands them over."""
     from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -138,9 +143,15 @@ def trl_loss(case, loss_type, level, beta, correct_kl, correction):
         importance_sampling_level=level,
         beta=beta,
         epsilon_low=0.2,
-        epsilon_high=0.28,
+        epsilon_high=epsilon_high,
         loss_type=loss_type,
-        args=SimpleNamespace(use_bias_correction_kl=correct_kl, delta=None, steps_per_generation=1),
+        args=SimpleNamespace(
+            use_bias_correction_kl=correct_kl,
+            delta=None,
+            steps_per_generation=1,
+            sapo_temperature_pos=1.0,
+            sapo_temperature_neg=1.05,
+        ),
         use_vllm=correction is not None,
         vllm_importance_sampling_correction=True,
         model=SimpleNamespace(training=True),
@@ -171,6 +182,7 @@ def trl_loss(case, loss_type, level, beta, correct_kl, correction):
 TRL_METRICS = ["kl", "entropy"] + [
     f"clip_ratio/{name}" for name in ("low_mean", "low_min", "high_mean", "high_max", "region_mean")
 ]
+TRL_METRICS.append("cispo_clip_ratio")
 
 
 def random_case(seed):
@@ -216,7 +228,7 @@ def test_loss_gradient_and_metrics_equal_trl(loss_type, level, beta, correct_kl,
         owner,
         correction,
     )
-    out = policy_loss(given, 0.2, 0.28, beta, level, correct_kl)
+    out = policy_loss(given, clipped(0.2, 0.28), beta, level, correct_kl)
     out.loss.backward()
     loss, gradient, metrics = trl_loss(case, loss_type, level, beta, correct_kl, correction)
     assert out.loss.item() == pytest.approx(loss, abs=1e-6)
@@ -225,6 +237,70 @@ def test_loss_gradient_and_metrics_equal_trl(loss_type, level, beta, correct_kl,
     ours |= {"clip_ratio/low_min": out.lowest, "clip_ratio/high_max": out.highest}
     del metrics["entropy"]  # not the loss's business
     assert ours == {name: pytest.approx(value, abs=1e-6, nan_ok=True) for name, value in metrics.items()}
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+@pytest.mark.parametrize("name", ["cispo", "sapo"])
+def test_other_losses_equal_trl(name, beta, seed):
+    case = random_case(seed)
+    counts = torch.tensor(case["lengths"]) * case["kept"].long()
+    owner = torch.repeat_interleave(torch.arange(8), torch.tensor(case["lengths"]))
+    mean = {"cispo": "dapo", "sapo": "grpo"}[name]  # what TRL divides by
+    given = LossInputs(
+        case["logps"],
+        case["old_logps"],
+        case["ref_logps"] if beta else None,
+        case["advantages"],
+        token_weights(mean, counts, 4, 8, int(counts.sum()), 12),
+        owner,
+    )
+    config = GRPOConfig(name="grpo", learning_rate=1e-6, epochs=1.0, group_size=4, beta=beta, epsilon=0.2)
+    out = variants.cispo(given, config, cap=1.3) if name == "cispo" else variants.sapo(given, config)
+    out.loss.backward()
+    loss, gradient, metrics = trl_loss(case, name, "token", beta, False, None, epsilon_high=1.3)
+    assert out.loss.item() == pytest.approx(loss, abs=1e-6)
+    assert float((case["logps"].grad - gradient).abs().max()) < 1e-6
+    if name == "cispo":
+        total, count = out.means["clip_ratio/high_mean"]
+        assert total / count == pytest.approx(metrics["cispo_clip_ratio"], abs=1e-6) and total > 0
+
+
+def test_leave_one_out_compares_with_the_others():
+    parts = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(1))
+    weights = torch.tensor([1.0, 0.5])
+    total = (parts * weights[:, None, None]).sum(0)
+    expected = [[row[i] - (row.sum() - row[i]) / 4 for i in range(5)] for row in total]
+    assert torch.allclose(variants.rloo(parts, weights, None), torch.tensor(expected), atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_pass_at_k_is_the_mean_over_all_choices_of_k(k):
+    """Every choice of k completions is worth 1 if one of it is right; a completion gets the mean of its choices'."""
+    groups = torch.tensor([[1.0, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0], [0] * 5, [1] * 5])
+    found = variants.pass_at_k(2 * groups[None].double(), torch.ones(1), None, k=k, correct_from=2)
+    for row, group in zip(found, groups.tolist(), strict=True):
+        choices = list(itertools.combinations(range(5), k))
+        worth = [max(group[i] for i in choice) for choice in choices]
+        mean, spread = np.mean(worth), np.std(worth)
+        own = [np.mean([w for w, c in zip(worth, choices, strict=True) if i in c]) - mean for i in range(5)]
+        expected = [value / (spread + 1e-4) if spread else 0.0 for value in own]
+        assert row.tolist() == pytest.approx(expected, abs=1e-9)
+    with pytest.raises(UserError, match="k=6 must be between 1 and trainer.group_size=5"):
+        variants.pass_at_k(groups[None], torch.ones(1), None, k=6, correct_from=1)
+
+
+def test_importance_has_a_floor():
+    old, sampled = torch.tensor([0.0, math.log(3.0), 0.0]), torch.tensor([math.log(4.0), 0.0, math.log(2.0)])
+    owner = torch.tensor([0, 0, 1])  # ratios 1/4, 3; 1/2: of the completions 3/4 and 1/2
+    for mode, values in {
+        "token_truncate": [0.6, 2, 0.6],
+        "token_mask": [0, 0, 0],
+        "sequence_truncate": [0.75, 0.75, 0.6],
+        "sequence_mask": [0.75, 0.75, 0],
+    }.items():
+        found = importance_correction(old, sampled, owner, 2, mode, cap=2.0, floor=0.6)
+        assert found.tolist() == pytest.approx(values), mode
 
 
 def trl_advantages(parts, weights, scaling, aggregation):
@@ -264,19 +340,20 @@ def test_advantages_equal_trl(scaling, aggregation):
     assert float((ours - theirs).abs().max()) < 1e-6
 
 
-@pytest.mark.parametrize(("high", "clipped"), [(None, 1.1), (0.3, 1.25)])
-def test_the_default_loss_takes_its_values_from_the_configuration(high, clipped):
+@pytest.mark.parametrize(("high", "held"), [(None, 1.1), (0.3, 1.25)])
+def test_the_default_loss_takes_its_values_from_the_configuration(high, held):
     """One token of advantage 1 and ratio 1.25: its loss is the ratio, cut at 1.1 unless epsilon_high lets it through."""
     values = {"epsilon": 0.1, "epsilon_high": high, "beta": 0.0}
     config = GRPOConfig(name="grpo", learning_rate=1e-6, epochs=1.0, group_size=2, **values)
     logps = torch.tensor([math.log(1.25)], requires_grad=True)
     given = LossInputs(logps, torch.zeros(1), None, torch.ones(1), torch.ones(1), torch.zeros(1, dtype=torch.long))
-    assert grpo_loss(given, config).loss.item() == pytest.approx(-clipped)
+    assert grpo_loss(given, config).loss.item() == pytest.approx(-held)
     others = {"beta": 0.5, "importance_sampling_level": "sequence", "use_bias_correction_kl": True}
     config = replace(config, **others)
     given = replace(given, ref_logps=torch.tensor([-0.3]))
-    expected = policy_loss(given, 0.1, 0.1 if high is None else high, 0.5, "sequence", True)
-    assert grpo_loss(given, config).loss.item() == expected.loss.item() != policy_loss(given, 0.1, 0.1, 0.5).loss.item()
+    expected = policy_loss(given, clipped(0.1, 0.1 if high is None else high), 0.5, "sequence", True)
+    other = policy_loss(given, clipped(0.1, 0.1), 0.5)
+    assert grpo_loss(given, config).loss.item() == expected.loss.item() != other.loss.item()
 
 
 @pytest.mark.parametrize(("masked", "expected"), [(False, [2, 3]), (True, [2, 0])])

@@ -27,13 +27,16 @@ def check_iterations(config: Config) -> None:
     """Check that checkpoints fall between two rollout batches, since a partly used batch is not saved."""
     if not isinstance(config.trainer, GRPOConfig):
         return
-    several = config.trainer.num_iterations
+    several = config.trainer.updates_per_rollout
     for key, value in (
         ("checkpoint.every", config.checkpoint.every),
         ("trainer.evaluate_every", config.trainer.evaluate_every),
     ):
         if value % several:
-            raise UserError(f"{key}={value} must be divisible by trainer.num_iterations={several}")
+            raise UserError(
+                f"{key}={value} must be divisible by the updates on a rollout batch, {several}"
+                " (trainer.steps_per_rollout x trainer.num_iterations)"
+            )
 
 
 def check_overlap(config: Config) -> None:
@@ -46,9 +49,10 @@ def check_overlap(config: Config) -> None:
             "rollout.overlap=true samples with weights that are one update old; set"
             " trainer.importance_correction=token_truncate, or another that is not none"
         )
-    if trainer.num_iterations > 1 or trainer.zero_variance == "resample":
+    if trainer.updates_per_rollout > 1 or trainer.zero_variance == "resample":
         raise UserError(
-            "rollout.overlap=true needs trainer.num_iterations=1, and trainer.zero_variance=keep or skip: the sampler"
+            "rollout.overlap=true needs trainer.num_iterations=1, trainer.steps_per_rollout=1, and"
+            " trainer.zero_variance=keep or skip: the sampler"
             " works while the update does"
         )
 
@@ -112,6 +116,9 @@ OVERRULED = (
     Overruled("trainer.final_ratio", _if("trainer.schedule", lambda s: s == "constant"), "choose another schedule"),
     Overruled(
         "trainer.importance_cap", _if("trainer.importance_correction", lambda c: c == "none"), "choose a correction"
+    ),
+    Overruled(
+        "trainer.importance_floor", _if("trainer.importance_correction", lambda c: c == "none"), "choose a correction"
     ),
     Overruled(
         "trainer.resample_rounds",

@@ -386,6 +386,8 @@ class GRPOConfig(TrainerConfig):
     loss: function `(LossInputs, GRPOConfig, **loss_options) -> LossOutputs`.
     advantages: function `(parts [K, N, G], weights [K], GRPOConfig, **advantages_options) -> [N, G]` of the rewards
         of all completions of the update. Both are described in common/training/grpo/loss.py.
+    steps_per_rollout: number of updates that a rollout batch is divided among, each on whole groups of its own.
+    num_iterations: number of times that a rollout batch is gone through.
     """
 
     loss: str = GRPO_LOSS
@@ -402,9 +404,11 @@ class GRPOConfig(TrainerConfig):
     multi_objective_aggregation: str = "sum_then_normalize"
     mask_truncated_completions: bool = False
     use_bias_correction_kl: bool = False
+    steps_per_rollout: int = 1
     num_iterations: int = 1
     importance_correction: str = "none"
     importance_cap: float = 3.0
+    importance_floor: float = 0.0
     zero_variance: str = "keep"
     resample_rounds: int = 3
     impl: str = "auto"
@@ -412,6 +416,16 @@ class GRPOConfig(TrainerConfig):
     tokens_per_forward: int | None = None
     head_chunk: int = 128
     shuffle_rewards: bool = False
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Number of updates on one rollout batch."""
+        return self.steps_per_rollout * self.num_iterations
+
+    @property
+    def prompts_per_rollout(self) -> int:
+        """Number of prompts of a rollout batch."""
+        return self.steps_per_rollout * self.prompts_per_update
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -422,8 +436,12 @@ class GRPOConfig(TrainerConfig):
         one_of("trainer.multi_objective_aggregation", self.multi_objective_aggregation, AGGREGATIONS)
         one_of("trainer.zero_variance", self.zero_variance, ("keep", "skip", "resample"))
         one_of("trainer.importance_correction", self.importance_correction, CORRECTIONS)
-        for key in ("head_chunk", "num_iterations", "importance_cap", "resample_rounds"):
+        for key in ("head_chunk", "steps_per_rollout", "num_iterations", "importance_cap", "resample_rounds"):
             positive(f"trainer.{key}", getattr(self, key))
+        if not 0 <= self.importance_floor < self.importance_cap:
+            raise UserError(
+                f"trainer.importance_floor={self.importance_floor} must be 0 or more, and below trainer.importance_cap"
+            )
         if self.tokens_per_forward is not None:
             positive("trainer.tokens_per_forward", self.tokens_per_forward)
         if self.epsilon_high is not None:

@@ -177,6 +177,8 @@ def _operations(one: Pass, config: Config, prompts: int) -> dict[str, float]:
         phases["sampling"] = prompts * one.forward / trainer.num_iterations
         if trainer.beta > 0:
             phases["reference"] = prompts * one.forward / trainer.num_iterations
+        if (several := trainer.steps_per_rollout) > 1:  # all but the first update's groups are scored before it
+            phases["old policy"] = prompts * one.forward * (several - 1) / several / trainer.num_iterations
     return phases
 
 

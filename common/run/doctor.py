@@ -327,8 +327,8 @@ def estimate_time(sampling: float, scoring: float, config: GRPOConfig, updates: 
         ranks: Number of processes.
     """
     each = config.prompts_per_update / ranks
-    # with a KL term, a forward of the reference model: a third of forward and backward
-    reference = 1 + (config.beta > 0) / 3
+    # a forward, a third of forward and backward: of the reference with a KL term, of the old policy with several steps
+    reference = 1 + (config.beta > 0) / 3 + (1 - 1 / config.steps_per_rollout) / 3 / config.num_iterations
     total = updates * each * (sampling / config.num_iterations + scoring * reference)
     seen = (
         f"about {_duration(total)} without evaluation = {updates} updates x {each:g} prompts per rank x"

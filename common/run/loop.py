@@ -54,7 +54,7 @@ def train(
     else:
         checkpoints.restore_generators(config.seed)
         done, best, trainer.tokens = state.update, state.best, state.tokens
-    iterations = config.trainer.num_iterations if isinstance(config.trainer, GRPOConfig) else 1
+    iterations = config.trainer.updates_per_rollout if isinstance(config.trainer, GRPOConfig) else 1
     limit, stranger = config.rollout.max_completion_tokens, is_stranger(config, predictor.task)
     watch = Watch(recorder.files.read_log("metrics.jsonl"), limit, stranger)
     if is_over(config, done, best):  # an earlier attempt stopped early here, but was killed before its result

@@ -87,12 +87,14 @@ class Epochs:
 def total_updates(config: TrainerConfig, items: int) -> int:
     """Return `updates` if set, else the updates in `epochs` passes over the items (the last one may be partial).
 
-    GRPO makes `num_iterations` updates per rollout batch. 0 for trainer=none.
+    GRPO makes `updates_per_rollout` updates per rollout batch. 0 for trainer=none.
     """
     if config.name == "none":
         return 0
-    several = config.num_iterations if isinstance(config, GRPOConfig) else 1
-    return config.updates or several * math.ceil(config.epochs * items / config.prompts_per_update)
+    several, prompts = 1, config.prompts_per_update
+    if isinstance(config, GRPOConfig):
+        several, prompts = config.updates_per_rollout, config.prompts_per_rollout
+    return config.updates or several * math.ceil(config.epochs * items / prompts)
 
 
 def batch(update: int, size: int, items: int, seed: int) -> list[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -159,12 +160,18 @@ def token_weights(
 
 
 def importance_correction(
-    old_logps: torch.Tensor, sampled_logps: torch.Tensor, owner: torch.Tensor, count: int, mode: str, cap: float
+    old_logps: torch.Tensor,
+    sampled_logps: torch.Tensor,
+    owner: torch.Tensor,
+    count: int,
+    mode: str,
+    cap: float,
+    floor: float = 0.0,
 ) -> torch.Tensor:
     """Return weights that correct for a sampler whose numerics differ from the trainer's. Shape: [T] -> [T].
 
-    The ratio of the trainer's probability to the sampler's, per token or of the whole completion; above `cap` it is
-    truncated to `cap` (arXiv 2508.03772), or the token or completion is masked (`mask`).
+    The ratio of the trainer's probability to the sampler's, per token or of the whole completion; outside `floor` to
+    `cap` it is truncated to the nearer one (arXiv 2508.03772), or the token or completion is masked (`mask`).
 
     Args:
         old_logps: Log-probabilities by the trainer before the update. Shape: [T].
@@ -173,6 +180,7 @@ def importance_correction(
         count: S.
         mode: `token_truncate`, `token_mask`, `sequence_truncate` or `sequence_mask`.
         cap: Largest ratio.
+        floor: Smallest ratio.
     """
     difference = old_logps - sampled_logps  # [T]
     level, action = mode.split("_")
@@ -180,23 +188,40 @@ def importance_correction(
         difference = _sum_by(difference, owner, count)[owner]
     # With `mask`, a weight of 0 takes the token or completion out of the policy-gradient term.
     ratio = difference.exp()
-    return ratio.clamp(max=cap) if action == "truncate" else ratio.where(ratio <= cap, 0.0)
+    if action == "truncate":
+        return ratio.clamp(floor, cap)
+    return ratio.where((ratio >= floor) & (ratio <= cap), 0.0)
+
+
+# From ratios, advantages and log-probabilities of the tokens, [T] each: the loss of each token, and where the ratio is
+# held below and above.
+Surrogate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+
+def clipped(epsilon_low: float, epsilon_high: float) -> Surrogate:
+    """PPO's pessimistic bound: clipping can remove the incentive to move further, never add one.
+
+    The ratio is clipped to [1 - epsilon_low, 1 + epsilon_high]. Tokens count as clipped where that stops the gradient,
+    not merely where the ratio is outside the range.
+    """
+
+    def surrogate(
+        ratio: torch.Tensor, advantage: torch.Tensor, logps: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        loss = -torch.min(ratio * advantage, ratio.clamp(1 - epsilon_low, 1 + epsilon_high) * advantage)
+        return loss, (ratio < 1 - epsilon_low) & (advantage < 0), (ratio > 1 + epsilon_high) & (advantage > 0)
+
+    return surrogate
 
 
 def policy_loss(
-    inputs: LossInputs,
-    epsilon_low: float,
-    epsilon_high: float,
-    beta: float,
-    level: str = "token",
-    correct_kl: bool = False,
+    inputs: LossInputs, surrogate: Surrogate, beta: float, level: str = "token", correct_kl: bool = False
 ) -> LossOutputs:
-    """Compute the clipped policy-gradient loss with KL penalty.
+    """Compute a policy-gradient loss with KL penalty.
 
     Args:
         inputs: Log-probabilities, advantages and weights.
-        epsilon_low: Lower clipping range: the ratio is clipped to [1 - epsilon_low, 1 + epsilon_high].
-        epsilon_high: Upper clipping range.
+        surrogate: Loss of a token, such as `clipped(0.2, 0.2)`.
         beta: Weight of the KL term.
         level: Ratio of each `token`, or of the `sequence` (GSPO).
         correct_kl: Multiply the KL estimate by the ratio (arXiv 2512.02556, DeepSeek-V3.2), off in both papers.
@@ -208,15 +233,11 @@ def policy_loss(
         count = len(inputs.weights)
         lengths = _sum_by(torch.ones_like(log_ratio), inputs.owner, count).clamp(min=1)
         log_ratio = (_sum_by(log_ratio, inputs.owner, count) / lengths)[inputs.owner]
-    # PPO's pessimistic bound: clipping can remove the incentive to move further, never add one.
     ratio = log_ratio.exp()
-    advantage = inputs.advantages[inputs.owner]  # [T]
-    token_loss = -torch.min(ratio * advantage, ratio.clamp(1 - epsilon_low, 1 + epsilon_high) * advantage)
+    token_loss, low, high = surrogate(ratio, inputs.advantages[inputs.owner], inputs.logps)  # [T] each
     if inputs.correction is not None:
         token_loss = token_loss * inputs.correction
-    # Tokens where clipping is active: where it stops the gradient, not merely where the ratio is outside the range.
-    low = (ratio < 1 - epsilon_low) & (advantage < 0) & counted
-    high = (ratio > 1 + epsilon_high) & (advantage > 0) & counted
+    low, high = low & counted, high & counted
     measured = {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low | high}
     if inputs.ref_logps is not None:
         difference = inputs.ref_logps - inputs.logps  # [T]
@@ -239,7 +260,7 @@ def grpo_loss(inputs: LossInputs, config: GRPOConfig) -> LossOutputs:
     """
     high = config.epsilon if config.epsilon_high is None else config.epsilon_high
     level, correct_kl = config.importance_sampling_level, config.use_bias_correction_kl
-    return policy_loss(inputs, config.epsilon, high, config.beta, level, correct_kl)
+    return policy_loss(inputs, clipped(config.epsilon, high), config.beta, level, correct_kl)
 
 
 def _metrics(

@@ -130,7 +130,7 @@ class Sampling:
             self.thread.shutdown(cancel_futures=True)
 
     def _ask(self, number: int) -> tuple[list[Prompt], list[Request]]:
-        chosen = batch(number, self.config.prompts_per_update, len(self.prompts), self.seed)
+        chosen = batch(number, self.config.prompts_per_rollout, len(self.prompts), self.seed)
         prompts = share_of([self.prompts(epoch)[i] for epoch, i in chosen])
         # The seed of a prompt depends on its place in the whole batch, not on the rank: any number of ranks samples the
         # same.
@@ -156,9 +156,11 @@ class Sampling:
         return Sampled(prompts, list(requests), completions, version, again)
 
 
-# The trainer. With `num_iterations: 1` (both papers) every rollout batch is used for one update: the sampling policy is
-# the current one, the ratio is 1 up to rounding, and clipping has no effect. With more, the log-probabilities of the
-# first update serve as the old policy's in the following ones, without an extra forward.
+# The trainer. With `num_iterations: 1` and `steps_per_rollout: 1` (both papers) every rollout batch is used for one
+# update: the sampling policy is the current one, the ratio is 1 up to rounding, and clipping has no effect. With more
+# iterations, the log-probabilities of the first update serve as the old policy's in the following ones, without another
+# forward. With more steps, each update takes the next part of the batch; those of the later parts are computed before
+# the first update, while the policy is still the one that sampled.
 #
 # Shapes: n prompts of this rank, G completions each, T tokens, S = n G completions.
 
@@ -231,12 +233,13 @@ class GRPOTrainer(EngineTrainer):
             now = time.perf_counter()
             seconds[phase], clock = now - clock, now
 
-        # `number`: rollout batch; `iteration`: update over the same batch.
-        number, iteration = divmod(update, self.config.num_iterations)
+        # `number`: rollout batch; `iteration`: times that it was gone through; `which`: the step that takes a part of it
+        number, done = divmod(update, self.config.updates_per_rollout)
+        iteration, which = divmod(done, self.config.steps_per_rollout)
         metrics: dict[str, float] = {}
         counts: dict[str, float] = {}
         # 1. Roll out a new batch, unless it was sampled ahead, and compute its rewards and advantages.
-        if iteration == 0:
+        if done == 0:
             ahead = self.samples.take(number)
             with self.sampling(sampler_only=not self._others_ask()):
                 sampled = ahead or self.samples(number, self.version)
@@ -252,13 +255,32 @@ class GRPOTrainer(EngineTrainer):
             # 2. Before the first update: check that all forwards agree on this batch.
             if not self.checked:
                 self._self_check(sampled.requests[0], self.current.groups[0])
+            self._remember_old()
         # 3. Update the policy.
-        metrics |= self._update(update, first=iteration == 0)
+        metrics |= self._update(update, self._groups_of(which), first=iteration == 0)
         self.version = update + 1
         lap("update")
         metrics["num_tokens"] = self.tokens
-        metrics["epoch"] = (number + 1) * self.config.prompts_per_update / len(self.prompts)
-        return Step(metrics, seconds, rows(update + 1, self.current) if iteration == 0 else [], counts)
+        metrics["epoch"] = (number + 1) * self.config.prompts_per_rollout / len(self.prompts)
+        return Step(metrics, seconds, rows(update + 1, self.current) if done == 0 else [], counts)
+
+    def _groups_of(self, step: int) -> range:
+        """Return the groups of this rank that a step takes of the rollout batch: every rank the same number."""
+        size = len(self.current.groups) // self.config.steps_per_rollout
+        return range(step * size, (step + 1) * size)
+
+    @torch.no_grad()
+    def _remember_old(self) -> None:
+        """Keep the log-probabilities of all groups but those of the first update, whose own forward gives them."""
+        later = [i for step in range(1, self.config.steps_per_rollout) for i in self._groups_of(step)]
+        parts = self._parts(later)
+        for number in range(max(gather(len(parts)))):  # ranks gather weights together: all make as many forwards
+            part = parts[number] if number < len(parts) else [0]
+            groups = [self.current.groups[i] for i in part]
+            logps = self.engine(self._pack(groups), False)[0]
+            if number < len(parts):
+                counts = [sum(len(c) for c in group.completions) for group in groups]
+                self.current.old_logps.update(zip(part, logps.split(counts), strict=True))
 
     def _others_ask(self) -> bool:
         """Return whether more than the sampler needs the model: image features may be missing, a judge may use it."""
@@ -287,9 +309,15 @@ class GRPOTrainer(EngineTrainer):
         ranks = gather(own)
         return {name: sum(counts[name] for counts in ranks) for name in own}
 
-    def _update(self, update: int, first: bool) -> dict[str, float]:
-        """Compute the gradients of all groups, then make the optimizer step."""
-        rollouts, weights, parts = self.current, self._weights(), self._parts()
+    def _update(self, update: int, taken: range, first: bool) -> dict[str, float]:
+        """Compute the gradients of some groups, then make the optimizer step.
+
+        Args:
+            update: Number of the update.
+            taken: Groups of the update.
+            first: Whether they are used for the first time.
+        """
+        rollouts, weights, parts = self.current, self._weights(taken), self._parts(taken)
         # Ranks reduce gradients together, so all must make the same number of backward passes, even one with fewer
         # groups (zero-variance groups skipped, or longer completions and thus more parts elsewhere).
         forwards = max(1, max(gather(len(parts))))
@@ -315,11 +343,13 @@ class GRPOTrainer(EngineTrainer):
             self.agreed = True
         return {**metrics, **self.engine.step(update)}
 
-    def _weights(self) -> torch.Tensor:
-        """Return the weight of a token of each completion. Shape: [n, G]."""
+    def _weights(self, taken: range) -> torch.Tensor:
+        """Return the weight of a token of each completion in an update on some groups, 0 elsewhere. Shape: [n, G]."""
         config = self.config
-        lengths = self.current.lengths(config.mask_truncated_completions)
-        return token_weights(
+        lengths = self.current.lengths(config.mask_truncated_completions).view(-1, config.group_size)
+        lengths = lengths[taken.start : taken.stop].flatten()
+        weights = torch.zeros(len(self.current.groups), config.group_size, dtype=torch.float64)
+        weights[taken.start : taken.stop] = token_weights(
             config.loss_type,
             lengths,
             config.group_size,
@@ -327,12 +357,13 @@ class GRPOTrainer(EngineTrainer):
             tokens=sum(gather(int(lengths.sum()))),
             max_tokens=self.samples.decoding.max_tokens,
         ).view(-1, config.group_size)
+        return weights
 
-    def _parts(self) -> list[list[int]]:
-        """Return the groups of each forward, within the token budget; without zero-variance groups if configured."""
+    def _parts(self, taken: Sequence[int]) -> list[list[int]]:
+        """Divide groups among forwards, within the token budget; without zero-variance groups if configured."""
         config, rollouts = self.config, self.current
         skipped = rollouts.zero_variance_groups(self.by_sum) if config.zero_variance == "skip" else set()
-        live = [i for i in range(len(rollouts.groups)) if i not in skipped]
+        live = [i for i in taken if i not in skipped]
         sizes = [shared_tokens(group) for group in rollouts.groups]
         return within_budget(live, sizes.__getitem__, config.tokens_per_forward, config.prompts_per_forward)
 
@@ -343,8 +374,8 @@ class GRPOTrainer(EngineTrainer):
         correction, mode = None, self.config.importance_correction
         if mode != "none":
             sampled = self.current.sampled_logps(indices).to(logps)
-            cap = self.config.importance_cap
-            correction = importance_correction(old, sampled, packed.owner, packed.completions, mode, cap)
+            bounds = self.config.importance_cap, self.config.importance_floor
+            correction = importance_correction(old, sampled, packed.owner, packed.completions, mode, *bounds)
         return LossInputs(
             logps=logps,
             old_logps=old,
@@ -361,16 +392,23 @@ class GRPOTrainer(EngineTrainer):
     def _earlier_logps(
         self, indices: list[int], packed: Packed, logps: torch.Tensor, first: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return log-probabilities by the old and the reference policy; after the first update the stored ones."""
+        """Return log-probabilities by the old and the reference policy: the stored ones, or those of now.
+
+        In the first update on a batch the policy's own log-probabilities serve as the old ones, so the ratio is 1.
+        """
         rollouts, penalised = self.current, self.config.beta > 0
-        if not first and all(i in rollouts.old_logps for i in indices):
-            old = torch.cat([rollouts.old_logps[i] for i in indices])
-            return old, torch.cat([rollouts.reference_logps[i] for i in indices]) if penalised else None
-        # First update over a batch: the policy's own log-probabilities serve as the old ones, so the ratio is 1.
-        old, reference = logps.detach(), None
+        stored, referred = (
+            all(i in known for i in indices) for known in (rollouts.old_logps, rollouts.reference_logps)
+        )
+        old = torch.cat([rollouts.old_logps[i] for i in indices]) if stored else logps.detach()
+        reference = None
         if penalised:
-            # a later update gets here only with a dummy forward, whose weights are all 0
-            reference = self._reference_logps(packed) if first else old
+            if not first and not stored:  # a dummy forward, whose weights are all 0
+                reference = old
+            elif referred:
+                reference = torch.cat([rollouts.reference_logps[i] for i in indices])
+            else:
+                reference = self._reference_logps(packed)
         if self.config.num_iterations > 1 and first:
             counts = [sum(len(c) for c in rollouts.groups[i].completions) for i in indices]
             rollouts.old_logps.update(zip(indices, old.split(counts), strict=True))
