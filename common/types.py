@@ -65,7 +65,8 @@ class Item:
 class Source:
     """A whole dataset as its reader found it; one without a split of its own has all items in `train`.
 
-    `names` are the classes by label. `fingerprint` is a hash of what defines the dataset, `origin` names the author
+    `names` are the classes by label. `added` are keys of images that are trained on and never tested: somebody, or a
+    model, has labelled them later. `fingerprint` is a hash of what defines the dataset, `origin` names the author
     of its split. `passed_over` counts what the reader skipped, by reason; `notes` describe how it interpreted the
     files.
     """
@@ -79,6 +80,7 @@ class Source:
     origin: str
     passed_over: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    added: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

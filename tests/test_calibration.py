@@ -127,3 +127,11 @@ def test_equal_confidences_are_accepted_together():
     assert threshold(confidences, right, 0.05) == 0.9
     assert threshold(confidences[::-1], right[::-1], 0.05) == 0.9
     assert threshold([0.9] * 200, right, 0.05) == math.inf
+
+
+def test_the_lowest_risk_is_the_first_that_has_a_threshold():
+    sure = [1 - n / 100 for n in range(60)]
+    right = [n != 50 for n in range(60)]
+    lowest = calibration.lowest_risk(sure, right)
+    assert calibration.threshold(sure, right, lowest) < math.inf == calibration.threshold(sure, right, lowest - 0.01)
+    assert calibration.lowest_risk([0.9], [False]) is None

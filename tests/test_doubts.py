@@ -9,6 +9,7 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from common.data import folder
+from common.data.duplicates import thumbnail
 from common.data.listing import Location
 from common.few_shot import doubts
 from common.few_shot.doubts import Doubt, Examined
@@ -114,7 +115,7 @@ def test_a_photo_that_was_edited_and_saved_anew_is_a_copy():
     pictures = [Image.fromarray(rng.integers(0, 255, (6, 8, 3), np.uint8)).resize((80, 60), 3) for _ in range(8)]
     file = io.BytesIO()
     ImageEnhance.Brightness(pictures[2].resize((200, 150))).enhance(1.15).save(file, "JPEG", quality=70)
-    rows = np.stack([doubts.thumbnail(each) for each in [*pictures, Image.open(file)]])
+    rows = np.stack([thumbnail(each) for each in [*pictures, Image.open(file)]])
     assert [(a, b) for a, b, _ in doubts.copies(rows)] == [(2, 8)]
     grey = [np.asarray(each.convert("L").resize((32, 32), Image.Resampling.BICUBIC), float) for each in pictures[:2]]
     assert rows[0] @ rows[1] == pytest.approx(np.corrcoef(grey[0].ravel(), grey[1].ravel())[0, 1], abs=1e-9)

@@ -82,6 +82,20 @@ def test_other_sizes_and_qualities_look_alike_and_other_photos_do_not(tmp_path):
     assert duplicates.alike(others | {"photo": hashes["photo"]}) == []
 
 
+def test_things_on_a_plain_ground_are_no_copies():
+    """A dress and trousers: the brightness rises and falls at the same places, but the pictures differ."""
+    ground = np.zeros((64, 64), np.uint8)
+    dress, trousers = ground.copy(), ground.copy()
+    dress[8:60, 18:46] = 200
+    trousers[8:60, 18:46], trousers[26:60, 30:34] = 120, 0
+    pictures = {"dress": Image.fromarray(dress), "trousers": Image.fromarray(trousers)}
+    pictures["again"] = pictures["dress"].resize((48, 48))
+    hashes = {name: duplicates.difference_hash(one) for name, one in pictures.items()}
+    pairs = duplicates.alike(hashes, 12)
+    assert len(pairs) == 3, "their hashes are near"
+    assert duplicates.confirmed(pairs, pictures.__getitem__) == [("dress", "again")]
+
+
 def split(*items, names=("cat", "dog")):
     return Split(tuple(Item(image, names.index(name), name) for image, name in items), names, "?", "?")
 

@@ -198,7 +198,9 @@ def test_corrections_come_in_several_tables(tmp_path):
         "corrections_2/new.jpg": "wren",
     }
     assert source.images.open("corrections_2/new.jpg").size == (4, 4)
-    assert "a.csv: 2 photos corrected, 1 left out, 1 added" in source.notes
+    assert "a.csv: 2 photos corrected, 1 left out, 1 added to the training" in source.notes
+    assert "warning: b.csv has classes that the photos have not: wren" in source.notes
+    assert source.added == {"corrections/new.jpg", "corrections_2/new.jpg"}
 
 
 def test_images_without_a_part_are_the_same_in_every_repeat(monkeypatch):
@@ -224,3 +226,19 @@ def test_learners_are_given_the_groups():
     shots = items({"ant": 4}, 2)
     task = Task(Split(tuple(shots), ("ant",), "", ""), {}, None, "", {})
     assert FeatureExtractor.support(Extractor(), task).groups == ("ant-0", "ant-0", "ant-1", "ant-1")
+
+
+@pytest.mark.parametrize("share", [None, 0.3])
+def test_what_was_added_is_never_tested(share):
+    """Their labels are somebody's later word, or a model's own answers."""
+    pool = tuple(Item(f"{name}/{n}", label, name) for label, name in enumerate(("ant", "bee")) for n in range(10))
+    new = tuple(Item(f"corrections/{n}", n % 2, ("ant", "bee")[n % 2]) for n in range(6))
+    source = Source(("ant", "bee"), (*pool, *new), (), (), None, "", "", added=frozenset(i.image for i in new))
+    plain = Source(("ant", "bee"), pool, (), (), None, "", "")
+    for seed in range(10):
+        picks, before = (draw(each, Sampling(4, seed, test_share=share)) for each in (source, plain))
+        assert not {item.image for item in picks.test} & source.added and picks.test
+        if share is not None:
+            assert picks.test == before.test, "the test stays what it was"
+    everyone = draw(source, Sampling(None, 1, test_share=0.3))
+    assert source.added < {item.image for item in everyone.train}

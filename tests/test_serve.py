@@ -237,7 +237,7 @@ def test_in_a_browser(served, known, tmp_path):
         page.get_by_label("Right name").fill("three")
         page.get_by_label("Right name").press("Enter")
         page.get_by_role("button", name="Save correction").click()
-        expect(page.get_by_text("Saved in")).to_be_visible(timeout=20_000)
+        expect(page.get_by_text("3.png: saved as three in")).to_be_visible(timeout=20_000)
         page.screenshot(path=os.environ.get("SCREENSHOT", tmp_path / "page.png"), full_page=True)
         page.reload()
         page.set_input_files("input[type=file]", [tmp_path / "large.png"])

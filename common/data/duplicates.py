@@ -5,10 +5,12 @@ Identical images have the same stamp (`Images.stamp`). Images that look alike ar
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
+from PIL.Image import Resampling
 
 from common.types import Task
 
@@ -20,6 +22,8 @@ DISTANCE = 4  # bits of 64 in which images that look alike may differ: enough fo
 FLAT = 8  # grey levels of 256: an image with a smaller range gets no hash, since all such images would look alike
 FEW = 20_000  # up to so many images, those that look alike are found within half a minute
 CHUNK = 1024  # images that are compared with all others at once
+THUMBNAIL = 32  # pixels per side of a grey thumbnail
+CORRELATION = 0.98  # of two thumbnails, from which on images may be copies of one another (docs/log.md)
 WORDS = {
     "train_and_test": "identical pictures in training and test",
     "two_labels": "identical pictures under two labels",
@@ -60,6 +64,29 @@ def alike(hashes: Mapping[str, bytes | None], distance: int = DISTANCE) -> list[
         rows, columns = (index + start for index in np.nonzero(near))
         pairs += [(keys[row], keys[column]) for row, column in zip(rows, columns, strict=True) if row < column]
     return pairs
+
+
+def thumbnail(picture: Image) -> NDArray[np.float64]:
+    """Return a grey thumbnail with mean 0 and length 1, so that products are correlations.
+
+    Shape: [THUMBNAIL * THUMBNAIL].
+    """
+    values = np.asarray(picture.convert("L").resize((THUMBNAIL, THUMBNAIL), Resampling.BICUBIC), np.float64).ravel()
+    values -= values.mean()
+    return np.asarray(values / max(float(np.linalg.norm(values)), 1e-12))
+
+
+def confirmed(pairs: Sequence[tuple[str, str]], load: Callable[[str], Image]) -> list[tuple[str, str]]:
+    """Return the pairs whose thumbnails are nearly equal, too.
+
+    The hashes of things that are photographed alike, on a plain ground, can be near though the things differ.
+
+    Args:
+        pairs: Pairs of images whose hashes are near.
+        load: From an image's key to its picture.
+    """
+    small = {image: thumbnail(load(image)) for image in dict.fromkeys(image for pair in pairs for image in pair)}
+    return [pair for pair in pairs if float(small[pair[0]] @ small[pair[1]]) >= CORRELATION]
 
 
 def troubling(task: Task, groups: Sequence[tuple[str, ...]], prefix: str = "") -> dict[str, list[list[str]]]:

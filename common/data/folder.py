@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -81,7 +80,8 @@ def read(
         label = labels[photo.name]
         parts[photo.part].append(Item(key, label, names[label]))
     origin = "own split" if parts["test"] else "own images"
-    return assemble(location, names, Parts(**parts), origin, folders)
+    source = assemble(location, names, Parts(**parts), origin, folders)
+    return replace(source, added=frozenset(added))
 
 
 def _corrected(
@@ -98,20 +98,19 @@ def _corrected(
     for number, name in enumerate(tables, start=1):
         table = Path(name).expanduser().absolute()
         corrections, new = corrections_in(location, photos, table, base)
-        photos = [replace(photo, name=corrections.get(photo.path, photo.name)) for photo in photos]
         beginning = CORRECTIONS if number == 1 else f"{CORRECTIONS}_{number}"
         folders[beginning] = table.parent
         added |= {f"{beginning}/{photo.path}": photo for photo in new}
         out = sum(not label for label in corrections.values())
         location.notes.append(
-            f"{table.name}: {counted(len(corrections) - out, 'photo')} corrected, {out} left out, {len(new)} added"
+            f"{table.name}: {counted(len(corrections) - out, 'photo')} corrected, {out} left out, {len(new)} added to"
+            " the training"
         )
+        known = {photo.name for photo in photos}
+        if strange := sorted({*corrections.values(), *(photo.name for photo in new)} - known - {""}):
+            location.notes.append(f"warning: {table.name} has classes that the photos have not: {', '.join(strange)}")
+        photos = [replace(photo, name=corrections.get(photo.path, photo.name)) for photo in photos]
     return [photo for photo in photos if photo.name], added, folders
-
-
-def is_added(image: str) -> bool:
-    """Tell whether an image was added by a table of corrections."""
-    return re.match(rf"{CORRECTIONS}(_\d+)?/", image) is not None
 
 
 def _refuse_few(location: Location, path: Path, names: Collection[str]) -> None:

@@ -38,7 +38,7 @@ def grouped(location: Location, photos: Sequence[Photo], by: str, base: Path) ->
             "folder": "all photos lie directly in the folders of their classes",
         }.get(by, "the photos are read from folders, which have no columns, or the column is empty")
         raise location.error(
-            f"data.reader.group_by={by}: {missing}; leave it out, or group by burst, folder or a column"
+            f"data.reader.group_by={by}: {missing}; leave it out, or group by another (burst, folder, column)"
         )
     sizes = Counter(filter(None, groups))
     alone = groups.count("")

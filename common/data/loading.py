@@ -359,7 +359,7 @@ def find_duplicates(config: Config, data: TaskData, stamps: Mapping[str, str]) -
         hashes = _shared(lambda image: duplicates.difference_hash(load.load(image)), data.images)
         known = {image: group[0] for group in same for image in group}
         pairs = [pair for pair in duplicates.alike(hashes) if len({known.get(image, image) for image in pair}) > 1]
-        copies |= duplicates.troubling(data.task, pairs, "near_")
+        copies |= duplicates.troubling(data.task, duplicates.confirmed(pairs, load.load), "near_")
     return copies
 
 

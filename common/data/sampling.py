@@ -107,11 +107,16 @@ def draw(source: Source, how: Sampling) -> Picks:
         UserError: No image of a class would be left to test on, or no usable image of a part.
     """
     pool = not source.test and how.test_share is None
+    added = [item for item in source.train if item.image in source.added]
     if pool and how.trains:
         _check_rest(source, how.shots)
     if not source.test and how.test_share is not None:
-        rest, test = set_apart(source.train, how.test_share, how.seed)
-        source = replace(source, train=tuple(rest), test=tuple(item for item in test if item.image not in how.held_out))
+        rest, test = set_apart(
+            [item for item in source.train if item.image not in source.added], how.test_share, how.seed
+        )
+        source = replace(
+            source, train=(*rest, *added), test=tuple(item for item in test if item.image not in how.held_out)
+        )
     # the draw, with all images, whether usable or not
     rng = random.Random(how.seed)
     take = pick if how.sampler == "coop" else pick_globally
@@ -124,7 +129,7 @@ def draw(source: Source, how: Sampling) -> Picks:
         val = _held_out(_others(source.train, picked, train), how, keep=int(pool))
     # what is left of a pool is the test set
     rest = _others(source.train, picked, train, val) if pool else list(source.test)
-    test = [item for item in rest if not pool or item.image not in how.held_out]
+    test = [item for item in rest if not pool or item.image not in how.held_out | source.added]
     if how.test_rows == "val_and_test":
         test, val = [*source.val, *test], []
     train, val, test = (_usable(part, how) for part in (train, val, test))

@@ -150,6 +150,12 @@ def threshold(confidences: Sequence[float], right: Sequence[bool], risk: float) 
     return best
 
 
+def lowest_risk(confidences: Sequence[float], right: Sequence[bool]) -> float | None:
+    """Return the lowest risk in whole percent that `threshold` can promise; None: not even 99 %."""
+    risks = (percent / 100 for percent in range(1, 100))
+    return next((risk for risk in risks if threshold(confidences, right, risk) < math.inf), None)
+
+
 def images_needed(risk: float) -> int:
     """Return the smallest number of right answers, without a wrong one, that `threshold` can promise a risk by.
 

@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("folder", type=Path, help="new folder")
-    parser.add_argument("--as", dest="kind", choices=KINDS, default="model", help="what to write (model)")
+    parser.add_argument("--as", dest="kind", choices=KINDS, help="what to write (model; of few-shot learners onnx)")
     parser.add_argument("--trust-code", action="store_true", help="run code of other packages that the folder names")
     parser.add_argument("--licence", help="of the weights, as the hub spells it; otherwise that of their base")
     parser.add_argument("--push", metavar="OWNER/NAME", help="show what would be sent to the hub")

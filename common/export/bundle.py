@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from common.config import trust
-from common.config.schema import Config, LoraConfig, ModelConfig
+from common.config.schema import NO_FAMILY, Config, LoraConfig, ModelConfig
 from common.export import image_model
 from common.export.card import write_card
 from common.learner import learner_class
@@ -81,7 +81,9 @@ def as_on_the_hub(folder: Path, family: type[Family]) -> None:
 ASKING = "asking.json"
 
 
-def export(run: Path, target: Path, kind: str = "model", licence: str | None = None, trust_code: bool = False) -> None:
+def export(
+    run: Path, target: Path, kind: str | None = None, licence: str | None = None, trust_code: bool = False
+) -> None:
     """Write what a run has trained into a new folder.
 
     Args:
@@ -89,7 +91,7 @@ def export(run: Path, target: Path, kind: str = "model", licence: str | None = N
         target: Folder to create.
         kind: `model` (whole weights; adapters are merged, embeddings become words of the vocabulary), `adapter` (of a
             run with model.lora), `bank` (ALERT's category embeddings), `onnx` or `torchscript` (a few-shot learner
-            with its encoder, from pixels to probabilities).
+            with its encoder, from pixels to probabilities); None: `onnx` of a few-shot learner, else `model`.
         licence: Licence of the weights, as the hub spells it; None: that of the run's base model.
         trust_code: Allow the run's configuration to name code of other packages than this project; it is run.
 
@@ -103,8 +105,10 @@ def export(run: Path, target: Path, kind: str = "model", licence: str | None = N
     check_links(trained.model)
     result = Result.load(trained.records)
     config = config_of(trained)
-    if (config.model.family == "none") is not (kind in image_model.FILES):
-        kinds = ", ".join(image_model.FILES if config.model.family == "none" else WRITERS)
+    is_few_shot = config.model.family == NO_FAMILY
+    kind = kind or ("onnx" if is_few_shot else "model")
+    if is_few_shot is not (kind in image_model.FILES):
+        kinds = ", ".join(image_model.FILES if is_few_shot else WRITERS)
         raise UserError(f"--as {kind}: method={result.method} can be written as {kinds}")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as place:

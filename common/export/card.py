@@ -40,9 +40,9 @@ inputs = processor.apply_chat_template(
 reply = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
 print(processor.decode(reply, skip_special_tokens=True))
 ```""")
-IMAGE_CODE = """```python
+IMAGE_CODE = Template("""```python
 import json, math
-import numpy, onnxruntime
+import numpy, $library
 from PIL import Image, ImageOps
 
 facts = json.load(open("preprocessing.json"))
@@ -54,14 +54,19 @@ resized = (side, side) if facts["squash"] else tuple(side if n == short else int
 photo = photo.resize(resized, Image.Resampling[facts["interpolation"].upper()])
 left, top = (round((n - size) / 2) for n in photo.size)
 pixels = numpy.array(photo.crop((left, top, left + size, top + size))).transpose(2, 0, 1)[None]
-(probabilities,) = onnxruntime.InferenceSession("model.onnx").run(None, {"pixels": pixels})[0]
-print(facts["names"][probabilities.argmax()], probabilities.max())
-```"""
+(probabilities,) = $ask
+print(facts["names"][probabilities.argmax()], float(probabilities.max()))
+```""")
+ONNX = {
+    "library": "onnxruntime",
+    "ask": 'onnxruntime.InferenceSession("model.onnx").run(None, {"pixels": pixels})[0]',
+}
+TORCHSCRIPT = {"library": "torch", "ask": 'torch.jit.load("model.pt")(torch.from_numpy(pixels))'}
 HOW = {
     "onnx": "`model.onnx` takes pixels of shape [N, 3, S, S], uint8, and returns the calibrated probabilities of the"
-    f" names in `preprocessing.json`:\n\n{IMAGE_CODE}",
+    f" names in `preprocessing.json`:\n\n{IMAGE_CODE.substitute(ONNX)}",
     "torchscript": "`torch.jit.load('model.pt')` takes pixels of shape [N, 3, S, S], uint8, and returns the calibrated"
-    " probabilities of the names in `preprocessing.json`. Pictures are prepared as for ONNX:\n\n" + IMAGE_CODE,
+    f" probabilities of the names in `preprocessing.json`:\n\n{IMAGE_CODE.substitute(TORCHSCRIPT)}",
     "model": "`asking.json` has the question, the class names and the size of pictures. In transformers:\n\n{code}\n\n"
     'vLLM loads the folder, too, and takes the same conversation (`"type": "image_pil", "image_pil": photo`); give it'
     " `temperature=0`.{words}",

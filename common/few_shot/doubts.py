@@ -13,14 +13,12 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL.Image import Image, Resampling
 
+from common.data.duplicates import CORRELATION
 from common.types import UserError
 
 FILE = "doubts.csv"
 
-SIDE = 32  # of the grey thumbnails that copies are found by
-COPY = 0.98  # correlation of two thumbnails from which on photos may be copies
 NEIGHBOURS, DIMENSIONS = 10, 64  # of the local outlier factor
 OUTLYING = 1.2  # local outlier factor from which on a photo is unlike the others
 FEW = 5  # wrong answers from which on two classes are said to be taken for one another
@@ -71,14 +69,7 @@ def outlyingness(features: NDArray[np.floating]) -> NDArray[np.float64]:
     return -np.asarray(found.negative_outlier_factor_, np.float64)
 
 
-def thumbnail(picture: Image) -> NDArray[np.float64]:
-    """Return a grey thumbnail with mean 0 and length 1, so that products are correlations. Shape: [SIDE * SIDE]."""
-    values = np.asarray(picture.convert("L").resize((SIDE, SIDE), Resampling.BICUBIC), np.float64).ravel()
-    values -= values.mean()
-    return np.asarray(values / max(float(np.linalg.norm(values)), 1e-12))
-
-
-def copies(thumbnails: NDArray[np.floating], least: float = COPY) -> list[tuple[int, int, float]]:
+def copies(thumbnails: NDArray[np.floating], least: float = CORRELATION) -> list[tuple[int, int, float]]:
     """Return pairs of images whose thumbnails have a correlation of `least` or more, the most similar first."""
     similar = np.triu(thumbnails @ thumbnails.T, 1)
     found = [(int(a), int(b), float(similar[a, b])) for a, b in zip(*np.nonzero(similar >= least), strict=True)]
@@ -128,7 +119,7 @@ class Examined:
     given: labels. Shape: [N].
     probabilities: of the classes, by learners that had not seen the image; NaN where there are none. Shape: [N, C].
     features: of the encoder. Shape: [N, D].
-    thumbnails: see `thumbnail`. Shape: [N, SIDE * SIDE].
+    thumbnails: see `duplicates.thumbnail`. Shape: [N, THUMBNAIL * THUMBNAIL].
     """
 
     paths: Sequence[str]

@@ -38,10 +38,13 @@ def threshold_of(run: Path, risk: float) -> float:
         )
     confidences = said(held_out, found["temperature"])
     given = [(c, p.correct) for c, p in zip(confidences, held_out.predictions, strict=True) if c is not None]
-    chosen = calibration.threshold([c for c, _ in given], [right for _, right in given], risk)
+    kept, right = [c for c, _ in given], [is_right for _, is_right in given]
+    chosen = calibration.threshold(kept, right, risk)
     if chosen == math.inf:
+        lowest = calibration.lowest_risk(kept, right)
+        possible = "none can be" if lowest is None else f"the lowest that can be is {lowest:g}"
         raise UserError(
-            f"risk={risk} cannot be promised by {counted(len(given), 'held-out answer')} of {run}: at least"
+            f"risk={risk} cannot be promised by {counted(len(given), 'held-out answer')} of {run}, {possible}: at least"
             f" {calibration.images_needed(risk)} right ones in a row are needed; train on more photos, or accept a"
             " higher risk"
         )

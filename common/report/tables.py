@@ -22,6 +22,7 @@ from common.run.result import Result
 from common.training.signs import CUT, at, cut_line, fix
 
 PHASES = (("zero-shot", "before"), ("trained", "after"))  # label of each phase, and its name in a result
+TELLING = 200  # images from which on a calibration error is more than chance
 REMARK = " †"  # after an accuracy with a remark below the table
 
 
@@ -126,9 +127,14 @@ def calibration_lines(result: Result) -> list[str]:
         return []
     where = {"folds": "cross-validated", "val": "validation"}[found["source"]]
     lines = [novelty.line(result.novelty)] if result.novelty else []
+
+    def few(split: str) -> bool:
+        return result.final[split].n < TELLING
+
     return [
         f"{split}, confidence: off by {percent(before)} %, at temperature {found['temperature']:.3g} by"
-        f" {percent(after)} % (ECE; fitted on {counted(found['n'], f'{where} image')})"
+        f" {percent(after)} % (ECE; fitted on {counted(found['n'], f'{where} image')}"
+        + (f"; {counted(result.final[split].n, 'test image')} can hardly show it)" if few(split) else ")")
         for split, (before, after) in found["ece"].items()
         if split != found["source"]
     ] + lines

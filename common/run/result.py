@@ -98,8 +98,10 @@ class Result:
         Raises:
             UserError: There is no result, it is damaged, or another version wrote it.
         """
-        file = Path(path).expanduser()
-        file = file / "metrics.json" if file.is_dir() else file
+        given = Path(path).expanduser()
+        if not given.exists() and given.name != "metrics.json":
+            raise UserError(f"{given} does not exist; give the folder of a finished run")
+        file = given / "metrics.json" if given.is_dir() else given
         if not file.parent.is_dir():
             raise UserError(f"{file.parent} does not exist; give the folder of a finished run")
         if not file.is_file():

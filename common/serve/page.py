@@ -107,6 +107,8 @@ class Page:
                 which = gradio.Dropdown(label="Picture", choices=[], interactive=True)
                 right = gradio.Dropdown(
                     label="Right name",
+                    info="Choose one, or type a new one",
+                    value=None,
                     choices=list(service.classifier.names),
                     allow_custom_value=True,
                     interactive=True,
@@ -114,6 +116,7 @@ class Page:
                 save = gradio.Button("Save correction")
             said = gradio.Markdown()
             files.upload(self.show, files, [kept, files, answers, correction, which, said], api_visibility="private")
+            which.change(self.said, [kept, which], right, api_visibility="private")
             save.click(self.correct, [kept, which, right], said, api_visibility="private")
             gradio.api(self.classify, api_name="classify")  # type: ignore[attr-defined]
         self.blocks.queue(default_concurrency_limit=4, max_size=256)
@@ -149,6 +152,10 @@ class Page:
         choices = gradio.Dropdown(choices=list(told), value=next(iter(told), None))
         return told, None, cards.render(answers, contents), gradio.Row(visible=bool(told)), choices, ""
 
+    def said(self, kept: Mapping[str, tuple[bytes, str | None]], which: str | None) -> Any:
+        """Return the field of the right name with the answer to the chosen picture."""
+        return self.gradio.Dropdown(value=kept[which][1] if which is not None and which in kept else None)
+
     def correct(self, kept: Mapping[str, tuple[bytes, str | None]], which: str | None, label: str | None) -> str:
         """Save a correction; return a message."""
         if which is None or which not in kept or not label:
@@ -158,9 +165,10 @@ class Page:
             table = self.service.keep(content, label, answered)
         except UserError as error:
             return f"Not saved: {error}"
+        said = f"{which}: saved as {label} in `{table}`."
         if self.service.classifier.config.data.own_photos:
-            return f"Saved in `{table}`. Behind the run's command `data.reader.corrections={table}` trains on it, too"
-        return f"Saved in `{table}`. With nine or more of every class you can train on it (docs/predict.md)"
+            return f"{said} Behind the run's command `data.reader.corrections={table}` trains on it, too"
+        return f"{said} With nine or more of every class you can train on it (docs/predict.md)"
 
     def _tidy(self) -> None:
         while True:

@@ -233,7 +233,7 @@ class GRPOTrainer(EngineTrainer):
             now = time.perf_counter()
             seconds[phase], clock = now - clock, now
 
-        # `number`: rollout batch; `iteration`: times that it was gone through; `which`: the step that takes a part of it
+        # `number`: rollout batch; `iteration`: times that it was gone through; `which`: step that takes a part of it
         number, done = divmod(update, self.config.updates_per_rollout)
         iteration, which = divmod(done, self.config.steps_per_rollout)
         metrics: dict[str, float] = {}
