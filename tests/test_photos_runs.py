@@ -129,6 +129,8 @@ def test_what_is_corrected_on_the_page_is_trained_on(runner, finished, photos, t
             for number in range(2):
                 page.get_by_label("Picture").fill(f"new {number}.png")
                 page.get_by_label("Picture").press("Enter")
+                page.wait_for_timeout(1000)  # the field of the right name gets the answer to this picture
+                assert page.get_by_label("Right name").input_value() in ("blue tit", "robin", "wren", "kea", "")
                 page.get_by_label("Right name").fill("kea")
                 page.get_by_label("Right name").press("Enter")
                 page.get_by_role("button", name="Save correction").click()
