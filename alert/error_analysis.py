@@ -6,23 +6,18 @@ rest are always reported. Names are compared like answers (`common.parsing.norma
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from common.few_shot.candidates import place_of, recall
-from common.parsing import FORMAT, normalize
+from common.parsing import normalize
 
 RIGHT = "right"
 NOT_SHOWN = "not_among_candidates"
 CHOSEN_WRONG = "chosen_wrong"
 NONE_NAMED = "no_candidate_named"
-CLAUSE_END = re.compile(r"[.:;!?]|,(?! (?:which|who|whose|that)\b)|\bbut\b")  # a relative clause belongs to its noun
-DENIAL = re.compile(
-    r"\b(?:not|no|nor|neither|never|cannot|unlike|without|differ\w*|(?:rather|other) than|instead of)\b|n['’]t\b"
-)
 
 PUBLISHED_K = 2
 # ALERT's published accuracies over two candidates; recall@2 of the candidates is their upper bound.
@@ -191,77 +186,3 @@ def _by_position(shown: Sequence[Outcome], longest: int) -> list[dict[str, float
         right = [each.kind == RIGHT for each in shown if each.position == position]
         table.append({"n": len(right), "accuracy": _share(sum(right), len(right))})
     return table
-
-
-def reasoning_agrees(think: str, answer: str, candidates: Sequence[str]) -> bool | None:
-    """Return whether the answer is what the reasoning concludes: the last candidate it names without denying it.
-
-    The rule is our choice. Names count as whole words, and a name inside a longer candidate's name does not. A name is
-    denied by a word like "not" or "unlike" before it in the same clause: contrasts often end with what the image is
-    not. Only words are compared: "foxes" names nothing, and "it can hardly be a fox" names the fox. It serves as a
-    statistic, not as a reward.
-
-    Args:
-        think: Text of the reasoning.
-        answer: Final answer.
-        candidates: Names that the prompt offered.
-
-    Returns:
-        None if the reasoning names no candidate, or denies all that it names.
-
-    >>> reasoning_agrees("Not a fox: the tusks say elephant.", "elephant", ("fox", "elephant", "ant"))
-    True
-    >>> reasoning_agrees("White as an arctic fox, but it is not a fox.", "arctic fox", ("fox", "arctic fox"))
-    True
-    >>> reasoning_agrees("It is an arctic fox.", "fox", ("fox", "arctic fox"))
-    False
-    >>> reasoning_agrees("It is white.", "fox", ("fox", "arctic fox")) is None
-    True
-    """
-    conclusion = _last_mentioned(normalize(think), {normalize(name) for name in candidates} - {""})
-    return None if conclusion is None else conclusion == normalize(answer)
-
-
-def agrees(reply: str, answer: str, candidates: Sequence[str]) -> bool | None:
-    """Return `reasoning_agrees` for a whole reply; None also without a reasoning."""
-    thought = FORMAT.search(reply)
-    return reasoning_agrees(thought["think"], answer, candidates) if thought else None
-
-
-def _last_mentioned(text: str, names: set[str]) -> str | None:
-    """Return the name that ends last in the text without being denied.
-
-    Longer names are searched first and then blanked out, so that shorter names inside them do not count.
-    """
-    end, last = -1, None
-    for name in sorted(names, key=lambda name: (-len(name), name)):
-        whole_word = re.compile(rf"(?<!\w){re.escape(name)}(?!\w)")
-        ends = [match.end() for match in whole_word.finditer(text) if not _is_denied(text[: match.start()])]
-        if ends and ends[-1] > end:
-            end, last = ends[-1], name
-        text = whole_word.sub("\0" * len(name), text)  # of equal length, so that later ends can be compared
-    return last
-
-
-def _is_denied(before: str) -> bool:
-    """Return whether the last clause of a text denies what follows it."""
-    return DENIAL.search(CLAUSE_END.split(before)[-1]) is not None
-
-
-def agreement(verdicts: Sequence[bool | None], malformed: int) -> dict[str, int]:
-    """Count how often reasoning and answer agree: numbers of images.
-
-    Args:
-        verdicts: Result of `reasoning_agrees` for every image with a reasoning.
-        malformed: Number of images whose completion has no reasoning before an answer.
-
-    >>> agreement([True, None, False, True], malformed=2)
-    {'agree': 2, 'differ': 1, 'reasoning_names_none': 1, 'malformed': 2}
-    """
-    counts = Counter(verdicts)
-    return {
-        "agree": counts[True],
-        "differ": counts[False],
-        "reasoning_names_none": counts[None],
-        "malformed": malformed,
-    }

@@ -20,6 +20,7 @@ from common.config.schema import Config, one_of
 from common.config.suggest import options
 from common.counted import agree
 from common.data.task import TaskData, dataset_of
+from common.evaluation import consistency
 from common.few_shot import candidates
 from common.few_shot.check import check_fit
 from common.runtime.distributed import rank
@@ -262,7 +263,7 @@ class AlertPrompting(Prompting):
             **analysis,
             **error_analysis.published_above(origin.dataset, origin.shots, analysis),
         }
-        return {"draft": draft, "reasoning": error_analysis.agreement(verdicts, len(predictions) - len(verdicts))}
+        return {"draft": draft, "reasoning": consistency.agreement(verdicts, len(predictions) - len(verdicts))}
 
     def extra_columns(self, task: Task, split: str, predictions: Sequence[Prediction]) -> dict[str, list[Any]]:
         """Return the candidates in the order of the prompt, and whether the reasoning concludes the answer.
@@ -271,7 +272,7 @@ class AlertPrompting(Prompting):
         """
         shown = self._shown(task, split, predictions)
         pairs = zip(predictions, shown, strict=True)
-        agrees = [error_analysis.agrees(_text(p), p.answer, names) for p, names in pairs]
+        agrees = [consistency.agrees(_text(p), p.answer, names) for p, names in pairs]
         return {"candidates": [list(names) for names in shown], "reasoning_agrees": agrees}
 
     def _draft_path(self, split: str) -> Path:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from clsrl import rewards
 from common import parsing
 from common.config.schema import one_of
-from common.types import Prompt, Split, Task, UserError
+from common.evaluation import consistency
+from common.types import Answers, Prediction, Prompt, Split, Task, UserError
 from common.vlm.prompting import Prompting
 
 # Wording: that of the authors' code where the paper differs (it prints "What kind of object in this phote?"). Their
@@ -21,8 +23,19 @@ TRAINING = {"think": f"\n Please {THINK}", "no_think": "\n Please directly outpu
 # In their evaluation: test_qwen2vl_fewshot.py, .._b2n_new.py; and .._b2n_base.py, .._open_fewshot.py.
 OFFICIAL_FEW_SHOT = {"think": f" First {THINK}", "no_think": " Please directly output the answer name."}
 OFFICIAL_BASE_OR_OPEN = {"think": f" Please {THINK}", "no_think": " Please directly output the answer name."}
+# The instructions of the paper's version 6 (NeurIPS 2025), whose text and code could not be read: our wording.
+TRAINING |= {
+    "think_after": "\n Please output the final answer in <answer> </answer> and then the thinking process in"
+    " <think> </think> tags.",
+    "adaptive": "\n Please output the final answer in <answer> </answer> tags, after the thinking process in"
+    " <think> </think> tags if it helps, or directly.",
+}
+TAGGED = ("think", "think_after", "adaptive")  # instructions that ask for tags
 # The system message of sft.py, whose targets have no thinking part.
 SFT_SYSTEM = "Output the thinking process in <think> </think> and final answer in <answer> </answer> tags."
+
+
+FORMS: dict[str, rewards.Form] = {"think": "think_first", "think_after": "answer_first", "adaptive": "either"}
 
 
 def class_list_size(classes: int, share: float, smallest: int, largest: int) -> int:
@@ -98,7 +111,8 @@ class ClassListPrompt(Prompting):
     ) -> None:
         """
         Args:
-            instruction: `think` (CLS-RL) or `no_think` (No-Thinking-CLS-RL, SFT, zero-shot).
+            instruction: `think` (CLS-RL), `no_think` (No-Thinking-CLS-RL, SFT, zero-shot), `think_after` (answer first,
+                then the thoughts) or `adaptive` (with or without thoughts, as the model chooses).
             seed: Seed of the class lists.
             list_share: Share of the class names to list; 0: an open question without a list (open-set setting).
             list_all_below: List all names when the share gives fewer than this.
@@ -113,7 +127,7 @@ class ClassListPrompt(Prompting):
             UserError: An argument has an unknown value.
         """
         for name, value, allowed in (
-            ("instruction", instruction, ("think", "no_think")),
+            ("instruction", instruction, ("no_think", *TAGGED)),
             ("evaluation_prompt", evaluation_prompt, ("train", "official")),
             ("train_system_prompt", train_system_prompt, ("default", "think")),
             ("train_question", train_question, ("instructed", "bare")),
@@ -127,7 +141,12 @@ class ClassListPrompt(Prompting):
         self.train_system = SFT_SYSTEM if train_system_prompt == "think" else None
         self.train_ending = "" if train_question == "bare" else TRAINING[instruction]
         self.train_image_last = train_image == "last"
-        self.tagged = instruction == "think" or train_target == "tagged"
+        self.tagged = instruction in TAGGED or train_target == "tagged"
+        if evaluation_prompt == "official" and instruction not in OFFICIAL_FEW_SHOT:
+            raise UserError(
+                "method.evaluation_prompt=official: the authors' code has no wording for"
+                f" method.instruction={instruction}; use protocol=clean"
+            )
 
     def train_prompts(self, task: Task, epoch: int = 0) -> list[Prompt]:
         prompts = self._prompts(task.train, self.train_ending)
@@ -141,12 +160,30 @@ class ClassListPrompt(Prompting):
         return self._prompts(task.evaluation[split], ending[self.instruction])
 
     def well_formed(self, completion: str) -> bool:
-        if self.instruction == "think":
-            return parsing.is_strict_format(completion)
+        if self.instruction in TAGGED:
+            return rewards.has_form(completion, FORMS[self.instruction])
         return not parsing.TAG.search(completion) and bool(completion.strip())
 
     def answer(self, completion: str) -> str | None:
+        if self.instruction == "think_after":
+            return parsing.answer_first(completion)
         return parsing.strict_answer(completion)
+
+    def extra_columns(self, task: Task, split: str, predictions: Sequence[Prediction]) -> dict[str, list[Any]]:
+        """Return whether the answer is what the thoughts conclude; None without thoughts that name a class."""
+        if self.instruction not in TAGGED:
+            return {}
+        names, replies = task.evaluation[split].choices, [p.reply.text if p.reply else "" for p in predictions]
+        agrees = [consistency.agrees(reply, p.answer, names) for reply, p in zip(replies, predictions, strict=True)]
+        return {"reasoning_agrees": agrees}
+
+    def diagnostics(self, task: Task, split: str, answers: Answers) -> dict[str, Any]:
+        """Return how many replies think, and how often their thoughts and answers agree; counts of images."""
+        if self.instruction not in TAGGED:
+            return {}
+        said = zip(answers.predictions, answers.columns["reasoning_agrees"], strict=True)
+        verdicts = [verdict for p, verdict in said if p.reply and parsing.THOUGHT.search(p.reply.text)]
+        return {"reasoning": consistency.agreement(verdicts, len(answers.predictions) - len(verdicts))}
 
     def matches_officially(self, completion: str, label: str) -> bool:
         return rewards.matches_officially(completion, label)

@@ -6,8 +6,16 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
-from common.parsing import FORMAT, is_strict_format, matches_strictly
-from common.types import Sample
+from common.parsing import (
+    FORMAT,
+    answer_first,
+    is_answer_first,
+    is_bare_answer,
+    is_strict_format,
+    matches_strictly,
+    normalize,
+)
+from common.types import Sample, UserError
 
 # Answers and formats that the authors' code accepts; looser than common/parsing.py. Their evaluation scripts
 # (`test_qwen2vl_*.py`) and their training script (`grpo.py`) differ: evaluation searches for the label in the answer,
@@ -77,17 +85,44 @@ def is_rewarded(completion: str, label: str) -> bool:
 # The rewards of CLS-RL. No-Thinking-CLS-RL (section 3.3) has a single one, `common.rewards.equality`.
 
 Match = Literal["strict", "official"]
+Form = Literal["think_first", "answer_first", "either"]
 
 
-def format_reward(samples: Sequence[Sample], *, match: Match = "strict") -> list[float]:
+def has_form(completion: str, form: Form) -> bool:
+    """Return whether a completion is exactly in a form.
+
+    `think_first`: `<think>…</think><answer>…</answer>`. `answer_first`: the other way round. `either`: think first, or
+    `<answer>…</answer>` alone.
+
+    >>> [has_form("<answer>six</answer>", form) for form in ("think_first", "answer_first", "either")]
+    [False, False, True]
+    """
+    if form == "answer_first":
+        return is_answer_first(completion)
+    return is_strict_format(completion) or (form == "either" and is_bare_answer(completion))
+
+
+def format_reward(samples: Sequence[Sample], *, match: Match = "strict", form: Form = "think_first") -> list[float]:
     """Return 1 when the reply is `<think>…</think><answer>…</answer>` (section 3.2, first equation), else 0.
 
     Args:
         samples: Completions to score. Length: N.
         match: `strict` (each tag once) or `official` (the authors' full match, which lets tags repeat).
+        form: What the reply must be, see `has_form`.
+
+    Raises:
+        UserError: `match=official` with another form than `think_first`, for which the authors' code has no rule.
     """
-    check = {"strict": is_strict_format, "official": is_official_format}[match]
-    return [float(check(s.completion)) for s in samples]
+    if match == "official":
+        if form != "think_first":
+            raise UserError(f"rewards.format.match=official: the authors' code has no rule for form={form}; use strict")
+        return [float(is_official_format(s.completion)) for s in samples]
+    return [float(has_form(s.completion, form)) for s in samples]
+
+
+def first_answer_reward(samples: Sequence[Sample]) -> list[float]:
+    """Return 1 when the answer is the label and no thoughts stand before it, else 0. Args: see `accuracy_reward`."""
+    return [float(answer_first(s.completion) == normalize(s.label)) for s in samples]
 
 
 def accuracy_reward(samples: Sequence[Sample], *, match: Match = "strict") -> list[float]:

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 
 LIMIT = 20_000  # characters; longer completions are never a class name, and regular expressions are slow on them
 FORMAT = re.compile(r"<think>(?P<think>.*?)</think>\s*<answer>(?P<answer>.*?)</answer>", re.DOTALL)
+ANSWER_FIRST = re.compile(r"<answer>(?P<answer>.*?)</answer>\s*<think>(?P<think>.*?)</think>", re.DOTALL)
+THOUGHT = re.compile(r"<think>(?P<think>.*?)</think>", re.DOTALL)
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 TAG = re.compile(r"</?(?:think|answer)>", re.IGNORECASE)
 ARTICLE = re.compile(r"(?:an?|the) ")
@@ -84,10 +86,45 @@ def is_strict_format(completion: str) -> bool:
     return _strict_match(completion) is not None
 
 
-def _strict_match(completion: str) -> re.Match[str] | None:
-    if len(completion) > LIMIT or len(TAG.findall(completion)) != 4:
+def is_answer_first(completion: str) -> bool:
+    """Return whether a completion is `<answer>…</answer><think>…</think>` and nothing else, each tag once.
+
+    >>> is_answer_first("<answer>six</answer> <think>a loop</think>"), is_answer_first("<answer>six</answer>")
+    (True, False)
+    """
+    return _match(ANSWER_FIRST, completion) is not None
+
+
+def is_bare_answer(completion: str) -> bool:
+    """Return whether a completion is `<answer>…</answer>` and nothing else.
+
+    >>> is_bare_answer("<answer>six</answer>"), is_bare_answer("six")
+    (True, False)
+    """
+    return _match(ANSWER, completion, tags=2) is not None
+
+
+def _match(form: re.Pattern[str], completion: str, tags: int = 4) -> re.Match[str] | None:
+    if len(completion) > LIMIT or len(TAG.findall(completion)) != tags:
         return None
-    return FORMAT.fullmatch(completion.strip())
+    return form.fullmatch(completion.strip())
+
+
+def _strict_match(completion: str) -> re.Match[str] | None:
+    return _match(FORMAT, completion)
+
+
+def answer_first(completion: str) -> str | None:
+    """Return the one answer, normalised, of a completion that reasons after it or not at all; else None.
+
+    >>> answer_first("<answer>Six</answer><think>a loop, so six</think>"), answer_first("<answer>six</answer>")
+    ('six', 'six')
+    >>> answer_first("<think>a loop</think><answer>six</answer>") is None
+    True
+    """
+    if match := _match(ANSWER_FIRST, completion):
+        return normalize(match["answer"])
+    return None if is_strict_format(completion) else strict_answer(completion)
 
 
 def strict_answer(completion: str) -> str | None:

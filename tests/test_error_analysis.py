@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from alert.error_analysis import Case, analyse, outcome, reasoning_agrees
+from alert.error_analysis import Case, analyse, outcome
+from common.evaluation.consistency import reasoning_agrees
 from common.few_shot.candidates import recall
 
 RANKING = ("ox", "fox", "cow", "cat")
