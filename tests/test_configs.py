@@ -195,7 +195,7 @@ def test_protocol_switches_reach_rewards_and_method(compose):
         (["trainer.betas=[1.5,0.9]"], "trainer.betas=[1.5, 0.9]"),
         (["trainer.loss_type=ppo"], "trainer.loss_type=ppo: choose one of grpo, bnpo, dr_grpo, dapo"),
         (["trainer.zero_variance=drop"], "trainer.zero_variance=drop"),
-        (["trainer.num_iterations=3"], "checkpoint.every=50 must be divisible by trainer.num_iterations=3"),
+        (["trainer.num_iterations=3"], "checkpoint.every=50 must be divisible by the updates on a rollout batch, 3"),
         (["checkpoint.max_checkpoints=0"], "checkpoint.max_checkpoints=0"),
         (["model.feature_cache_gb=1"], "model.feature_cache_gb needs model.freeze_vision=true"),
         (["model.load_in_8bit=true"], "model.load_in_8bit=true needs adapters"),

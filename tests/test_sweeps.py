@@ -31,6 +31,7 @@ SWEEPS = [name for name in ALL if not name.startswith("mini_")]
 TABLES = [f"alert_table{n}" for n in range(1, 7)] + [f"clsrl_table{n}" for n in range(1, 5)]
 FIGURES = [f"alert_fig{n}" for n in (3, 4, 5)] + [f"clsrl_fig{n}" for n in range(1, 6)]
 OWN = [name for name in SWEEPS if name not in ("alert_fig3", "alert_fig4")]  # these two have the rows of table 1
+LATER = ["clsrl_thinking"]  # of a later version, whose numbers could not be read
 MIXED = ("alert_table5", "clsrl_fig4", "clsrl_table1")  # needs, labels, panels
 PAPERS = REPOSITORY.parent / "shared" / "papers"
 papers = pytest.mark.skipif(not PAPERS.is_dir(), reason="the papers' numbers are not beside the checkout")
@@ -66,7 +67,7 @@ def jobs(name, *arguments):
 
 
 def test_every_table_and_figure_of_both_papers_has_a_sweep():
-    assert sorted(TABLES + FIGURES) == SWEEPS
+    assert sorted(TABLES + FIGURES + LATER) == SWEEPS
 
 
 @pytest.mark.slow

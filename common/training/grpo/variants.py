@@ -2,7 +2,7 @@
 
     trainer.loss=common.training.grpo.variants.cispo +trainer.loss_options.cap=5
     trainer.loss=common.training.grpo.variants.sapo
-    trainer.advantages=common.training.grpo.variants.rloo
+    trainer.advantages=common.training.grpo.variants.rloo                                              or mrn
     trainer.advantages=common.training.grpo.variants.pass_at_k +trainer.advantages_options='{k: 2, correct_from: 2}'
 
 While every rollout batch is used for one update, the ratio is 1, and CISPO and SAPO have GRPO's gradient: they matter
@@ -55,6 +55,16 @@ def sapo(
         return -4 / steepness * torch.sigmoid(steepness * (ratio - 1)) * advantage, never, never
 
     return policy_loss(inputs, surrogate, config.beta, config.importance_sampling_level, config.use_bias_correction_kl)
+
+
+def mrn(parts: torch.Tensor, weights: torch.Tensor, config: GRPOConfig) -> torch.Tensor:
+    """Multi-reward normalisation (ReFine-RFT, arXiv 2601.06993): a weighted sum of rewards normalised in their groups.
+
+    GDPO (`multi_objective_aggregation=normalize_then_sum`) without its last step over the update.
+    Shapes: [K, N, G], [K] -> [N, G].
+    """
+    each = (parts - parts.mean(2, keepdim=True)) / (parts.std(2, keepdim=True) + EPSILON)
+    return (each * weights[:, None, None]).sum(0)
 
 
 def rloo(parts: torch.Tensor, weights: torch.Tensor, config: GRPOConfig) -> torch.Tensor:
