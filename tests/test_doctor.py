@@ -61,7 +61,7 @@ class Ending(HFRollout):
         return [[replace(c, truncated=False) for c in group] for group in found]
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "gemma3"])
+@pytest.mark.parametrize("family", ["qwen2_vl", pytest.param("qwen2_5_vl", marks=pytest.mark.slow), "gemma3"])
 def test_a_sound_training_passes(examine, family):
     verdicts, findings = examine(family, Ending)
     assert set(verdicts.values()) == {"ok"} and len(verdicts) == 8

@@ -95,6 +95,33 @@ class Family(ABC):
         """Return outputs of the vision tower as input embeddings. Shape: [n, patches, V] -> [n, m, D]."""
 
     @staticmethod
+    def in_order(model: Any, states: torch.Tensor, grids: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return outputs of the vision tower in the order of the patches that went in; most towers keep it.
+
+        Shape: all patches of all images in any arrangement -> the same.
+        """
+        return states
+
+    @staticmethod
+    def features(output: Any) -> torch.Tensor:
+        """Return what `get_image_features` gives for one image, as one tensor to store. Shape: [m, ...]."""
+        import torch
+
+        # Qwen2-VL returns a tuple with one tensor per image, Gemma 3 one tensor [1, m, D]
+        found = output.pooler_output
+        return torch.cat(list(found)) if isinstance(found, tuple | list) else found.flatten(0, -2)
+
+    @staticmethod
+    def feature_inputs(features: Sequence[torch.Tensor]) -> dict[str, Any]:
+        """Return the model inputs for stored `features` of all images, in order of their tokens.
+
+        `image_features` [image tokens, D] is put in place of embeddings by `logprobs.spliced`.
+        """
+        import torch
+
+        return {"image_features": torch.cat(list(features))}
+
+    @staticmethod
     def image_text(text: str) -> str:
         """Return a rendered chat with the text that the processor puts around images, one image token in each."""
         return text
@@ -178,6 +205,26 @@ class Qwen2VL(Family):
         return model.model.visual.merger(hidden.flatten(0, 1)).view(
             len(hidden), -1, model.config.text_config.hidden_size
         )
+
+
+class Qwen25VL(Qwen2VL):
+    """Qwen2.5-VL (arXiv 2502.13923): as Qwen2-VL, but most layers of the vision tower attend within windows."""
+
+    model_type: ClassVar[str] = "qwen2_5_vl"
+
+    @staticmethod
+    def in_order(model: Any, states: torch.Tensor, grids: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Undo the order of windows, in which the tower leaves its states. Shape: [patches of all images, V]."""
+        import torch
+        from transformers.vision_utils import get_vision_window_index
+
+        tower = model.model.visual
+        # for each place in the order of windows, the cell (2x2 patches) that stands there
+        cells, _ = get_vision_window_index(
+            torch.cat(list(grids)), tower.spatial_merge_size, tower.window_size, tower.patch_size
+        )
+        by_cell = states.view(len(cells), tower.spatial_merge_unit, -1)
+        return by_cell[cells.argsort().to(states.device)].view_as(states)
 
 
 class Gemma3(Family):
