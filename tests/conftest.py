@@ -21,6 +21,9 @@ from common.runtime import process
 resting = process.garbage_collector_paused()  # as a run does, until all tests are imported
 resting.__enter__()
 
+# families whose tests beside those of tests/test_qwen_families.py are slow
+NEWER = [pytest.param(family, marks=pytest.mark.slow) for family in ("qwen2_5_vl", "qwen3_vl")]
+
 REPOSITORY = Path(__file__).parent.parent
 CACHE = Path(os.environ.get("FEWSHOT_CACHE", REPOSITORY / "cache"))
 

@@ -23,6 +23,7 @@ from common.training.grpo.trainer import Sampling
 from common.types import UserError
 from common.vlm import learner
 from common.vlm.learner import VLMLearner
+from tests.conftest import NEWER
 from tests.rewards import shorter
 from tests.test_doctor import COST
 
@@ -73,7 +74,7 @@ def test_one_stale_completion_among_fresh_ones_is_found():
 # ---- the two forms of a prompt
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", pytest.param("qwen2_5_vl", marks=pytest.mark.slow), "gemma3"])
+@pytest.mark.parametrize("family", ["qwen2_vl", *NEWER, "gemma3"])
 def test_unexpanded_ids_expand_to_the_encoded_ones(load_vlm, digits_task, think, no_think, family):
     """transformers' processor, given the text of the unexpanded ids and the picture, writes the encoded ids."""
     vlm = load_vlm(family=family)

@@ -13,6 +13,7 @@ from common.forward.logprobs import PolicyScorer
 from common.forward.packing import pack_plain
 from common.models.encoder import PromptEncoder
 from common.rewards import Reward, accuracy, equality
+from tests.conftest import NEWER
 from tests.test_training import LORA, distance, grpo, weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("process_group")]
@@ -200,7 +201,7 @@ def test_two_rewards_are_compared_as_asked(load_vlm, digits_task, think, aggrega
     trainer.close()
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "gemma3"])
+@pytest.mark.parametrize("family", ["qwen2_vl", *NEWER, "gemma3"])
 def test_frozen_vision_features_are_the_tower_s(load_vlm, digits_task, think, tmp_path, family):
     from common.models.vision import FeatureStore
 

@@ -38,7 +38,7 @@ from tests.test_shared_prefix import (
 )
 from tests.test_training import ZERO, grpo, options
 
-FAMILIES = ["qwen2_5_vl"]
+FAMILIES = ["qwen2_5_vl", "qwen3_vl"]
 GREEDY = Decoding(temperature=0.0, top_k=0, top_p=1.0, max_tokens=16)
 each_family = pytest.mark.parametrize("family", FAMILIES)
 all_families = pytest.mark.parametrize("family", SHORT_NAMES)  # what docs/models.md promises
@@ -162,13 +162,14 @@ def test_image_tokens_and_bounds_are_those_of_the_processor(load_vlm, untrained_
     assert int(larger.prod()) == int(grids.prod()), "a larger picture becomes the square of that size"
 
 
-@pytest.mark.parametrize(("family", "tokens"), [("qwen2_5_vl", 14**2)])
-def test_image_tokens_at_the_size_of_the_presets(family, tokens):
-    """384 pixels are 14 cells of 28."""
-    assert families.family(family).image_tokens({"vision_config": {"spatial_merge_size": 2}}, 384) == tokens
-    images = SimpleNamespace(patch_size=14, merge_size=2, size={})
+@pytest.mark.parametrize(("family", "patch", "cells"), [("qwen2_5_vl", 14, 14), ("qwen3_vl", 16, 12)])
+def test_image_tokens_at_the_size_of_the_presets(family, patch, cells):
+    """384 pixels are 14 cells of 28, or 12 of 32; saved configurations leave out what is the architecture's default."""
+    for config in ({"spatial_merge_size": 2}, {"patch_size": patch}):
+        assert families.family(family).image_tokens({"vision_config": config}, 384) == cells**2
+    images = SimpleNamespace(patch_size=patch, merge_size=2, size={})
     families.family(family).bound(SimpleNamespace(image_processor=images), 384)
-    assert images.size["longest_edge"] == 392**2
+    assert images.size["longest_edge"] == (cells * 2 * patch) ** 2
 
 
 @each_family
@@ -185,14 +186,16 @@ def test_projected_states_are_the_features_in_order(load_vlm, digits_task, asked
     assert float((expected[:, 1:] - expected[:, :-1]).abs().amax(-1).min()) > 1e-3, "no two cells are alike"
 
 
-def test_the_windows_of_the_tiny_tower_reorder_its_cells(load_vlm, digits_task, asked):
-    """Otherwise the test above would not see a forgotten order."""
+def test_the_windows_of_the_tiny_tower_reorder_its_cells(load_vlm):
+    """Otherwise the test above would not see a forgotten order. Of 4 x 6 cells, for which there and back differ."""
     vlm = load_vlm(family="qwen2_5_vl")
-    states = torch.arange(128.0)[:, None].expand(-1, 3)  # two images of 8 x 8 patches
-    found = vlm.family.in_order(vlm.model, states, [torch.tensor([[1, 8, 8]])] * 2)
+    states = torch.arange(2 * 96.0)[:, None].expand(-1, 3)  # two images of 8 x 12 patches
+    found = vlm.family.in_order(vlm.model, states, [torch.tensor([[1, 8, 12]])] * 2)
     cells = found[::4, 0] / 4
-    assert cells[:16].tolist() == [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
-    assert cells[16:].tolist() == [16 + cell for cell in cells[:16].tolist()]
+    # window by window: cells 0, 1, 6, 7, then 2, 3, 8, 9, ...
+    assert cells[:12].tolist() == [0, 1, 4, 5, 8, 9, 2, 3, 6, 7, 10, 11]
+    assert cells[12:24].tolist() == [12 + cell for cell in cells[:12].tolist()]
+    assert cells[24:].tolist() == [24 + cell for cell in cells[:24].tolist()]
 
 
 @each_family
@@ -233,7 +236,10 @@ def test_prompts_are_measured_and_end_as_the_processor_has_them(load_vlm, untrai
 @each_family
 def test_the_tiny_checkpoint_is_of_the_real_architecture(untrained_folders, family):
     model = AutoModelForImageTextToText.from_pretrained(untrained_folders[family])
-    names = {"qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration"}
+    names = {
+        "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+        "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    }
     assert type(model).__name__ == names[family] and model.config.model_type == family
     assert families.family(family).model_type == family
 

@@ -20,6 +20,7 @@ from common.forward.packing import PromptGroup, pack_plain, pack_shared
 from common.models.encoder import PromptEncoder
 from common.rollout.base import Decoding
 from common.rollout.hf import HFRollout, choose, truncate
+from tests.conftest import NEWER
 from tests.rollouts import requests
 
 ABC = ["a", "b", "c"]
@@ -27,10 +28,7 @@ SAMPLE = Decoding(temperature=1.0, top_k=0, top_p=1.0, max_tokens=24)
 GREEDY = Decoding(temperature=0.0, top_k=0, top_p=1.0, max_tokens=24)
 
 
-SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("qwen2_5_vl",)]
-
-
-@pytest.fixture(params=["qwen2_vl", *SLOW, "gemma3", "gemma3 causal"])
+@pytest.fixture(params=["qwen2_vl", *NEWER, "gemma3", "gemma3 causal"])
 def setup(request, load_vlm, digits_task, think, no_think):
     family, _, causal = request.param.partition(" ")
     vlm = load_vlm(family=family, image_attention=causal or "family")
@@ -100,7 +98,7 @@ def test_numbers_are_those_of_the_distribution_at_the_sampling_temperature(setup
 
 def test_completions_differ_although_the_checkpoint_says_top_k_1(setup):
     vlm, prompts = setup
-    assert vlm.model.generation_config.top_k in (1, 64), "what the published checkpoints say"
+    assert vlm.model.generation_config.top_k in (1, 20, 64), "what the published checkpoints say"
     for group in HFRollout(vlm).generate(requests(prompts, ABC), 8, SAMPLE):
         assert len({c.text for c in group}) > 1
 

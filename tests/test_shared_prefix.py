@@ -40,7 +40,7 @@ def rotated_in_input_dtype(query, key, cos, sin):
 
 @pytest.fixture(autouse=True)
 def exact_towers(monkeypatch):
-    for family in ("qwen2_vl", "qwen2_5_vl"):
+    for family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
         module = f"transformers.models.{family}.modeling_{family}"
         monkeypatch.setattr(import_module(module), "apply_rotary_pos_emb_vision", rotated_in_input_dtype)
 
@@ -96,6 +96,7 @@ CASES = {
 MODELS = {
     "qwen": {"family": "qwen2_vl"},
     "qwen 2.5": {"family": "qwen2_5_vl"},
+    "qwen 3": {"family": "qwen3_vl"},
     "gemma, window 9": {"family": "gemma3", "window": 9},
     "gemma, window 64": {"family": "gemma3", "window": 64},
     "gemma, window 512": {"family": "gemma3", "window": 512},

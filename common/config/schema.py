@@ -232,6 +232,7 @@ NO_FAMILY = "none"  # for learners without a language model
 FAMILIES = {
     "qwen2_vl": "common.models.families.Qwen2VL",
     "qwen2_5_vl": "common.models.families.Qwen25VL",
+    "qwen3_vl": "common.models.families.Qwen3VL",
     "gemma3": "common.models.families.Gemma3",
 }
 # choices of common/training/grpo/; sources in its docstrings

@@ -113,7 +113,7 @@ class Family(ABC):
 
     @staticmethod
     def feature_inputs(features: Sequence[torch.Tensor]) -> dict[str, Any]:
-        """Return the model inputs for stored `features` of all images, in order of their tokens.
+        """Return the model inputs for stored `features` of all images, in the order of their tokens.
 
         `image_features` [image tokens, D] is put in place of embeddings by `logprobs.spliced`.
         """
@@ -225,6 +225,41 @@ class Qwen25VL(Qwen2VL):
         )
         by_cell = states.view(len(cells), tower.spatial_merge_unit, -1)
         return by_cell[cells.argsort().to(states.device)].view_as(states)
+
+
+class Qwen3VL(Qwen2VL):
+    """Qwen3-VL (arXiv 2511.21631): cells of 32 pixels, and DeepStack (arXiv 2406.04334).
+
+    DeepStack maps the states of K layers of the vision tower to the width of the language model, too, and adds them to
+    the image tokens behind its first K layers. `project` and `projector` are about the last layer's states alone.
+    """
+
+    model_type: ClassVar[str] = "qwen3_vl"
+    no_mask: ClassVar[Any] = None  # its text model takes no dict; without a mask it builds none for a single row
+
+    @staticmethod
+    def image_tokens(config: dict[str, Any], image_size: int) -> int:
+        return Qwen2VL.image_tokens({"vision_config": {"patch_size": 16, **config["vision_config"]}}, image_size)
+
+    @staticmethod
+    def features(output: Any) -> torch.Tensor:
+        """Return the token embeddings, then the states to add behind each of the first layers. Shape: [m, 1 + K, D]."""
+        import torch
+
+        parts = (output.pooler_output, *output.deepstack_features)  # each a tuple with one tensor per image
+        return torch.stack([torch.cat(list(part)) for part in parts], 1)
+
+    @staticmethod
+    def feature_inputs(features: Sequence[torch.Tensor]) -> dict[str, Any]:
+        """Return them as what `get_image_features` gives, which the model takes in its place.
+
+        Shape: [m, 1 + K, D] of each image.
+        """
+        from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+
+        parts: list[Any] = list(zip(*(image.unbind(1) for image in features), strict=True))
+        output = BaseModelOutputWithDeepstackFeatures(pooler_output=parts[0], deepstack_features=parts[1:])
+        return {"mm_encoder_outputs": {"image": output}}
 
 
 class Gemma3(Family):
