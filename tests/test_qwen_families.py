@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -12,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from common import Classifier
+from common.config.composition import validate
 from common.config.schema import FAMILIES as SHORT_NAMES
 from common.config.schema import LoraConfig
 from common.data.digits import Digits
@@ -27,6 +30,8 @@ from common.rollout.base import Decoding
 from common.rollout.hf import HFRollout
 from common.training.base import Epochs
 from common.training.sft import SFTTrainer
+from common.types import UserError
+from common.vlm.check import check_weights
 from tests.rollouts import requests
 from tests.test_predict import expected
 from tests.test_shared_prefix import (
@@ -170,6 +175,26 @@ def test_image_tokens_at_the_size_of_the_presets(family, patch, cells):
     images = SimpleNamespace(patch_size=patch, merge_size=2, size={})
     families.family(family).bound(SimpleNamespace(image_processor=images), 384)
     assert images.size["longest_edge"] == (cells * 2 * patch) ** 2
+
+
+@pytest.mark.parametrize(("family", "smallest"), [("qwen2_5_vl", 56), ("qwen3_vl", 256)])
+def test_pictures_that_the_processor_would_enlarge_are_refused(compose, untrained_folders, tmp_path, family, smallest):
+    """Before weights are read. The published processors' smallest sizes, in the files that hold them."""
+    folder = shutil.copytree(untrained_folders[family], tmp_path / "model")
+
+    config = validate(compose(*of_model(folder, family)))
+
+    def check(size):
+        return check_weights(replace(config, model=replace(config.model, image_size=size))).smallest
+
+    assert check(32) == 32
+    for content in ({"size": {"shortest_edge": smallest**2, "longest_edge": 4096**2}}, {"min_pixels": smallest**2}):
+        (folder / "preprocessor_config.json").write_text(json.dumps(content))
+        assert check(smallest) == smallest
+        with pytest.raises(
+            UserError, match=f"image_size={smallest - 1}: .* enlarges .* set model.image_size={smallest} "
+        ):
+            check(smallest - 1)
 
 
 @each_family

@@ -9,6 +9,7 @@ Shapes: B rows, P prompt tokens, L tokens of a row, A position axes, n images in
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -80,6 +81,15 @@ class Family(ABC):
     @abstractmethod
     def image_tokens(config: dict[str, Any], image_size: int) -> int:
         """Return the number of prompt tokens of a square image of `image_size` pixels; `config` is config.json."""
+
+    @staticmethod
+    def smallest(processor: dict[str, Any]) -> int:
+        """Return the side of the smallest square image, in pixels, that a processor does not enlarge; 0: it makes all
+        images equally large.
+
+        `processor`: content of preprocessor_config.json.
+        """
+        return 0
 
     @staticmethod
     def bound(processor: Any, image_size: int) -> None:
@@ -192,6 +202,12 @@ class Qwen2VL(Family):
         vision = config["vision_config"]
         cell = vision.get("patch_size", 14) * vision.get("spatial_merge_size", 2)
         return round(image_size / cell) ** 2  # the processor rounds each side to whole cells
+
+    @staticmethod
+    def smallest(processor: dict[str, Any]) -> int:
+        # despite its name, shortest_edge is the smallest number of pixels; older files call it min_pixels
+        pixels = processor.get("size", {}).get("shortest_edge") or processor.get("min_pixels", 0)
+        return math.ceil(math.sqrt(pixels))
 
     @staticmethod
     def bound(processor: Any, image_size: int) -> None:
