@@ -21,6 +21,9 @@ from common.runtime import process
 resting = process.garbage_collector_paused()  # as a run does, until all tests are imported
 resting.__enter__()
 
+# families whose tests beside those of tests/test_qwen_families.py are slow
+NEWER = [pytest.param(family, marks=pytest.mark.slow) for family in ("qwen2_5_vl", "qwen3_vl")]
+
 REPOSITORY = Path(__file__).parent.parent
 CACHE = Path(os.environ.get("FEWSHOT_CACHE", REPOSITORY / "cache"))
 
@@ -110,26 +113,38 @@ def compose(compose_named, monkeypatch):
     return compose_named
 
 
+class Untrained(dict):
+    """Folders by family, made when first asked for."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def __missing__(self, family):
+        self[family] = self.make(family)
+        return self[family]
+
+
 @pytest.fixture(scope="session")
 def untrained_folders(tmp_path_factory):
     """The tiny models without pre-training, by family; random weights scaled up so that logits are not flat."""
+    from importlib import import_module
+
     import torch
 
-    from common.models.tiny import gemma3 as tiny_gemma3
-    from common.models.tiny import qwen2_vl as tiny
-
-    folders = {}
-    for family, recipe in (("qwen2_vl", tiny), ("gemma3", tiny_gemma3)):
-        folders[family] = tmp_path_factory.mktemp(family)
+    def make(family):
+        folder, recipe = tmp_path_factory.mktemp(family), import_module(f"common.models.tiny.{family}")
         processor = recipe.build_processor()
-        model = recipe.build_model(processor.tokenizer, seed=0)
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng():  # whoever asks first has drawn its own numbers
+            model = recipe.build_model(processor.tokenizer, seed=0)
             for parameter in model.parameters():
                 if parameter.ndim > 1:
                     parameter.mul_(2.0)
-        model.save_pretrained(folders[family])
-        processor.save_pretrained(folders[family])
-    return folders
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        return folder
+
+    return Untrained(make)
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ from common.training.grpo.trainer import Sampling
 from common.types import UserError
 from common.vlm import learner
 from common.vlm.learner import VLMLearner
+from tests.conftest import NEWER
 from tests.rewards import shorter
 from tests.test_doctor import COST
 
@@ -73,7 +74,7 @@ def test_one_stale_completion_among_fresh_ones_is_found():
 # ---- the two forms of a prompt
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "gemma3"])
+@pytest.mark.parametrize("family", ["qwen2_vl", *NEWER, "gemma3"])
 def test_unexpanded_ids_expand_to_the_encoded_ones(load_vlm, digits_task, think, no_think, family):
     """transformers' processor, given the text of the unexpanded ids and the picture, writes the encoded ids."""
     vlm = load_vlm(family=family)
@@ -86,7 +87,7 @@ def test_unexpanded_ids_expand_to_the_encoded_ones(load_vlm, digits_task, think,
         assert made["input_ids"][0].tolist() == encoded.ids.tolist()
         assert len(ids) < len(encoded.ids), "one placeholder stands for all tokens of the image"
         placeholder = vlm.processor.tokenizer.convert_tokens_to_ids(
-            "<|image_pad|>" if family == "qwen2_vl" else vlm.processor.boi_token
+            vlm.processor.boi_token if family == "gemma3" else "<|image_pad|>"
         )
         assert int((ids == placeholder).sum()) == 1
 

@@ -79,7 +79,7 @@ def test_attention_keeps_no_scores(mask):
 
 
 @pytest.mark.sampled
-@pytest.mark.parametrize("family", ["qwen2_vl", "gemma3"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3"])
 @pytest.mark.parametrize("lora", [0, 8])
 @pytest.mark.slow
 def test_operations_are_those_of_the_real_model(untrained_folders, family, lora):

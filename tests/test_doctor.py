@@ -21,6 +21,7 @@ from common.rollout.hf import HFRollout
 from common.run import doctor
 from common.run.doctor import check_memory
 from common.types import UserError
+from tests.conftest import NEWER
 from tests.rewards import shorter
 
 DECODING = Decoding(1.0, 0, 1.0, 12)
@@ -61,7 +62,7 @@ class Ending(HFRollout):
         return [[replace(c, truncated=False) for c in group] for group in found]
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "gemma3"])
+@pytest.mark.parametrize("family", ["qwen2_vl", *NEWER, "gemma3"])
 def test_a_sound_training_passes(examine, family):
     verdicts, findings = examine(family, Ending)
     assert set(verdicts.values()) == {"ok"} and len(verdicts) == 8

@@ -43,7 +43,7 @@ GREEDY = Decoding(0.0, 0, 1.0, 16)
 LORA = LoraConfig(r=4, alpha=8, targets=r".*language_model.*\.(q_proj|down_proj)")
 
 
-@pytest.fixture(params=["qwen2_vl", "gemma3"])
+@pytest.fixture(params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3"])
 def exported(request, load_vlm, digits_task, tmp_path):
     """The folder, pictures, prompts, and what the trained model itself replies, by how its images attend."""
     entries = torch.randn(3, 4, 96, generator=torch.Generator().manual_seed(5)) * 0.3
@@ -52,7 +52,8 @@ def exported(request, load_vlm, digits_task, tmp_path):
         torch.manual_seed(3)
         vlm = load_vlm(family=request.param, lora=LORA, **changes)
         with torch.no_grad():
-            vlm.model.get_input_embeddings().weight[list(vlm.banned)] = 0.0  # as a trained model, it never says these
+            rows = vlm.model.get_input_embeddings().weight
+            rows[list(vlm.banned)] = rows[len(vlm.processor.tokenizer) :] = 0.0  # as trained, it never says these
             for name, weight in vlm.model.named_parameters():
                 if "lora_B" in name:
                     weight += torch.randn(weight.shape) * 0.3

@@ -15,9 +15,17 @@ from common.forward.packing import pack_plain, pack_shared
 from common.models import extra_embeddings, meter
 from common.models.encoder import PromptEncoder
 from common.types import Prompt
-from tests.test_shared_prefix import LORA, groups, model_for_parity, relative_l2, scores_and_gradient
+from tests.conftest import NEWER
+from tests.test_shared_prefix import (
+    LORA,
+    exact_towers,  # noqa: F401
+    groups,
+    model_for_parity,
+    relative_l2,
+    scores_and_gradient,
+)
 
-FAMILIES = ("qwen2_vl", "gemma3")
+FAMILIES = ("qwen2_vl", *NEWER, "gemma3")
 NAMES = ("zero", "one", "two", "three", "four")
 
 
@@ -32,9 +40,8 @@ def prompts(digits_task):
     ]
 
 
-def with_slots(load_vlm, dtype, trainable=True, **changes):
+def with_slots(load_vlm, dtype, trainable=True, width=4, **changes):
     vlm = model_for_parity(load_vlm, dtype, **changes)
-    width = 4
     entries = torch.randn(5, width, vlm.model.config.get_text_config().hidden_size, generator=torch.manual_seed(3))
     return replace(vlm, extra_embeddings=extra_embeddings.attach(vlm.model, entries.to(dtype) * 0.3, trainable))
 
@@ -117,7 +124,8 @@ def test_rows_are_what_the_first_layer_sees(load_vlm):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_meter_counts_what_the_encoder_makes(load_vlm, untrained_folders, digits_task, family):
-    vlm = with_slots(load_vlm, torch.float32, family=family)
+    tokens = 16 if family == "qwen2_5_vl" else 4  # of an image
+    vlm = with_slots(load_vlm, torch.float32, family=family, width=tokens)
     asked = prompts(digits_task)
     encoded = PromptEncoder(vlm, Loader(digits_task.images, 32), 512)(asked)
     measure = meter.of_folder(untrained_folders[family], family)

@@ -14,6 +14,7 @@ from common.forward.packing import pack_plain
 from common.models.encoder import PromptEncoder
 from common.rewards import Reward, accuracy, equality
 from common.training.base import total_updates
+from tests.conftest import NEWER
 from tests.test_loss import trl_loss
 from tests.test_training import LORA, distance, grpo, grpo_options, weights
 
@@ -262,31 +263,31 @@ def test_two_rewards_are_compared_as_asked(load_vlm, digits_task, think, aggrega
     trainer.close()
 
 
-def test_frozen_vision_features_are_the_tower_s(load_vlm, digits_task, think, tmp_path):
+@pytest.mark.parametrize("family", ["qwen2_vl", *NEWER, "gemma3"])
+def test_frozen_vision_features_are_the_tower_s(load_vlm, digits_task, think, tmp_path, family):
     from common.models.vision import FeatureStore
 
-    for family in ("qwen2_vl", "gemma3"):
-        vlm = load_vlm(family=family, freeze_vision=True)
-        assert not any(
-            p.requires_grad for n, p in vlm.model.named_parameters() if set(n.split(".")) & set(vlm.family.vision)
-        )
-        store = FeatureStore(tmp_path / family, 2**20)
-        prompts = think.train_prompts(digits_task)[:4]
-        scorer = PolicyScorer(vlm.model, vlm.banned, 1.0, 64)
-        completions = (torch.arange(100, 104), torch.arange(200, 207))
-        found = []
-        for encoder in (
-            PromptEncoder(vlm, Loader(digits_task.images, 32), 512),
-            PromptEncoder(vlm, Loader(digits_task.images, 32), 512, store),
-            PromptEncoder(vlm, Loader(digits_task.images, 32), 512, store),  # from the disk
-        ):
-            groups = [packing.PromptGroup(e, completions) for e in encoder(prompts)]
-            with torch.no_grad():
-                shared = scorer(packing.pack_shared(groups, vlm.family, vlm.device))[0]
-                plain = scorer(pack_plain(groups, vlm.family, vlm.pad, vlm.device))[0]
-            found += [shared, plain]
-        assert max(float((x - found[0]).abs().max()) for x in found[1:]) < 1e-5
-        assert len(list((tmp_path / family).glob("*.safetensors"))) == 4
+    vlm = load_vlm(family=family, freeze_vision=True)
+    assert not any(
+        p.requires_grad for n, p in vlm.model.named_parameters() if set(n.split(".")) & set(vlm.family.vision)
+    )
+    store = FeatureStore(tmp_path / family, 2**20)
+    prompts = think.train_prompts(digits_task)[:4]
+    scorer = PolicyScorer(vlm.model, vlm.banned, 1.0, 64)
+    completions = (torch.arange(100, 104), torch.arange(200, 207))
+    found = []
+    for encoder in (
+        PromptEncoder(vlm, Loader(digits_task.images, 32), 512),
+        PromptEncoder(vlm, Loader(digits_task.images, 32), 512, store),
+        PromptEncoder(vlm, Loader(digits_task.images, 32), 512, store),  # from the disk
+    ):
+        groups = [packing.PromptGroup(e, completions) for e in encoder(prompts)]
+        with torch.no_grad():
+            shared = scorer(packing.pack_shared(groups, vlm.family, vlm.device))[0]
+            plain = scorer(pack_plain(groups, vlm.family, vlm.pad, vlm.device))[0]
+        found += [shared, plain]
+    assert max(float((x - found[0]).abs().max()) for x in found[1:]) < 1e-5
+    assert len(list((tmp_path / family).glob("*.safetensors"))) == 4
 
 
 def test_a_feature_store_is_bounded_and_survives_damage(tmp_path):

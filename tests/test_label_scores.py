@@ -20,6 +20,7 @@ from common.rollout.base import Completion
 from common.rollout.hf import HFRollout
 from common.vlm.prompting import TaskPrompts
 from common.vlm.replies import Replies
+from tests.conftest import NEWER
 
 NAMES = ("cat", "caterpillar", "six", "nine", "Ägyptian mau", "a very long name of a class", "cat's eye", "seven")
 
@@ -99,7 +100,7 @@ def test_chunks_do_not_matter(setup, budget):
         assert a.normalised == pytest.approx(b.normalised, abs=1e-5) and a.raw == pytest.approx(b.raw, abs=1e-5)
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "gemma3"])
+@pytest.mark.parametrize("family", ["qwen2_vl", *NEWER, "gemma3"])
 def test_a_name_after_reasoning_is_the_end_of_one_long_reply(load_vlm, digits_task, think, family):
     vlm = load_vlm(family=family)
     prompts = PromptEncoder(vlm, Loader(digits_task.images, 32), 512)(think.train_prompts(digits_task)[:2])

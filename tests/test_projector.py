@@ -9,12 +9,13 @@ from common.config.composition import validate
 from common.config.schema import LoraConfig
 from common.models import files, vlm
 from common.types import UserError
+from tests.conftest import NEWER
 from tests.test_adapters import scores
 from tests.test_grpo_options import steps
 from tests.test_training import grpo
 
 CPU = torch.device("cpu")
-FAMILIES = ("qwen2_vl", "gemma3")
+FAMILIES = ("qwen2_vl", *NEWER, "gemma3")
 WAYS = {"lora": LoraConfig(r=4, alpha=8, targets=None, projector="lora"), "full": LoraConfig(projector="full")}
 BOTH = LoraConfig(r=4, alpha=8, targets=r".*language_model.*\.q_proj", projector="full")
 KINDS = {**WAYS, "full beside LoRA": BOTH}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from importlib import import_module
 from types import MethodType
 
 import pytest
@@ -25,6 +26,23 @@ def rms_norm_in_input_dtype(self, hidden_states, one):
     variance = hidden_states.pow(2).mean(-1, keepdim=True)
     epsilon = self.eps if hasattr(self, "eps") else self.variance_epsilon
     return (one + self.weight) * (hidden_states * torch.rsqrt(variance + epsilon))
+
+
+def rotated_in_input_dtype(query, key, cos, sin):
+    """The towers turn queries and keys in fp32 whatever they are given; for fp64 parity they must not."""
+
+    def turned(x):
+        first, second = x.chunk(2, -1)
+        return x * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
+
+    return turned(query), turned(key)
+
+
+@pytest.fixture(autouse=True)
+def exact_towers(monkeypatch):
+    for family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+        module = f"transformers.models.{family}.modeling_{family}"
+        monkeypatch.setattr(import_module(module), "apply_rotary_pos_emb_vision", rotated_in_input_dtype)
 
 
 def groups(vlm, prompts, encoder, sizes, lengths, image):
@@ -77,6 +95,8 @@ CASES = {
 # Gemma 3 prompts have 60 to 110 tokens: a window far shorter, one that some completions reach the end of, one longer
 MODELS = {
     "qwen": {"family": "qwen2_vl"},
+    "qwen 2.5": {"family": "qwen2_5_vl"},
+    "qwen 3": {"family": "qwen3_vl"},
     "gemma, window 9": {"family": "gemma3", "window": 9},
     "gemma, window 64": {"family": "gemma3", "window": 64},
     "gemma, window 512": {"family": "gemma3", "window": 512},

@@ -42,7 +42,10 @@ def default(compose):
         ("method.list_all_below", "+method.list_all_below"),
         ("deepspeed.steps_per_prnt", "+deepspeed.steps_per_print"),
         ("deepspeed.zero_optimization.overlap_comm", "+deepspeed.zero_optimization.overlap_comm"),
-        ("modle", "model=features|gemma3_4b|qwen2_vl_2b|tiny_gemma3|tiny_qwen2_vl"),
+        (
+            "modle",
+            "model=features|gemma3_4b|qwen2_5_vl_3b|qwen2_5_vl_7b|qwen2_vl_2b|qwen3_vl_2b|qwen3_vl_4b|qwen3_vl_8b|tiny_gemma3|tiny_qwen2_vl",
+        ),
         ("method@mine", f"method={'|'.join(suggest.options('method'))}"),
     ],
 )

@@ -238,6 +238,9 @@ LORA = LoraConfig(r=4, alpha=8, targets=r".*language_model.*\.(q_proj|v_proj)")
         pytest.param(LORA, "gemma3", id="gemma3-lora", marks=pytest.mark.faults),
         pytest.param(LORA, "qwen2_vl", id="qwen2_vl-lora", marks=pytest.mark.faults),
         pytest.param(LoraConfig(), "gemma3", id="gemma3-full", marks=pytest.mark.faults),
+        pytest.param(LoraConfig(), "qwen2_5_vl", id="qwen2_5_vl-full", marks=pytest.mark.faults),
+        pytest.param(LORA, "qwen3_vl", id="qwen3_vl-lora", marks=pytest.mark.faults),
+        pytest.param(LoraConfig(), "qwen3_vl", id="qwen3_vl-full", marks=pytest.mark.faults),
     ],
 )
 def test_zero_stages_sample_and_end_the_same(load_vlm, digits_task, think, lora, family):

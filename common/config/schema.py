@@ -229,7 +229,12 @@ class ProtocolConfig:
 
 # short names of model families; `model.family` may also be a dotted path (see common/models/families.py)
 NO_FAMILY = "none"  # for learners without a language model
-FAMILIES = {"qwen2_vl": "common.models.families.Qwen2VL", "gemma3": "common.models.families.Gemma3"}
+FAMILIES = {
+    "qwen2_vl": "common.models.families.Qwen2VL",
+    "qwen2_5_vl": "common.models.families.Qwen25VL",
+    "qwen3_vl": "common.models.families.Qwen3VL",
+    "gemma3": "common.models.families.Gemma3",
+}
 # choices of common/training/grpo/; sources in its docstrings
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 LEVELS = ("token", "sequence")

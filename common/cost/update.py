@@ -27,6 +27,7 @@ from common.training.engine import bucket_size, zero_stage
 # backward at any size, on any machine, in seconds.
 
 META = torch.device("meta")
+INDEXED = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
 
 
 class ShapeCounter(TorchDispatchMode):
@@ -44,6 +45,8 @@ class ShapeCounter(TorchDispatchMode):
         super().__init__()
         self.live = self.peak = self.flops = 0
         self.known: weakref.WeakKeyDictionary[torch.UntypedStorage, int] = weakref.WeakKeyDictionary()
+        # numbers of places that masks choose, which a mask without content cannot tell
+        self.chosen: weakref.WeakKeyDictionary[torch.UntypedStorage, int] = weakref.WeakKeyDictionary()
 
     def __enter__(self) -> ShapeCounter:
         # Patched by hand: a TorchFunctionMode would miss what checkpoints recompute in the backward pass.
@@ -79,9 +82,16 @@ class ShapeCounter(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func._overloadpacket in INDEXED:
+            args = (args[0], [place for each in args[1] for place in self._places(each)], *args[2:])
         if any(map(_is_meta, tree_leaves((args, kwargs)))):
             args, kwargs = tree_map(_shape_of, (args, kwargs))  # e.g. a real mask beside meta tensors
         out = func(*args, **kwargs)
+        if func is torch.ops.aten._to_copy.default and out.device == META and args[0].dtype == torch.bool:
+            source = args[0]
+            self.chosen[out.untyped_storage()] = (
+                self.chosen[source.untyped_storage()] if source.device == META else int(source.sum())
+            )
         made = [value for value in tree_leaves(out) if _is_meta(value)]
         for tensor in made:
             self.add(tensor)
@@ -89,6 +99,13 @@ class ShapeCounter(TorchDispatchMode):
         if made and count is not None:
             self.flops += count(*args, **kwargs, out_val=out)
         return out
+
+    def _places(self, index: torch.Tensor | None) -> list[torch.Tensor | None]:
+        """Return a mask of chosen places as one index per dimension, anything else as it is."""
+        if index is None or index.dtype != torch.bool or index.device != META:
+            return [index]
+        count = self.chosen[index.untyped_storage()]
+        return [torch.empty(count, dtype=torch.long, device=META) for _ in range(index.ndim)]
 
 
 def _fused_attention(

@@ -380,14 +380,15 @@ def score_prompts(packed: Packed, ignored: Sequence[int], vocabulary: int) -> Pa
     )
 
 
-def images(prompts: Sequence[EncodedPrompt], family: type[Family], device: torch.device) -> dict[str, torch.Tensor]:
-    """Return the images of all prompts in the model's input format, or their features (see `logprobs.spliced`)."""
-    inputs: dict[str, torch.Tensor] = {}
-    if features := [prompt.features for prompt in prompts if prompt.features is not None]:
-        inputs["image_features"] = torch.cat(features)
+def images(prompts: Sequence[EncodedPrompt], family: type[Family], device: torch.device) -> dict[str, Any]:
+    """Return the images of all prompts in the model's input format, or their features (see `Family.feature_inputs`)."""
+    inputs: dict[str, Any] = {}
+    if features := [prompt.features.to(device) for prompt in prompts if prompt.features is not None]:
+        inputs |= family.feature_inputs(features)
     if pixels := [prompt.pixel_values for prompt in prompts if prompt.pixel_values is not None]:
-        inputs |= family.pixel_inputs(pixels, [prompt.grid for prompt in prompts if prompt.grid is not None])
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
+        found = family.pixel_inputs(pixels, [prompt.grid for prompt in prompts if prompt.grid is not None])
+        inputs |= {name: tensor.to(device) for name, tensor in found.items()}
+    return inputs
 
 
 def _packed(

@@ -28,7 +28,7 @@ class EncodedPrompt:
     """Prompt as tensors: ids [P] with expanded image tokens, position ids [A, P], and its image.
 
     The image is given as `pixel_values` (with `grid` if the family has one), or as `features` [image tokens, D] of
-        a frozen vision tower, or not at all.
+        a frozen vision tower (or more of them, see `Family.features`), or not at all.
     blocks: [P], see `Family.blocks`.
     """
 
@@ -134,7 +134,7 @@ class PromptEncoder:
 
     @torch.no_grad()
     def _features(self, pixels: torch.Tensor, grid: torch.Tensor | None) -> torch.Tensor:
-        """Return the token embeddings of one image, from the store if it has them. Shape: [image tokens, D]."""
+        """Return the features of one image, from the store if it has them. Shape: see `EncodedPrompt`."""
         assert self.store is not None
         key = self.store.key(pixels, grid)
         features = self.store.get(key)
@@ -142,10 +142,8 @@ class PromptEncoder:
             device = self.vlm.device
             inputs = self.vlm.family.pixel_inputs([pixels], [] if grid is None else [grid])
             base = without_adapters(self.vlm.model)
-            output = base.get_image_features(**{name: x.to(device) for name, x in inputs.items()}).pooler_output
-            # Qwen2-VL returns a tuple with one tensor per image, Gemma 3 one tensor [1, image tokens, D]
-            parts = list(output) if isinstance(output, tuple | list) else [output.flatten(0, -2)]
-            features = torch.cat(parts).cpu()
+            output = base.get_image_features(**{name: x.to(device) for name, x in inputs.items()})
+            features = self.vlm.family.features(output).cpu()
             self.store.put(key, features)
         return features
 

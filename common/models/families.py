@@ -9,6 +9,7 @@ Shapes: B rows, P prompt tokens, L tokens of a row, A position axes, n images in
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -82,6 +83,15 @@ class Family(ABC):
         """Return the number of prompt tokens of a square image of `image_size` pixels; `config` is config.json."""
 
     @staticmethod
+    def smallest(processor: dict[str, Any]) -> int:
+        """Return the side of the smallest square image, in pixels, that a processor does not enlarge; 0: it makes all
+        images equally large.
+
+        `processor`: content of preprocessor_config.json.
+        """
+        return 0
+
+    @staticmethod
     def bound(processor: Any, image_size: int) -> None:
         """Limit a processor to the area of a square image of `image_size` pixels.
 
@@ -93,6 +103,33 @@ class Family(ABC):
     @abstractmethod
     def project(model: Any, hidden: torch.Tensor) -> torch.Tensor:
         """Return outputs of the vision tower as input embeddings. Shape: [n, patches, V] -> [n, m, D]."""
+
+    @staticmethod
+    def in_order(model: Any, states: torch.Tensor, grids: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return outputs of the vision tower in the order of the patches that went in; most towers keep it.
+
+        Shape: all patches of all images in any arrangement -> the same.
+        """
+        return states
+
+    @staticmethod
+    def features(output: Any) -> torch.Tensor:
+        """Return what `get_image_features` gives for one image, as one tensor to store. Shape: [m, ...]."""
+        import torch
+
+        # Qwen2-VL returns a tuple with one tensor per image, Gemma 3 one tensor [1, m, D]
+        found = output.pooler_output
+        return torch.cat(list(found)) if isinstance(found, tuple | list) else found.flatten(0, -2)
+
+    @staticmethod
+    def feature_inputs(features: Sequence[torch.Tensor]) -> dict[str, Any]:
+        """Return the model inputs for stored `features` of all images, in the order of their tokens.
+
+        `image_features` [image tokens, D] is put in place of embeddings by `logprobs.spliced`.
+        """
+        import torch
+
+        return {"image_features": torch.cat(list(features))}
 
     @staticmethod
     def image_text(text: str) -> str:
@@ -167,6 +204,12 @@ class Qwen2VL(Family):
         return round(image_size / cell) ** 2  # the processor rounds each side to whole cells
 
     @staticmethod
+    def smallest(processor: dict[str, Any]) -> int:
+        # despite its name, shortest_edge is the smallest number of pixels; older files call it min_pixels
+        pixels = processor.get("size", {}).get("shortest_edge") or processor.get("min_pixels", 0)
+        return math.ceil(math.sqrt(pixels))
+
+    @staticmethod
     def bound(processor: Any, image_size: int) -> None:
         images = processor.image_processor
         cell = images.patch_size * images.merge_size
@@ -178,6 +221,61 @@ class Qwen2VL(Family):
         return model.model.visual.merger(hidden.flatten(0, 1)).view(
             len(hidden), -1, model.config.text_config.hidden_size
         )
+
+
+class Qwen25VL(Qwen2VL):
+    """Qwen2.5-VL (arXiv 2502.13923): as Qwen2-VL, but most layers of the vision tower attend within windows."""
+
+    model_type: ClassVar[str] = "qwen2_5_vl"
+
+    @staticmethod
+    def in_order(model: Any, states: torch.Tensor, grids: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Undo the order of windows, in which the tower leaves its states. Shape: [patches of all images, V]."""
+        import torch
+        from transformers.vision_utils import get_vision_window_index
+
+        tower = model.model.visual
+        # for each place in the order of windows, the cell (2x2 patches) that stands there
+        cells, _ = get_vision_window_index(
+            torch.cat(list(grids)), tower.spatial_merge_size, tower.window_size, tower.patch_size
+        )
+        by_cell = states.view(len(cells), tower.spatial_merge_unit, -1)
+        return by_cell[cells.argsort().to(states.device)].view_as(states)
+
+
+class Qwen3VL(Qwen2VL):
+    """Qwen3-VL (arXiv 2511.21631): cells of 32 pixels, and DeepStack (arXiv 2406.04334).
+
+    DeepStack maps the states of K layers of the vision tower to the width of the language model, too, and adds them to
+    the image tokens behind its first K layers. `project` and `projector` are about the last layer's states alone.
+    """
+
+    model_type: ClassVar[str] = "qwen3_vl"
+    no_mask: ClassVar[Any] = None  # its text model takes no dict; without a mask it builds none for a single row
+
+    @staticmethod
+    def image_tokens(config: dict[str, Any], image_size: int) -> int:
+        return Qwen2VL.image_tokens({"vision_config": {"patch_size": 16, **config["vision_config"]}}, image_size)
+
+    @staticmethod
+    def features(output: Any) -> torch.Tensor:
+        """Return the token embeddings, then the states to add behind each of the first layers. Shape: [m, 1 + K, D]."""
+        import torch
+
+        parts = (output.pooler_output, *output.deepstack_features)  # each a tuple with one tensor per image
+        return torch.stack([torch.cat(list(part)) for part in parts], 1)
+
+    @staticmethod
+    def feature_inputs(features: Sequence[torch.Tensor]) -> dict[str, Any]:
+        """Return them as what `get_image_features` gives, which the model takes in its place.
+
+        Shape: [m, 1 + K, D] of each image.
+        """
+        from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+
+        parts: list[Any] = list(zip(*(image.unbind(1) for image in features), strict=True))
+        output = BaseModelOutputWithDeepstackFeatures(pooler_output=parts[0], deepstack_features=parts[1:])
+        return {"mm_encoder_outputs": {"image": output}}
 
 
 class Gemma3(Family):

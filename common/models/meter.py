@@ -27,6 +27,7 @@ class PromptMeter:
         template: str,
         begin: str | None = None,
         pad: str = "",
+        smallest: int = 0,
     ) -> None:
         """
         Args:
@@ -36,6 +37,7 @@ class PromptMeter:
             template: Chat template.
             begin: Token that templates write as `bos_token`, if the model has one.
             pad: Padding token; it marks the places of category embeddings.
+            smallest: Side of the smallest image that is not enlarged, see `Family.smallest`.
         """
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -48,7 +50,7 @@ class PromptMeter:
         environment.globals |= {"raise_exception": _refuse, "bos_token": begin or ""}
         with _template():
             self.template = environment.from_string(template)
-        self.pad = pad
+        self.pad, self.smallest = pad, smallest
         self._special: tuple[str, ...] | None = None
 
     def tokens(self, prompts: Iterable[Prompt], image_size: int) -> list[int]:
@@ -133,7 +135,20 @@ def of_folder(folder: Path, family: str) -> PromptMeter:
     except Exception as error:  # the library raises nothing more specific
         raise UserError(f"model {folder}: tokenizer.json is damaged ({error}); copy or build it again") from error
     begin, pad = (_special_token(folder, name) for name in ("bos_token", "pad_token"))
-    return PromptMeter(family, config, tokenizer, text, begin, pad or "")
+    smallest = family_of(family).smallest(_processor(folder))
+    return PromptMeter(family, config, tokenizer, text, begin, pad or "", smallest)
+
+
+def _processor(folder: Path) -> dict[str, Any]:
+    """Return the settings of a folder's image processor; empty if it has none."""
+    # newer versions of transformers save all processors in the second file
+    for name, inner in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+        path = folder / name
+        if path.is_file():
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if found := content if inner is None else content.get(inner):
+                return dict(found)
+    return {}
 
 
 def of_a_recipe(recipe: str) -> PromptMeter:

@@ -42,15 +42,19 @@ class VisionTower:
 
     @torch.no_grad()
     def hidden(self, keys: Sequence[str]) -> torch.Tensor:
-        """Return the outputs of the tower, in one forward: pass a batch at most. Shape: [n, P, V]."""
+        """Return the outputs of the tower in the order of the patches, in one forward: pass a batch at most.
+
+        Shape: [n, P, V].
+        """
         family, model = self.vlm.family, without_adapters(self.vlm.model)
         pictures = [[picture] for picture in self.load_images(keys)]
         parts = family.images(self.vlm.processor.image_processor(pictures, return_tensors="pt"))
         pixels = [pixels.to(model.dtype) for pixels, _ in parts]
-        inputs = family.pixel_inputs(pixels, [grid for _, grid in parts if grid is not None])
+        grids = [grid for _, grid in parts if grid is not None]
+        inputs = family.pixel_inputs(pixels, grids)
         on_device = {name: tensor.to(self.vlm.device) for name, tensor in inputs.items()}
         # last_hidden_state is the output of the tower; pooler_output would be that of the projector
-        states = model.get_image_features(**on_device).last_hidden_state
+        states = family.in_order(model, model.get_image_features(**on_device).last_hidden_state, grids)
         return states.reshape(len(keys), -1, states.shape[-1])  # type: ignore[no-any-return]
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicCache
@@ -114,7 +115,7 @@ class HFRollout:
         mask: torch.Tensor,
         positions: torch.Tensor,
         cache: DynamicCache,
-        extra: dict[str, torch.Tensor],
+        extra: dict[str, Any],
     ) -> torch.Tensor:
         """Return the logits of the next token. Shape: [B, V]."""
         # a prefill without padding needs no mask, which lets the faster kernels run

@@ -141,12 +141,23 @@ def check_8bit(config: Config) -> None:
 
 
 def check_weights(config: Config) -> meter.PromptMeter:
-    """Check the files of the model and return its prompt meter; weights are not downloaded yet."""
+    """Check files and image size of the model and return its prompt meter; weights are not downloaded yet.
+
+    Raises:
+        UserError: A file is missing or damaged, or the processor would enlarge the images.
+    """
     model = config.model
     if model.path is None:
         assert model.recipe is not None
         return meter.of_a_recipe(model.recipe)
-    return meter.of_folder(find(model.path, model.revision, weights=False), model.family)
+    folder = find(model.path, model.revision, weights=False)
+    measure = meter.of_folder(folder, model.family)
+    if model.image_size < measure.smallest:  # prompts would be longer than they are measured
+        raise UserError(
+            f"model.image_size={model.image_size}: the processor of model {folder} enlarges images below"
+            f" {measure.smallest} pixels; set model.image_size={measure.smallest} or more"
+        )
+    return measure
 
 
 def check_vlm(config: Config, data: TaskData) -> TaskPrompts:

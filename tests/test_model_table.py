@@ -1,0 +1,74 @@
+"""docs/models.md says what a test tries: every cell of its table against the tests' own parameters."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import yaml
+
+from common.config.schema import FAMILIES, NO_FAMILY
+from common.models.families import family
+from tests import (
+    test_extra_embeddings,
+    test_grpo_options,
+    test_label_scores,
+    test_qwen_families,
+    test_vllm,
+)
+
+ROOT = Path(__file__).parent.parent
+# the test behind each column; those of LoRA and frozen towers are among the kinds of the first
+UPDATE = test_qwen_families.test_an_update_moves_what_is_trained
+COLUMNS = {
+    "GRPO": UPDATE,
+    "SFT": test_qwen_families.test_sft_learns_its_labels,
+    "LoRA": UPDATE,
+    "frozen tower": UPDATE,
+    "ALERT": test_qwen_families.test_alert_trains_embeddings_of_an_images_width,
+    "label scores": test_label_scores.test_a_name_after_reasoning_is_the_end_of_one_long_reply,
+    "shared prefixes": test_extra_embeddings.test_shared_equals_plain_with_categories,
+    "feature cache": test_grpo_options.test_frozen_vision_features_are_the_tower_s,
+    "vLLM": test_vllm.test_category_embeddings_are_tokens_of_the_engine,
+    "export": test_qwen_families.test_a_run_is_exported_and_predicts,
+}
+
+
+def table():
+    """The cells, by family and column."""
+    lines = [line for line in (ROOT / "docs" / "models.md").read_text("utf-8").splitlines() if line.startswith("|")]
+    head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    return {row[0].strip("`"): dict(zip(head[1:], row[1:], strict=True)) for row in rows}
+
+
+def tried(test):
+    """The families that a test is run with."""
+    marks = [mark for mark in test.pytestmark if mark.name == "parametrize" and mark.args[0] == "family"]
+    (values,) = (mark.args[1] for mark in marks)
+    return {getattr(value, "values", (value,))[0] for value in values}
+
+
+def test_every_family_and_its_options_have_a_row():
+    options = defaultdict(set)
+    for path in (ROOT / "conf" / "model").glob("*.yaml"):
+        options[yaml.safe_load(path.read_text("utf-8"))["family"]].add(path.stem)
+    del options[NO_FAMILY]
+    assert {name: set(re.findall(r"`(\w+)`", row["options"])) for name, row in table().items()} == options
+    assert options.keys() == FAMILIES.keys()
+    assert all(family(name).model_type == name for name in FAMILIES)
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_a_cell_says_what_a_test_tries(column):
+    families = tried(COLUMNS[column])
+    expected = {name: "yes" if name in families else "not tried" for name in FAMILIES}
+    assert {name: row[column] for name, row in table().items()} == expected
+    assert column != "shared prefixes" or all(family(name).shares_prefixes for name in families)
+
+
+def test_the_kinds_of_training_are_those_of_the_columns():
+    kinds = test_qwen_families.KINDS.values()
+    assert any("lora" in kind for kind in kinds) and any(kind == {"freeze_vision": True} for kind in kinds)
+    assert table().keys() == FAMILIES.keys() and set(next(iter(table().values()))) == {"options", *COLUMNS}

@@ -1,0 +1,366 @@
+"""The families that followed Qwen2-VL, against transformers' own forward, positions, features and samples."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from importlib import import_module
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+from common import Classifier
+from common.config.composition import validate
+from common.config.schema import FAMILIES as SHORT_NAMES
+from common.config.schema import LoraConfig
+from common.data.digits import Digits
+from common.data.loading import Loader
+from common.export import __main__ as command
+from common.forward.label_scores import LabelScorer
+from common.forward.logprobs import PolicyScorer
+from common.forward.packing import PromptGroup, pack_plain, pack_shared
+from common.models import families, meter
+from common.models.encoder import PromptEncoder
+from common.models.vision import FeatureStore, VisionTower
+from common.rollout.base import Decoding
+from common.rollout.hf import HFRollout
+from common.training.base import Epochs
+from common.training.sft import SFTTrainer
+from common.types import UserError
+from common.vlm.check import check_weights
+from tests.rollouts import requests
+from tests.test_predict import expected
+from tests.test_shared_prefix import (
+    exact_towers,  # noqa: F401
+    groups,
+    model_for_parity,
+    relative_l2,
+    scores_and_gradient,
+)
+from tests.test_training import ZERO, grpo, options
+
+FAMILIES = ["qwen2_5_vl", "qwen3_vl"]
+GREEDY = Decoding(temperature=0.0, top_k=0, top_p=1.0, max_tokens=16)
+each_family = pytest.mark.parametrize("family", FAMILIES)
+all_families = pytest.mark.parametrize("family", SHORT_NAMES)  # what docs/models.md promises
+
+
+@pytest.fixture
+def asked(digits_task, think, no_think):
+    """Three prompts of two lengths, each with an image of its own."""
+    return [
+        think.train_prompts(digits_task)[0],
+        no_think.train_prompts(digits_task)[20],
+        think.train_prompts(digits_task)[40],
+    ]
+
+
+@pytest.fixture
+def encoded(digits_task, asked):
+    return lambda vlm, store=None: PromptEncoder(vlm, Loader(digits_task.images, 32), 512, store)(asked)
+
+
+def stock(vlm, prompt, completion):
+    """Inputs of transformers' own forward: no positions, no layout, the kinds of tokens instead."""
+    ids = torch.cat([prompt.ids, completion])[None]
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": prompt.pixel_values.to(vlm.model.dtype),
+        "image_grid_thw": prompt.grid,
+        "mm_token_type_ids": (ids == vlm.model.config.image_token_id).int(),
+    }
+
+
+def stock_logps(vlm, prompt, completion, temperature=1.0):
+    """Log-probabilities of a completion by transformers' forward, its ids banned and its softmax written out."""
+    logits = vlm.model(**stock(vlm, prompt, completion)).logits[0, len(prompt.ids) - 1 : -1]
+    kept = torch.tensor([i not in vlm.banned for i in range(logits.shape[1])])
+    scaled = (logits / temperature).masked_fill(~kept, -torch.inf)
+    return scaled.gather(1, completion[:, None])[:, 0] - scaled.logsumexp(1)
+
+
+@each_family
+def test_a_row_of_several_prompts_equals_transformers_forward(load_vlm, digits_task, asked, family, record_property):
+    """In fp64, with an image in every prompt: log-probabilities and gradients of all weights, the tower's too."""
+    vlm = model_for_parity(load_vlm, torch.float64, family=family)
+    encoder = PromptEncoder(vlm, Loader(digits_task.images, 32), 512)
+    batch = groups(vlm, asked, encoder, [3, 2, 4], [2, 9, 1, 5], image=True)
+    scorer = PolicyScorer(vlm.model, vlm.banned, temperature=0.9, chunk=7)
+    found = scores_and_gradient(scorer, pack_shared(batch, vlm.family, vlm.device))
+    scorer.zero_grad(set_to_none=True)
+    vlm.model.config.get_text_config()._attn_implementation = "sdpa"  # as transformers loads it
+    pairs = [(group.prompt, ids) for group in batch for ids in group.completions]
+    expected = torch.cat([stock_logps(vlm, prompt, ids, 0.9) for prompt, ids in pairs])
+    (expected * torch.linspace(-1, 1, len(expected), dtype=torch.float64)).sum().backward()
+    gradient = {n: p.grad for n, p in scorer.named_parameters() if p.grad is not None}
+    assert float(expected.detach().std()) > 0.5, "flat logits would prove nothing"
+    differences = float((found[0] - expected.detach()).abs().max()), relative_l2(found[2], gradient)
+    record_property("log-probabilities, gradient", differences)
+    assert max(differences) <= 1e-9
+    tower = [name for name in gradient if ".visual." in name]
+    assert tower and all(gradient[name].any() for name in tower if name.endswith("weight")), "the image matters"
+
+
+@each_family
+def test_greedy_equals_transformers_generate(load_vlm, encoded, family):
+    vlm = load_vlm(family=family)
+    prompts = encoded(vlm)
+    found = HFRollout(vlm).generate(requests(prompts, [""] * 3), 1, GREEDY)
+    for prompt, (completion,) in zip(prompts, found, strict=True):
+        expected = vlm.model.generate(
+            **stock(vlm, prompt, prompt.ids[:0]), do_sample=False, max_new_tokens=16, suppress_tokens=list(vlm.banned)
+        )[0, len(prompt.ids) :]
+        assert completion.ids.tolist() == expected.tolist()[: len(completion.ids)]
+        assert len(set(completion.ids.tolist())) > 2, "it says more than one thing"
+
+
+@each_family
+def test_label_scores_equal_transformers_forward(load_vlm, digits_task, asked, encoded, no_think, family):
+    vlm = load_vlm(family=family)
+    prompts, names = encoded(vlm), ["cat", "caterpillar", "a very long name of a class", "six"]
+    responses = [[no_think.label_response(name) for name in names]] * 3
+    found = LabelScorer(vlm)(prompts, responses)
+    with torch.no_grad():
+        for prompt, scores in zip(prompts, found, strict=True):
+            replies = [vlm.processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in responses[0]]
+            own = [stock_logps(vlm, prompt, torch.tensor([*ids, vlm.end_of_turn])).double().sum() for ids in replies]
+            assert float((scores.logps - torch.stack(own)).abs().max()) <= 1e-4
+    assert float((found[0].logps - found[2].logps).abs().max()) > 1e-3, "the image matters"
+
+
+@each_family
+@pytest.mark.parametrize("grid", [[[1, 4, 4]], [[1, 8, 4], [1, 4, 12]]], ids=["one", "two images"])
+def test_positions_equal_transformers(load_vlm, family, grid):
+    vlm = load_vlm(family=family)
+    token = vlm.processor.tokenizer.convert_tokens_to_ids
+    ids = [100, 101]
+    for _, high, wide in grid:
+        image = [token("<|image_pad|>")] * (high * wide // 4)
+        ids += [token("<|vision_start|>"), *image, token("<|vision_end|>"), 102, 103]
+    ids, grid = torch.tensor(ids), torch.tensor(grid)
+    kinds = (ids == token("<|image_pad|>")).int()
+    expected, _ = vlm.model.model.get_rope_index(ids[None], mm_token_type_ids=kinds[None], image_grid_thw=grid)
+    assert torch.equal(vlm.family.positions(ids, grid, vlm.model.config), expected[:, 0])
+
+
+@each_family
+@pytest.mark.parametrize("side", [32, 64, 72])
+def test_image_tokens_and_bounds_are_those_of_the_processor(load_vlm, untrained_folders, family, side):
+    """For squares of any size, with a processor that allows larger ones than the tiny model's."""
+    from PIL import Image
+
+    vlm = load_vlm(family=family)
+    processor = vlm.processor
+    free = {"shortest_edge": 8 * 8, "longest_edge": 512 * 512}  # pixels
+    processor.image_processor.size = free
+    grids = processor.image_processor([Image.new("RGB", (side, side))], return_tensors="pt")["image_grid_thw"]
+    config = meter.of_folder(untrained_folders[family], family).config
+    tokens = vlm.family.image_tokens(config, side)
+    assert tokens == int(grids.prod()) // processor.image_processor.merge_size**2
+    vlm.family.bound(processor, side)
+    larger = processor.image_processor([Image.new("RGB", (400, 400))], return_tensors="pt")["image_grid_thw"]
+    assert int(larger.prod()) == int(grids.prod()), "a larger picture becomes the square of that size"
+
+
+@pytest.mark.parametrize(("family", "patch", "cells"), [("qwen2_5_vl", 14, 14), ("qwen3_vl", 16, 12)])
+def test_image_tokens_at_the_size_of_the_presets(family, patch, cells):
+    """384 pixels are 14 cells of 28, or 12 of 32; saved configurations leave out what is the architecture's default."""
+    for config in ({"spatial_merge_size": 2}, {"patch_size": patch}):
+        assert families.family(family).image_tokens({"vision_config": config}, 384) == cells**2
+    images = SimpleNamespace(patch_size=patch, merge_size=2, size={})
+    families.family(family).bound(SimpleNamespace(image_processor=images), 384)
+    assert images.size["longest_edge"] == (cells * 2 * patch) ** 2
+
+
+@pytest.mark.parametrize(("family", "smallest"), [("qwen2_5_vl", 56), ("qwen3_vl", 256)])
+def test_pictures_that_the_processor_would_enlarge_are_refused(compose, untrained_folders, tmp_path, family, smallest):
+    """Before weights are read. The published processors' smallest sizes, in the files that hold them."""
+    folder = shutil.copytree(untrained_folders[family], tmp_path / "model")
+
+    config = validate(compose(*of_model(folder, family)))
+
+    def check(size):
+        return check_weights(replace(config, model=replace(config.model, image_size=size))).smallest
+
+    assert check(32) == 32
+    for content in ({"size": {"shortest_edge": smallest**2, "longest_edge": 4096**2}}, {"min_pixels": smallest**2}):
+        (folder / "preprocessor_config.json").write_text(json.dumps(content))
+        assert check(smallest) == smallest
+        with pytest.raises(
+            UserError, match=f"image_size={smallest - 1}: .* enlarges .* set model.image_size={smallest} "
+        ):
+            check(smallest - 1)
+
+
+@each_family
+def test_projected_states_are_the_features_in_order(load_vlm, digits_task, asked, family):
+    """Of three images in one forward; the states are in the order of the patches, whatever the tower computes in."""
+    vlm = load_vlm(family=family)
+    tower = VisionTower(vlm, Loader(digits_task.images, 32))
+    prompts = PromptEncoder(vlm, Loader(digits_task.images, 32), 512)(asked)
+    with torch.no_grad():
+        hidden = tower.hidden([prompt.image for prompt in asked])
+        pixels = vlm.family.pixel_inputs([p.pixel_values for p in prompts], [p.grid for p in prompts])
+        expected = torch.stack(list(vlm.model.get_image_features(**pixels).pooler_output))
+    assert float((tower.project(hidden) - expected).abs().max()) <= 1e-5
+    assert float((expected[:, 1:] - expected[:, :-1]).abs().amax(-1).min()) > 1e-3, "no two cells are alike"
+
+
+def test_the_windows_of_the_tiny_tower_reorder_its_cells(load_vlm):
+    """Otherwise the test above would not see a forgotten order. Of 4 x 6 cells, for which there and back differ."""
+    vlm = load_vlm(family="qwen2_5_vl")
+    states = torch.arange(2 * 96.0)[:, None].expand(-1, 3)  # two images of 8 x 12 patches
+    found = vlm.family.in_order(vlm.model, states, [torch.tensor([[1, 8, 12]])] * 2)
+    cells = found[::4, 0] / 4
+    # window by window: cells 0, 1, 6, 7, then 2, 3, 8, 9, ...
+    assert cells[:12].tolist() == [0, 1, 4, 5, 8, 9, 2, 3, 6, 7, 10, 11]
+    assert cells[12:24].tolist() == [12 + cell for cell in cells[:12].tolist()]
+    assert cells[24:].tolist() == [24 + cell for cell in cells[:24].tolist()]
+
+
+@each_family
+def test_stored_features_stand_for_pixels(load_vlm, digits_task, encoded, tmp_path, family):
+    """Kept on the disk, they give the scores and the replies that the pixels give: several prompts in a row."""
+    vlm = load_vlm(family=family, freeze_vision=True)
+    store = FeatureStore(tmp_path, 10**8)
+    fresh, kept, pixels = encoded(vlm, store), encoded(vlm, store), encoded(vlm)
+    assert store.used > 0 and all(p.pixel_values is None and p.features is not None for p in fresh)
+    assert all(torch.equal(a.features, b.features) for a, b in zip(fresh, kept, strict=True))
+    completions = (torch.tensor([110, 120, 130]), torch.tensor([140]))
+    scorer = PolicyScorer(vlm.model, vlm.banned, 1.0, 64).eval()
+    rows = [[PromptGroup(prompt, completions) for prompt in prompts] for prompts in (pixels, kept)]
+    with torch.no_grad():
+        expected, *found = (
+            scorer(packed)[0]
+            for packed in (
+                pack_shared(rows[0], vlm.family, vlm.device),
+                pack_shared(rows[1], vlm.family, vlm.device),
+                pack_plain(rows[1], vlm.family, vlm.pad, vlm.device),
+            )
+        )
+    assert max(float((each - expected).abs().max()) for each in found) <= 1e-5
+    rollout = HFRollout(vlm)
+    replies = [rollout.generate(requests(prompts, [""] * 3), 1, GREEDY) for prompts in (pixels, kept)]
+    assert [c.ids.tolist() for (c,) in replies[0]] == [c.ids.tolist() for (c,) in replies[1]]
+
+
+@each_family
+def test_prompts_are_measured_and_end_as_the_processor_has_them(load_vlm, untrained_folders, asked, encoded, family):
+    vlm = load_vlm(family=family)
+    lengths = [len(prompt.ids) for prompt in encoded(vlm)]
+    assert meter.of_folder(untrained_folders[family], family).tokens(asked, 32) == lengths
+    assert import_module(f"common.models.tiny.{family}").meter().tokens(asked, 32) == lengths
+    assert vlm.end_of_turn == vlm.processor.tokenizer.convert_tokens_to_ids("<|im_end|>") and vlm.end_of_turn in vlm.eos
+
+
+@each_family
+def test_the_tiny_checkpoint_is_of_the_real_architecture(untrained_folders, family):
+    model = AutoModelForImageTextToText.from_pretrained(untrained_folders[family])
+    names = {
+        "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+        "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    }
+    assert type(model).__name__ == names[family] and model.config.model_type == family
+    assert families.family(family).model_type == family
+
+
+# ---- training, and what is done with it
+
+LORA = LoraConfig(r=4, alpha=8, targets=r".*language_model.*\.(q_proj|v_proj)")
+KINDS = {
+    "whole": {},
+    "frozen tower": {"freeze_vision": True},
+    "adapters": {"lora": LORA},
+    "adapters, frozen tower": {"lora": LORA, "freeze_vision": True},
+}
+
+
+def moved(vlm, before):
+    return {name for name, p in vlm.model.named_parameters() if not torch.equal(p, before[name])}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@all_families
+def test_an_update_moves_what_is_trained(load_vlm, digits_task, think, family, kind):
+    """GRPO, its self-check included: the sampler's numbers are the trainer's, and nothing else moves."""
+    torch.manual_seed(0)
+    vlm = load_vlm(family=family, **kind)
+    before = {name: p.detach().clone() for name, p in vlm.model.named_parameters()}
+    trainer = grpo(vlm, digits_task, think, beta=0.04)
+    steps = [trainer.step(update) for update in range(2)]
+    trainer.close()
+    trained = {name for name, p in vlm.model.named_parameters() if p.requires_grad}
+    assert moved(vlm, before) == trained
+    inside = any(set(name.split(".")) & set(vlm.family.vision) for name in trained)
+    assert inside == (kind == {}) and all(step.metrics["grad_norm"] > 0 for step in steps)
+    assert max(step.metrics["sampling/sampling_logp_difference/max"] for step in steps) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("process_group")
+@all_families
+def test_sft_learns_its_labels(load_vlm, digits_task, no_think, family):
+    vlm = load_vlm(family=family)
+    trainer = SFTTrainer(
+        vlm=vlm,
+        rollout=HFRollout(vlm),
+        encoder=PromptEncoder(vlm, Loader(digits_task.images, 32), 512),
+        prompts=Epochs(lambda epoch: no_think.train_prompts(digits_task)[::20][:4]),
+        loss="answer",
+        config=options(),
+        deepspeed=ZERO[2],
+        updates=20,
+        seed=1,
+    )
+    losses = [trainer.step(update).metrics["loss"] for update in range(20)]
+    trainer.close()
+    assert losses[-1] < 0.3 * losses[0]
+
+
+QUICK = ["tracking=none", "tracking.report=false", "trainer.evaluate_every=0", "setting.test_per_class=4"]
+RUNS = {
+    "grpo": ["method=nothinking", "trainer.updates=2"],
+    "sft": ["method=sft", "model.lora.r=4", "model.freeze_vision=true", "trainer.updates=2"],
+}
+
+
+def of_model(folder, family):
+    return ["model=tiny_qwen2_vl", "model.recipe=null", f"model.family={family}", f"model.path={folder}"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", RUNS)
+@all_families
+def test_a_run_is_exported_and_predicts(runner, untrained_folders, tmp_path, family, kind):
+    """The exported folder, a plain model, answers as the run's own evaluation did."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert runner(run, [*RUNS[kind], *of_model(untrained_folders[family], family), *QUICK]) == 0
+    rows = expected(run)[:8]
+    assert command.main([str(run), str(out)]) == 0
+    assert json.loads((out / "config.json").read_text())["model_type"] == family
+    for folder in (run, out):
+        classifier = Classifier.load(folder)
+        answers = classifier({row["image"]: Digits().open(row["image"]) for row in rows})
+        classifier.close()
+        assert [answer.reply for answer in answers] == [row["completion"] for row in rows]
+
+
+@pytest.mark.slow
+@all_families
+def test_alert_trains_embeddings_of_an_images_width(runner, untrained_folders, tmp_path, family):
+    arguments = ["method=alert", "experiment=alert_no_judge", "model=tiny_gemma3", *of_model("", "")[1:2]]
+    arguments += [f"model.family={family}", f"model.path={untrained_folders[family]}", "data=digits", *QUICK]
+    arguments += ["trainer.updates=2", "trainer.prompts_per_forward=4", "rollout.max_completion_tokens=8"]
+    assert runner(tmp_path / "run", [*arguments, f"cache_dir={tmp_path}"]) == 0
+    config = import_module(f"common.models.tiny.{family}").meter().config
+    bank = next((tmp_path / "run").rglob("embeddings/*.safetensors"))
+    (entries,) = (value for value in load_file(bank).values() if value.ndim == 3)
+    tokens = families.family(family).image_tokens(config, 32)
+    assert entries.shape == (10, tokens, 96) and entries.isfinite().all()
