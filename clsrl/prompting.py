@@ -182,7 +182,7 @@ class ClassListPrompt(Prompting):
         if self.instruction not in TAGGED:
             return {}
         said = zip(answers.predictions, answers.columns["reasoning_agrees"], strict=True)
-        verdicts = [verdict for p, verdict in said if p.reply and parsing.THOUGHT.search(p.reply.text)]
+        verdicts = [verdict for p, verdict in said if p.reply and consistency.thoughts(p.reply.text) is not None]
         return {"reasoning": consistency.agreement(verdicts, len(answers.predictions) - len(verdicts))}
 
     def matches_officially(self, completion: str, label: str) -> bool:

@@ -261,7 +261,7 @@ def test_whoever_trusts_the_code_of_a_run_says_so_on_the_command_line(monkeypatc
     given = []
     monkeypatch.setattr(bundle, "export", lambda *arguments: given.append(arguments))
     assert command.main([str(tmp_path), str(tmp_path / "new"), *["--trust-code"] * trusted]) == 0
-    assert given == [(tmp_path, tmp_path / "new", "model", None, trusted)]
+    assert given == [(tmp_path, tmp_path / "new", None, None, trusted)]
 
 
 @pytest.mark.faults

@@ -144,7 +144,7 @@ def test_list_holds_the_truth_once():
 @pytest.mark.parametrize(
     ("argument", "choices"),
     [
-        ("instruction", "think, no_think"),
+        ("instruction", "no_think, think, think_after, adaptive"),
         ("evaluation_prompt", "train, official"),
         ("train_system_prompt", "default, think"),
         ("train_question", "instructed, bare"),

@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from common.parsing import THOUGHT, normalize
+from common.parsing import ANSWER_FIRST, FORMAT, normalize
 
 CLAUSE_END = re.compile(r"[.:;!?]|,(?! (?:which|who|whose|that)\b)|\bbut\b")  # a relative clause belongs to its noun
 DENIAL = re.compile(
@@ -48,8 +48,14 @@ def reasoning_agrees(think: str, answer: str, candidates: Sequence[str]) -> bool
 
 def agrees(reply: str, answer: str, candidates: Sequence[str]) -> bool | None:
     """Return `reasoning_agrees` for a whole reply, whatever comes first; None also without a reasoning."""
-    thought = THOUGHT.search(reply)
-    return reasoning_agrees(thought["think"], answer, candidates) if thought else None
+    thought = thoughts(reply)
+    return None if thought is None else reasoning_agrees(thought, answer, candidates)
+
+
+def thoughts(reply: str) -> str | None:
+    """Return the thoughts of a reply that has thoughts and an answer, in either order; else None."""
+    found = FORMAT.search(reply) or ANSWER_FIRST.search(reply)
+    return found["think"] if found else None
 
 
 def _last_mentioned(text: str, names: set[str]) -> str | None:

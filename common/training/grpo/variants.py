@@ -72,8 +72,8 @@ def rloo(parts: torch.Tensor, weights: torch.Tensor, config: GRPOConfig) -> torc
 
     Shapes: [K, N, G], [K] -> [N, G].
 
-    >>> rloo(torch.tensor([[[1.0, 0.0, 0.0]]]), torch.ones(1), None).tolist()
-    [[1.0, -0.5, -0.5]]
+    >>> rloo(torch.tensor([[[3.0, 0.0, 0.0, 0.0, 0.0]]]), torch.ones(1), None).round(decimals=4).tolist()
+    [[3.0, -0.75, -0.75, -0.75, -0.75]]
     """
     total = (parts * weights[:, None, None]).sum(0)
     size = total.shape[1]
