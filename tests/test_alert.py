@@ -599,7 +599,7 @@ def test_a_killed_run_with_adapters_ends_as_if_nothing_had_happened(adapted, job
     assert float(bank.drift(*embeddings(adapted)).min()) > 0, "the bank has moved"
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_frozen_bank_and_base_stay_as_they_are(job, runner, tmp_path):
     assert runner(tmp_path / "run", [*job, *LORA, "method.trainable=false", f"cache_dir={tmp_path}"]) == 0
     assert torch.equal(*embeddings(tmp_path / "run"))

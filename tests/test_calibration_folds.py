@@ -10,6 +10,7 @@ import torch
 
 from common.config.composition import validate
 from common.data import task
+from common.few_shot import doubts
 from common.few_shot.heads.base import Pictures, Support, Text, fit
 from common.few_shot.heads.folds import out_of_fold
 from common.few_shot.heads.linear_probe import LinearProbe
@@ -106,4 +107,7 @@ def test_a_run_is_calibrated_by_its_training_images(runner, tmp_path):
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     held_out = np.array([row[0] for row in manifest["splits"]["train"]["rows"]])
     assert len(held_out) == 80 and result.novelty["share"] == 0.05
-    assert (tmp_path / "run" / "doubts.csv").is_file() and (tmp_path / "run" / "model" / "novelty.npz").is_file()
+    # the digits' keys are their rows, without the dataset's name in front
+    found = doubts.read(tmp_path / "run" / "doubts.csv")
+    assert found and all(doubt.path.isdecimal() for doubt in found)
+    assert (tmp_path / "run" / "model" / "novelty.npz").is_file()

@@ -52,7 +52,7 @@ BAD = {
     "unknown key": (["shot=4"], "shot"),
     "appended key": (["+foo=1"], "unknown config key foo"),
     "wrong type": (["shots=four"], "shots=four"),
-    "unknown method": (["method=foo"], "Available options in 'method': alert alert_sft alert_zeroshot best_of cafo"),
+    "unknown method": (["method=foo"], "Available options in 'method': adaptive_thinking alert alert_sft"),
     "unknown data": (["data=foo"], "Available options in 'data': caltech101 digits"),
     "group of one": (["trainer.group_size=1"], "trainer.group_size=1"),
     "too many shots": (["shots=200"], "class 'eight' has only 174 images"),

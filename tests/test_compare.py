@@ -399,7 +399,7 @@ def test_latex_and_markdown_carry_hostile_names():
     assert r"| a_b & 50 % \|x\| | test | 1.00 ± 2 |" in markdown and markdown.endswith("- a note\n")
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_multirun_ends_with_its_runs_side_by_side(tmp_path):
     arguments = ["method=linear_probe", "clip=none", "visual=pixels", "tracking=none", "shots=2,0", "seed=1,2"]
     arguments += ["setting.test_per_class=5"]

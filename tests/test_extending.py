@@ -305,7 +305,7 @@ def check(config, data): ...
 '''
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_another_learner_has_the_same_run_folder(outside, tmp_path):
     """Pixels of real digits: the run's accuracy is that of scikit-learn on the same images."""
     import numpy as np

@@ -129,7 +129,7 @@ def test_every_alias_is_a_key_or_a_group(compose):
             "data=digit",
             "Could not find 'data/digit'; did you mean data=digits? Available options in 'data': caltech101 ",
         ),
-        ("method=foo", "Could not find 'method/foo'; Available options in 'method': alert "),
+        ("method=foo", "Could not find 'method/foo'; Available options in 'method': adaptive_thinking alert "),
         ("model=null", "model=null: give one option: features, "),
         (
             "data.question=Which, then?",

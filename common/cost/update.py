@@ -88,10 +88,11 @@ class ShapeCounter(TorchDispatchMode):
             args, kwargs = tree_map(_shape_of, (args, kwargs))  # e.g. a real mask beside meta tensors
         out = func(*args, **kwargs)
         if func is torch.ops.aten._to_copy.default and out.device == META and args[0].dtype == torch.bool:
+            # only masks that choose places matter, and those were real once; one computed from shapes has no number
             source = args[0]
-            self.chosen[out.untyped_storage()] = (
-                self.chosen[source.untyped_storage()] if source.device == META else int(source.sum())
-            )
+            count = self.chosen.get(source.untyped_storage()) if source.device == META else int(source.sum())
+            if count is not None:
+                self.chosen[out.untyped_storage()] = count
         made = [value for value in tree_leaves(out) if _is_meta(value)]
         for tensor in made:
             self.add(tensor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -82,6 +83,16 @@ def read(
     origin = "own split" if parts["test"] else "own images"
     source = assemble(location, names, Parts(**parts), origin, folders)
     return replace(source, added=frozenset(added))
+
+
+def is_added(key: str, dataset: str) -> bool:
+    """Return whether the photo of this key came with a table of corrections.
+
+    >>> is_added("corrections_2/new/cat.jpg", "pets"), is_added("pets/corrections/cat.jpg", "pets")
+    (True, False)
+    """
+    beginning = key.partition("/")[0]
+    return beginning != dataset and re.fullmatch(rf"{CORRECTIONS}(_\d+)?", beginning) is not None
 
 
 def _corrected(

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from common.config.schema import Config
 from common.data import manifest
 from common.data.duplicates import thumbnail
+from common.data.folder import is_added
 from common.data.loading import on_all
 from common.data.manifest import digest
 from common.data.task import TaskData, dataset_of, own_labels
@@ -247,14 +248,14 @@ class FewShotLearner(Learner):
         unknown = np.full(len(task.train.choices), np.nan)
         dataset = self.config.data.name
         # photos that a table of corrections has added were labelled by hand, and lie elsewhere
-        own_photos = [number for number, item in enumerate(items) if item.image.startswith(f"{dataset}/")]
+        own_photos = [number for number, item in enumerate(items) if not is_added(item.image, dataset)]
         items, parts = [items[number] for number in own_photos], [parts[number] for number in own_photos]
         features = self.features.pictures(task.images, items).images.cpu().numpy()
         if rank() == 0:
             keys = [item.image for item in items]
             small = on_all(lambda key: thumbnail(task.images.open(key)), keys, os.cpu_count() or 1)
             photos = doubts.Examined(
-                [item.image.partition("/")[2] for item in items],
+                [item.image.removeprefix(f"{dataset}/") for item in items],
                 parts,
                 np.array([item.label for item in items]),
                 np.array([known.get(item.image, unknown) for item in items]),
