@@ -164,6 +164,11 @@ OTHERS = {
         "model.feature_cache_gb=1",
         "deepspeed=zero0",
     ],
+    "a batch in three steps, CISPO": [
+        "trainer.steps_per_rollout=3",
+        "trainer.loss=common.training.grpo.variants.cispo",
+        "checkpoint.every=3",
+    ],
     "SFT, offload": ["method=sft", "rewards=none", "deepspeed=zero2_offload"],
 }
 

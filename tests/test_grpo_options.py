@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from common.data.digits import NAMES
 from common.data.loading import Loader
 from common.forward import packing
 from common.forward.logprobs import PolicyScorer
 from common.forward.packing import pack_plain
 from common.models.encoder import PromptEncoder
 from common.rewards import Reward, accuracy, equality
-from common.training.base import total_updates
+from common.training.base import batch, total_updates
 from tests.conftest import NEWER
 from tests.test_loss import trl_loss
 from tests.test_training import LORA, distance, grpo, grpo_options, weights
@@ -173,6 +174,50 @@ def test_resampling_draws_flat_groups_again_up_to_the_cap(load_vlm, digits_task,
     for attempt, seeds in enumerate(asked[1:]):
         assert all(seed.endswith(f"-again-{attempt}") for seed in seeds) and len(seeds) < 4
     assert metrics["frac_resampled"] == pytest.approx(sum(map(len, asked[1:])) / 4)
+
+
+def test_refilling_asks_about_other_images_and_repeats_itself(load_vlm, digits_task, think):
+    """Every group of an odd digit is flat, so other images take their places, as long as there are rounds."""
+
+    def differs_for_even(samples):
+        return [float(NAMES.index(s.label) % 2 == 0 and place % 2) for place, s in enumerate(samples)]
+
+    found = []
+    for _ in range(2):
+        trainer = grpo(
+            load_vlm(),
+            digits_task,
+            think,
+            zero_variance="refill",
+            resample_rounds=3,
+            self_check=False,
+            rewards={"even": Reward(1.0, differs_for_even)},
+        )
+        before = [trainer.prompts(epoch)[i] for epoch, i in batch(0, 4, len(trainer.prompts), trainer.seed)]
+        step = trainer.step(0)
+        found.append([(row["image"], row["completion"]) for row in step.rows])
+    after = trainer.current.prompts
+    flat, left = ([NAMES.index(prompt.label) % 2 for prompt in prompts] for prompts in (before, after))
+    assert 0 < sum(flat) < 4 and sum(left) < sum(flat)
+    assert [a.image != b.image for a, b in zip(after, before, strict=True)] == [bool(odd) for odd in flat]
+    assert len({prompt.image for prompt in (*after, *before)}) == 4 + sum(flat), "none comes twice"
+    # completions belong to the prompts that they were sampled for, and so do the encoded forms
+    for prompt, group in zip(after, trainer.current.groups, strict=True):
+        (alone,) = trainer.samples.encoder([prompt])
+        assert torch.equal(group.prompt.ids, alone.ids)
+    assert step.metrics["frac_resampled"] > 0 and found[0] == found[1]
+
+
+def test_refills_are_all_other_prompts_once(load_vlm, digits_task, think):
+    """Over all rounds of a batch, whatever the number of ranks; then they begin again."""
+    samples = grpo(load_vlm(), digits_task, think, zero_variance="refill").samples
+    inside = {i for _, i in batch(2, 4, len(samples.prompts), samples.seed)}
+    rounds = (len(samples.prompts) - 4) // 4
+    images = [prompt.image for attempt in range(rounds) for prompt in samples._others(2, attempt)]
+    everything = [prompt.image for prompt in samples.prompts(0)]
+    assert len(set(images)) == len(images) == 4 * rounds
+    assert not set(images) & {everything[i] for i in inside}
+    assert images[:4] != [prompt.image for prompt in samples._others(3, 0)]
 
 
 def test_truncated_completions_are_left_out(load_vlm, digits_task, think):

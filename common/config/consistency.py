@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.config.schema import Config, GRPOConfig
+from common.config.schema import REPLACED, Config, GRPOConfig
 from common.types import UserError
 
 # keys passed on to DeepSpeed; batch sizes, clipping and precision follow from other values
@@ -49,7 +49,7 @@ def check_overlap(config: Config) -> None:
             "rollout.overlap=true samples with weights that are one update old; set"
             " trainer.importance_correction=token_truncate, or another that is not none"
         )
-    if trainer.updates_per_rollout > 1 or trainer.zero_variance == "resample":
+    if trainer.updates_per_rollout > 1 or trainer.zero_variance in REPLACED:
         raise UserError(
             "rollout.overlap=true needs trainer.num_iterations=1, trainer.steps_per_rollout=1, and"
             " trainer.zero_variance=keep or skip: the sampler"
@@ -122,8 +122,8 @@ OVERRULED = (
     ),
     Overruled(
         "trainer.resample_rounds",
-        _if("trainer.zero_variance", lambda z: z != "resample"),
-        "set trainer.zero_variance=resample",
+        _if("trainer.zero_variance", lambda z: z not in REPLACED),
+        "set trainer.zero_variance=resample or refill",
     ),
     Overruled("model.recipe", _if("model.path", _given), "leave one of the two out"),
     Overruled(

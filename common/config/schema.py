@@ -241,6 +241,7 @@ LEVELS = ("token", "sequence")
 SCALINGS = ("group", "batch", "none")
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
 CORRECTIONS = ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+REPLACED = ("resample", "refill")  # zero-variance groups are sampled again, for the same prompt or for another
 
 
 @dataclass
@@ -439,7 +440,7 @@ class GRPOConfig(TrainerConfig):
         one_of("trainer.importance_sampling_level", self.importance_sampling_level, LEVELS)
         one_of("trainer.scale_rewards", self.scale_rewards, SCALINGS)
         one_of("trainer.multi_objective_aggregation", self.multi_objective_aggregation, AGGREGATIONS)
-        one_of("trainer.zero_variance", self.zero_variance, ("keep", "skip", "resample"))
+        one_of("trainer.zero_variance", self.zero_variance, ("keep", "skip", *REPLACED))
         one_of("trainer.importance_correction", self.importance_correction, CORRECTIONS)
         for key in ("head_chunk", "steps_per_rollout", "num_iterations", "importance_cap", "resample_rounds"):
             positive(f"trainer.{key}", getattr(self, key))

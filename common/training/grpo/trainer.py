@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from common.config.schema import GRPO_ADVANTAGES, GRPOConfig
+from common.config.schema import GRPO_ADVANTAGES, REPLACED, GRPOConfig
 from common.forward.logprobs import PolicyScorer
 from common.forward.packing import Packed, PromptGroup, pack, shared_tokens, within_budget
 from common.models.encoder import EncodedPrompt, PromptEncoder
@@ -65,7 +66,7 @@ if TYPE_CHECKING:
 class Sampled:
     """Encoded prompts of this rank with completions [n][G] by the weights after `version` updates.
 
-    resampled: number of groups that were drawn again because they had zero variance.
+    resampled: number of times that a group was replaced because it had zero variance.
     """
 
     prompts: list[Prompt]
@@ -101,14 +102,14 @@ class Sampling:
 
     def __call__(self, number: int, version: int) -> Sampled:
         """Sample batch `number` with the current weights, which have seen `version` updates."""
-        return self._complete(*self._ask(number), version)
+        return self._complete(number, *self._ask(number), version)
 
     def begin(self, number: int, version: int) -> None:
         """Start sampling batch `number` in a thread; later updates of the policy do not affect it."""
         if self.thread is None:
             self.thread = ThreadPoolExecutor(1, "rollout")
         prompts, requests = self._ask(number)  # not in the thread: the encoder is not thread-safe
-        self.pending = number, self.thread.submit(self._complete, prompts, requests, version)
+        self.pending = number, self.thread.submit(self._complete, number, prompts, requests, version)
 
     def take(self, number: int) -> Sampled | None:
         """Return batch `number` if it was begun. Wait for it, and raise the sampler's errors."""
@@ -137,23 +138,44 @@ class Sampling:
         seeds = [f"rollout-{self.seed}-{number}-{each}" for each in share_of(list(range(len(chosen))))]
         return prompts, requests(self.encoder, prompts, seeds)
 
-    def _complete(self, prompts: list[Prompt], requests: Sequence[Request], version: int) -> Sampled:
-        """Sample completions; draw zero-variance groups again if configured (`zero_variance: resample`)."""
-        size, again = self.config.group_size, 0
-        completions = self.rollout.generate(requests, size, self.decoding)
-        for attempt in range(self.config.resample_rounds if self.config.zero_variance == "resample" else 0):
+    def _complete(self, number: int, prompts: list[Prompt], asked: list[Request], version: int) -> Sampled:
+        """Sample completions, then replace zero-variance groups if configured, in at most `resample_rounds` rounds.
+
+        `zero_variance: resample` samples them again for the same prompt, `refill` for another prompt.
+        """
+        size, again, prompts, now = self.config.group_size, 0, list(prompts), list(asked)
+        completions = self.rollout.generate(asked, size, self.decoding)
+        for attempt in range(self.config.resample_rounds if self.config.zero_variance in REPLACED else 0):
             zero_variance = without_differences(
                 score_groups(prompts, completions, self.rewards, self.open_image).total, size
             )
             if not zero_variance:
                 break
-            once_more = [replace(requests[i], seed=f"{requests[i].seed}-again-{attempt}") for i in zero_variance]
+            seeds = [f"{asked[i].seed}-again-{attempt}" for i in zero_variance]
+            if self.config.zero_variance == "refill":
+                others = self._others(number, attempt)
+                for i in zero_variance:
+                    prompts[i] = others[i]
+                once_more = requests(self.encoder, [prompts[i] for i in zero_variance], seeds)
+            else:
+                once_more = [replace(asked[i], seed=seed) for i, seed in zip(zero_variance, seeds, strict=True)]
             fresh = self.rollout.generate(once_more, size, self.decoding)
             again += len(zero_variance)
-            for i, group in zip(zero_variance, fresh, strict=True):
-                completions[i] = group
+            for i, request, group in zip(zero_variance, once_more, fresh, strict=True):
+                now[i], completions[i] = request, group
         check_fresh(completions, version)
-        return Sampled(prompts, list(requests), completions, version, again)
+        return Sampled(prompts, now, completions, version, again)
+
+    def _others(self, number: int, attempt: int) -> list[Prompt]:
+        """Return another prompt for each place of this rank in batch `number`.
+
+        They follow from the number, so a resumed run asks the same. A batch has no prompt twice while there are others.
+        """
+        chosen = batch(number, self.config.prompts_per_rollout, len(self.prompts), self.seed)
+        rest = sorted(set(range(len(self.prompts))) - {i for _, i in chosen}) or list(range(len(self.prompts)))
+        random.Random(f"refill-{self.seed}-{number}").shuffle(rest)
+        places = [(epoch, rest[(attempt * len(chosen) + k) % len(rest)]) for k, (epoch, _) in enumerate(chosen)]
+        return share_of([self.prompts(epoch)[i] for epoch, i in places])
 
 
 # The trainer. With `num_iterations: 1` and `steps_per_rollout: 1` (both papers) every rollout batch is used for one
