@@ -8,9 +8,13 @@ From a checkout, `python run.py` and `python -m common.<command>` need no instal
 
 from __future__ import annotations
 
+import argparse
+import re
 import sys
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
+from typing import NoReturn
 
 from common import __version__
 from common.runtime import process
@@ -44,6 +48,17 @@ def main() -> None:
     module, function, _ = COMMANDS[name]
     sys.argv = [f"{sys.argv[0]} {name}", *sys.argv[2:], *(["doctor=true"] if name == "doctor" else [])]
     sys.exit(getattr(import_module(module), function)())
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Parser of a command's arguments whose error says which option an unknown one may mean."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.search(r"unrecognized arguments:.*?(--[^\s=]+)", message)
+        known = [option for action in self._actions for option in action.option_strings]
+        if unknown and (close := get_close_matches(unknown[1], known, 1)):
+            message += f"; did you mean {close[0]}?"
+        super().error(message)
 
 
 def program(command: str) -> str:

@@ -202,6 +202,19 @@ def test_what_cannot_be_asked_is_one_line(runner, tmp_path, capsys):
     assert "no picture is there" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--unkown", "0.1"], "unrecognized arguments: --unkown 0.1; did you mean --unknown?"),
+        (["--zzz"], "unrecognized arguments: --zzz\n"),
+    ],
+)
+def test_a_mistyped_option_is_told_from_the_right_one(capsys, words, said):
+    with pytest.raises(SystemExit) as ended:
+        command.main(["run", "picture.png", *words])
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
 def test_pictures_are_found_by_folder_pattern_and_list(tmp_path):
     for name in ("a.png", "B.JPG", "deep/c.webp", "d.txt", ".e.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -560,7 +560,7 @@ REFUSED = {
     "empty": (
         "folder",
         lambda root: only_parts()(root) or (root / "photos").mkdir(),
-        r"photos has the folders \(none\)",
+        r"photos holds no folders; it needs one folder per class",
     ),
     "table without label": ("folder", table("path,kind\n"), r"has no column 'label'; its header is 'path, kind'"),
     "table without path": ("folder", table("name;label\na;b\n"), r"has no column 'path'; its header is 'name, label'"),

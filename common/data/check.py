@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from common.cli import program
+from common.cli import CommandParser, program
 from common.config import composition as config
 from common.config.command_line import literal
 from common.config.schema import CONF, DataConfig
@@ -162,7 +162,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def command() -> int:
     """Parse the command line and run the check."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=program("data-check"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("words", nargs="*", metavar="dataset|key=value", help="default: every dataset")

@@ -108,11 +108,12 @@ def _innermost(location: Location, folder: Path, name: str) -> str:
 
 
 def _no_split(folder: Path, named: dict[str, str]) -> str:
-    start = f"{folder} has the folders {', '.join(named) or '(none)'}"
     if not named:
         return (
-            f"{start}; it needs one folder per class, or such folders in the folders train, test and, if you like, val"
+            f"{folder} holds no folders; it needs one folder per class, or such folders in the folders train, test and,"
+            " if you like, val"
         )
+    start = f"{folder} has the folders {', '.join(named)}"
     one = next((name for name, part in named.items() if part == "train"), next(iter(named)))
     missing = [part for part in ("train", "test") if part not in named.values()]
     rename = f"; call one of them {missing[0]}, or" if len(named) > 1 else ";"

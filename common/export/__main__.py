@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from common.cli import program
+from common.cli import CommandParser, program
 from common.export import card
 from common.runtime import process
 from common.runtime.progress import watched
@@ -23,7 +23,7 @@ KINDS = ("model", "adapter", "bank", "onnx", "torchscript")
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return 0, or 2 after a user's error."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=program("export"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="folder of a finished run")

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from common.cli import program
+from common.cli import CommandParser, program
 from common.counted import counted
 from common.data import label_formats
 from common.runtime import process
@@ -35,7 +35,7 @@ COLUMNS = ("image", "label", "confidence", "abstained", "unknown", "p_value", "t
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return 0, 1 if a picture cannot be used, or 2 after a user's error."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=program("predict"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="folder of a finished run")

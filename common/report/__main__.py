@@ -14,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from common.cli import program
+from common.cli import CommandParser, program
 from common.report import compare, folders
 from common.report.compare import show_table
 from common.runtime import process
@@ -24,7 +24,7 @@ from common.types import UserError
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return 0, 1 if something is unfinished or at fault, or 2 after a user's error."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=program("report"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)

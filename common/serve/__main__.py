@@ -15,7 +15,7 @@ import threading
 from importlib.util import find_spec
 from pathlib import Path
 
-from common.cli import program
+from common.cli import CommandParser, program
 from common.runtime import process
 from common.runtime.progress import watched
 from common.types import UserError
@@ -25,7 +25,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")  # addresses that only this machine ca
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return 0 after Ctrl-C, or 2 after a user's error."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=program("serve"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="folder of a finished run")
