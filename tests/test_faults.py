@@ -166,9 +166,11 @@ OTHERS = {
     ],
     "a batch in three steps, CISPO": [
         "trainer.steps_per_rollout=3",
+        "trainer.evaluate_every=3",
         "trainer.loss=common.training.grpo.variants.cispo",
         "checkpoint.every=3",
     ],
+    "other images in place of flat groups": ["trainer.zero_variance=refill", "trainer.resample_rounds=2"],
     "SFT, offload": ["method=sft", "rewards=none", "deepspeed=zero2_offload"],
 }
 
