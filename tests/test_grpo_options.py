@@ -217,7 +217,8 @@ def test_refills_are_all_other_prompts_once(load_vlm, digits_task, think):
     everything = [prompt.image for prompt in samples.prompts(0)]
     assert len(set(images)) == len(images) == 4 * rounds
     assert not set(images) & {everything[i] for i in inside}
-    assert images[:4] != [prompt.image for prompt in samples._others(3, 0)]
+    # each batch in an order of its own: 80 draws of 160 images show about 160 (1 - 1/e^0.5) = 63
+    assert 50 < len({prompt.image for number in range(20) for prompt in samples._others(number, 0)}) < 76
 
 
 def test_truncated_completions_are_left_out(load_vlm, digits_task, think):

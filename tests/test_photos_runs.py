@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import socket
 from collections import Counter
 
@@ -167,9 +168,14 @@ def test_corrections_are_given_back(runner, finished, photos, tmp_path):
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
+        # a photo of the training, added under another class: a copy with another label, but labelled by hand
+        writer.writerow({"path": "new.png", "label": "robin"})
+    shutil.copy(photos / "wren" / "00.png", tmp_path / "new.png")
     again = tmp_path / "again"
     words = [*COMMAND, f"data.folder={photos}", f"data.reader.corrections={tmp_path / 'doubts.csv'}"]
     assert runner(again, words) == 0
-    assert "wren/swapped.png" not in {each.path for each in doubts.read(again / "doubts.csv")}
+    doubted = doubts.read(again / "doubts.csv")
+    assert "wren/swapped.png" not in {each.path for each in doubted}
+    assert not any("new.png" in (each.path + each.other) for each in doubted)
     before, after = (json.loads((run / "manifest.json").read_text()) for run in (finished, again))
     assert before["hash"] != after["hash"]
