@@ -512,7 +512,7 @@ def test_what_was_frozen_is_what_was_asked(undisturbed):
     }
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_continued_run_asks_what_it_asked_or_says_what_has_changed(job, runner, tmp_path):
     """Not what the tower would say now: a GPU may round otherwise when it sees the images again."""
     run = tmp_path / "run"

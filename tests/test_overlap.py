@@ -110,7 +110,7 @@ def test_what_the_policy_has_moved_since_weighs_each_token(ahead):
 
 
 def test_an_evaluation_waits_for_the_batch_that_was_begun(ahead, load_vlm, digits_task, think):
-    trainer, rollout = ahead(pause=3.0)
+    trainer, rollout = ahead(pause=2.0)
     trainer.step(0)
     assert not trainer.samples.pending[1].done()
     with trainer.sampling():

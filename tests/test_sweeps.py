@@ -156,7 +156,7 @@ def test_a_needed_point_has_what_its_own_point_has_of_the_command_line():
     assert len({(p.overrides["model"], p.overrides["x"]) for p in points}) == 4
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_point_has_the_values_of_its_own_learner_alone():
     """The command line gives them to all points; the encoders' are of few-shot learners."""
     given = ["few_shot.generated=dalle", "few_shot.per_class=2", "clip.dtype=float16", "shots=1", "seed=1"]
