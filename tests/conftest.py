@@ -103,7 +103,7 @@ def composed(overrides):
 
     def is_value(word):
         key = word.lstrip("+~").partition("=")[0]
-        return "." in key or not (key in GROUPS or "/" in key or "@" in key)
+        return key not in GROUPS and not set("/@") & set(key)
 
     values = [] if any(word.startswith("hydra") for word in overrides) else list(filter(is_value, overrides))
     parsed = OverridesParser.create().parse_overrides(values) if values else []
