@@ -53,6 +53,7 @@ def test_a_correct_model_in_bf16_passes_although_it_rounds(world, family):
     assert found.allowed_of_sampler == pytest.approx(4 * found.rounding)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_8_bits_are_compared_as_the_matrices_that_they_stand_for(world, monkeypatch, family):
@@ -97,7 +98,7 @@ def test_the_exact_product_of_an_8_bit_matrix_is_that_of_its_numbers(world):
     assert layer.forward is hooked
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("fault", ["none", "sign", "scale"])
 def test_a_wrong_gradient_of_merged_attention_is_refused(world, monkeypatch, family, fault):

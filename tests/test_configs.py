@@ -64,6 +64,7 @@ def test_every_file_composes_and_validates(compose, file):
         config.validate(compose(f"{group}={name}"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learner", sorted(path.name for path in (CONF / "tune" / "few_shot").iterdir()))
 def test_values_of_a_dataset_are_values_of_its_learner(compose, learner):
     """One of them as the defaults list reaches it, the others as Hydra would merge them."""

@@ -229,6 +229,7 @@ def own_code():
     return {path: ast.parse(path.read_text()) for package in trust.OWN for path in (ROOT / package).rglob("*.py")}
 
 
+@pytest.mark.slow
 def test_every_call_that_imports_what_it_is_told_is_known():
     found = set()
     for tree in own_code().values():
