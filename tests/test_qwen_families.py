@@ -28,8 +28,6 @@ from common.models.encoder import PromptEncoder
 from common.models.vision import FeatureStore, VisionTower
 from common.rollout.base import Decoding
 from common.rollout.hf import HFRollout
-from common.training.base import Epochs
-from common.training.sft import SFTTrainer
 from common.types import UserError
 from common.vlm.check import check_weights
 from tests.rollouts import requests
@@ -41,7 +39,7 @@ from tests.test_shared_prefix import (
     relative_l2,
     scores_and_gradient,
 )
-from tests.test_training import ZERO, grpo, options
+from tests.test_training import grpo, sft_losses
 
 FAMILIES = ["qwen2_5_vl", "qwen3_vl"]
 GREEDY = Decoding(temperature=0.0, top_k=0, top_p=1.0, max_tokens=16)
@@ -315,20 +313,7 @@ def test_an_update_moves_what_is_trained(load_vlm, digits_task, think, family, k
 @pytest.mark.usefixtures("process_group")
 @all_families
 def test_sft_learns_its_labels(load_vlm, digits_task, no_think, family):
-    vlm = load_vlm(family=family)
-    trainer = SFTTrainer(
-        vlm=vlm,
-        rollout=HFRollout(vlm),
-        encoder=PromptEncoder(vlm, Loader(digits_task.images, 32), 512),
-        prompts=Epochs(lambda epoch: no_think.train_prompts(digits_task)[::20][:4]),
-        loss="answer",
-        config=options(),
-        deepspeed=ZERO[2],
-        updates=20,
-        seed=1,
-    )
-    losses = [trainer.step(update).metrics["loss"] for update in range(20)]
-    trainer.close()
+    losses = sft_losses(load_vlm(family=family), digits_task, no_think)
     assert losses[-1] < 0.3 * losses[0]
 
 

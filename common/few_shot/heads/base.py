@@ -331,7 +331,7 @@ class FewShotHead:
         self.ready(state, self.text)
 
 
-class SolvedHead(FewShotHead):
+class SolvedHead(FewShotHead, ABC):
     """A learner that is solved in one step, and answers by some tensors and numbers alone.
 
     `values`: names of the numbers in the solution that are searched on validation images.
@@ -369,9 +369,9 @@ class SolvedHead(FewShotHead):
     def logits(self, pictures: Pictures, text: Text) -> Tensor:
         return base_logits(pictures, text) if self.solution is None else self.solved(pictures, text, self.solution)
 
+    @abstractmethod
     def solved(self, pictures: Pictures, text: Text, solution: dict[str, Any]) -> Tensor:
         """Return logits by the solution. Shape: [N, C]."""
-        raise NotImplementedError
 
 
 class GradientHead(FewShotHead, ABC):
