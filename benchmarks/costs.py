@@ -39,6 +39,7 @@ WEIGHTS = {
     "full": ["model.lora.r=0", "model.load_in_8bit=false"],
     "LoRA": ["model.lora.r=16", "model.load_in_8bit=false"],
     "LoRA on 8 bits": ["model.lora.r=16", "model.load_in_8bit=true"],
+    "LoRA on 4 bits": ["model.lora.r=16", "model.load_in_8bit=false", "model.load_in_4bit=true"],
 }
 COLUMNS = ("method", "trained", "GPUs", "GiB", "most in", "smallest card", "TFLOP per update", "hours, A100 80 GB")
 

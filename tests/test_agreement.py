@@ -99,6 +99,17 @@ def test_the_exact_product_of_an_8_bit_matrix_is_that_of_its_numbers(world):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_4_bits_are_compared_as_the_matrices_that_they_stand_for(world, monkeypatch):
+    made = world("qwen2_vl", load_in_4bit=True)
+    found = measured(made)
+    assert found.allowed == 1e-4
+    assert found.shared < 2e-5 and found.replay < 2e-5 and found.noise < 2e-5 and found.rounding > 1e-3
+    FAULTS["a token sees the next one"](monkeypatch)
+    assert not measured(made).forwards_agree
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("fault", ["none", "sign", "scale"])
 def test_a_wrong_gradient_of_merged_attention_is_refused(world, monkeypatch, family, fault):

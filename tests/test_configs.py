@@ -225,6 +225,8 @@ def test_protocol_switches_reach_rewards_and_method(compose):
         (["checkpoint.max_checkpoints=0"], "checkpoint.max_checkpoints=0"),
         (["model.feature_cache_gb=1"], "model.feature_cache_gb needs model.freeze_vision=true"),
         (["model.load_in_8bit=true"], "model.load_in_8bit=true needs adapters"),
+        (["model.load_in_4bit=true"], "model.load_in_4bit=true needs adapters: 4-bit"),
+        (["model.load_in_8bit=true", "model.load_in_4bit=true"], "load_in_8bit and model.load_in_4bit are both true"),
         (["rollout.backend=common.rollout.nope.Backend"], "rollout.backend"),
         (["rewards.equality.fn=builtins.max"], "builtins.max"),
         (["+rewards.mine={weight:1,fn:tests.test_rewards.Counting}"], "missing a required argument: 'limit'"),

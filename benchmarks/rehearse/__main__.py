@@ -68,7 +68,8 @@ SMALL = {
 ON_GPUS = {"gpus": "1"}
 ON_THE_CPU = {
     "gpus": "0",
-    "model.load_in_8bit": "false",  # runs refuse 8 bits on a CPU; `checks` and `update` use them if configured
+    "model.load_in_8bit": "false",  # runs refuse 8 or 4 bits on a CPU; `checks` and `update` use them if configured
+    "model.load_in_4bit": "false",
     "rollout.max_completion_tokens": "6",
     "trainer.prompts_per_update": "2",
 }
@@ -139,15 +140,15 @@ def failed(check: str, code: int, said: str) -> Line:
 
 
 def checks(plan: Rehearsal, names: str = "prompts,forwards,labels", *more: str) -> list[Line]:
-    """Run checks.py in a new process; with 8-bit weights if the configuration has them, even on a CPU."""
-    file, eight = plan.out / "checks.json", plan.config.model.load_in_8bit and find_spec("bitsandbytes") is not None
-    overrides = [*plan.overrides, *(["model.load_in_8bit=true"] if eight else []), *more]
+    """Run checks.py in a new process; with weights in 8 or 4 bits if the configuration has them, even on a CPU."""
+    file, bits = plan.out / "checks.json", plan.config.model.bits if find_spec("bitsandbytes") else None
+    overrides = [*plan.overrides, *([f"model.load_in_{bits}bit=true"] if bits else []), *more]
     command = ["-m", "benchmarks.rehearse.checks", str(file), str(plan.out / "none"), names, *overrides]
     return plan.go("checks", command, lambda: [Line(**line) for line in json.loads(file.read_text("utf-8"))])
 
 
 def update(plan: Rehearsal) -> list[Line]:
-    """Make one update in a new process, with 8-bit weights if the configuration has them."""
+    """Make one update in a new process, with weights in 8 or 4 bits if configured."""
     return checks(plan, "update")
 
 
@@ -297,13 +298,21 @@ def doctor(plan: Rehearsal) -> list[Line]:
     return plan.go("doctor", plan.run("doctor", "doctor=true"), judge) if asked else []
 
 
-def eight_bits(plan: Rehearsal) -> list[Line]:
-    """Train adapters on 8-bit weights, if there is a GPU."""
-    if not plan.gpus or plan.config.model.load_in_8bit:
-        return []
+def few_bits(plan: Rehearsal) -> list[Line]:
+    """Train adapters on weights in 8 and in 4 bits, if there is a GPU."""
     rank = [] if plan.config.model.lora.wraps else ["model.lora.r=16"]
-    command = plan.run("eight", "model.load_in_8bit=true", "trainer.updates=1", *rank)
-    return plan.go("eight_bits", command, lambda: [trained("8 bits", plan.out / "eight")])
+    found = []
+    for bits in (8, 4) if plan.gpus else ():
+        if bits != plan.config.model.bits:
+            name = f"bits-{bits}"
+            words = [f"model.load_in_{each}bit={str(each == bits).lower()}" for each in (8, 4)]
+            command = plan.run(name, *words, "trainer.updates=1", *rank)
+            found += plan.go("few_bits", command, partial(_trained_once, f"{bits} bits", plan.out / name))
+    return found
+
+
+def _trained_once(check: str, run: Path) -> list[Line]:
+    return [trained(check, run)]
 
 
 def push(plan: Rehearsal) -> list[Line]:
@@ -317,7 +326,7 @@ def trl(plan: Rehearsal) -> list[Line]:
 
 
 STEPS: dict[str, Callable[[Rehearsal], list[Line]]] = {
-    step.__name__: step for step in (checks, update, train, resume, predict, ranks, doctor, eight_bits, push, trl)
+    step.__name__: step for step in (checks, update, train, resume, predict, ranks, doctor, few_bits, push, trl)
 }
 
 

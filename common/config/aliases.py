@@ -57,7 +57,6 @@ ALIASES = {
     "lora_target_modules": "model.lora.targets",
     "target_modules": "model.lora.targets",
     "modules_to_save": "model.lora.projector",
-    "load_in_4bit": "model.load_in_8bit",
     "backbone": "model",
     "dataset": "data",
     "dataset_name": "data",

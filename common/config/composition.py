@@ -134,8 +134,11 @@ def validate(cfg: DictConfig, typed: Sequence[str] = ()) -> Config:
         raise UserError(
             f"trainer.prompts_per_update={config.trainer.prompts_per_update} must be divisible by gpus={ranks}"
         )
-    if config.trainer.name != "none" and config.model.load_in_8bit and not config.model.lora.wraps:
-        raise UserError("model.load_in_8bit=true needs adapters: 8-bit weights cannot be trained; set model.lora.r")
+    bits = config.model.bits
+    if config.trainer.name != "none" and bits and not config.model.lora.wraps:
+        raise UserError(
+            f"model.load_in_{bits}bit=true needs adapters: {bits}-bit weights cannot be trained; set model.lora.r"
+        )
     if config.trainer.name == "grpo" and not config.rewards:
         raise UserError("rewards is empty, but trainer=grpo learns from rewards; choose e.g. rewards=nothinking")
     one_of("selection", config.selection, ("val", "paper"))

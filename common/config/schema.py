@@ -286,6 +286,7 @@ class ModelConfig:
     freeze_vision: freeze vision tower and projector, except for what `lora.projector` trains.
     feature_cache_gb: disk space for image features of a frozen tower, 0: no cache.
     load_in_8bit: LLM.int8() of bitsandbytes, for the base of adapters or without training.
+    load_in_4bit: the same with NF4 and quantised scales, as in QLoRA (arXiv 2305.14314).
     licence: licence of the weights.
     """
 
@@ -304,6 +305,7 @@ class ModelConfig:
     freeze_vision: bool = False
     feature_cache_gb: float = 0.0
     load_in_8bit: bool = False
+    load_in_4bit: bool = False
     lora: LoraConfig = field(default_factory=LoraConfig)
     licence: str | None = None
 
@@ -312,12 +314,19 @@ class ModelConfig:
         one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
         one_of("model.image_attention", self.image_attention, ("family", "causal"))
         one_of("model.attention", self.attention, ("auto", "copy", "merge"))
+        if self.load_in_8bit and self.load_in_4bit:
+            raise UserError("model.load_in_8bit and model.load_in_4bit are both true: choose one of them")
         if self.feature_cache_gb > 0 and not self.freeze_vision:
             raise UserError("model.feature_cache_gb needs model.freeze_vision=true: features of a trained tower change")
         if self.feature_cache_gb > 0 and self.lora.projector != "none":
             raise UserError("model.feature_cache_gb must be 0: it keeps what model.lora.projector changes")
         if self.path is None and self.recipe is None and self.family != NO_FAMILY:
             raise UserError("model.path and model.recipe are null: set model.path=<folder or hub id>")
+
+    @property
+    def bits(self) -> int | None:
+        """Return the bits per number of a base that is kept in 8 or 4 bits, else None."""
+        return 8 if self.load_in_8bit else 4 if self.load_in_4bit else None
 
 
 ADAMW = "torch.optim.AdamW"

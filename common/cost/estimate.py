@@ -228,11 +228,12 @@ def _reply(policy: vlm.VLM, task_prompts: TaskPrompts, label: str, config: Confi
 
 
 def _weight_bytes(policy: vlm.VLM, config: Config) -> int | None:
-    """Return the bytes of 8-bit weights, or None without them.
+    """Return the bytes of weights in 8 or 4 bits, or None without them.
 
-    bitsandbytes stores linear layers in 8 bits, except the output projection and what is trained.
+    bitsandbytes stores linear layers in few bits, except the output projection and what is trained.
     """
-    if not config.model.load_in_8bit:
+    bits = config.model.bits
+    if bits is None:
         return None
     base = without_adapters(policy.model)
     linear = [
@@ -240,9 +241,18 @@ def _weight_bytes(policy: vlm.VLM, config: Config) -> int | None:
         for name, module in base.named_modules()
         if isinstance(module, torch.nn.Linear) and "lm_head" not in name and "lora" not in name
     ]
-    saved = sum(weight.numel() * (weight.element_size() - 1) for weight in linear if not weight.requires_grad)
+    saved = sum(weight.nbytes - _quantised_bytes(weight, bits) for weight in linear if not weight.requires_grad)
     dequantised = max((weight.nbytes for weight in linear), default=0)  # one layer's weights at a time
     return sum(p.nbytes for p in policy.model.parameters()) - saved + dequantised
+
+
+def _quantised_bytes(weight: torch.Tensor, bits: int) -> int:
+    """Return the bytes of a matrix with its scales.
+
+    8 bits: an fp32 scale per row. 4 bits (NF4 with quantised scales): a byte per 64 numbers, and four per 256 of these.
+    """
+    count = weight.numel()
+    return count + 4 * len(weight) if bits == 8 else count // 2 + count // 64 + count // (64 * 64)
 
 
 def smallest_card(needed: float) -> str:

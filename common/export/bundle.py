@@ -127,7 +127,7 @@ def export(
 
 def _model(trained: TrainedModel, config: Config, target: Path) -> dict[str, Any]:
     values = {key: value for key, value in vars(config.model).items() if key != "lora"}
-    settings = ModelConfig(**{**values, "lora": LoraConfig(), "load_in_8bit": False})
+    settings = ModelConfig(**{**values, "lora": LoraConfig(), "load_in_8bit": False, "load_in_4bit": False})
     learner = learner_class(config)
     assert issubclass(learner, VLMLearner), "it has a language model"
     # settings without LoRA: the run's adapters are loaded and merged, no new ones are added

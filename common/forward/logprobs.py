@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -159,18 +159,20 @@ class InFloat32(TorchDispatchMode):
 
 @contextmanager
 def exact(model: torch.nn.Module) -> Iterator[None]:
-    """Compute without rounding: 16-bit tensors in fp32, 8-bit matrices as the fp32 matrices that they stand for.
+    """Compute without rounding: 16-bit tensors in fp32, 8- and 4-bit matrices as the matrices that they stand for.
 
     LLM.int8() chooses its outlier columns over all rows of a forward, so that two correct forwards in other batch
     shapes differ by as much as a wrong mask can change. The matrices themselves are the same in both.
     """
-    bitsandbytes: Any = sys.modules.get("bitsandbytes")  # imported if any weight is in 8 bits
-    quantised = bitsandbytes.nn.Linear8bitLt if bitsandbytes else ()
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, (quantised, torch.nn.Conv3d))]
+    replaced: dict[Any, Callable[[Any, torch.Tensor], torch.Tensor]] = {torch.nn.Conv3d: _wide_conv}
+    bitsandbytes: Any = sys.modules.get("bitsandbytes")  # imported if any weight is in 8 or 4 bits
+    if bitsandbytes:
+        replaced |= {bitsandbytes.nn.Linear8bitLt: _linear_of_8_bits, bitsandbytes.nn.Linear4bit: _linear_of_4_bits}
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, tuple(replaced))]
     # a library (accelerate) may have put a forward of its own on the layer: that one comes back
     before = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
-        layer.forward = partial(_wide_conv if isinstance(layer, torch.nn.Conv3d) else _dequantised_linear, layer)
+        layer.forward = partial(next(way for kind, way in replaced.items() if isinstance(layer, kind)), layer)
     try:
         with InFloat32():
             yield
@@ -186,10 +188,18 @@ def _wide_conv(layer: torch.nn.Conv3d, x: torch.Tensor) -> torch.Tensor:
     return layer._conv_forward(x.float(), layer.weight.float(), None if layer.bias is None else layer.bias.float())
 
 
-def _dequantised_linear(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """The product with a matrix of bitsandbytes in fp32. Its numbers lie in the weight until the first forward."""
+def _linear_of_8_bits(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """The product with an 8-bit matrix in fp32. Its numbers lie in the weight until the first forward."""
     held = layer.state if layer.weight.CB is None else layer.weight
     matrix = held.CB.float() * (held.SCB.float() / 127)[:, None]
+    return F.linear(x.float(), matrix, None if layer.bias is None else layer.bias.float())
+
+
+def _linear_of_4_bits(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """The product with a 4-bit matrix in fp32."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    matrix = dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
     return F.linear(x.float(), matrix, None if layer.bias is None else layer.bias.float())
 
 

@@ -85,13 +85,13 @@ def _in_full_precision(model: Any, name: str) -> None:
     """Let a module of a bf16 model compute in fp32, like adapters: bf16 would round small updates away.
 
     Raises:
-        UserError: Its weights are in 8 bits.
+        UserError: Its weights are in 8 or 4 bits.
     """
     module = model.get_submodule(name)
     if any(not parameter.is_floating_point() for parameter in module.parameters()):
         raise UserError(
-            f"model.lora.projector=full, but model.load_in_8bit=true keeps weights of {name} in 8 bits, which cannot be"
-            " trained; set model.lora.projector=lora"
+            f"model.lora.projector=full, but weights of {name} are in 8 or 4 bits (model.load_in_8bit, load_in_4bit),"
+            " which cannot be trained; set model.lora.projector=lora"
         )
     # the rest of the model keeps its format, so inputs and outputs are cast at the border of the module
     outside = next(module.parameters()).dtype

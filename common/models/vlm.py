@@ -81,31 +81,50 @@ def load(folder: Path, config: ModelConfig, device: torch.device, train: bool = 
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     base, *earlier = lineage(folder)  # earlier: folders of adapters, oldest first
-    if earlier and config.load_in_8bit and (train or len(earlier) > 1):
+    bits = config.bits
+    if earlier and bits and (train or len(earlier) > 1):
         raise UserError(
-            f"model.path={folder} holds adapters, which 8-bit weights cannot take in; set model.load_in_8bit=false, or"
-            " give a model with whole weights"
+            f"model.path={folder} holds adapters, which {bits}-bit weights cannot take in; set"
+            f" model.load_in_{bits}bit=false, or give a model with whole weights"
         )
     options: dict[str, Any] = {"dtype": DTYPES[config.dtype]}
-    if config.load_in_8bit:
-        from transformers import BitsAndBytesConfig
-
-        options |= {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device}}
+    if bits:
+        options |= {"quantization_config": quantization(config), "device_map": {"": device}}
     processor = loaded(AutoProcessor, base, f"model {base}")
     model = whole(AutoModelForImageTextToText, base, f"model {base}", **options)
     # older adapters are always merged: the newest were trained on the merged weights
     for each in earlier:
         model = adapters.restore(model, each, merge=train or each != folder)
     policy = assembled(model, processor, config, f"model {base}", train)
-    if not config.load_in_8bit:
+    if not bits:
         policy.model.to(device)
+    if bits == 4 and device.type == "cpu":
+        # on processors with AVX512-BF16 bitsandbytes repacks the weights in the first forward without gradients, and
+        # a later forward that should give gradients gives none
+        for layer in policy.model.modules():
+            if hasattr(layer, "support_avx512bf16_for_cpu"):
+                layer.support_avx512bf16_for_cpu = False
     return replace(policy, hub=on_hub(config.path, folder))
+
+
+def quantization(config: ModelConfig) -> Any:
+    """Return transformers' description of a base in 8 or 4 bits (bitsandbytes)."""
+    from transformers import BitsAndBytesConfig
+
+    if config.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPES[config.dtype],
+    )
 
 
 def on_meta(folder: Path, config: ModelConfig) -> VLM:
     """Return the model as `load` prepares it for training, but on the `meta` device, without reading weights.
 
-    8-bit weights have the number format of the computation.
+    Weights in 8 or 4 bits have the number format of the computation.
 
     Args:
         folder: Folder from `files.find`; the weights may be missing.

@@ -37,7 +37,7 @@ def check_model(config: Config, task: Task, prompts: Collection[Sequence[Prompt]
             f"calibration=folds fits a few-shot learner five times more, and method={config.method['name']} trains a"
             " language model: leave it out, and keep photos for it with validation=held_out"
         )
-    check_8bit(config)
+    check_bits(config)
     measure = check_weights(config)
     check_words(config, measure, task)
     check_lengths(config, prompts, measure)
@@ -128,16 +128,18 @@ def still_adapters(config: Config) -> str | None:
     )
 
 
-def check_8bit(config: Config) -> None:
-    """Check that 8-bit weights can be used: a GPU, bitsandbytes, and no ZeRO-3."""
-    if not config.model.load_in_8bit:
+def check_bits(config: Config) -> None:
+    """Check that weights in 8 or 4 bits can be used: a GPU, bitsandbytes, and no ZeRO-3."""
+    bits = config.model.bits
+    if bits is None:
         return
+    key = f"model.load_in_{bits}bit"
     if config.gpus == 0:
-        raise UserError("model.load_in_8bit=true needs a GPU: set gpus=1 or more, or model.load_in_8bit=false")
+        raise UserError(f"{key}=true needs a GPU: set gpus=1 or more, or {key}=false")
     if find_spec("bitsandbytes") is None:
-        raise UserError("model.load_in_8bit=true needs bitsandbytes: uv pip install bitsandbytes")
+        raise UserError(f"{key}=true needs bitsandbytes: uv pip install bitsandbytes")
     if config.deepspeed.get("zero_optimization", {}).get("stage", 0) == 3:
-        raise UserError("model.load_in_8bit=true: ZeRO-3 cannot shard 8-bit weights; choose deepspeed=zero2")
+        raise UserError(f"{key}=true: ZeRO-3 cannot shard {bits}-bit weights; choose deepspeed=zero2")
 
 
 def check_weights(config: Config) -> meter.PromptMeter:

@@ -93,7 +93,7 @@ def make_encoder(config: Config, policy: vlm.VLM, sha256: str, task: Task) -> Pr
 
 def weights_name(config: Config, sha256: str) -> str:
     """Return a name for the initial weights, for caches: their hash and their number format."""
-    number_format = "int8" if config.model.load_in_8bit else config.model.dtype
+    number_format = {8: "int8", 4: "nf4", None: config.model.dtype}[config.model.bits]
     return f"{sha256[:16]}-{number_format}"
 
 

@@ -17,8 +17,10 @@ def check(config: Config) -> None:
     """
     if find_spec("vllm") is None:
         raise UserError("rollout=vllm: vLLM is not installed; install it with make setup-vllm, or use rollout=hf")
-    if config.model.load_in_8bit:
-        raise UserError("rollout=vllm takes no weights in 8 bits: set model.load_in_8bit=false, or use rollout=hf")
+    if bits := config.model.bits:
+        raise UserError(
+            f"rollout=vllm takes no weights in {bits} bits: set model.load_in_{bits}bit=false, or use rollout=hf"
+        )
     if config.rollout.overlap and config.gpus > 0 and config.rollout.options.get("sleep_level") != 0:
         raise UserError("rollout.overlap=true: the sampler works during updates, so set rollout.options.sleep_level=0")
     if config.gpus == 0 and family(config.model.family).both_ways and config.model.image_attention != "causal":
