@@ -1,8 +1,9 @@
 """ALERT as the learner of a run: a vision-language model with a bank of category embeddings behind its vocabulary.
 
-It extends `VLMLearner` at four points: before the model is loaded, a few-shot learner may be fitted as the draft; once
+It extends `VLMLearner` at five points: before the model is loaded, a few-shot learner may be fitted as the draft; once
 it is loaded, its vision tower encodes the few-shot images, which gives the similarities of the categories, the
-candidates, and the bank that training starts from; the bank is saved beside the weights.
+candidates, and the bank that training starts from; the bank is saved beside the weights; and the draft's own confidence
+may take part in the answer (alert/fusion.py).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from alert import fusion as fusions
 from alert import references as reference
 from alert.bank import embeddings as bank
 from alert.bank import file as bank_file
@@ -24,14 +26,16 @@ from alert.prompting import AlertPrompting
 from common.config.schema import Config, TrainerConfig
 from common.data.loading import make_loader
 from common.data.task import dataset_of
+from common.evaluation.metrics import truth_places
 from common.few_shot import candidates
 from common.few_shot.candidates import Candidates
 from common.models import files, vlm
 from common.models.extra_embeddings import ExtraEmbeddings, attach
 from common.models.offloaded import Rule, attach_offloaded
 from common.models.vision import VisionTower
+from common.run.recorder import Recorder
 from common.runtime.distributed import gather, rank
-from common.types import Task, UserError
+from common.types import Answers, Task, UserError
 from common.vlm.learner import VLMLearner
 from common.vlm.prompting import Words, ask
 
@@ -48,6 +52,7 @@ class AlertLearner(VLMLearner):
     ranks: Callable[[Task, str], Candidates] | None = None  # candidates of later images
     begun: str | None = None  # hash of the bank that training starts from
     tower: VisionTower  # encodes the images for means and candidates
+    fusion: fusions.Fusion | None = None  # of the present weights, once it is fitted
 
     def prepare(self) -> None:
         """Fit the few-shot learner that serves as the draft, if one is configured."""
@@ -95,6 +100,32 @@ class AlertLearner(VLMLearner):
                     self.prompting.drafted[split] = self.ranks(task, split)
         super().set_task(task)
 
+    def train(self, recorder: Recorder) -> int:
+        self.fusion = None  # that of the untrained model
+        return super().train(recorder)
+
+    def predict(self, split: str, limit: int | None = None) -> Answers:
+        answers, kind = super().predict(split, limit), self.prompting.fusion
+        if kind == "none" or limit is not None:  # evaluations during training show the model alone
+            return answers
+        if split == "val" or self.fusion is None:
+            self.fusion = self._fused_by(kind, answers if split == "val" else super().predict("val"))
+        return fusions.fused(answers, self.prompting.drafted[split], self.task.evaluation[split], self.fusion)
+
+    def _fused_by(self, kind: str, held_out: Answers) -> fusions.Fusion:
+        """Return the fusion fitted on answers to the validation images, and write it beside the weights."""
+        draft, model = fusions.both(held_out, self.prompting.drafted["val"], self.task.evaluation["val"].names)
+        assert held_out.probabilities is not None
+        truths = truth_places(held_out.probabilities, [p.label for p in held_out.predictions])
+        found = fusions.fit(kind, draft, model, truths)
+        if rank() == 0:
+            found.save(self.folder / "model")
+        return found
+
+    def load(self, folder: Path) -> None:
+        if self.prompting.fusion != "none":
+            self.fusion = fusions.Fusion.load(folder)
+
     def save_weights(self, folder: Path) -> None:
         super().save_weights(folder)
         assert self.policy.extra_embeddings is not None
@@ -132,7 +163,8 @@ class AlertLearner(VLMLearner):
     def kept_files(cls, config: Config, folder: Path) -> tuple[str, ...] | None:
         if not config.model.freeze_vision or not cls.answers_alone(config, folder):
             return None  # candidates could not be chosen again
-        return tuple(f"{EMBEDDINGS}/{name}" for name in KEPT)
+        fused = [] if config.method.get("fusion", "none") == "none" else [fusions.FILE]
+        return (*(f"{EMBEDDINGS}/{name}" for name in KEPT), *fused)
 
 
 def begin(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alert import error_analysis
+from alert import fusion as fusions
 from alert import references as reference
 from alert.bank import file as bank_file
 from alert.rewards import tagged_answer
@@ -89,9 +90,28 @@ def check(config: Config, data: TaskData) -> TaskPrompts:
         raise UserError("method.draft=few_shot: no few-shot learner is chosen; add one, such as few_shot=cafo")
     check_images(data.task)
     prompts = check_vlm(config, data)
+    check_fusion(config, data.task)
     if config.method["draft"] == "few_shot":
         check_fit(config, data.task)
     return prompts
+
+
+def check_fusion(config: Config, task: Task) -> None:
+    """Check that there is what `method.fusion` is fitted on.
+
+    Raises:
+        UserError: No validation images, or no probabilities of names.
+    """
+    kind = config.method.get("fusion", "none")
+    if kind == "none":
+        return
+    if "val" not in task.evaluation:
+        raise UserError(
+            f"method.fusion={kind} is fitted on validation images, and there are none: validation=few, or"
+            " validation=held_out where the dataset has no validation split"
+        )
+    if config.label_scoring is False:
+        raise UserError(f"method.fusion={kind} needs the model's probabilities of names: label_scoring=true")
 
 
 # The prompting. `method=alert` and `method=gemma_1shot` are this one class with other arguments. alert/learner.py sets
@@ -122,6 +142,7 @@ class AlertPrompting(Prompting):
         draft_file: str | None = None,
         k: int = 2,
         order: str = "rank",
+        fusion: str = "none",
     ) -> None:
         """
         Args:
@@ -143,6 +164,8 @@ class AlertPrompting(Prompting):
                 common/few_shot/candidates.py; `SPLIT` stands for the split.
             k: Number of candidates of a test image.
             order: Order of the candidates in the prompt, `rank` or `shuffle` (our choice: the paper does not say).
+            fusion: How the answer comes from the model's and the draft's probabilities (alert/fusion.py, ours): `none`
+                (the paper: the model's reply is the answer), `gate` or `product`.
 
         Raises:
             UserError: An argument has an unknown value.
@@ -152,6 +175,7 @@ class AlertPrompting(Prompting):
             ("initialisation", initialisation, INITIALISATIONS),
             ("features", features, ("mean", "patches")),
             ("order", order, candidates.ORDERS),
+            ("fusion", fusion, fusions.KINDS),
         ):
             one_of(f"method.{key}", value, allowed)
         if draft in options("few_shot"):
@@ -166,6 +190,11 @@ class AlertPrompting(Prompting):
                 f"method.smallest={smallest}, largest={largest}, k={k}, tau={tau}: 2 <= smallest <= largest, k >= 1"
                 " and tau > 0 are needed"
             )
+        if fusion != "none" and (k == 1 or draft == "oracle_recall"):
+            raise UserError(
+                f"method.fusion={fusion} weighs at least two candidates by a draft that knows no labels: method.k=2 or"
+                " more, and another method.draft than oracle_recall; or method.fusion=none"
+            )
         if k > candidates.DEPTH:
             raise UserError(f"method.k={k}: at most {candidates.DEPTH} candidates are kept of a draft")
         self.seed, self.instruction = seed, instruction
@@ -173,6 +202,7 @@ class AlertPrompting(Prompting):
         self.bank = None if bank is None else Path(bank).expanduser()
         self.tau, self.smallest, self.largest = tau, smallest, largest
         self.draft, self.draft_file, self.k, self.order = draft, draft_file, k, order
+        self.fusion = fusion
         self.patches = features == "patches"
         self.tower = None if tower is None else Path(tower).expanduser()
         # set by the learner, once it has encoded the images
@@ -248,11 +278,13 @@ class AlertPrompting(Prompting):
                 len(candidates_asked),
                 split,
             )
+        # of a fusion, the model's own answers are analysed
+        own = answers.columns.get(fusions.OWN) or [p.answer for p in predictions]
         cases = []
-        for p, shown in zip(predictions, candidates_asked, strict=True):
+        for p, shown, answer in zip(predictions, candidates_asked, own, strict=True):
             drafts = [names[label] for label in drafted.ranking(p.image)]
             ranking = error_analysis.ranking_from(shown, drafts, self.order)
-            cases.append(error_analysis.Case(p.label, shown, ranking, p.answer))
+            cases.append(error_analysis.Case(p.label, shown, ranking, answer))
         said = zip(predictions, answers.columns["reasoning_agrees"], strict=True)
         verdicts = [verdict for p, verdict in said if parsing.FORMAT.search(_text(p))]
         analysis = error_analysis.analyse(cases)
@@ -263,7 +295,8 @@ class AlertPrompting(Prompting):
             **analysis,
             **error_analysis.published_above(origin.dataset, origin.shots, analysis),
         }
-        return {"draft": draft, "reasoning": consistency.agreement(verdicts, len(predictions) - len(verdicts))}
+        reasoning = consistency.agreement(verdicts, len(predictions) - len(verdicts))
+        return {"draft": draft, "reasoning": reasoning, **fusions.compared(answers)}
 
     def extra_columns(self, task: Task, split: str, predictions: Sequence[Prediction]) -> dict[str, list[Any]]:
         """Return the candidates in the order of the prompt, and whether the reasoning concludes the answer.

@@ -226,8 +226,8 @@ def best_evaluation(
     # Accuracy after the last update: from the final evaluation, on the same subset that evaluations in training use,
     # or, if another update was tested, from the metrics of training.
     if config.evaluate == "last":
-        predictions = evenly_spaced(after.answers[split].predictions, config.trainer.evaluate_limit)
-        last = (updates, fmean(p.correct for p in predictions))
+        right = evenly_spaced(after.answers[split].right_alone, config.trainer.evaluate_limit)
+        last = (updates, fmean(right))
         best = max(best, last, key=lambda each: each[1])
     else:
         key = f"eval/{split}/accuracy"  # not from `after`: that may be of an earlier update, the best one

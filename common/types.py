@@ -209,6 +209,9 @@ class Probabilities:
     raw: NDArray[numpy.float32] | None = None
 
 
+OWN_RIGHT = "own_correct"  # column: whether the learner alone was right, where its answer was combined with another's
+
+
 @dataclass(frozen=True)
 class Answers:
     """Predictions of one split, with the seconds that they and the probabilities took.
@@ -221,3 +224,9 @@ class Answers:
     probabilities: Probabilities | None = None
     scoring_seconds: float = 0.0
     columns: dict[str, list[Any]] = field(default_factory=dict)
+
+    @property
+    def right_alone(self) -> list[bool]:
+        """Whether the learner was right on each image, before its answer was combined with that of another."""
+        own = self.columns.get(OWN_RIGHT)
+        return [p.correct for p in self.predictions] if own is None else [bool(value) for value in own]

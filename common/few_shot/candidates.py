@@ -81,6 +81,10 @@ class Candidates:
         """Return all K kept classes of an image, best first."""
         return tuple(self.indices[self._row[image]].tolist())
 
+    def scores(self, image: str) -> tuple[float, ...]:
+        """Return the logits of `ranking(image)`."""
+        return tuple(self.logits[self._row[image]].tolist())
+
     def shown(self, image: str, k: int, order: str = "rank") -> tuple[int, ...]:
         """Return the k best classes of an image in the order of the prompt (the paper gives no order: our choice).
 

@@ -140,6 +140,18 @@ def calibration_lines(result: Result) -> list[str]:
     ] + lines
 
 
+def fusion_lines(result: Result) -> list[str]:
+    """Return how a fusion compares with the draft and the model alone, one line per test split (alert/fusion.py)."""
+    lines = []
+    for split, summary in result.final.items():
+        if (found := summary.facts.get("fusion")) is None or split == "val":
+            continue
+        shares = ", ".join(f"{name} {percent(found[name])} %" for name in ("draft", "alert", "fused"))
+        tests = (found["against_draft"]["p_value"], found["against_alert"]["p_value"])
+        lines.append(f"{split}: {shares} (fused against draft p = {tests[0]:.2g}, against alert p = {tests[1]:.2g})")
+    return lines
+
+
 def probability_lines(result: Result) -> list[str]:
     """Return the accuracy of the most probable name, one line per split; none without label scoring."""
     lines = []
@@ -239,7 +251,7 @@ def show(result: Result, folder: Path, console: Console | None = None) -> None:
         console.print(_table(*compared))
         console.print(Text("stronger encoders with a hub, and reasons with a GPU: docs/photos.md"))
     lines = [*overall_lines(result), *data_lines(vars(result)), *probability_lines(result)]
-    lines += [*calibration_lines(result), *paired_lines(result)]
+    lines += [*fusion_lines(result), *calibration_lines(result), *paired_lines(result)]
     for line in [*lines, time_line(result)]:
         console.print(Text(line))  # as Text: square brackets in names are not markup
     console.print(Text(f"run folder: {folder}"), soft_wrap=True)

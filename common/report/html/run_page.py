@@ -83,7 +83,7 @@ def make(folder: Path) -> Path:
 
 def _notes(result: Result) -> list[str]:
     lines = [*tables.overall_lines(result), *data_lines(vars(result)), *tables.probability_lines(result)]
-    lines += [*tables.calibration_lines(result), *tables.paired_lines(result)]
+    lines += [*tables.fusion_lines(result), *tables.calibration_lines(result), *tables.paired_lines(result)]
     return [*lines, tables.time_line(result)]
 
 
