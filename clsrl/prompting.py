@@ -108,6 +108,7 @@ class ClassListPrompt(Prompting):
         train_question: str = "instructed",
         train_image: str = "first",
         train_target: str = "label",
+        prefill: str = "",
     ) -> None:
         """
         Args:
@@ -122,6 +123,8 @@ class ClassListPrompt(Prompting):
             train_question: `instructed` or `bare` (without an instruction, as the authors' SFT).
             train_image: `first` (before the question) or `last` (after it, as the authors' SFT).
             train_target: Target of supervised training: `label` (in tags only with `think`) or `tagged` (always).
+            prefill: Beginning of every reply in the evaluation, which the model continues. `<think></think>`, an empty
+                thought, lets a model that was trained to think answer at once (version 6, NeurIPS 2025).
 
         Raises:
             UserError: An argument has an unknown value.
@@ -139,6 +142,7 @@ class ClassListPrompt(Prompting):
         self.list_share, self.list_all_below, self.list_at_most = list_share, list_all_below, list_at_most
         self.evaluation_prompt = evaluation_prompt
         self.train_system = SFT_SYSTEM if train_system_prompt == "think" else None
+        self.prefill = prefill
         self.train_ending = "" if train_question == "bare" else TRAINING[instruction]
         self.train_image_last = train_image == "last"
         self.tagged = instruction in TAGGED or train_target == "tagged"
@@ -157,7 +161,8 @@ class ClassListPrompt(Prompting):
         if self.evaluation_prompt == "official":
             base = split == "base" or (split == "val" and "base" in task.evaluation)  # val: base classes
             ending = OFFICIAL_BASE_OR_OPEN if base or self.list_share == 0 else OFFICIAL_FEW_SHOT
-        return self._prompts(task.evaluation[split], ending[self.instruction])
+        prompts = self._prompts(task.evaluation[split], ending[self.instruction])
+        return [replace(prompt, begun=self.prefill) for prompt in prompts]
 
     def well_formed(self, completion: str) -> bool:
         if self.instruction in TAGGED:

@@ -125,7 +125,7 @@ class Prompt:
 
     `choices` are the names it lists (empty: an open question), `aliases` other words for its label. `categories`
     are the labels whose embeddings replace the CATEGORY placeholders in the text, in order. The image comes before
-    the text, or with `image_last` after it.
+    the text, or with `image_last` after it. `begun` is the beginning of the reply, which the model only continues.
     """
 
     image: str
@@ -136,6 +136,7 @@ class Prompt:
     aliases: tuple[str, ...] = ()
     categories: tuple[int, ...] = ()
     image_last: bool = False
+    begun: str = ""
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
+import torch
 
 from clsrl import rewards
 from clsrl.prompting import ClassListPrompt
 from common.config.composition import validate
+from common.data.loading import Loader
+from common.forward.label_scores import LabelScorer
+from common.models.encoder import PromptEncoder
+from common.models.tiny import qwen2_vl
+from common.rollout.hf import HFRollout
 from common.types import Answers, Prediction, Prompt, Reply, Sample, Split, Task, UserError
+from common.vlm.prompting import ask, of_config
+from common.vlm.replies import Replies
 
 REPLIES = {
     "think first": "<think>a loop</think><answer>six</answer>",
@@ -101,3 +112,68 @@ def test_the_methods_compose_and_have_no_wording_of_the_authors(compose, method,
     assert set(config.rewards) == {"format", "accuracy"}
     with pytest.raises(UserError, match="no wording for method.instruction"):
         ClassListPrompt(instruction=arguments["instruction"], seed=1, evaluation_prompt="official")
+
+
+EMPTY = "<think></think>"
+
+
+def test_an_empty_thought_begins_the_reply_that_the_model_continues(load_vlm, digits_task):
+    """The text is that of transformers' own generate behind the prompt and the thought; so are the scores of names."""
+    vlm = load_vlm()
+    method = ClassListPrompt(instruction="think", seed=1, prefill=EMPTY)
+    asked = ask(method, digits_task)
+    assert (
+        not any(prompt.begun for prompt in asked.train)
+        and asked.hashes() != ask(prompting("think"), digits_task).hashes()
+    )
+    prompts = asked.evaluation["test"][:2]
+    encoder = PromptEncoder(vlm, Loader(digits_task.images, 32), None)
+    thought = vlm.processor.tokenizer(EMPTY, add_special_tokens=False)["input_ids"]
+    encoded, bare = encoder(prompts), encoder([replace(prompt, begun="") for prompt in prompts])
+    assert [each.ids.tolist() for each in encoded] == [[*each.ids.tolist(), *thought] for each in bare]
+    assert qwen2_vl.meter().tokens(prompts, 32) == [len(each.ids) for each in encoded]
+
+    found = Replies(encoder, LabelScorer(vlm), True, 6, 2)(HFRollout(vlm), asked, "test", prompts, scored=True)
+    for row, (prompt, own) in enumerate(zip(prompts, bare, strict=True)):
+        ids = torch.cat([own.ids, torch.tensor(thought)])[None]
+        images = {"pixel_values": own.pixel_values, "image_grid_thw": own.grid}
+        said = vlm.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            mm_token_type_ids=(ids == vlm.model.config.image_token_id).int(),
+            do_sample=False,
+            max_new_tokens=6,
+            suppress_tokens=list(vlm.banned),
+            **images,
+        )
+        text = vlm.processor.decode(said[0, ids.shape[1] :], skip_special_tokens=True)
+        assert found.predictions[row].reply.text == EMPTY + text
+        (expected,) = LabelScorer(vlm)([own], [[f"<answer>{name}</answer>" for name in prompt.choices]], [EMPTY])
+        np.testing.assert_allclose(found.probabilities.values[row], expected.normalised, atol=1e-5)
+
+
+def test_a_thought_in_the_prompt_is_no_part_of_what_is_scored_again(monkeypatch, load_vlm, digits_task):
+    """A reply that goes on with an answer: its own reasoning is the thought alone, which the prompt has already."""
+    vlm = load_vlm()
+    asked = ask(ClassListPrompt(instruction="think", seed=1, prefill=EMPTY), digits_task)
+    prompts, begun = asked.evaluation["test"][:1], []
+
+    class Answering(HFRollout):
+        def generate(self, requests, group_size, decoding):
+            made = super().generate(requests, group_size, decoding)
+            return [[replace(each, text="<answer>six</answer>") for each in group] for group in made]
+
+    class Noting(LabelScorer):
+        def __call__(self, prompts, responses, starts=None):
+            begun.extend(starts)
+            return super().__call__(prompts, responses, starts)
+
+    encoder = PromptEncoder(vlm, Loader(digits_task.images, 32), None)
+    found = Replies(encoder, Noting(vlm), True, 4, 2)(Answering(vlm), asked, "test", prompts, scored=True)
+    assert begun == [""]
+    assert found.predictions[0].answer == "six" and found.predictions[0].reply.well_formed
+
+
+def test_the_preset_takes_a_thought(compose):
+    config = validate(compose("method=clsrl", f"method.prefill='{EMPTY}'"))
+    assert of_config(config).prefill == EMPTY

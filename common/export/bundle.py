@@ -176,7 +176,8 @@ def how_to_ask(trained: TrainedModel, config: Config, words: Words | None) -> di
         prompt = words.example
         facts = {"names": list(words.of_names), "words": words.of_names}
     image = {"size": config.model.image_size, "how": config.model.resize, "background": config.data.background}
-    return {**facts, "image": image, "messages": messages(prompt)}
+    begun = {"reply_begins": prompt.begun} if prompt.begun else {}
+    return {**facts, "image": image, "messages": messages(prompt), **begun}
 
 
 def _example(trained: TrainedModel, config: Config) -> Prompt:

@@ -123,7 +123,7 @@ class PromptEncoder:
         """Return the rendered chat; a padding token marks every place of a category's embeddings."""
         processor = self.vlm.processor
         text = processor.apply_chat_template(messages(prompt), tokenize=False, add_generation_prompt=True)
-        return str(text).replace(CATEGORY, processor.tokenizer.pad_token)
+        return str(text).replace(CATEGORY, processor.tokenizer.pad_token) + prompt.begun
 
     def _with_categories(self, prompt: Prompt, ids: torch.Tensor) -> torch.Tensor:
         if not prompt.categories:

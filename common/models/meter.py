@@ -60,11 +60,13 @@ class PromptMeter:
         """
         prompts = list(prompts)
         distinct = list({_conversation(prompt): prompt for prompt in prompts}.values())
-        lengths: dict[tuple[str | None, str, bool], int] = {}
+        lengths: dict[tuple[str | None, str, bool, str], int] = {}
         for start in range(0, len(distinct), CHUNK):
             part = distinct[start : start + CHUNK]
             with _template():
-                rendered = [self.template.render(messages=messages(p), add_generation_prompt=True) for p in part]
+                rendered = [
+                    self.template.render(messages=messages(p), add_generation_prompt=True) + p.begun for p in part
+                ]
             texts = [self.family.image_text(text).replace(CATEGORY, self.pad) for text in rendered]
             encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
             lengths |= {_conversation(p): len(each.ids) for p, each in zip(part, encodings, strict=True)}
@@ -93,8 +95,8 @@ class PromptMeter:
 
         A text has at most as many tokens as bytes, so only texts that could be too long are tokenized.
         """
-        # one prompt per system message and image position: its length bounds what the template adds to any text
-        kinds = list({(prompt.system, prompt.image_last): prompt for prompt in prompts}.values())
+        # one prompt per system message, image position and begun reply: its length bounds what is added to any text
+        kinds = list({(prompt.system, prompt.image_last, prompt.begun): prompt for prompt in prompts}.values())
         around = max(self.tokens(kinds, image_size), default=0)
         category = self.family.image_tokens(self.config, image_size)
         most = [around + len(p.text.encode()) + category * len(p.categories) for p in prompts]
@@ -183,9 +185,9 @@ def messages(prompt: Prompt) -> list[dict[str, Any]]:
     return [*system, user]
 
 
-def _conversation(prompt: Prompt) -> tuple[str | None, str, bool]:
-    """Return the parts of a prompt that `messages` reads."""
-    return prompt.system, prompt.text, prompt.image_last
+def _conversation(prompt: Prompt) -> tuple[str | None, str, bool, str]:
+    """Return the parts of a prompt that become text."""
+    return prompt.system, prompt.text, prompt.image_last, prompt.begun
 
 
 def room(longest: int, completion: int, context: int | None) -> int:

@@ -88,8 +88,8 @@ class TaskPrompts:
 
 
 def prompts_hash(prompts: Sequence[Prompt]) -> str:
-    """Return the SHA-256 of system and user texts of all prompts, in order."""
-    return digest([[prompt.system, prompt.text] for prompt in prompts])
+    """Return the SHA-256 of system and user texts of all prompts, and of begun replies, in order."""
+    return digest([[p.system, p.text, *([p.begun] if p.begun else [])] for p in prompts])
 
 
 def ask(prompting: Prompting, task: Task) -> TaskPrompts:

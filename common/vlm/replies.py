@@ -94,7 +94,11 @@ class Replies:
         """Return the scores of the names that each prompt lists; an open question has all of `everything`."""
         responses = [[prompting.label_response(name) for name in prompt.choices or everything] for prompt in prompts]
         texts = [prediction.reply.text if prediction.reply else "" for prediction in graded]
-        begun = [reasoning(prompting, text) if self.reasoned else "" for text in texts]
+        # what the prompt itself begins the reply with is in its tokens already
+        begun = [
+            reasoning(prompting, text).removeprefix(prompt.begun) if self.reasoned else ""
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
         return labels([request.encoded for request in requests], responses, begun)
 
 
@@ -164,7 +168,7 @@ def grade(
         names: Class names that count as listed by an open question.
         articles: Let "a fox" answer "fox", unless it is itself a name (`protocol.articles`); rewards never allow that.
     """
-    text, label = completion.text, parsing.normalize(prompt.label)
+    text, label = prompt.begun + completion.text, parsing.normalize(prompt.label)
     answer = prompting.answer(text)
     if articles and answer is not None:
         answer = parsing.without_article(answer, (*(prompt.choices or names), prompt.label, *prompt.aliases))
