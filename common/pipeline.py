@@ -165,16 +165,15 @@ def conclude(result: Result, before: Evaluation | None, after: Evaluation, updat
 
 
 def calibrate(source: str, held_out: Answers, after: Evaluation) -> dict[str, Any]:
-    """Return the temperature fitted on held-out images, and the calibration error of every split with and without it.
+    """Return the calibration by held-out images, and the calibration error of every split with and without it.
 
     Empty if the answers have no probabilities.
     """
-    temperature = calibration.fit(held_out)
-    if temperature is None:
+    found = calibration.fit(held_out, source)
+    if found is None:
         return {}
-    errors = {split: calibration.errors(answers, temperature) for split, answers in after.answers.items()}
-    found = {split: pair for split, pair in errors.items() if pair is not None}
-    return asdict(calibration.Calibration(temperature, source, len(held_out.predictions), found))
+    errors = {split: calibration.errors(answers, found) for split, answers in after.answers.items()}
+    return asdict(replace(found, ece={split: pair for split, pair in errors.items() if pair is not None}))
 
 
 def training_facts(config: Config, learner: Learner, updates: int, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

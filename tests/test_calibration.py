@@ -7,9 +7,10 @@ import math
 import numpy as np
 import pytest
 from scipy.stats import binom
+from sklearn.linear_model import LogisticRegression
 
 from common.evaluation import calibration
-from common.evaluation.calibration import threshold, upper_bound
+from common.evaluation.calibration import Calibration, threshold, upper_bound
 from common.types import Answers, Prediction, Probabilities
 
 
@@ -80,14 +81,51 @@ def softmax(logits):
 @pytest.mark.parametrize("factor", [0.2, 4])
 def test_the_error_falls_on_other_images(factor):
     logits, truths = drawn(5)
-    temperature = calibration.fit(answers(softmax(logits * factor), truths))
+    found = calibration.fit(answers(softmax(logits * factor), truths), "val")
     new, labels = drawn(6)
-    before, after = calibration.errors(answers(softmax(new * factor), labels), temperature)
+    before, after = calibration.errors(answers(softmax(new * factor), labels), found)
     assert before > 0.08 and after < 0.02
-    plain = softmax(new * factor / temperature)
-    np.testing.assert_allclose(
-        calibration.scaled(answers(softmax(new * factor), labels).probabilities, temperature), plain, atol=1e-4
-    )
+    assert (found.source, found.n) == ("val", len(truths))
+    # a temperature is all that is wrong here: the curve stays near the identity
+    assert found.slope == pytest.approx(1, abs=0.1) and found.bias == pytest.approx(0, abs=0.1)
+    plain = softmax(new * factor / found.temperature)
+    table = answers(softmax(new * factor), labels).probabilities
+    np.testing.assert_allclose(Calibration(found.temperature)(table), plain, atol=1e-4)
+
+
+def test_the_curve_is_platts_and_the_table_follows_it():
+    """scikit-learn's logistic regression without a penalty as the oracle; three classes by hand."""
+    rng = np.random.default_rng(0)
+    odds = rng.normal(1, 1.5, 40_000)
+    right = rng.random(40_000) < 1 / (1 + np.exp(-(0.6 * odds - 0.4)))
+    slope, bias = calibration.curve(1 / (1 + np.exp(-odds)), right)
+    expected = LogisticRegression(C=np.inf).fit(odds[:, None], right)
+    assert (slope, bias) == pytest.approx((expected.coef_[0, 0], expected.intercept_[0]), abs=2e-3)
+    assert (slope, bias) == pytest.approx((0.6, -0.4), abs=0.05)
+
+    table = answers(np.array([[0.2, 0.7, 0.1], [0.3, 0.36, 0.34]]), np.array([1, 0])).probabilities
+    found = Calibration(1.0, 2.0, -1.0)(table)
+    sure = 1 / (1 + (3 / 7) ** 2 * np.e)
+    np.testing.assert_allclose(found[0], [(1 - sure) * 2 / 3, sure, (1 - sure) / 3], rtol=1e-5)
+    # sigmoid(2 ln(36 / 64) - 1) = 0.10 would be below the second class, which keeps its 34 of the other 64
+    assert found[1, 1] == pytest.approx(found[1, 2], rel=1e-5) and found[1, 1] == pytest.approx(34 / 98, rel=1e-5)
+    np.testing.assert_allclose(found.sum(1), 1)
+    assert found.argmax(1).tolist() == [1, 1]
+
+
+def test_few_answers_bend_a_curve_little_and_none_invert_it():
+    sure = np.array([0.9, 0.95, 0.8, 0.7])
+    slope, bias = calibration.curve(sure, np.array([True, True, True, True]))
+    assert 0.8 < slope < 1.3 and abs(bias) < 0.5
+    slope, _ = calibration.curve(np.linspace(0.3, 0.99, 400), np.linspace(0.3, 0.99, 400) < 0.6)
+    assert slope > 0, "the order of confidences stays, whatever the images say"
+
+
+def test_a_class_that_was_offered_alone_stays_certain():
+    classes = np.array([[0, 1], [0, -1]], np.int32)
+    table = Probabilities(("a", "b"), classes, np.array([[0.9, 0.1], [1.0, 0.0]], np.float32))
+    found = Calibration(1.5, 0.7, -0.2)(table)
+    assert found[1].tolist() == [1.0, 0.0] and found[0].sum() == pytest.approx(1) and np.isfinite(found).all()
 
 
 def test_the_bound_is_clopper_and_pearsons():
@@ -135,3 +173,13 @@ def test_the_lowest_risk_is_the_first_that_has_a_threshold():
     lowest = calibration.lowest_risk(sure, right)
     assert calibration.threshold(sure, right, lowest) < math.inf == calibration.threshold(sure, right, lowest - 0.01)
     assert calibration.lowest_risk([0.9], [False]) is None
+
+
+def test_the_curve_is_where_the_slopes_of_loss_and_penalty_cancel():
+    """Six answers, four right: Platt's targets are 5/6 and 1/4; the penalty is 2 (slope - 1)^2 + 2 bias^2."""
+    sure, right = np.array([0.9, 0.8, 0.7, 0.6, 0.95, 0.5]), np.array([True, True, False, True, True, False])
+    slope, bias = calibration.curve(sure, right)
+    odds = np.log(sure / (1 - sure))
+    excess = 1 / (1 + np.exp(-slope * odds - bias)) - np.where(right, 5 / 6, 1 / 4)
+    assert (excess * odds).sum() + 4 * (slope - 1) == pytest.approx(0, abs=1e-4)
+    assert excess.sum() + 4 * bias == pytest.approx(0, abs=1e-4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from io import BytesIO
 from types import SimpleNamespace
 from zipfile import ZipFile
@@ -19,6 +20,7 @@ from common.config import composition
 from common.config.composition import validate
 from common.data import loading, manifest, task
 from common.data.digits import Digits
+from common.evaluation.calibration import Calibration
 from common.learner import learner_class
 from common.predict import __main__ as command
 from common.predict import cards, photos, trained_model
@@ -75,10 +77,19 @@ def expected(run):
 
 
 def calibrated(run, row):
-    """The probabilities of a row at the temperature of its run, by name."""
-    power = 1 / Result.load(run).calibration.get("temperature", 1.0)
-    shares = [share**power for share in row["probabilities"]]
-    return {name: share / sum(shares) for name, share in zip(row["choices"], shares, strict=True)}
+    """The probabilities of a row, calibrated as its run says, by name; in plain arithmetic."""
+    found = Result.load(run).calibration
+    shares = [share ** (1 / found.get("temperature", 1.0)) for share in row["probabilities"]]
+    shares = [share / sum(shares) for share in shares]
+    top = shares.index(max(shares))
+    rest = sum(share for place, share in enumerate(shares) if place != top)
+    if found and rest > 0:
+        odds = shares[top] / (1 - shares[top])
+        sure = 1 / (1 + odds ** -found["slope"] * math.exp(-found["bias"]))
+        second = max(share for place, share in enumerate(shares) if place != top)
+        sure = max(sure, second / (rest + second))
+        shares = [sure if place == top else share * (1 - sure) / rest for place, share in enumerate(shares)]
+    return dict(zip(row["choices"], shares, strict=True))
 
 
 def refuse(*arguments, **named):
@@ -355,7 +366,7 @@ def test_an_answer_has_its_own_confidence_and_is_one_of_the_names(threshold):
     predictions = [Prediction(str(n), "", -1, answer, False, False) for n, (answer, _) in enumerate(said)]
     places, values = np.array([[1, 0]] * 3, np.int32), np.array([shares for _, shares in said], np.float32)
     asked = Classifier.__new__(Classifier)
-    asked.threshold, asked.config, asked.temperature = threshold, SimpleNamespace(method={}), 1.0
+    asked.threshold, asked.config, asked.calibrated = threshold, SimpleNamespace(method={}), Calibration()
     asked.unknown = None
     asked.data = SimpleNamespace(task=SimpleNamespace(evaluation={"test": Split((), ("boot", "bag"), "?", "?")}))
     table = Probabilities(("boot", "bag"), places, values)  # the first of each row is the bag's
@@ -375,10 +386,10 @@ def test_an_answer_has_its_own_confidence_and_is_one_of_the_names(threshold):
     assert not any(a.abstained and a.unknown for a in asked._read(unlike))
     assert not any(a.unknown for a in asked._read(Answers(predictions, 0.0, table)))
     asked.unknown = None
-    asked.threshold, asked.temperature = None, 2.0
+    asked.threshold, asked.calibrated = None, Calibration(2.0)
     roots = 0.4**0.5 / (0.4**0.5 + 0.6**0.5)
     assert next(a.confidence for a in asked._read(Answers(predictions, 0.0, table))) == pytest.approx(1 - roots)
-    asked.threshold, asked.temperature = threshold, 1.0
+    asked.threshold, asked.calibrated = threshold, Calibration()
     asked.config = SimpleNamespace(method={"list_share": 0.0})  # the question lists no names: any word is an answer
     assert [a.label for a in asked._read(Answers(predictions[1:2], 0.0))] == [None if threshold else "one"]
 

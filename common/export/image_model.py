@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from common.data.images import WHITE
+from common.evaluation.calibration import EDGE, Calibration
 from common.few_shot.heads.base import Pictures
 from common.few_shot.learner import FewShotLearner
 from common.predict.classifier import Classifier
@@ -22,18 +23,18 @@ PREPROCESSING = "preprocessing.json"
 
 
 class FromPixels(nn.Module):
-    """An encoder, a fitted head and a temperature as one module."""
+    """An encoder, a fitted head and a calibration as one module."""
 
-    def __init__(self, learner: FewShotLearner, names: tuple[str, ...], temperature: float) -> None:
+    def __init__(self, learner: FewShotLearner, names: tuple[str, ...], calibrated: Calibration) -> None:
         """
         Args:
             learner: Fitted learner that needs the features of one encoder and nothing else.
             names: Names without duplicates, in the order of the result.
-            temperature: Temperature of the probabilities.
+            calibrated: Calibration of the probabilities.
         """
         super().__init__()
         self.encoder = learner.features.encoded[0].encoder
-        self.head, self.temperature = learner.learner, temperature
+        self.head, self.calibrated = learner.learner, calibrated
         self.text = learner.features.text(learner.task.train.names)
         look = self.encoder.look
         self.register_buffer("mean", torch.tensor(look.mean)[:, None, None])
@@ -47,7 +48,22 @@ class FromPixels(nn.Module):
         features = self.encoder.images((pixels.float() / 255 - self.get_buffer("mean")) / self.get_buffer("std"))
         labels = torch.zeros(len(pixels), dtype=torch.long)
         logits = self.head.logits(Pictures(features, labels), self.text)
-        return (logits.float() / self.temperature).softmax(1) @ self.get_buffer("merged")
+        return curved(
+            (logits.float() / self.calibrated.temperature).softmax(1) @ self.get_buffer("merged"), self.calibrated
+        )
+
+
+def curved(values: Tensor, calibrated: Calibration) -> Tensor:
+    """Return probabilities after the curve of a calibration, as `Calibration.__call__` has it. Shape: [N, K]."""
+    if (calibrated.slope, calibrated.bias) == (1.0, 0.0) or values.shape[1] < 2:
+        return values
+    (top, second), places = values.topk(2, 1).values.unbind(1), values.argmax(1, keepdim=True)
+    first = torch.zeros_like(values).scatter(1, places, 1.0)
+    rest = ((1 - first) * values).sum(1).clamp(min=1e-30)  # not 1 - top, which rounds
+    kept = top.clamp(EDGE, 1 - EDGE)
+    confidence = torch.sigmoid(calibrated.slope * (kept.log() - (1 - kept).log()) + calibrated.bias)
+    confidence = torch.maximum(confidence, second / (rest + second))[:, None]
+    return torch.where(first > 0, confidence, (1 - confidence) / rest[:, None] * values)
 
 
 def write(classifier: Classifier, kind: str, target: Path) -> dict[str, Any]:
@@ -69,7 +85,7 @@ def write(classifier: Classifier, kind: str, target: Path) -> dict[str, Any]:
             f"--as {kind} writes learners on one encoder's features, and {learner.name} needs more; export a run of"
             " best_of, linear_probe, nearest_mean, tip_adapter or tip_adapter_f"
         )
-    module = FromPixels(learner, classifier.names, classifier.temperature).eval().requires_grad_(False)
+    module = FromPixels(learner, classifier.names, classifier.calibrated).eval().requires_grad_(False)
     size = learner.features.encoded[0].encoder.look.size
     example = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with warnings.catch_warnings(), torch.no_grad():

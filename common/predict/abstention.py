@@ -36,7 +36,7 @@ def threshold_of(run: Path, risk: float) -> float:
             f"risk={risk}: {run} has no validation images with probabilities to choose a threshold by; train with"
             " validation=held_out (or few) and label_scoring=true"
         )
-    confidences = said(held_out, found["temperature"])
+    confidences = said(held_out, calibration.read(found))
     given = [(c, p.correct) for c, p in zip(confidences, held_out.predictions, strict=True) if c is not None]
     kept, right = [c for c, _ in given], [is_right for _, is_right in given]
     chosen = calibration.threshold(kept, right, risk)
@@ -72,12 +72,12 @@ def check_unknown(model: Path, share: float) -> None:
         )
 
 
-def said(answers: Answers, temperature: float) -> list[float | None]:
+def said(answers: Answers, calibrated: calibration.Calibration) -> list[float | None]:
     """Return the calibrated probability of every answer; None for one that is no offered name."""
     table = answers.probabilities
     assert table is not None, "checked by the caller"
     places = metrics.truth_places(table, _spelt(table.names, [p.answer for p in answers.predictions]))
-    values = calibration.scaled(table, temperature)
+    values = calibrated(table)
     return [None if place < 0 else float(row[place]) for place, row in zip(places.tolist(), values, strict=True)]
 
 

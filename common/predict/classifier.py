@@ -18,6 +18,7 @@ from common.config.schema import NO_FAMILY, Config
 from common.data import manifest
 from common.data.loading import Loader, count_treated, examine
 from common.evaluation import calibration
+from common.evaluation.calibration import Calibration
 from common.launch import quiet_libraries
 from common.learner import Learner, learner_class
 from common.predict.abstention import check_unknown, threshold_of
@@ -73,7 +74,7 @@ class Classifier:
         names: Sequence[str] | None = None,
         threshold: float | None = None,
         began_from: str | None = None,
-        temperature: float = 1.0,
+        calibrated: Calibration | None = None,
         unknown: float | None = None,
     ) -> None:
         """Create a classifier; use `load`.
@@ -84,10 +85,11 @@ class Classifier:
             names: Class names, if not those of the run.
             threshold: Confidence below which it abstains.
             began_from: Hash of the weights, if they are not the run's own.
-            temperature: Temperature of the probabilities (common/evaluation/calibration.py).
+            calibrated: Calibration of the probabilities; None: they stay as they are.
             unknown: p-value up to which a picture is called unknown (common/evaluation/novelty.py); None: never.
         """
-        self.config, self.run, self.threshold, self.temperature = config, run, threshold, temperature
+        self.config, self.run, self.threshold = config, run, threshold
+        self.calibrated = calibrated or Calibration()
         self.unknown = unknown
         self.workplace = tempfile.TemporaryDirectory(prefix="predict-")
         self.device = init_process_group(config.gpus)
@@ -137,8 +139,7 @@ class Classifier:
             config = without_list(config)
         # where the method trained no weights of its own, the base weights must still be the same
         began_from = None if config.model.path == str(trained.model) else result.weights["sha256"]
-        temperature = result.calibration.get("temperature", 1.0)
-        return cls(config, trained, names, threshold, began_from, temperature, unknown)
+        return cls(config, trained, names, threshold, began_from, calibration.read(result.calibration), unknown)
 
     @property
     def background(self) -> str:
@@ -210,7 +211,7 @@ class Classifier:
 
     def _read(self, answers: Answers) -> Iterable[Answer]:
         table = answers.probabilities
-        probabilities = None if table is None else calibration.scaled(table, self.temperature)
+        probabilities = None if table is None else self.calibrated(table)
         candidates, p_values = answers.columns.get("candidates"), answers.columns.get("p_value")
         for number, prediction in enumerate(answers.predictions):
             shares: dict[str, float] = {}  # of all names, the most probable first

@@ -121,7 +121,7 @@ def leaderboard_cells(result: Result) -> tuple[list[str], list[list[str]]] | Non
 
 
 def calibration_lines(result: Result) -> list[str]:
-    """Return how far confidences are from accuracies, with and without the temperature, one line per test split."""
+    """Return how far confidences are from accuracies, as they are and calibrated, one line per test split."""
     found = result.calibration
     if not found:
         return []
@@ -132,7 +132,7 @@ def calibration_lines(result: Result) -> list[str]:
         return result.final[split].n < TELLING
 
     return [
-        f"{split}, confidence: off by {percent(before)} %, at temperature {found['temperature']:.3g} by"
+        f"{split}, confidence: off by {percent(before)} %, calibrated by"
         f" {percent(after)} % (ECE; fitted on {counted(found['n'], f'{where} image')}"
         + (f"; {counted(result.final[split].n, 'test image')} can hardly show it)" if few(split) else ")")
         for split, (before, after) in found["ece"].items()
