@@ -159,6 +159,10 @@ RUNS = {
     "whole": ["method=nothinking", "trainer.updates=3"],
     "adapters": ["method=clsrl", "model.lora.r=4", "trainer.updates=3"],
     "not trained": ["method=zeroshot"],
+    "answers first": ["method=think_after_answer", "trainer.updates=3"],
+    "thinks if it likes": ["method=adaptive_thinking", "trainer.updates=3"],
+    "without a list": ["method=visual_rft", "trainer.updates=3"],
+    "several rewards, adapters": ["method=refine_rft", "trainer.updates=3"],
 }
 
 

@@ -172,6 +172,7 @@ OTHERS = {
     ],
     "other images in place of flat groups": ["trainer.zero_variance=refill", "trainer.resample_rounds=2"],
     "SFT, offload": ["method=sft", "rewards=none", "deepspeed=zero2_offload"],
+    **{name: [f"method={name}"] for name in ("think_after_answer", "adaptive_thinking", "visual_rft", "refine_rft")},
 }
 
 

@@ -44,6 +44,10 @@ METHODS = {
     "adapters": ["method=nothinking", "model.lora.r=4", "trainer.updates=3"],
     "supervised": ["method=sft", "trainer.updates=3"],
     "not trained": ["method=zeroshot"],
+    "answers first": ["method=think_after_answer", "trainer.updates=3"],
+    "thinks if it likes": ["method=adaptive_thinking", "trainer.updates=3"],
+    "without a list": ["method=visual_rft", "trainer.updates=3"],
+    "several rewards, adapters": ["method=refine_rft", "trainer.updates=3"],
     "alert": ["method=alert", "experiment=alert_no_judge", "model=tiny_gemma3", "trainer.updates=3"],
     "alert over cafo": [
         *["method=alert", "experiment=alert_no_judge", "model=tiny_gemma3", "trainer.updates=2"],
@@ -66,6 +70,7 @@ METHODS = {
 }
 
 
+OPEN = ("without a list", "several rewards, adapters")
 USUAL = ("alert", "closed form")  # the others are in make test-faults
 
 
@@ -120,6 +125,8 @@ def test_answers_are_the_evaluations(runner, tmp_path, method, monkeypatch):
             (row["answer"], share[row["answer"]]) if row["answer"] in share else (None, None)
             for row, share in zip(part, shares, strict=True)
         ]
+        if method in OPEN:  # the question lists no names: any word is an answer
+            said = [(row["answer"] or None, share) for row, (_, share) in zip(part, said, strict=True)]
         assert [answer.label for answer in answers] == [label for label, _ in said]
         assert [answer.reply for answer in answers] == [row["completion"] or "" for row in part]
         assert [answer.confidence for answer in answers] == [
