@@ -169,7 +169,7 @@ def test_a_taxonomy_of_ones_own(tmp_path):
         ("d.yaml", "- fox\n", "must hold parents"),
         ("e.yaml", "{", "is no YAML"),
         ("f.yaml", "rule: verbs\n", "rule=verbs: choose one of none, head_noun, car"),
-        ("g.txt", "", "give names .*a shipped one .digits, fashion"),
+        ("g.txt", "", "give method.taxonomy=names .*a shipped one .digits, fashion"),
     ],
 )
 def test_a_bad_taxonomy_is_refused_before_anything_is_computed(tmp_path, name, text, said):

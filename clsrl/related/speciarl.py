@@ -169,8 +169,8 @@ def files_of(taxonomy: str) -> list[Path]:
     if path.is_file() and path.suffix in (".csv", ".yaml", ".yml"):
         return [path]
     raise UserError(
-        f"taxonomy={taxonomy}: give {NAMES} (the last words of a class name are less specific than it), a shipped one"
-        f" ({', '.join(_shipped())}), a file (.csv: rows child,parent; .yaml), or a folder of WordNet ({WORDNET})"
+        f"taxonomy={taxonomy}: give method.taxonomy={NAMES} (the last words of a class name stand above it), a shipped"
+        f" one ({', '.join(_shipped())}), a file (.csv: rows child,parent; .yaml), or a folder of WordNet ({WORDNET})"
         f" or FGVC-Aircraft ({AIRCRAFT[1]})"
     )
 
