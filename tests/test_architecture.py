@@ -91,6 +91,7 @@ HEAVY_PARTS = (
     "alert.draft",
     "alert.export",
     "alert.learner",
+    "clsrl.related.dive_k_learner",
 )
 LIGHT = (
     "run",

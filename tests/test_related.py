@@ -71,6 +71,8 @@ def test_each_reward_is_normalised_in_its_group_alone():
     [
         ("visual_rft", "official", True, True),
         ("visual_rft", "clean", False, False),
+        ("speciarl", "clean", False, False),
+        ("dive_k", "clean", False, False),
         ("refine_rft", "official", True, True),
         ("refine_rft", "clean", True, False),  # empty thoughts earn in place of the answer
     ],

@@ -60,7 +60,7 @@ def test_the_nearest_key_is_named(default, key, meant):
         ("name", "`python run.py --cfg job` shows all keys"),  # nine keys end so
         ("model.lora.rr", "model.lora has r, alpha, targets, projector"),
         ("rewards.equality.matc", "rewards.equality has weight, fn"),
-        ("method.k", "it belongs to method=alert|alert_sft|alert_zeroshot|gemma_1shot, not method=nothinking"),
+        ("method.k", "it belongs to method=alert|alert_sft|alert_zeroshot|dive_k|gemma_1shot, not method=nothinking"),
         ("rewards.reasoning.weight", "it belongs to rewards=alert"),
     ],
 )

@@ -141,6 +141,9 @@ OVERRULED = (
         "data.question", _if("method.list_share", lambda share: share == 0), "open questions are data.open_question"
     ),
     Overruled("data.open_question", _if("method.list_share", lambda share: share > 0), "use setting=open_set"),
+    Overruled(
+        "data.open_question", _if("method.question", lambda asked: asked == "general"), "add method.question=data"
+    ),
     Overruled("data.folder", _if("data.source", lambda source: source == "hub"), "use data.source=local"),
     Overruled("data.reader", _if("data.source", lambda source: source == "hub"), "use data.source=local"),
     Overruled("data.hub", _if("data.source", lambda source: source == "local"), "use data.source=hub"),

@@ -197,6 +197,7 @@ def _write_records(trained: TrainedModel, folder: Path) -> None:
     values["data"] = _anywhere(values["data"])
     values["setting"]["targets"] = {name: _anywhere(one) for name, one in values["setting"]["targets"].items()}
     values["model"]["path"] = named(values["model"]["path"])
+    values["method"] = {key: _here(value) for key, value in values["method"].items()}
     values["tracking"] |= {"group": None, "tags": [], "project": values["tracking"]["name"]}
     (folder / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     manifest = json.loads((trained.records / "manifest.json").read_text(encoding="utf-8"))
@@ -210,6 +211,15 @@ def _write_records(trained: TrainedModel, folder: Path) -> None:
 
 def _anywhere(data: Mapping[str, Any]) -> dict[str, Any]:
     return {**data, "root": None, "folder": "", "aliases": None}
+
+
+def _here(value: Any) -> Any:
+    """Return the last part of an absolute path; any other value is returned unchanged.
+
+    >>> _here("/home/me/kinds.csv"), _here("kinds.csv"), _here("sampled"), _here(5), _here(None)
+    ('kinds.csv', 'kinds.csv', 'sampled', 5, None)
+    """
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def named(path: str | None) -> str | None:

@@ -147,13 +147,8 @@ class VLMLearner(Learner):
         name = weights_name(config, self.weights["sha256"])
         bind_rewards(self.rewards, self.policy, config.rollout.evaluation_batch, name)
 
-        # the final prompts: from here on they do not change
+        # encoder, sampler and evaluation, for which the model must be complete
         self.setup()
-        assert self.prompts.prompting.final, "setup makes the prompts final"
-        if config.doctor is not True:  # doctor=true trains nothing and writes nothing
-            manifest.freeze_prompts(folder, self.prompts.hashes(), self.sources())
-
-        # encoder, sampler and evaluation
         self.encoder = make_encoder(config, self.policy, self.weights["sha256"], self.task)
         self.rollout: Rollout = backend(self.policy, **options)
         check_logprobs(config, self.rollout)  # again, because a backend may set these attributes in __init__ only
@@ -165,6 +160,12 @@ class VLMLearner(Learner):
             batch=config.rollout.evaluation_batch,
             articles=config.protocol.articles,
         )
+        # the final prompts: from here on they do not change
+        self.settle()
+        assert self.prompts.prompting.final, "setup or settle makes the prompts final"
+        if config.doctor is not True:  # doctor=true trains nothing and writes nothing
+            manifest.freeze_prompts(folder, self.prompts.hashes(), self.sources())
+
         long = state is None and config.doctor == "auto" and doctor.is_long(self.updates, config.trainer)
         if config.doctor is True or long:
             self.examine()
@@ -174,6 +175,9 @@ class VLMLearner(Learner):
 
     def setup(self) -> None:
         """Attach the method's own parts to the loaded model and make `prompts` final. All ranks call it together."""
+
+    def settle(self) -> None:
+        """Make `prompts` final where that takes the sampler. All ranks call it together, before the weights change."""
 
     def sources(self) -> dict[str, str]:
         """Return a hash of everything that decides the prompts apart from the data, by its name."""

@@ -41,9 +41,19 @@ class Prompting(ABC):
     def label_response(self, name: str) -> str:
         """Return the reply, without reasoning, that answers `name`; its probability counts as that of the name."""
 
+    def read(self, prompt: Prompt, completion: str) -> str | None:
+        """Return the answer of a reply to a prompt, like `answer`, for methods whose replies need their prompt."""
+        return self.answer(completion)
+
+    def responses(self, prompt: Prompt, names: Sequence[str]) -> list[str]:
+        """Return the replies to a prompt whose probabilities count as those of the names, see `label_response`."""
+        return [self.label_response(name) for name in names]
+
     @property
     def final(self) -> bool:
-        """Return whether the prompts are final; if not, they are upper bounds in length until `VLMLearner.setup`."""
+        """Return whether the prompts are final; if not, they are upper bounds in length until `VLMLearner.setup` or
+        `VLMLearner.settle`.
+        """
         return True
 
     def embeddings(self, task: Task) -> int:

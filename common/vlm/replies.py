@@ -92,7 +92,7 @@ class Replies:
         graded: Sequence[Prediction],
     ) -> list[LabelScores]:
         """Return the scores of the names that each prompt lists; an open question has all of `everything`."""
-        responses = [[prompting.label_response(name) for name in prompt.choices or everything] for prompt in prompts]
+        responses = [prompting.responses(prompt, prompt.choices or everything) for prompt in prompts]
         texts = [prediction.reply.text if prediction.reply else "" for prediction in graded]
         # what the prompt itself begins the reply with is in its tokens already
         begun = [
@@ -169,7 +169,7 @@ def grade(
         articles: Let "a fox" answer "fox", unless it is itself a name (`protocol.articles`); rewards never allow that.
     """
     text, label = prompt.begun + completion.text, parsing.normalize(prompt.label)
-    answer = prompting.answer(text)
+    answer = prompting.read(prompt, text)
     if articles and answer is not None:
         answer = parsing.without_article(answer, (*(prompt.choices or names), prompt.label, *prompt.aliases))
     # an answer that the prompt did not list never counts as correct
