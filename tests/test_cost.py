@@ -24,7 +24,7 @@ from common.forward import attention
 from common.forward.logprobs import PolicyScorer
 from common.models import vlm
 from tests import peaks
-from tests.conftest import REPOSITORY, prompts_of
+from tests.conftest import NEWER, REPOSITORY, prompts_of
 
 MIB = 2**20
 WIDE = {"qwen2_vl": "depth", "gemma3": "num_hidden_layers"}
@@ -79,7 +79,7 @@ def test_attention_keeps_no_scores(mask):
 
 
 @pytest.mark.sampled
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3"])
+@pytest.mark.parametrize("family", ["qwen2_vl", *NEWER, "gemma3"])
 @pytest.mark.parametrize("lora", [0, 8])
 @pytest.mark.slow
 def test_operations_are_those_of_the_real_model(untrained_folders, family, lora):

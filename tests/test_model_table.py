@@ -13,26 +13,26 @@ from common.config.schema import FAMILIES, NO_FAMILY
 from common.models.families import family
 from tests import (
     test_extra_embeddings,
+    test_families,
     test_grpo_options,
     test_label_scores,
-    test_qwen_families,
     test_vllm,
 )
 
 ROOT = Path(__file__).parent.parent
 # the test behind each column; those of LoRA and frozen towers are among the kinds of the first
-UPDATE = test_qwen_families.test_an_update_moves_what_is_trained
+UPDATE = test_families.test_an_update_moves_what_is_trained
 COLUMNS = {
     "GRPO": UPDATE,
-    "SFT": test_qwen_families.test_sft_learns_its_labels,
+    "SFT": test_families.test_sft_learns_its_labels,
     "LoRA": UPDATE,
     "frozen tower": UPDATE,
-    "ALERT": test_qwen_families.test_alert_trains_embeddings_of_an_images_width,
+    "ALERT": test_families.test_alert_trains_embeddings_of_an_images_width,
     "label scores": test_label_scores.test_a_name_after_reasoning_is_the_end_of_one_long_reply,
     "shared prefixes": test_extra_embeddings.test_shared_equals_plain_with_categories,
     "feature cache": test_grpo_options.test_frozen_vision_features_are_the_tower_s,
     "vLLM": test_vllm.test_category_embeddings_are_tokens_of_the_engine,
-    "export": test_qwen_families.test_a_run_is_exported_and_predicts,
+    "export": test_families.test_a_run_is_exported_and_predicts,
 }
 
 
@@ -69,6 +69,6 @@ def test_a_cell_says_what_a_test_tries(column):
 
 
 def test_the_kinds_of_training_are_those_of_the_columns():
-    kinds = test_qwen_families.KINDS.values()
+    kinds = test_families.KINDS.values()
     assert any("lora" in kind for kind in kinds) and any(kind == {"freeze_vision": True} for kind in kinds)
     assert table().keys() == FAMILIES.keys() and set(next(iter(table().values()))) == {"options", *COLUMNS}

@@ -63,7 +63,7 @@ def stock_logps(setup, untrained_folders):
     def score(prompt, completion, temperature):
         ids = torch.cat([prompt.ids, completion])[None]
         kinds = (ids == model.config.image_token_id).long()
-        extra = {"token_type_ids": kinds * (prompt.blocks is not None)}
+        extra = {"token_type_ids": kinds} if prompt.blocks is not None else {}
         if prompt.grid is not None:
             extra = {"image_grid_thw": prompt.grid, "mm_token_type_ids": kinds}
         with torch.no_grad():
@@ -118,7 +118,7 @@ def test_greedy_equals_transformers_generate(setup):
     found = HFRollout(vlm).generate(requests(prompts, [""] * 3), 1, GREEDY)
     for prompt, (completion,) in zip(prompts, found, strict=True):
         kinds = (prompt.ids == vlm.model.config.image_token_id).long()[None]
-        extra = {"token_type_ids": kinds * (prompt.blocks is not None)}
+        extra = {"token_type_ids": kinds} if prompt.blocks is not None else {}
         if prompt.grid is not None:
             extra = {"image_grid_thw": prompt.grid, "mm_token_type_ids": kinds}
         stock = vlm.model.generate(

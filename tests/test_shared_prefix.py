@@ -18,7 +18,7 @@ from common.forward.packing import PromptGroup, pack_plain, pack_shared
 from common.models.encoder import EncodedPrompt, PromptEncoder
 from common.models.families import Qwen2VL
 
-LORA = LoraConfig(r=4, alpha=8, targets=r".*language_model.*\.(q_proj|v_proj|down_proj)")
+LORA = LoraConfig(r=4, alpha=8, targets=r".*(language|text)_model.*\.(q_proj|v_proj|down_proj)")
 
 
 def rms_norm_in_input_dtype(self, hidden_states, one):
@@ -97,6 +97,7 @@ MODELS = {
     "qwen": {"family": "qwen2_vl"},
     "qwen 2.5": {"family": "qwen2_5_vl"},
     "qwen 3": {"family": "qwen3_vl"},
+    "smolvlm": {"family": "smolvlm"},
     "gemma, window 9": {"family": "gemma3", "window": 9},
     "gemma, window 64": {"family": "gemma3", "window": 64},
     "gemma, window 512": {"family": "gemma3", "window": 512},
@@ -142,7 +143,7 @@ def test_shared_equals_plain(
     load_vlm, digits_task, think, no_think, record_property, dtype, image, lora, checkpointing, model
 ):
     vlm = model_for_parity(load_vlm, dtype, lora=lora, gradient_checkpointing=checkpointing, **model)
-    (norm,) = (each for name, each in vlm.model.named_parameters() if name.endswith("language_model.norm.weight"))
+    (norm,) = (each for name, each in vlm.model.named_parameters() if name.endswith("_model.norm.weight"))
     norm.data += 1  # twice the logits of an untrained model, which are nearly flat
     encoder = PromptEncoder(vlm, Loader(digits_task.images, 32), 512)
     # two instructions: prompts of different lengths in one row

@@ -81,7 +81,11 @@ class ShapeCounter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
+        if func is torch.ops.aten._to_copy.default and _is_meta(args[0]):
+            kwargs.pop("device", None)  # to where the token ids are, which are real (SmolVLM)
+        if func is torch.ops.aten._local_scalar_dense.default and _is_meta(args[0]) and args[0].dtype == torch.bool:
+            return True  # whether a mask without content hides nothing, see `_places`
         if func._overloadpacket in INDEXED:
             args = (args[0], [place for each in args[1] for place in self._places(each)], *args[2:])
         if any(map(_is_meta, tree_leaves((args, kwargs)))):
@@ -102,10 +106,15 @@ class ShapeCounter(TorchDispatchMode):
         return out
 
     def _places(self, index: torch.Tensor | None) -> list[torch.Tensor | None]:
-        """Return a mask of chosen places as one index per dimension, anything else as it is."""
-        if index is None or index.dtype != torch.bool or index.device != META:
+        """Return a mask of chosen places as one index per dimension, anything else as it is.
+
+        A mask that was computed from shapes is taken to choose all places.
+        """
+        if index is None or index.dtype != torch.bool:
             return [index]
-        count = self.chosen[index.untyped_storage()]
+        if index.device != META:
+            return [*index.nonzero().unbind(1)]
+        count = self.chosen.get(index.untyped_storage(), index.numel())
         return [torch.empty(count, dtype=torch.long, device=META) for _ in range(index.ndim)]
 
 

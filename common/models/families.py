@@ -36,8 +36,29 @@ class Family(ABC):
     both_ways: ClassVar[bool] = False
     # whether completions may share the row of their prompt; False if a layer carries a recurrent state along the row
     shares_prefixes: ClassVar[bool] = True
-    # an `attention_mask` given as a dict, by kind of layer, keeps transformers from building its own masks
-    no_mask: ClassVar[Any] = {"full_attention": None, "sliding_attention": None}
+
+    @staticmethod
+    def no_mask() -> Any:
+        """Return the `attention_mask` that keeps transformers from building masks of its own.
+
+        By default a dict by kind of layer.
+        """
+        return {"full_attention": None, "sliding_attention": None}
+
+    @staticmethod
+    def prepare() -> None:
+        """Make the classes of transformers ready for use, before any is loaded; most are."""
+        return None
+
+    @staticmethod
+    def untiled(processor: Any) -> None:
+        """Let a processor make one image of a picture, not several tiles; most make one."""
+        return None
+
+    @staticmethod
+    def content(text: str) -> Any:
+        """Return a message without an image as chat templates take it: a text, or a list of parts."""
+        return text
 
     @staticmethod
     @abstractmethod
@@ -251,7 +272,10 @@ class Qwen3VL(Qwen2VL):
     """
 
     model_type: ClassVar[str] = "qwen3_vl"
-    no_mask: ClassVar[Any] = None  # its text model takes no dict; without a mask it builds none for a single row
+
+    @staticmethod
+    def no_mask() -> Any:
+        return None  # its text model takes no dict; without a mask it builds none for a single row
 
     @staticmethod
     def image_tokens(config: dict[str, Any], image_size: int) -> int:
@@ -278,13 +302,8 @@ class Qwen3VL(Qwen2VL):
         return {"mm_encoder_outputs": {"image": output}}
 
 
-class Gemma3(Family):
-    """Gemma 3 (arXiv 2503.19786): 1-D positions, sliding windows in most layers, 256 bidirectional tokens per image."""
-
-    model_type: ClassVar[str] = "gemma3"
-    vision: ClassVar[tuple[str, ...]] = ("vision_tower", "multi_modal_projector")
-    projector: ClassVar[str] = "model.multi_modal_projector"
-    both_ways: ClassVar[bool] = True
+class OneAxis(Family):
+    """What families share whose positions count tokens and whose processor makes all images equally large."""
 
     @staticmethod
     def positions(ids: torch.Tensor, grid: torch.Tensor | None, config: Any) -> torch.Tensor:
@@ -298,6 +317,25 @@ class Gemma3(Family):
         return positions[0]  # one axis: [B, L]
 
     @staticmethod
+    def images(batch: Any) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        return [(pixels, None) for pixels in batch["pixel_values"].split(1)]
+
+    @staticmethod
+    def pixel_inputs(pixels: Sequence[torch.Tensor], grids: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        import torch
+
+        return {"pixel_values": torch.cat(list(pixels))}
+
+
+class Gemma3(OneAxis):
+    """Gemma 3 (arXiv 2503.19786): 1-D positions, sliding windows in most layers, 256 bidirectional tokens per image."""
+
+    model_type: ClassVar[str] = "gemma3"
+    vision: ClassVar[tuple[str, ...]] = ("vision_tower", "multi_modal_projector")
+    projector: ClassVar[str] = "model.multi_modal_projector"
+    both_ways: ClassVar[bool] = True
+
+    @staticmethod
     def blocks(ids: torch.Tensor, config: Any) -> torch.Tensor | None:
         """Return one block for every unbroken run of image tokens, as in transformers."""
         import torch
@@ -309,16 +347,6 @@ class Gemma3(Family):
     @staticmethod
     def block_inputs(blocks: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"token_type_ids": (blocks >= 0).long()}
-
-    @staticmethod
-    def images(batch: Any) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-        return [(pixels, None) for pixels in batch["pixel_values"].split(1)]
-
-    @staticmethod
-    def pixel_inputs(pixels: Sequence[torch.Tensor], grids: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        import torch
-
-        return {"pixel_values": torch.cat(list(pixels))}
 
     @staticmethod
     def placeholder_tokens(config: Any) -> tuple[int, ...]:
@@ -344,6 +372,69 @@ class Gemma3(Family):
     @staticmethod
     def project(model: Any, hidden: torch.Tensor) -> torch.Tensor:
         return model.model.multi_modal_projector(hidden)
+
+
+class SmolVLM(OneAxis):
+    """SmolVLM2 (arXiv 2504.05299): a Llama that reads one square image per picture, between tokens that mark it."""
+
+    model_type: ClassVar[str] = "smolvlm"
+    vision: ClassVar[tuple[str, ...]] = ("vision_model", "connector")
+    projector: ClassVar[str] = "model.connector"
+
+    @staticmethod
+    def no_mask() -> Any:
+        """Return a tensor of four axes and no content, which Llama hands on to the attention function as it is.
+
+        Without one it would take positions that begin anew for separate texts, and build their mask.
+        """
+        import torch
+
+        return torch.empty(1, 1, 0, 0)
+
+    @staticmethod
+    def prepare() -> None:
+        """Let transformers' processor work without num2words, which writes the number of a video's frames."""
+        from transformers.models.smolvlm import processing_smolvlm as module
+
+        processing_smolvlm: Any = module
+        if processing_smolvlm.num2words is None:
+            processing_smolvlm.num2words = _no_videos
+
+    @staticmethod
+    def untiled(processor: Any) -> None:
+        """Make one image of the tower's size; otherwise a picture is enlarged and cut into up to 16 tiles."""
+        images = processor.image_processor
+        images.do_image_splitting = False
+        # what is made smaller in the end is not made larger before
+        images.size = {"longest_edge": images.max_image_size["longest_edge"]}
+
+    @staticmethod
+    def content(text: str) -> Any:
+        return [{"type": "text", "text": text}]  # its chat template drops what is no part
+
+    @staticmethod
+    def placeholder_tokens(config: Any) -> tuple[int, ...]:
+        return (config.image_token_id,)
+
+    @staticmethod
+    def image_tokens(config: dict[str, Any], image_size: int) -> int:
+        """Return the tower's patches over the square of `scale_factor`, whatever the image's size."""
+        vision = config["vision_config"]
+        side = vision.get("image_size", 224) // vision.get("patch_size", 32)
+        return int(side**2 / config.get("scale_factor", 2) ** 2)
+
+    @staticmethod
+    def image_text(text: str) -> str:
+        around = "<fake_token_around_image>"
+        return text.replace("<image>", f"{around}<global-img><image>{around}")
+
+    @staticmethod
+    def project(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+        return model.model.connector(hidden)
+
+
+def _no_videos(frames: int) -> str:
+    raise ImportError("transformers' processor of SmolVLM reads videos only with num2words: uv pip install num2words")
 
 
 def family(name: str) -> type[Family]:

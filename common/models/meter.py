@@ -64,7 +64,9 @@ class PromptMeter:
         for start in range(0, len(distinct), CHUNK):
             part = distinct[start : start + CHUNK]
             with _template():
-                rendered = [self.template.render(messages=messages(p), add_generation_prompt=True) for p in part]
+                rendered = [
+                    self.template.render(messages=messages(p, self.family), add_generation_prompt=True) for p in part
+                ]
             texts = [self.family.image_text(text).replace(CATEGORY, self.pad) for text in rendered]
             encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
             lengths |= {_conversation(p): len(each.ids) for p, each in zip(part, encodings, strict=True)}
@@ -175,11 +177,14 @@ def _template_from_json(folder: Path) -> str:
     raise UserError(f"model {folder} has no chat template (chat_template.jinja)")
 
 
-def messages(prompt: Prompt) -> list[dict[str, Any]]:
-    """Return the conversation of one prompt: an optional system message, then image and question."""
+def messages(prompt: Prompt, family: type[Family] = Family) -> list[dict[str, Any]]:
+    """Return the conversation of one prompt: an optional system message, then image and question.
+
+    `family`: that of the model whose chat template renders it.
+    """
     content = [{"type": "image"}, {"type": "text", "text": prompt.text}]
     user = {"role": "user", "content": content[::-1] if prompt.image_last else content}
-    system = [] if prompt.system is None else [{"role": "system", "content": prompt.system}]
+    system = [] if prompt.system is None else [{"role": "system", "content": family.content(prompt.system)}]
     return [*system, user]
 
 

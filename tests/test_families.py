@@ -10,8 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoProcessor, masking_utils
 
 from common import Classifier
 from common.config.composition import validate
@@ -25,11 +26,15 @@ from common.forward.logprobs import PolicyScorer
 from common.forward.packing import PromptGroup, pack_plain, pack_shared
 from common.models import families, meter
 from common.models.encoder import PromptEncoder
+from common.models.meter import messages
 from common.models.vision import FeatureStore, VisionTower
+from common.models.vlm import rendered
 from common.rollout.base import Decoding
 from common.rollout.hf import HFRollout
-from common.types import UserError
+from common.training.sft import target
+from common.types import Prompt, UserError
 from common.vlm.check import check_weights
+from tests.conftest import SQUARE
 from tests.rollouts import requests
 from tests.test_predict import expected
 from tests.test_shared_prefix import (
@@ -41,9 +46,14 @@ from tests.test_shared_prefix import (
 )
 from tests.test_training import grpo, sft_losses
 
-FAMILIES = ["qwen2_5_vl", "qwen3_vl"]
+QWEN = ["qwen2_5_vl", "qwen3_vl"]
+FAMILIES = [*QWEN, *SQUARE]
+ONE_TILE = {"smolvlm": {"do_image_splitting": False, "size": {"longest_edge": 32}}}
+LEADS = {"smolvlm": " "}  # behind "Assistant:"
 GREEDY = Decoding(temperature=0.0, top_k=0, top_p=1.0, max_tokens=16)
 each_family = pytest.mark.parametrize("family", FAMILIES)
+each_qwen = pytest.mark.parametrize("family", QWEN)
+each_square = pytest.mark.parametrize("family", SQUARE)
 all_families = pytest.mark.parametrize("family", SHORT_NAMES)  # what docs/models.md promises
 # whole runs of each family take long; those of the family that differs most from the first are in `make test`
 whole_runs = pytest.mark.parametrize(
@@ -67,15 +77,14 @@ def encoded(digits_task, asked):
 
 
 def stock(vlm, prompt, completion):
-    """Inputs of transformers' own forward: no positions, no layout, the kinds of tokens instead."""
+    """Inputs of transformers' own forward: no positions, no layout, but what its processor gives beside the pixels."""
     ids = torch.cat([prompt.ids, completion])[None]
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "pixel_values": prompt.pixel_values.to(vlm.model.dtype),
-        "image_grid_thw": prompt.grid,
-        "mm_token_type_ids": (ids == vlm.model.config.image_token_id).int(),
-    }
+    kinds = {"mm_token_type_ids": (ids == vlm.model.config.image_token_id).int()}
+    beside = {"image_grid_thw": prompt.grid, **kinds}
+    if vlm.model.config.model_type == "smolvlm":
+        beside = {"pixel_attention_mask": torch.ones(1, 1, 32, 32, dtype=torch.long)}
+    pixels = prompt.pixel_values.to(vlm.model.dtype)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels, **beside}
 
 
 def stock_logps(vlm, prompt, completion, temperature=1.0):
@@ -104,7 +113,7 @@ def test_a_row_of_several_prompts_equals_transformers_forward(load_vlm, digits_t
     differences = float((found[0] - expected.detach()).abs().max()), relative_l2(found[2], gradient)
     record_property("log-probabilities, gradient", differences)
     assert max(differences) <= 1e-9
-    tower = [name for name in gradient if ".visual." in name]
+    tower = [name for name in gradient if set(name.split(".")) & set(vlm.family.vision)]
     assert tower and all(gradient[name].any() for name in tower if name.endswith("weight")), "the image matters"
 
 
@@ -129,13 +138,14 @@ def test_label_scores_equal_transformers_forward(load_vlm, digits_task, asked, e
     found = LabelScorer(vlm)(prompts, responses)
     with torch.no_grad():
         for prompt, scores in zip(prompts, found, strict=True):
-            replies = [vlm.processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in responses[0]]
+            texts = [LEADS.get(family, "") + text for text in responses[0]]
+            replies = [vlm.processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
             own = [stock_logps(vlm, prompt, torch.tensor([*ids, vlm.end_of_turn])).double().sum() for ids in replies]
             assert float((scores.logps - torch.stack(own)).abs().max()) <= 1e-4
     assert float((found[0].logps - found[2].logps).abs().max()) > 1e-3, "the image matters"
 
 
-@each_family
+@each_qwen
 @pytest.mark.parametrize("grid", [[[1, 4, 4]], [[1, 8, 4], [1, 4, 12]]], ids=["one", "two images"])
 def test_positions_equal_transformers(load_vlm, family, grid):
     vlm = load_vlm(family=family)
@@ -150,12 +160,10 @@ def test_positions_equal_transformers(load_vlm, family, grid):
     assert torch.equal(vlm.family.positions(ids, grid, vlm.model.config), expected[:, 0])
 
 
-@each_family
+@each_qwen
 @pytest.mark.parametrize("side", [32, 64, 72])
 def test_image_tokens_and_bounds_are_those_of_the_processor(load_vlm, untrained_folders, family, side):
     """For squares of any size, with a processor that allows larger ones than the tiny model's."""
-    from PIL import Image
-
     vlm = load_vlm(family=family)
     processor = vlm.processor
     free = {"shortest_edge": 8 * 8, "longest_edge": 512 * 512}  # pixels
@@ -254,10 +262,93 @@ def test_stored_features_stand_for_pixels(load_vlm, digits_task, encoded, tmp_pa
 @each_family
 def test_prompts_are_measured_and_end_as_the_processor_has_them(load_vlm, untrained_folders, asked, encoded, family):
     vlm = load_vlm(family=family)
+    asked.append(replace(asked[0], system="Be brief. "))
     lengths = [len(prompt.ids) for prompt in encoded(vlm)]
+    said = [vlm.processor.tokenizer.decode(prompt.ids) for prompt in encoded(vlm)]
+    assert ["Be brief." in text for text in said] == [False, False, False, True], "no template drops it"
     assert meter.of_folder(untrained_folders[family], family).tokens(asked, 32) == lengths
     assert import_module(f"common.models.tiny.{family}").meter().tokens(asked, 32) == lengths
-    assert vlm.end_of_turn == vlm.processor.tokenizer.convert_tokens_to_ids("<|im_end|>") and vlm.end_of_turn in vlm.eos
+    end = {"smolvlm": "<end_of_utterance>"}.get(family, "<|im_end|>")
+    assert vlm.end_of_turn == vlm.processor.tokenizer.convert_tokens_to_ids(end) and vlm.end_of_turn in vlm.eos
+
+
+@each_family
+def test_what_leads_to_a_reply_is_no_part_of_its_text(load_vlm, family):
+    """Yet it is trained, scored and sampled: SmolVLM2's template writes a space before what the assistant says."""
+    vlm, lead = load_vlm(family=family), LEADS.get(family, "")
+    tokenizer = vlm.processor.tokenizer
+    ids = target(vlm, "seven", "answer")
+    assert tokenizer.decode(ids[:-1]) == lead + "seven" and ids[-1] == vlm.end_of_turn
+    (completion,) = HFRollout(vlm)._completions(ids[None], torch.zeros(1, len(ids)))
+    assert completion.text == "seven" and torch.equal(completion.ids, ids)
+    turns = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+    turns.append({"role": "assistant", "content": [{"type": "text", "text": "seven"}]})
+    whole = tokenizer(vlm.processor.apply_chat_template(turns, tokenize=False), add_special_tokens=False)["input_ids"]
+    start = len(whole) - whole[::-1].index(int(ids[-1])) - len(ids)
+    assert whole[start : start + len(ids)] == ids.tolist(), "as the template writes it"
+
+
+@each_family
+def test_the_default_adapters_are_on_the_language_model(load_vlm, family):
+    vlm = load_vlm(family=family, lora=LoraConfig(r=4), freeze_vision=True)
+    layers = vlm.model.config.get_text_config().num_hidden_layers
+    assert sum("lora_A" in name for name, _ in vlm.model.named_parameters()) == 7 * layers
+
+
+@each_square
+def test_an_encoded_prompt_is_what_the_processor_makes_of_one_tile(load_vlm, untrained_folders, asked, encoded, family):
+    """Loaded as it is saved, and told to enlarge and cut nothing: the same ids and pixels."""
+    vlm = load_vlm(family=family)
+    processor = AutoProcessor.from_pretrained(untrained_folders[family])
+    for prompt, found in zip(asked, encoded(vlm), strict=True):
+        turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt.text}]}]
+        text = processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        photo = Digits().open(prompt.image).convert("RGB").resize((32, 32), 1)
+        stock = processor(text=[text], images=[[photo]], return_tensors="pt", **ONE_TILE[family])
+        assert torch.equal(found.ids, stock["input_ids"][0])
+        assert torch.equal(found.pixel_values, stock["pixel_values"])
+        assert found.positions.tolist() == [list(range(len(found.ids)))]
+
+
+@each_square
+def test_a_picture_of_any_size_is_one_image(load_vlm, untrained_folders, family):
+    vlm = load_vlm(family=family)
+    pictures = [[Image.new("RGB", (32 * side, 32 * side))] for side in (1, 3)]
+    assert vlm.processor.image_processor(pictures, return_tensors="pt")["pixel_values"].shape[-2:] == (32, 32)
+    text = rendered(vlm.processor, messages(Prompt("0", "?", "")))
+    batch = vlm.processor(text=[text] * 2, images=pictures, return_tensors="pt", padding=True)
+    config = meter.of_folder(untrained_folders[family], family).config
+    tokens = (batch["input_ids"] == vlm.model.config.image_token_id).sum(1).tolist()
+    assert tokens == [families.family(family).image_tokens(config, side) for side in (32, 96)] == [4, 4]
+    assert vlm.family.smallest({}) == 0
+    assert vlm.processor.image_processor.to_dict().items() >= ONE_TILE[family].items(), "an exported one says so"
+
+
+@each_square
+def test_no_mask_is_built_for_a_shared_row(load_vlm, encoded, monkeypatch, family):
+    """transformers would take positions that begin anew for texts of their own: L x L numbers that nobody reads."""
+
+    def build(positions):
+        raise AssertionError("a mask is built")
+
+    vlm = load_vlm(family=family)
+    completions = (torch.tensor([110, 120, 130]), torch.tensor([140]))
+    packed = pack_shared([PromptGroup(p, completions) for p in encoded(vlm)], vlm.family, vlm.device)
+    scorer = PolicyScorer(vlm.model, vlm.banned, 1.0, 64)
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", build)
+    scorer(packed)
+    packed.inputs["attention_mask"] = None
+    with pytest.raises(AssertionError, match="a mask is built"):
+        scorer(packed)
+
+
+PRESETS = [("smolvlm", {"vision_config": {"image_size": 512, "patch_size": 16}, "scale_factor": 4}, 64)]
+
+
+@pytest.mark.parametrize(("family", "config", "tokens"), PRESETS)
+def test_image_tokens_of_published_sizes(family, config, tokens):
+    """Those of the published processors (their image_seq_len), whatever the size of the picture."""
+    assert {families.family(family).image_tokens(config, size) for size in (32, 512, 1000)} == {tokens}
 
 
 @each_family
@@ -266,6 +357,7 @@ def test_the_tiny_checkpoint_is_of_the_real_architecture(untrained_folders, fami
     names = {
         "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
         "qwen3_vl": "Qwen3VLForConditionalGeneration",
+        "smolvlm": "SmolVLMForConditionalGeneration",
     }
     assert type(model).__name__ == names[family] and model.config.model_type == family
     assert families.family(family).model_type == family
@@ -273,7 +365,7 @@ def test_the_tiny_checkpoint_is_of_the_real_architecture(untrained_folders, fami
 
 # ---- training, and what is done with it
 
-LORA = LoraConfig(r=4, alpha=8, targets=r".*language_model.*\.(q_proj|v_proj)")
+LORA = LoraConfig(r=4, alpha=8, targets=r".*(language|text)_model.*\.(q_proj|v_proj)")
 KINDS = {
     "whole": {},
     "frozen tower": {"freeze_vision": True},
