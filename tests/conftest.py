@@ -22,7 +22,7 @@ resting = process.garbage_collector_paused()  # as a run does, until all tests a
 resting.__enter__()
 
 # families whose positions count tokens and that see each image once, equally large
-SQUARE = ("smolvlm",)
+SQUARE = ("smolvlm", "internvl")
 # families whose tests beside those of tests/test_families.py are slow, or in make test-faults
 NEWER = [
     *(pytest.param(family, marks=pytest.mark.slow) for family in ("qwen2_5_vl", "qwen3_vl")),

@@ -48,7 +48,10 @@ from tests.test_training import grpo, sft_losses
 
 QWEN = ["qwen2_5_vl", "qwen3_vl"]
 FAMILIES = [*QWEN, *SQUARE]
-ONE_TILE = {"smolvlm": {"do_image_splitting": False, "size": {"longest_edge": 32}}}
+ONE_TILE = {
+    "smolvlm": {"do_image_splitting": False, "size": {"longest_edge": 32}},
+    "internvl": {"crop_to_patches": False},
+}
 LEADS = {"smolvlm": " "}  # behind "Assistant:"
 GREEDY = Decoding(temperature=0.0, top_k=0, top_p=1.0, max_tokens=16)
 each_family = pytest.mark.parametrize("family", FAMILIES)
@@ -79,10 +82,11 @@ def encoded(digits_task, asked):
 def stock(vlm, prompt, completion):
     """Inputs of transformers' own forward: no positions, no layout, but what its processor gives beside the pixels."""
     ids = torch.cat([prompt.ids, completion])[None]
-    kinds = {"mm_token_type_ids": (ids == vlm.model.config.image_token_id).int()}
-    beside = {"image_grid_thw": prompt.grid, **kinds}
-    if vlm.model.config.model_type == "smolvlm":
-        beside = {"pixel_attention_mask": torch.ones(1, 1, 32, 32, dtype=torch.long)}
+    beside = {"pixel_attention_mask": torch.ones(1, 1, 32, 32, dtype=torch.long)}
+    if vlm.model.config.model_type in QWEN:
+        beside = {"image_grid_thw": prompt.grid, "mm_token_type_ids": (ids == vlm.model.config.image_token_id).int()}
+    elif vlm.model.config.model_type != "smolvlm":
+        beside = {}
     pixels = prompt.pixel_values.to(vlm.model.dtype)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels, **beside}
 
@@ -342,7 +346,12 @@ def test_no_mask_is_built_for_a_shared_row(load_vlm, encoded, monkeypatch, famil
         scorer(packed)
 
 
-PRESETS = [("smolvlm", {"vision_config": {"image_size": 512, "patch_size": 16}, "scale_factor": 4}, 64)]
+PRESETS = [
+    ("smolvlm", {"vision_config": {"image_size": 512, "patch_size": 16}, "scale_factor": 4}, 64),
+    ("smolvlm", {"vision_config": {"image_size": 384, "patch_size": 14}, "scale_factor": 3}, 81),
+    ("internvl", {"vision_config": {}}, 256),
+    ("internvl", {"vision_config": {}, "image_seq_length": 64}, 64),
+]
 
 
 @pytest.mark.parametrize(("family", "config", "tokens"), PRESETS)
@@ -358,6 +367,7 @@ def test_the_tiny_checkpoint_is_of_the_real_architecture(untrained_folders, fami
         "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
         "qwen3_vl": "Qwen3VLForConditionalGeneration",
         "smolvlm": "SmolVLMForConditionalGeneration",
+        "internvl": "InternVLForConditionalGeneration",
     }
     assert type(model).__name__ == names[family] and model.config.model_type == family
     assert families.family(family).model_type == family

@@ -175,7 +175,7 @@ def test_image_is_encoded_once_per_prompt(setup, monkeypatch):
     monkeypatch.setattr(
         type(vlm.model.model),
         "get_image_features",
-        lambda self, pixels, *a, **k: calls.append(len(pixels)) or original(self, pixels, *a, **k),
+        lambda self, pixel_values, *a, **k: calls.append(len(pixel_values)) or original(self, pixel_values, *a, **k),
     )
     HFRollout(vlm).generate(requests(prompts, ABC), 8, SAMPLE)
     assert calls == [sum(len(prompt.pixel_values) for prompt in prompts)], "one encoder call for three images"

@@ -98,6 +98,7 @@ MODELS = {
     "qwen 2.5": {"family": "qwen2_5_vl"},
     "qwen 3": {"family": "qwen3_vl"},
     "smolvlm": {"family": "smolvlm"},
+    "internvl": {"family": "internvl"},
     "gemma, window 9": {"family": "gemma3", "window": 9},
     "gemma, window 64": {"family": "gemma3", "window": 64},
     "gemma, window 512": {"family": "gemma3", "window": 512},

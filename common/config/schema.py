@@ -235,6 +235,7 @@ FAMILIES = {
     "qwen3_vl": "common.models.families.Qwen3VL",
     "gemma3": "common.models.families.Gemma3",
     "smolvlm": "common.models.families.SmolVLM",
+    "internvl": "common.models.families.InternVL",
 }
 # choices of common/training/grpo/; sources in its docstrings
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")

@@ -166,11 +166,12 @@ def exact(model: torch.nn.Module) -> Iterator[None]:
     """
     bitsandbytes: Any = sys.modules.get("bitsandbytes")  # imported if any weight is in 8 bits
     quantised = bitsandbytes.nn.Linear8bitLt if bitsandbytes else ()
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, (quantised, torch.nn.Conv3d))]
+    convolutions = (torch.nn.Conv2d, torch.nn.Conv3d)
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, (quantised, convolutions))]
     # a library (accelerate) may have put a forward of its own on the layer: that one comes back
     before = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
-        layer.forward = partial(_wide_conv if isinstance(layer, torch.nn.Conv3d) else _dequantised_linear, layer)
+        layer.forward = partial(_wide_conv if isinstance(layer, convolutions) else _dequantised_linear, layer)
     try:
         with InFloat32():
             yield
@@ -181,9 +182,10 @@ def exact(model: torch.nn.Module) -> Iterator[None]:
                 layer.forward = own
 
 
-def _wide_conv(layer: torch.nn.Conv3d, x: torch.Tensor) -> torch.Tensor:
+def _wide_conv(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """The convolution in fp32: it refuses a bias of another format than its input before any operation is seen."""
-    return layer._conv_forward(x.float(), layer.weight.float(), None if layer.bias is None else layer.bias.float())
+    bias = None if layer.bias is None else layer.bias.float()
+    return layer._conv_forward(x.float(), layer.weight.float(), bias)  # type: ignore[no-any-return]
 
 
 def _dequantised_linear(layer: Any, x: torch.Tensor) -> torch.Tensor:

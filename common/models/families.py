@@ -127,9 +127,9 @@ class Family(ABC):
 
     @staticmethod
     def in_order(model: Any, states: torch.Tensor, grids: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return outputs of the vision tower in the order of the patches that went in; most towers keep it.
+        """Return outputs of the vision tower in the order of the patches that went in, and no others.
 
-        Shape: all patches of all images in any arrangement -> the same.
+        Most towers keep the order and have no others. Shape: all patches of all images in any arrangement -> the same.
         """
         return states
 
@@ -431,6 +431,43 @@ class SmolVLM(OneAxis):
     @staticmethod
     def project(model: Any, hidden: torch.Tensor) -> torch.Tensor:
         return model.model.connector(hidden)
+
+
+class InternVL(OneAxis):
+    """InternVL3.5 (arXiv 2508.18265) in its form for transformers: one image per picture, one token per 2x2 patches."""
+
+    model_type: ClassVar[str] = "internvl"
+    vision: ClassVar[tuple[str, ...]] = ("vision_tower", "multi_modal_projector")
+    projector: ClassVar[str] = "model.multi_modal_projector"
+
+    @staticmethod
+    def untiled(processor: Any) -> None:
+        """Make one image of the tower's size; otherwise a large picture is cut into up to 12 tiles and added whole."""
+        # the whole processor asks its image processor for tiles whatever that says, so that the number decides
+        processor.image_processor.crop_to_patches, processor.image_processor.max_patches = False, 1
+
+    @staticmethod
+    def placeholder_tokens(config: Any) -> tuple[int, ...]:
+        return (config.image_token_id,)
+
+    @staticmethod
+    def image_tokens(config: dict[str, Any], image_size: int) -> int:
+        return int(config.get("image_seq_length", 256))  # whatever the size: the processor resizes
+
+    @staticmethod
+    def image_text(text: str) -> str:
+        return text.replace("<IMG_CONTEXT>", "<img><IMG_CONTEXT></img>")
+
+    @staticmethod
+    def in_order(model: Any, states: torch.Tensor, grids: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Drop the state of the class token, which is first. Shape: [n, 1 + patches, V] -> [n, patches, V]."""
+        return states[:, 1:]
+
+    @staticmethod
+    def project(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+        side = math.isqrt(hidden.shape[1])
+        cells = model.model.pixel_shuffle(hidden.unflatten(1, (side, side)), model.config.downsample_ratio)
+        return model.model.multi_modal_projector(cells.flatten(1, 2))
 
 
 def _no_videos(frames: int) -> str:
