@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, masking_utils
+from transformers.models.gemma4.image_processing_pil_gemma4 import get_aspect_ratio_preserving_size
 
 from common import Classifier
 from common.config.composition import validate
@@ -20,6 +21,7 @@ from common.config.schema import FAMILIES as SHORT_NAMES
 from common.config.schema import LoraConfig
 from common.data.digits import Digits
 from common.data.loading import Loader
+from common.data.task import build
 from common.export import __main__ as command
 from common.forward.label_scores import LabelScorer
 from common.forward.logprobs import PolicyScorer
@@ -33,7 +35,7 @@ from common.rollout.base import Decoding
 from common.rollout.hf import HFRollout
 from common.training.sft import target
 from common.types import Prompt, UserError
-from common.vlm.check import check_weights
+from common.vlm.check import check_vlm, check_weights
 from tests.conftest import SQUARE
 from tests.rollouts import requests
 from tests.test_predict import expected
@@ -51,6 +53,7 @@ FAMILIES = [*QWEN, *SQUARE]
 ONE_TILE = {
     "smolvlm": {"do_image_splitting": False, "size": {"longest_edge": 32}},
     "internvl": {"crop_to_patches": False},
+    "gemma4": {"max_soft_tokens": 70},
 }
 LEADS = {"smolvlm": " "}  # behind "Assistant:"
 GREEDY = Decoding(temperature=0.0, top_k=0, top_p=1.0, max_tokens=16)
@@ -58,10 +61,17 @@ each_family = pytest.mark.parametrize("family", FAMILIES)
 each_qwen = pytest.mark.parametrize("family", QWEN)
 each_square = pytest.mark.parametrize("family", SQUARE)
 all_families = pytest.mark.parametrize("family", SHORT_NAMES)  # what docs/models.md promises
+
+
 # whole runs of each family take long; those of the family that differs most from the first are in `make test`
-whole_runs = pytest.mark.parametrize(
-    "family", [name if name == "qwen3_vl" else pytest.param(name, marks=pytest.mark.faults) for name in SHORT_NAMES]
-)
+def run(names):
+    return [name if name == "qwen3_vl" else pytest.param(name, marks=pytest.mark.faults) for name in names]
+
+
+EXTENDING = [name for name in SHORT_NAMES if families.family(name).extends]
+whole_runs = pytest.mark.parametrize("family", run(SHORT_NAMES))
+extending = pytest.mark.parametrize("family", run(EXTENDING))
+not_extending = pytest.mark.parametrize("family", [name for name in SHORT_NAMES if name not in EXTENDING])
 
 
 @pytest.fixture
@@ -86,7 +96,7 @@ def stock(vlm, prompt, completion):
     if vlm.model.config.model_type in QWEN:
         beside = {"image_grid_thw": prompt.grid, "mm_token_type_ids": (ids == vlm.model.config.image_token_id).int()}
     elif vlm.model.config.model_type != "smolvlm":
-        beside = {}
+        beside = {} if prompt.grid is None else {"image_position_ids": prompt.grid}
     pixels = prompt.pixel_values.to(vlm.model.dtype)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels, **beside}
 
@@ -272,7 +282,7 @@ def test_prompts_are_measured_and_end_as_the_processor_has_them(load_vlm, untrai
     assert ["Be brief." in text for text in said] == [False, False, False, True], "no template drops it"
     assert meter.of_folder(untrained_folders[family], family).tokens(asked, 32) == lengths
     assert import_module(f"common.models.tiny.{family}").meter().tokens(asked, 32) == lengths
-    end = {"smolvlm": "<end_of_utterance>"}.get(family, "<|im_end|>")
+    end = {"smolvlm": "<end_of_utterance>", "gemma4": "<turn|>"}.get(family, "<|im_end|>")
     assert vlm.end_of_turn == vlm.processor.tokenizer.convert_tokens_to_ids(end) and vlm.end_of_turn in vlm.eos
 
 
@@ -295,22 +305,27 @@ def test_what_leads_to_a_reply_is_no_part_of_its_text(load_vlm, family):
 @each_family
 def test_the_default_adapters_are_on_the_language_model(load_vlm, family):
     vlm = load_vlm(family=family, lora=LoraConfig(r=4), freeze_vision=True)
-    layers = vlm.model.config.get_text_config().num_hidden_layers
-    assert sum("lora_A" in name for name, _ in vlm.model.named_parameters()) == 7 * layers
+    text = vlm.model.config.get_text_config()
+    expected = 7 * text.num_hidden_layers - 2 * getattr(
+        text, "num_kv_shared_layers", 0
+    )  # these have no keys and values
+    assert sum("lora_A" in name for name, _ in vlm.model.named_parameters()) == expected
 
 
 @each_square
 def test_an_encoded_prompt_is_what_the_processor_makes_of_one_tile(load_vlm, untrained_folders, asked, encoded, family):
-    """Loaded as it is saved, and told to enlarge and cut nothing: the same ids and pixels."""
+    """Loaded as it is saved, and told to enlarge and cut nothing: the same ids, pixels and places of patches."""
     vlm = load_vlm(family=family)
     processor = AutoProcessor.from_pretrained(untrained_folders[family])
     for prompt, found in zip(asked, encoded(vlm), strict=True):
         turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt.text}]}]
         text = processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         photo = Digits().open(prompt.image).convert("RGB").resize((32, 32), 1)
-        stock = processor(text=[text], images=[[photo]], return_tensors="pt", **ONE_TILE[family])
+        options = {**ONE_TILE[family], "add_special_tokens": False}  # Gemma's template writes its first token itself
+        stock = processor(text=[text], images=[[photo]], return_tensors="pt", **options)
         assert torch.equal(found.ids, stock["input_ids"][0])
         assert torch.equal(found.pixel_values, stock["pixel_values"])
+        assert found.grid is None or torch.equal(found.grid, stock["image_position_ids"])
         assert found.positions.tolist() == [list(range(len(found.ids)))]
 
 
@@ -318,12 +333,13 @@ def test_an_encoded_prompt_is_what_the_processor_makes_of_one_tile(load_vlm, unt
 def test_a_picture_of_any_size_is_one_image(load_vlm, untrained_folders, family):
     vlm = load_vlm(family=family)
     pictures = [[Image.new("RGB", (32 * side, 32 * side))] for side in (1, 3)]
-    assert vlm.processor.image_processor(pictures, return_tensors="pt")["pixel_values"].shape[-2:] == (32, 32)
+    made = vlm.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    assert made.shape[-2:] == ((4 * 70, 3 * 2**2) if family == "gemma4" else (32, 32))
     text = rendered(vlm.processor, messages(Prompt("0", "?", "")))
     batch = vlm.processor(text=[text] * 2, images=pictures, return_tensors="pt", padding=True)
     config = meter.of_folder(untrained_folders[family], family).config
     tokens = (batch["input_ids"] == vlm.model.config.image_token_id).sum(1).tolist()
-    assert tokens == [families.family(family).image_tokens(config, side) for side in (32, 96)] == [4, 4]
+    assert tokens == [families.family(family).image_tokens(config, 32)] * 2 == [64 if family == "gemma4" else 4] * 2
     assert vlm.family.smallest({}) == 0
     assert vlm.processor.image_processor.to_dict().items() >= ONE_TILE[family].items(), "an exported one says so"
 
@@ -360,6 +376,41 @@ def test_image_tokens_of_published_sizes(family, config, tokens):
     assert {families.family(family).image_tokens(config, size) for size in (32, 512, 1000)} == {tokens}
 
 
+@pytest.mark.parametrize(("side", "tokens"), [(384, 64), (528, 121), (768, 256), (896, 529), (1584, 1089)])
+def test_image_tokens_of_gemma_4(side, tokens):
+    """Of patches of 16 pixels, nine to a token: transformers' own computation, for the budget that the size needs."""
+    budget = {64: 70, 121: 140, 256: 280, 529: 560, 1089: 1120}[tokens]
+    high, wide = get_aspect_ratio_preserving_size(side, side, 16, budget * 9, 3)
+    assert families.family("gemma4").image_tokens({"vision_config": {}}, side) == tokens == high * wide // 48**2
+
+
+@pytest.mark.parametrize(
+    ("side", "budget", "tokens"), [(32, 70, 64), (33, 140, 121), (64, 280, 256), (100, 1120, 1089), (400, 1120, 1089)]
+)
+def test_the_image_size_chooses_gemma_4_s_budget_of_tokens(load_vlm, untrained_folders, side, budget, tokens):
+    """The smallest in which a square is not reduced, cells being 4 pixels wide: 8 x 8, 11 x 11, 16 x 16 … 33 x 33."""
+    vlm = load_vlm(family="gemma4", image_size=side)
+    made = vlm.processor.image_processor([Image.new("RGB", (side, side))], return_tensors="pt")
+    assert vlm.processor.image_processor.max_soft_tokens == budget
+    assert made["num_soft_tokens_per_image"].tolist() == [tokens]
+    config = meter.of_folder(untrained_folders["gemma4"], "gemma4").config
+    assert vlm.family.image_tokens(config, side) == tokens
+
+
+def test_what_hears_is_never_trained(load_vlm):
+    trained = {name.split(".")[1] for name, p in load_vlm(family="gemma4").model.named_parameters() if p.requires_grad}
+    assert trained == {"language_model", "vision_tower", "embed_vision"}
+
+
+def test_large_sizes_of_gemma_4_are_refused(untrained_folders, tmp_path):
+    folder = shutil.copytree(untrained_folders["gemma4"], tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["use_bidirectional_attention"] = "vision"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="use_bidirectional_attention is vision, .* take E2B or E4B"):
+        meter.of_folder(folder, "gemma4")
+
+
 @each_family
 def test_the_tiny_checkpoint_is_of_the_real_architecture(untrained_folders, family):
     model = AutoModelForImageTextToText.from_pretrained(untrained_folders[family])
@@ -368,6 +419,7 @@ def test_the_tiny_checkpoint_is_of_the_real_architecture(untrained_folders, fami
         "qwen3_vl": "Qwen3VLForConditionalGeneration",
         "smolvlm": "SmolVLMForConditionalGeneration",
         "internvl": "InternVLForConditionalGeneration",
+        "gemma4": "Gemma4ForConditionalGeneration",
     }
     assert type(model).__name__ == names[family] and model.config.model_type == family
     assert families.family(family).model_type == family
@@ -447,8 +499,22 @@ def test_a_run_is_exported_and_predicts(runner, untrained_folders, tmp_path, fam
         assert [answer.reply for answer in answers] == [row["completion"] for row in rows]
 
 
+@not_extending
+def test_alert_is_refused_before_weights_are_read(compose, untrained_folders, family):
+    """By the check of a run; with another method the same model passes it."""
+    folder = untrained_folders[family]
+    asked = ["method=alert", "experiment=alert_no_judge", "model=tiny_gemma3", *of_model(folder, family)[1:]]
+    config = validate(compose(*asked, "data=digits", "model.max_prompt_tokens=null"))
+    with pytest.raises(
+        UserError, match=f"^method=alert gives the model embeddings .* model.family={family} has no place"
+    ):
+        check_vlm(config, build(config))
+    config = validate(compose("method=clsrl", *of_model(folder, family)))
+    check_vlm(config, build(config))
+
+
 @pytest.mark.slow
-@whole_runs
+@extending
 def test_alert_trains_embeddings_of_an_images_width(runner, untrained_folders, tmp_path, family):
     arguments = ["method=alert", "experiment=alert_no_judge", "model=tiny_gemma3", *of_model("", "")[1:2]]
     arguments += [f"model.family={family}", f"model.path={untrained_folders[family]}", "data=digits", *QUICK]

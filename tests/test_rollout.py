@@ -66,6 +66,8 @@ def stock_logps(setup, untrained_folders):
         extra = {"token_type_ids": kinds} if prompt.blocks is not None else {}
         if prompt.grid is not None:
             extra = {"image_grid_thw": prompt.grid, "mm_token_type_ids": kinds}
+            if vlm.family.model_type == "gemma4":
+                extra = {"image_position_ids": prompt.grid}
         with torch.no_grad():
             logits = model(input_ids=ids, pixel_values=prompt.pixel_values, **extra).logits[0, len(prompt.ids) - 1 : -1]
         kept = [i for i in range(logits.shape[1]) if i not in vlm.banned]
@@ -121,6 +123,8 @@ def test_greedy_equals_transformers_generate(setup):
         extra = {"token_type_ids": kinds} if prompt.blocks is not None else {}
         if prompt.grid is not None:
             extra = {"image_grid_thw": prompt.grid, "mm_token_type_ids": kinds}
+            if vlm.family.model_type == "gemma4":
+                extra = {"image_position_ids": prompt.grid}
         stock = vlm.model.generate(
             input_ids=prompt.ids[None],
             attention_mask=torch.ones_like(prompt.ids)[None],

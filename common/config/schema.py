@@ -236,6 +236,7 @@ FAMILIES = {
     "gemma3": "common.models.families.Gemma3",
     "smolvlm": "common.models.families.SmolVLM",
     "internvl": "common.models.families.InternVL",
+    "gemma4": "common.models.families.Gemma4",
 }
 # choices of common/training/grpo/; sources in its docstrings
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")

@@ -256,11 +256,14 @@ def _drop_gradient(parameter: torch.nn.Parameter) -> None:
 def cache_bytes(vlm: VLM, rows: int, tokens: int) -> int:
     """Return the bytes of keys and values of `rows` sequences of `tokens` tokens; windows limit their layers."""
     text = vlm.model.config.get_text_config()
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    own = text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", None) or 0)  # the others use those of these
     window = getattr(text, "sliding_window", None) or tokens
-    kept = sum(min(tokens, window) if kind == "sliding_attention" else tokens for kind in kinds)
-    return 2 * rows * text.num_key_value_heads * size * kept * without_adapters(vlm.model).dtype.itemsize
+    numbers = 0
+    for layer, kind in list(zip(text.per_layer_config, kinds, strict=True))[:own]:
+        size = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+        numbers += layer.num_key_value_heads * size * (min(tokens, window) if kind == "sliding_attention" else tokens)
+    return 2 * rows * numbers * without_adapters(vlm.model).dtype.itemsize
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from common.forward import attention
 from common.forward.packing import Packed
 from common.models.adapters import without_adapters
+from common.models.families import of_model
 from common.runtime.distributed import gather
 
 
@@ -54,6 +55,7 @@ class PolicyScorer(torch.nn.Module):
         self.model = model
         self.register_buffer("banned", torch.tensor(sorted(banned), dtype=torch.long), persistent=False)
         self.temperature, self.chunk, self.in_step = temperature, chunk, in_step
+        self.cap = of_model(model).cap(model.config)
 
     def forward(self, packed: Packed, entropy: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         """Score the target tokens.
@@ -84,7 +86,10 @@ class PolicyScorer(torch.nn.Module):
     def _score(
         self, head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor, entropy: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        logps = token_logps(head(hidden), self.banned, self.temperature)  # [chunk, V]
+        logits = head(hidden)  # [chunk, V]
+        if self.cap is not None:  # as the model's own forward does behind its head
+            logits = self.cap * (logits / self.cap).tanh()
+        logps = token_logps(logits, self.banned, self.temperature)
         chosen = logps.gather(-1, targets[:, None])[:, 0]
         with torch.no_grad():
             # entr(p) = -p log p with entr(0) = 0, so banned ids do not give NaN.

@@ -34,6 +34,10 @@ class Family(ABC):
     projector: ClassVar[str]
     # whether tokens of an image attend to each other in both directions; vLLM supports that on some devices only
     both_ways: ClassVar[bool] = False
+    # names of modules that take part in nothing here (audio), which stay as they are
+    unused: ClassVar[tuple[str, ...]] = ()
+    # whether token ids behind the vocabulary can have embeddings of their own (ALERT)
+    extends: ClassVar[bool] = True
     # whether completions may share the row of their prompt; False if a layer carries a recurrent state along the row
     shares_prefixes: ClassVar[bool] = True
 
@@ -51,8 +55,25 @@ class Family(ABC):
         return None
 
     @staticmethod
-    def untiled(processor: Any) -> None:
-        """Let a processor make one image of a picture, not several tiles; most make one."""
+    def check(config: dict[str, Any]) -> None:
+        """Refuse a variant of the architecture that the family does not cover; `config` is config.json.
+
+        Raises:
+            UserError: Names what the model has.
+        """
+        return None
+
+    @staticmethod
+    def untiled(processor: Any, image_size: int) -> None:
+        """Let a processor make one image of a square picture, with the tokens of `image_tokens`; most do."""
+        return None
+
+    @staticmethod
+    def cap(config: Any) -> float | None:
+        """Return the soft cap c of logits, which become c tanh(logit / c) behind the head; None: they are not capped.
+
+        `config`: configuration of the whole model.
+        """
         return None
 
     @staticmethod
@@ -401,7 +422,7 @@ class SmolVLM(OneAxis):
             processing_smolvlm.num2words = _no_videos
 
     @staticmethod
-    def untiled(processor: Any) -> None:
+    def untiled(processor: Any, image_size: int) -> None:
         """Make one image of the tower's size; otherwise a picture is enlarged and cut into up to 16 tiles."""
         images = processor.image_processor
         images.do_image_splitting = False
@@ -441,7 +462,7 @@ class InternVL(OneAxis):
     projector: ClassVar[str] = "model.multi_modal_projector"
 
     @staticmethod
-    def untiled(processor: Any) -> None:
+    def untiled(processor: Any, image_size: int) -> None:
         """Make one image of the tower's size; otherwise a large picture is cut into up to 12 tiles and added whole."""
         # the whole processor asks its image processor for tiles whatever that says, so that the number decides
         processor.image_processor.crop_to_patches, processor.image_processor.max_patches = False, 1
@@ -468,6 +489,93 @@ class InternVL(OneAxis):
         side = math.isqrt(hidden.shape[1])
         cells = model.model.pixel_shuffle(hidden.unflatten(1, (side, side)), model.config.downsample_ratio)
         return model.model.multi_modal_projector(cells.flatten(1, 2))
+
+
+class Gemma4(OneAxis):
+    """Gemma 4 in its small sizes (E2B, E4B): an embedding by token for every layer, capped logits, causal images.
+
+    The last layers use keys and values of earlier ones. A picture is resized to fill a budget of tokens, which
+    `model.image_size` chooses, and padded to it; where its patches stand is given beside the pixels, as their `grid`.
+    """
+
+    model_type: ClassVar[str] = "gemma4"
+    vision: ClassVar[tuple[str, ...]] = ("vision_tower", "embed_vision")
+    projector: ClassVar[str] = "model.embed_vision"
+    unused: ClassVar[tuple[str, ...]] = ("audio_tower", "embed_audio")
+    extends: ClassVar[bool] = False  # such ids would need embeddings for every layer, too
+
+    @staticmethod
+    def check(config: dict[str, Any]) -> None:
+        """Refuse the large sizes, in which image tokens attend in both directions, though not in every layer."""
+        if both := config.get("text_config", {}).get("use_bidirectional_attention"):
+            raise UserError(
+                f"the model's use_bidirectional_attention is {both}, as in Gemma 4's large sizes, which"
+                " model.family=gemma4 does not cover: take E2B or E4B"
+            )
+
+    @staticmethod
+    def images(batch: Any) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        return list(zip(batch["pixel_values"].split(1), batch["image_position_ids"].split(1), strict=True))
+
+    @staticmethod
+    def pixel_inputs(pixels: Sequence[torch.Tensor], grids: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        import torch
+
+        return {"pixel_values": torch.cat(list(pixels)), "image_position_ids": torch.cat(list(grids))}
+
+    @staticmethod
+    def placeholder_tokens(config: Any) -> tuple[int, ...]:
+        names = ("image_token_id", "video_token_id", "audio_token_id", "boi_token_id", "eoi_token_id", "boa_token_id")
+        ids = [getattr(config, name) for name in (*names, "eoa_token_index")]
+        return tuple(token for token in ids if token is not None)
+
+    @staticmethod
+    def image_tokens(config: dict[str, Any], image_size: int) -> int:
+        """Return the largest square number of tokens within the budget that `image_size` needs."""
+        return math.isqrt(_budget(config["vision_config"], image_size)) ** 2
+
+    @staticmethod
+    def untiled(processor: Any, image_size: int) -> None:
+        """Set the budget of tokens: the smallest in which a square picture of `image_size` pixels is not reduced."""
+        images = processor.image_processor
+        images.max_soft_tokens = _budget(
+            {"patch_size": images.patch_size, "pooling_kernel_size": images.pooling_kernel_size}, image_size
+        )
+
+    @staticmethod
+    def cap(config: Any) -> float | None:
+        found: float | None = config.get_text_config().final_logit_softcapping
+        return found
+
+    @staticmethod
+    def feature_inputs(features: Sequence[torch.Tensor]) -> dict[str, Any]:
+        """Return them as what `get_image_features` gives, so that the model still sees the ids of all tokens."""
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        output = BaseModelOutputWithPooling(pooler_output=tuple(features))  # type: ignore[arg-type]
+        return {"mm_encoder_outputs": {"image": output}}
+
+    @staticmethod
+    def image_text(text: str) -> str:
+        return text.replace("<|image|>", "<|image><|image|><image|>")
+
+    @staticmethod
+    def project(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+        return model.model.embed_vision(hidden)
+
+
+BUDGETS = (70, 140, 280, 560, 1120)  # image tokens that Gemma 4's processor may be told to fill
+
+
+def _budget(vision: dict[str, Any], image_size: int) -> int:
+    cell = vision.get("patch_size", 16) * vision.get("pooling_kernel_size", 3)  # side of a token, in pixels
+    return next((budget for budget in BUDGETS if math.isqrt(budget) * cell >= image_size), BUDGETS[-1])
+
+
+def of_model(model: Any) -> type[Family]:
+    """Return the family of a loaded model by its `model_type`; `Family` itself, with its defaults, if none is known."""
+    name = model.config.model_type
+    return family(name) if name in FAMILIES else Family
 
 
 def _no_videos(frames: int) -> str:

@@ -130,6 +130,7 @@ def of_folder(folder: Path, family: str) -> PromptMeter:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config.get("model_type") != family_of(family).model_type or "vision_config" not in config:
         raise UserError(f"model {folder} is of type {config.get('model_type')}, but model.family={family}")
+    family_of(family).check(config)
     template = folder / "chat_template.jinja"
     text = template.read_text(encoding="utf-8") if template.is_file() else _template_from_json(folder)
     try:

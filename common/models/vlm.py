@@ -93,7 +93,7 @@ def load(folder: Path, config: ModelConfig, device: torch.device, train: bool = 
         from transformers import BitsAndBytesConfig
 
         options |= {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device}}
-    processor = processor_of(base, family_of(config.family), f"model {base}")
+    processor = processor_of(base, config, f"model {base}")
     model = whole(AutoModelForImageTextToText, base, f"model {base}", **options)
     # older adapters are always merged: the newest were trained on the merged weights
     for each in earlier:
@@ -119,7 +119,7 @@ def on_meta(folder: Path, config: ModelConfig) -> VLM:
     from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 
     base = lineage(folder, weights=False)[0]
-    processor = processor_of(base, family_of(config.family), f"model {base}")
+    processor = processor_of(base, config, f"model {base}")
     architecture = loaded(AutoConfig, base, f"model {base}")
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(architecture, dtype=DTYPES[config.dtype])
@@ -150,8 +150,7 @@ def assembled(model: Any, processor: Any, config: ModelConfig, name: str, train:
         sorted({*placeholders, pad, *suppressed} - set(ends))
     )  # some models also end with their padding token
     # which parameters are trained
-    if config.freeze_vision:
-        freeze(model, family.vision)
+    freeze(model, (*family.unused, *(family.vision if config.freeze_vision else ())))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         # transformers makes the outputs of all input embeddings require gradients, which only reentrant checkpoints
@@ -173,13 +172,14 @@ def assembled(model: Any, processor: Any, config: ModelConfig, name: str, train:
     return VLM(model, processor, family, ends, turn, banned, pad, before_reply(processor), causal)
 
 
-def processor_of(folder: Path, family: type[Family], name: str) -> Any:
+def processor_of(folder: Path, config: ModelConfig, name: str) -> Any:
     """Load the processor of a model so that it makes one image of a picture; `name`: name of the model, for errors."""
     from transformers import AutoProcessor
 
+    family = family_of(config.family)
     family.prepare()
     processor = loaded(AutoProcessor, folder, name)
-    family.untiled(processor)
+    family.untiled(processor, config.image_size)
     return processor
 
 
