@@ -21,8 +21,15 @@ from common.runtime import process
 resting = process.garbage_collector_paused()  # as a run does, until all tests are imported
 resting.__enter__()
 
-# families whose tests beside those of tests/test_qwen_families.py are slow
-NEWER = [pytest.param(family, marks=pytest.mark.slow) for family in ("qwen2_5_vl", "qwen3_vl")]
+# families whose positions count tokens and that see each image once, equally large
+SQUARE = ("smolvlm", "internvl", "gemma4")
+# families whose tests beside those of tests/test_families.py are slow, or in make test-faults
+NEWER = [
+    *(pytest.param(family, marks=pytest.mark.slow) for family in ("qwen2_5_vl", "qwen3_vl")),
+    *(pytest.param(family, marks=pytest.mark.faults) for family in SQUARE),
+]
+# those of them that embeddings beside the vocabulary can be given to
+EXTENDING = [each for each in NEWER if each.values != ("gemma4",)]
 
 REPOSITORY = Path(__file__).parent.parent
 GROUPS = {file.parent.name for file in REPOSITORY.glob("conf/*/*.yaml")}

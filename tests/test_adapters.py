@@ -25,6 +25,7 @@ from common.run.result import Result
 from common.types import UserError
 from common.vlm import check
 from common.vlm.learner import VLMLearner
+from tests.conftest import SQUARE
 from tests.test_shared_prefix import LORA, groups
 
 CPU = torch.device("cpu")
@@ -283,6 +284,11 @@ def test_an_engine_beside_is_pushed_what_is_trained_whole(load_vlm):
         ("gemma3", {"freeze_vision": True}),
         ("qwen2_5_vl", {"freeze_vision": True}),
         ("qwen3_vl", {"freeze_vision": True}),
+        *(
+            pytest.param(family, {"freeze_vision": True, **changes}, marks=pytest.mark.faults)
+            for family in SQUARE
+            for changes in ({"lora": LORA}, {})
+        ),
         ("qwen2_vl", {"lora": LoraConfig(r=4, projector="lora"), "freeze_vision": True}),
         ("gemma3", {"lora": LoraConfig(r=4, projector="lora"), "freeze_vision": True}),
         ("qwen2_vl", {"lora": LoraConfig(projector="full"), "freeze_vision": True}),

@@ -36,14 +36,15 @@ from common.models.extra_embeddings import attach
 from common.rollout.base import Decoding, requests
 from common.rollout.hf import HFRollout
 from common.types import CATEGORY, Prompt, UserError
+from tests.conftest import EXTENDING
 from tests.test_predict import calibrated
 
 NAMES = ("zero", "one", "two")
 GREEDY = Decoding(0.0, 0, 1.0, 16)
-LORA = LoraConfig(r=4, alpha=8, targets=r".*language_model.*\.(q_proj|down_proj)")
+LORA = LoraConfig(r=4, alpha=8, targets=r".*(language|text)_model.*\.(q_proj|down_proj)")
 
 
-@pytest.fixture(params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3"])
+@pytest.fixture(params=["qwen2_vl", *EXTENDING, "gemma3"])
 def exported(request, load_vlm, digits_task, tmp_path):
     """The folder, pictures, prompts, and what the trained model itself replies, by how its images attend."""
     entries = torch.randn(3, 4, 96, generator=torch.Generator().manual_seed(5)) * 0.3

@@ -15,7 +15,7 @@ from common.forward.packing import pack_plain, pack_shared
 from common.models import extra_embeddings, meter
 from common.models.encoder import PromptEncoder
 from common.types import Prompt
-from tests.conftest import NEWER
+from tests.conftest import EXTENDING
 from tests.test_shared_prefix import (
     LORA,
     exact_towers,  # noqa: F401
@@ -25,7 +25,7 @@ from tests.test_shared_prefix import (
     scores_and_gradient,
 )
 
-FAMILIES = ("qwen2_vl", *NEWER, "gemma3")
+FAMILIES = ("qwen2_vl", *EXTENDING, "gemma3")
 NAMES = ("zero", "one", "two", "three", "four")
 
 

@@ -110,7 +110,7 @@ def test_a_name_after_reasoning_is_the_end_of_one_long_reply(load_vlm, digits_ta
     bare = LabelScorer(vlm)(prompts, responses)
     assert float((found[1].logps - bare[1].logps).abs().max()) <= 1e-5, "nothing begun, nothing changed"
     assert float((found[0].logps - bare[0].logps).abs().min()) > 1e-3
-    thought = torch.tensor(vlm.processor.tokenizer(thoughts[0], add_special_tokens=False)["input_ids"])
+    thought = torch.tensor(vlm.processor.tokenizer(vlm.lead + thoughts[0], add_special_tokens=False)["input_ids"])
     ends = [vlm.processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in responses[0]]
     replies = tuple(torch.tensor([*thought.tolist(), *end, vlm.end_of_turn]) for end in ends)
     scorer = PolicyScorer(vlm.model, vlm.banned, temperature=1.0, chunk=1024).eval()

@@ -13,27 +13,32 @@ from common.config.schema import FAMILIES, NO_FAMILY
 from common.models.families import family
 from tests import (
     test_extra_embeddings,
+    test_families,
     test_grpo_options,
     test_label_scores,
-    test_qwen_families,
     test_vllm,
 )
 
 ROOT = Path(__file__).parent.parent
 # the test behind each column; those of LoRA and frozen towers are among the kinds of the first
-UPDATE = test_qwen_families.test_an_update_moves_what_is_trained
+UPDATE = test_families.test_an_update_moves_what_is_trained
 COLUMNS = {
     "GRPO": UPDATE,
-    "SFT": test_qwen_families.test_sft_learns_its_labels,
+    "SFT": test_families.test_sft_learns_its_labels,
     "LoRA": UPDATE,
     "frozen tower": UPDATE,
-    "ALERT": test_qwen_families.test_alert_trains_embeddings_of_an_images_width,
+    "ALERT": test_families.test_alert_trains_embeddings_of_an_images_width,
     "label scores": test_label_scores.test_a_name_after_reasoning_is_the_end_of_one_long_reply,
-    "shared prefixes": test_extra_embeddings.test_shared_equals_plain_with_categories,
+    "shared prefixes": (
+        test_extra_embeddings.test_shared_equals_plain_with_categories,
+        test_families.test_a_row_of_several_prompts_equals_transformers_forward,
+    ),
     "feature cache": test_grpo_options.test_frozen_vision_features_are_the_tower_s,
     "vLLM": test_vllm.test_category_embeddings_are_tokens_of_the_engine,
-    "export": test_qwen_families.test_a_run_is_exported_and_predicts,
+    "export": test_families.test_a_run_is_exported_and_predicts,
 }
+# what a family cannot do is refused, and a test tries that
+REFUSED = {"ALERT": test_families.test_alert_is_refused_before_weights_are_read}
 
 
 def table():
@@ -44,7 +49,9 @@ def table():
 
 
 def tried(test):
-    """The families that a test is run with."""
+    """The families that a test, or any of several, is run with."""
+    if isinstance(test, tuple):
+        return set.union(*map(tried, test))
     marks = [mark for mark in test.pytestmark if mark.name == "parametrize" and mark.args[0] == "family"]
     (values,) = (mark.args[1] for mark in marks)
     return {getattr(value, "values", (value,))[0] for value in values}
@@ -63,12 +70,14 @@ def test_every_family_and_its_options_have_a_row():
 @pytest.mark.parametrize("column", COLUMNS)
 def test_a_cell_says_what_a_test_tries(column):
     families = tried(COLUMNS[column])
-    expected = {name: "yes" if name in families else "not tried" for name in FAMILIES}
-    assert {name: row[column] for name, row in table().items()} == expected
+    refused = tried(REFUSED[column]) if column in REFUSED else set()
+    assert not families & refused
+    said = {**dict.fromkeys(FAMILIES, "not tried"), **dict.fromkeys(families, "yes"), **dict.fromkeys(refused, "no")}
+    assert {name: row[column] for name, row in table().items()} == said
     assert column != "shared prefixes" or all(family(name).shares_prefixes for name in families)
 
 
 def test_the_kinds_of_training_are_those_of_the_columns():
-    kinds = test_qwen_families.KINDS.values()
+    kinds = test_families.KINDS.values()
     assert any("lora" in kind for kind in kinds) and any(kind == {"freeze_vision": True} for kind in kinds)
     assert table().keys() == FAMILIES.keys() and set(next(iter(table().values()))) == {"options", *COLUMNS}

@@ -17,7 +17,7 @@ from tests.test_training import grpo
 CPU = torch.device("cpu")
 FAMILIES = ("qwen2_vl", *NEWER, "gemma3")
 WAYS = {"lora": LoraConfig(r=4, alpha=8, targets=None, projector="lora"), "full": LoraConfig(projector="full")}
-BOTH = LoraConfig(r=4, alpha=8, targets=r".*language_model.*\.q_proj", projector="full")
+BOTH = LoraConfig(r=4, alpha=8, targets=r".*(language|text)_model.*\.q_proj", projector="full")
 KINDS = {**WAYS, "full beside LoRA": BOTH}
 
 
@@ -47,7 +47,7 @@ def test_the_projector_alone_is_trained(load_vlm, family, lora):
     whole = sum(p.numel() for p in load_vlm(family=family).model.get_submodule(policy.family.projector).parameters())
     assert (sum(p.numel() for p in found.values()) == whole) == (lora.projector == "full")
     if lora.projector == "lora":
-        matrices = 1 if family == "gemma3" else 2
+        matrices = 1 if family in ("gemma3", "smolvlm", "gemma4") else 2
         assert len(found) == 2 * matrices and all("lora_" in name for name in found)
 
 
@@ -85,12 +85,15 @@ def test_a_folder_answers_as_the_model_that_wrote_it(
     assert difference(reference, expected) <= 1e-4 < difference(start, expected), "trained further from where it was"
 
 
+@pytest.mark.parametrize("family", ["gemma3", pytest.param("gemma4", marks=pytest.mark.faults)])
 @pytest.mark.parametrize("lora", WAYS.values(), ids=WAYS)
-def test_rounded_models_train_the_projector_unrounded(load_vlm, model_config, digits_task, no_think, tmp_path, lora):
-    policy = moved(load_vlm(family="gemma3", dtype="bfloat16", freeze_vision=True, lora=lora))
+def test_rounded_models_train_the_projector_unrounded(
+    load_vlm, model_config, digits_task, no_think, tmp_path, lora, family
+):
+    policy = moved(load_vlm(family=family, dtype="bfloat16", freeze_vision=True, lora=lora))
     assert {p.dtype for p in trained(policy.model).values()} == {torch.float32}, "bf16 would lose small updates"
     policy.model.save_pretrained(tmp_path)
-    config = model_config(family="gemma3", dtype="bfloat16", freeze_vision=True)
+    config = model_config(family=family, dtype="bfloat16", freeze_vision=True)
     kept = vlm.load(tmp_path, config, CPU, train=False)
     assert torch.equal(scores(kept, digits_task, no_think), scores(policy, digits_task, no_think))
     merged = vlm.load(tmp_path, config, CPU)
@@ -174,7 +177,7 @@ def test_updates_move_the_projector_and_not_the_reference(load_vlm, digits_task,
     assert all(torch.equal(after[name], before[name]) for name in frozen)
     assert all(step.metrics["grad_norm"] > 0 for step in found)
     kl = [step.metrics["kl"] for step in found]
-    assert abs(kl[0]) < 1e-6 < kl[-1]
+    assert abs(kl[0]) < 1e-7 < kl[-1], kl
     with policy.model.disable_adapter():
         assert torch.equal(scores(policy, digits_task, no_think), begun)
     assert difference(scores(policy, digits_task, no_think), begun) > 1e-4

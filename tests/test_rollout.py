@@ -63,9 +63,11 @@ def stock_logps(setup, untrained_folders):
     def score(prompt, completion, temperature):
         ids = torch.cat([prompt.ids, completion])[None]
         kinds = (ids == model.config.image_token_id).long()
-        extra = {"token_type_ids": kinds * (prompt.blocks is not None)}
+        extra = {"token_type_ids": kinds} if prompt.blocks is not None else {}
         if prompt.grid is not None:
             extra = {"image_grid_thw": prompt.grid, "mm_token_type_ids": kinds}
+            if vlm.family.model_type == "gemma4":
+                extra = {"image_position_ids": prompt.grid}
         with torch.no_grad():
             logits = model(input_ids=ids, pixel_values=prompt.pixel_values, **extra).logits[0, len(prompt.ids) - 1 : -1]
         kept = [i for i in range(logits.shape[1]) if i not in vlm.banned]
@@ -118,9 +120,11 @@ def test_greedy_equals_transformers_generate(setup):
     found = HFRollout(vlm).generate(requests(prompts, [""] * 3), 1, GREEDY)
     for prompt, (completion,) in zip(prompts, found, strict=True):
         kinds = (prompt.ids == vlm.model.config.image_token_id).long()[None]
-        extra = {"token_type_ids": kinds * (prompt.blocks is not None)}
+        extra = {"token_type_ids": kinds} if prompt.blocks is not None else {}
         if prompt.grid is not None:
             extra = {"image_grid_thw": prompt.grid, "mm_token_type_ids": kinds}
+            if vlm.family.model_type == "gemma4":
+                extra = {"image_position_ids": prompt.grid}
         stock = vlm.model.generate(
             input_ids=prompt.ids[None],
             attention_mask=torch.ones_like(prompt.ids)[None],
@@ -175,7 +179,7 @@ def test_image_is_encoded_once_per_prompt(setup, monkeypatch):
     monkeypatch.setattr(
         type(vlm.model.model),
         "get_image_features",
-        lambda self, pixels, *a, **k: calls.append(len(pixels)) or original(self, pixels, *a, **k),
+        lambda self, pixel_values, *a, **k: calls.append(len(pixel_values)) or original(self, pixel_values, *a, **k),
     )
     HFRollout(vlm).generate(requests(prompts, ABC), 8, SAMPLE)
     assert calls == [sum(len(prompt.pixel_values) for prompt in prompts)], "one encoder call for three images"

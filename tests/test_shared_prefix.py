@@ -8,6 +8,7 @@ from types import MethodType
 
 import pytest
 import torch
+from transformers.models.gemma4.modeling_gemma4 import Gemma4VisionPooler
 
 from common.config.schema import LoraConfig
 from common.data.loading import Loader
@@ -17,15 +18,17 @@ from common.forward.logprobs import PolicyScorer
 from common.forward.packing import PromptGroup, pack_plain, pack_shared
 from common.models.encoder import EncodedPrompt, PromptEncoder
 from common.models.families import Qwen2VL
+from tests.conftest import SQUARE
 
-LORA = LoraConfig(r=4, alpha=8, targets=r".*language_model.*\.(q_proj|v_proj|down_proj)")
+LORA = LoraConfig(r=4, alpha=8, targets=r".*(language|text)_model.*\.(q_proj|v_proj|down_proj)")
 
 
 def rms_norm_in_input_dtype(self, hidden_states, one):
     """The model's RMSNorm computes in fp32 whatever it is given; for fp64 parity it must not."""
     variance = hidden_states.pow(2).mean(-1, keepdim=True)
     epsilon = self.eps if hasattr(self, "eps") else self.variance_epsilon
-    return (one + self.weight) * (hidden_states * torch.rsqrt(variance + epsilon))
+    scale = one + self.weight if hasattr(self, "weight") else 1.0
+    return scale * (hidden_states * torch.rsqrt(variance + epsilon))
 
 
 def rotated_in_input_dtype(query, key, cos, sin):
@@ -38,11 +41,22 @@ def rotated_in_input_dtype(query, key, cos, sin):
     return turned(query), turned(key)
 
 
+def pooled_in_input_dtype(self, hidden_states, pixel_position_ids, padding_positions, output_length):
+    """Gemma 4's tower averages its patches in fp32 whatever it is given; for fp64 parity it must not. Images of 32x32."""
+    means = [
+        states[~padded].unflatten(0, (8, 2, 8, 2)).mean((1, 3)).flatten(0, 1)
+        for states, padded in zip(hidden_states, padding_positions, strict=True)
+    ]
+    filled = torch.nn.utils.rnn.pad_sequence([*means, hidden_states.new_zeros(output_length, 64)], batch_first=True)
+    return filled[:-1] * 64**0.5, (torch.arange(output_length) < 64).expand(len(means), -1)
+
+
 @pytest.fixture(autouse=True)
 def exact_towers(monkeypatch):
     for family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
         module = f"transformers.models.{family}.modeling_{family}"
         monkeypatch.setattr(import_module(module), "apply_rotary_pos_emb_vision", rotated_in_input_dtype)
+    monkeypatch.setattr(Gemma4VisionPooler, "forward", pooled_in_input_dtype)
 
 
 def groups(vlm, prompts, encoder, sizes, lengths, image):
@@ -102,6 +116,10 @@ MODELS = {
     "gemma, window 512": {"family": "gemma3", "window": 512},
     "gemma causal, window 9": {"family": "gemma3", "window": 9, "image_attention": "causal"},
 }
+LATER = {
+    **{family: {"family": family} for family in SQUARE},
+    "gemma 4, window 9": {"family": "gemma4", "window": 9},
+}
 
 
 def model_for_parity(load_vlm, dtype, window=None, **changes):
@@ -114,7 +132,7 @@ def model_for_parity(load_vlm, dtype, window=None, **changes):
             torch.nn.init.normal_(parameter, std=0.05)  # zero-initialised: the adapter would do nothing
     for module in vlm.model.modules():
         if dtype == torch.float64 and type(module).__name__.endswith("RMSNorm"):
-            one = 1.0 if type(module).__name__.startswith("Gemma") else 0.0
+            one = 1.0 if type(module).__name__.startswith("Gemma3") else 0.0
             module.forward = MethodType(partial(rms_norm_in_input_dtype, one=one), module)
         if window is not None and getattr(module, "is_sliding", False):
             module.sliding_window = window
@@ -137,12 +155,18 @@ NUMBERS = [
 @pytest.mark.sampled
 @pytest.mark.parametrize(("dtype", "image", "checkpointing"), NUMBERS)
 @pytest.mark.parametrize("lora", [LoraConfig(), LORA], ids=["full", "lora"])
-@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
+@pytest.mark.parametrize(
+    "model",
+    [
+        *(pytest.param(model, id=name) for name, model in MODELS.items()),
+        *(pytest.param(model, id=name, marks=pytest.mark.faults) for name, model in LATER.items()),
+    ],
+)
 def test_shared_equals_plain(
     load_vlm, digits_task, think, no_think, record_property, dtype, image, lora, checkpointing, model
 ):
     vlm = model_for_parity(load_vlm, dtype, lora=lora, gradient_checkpointing=checkpointing, **model)
-    (norm,) = (each for name, each in vlm.model.named_parameters() if name.endswith("language_model.norm.weight"))
+    (norm,) = (each for name, each in vlm.model.named_parameters() if name.endswith("_model.norm.weight"))
     norm.data += 1  # twice the logits of an untrained model, which are nearly flat
     encoder = PromptEncoder(vlm, Loader(digits_task.images, 32), 512)
     # two instructions: prompts of different lengths in one row
@@ -152,7 +176,8 @@ def test_shared_equals_plain(
         think.train_prompts(digits_task)[40],
     ]
     scorer = PolicyScorer(vlm.model, vlm.banned, temperature=0.9, chunk=7)
-    limit = 1e-5 if dtype == torch.float32 else 1e-9
+    # Gemma 4's products of queries and keys are not scaled down, so that its attention rounds more
+    limit = (2e-5 if model["family"] == "gemma4" else 1e-5) if dtype == torch.float32 else 1e-9
     for name, (sizes, lengths) in CASES.items():
         batch = groups(vlm, prompts, encoder, sizes, lengths, image)
         plain = scores_and_gradient(scorer, pack_plain(batch, vlm.family, vlm.pad, vlm.device))

@@ -44,7 +44,7 @@ def default(compose):
         ("deepspeed.zero_optimization.overlap_comm", "+deepspeed.zero_optimization.overlap_comm"),
         (
             "modle",
-            "model=features|gemma3_4b|qwen2_5_vl_3b|qwen2_5_vl_7b|qwen2_vl_2b|qwen3_vl_2b|qwen3_vl_4b|qwen3_vl_8b|tiny_gemma3|tiny_qwen2_vl",
+            "model=features|gemma3_4b|gemma4_e2b|internvl3_5_1b|internvl3_5_2b|qwen2_5_vl_3b|qwen2_5_vl_7b|qwen2_vl_2b|qwen3_vl_2b|qwen3_vl_4b|qwen3_vl_8b|smolvlm2_256m|smolvlm2_2b|smolvlm2_500m|tiny_gemma3|tiny_qwen2_vl",
         ),
         ("method@mine", f"method={'|'.join(suggest.options('method'))}"),
     ],

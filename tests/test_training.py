@@ -233,7 +233,7 @@ def run(vlm, task, method, updates=3, **changes):
     return steps
 
 
-LORA = LoraConfig(r=4, alpha=8, targets=r".*language_model.*\.(q_proj|v_proj)")
+LORA = LoraConfig(r=4, alpha=8, targets=r".*(language|text)_model.*\.(q_proj|v_proj)")
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_training_repeats_itself_to_the_bit(load_vlm, digits_task, think):
 
 @pytest.mark.parametrize(
     "lora",
-    [LoraConfig(), LoraConfig(r=4, alpha=8, targets=r".*language_model.*\.(q_proj|v_proj)")],
+    [LoraConfig(), LoraConfig(r=4, alpha=8, targets=r".*(language|text)_model.*\.(q_proj|v_proj)")],
     ids=["full", "lora"],
 )
 def test_reference_stays_and_kl_grows(load_vlm, digits_task, think, lora):
@@ -329,7 +329,7 @@ def test_reference_stays_and_kl_grows(load_vlm, digits_task, think, lora):
 
 def test_lora_trains_only_the_adapter(load_vlm, digits_task, think):
     torch.manual_seed(0)
-    vlm = load_vlm(lora=LoraConfig(r=4, alpha=8, targets=r".*language_model.*\.(q_proj|v_proj)"))
+    vlm = load_vlm(lora=LoraConfig(r=4, alpha=8, targets=r".*(language|text)_model.*\.(q_proj|v_proj)"))
     before = weights(vlm.model)
     run(vlm, digits_task, think, updates=2)
     moved = {name for name, value in weights(vlm.model).items() if not torch.equal(value, before[name])}

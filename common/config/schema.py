@@ -234,6 +234,9 @@ FAMILIES = {
     "qwen2_5_vl": "common.models.families.Qwen25VL",
     "qwen3_vl": "common.models.families.Qwen3VL",
     "gemma3": "common.models.families.Gemma3",
+    "smolvlm": "common.models.families.SmolVLM",
+    "internvl": "common.models.families.InternVL",
+    "gemma4": "common.models.families.Gemma4",
 }
 # choices of common/training/grpo/; sources in its docstrings
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
@@ -255,7 +258,7 @@ class LoraConfig:
 
     r: int = 0
     alpha: int = 32
-    targets: str | None = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+    targets: str | None = r".*(language|text)_model.*\.(q|k|v|o|gate|up|down)_proj"
     projector: str = "none"
 
     def __post_init__(self) -> None:

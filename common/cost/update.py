@@ -81,7 +81,11 @@ class ShapeCounter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
+        if func is torch.ops.aten._to_copy.default and _is_meta(args[0]):
+            kwargs.pop("device", None)  # to where the token ids are, which are real (SmolVLM)
+        if func is torch.ops.aten._local_scalar_dense.default and _is_meta(args[0]) and args[0].dtype == torch.bool:
+            return True  # whether a mask without content hides nothing, see `_places`
         if func._overloadpacket in INDEXED:
             args = (args[0], [place for each in args[1] for place in self._places(each)], *args[2:])
         if any(map(_is_meta, tree_leaves((args, kwargs)))):
@@ -102,10 +106,15 @@ class ShapeCounter(TorchDispatchMode):
         return out
 
     def _places(self, index: torch.Tensor | None) -> list[torch.Tensor | None]:
-        """Return a mask of chosen places as one index per dimension, anything else as it is."""
-        if index is None or index.dtype != torch.bool or index.device != META:
+        """Return a mask of chosen places as one index per dimension, anything else as it is.
+
+        A mask that was computed from shapes is taken to choose all places.
+        """
+        if index is None or index.dtype != torch.bool:
             return [index]
-        count = self.chosen[index.untyped_storage()]
+        if index.device != META:
+            return [*index.nonzero().unbind(1)]
+        count = self.chosen.get(index.untyped_storage(), index.numel())
         return [torch.empty(count, dtype=torch.long, device=META) for _ in range(index.ndim)]
 
 
@@ -247,11 +256,14 @@ def _drop_gradient(parameter: torch.nn.Parameter) -> None:
 def cache_bytes(vlm: VLM, rows: int, tokens: int) -> int:
     """Return the bytes of keys and values of `rows` sequences of `tokens` tokens; windows limit their layers."""
     text = vlm.model.config.get_text_config()
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    own = text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", None) or 0)  # the others use those of these
     window = getattr(text, "sliding_window", None) or tokens
-    kept = sum(min(tokens, window) if kind == "sliding_attention" else tokens for kind in kinds)
-    return 2 * rows * text.num_key_value_heads * size * kept * without_adapters(vlm.model).dtype.itemsize
+    numbers = 0
+    for layer, kind in list(zip(text.per_layer_config, kinds, strict=True))[:own]:
+        size = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+        numbers += layer.num_key_value_heads * size * (min(tokens, window) if kind == "sliding_attention" else tokens)
+    return 2 * rows * numbers * without_adapters(vlm.model).dtype.itemsize
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from common.export import image_model
 from common.export.card import write_card
 from common.learner import learner_class
 from common.models import vlm
-from common.models.families import Family
+from common.models.families import Family, family
 from common.models.files import ADAPTERS, check_links, weights_folder
 from common.models.meter import messages
 from common.models.vlm import VLM
@@ -62,17 +62,17 @@ def save(policy: VLM, folder: Path, never: Collection[int], max_tokens: int) -> 
     policy.processor.save_pretrained(folder)
 
 
-def as_on_the_hub(folder: Path, family: type[Family]) -> None:
+def as_on_the_hub(folder: Path, kind: type[Family]) -> None:
     """Rename the weights in a folder to their names on the hub, the only ones vLLM knows (Gemma's vision tower)."""
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            tensors = {family.hub_name(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
+            tensors = {kind.hub_name(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
             changed, facts = set(tensors) != set(file.keys()), file.metadata()
         if changed:
             save_file(tensors, path, metadata=facts)
     for path in folder.glob("*.safetensors.index.json"):
         index = json.loads(path.read_text(encoding="utf-8"))
-        index["weight_map"] = {family.hub_name(name): where for name, where in index["weight_map"].items()}
+        index["weight_map"] = {kind.hub_name(name): where for name, where in index["weight_map"].items()}
         path.write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
@@ -177,7 +177,7 @@ def how_to_ask(trained: TrainedModel, config: Config, words: Words | None) -> di
         facts = {"names": list(words.of_names), "words": words.of_names}
     image = {"size": config.model.image_size, "how": config.model.resize, "background": config.data.background}
     begun = {"reply_begins": prompt.begun} if prompt.begun else {}
-    return {**facts, "image": image, "messages": messages(prompt), **begun}
+    return {**facts, "image": image, "messages": messages(prompt, family(config.model.family)), **begun}
 
 
 def _example(trained: TrainedModel, config: Config) -> Prompt:

@@ -145,14 +145,16 @@ def merge_error(model: Any, layout: SharedPrefix) -> tuple[float, float]:
     text = model.config.get_text_config()
     if text._attn_implementation == NAMES["copy"]:
         return 0.0, 0.0
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    kinds = getattr(text, "layer_types", None) or ["full_attention"]
-    windows = {text.sliding_window if kind == "sliding_attention" else None for kind in kinds}
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    kept = {
+        (text.sliding_window if kind == "sliding_attention" else None, _shape(layer))
+        for layer, kind in zip(text.per_layer_config, kinds, strict=True)
+    }
     device, generator = layout.restore.device, torch.Generator().manual_seed(0)
     errors = [(0.0, 0.0)]
     # one check per kind of layer: full attention and each sliding window
-    for window in windows:
-        shapes = [(1, heads, len(layout.restore), size) for heads in _heads(text)]
+    for window, (heads, own, size) in kept:
+        shapes = [(1, each, len(layout.restore), size) for each in (heads, own, own)]
         rows = [torch.randn(shape, generator=generator).to(device, model.dtype) for shape in shapes]
         grad = torch.randn(1, *shapes[0][2:0:-1], size, generator=generator).to(device, model.dtype)
 
@@ -175,8 +177,10 @@ def merge_error(model: Any, layout: SharedPrefix) -> tuple[float, float]:
     return max(errors)
 
 
-def _heads(text: Any) -> tuple[int, int, int]:
-    return text.num_attention_heads, text.num_key_value_heads, text.num_key_value_heads
+def _shape(layer: Any) -> tuple[int, int, int]:
+    """Return the query heads, key heads and head size of a layer with this configuration."""
+    size = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+    return layer.num_attention_heads, layer.num_key_value_heads, size
 
 
 def _take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

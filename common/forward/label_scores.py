@@ -115,6 +115,7 @@ class LabelScorer:
         wholes = self._tokenised([begun + response for response in responses])
         # `begun` and response are tokenised together, as the model would write them. A token that ends inside the
         # response belongs to it, even if it begins before.
+        begun = self.vlm.lead + begun
         given = [sum(end <= len(begun) for _, end in whole["offsets"]) for whole in wholes]
         shared = min(given)
         # The tokenisation of `begun` may depend on what follows: shorten the shared part until it is the same for all
@@ -133,8 +134,11 @@ class LabelScorer:
         return self.memory[text]
 
     def _tokenised(self, texts: list[str]) -> list[dict[str, Any]]:
+        """Return ids and offsets of replies, with what the chat template writes before them."""
         tokenizer = self.vlm.processor.tokenizer
-        found = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        found = tokenizer(
+            [self.vlm.lead + text for text in texts], add_special_tokens=False, return_offsets_mapping=True
+        )
         return [
             {"ids": ids, "offsets": offsets}
             for ids, offsets in zip(found["input_ids"], found["offset_mapping"], strict=True)

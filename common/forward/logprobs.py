@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from common.forward import attention
 from common.forward.packing import Packed
 from common.models.adapters import without_adapters
+from common.models.families import of_model
 from common.runtime.distributed import gather
 
 
@@ -54,6 +55,7 @@ class PolicyScorer(torch.nn.Module):
         self.model = model
         self.register_buffer("banned", torch.tensor(sorted(banned), dtype=torch.long), persistent=False)
         self.temperature, self.chunk, self.in_step = temperature, chunk, in_step
+        self.cap = of_model(model).cap(model.config)
 
     def forward(self, packed: Packed, entropy: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         """Score the target tokens.
@@ -84,7 +86,10 @@ class PolicyScorer(torch.nn.Module):
     def _score(
         self, head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor, entropy: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        logps = token_logps(head(hidden), self.banned, self.temperature)  # [chunk, V]
+        logits = head(hidden)  # [chunk, V]
+        if self.cap is not None:  # as the model's own forward does behind its head
+            logits = self.cap * (logits / self.cap).tanh()
+        logps = token_logps(logits, self.banned, self.temperature)
         chosen = logps.gather(-1, targets[:, None])[:, 0]
         with torch.no_grad():
             # entr(p) = -p log p with entr(0) = 0, so banned ids do not give NaN.
@@ -164,7 +169,10 @@ def exact(model: torch.nn.Module) -> Iterator[None]:
     LLM.int8() chooses its outlier columns over all rows of a forward, so that two correct forwards in other batch
     shapes differ by as much as a wrong mask can change. The matrices themselves are the same in both.
     """
-    replaced: dict[Any, Callable[[Any, torch.Tensor], torch.Tensor]] = {torch.nn.Conv3d: _wide_conv}
+    replaced: dict[Any, Callable[[Any, torch.Tensor], torch.Tensor]] = {
+        torch.nn.Conv2d: _wide_conv,
+        torch.nn.Conv3d: _wide_conv,
+    }
     bitsandbytes: Any = sys.modules.get("bitsandbytes")  # imported if any weight is in 8 or 4 bits
     if bitsandbytes:
         replaced |= {bitsandbytes.nn.Linear8bitLt: _linear_of_8_bits, bitsandbytes.nn.Linear4bit: _linear_of_4_bits}
@@ -183,9 +191,10 @@ def exact(model: torch.nn.Module) -> Iterator[None]:
                 layer.forward = own
 
 
-def _wide_conv(layer: torch.nn.Conv3d, x: torch.Tensor) -> torch.Tensor:
+def _wide_conv(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """The convolution in fp32: it refuses a bias of another format than its input before any operation is seen."""
-    return layer._conv_forward(x.float(), layer.weight.float(), None if layer.bias is None else layer.bias.float())
+    bias = None if layer.bias is None else layer.bias.float()
+    return layer._conv_forward(x.float(), layer.weight.float(), bias)  # type: ignore[no-any-return]
 
 
 def _linear_of_8_bits(layer: Any, x: torch.Tensor) -> torch.Tensor:

@@ -310,7 +310,7 @@ def pack_shared(groups: Sequence[PromptGroup], family: type[Family], device: tor
     inputs = {
         "input_ids": torch.cat(pieces)[None].to(device),
         "position_ids": family.position_ids(positions[:, None]).to(device),
-        "attention_mask": family.no_mask,  # the layout below says who sees whom
+        "attention_mask": family.no_mask(),  # the layout below says who sees whom
         "shared_prefix": layout.to(device),
         **images(prompts, family, device),
     }

@@ -96,13 +96,14 @@ def _in_full_precision(model: Any, name: str) -> None:
     # the rest of the model keeps its format, so inputs and outputs are cast at the border of the module
     outside = next(module.parameters()).dtype
     module.float()
-    module.register_forward_pre_hook(_inwards)
+    module.register_forward_pre_hook(_inwards, with_kwargs=True)
     module.register_forward_hook(partial(_outwards, outside))
 
 
-def _inwards(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _inwards(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Cast the input to the number format of the weights; merging turns them back into that of the model."""
-    return (inputs[0].to(next(module.parameters()).dtype), *inputs[1:])
+    inside = next(module.parameters()).dtype
+    return tuple(x.to(inside) for x in inputs), {name: x.to(inside) for name, x in named.items()}
 
 
 def _outwards(outside: Any, module: Any, inputs: tuple[Any, ...], output: Any) -> Any:

@@ -16,7 +16,7 @@ from common.models.adapters import without_adapters
 from common.models.extra_embeddings import expand_placeholders
 from common.models.meter import messages, too_long
 from common.models.vision import FeatureStore
-from common.models.vlm import VLM
+from common.models.vlm import VLM, rendered
 from common.types import CATEGORY, Prompt
 
 if TYPE_CHECKING:
@@ -122,8 +122,8 @@ class PromptEncoder:
     def _render(self, prompt: Prompt) -> str:
         """Return the rendered chat; a padding token marks every place of a category's embeddings."""
         processor = self.vlm.processor
-        text = processor.apply_chat_template(messages(prompt), tokenize=False, add_generation_prompt=True)
-        return str(text).replace(CATEGORY, processor.tokenizer.pad_token) + prompt.begun
+        text = rendered(processor, messages(prompt, self.vlm.family))
+        return text.replace(CATEGORY, processor.tokenizer.pad_token) + prompt.begun
 
     def _with_categories(self, prompt: Prompt, ids: torch.Tensor) -> torch.Tensor:
         if not prompt.categories:

@@ -34,10 +34,52 @@ class Family(ABC):
     projector: ClassVar[str]
     # whether tokens of an image attend to each other in both directions; vLLM supports that on some devices only
     both_ways: ClassVar[bool] = False
+    # names of modules that take part in nothing here (audio), which stay as they are
+    unused: ClassVar[tuple[str, ...]] = ()
+    # whether token ids behind the vocabulary can have embeddings of their own (ALERT)
+    extends: ClassVar[bool] = True
     # whether completions may share the row of their prompt; False if a layer carries a recurrent state along the row
     shares_prefixes: ClassVar[bool] = True
-    # an `attention_mask` given as a dict, by kind of layer, keeps transformers from building its own masks
-    no_mask: ClassVar[Any] = {"full_attention": None, "sliding_attention": None}
+
+    @staticmethod
+    def no_mask() -> Any:
+        """Return the `attention_mask` that keeps transformers from building masks of its own.
+
+        By default a dict by kind of layer.
+        """
+        return {"full_attention": None, "sliding_attention": None}
+
+    @staticmethod
+    def prepare() -> None:
+        """Make the classes of transformers ready for use, before any is loaded; most are."""
+        return None
+
+    @staticmethod
+    def check(config: dict[str, Any]) -> None:
+        """Refuse a variant of the architecture that the family does not cover; `config` is config.json.
+
+        Raises:
+            UserError: Names what the model has.
+        """
+        return None
+
+    @staticmethod
+    def untiled(processor: Any, image_size: int) -> None:
+        """Let a processor make one image of a square picture, with the tokens of `image_tokens`; most do."""
+        return None
+
+    @staticmethod
+    def cap(config: Any) -> float | None:
+        """Return the soft cap c of logits, which become c tanh(logit / c) behind the head; None: they are not capped.
+
+        `config`: configuration of the whole model.
+        """
+        return None
+
+    @staticmethod
+    def content(text: str) -> Any:
+        """Return a message without an image as chat templates take it: a text, or a list of parts."""
+        return text
 
     @staticmethod
     @abstractmethod
@@ -106,9 +148,9 @@ class Family(ABC):
 
     @staticmethod
     def in_order(model: Any, states: torch.Tensor, grids: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return outputs of the vision tower in the order of the patches that went in; most towers keep it.
+        """Return outputs of the vision tower in the order of the patches that went in, and no others.
 
-        Shape: all patches of all images in any arrangement -> the same.
+        Most towers keep the order and have no others. Shape: all patches of all images in any arrangement -> the same.
         """
         return states
 
@@ -251,7 +293,10 @@ class Qwen3VL(Qwen2VL):
     """
 
     model_type: ClassVar[str] = "qwen3_vl"
-    no_mask: ClassVar[Any] = None  # its text model takes no dict; without a mask it builds none for a single row
+
+    @staticmethod
+    def no_mask() -> Any:
+        return None  # its text model takes no dict; without a mask it builds none for a single row
 
     @staticmethod
     def image_tokens(config: dict[str, Any], image_size: int) -> int:
@@ -278,13 +323,8 @@ class Qwen3VL(Qwen2VL):
         return {"mm_encoder_outputs": {"image": output}}
 
 
-class Gemma3(Family):
-    """Gemma 3 (arXiv 2503.19786): 1-D positions, sliding windows in most layers, 256 bidirectional tokens per image."""
-
-    model_type: ClassVar[str] = "gemma3"
-    vision: ClassVar[tuple[str, ...]] = ("vision_tower", "multi_modal_projector")
-    projector: ClassVar[str] = "model.multi_modal_projector"
-    both_ways: ClassVar[bool] = True
+class OneAxis(Family):
+    """What families share whose positions count tokens and whose processor makes all images equally large."""
 
     @staticmethod
     def positions(ids: torch.Tensor, grid: torch.Tensor | None, config: Any) -> torch.Tensor:
@@ -298,6 +338,25 @@ class Gemma3(Family):
         return positions[0]  # one axis: [B, L]
 
     @staticmethod
+    def images(batch: Any) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        return [(pixels, None) for pixels in batch["pixel_values"].split(1)]
+
+    @staticmethod
+    def pixel_inputs(pixels: Sequence[torch.Tensor], grids: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        import torch
+
+        return {"pixel_values": torch.cat(list(pixels))}
+
+
+class Gemma3(OneAxis):
+    """Gemma 3 (arXiv 2503.19786): 1-D positions, sliding windows in most layers, 256 bidirectional tokens per image."""
+
+    model_type: ClassVar[str] = "gemma3"
+    vision: ClassVar[tuple[str, ...]] = ("vision_tower", "multi_modal_projector")
+    projector: ClassVar[str] = "model.multi_modal_projector"
+    both_ways: ClassVar[bool] = True
+
+    @staticmethod
     def blocks(ids: torch.Tensor, config: Any) -> torch.Tensor | None:
         """Return one block for every unbroken run of image tokens, as in transformers."""
         import torch
@@ -309,16 +368,6 @@ class Gemma3(Family):
     @staticmethod
     def block_inputs(blocks: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"token_type_ids": (blocks >= 0).long()}
-
-    @staticmethod
-    def images(batch: Any) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-        return [(pixels, None) for pixels in batch["pixel_values"].split(1)]
-
-    @staticmethod
-    def pixel_inputs(pixels: Sequence[torch.Tensor], grids: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        import torch
-
-        return {"pixel_values": torch.cat(list(pixels))}
 
     @staticmethod
     def placeholder_tokens(config: Any) -> tuple[int, ...]:
@@ -344,6 +393,193 @@ class Gemma3(Family):
     @staticmethod
     def project(model: Any, hidden: torch.Tensor) -> torch.Tensor:
         return model.model.multi_modal_projector(hidden)
+
+
+class SmolVLM(OneAxis):
+    """SmolVLM2 (arXiv 2504.05299): a Llama that reads one square image per picture, between tokens that mark it."""
+
+    model_type: ClassVar[str] = "smolvlm"
+    vision: ClassVar[tuple[str, ...]] = ("vision_model", "connector")
+    projector: ClassVar[str] = "model.connector"
+
+    @staticmethod
+    def no_mask() -> Any:
+        """Return a tensor of four axes and no content, which Llama hands on to the attention function as it is.
+
+        Without one it would take positions that begin anew for separate texts, and build their mask.
+        """
+        import torch
+
+        return torch.empty(1, 1, 0, 0)
+
+    @staticmethod
+    def prepare() -> None:
+        """Let transformers' processor work without num2words, which writes the number of a video's frames."""
+        from transformers.models.smolvlm import processing_smolvlm as module
+
+        processing_smolvlm: Any = module
+        if processing_smolvlm.num2words is None:
+            processing_smolvlm.num2words = _no_videos
+
+    @staticmethod
+    def untiled(processor: Any, image_size: int) -> None:
+        """Make one image of the tower's size; otherwise a picture is enlarged and cut into up to 16 tiles."""
+        images = processor.image_processor
+        images.do_image_splitting = False
+        # what is made smaller in the end is not made larger before
+        images.size = {"longest_edge": images.max_image_size["longest_edge"]}
+
+    @staticmethod
+    def content(text: str) -> Any:
+        return [{"type": "text", "text": text}]  # its chat template drops what is no part
+
+    @staticmethod
+    def placeholder_tokens(config: Any) -> tuple[int, ...]:
+        return (config.image_token_id,)
+
+    @staticmethod
+    def image_tokens(config: dict[str, Any], image_size: int) -> int:
+        """Return the tower's patches over the square of `scale_factor`, whatever the image's size."""
+        vision = config["vision_config"]
+        side = vision.get("image_size", 224) // vision.get("patch_size", 32)
+        return int(side**2 / config.get("scale_factor", 2) ** 2)
+
+    @staticmethod
+    def image_text(text: str) -> str:
+        around = "<fake_token_around_image>"
+        return text.replace("<image>", f"{around}<global-img><image>{around}")
+
+    @staticmethod
+    def project(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+        return model.model.connector(hidden)
+
+
+class InternVL(OneAxis):
+    """InternVL3.5 (arXiv 2508.18265) in its form for transformers: one image per picture, one token per 2x2 patches."""
+
+    model_type: ClassVar[str] = "internvl"
+    vision: ClassVar[tuple[str, ...]] = ("vision_tower", "multi_modal_projector")
+    projector: ClassVar[str] = "model.multi_modal_projector"
+
+    @staticmethod
+    def untiled(processor: Any, image_size: int) -> None:
+        """Make one image of the tower's size; otherwise a large picture is cut into up to 12 tiles and added whole."""
+        # the whole processor asks its image processor for tiles whatever that says, so that the number decides
+        processor.image_processor.crop_to_patches, processor.image_processor.max_patches = False, 1
+
+    @staticmethod
+    def placeholder_tokens(config: Any) -> tuple[int, ...]:
+        return (config.image_token_id,)
+
+    @staticmethod
+    def image_tokens(config: dict[str, Any], image_size: int) -> int:
+        return int(config.get("image_seq_length", 256))  # whatever the size: the processor resizes
+
+    @staticmethod
+    def image_text(text: str) -> str:
+        return text.replace("<IMG_CONTEXT>", "<img><IMG_CONTEXT></img>")
+
+    @staticmethod
+    def in_order(model: Any, states: torch.Tensor, grids: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Drop the state of the class token, which is first. Shape: [n, 1 + patches, V] -> [n, patches, V]."""
+        return states[:, 1:]
+
+    @staticmethod
+    def project(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+        side = math.isqrt(hidden.shape[1])
+        cells = model.model.pixel_shuffle(hidden.unflatten(1, (side, side)), model.config.downsample_ratio)
+        return model.model.multi_modal_projector(cells.flatten(1, 2))
+
+
+class Gemma4(OneAxis):
+    """Gemma 4 in its small sizes (E2B, E4B): an embedding by token for every layer, capped logits, causal images.
+
+    The last layers use keys and values of earlier ones. A picture is resized to fill a budget of tokens, which
+    `model.image_size` chooses, and padded to it; where its patches stand is given beside the pixels, as their `grid`.
+    """
+
+    model_type: ClassVar[str] = "gemma4"
+    vision: ClassVar[tuple[str, ...]] = ("vision_tower", "embed_vision")
+    projector: ClassVar[str] = "model.embed_vision"
+    unused: ClassVar[tuple[str, ...]] = ("audio_tower", "embed_audio")
+    extends: ClassVar[bool] = False  # such ids would need embeddings for every layer, too
+
+    @staticmethod
+    def check(config: dict[str, Any]) -> None:
+        """Refuse the large sizes, in which image tokens attend in both directions, though not in every layer."""
+        if both := config.get("text_config", {}).get("use_bidirectional_attention"):
+            raise UserError(
+                f"the model's use_bidirectional_attention is {both}, as in Gemma 4's large sizes, which"
+                " model.family=gemma4 does not cover: take E2B or E4B"
+            )
+
+    @staticmethod
+    def images(batch: Any) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        return list(zip(batch["pixel_values"].split(1), batch["image_position_ids"].split(1), strict=True))
+
+    @staticmethod
+    def pixel_inputs(pixels: Sequence[torch.Tensor], grids: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        import torch
+
+        return {"pixel_values": torch.cat(list(pixels)), "image_position_ids": torch.cat(list(grids))}
+
+    @staticmethod
+    def placeholder_tokens(config: Any) -> tuple[int, ...]:
+        names = ("image_token_id", "video_token_id", "audio_token_id", "boi_token_id", "eoi_token_id", "boa_token_id")
+        ids = [getattr(config, name) for name in (*names, "eoa_token_index")]
+        return tuple(token for token in ids if token is not None)
+
+    @staticmethod
+    def image_tokens(config: dict[str, Any], image_size: int) -> int:
+        """Return the largest square number of tokens within the budget that `image_size` needs."""
+        return math.isqrt(_budget(config["vision_config"], image_size)) ** 2
+
+    @staticmethod
+    def untiled(processor: Any, image_size: int) -> None:
+        """Set the budget of tokens: the smallest in which a square picture of `image_size` pixels is not reduced."""
+        images = processor.image_processor
+        images.max_soft_tokens = _budget(
+            {"patch_size": images.patch_size, "pooling_kernel_size": images.pooling_kernel_size}, image_size
+        )
+
+    @staticmethod
+    def cap(config: Any) -> float | None:
+        found: float | None = config.get_text_config().final_logit_softcapping
+        return found
+
+    @staticmethod
+    def feature_inputs(features: Sequence[torch.Tensor]) -> dict[str, Any]:
+        """Return them as what `get_image_features` gives, so that the model still sees the ids of all tokens."""
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        output = BaseModelOutputWithPooling(pooler_output=tuple(features))  # type: ignore[arg-type]
+        return {"mm_encoder_outputs": {"image": output}}
+
+    @staticmethod
+    def image_text(text: str) -> str:
+        return text.replace("<|image|>", "<|image><|image|><image|>")
+
+    @staticmethod
+    def project(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+        return model.model.embed_vision(hidden)
+
+
+BUDGETS = (70, 140, 280, 560, 1120)  # image tokens that Gemma 4's processor may be told to fill
+
+
+def _budget(vision: dict[str, Any], image_size: int) -> int:
+    cell = vision.get("patch_size", 16) * vision.get("pooling_kernel_size", 3)  # side of a token, in pixels
+    return next((budget for budget in BUDGETS if math.isqrt(budget) * cell >= image_size), BUDGETS[-1])
+
+
+def of_model(model: Any) -> type[Family]:
+    """Return the family of a loaded model by its `model_type`; `Family` itself, with its defaults, if none is known."""
+    name = model.config.model_type
+    return family(name) if name in FAMILIES else Family
+
+
+def _no_videos(frames: int) -> str:
+    raise ImportError("transformers' processor of SmolVLM reads videos only with num2words: uv pip install num2words")
 
 
 def family(name: str) -> type[Family]:

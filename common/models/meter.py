@@ -65,7 +65,8 @@ class PromptMeter:
             part = distinct[start : start + CHUNK]
             with _template():
                 rendered = [
-                    self.template.render(messages=messages(p), add_generation_prompt=True) + p.begun for p in part
+                    self.template.render(messages=messages(p, self.family), add_generation_prompt=True) + p.begun
+                    for p in part
                 ]
             texts = [self.family.image_text(text).replace(CATEGORY, self.pad) for text in rendered]
             encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
@@ -130,6 +131,7 @@ def of_folder(folder: Path, family: str) -> PromptMeter:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config.get("model_type") != family_of(family).model_type or "vision_config" not in config:
         raise UserError(f"model {folder} is of type {config.get('model_type')}, but model.family={family}")
+    family_of(family).check(config)
     template = folder / "chat_template.jinja"
     text = template.read_text(encoding="utf-8") if template.is_file() else _template_from_json(folder)
     try:
@@ -177,11 +179,14 @@ def _template_from_json(folder: Path) -> str:
     raise UserError(f"model {folder} has no chat template (chat_template.jinja)")
 
 
-def messages(prompt: Prompt) -> list[dict[str, Any]]:
-    """Return the conversation of one prompt: an optional system message, then image and question."""
+def messages(prompt: Prompt, family: type[Family] = Family) -> list[dict[str, Any]]:
+    """Return the conversation of one prompt: an optional system message, then image and question.
+
+    `family`: that of the model whose chat template renders it.
+    """
     content = [{"type": "image"}, {"type": "text", "text": prompt.text}]
     user = {"role": "user", "content": content[::-1] if prompt.image_last else content}
-    system = [] if prompt.system is None else [{"role": "system", "content": prompt.system}]
+    system = [] if prompt.system is None else [{"role": "system", "content": family.content(prompt.system)}]
     return [*system, user]
 
 

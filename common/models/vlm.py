@@ -43,6 +43,7 @@ class VLM:
 
     eos: ids that end a completion.
     end_of_turn: the one that the chat template writes after a reply.
+    lead: what the chat template writes before a reply, behind the header (SmolVLM: a space); part of no reply's text.
     banned: ids that are neither sampled nor scored (image placeholders, padding).
     causal_images: image tokens attend causally even if the family's are bidirectional.
     extra_embeddings: embeddings beyond the vocabulary, if a method has attached some.
@@ -56,6 +57,7 @@ class VLM:
     end_of_turn: int
     banned: tuple[int, ...]
     pad: int
+    lead: str = ""
     causal_images: bool = False
     extra_embeddings: ExtraEmbeddings | None = None
     hub: tuple[str, str] | None = None
@@ -78,7 +80,7 @@ def load(folder: Path, config: ModelConfig, device: torch.device, train: bool = 
     Raises:
         UserError: The folder does not load as an image-text-to-text model, or an adapter target matches nothing.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
     base, *earlier = lineage(folder)  # earlier: folders of adapters, oldest first
     bits = config.bits
@@ -90,7 +92,7 @@ def load(folder: Path, config: ModelConfig, device: torch.device, train: bool = 
     options: dict[str, Any] = {"dtype": DTYPES[config.dtype]}
     if bits:
         options |= {"quantization_config": quantization(config), "device_map": {"": device}}
-    processor = loaded(AutoProcessor, base, f"model {base}")
+    processor = processor_of(base, config, f"model {base}")
     model = whole(AutoModelForImageTextToText, base, f"model {base}", **options)
     # older adapters are always merged: the newest were trained on the merged weights
     for each in earlier:
@@ -133,10 +135,10 @@ def on_meta(folder: Path, config: ModelConfig) -> VLM:
     Raises:
         UserError: The folder's configuration does not describe an image-text-to-text model.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+    from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 
     base = lineage(folder, weights=False)[0]
-    processor = loaded(AutoProcessor, base, f"model {base}")
+    processor = processor_of(base, config, f"model {base}")
     architecture = loaded(AutoConfig, base, f"model {base}")
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(architecture, dtype=DTYPES[config.dtype])
@@ -167,8 +169,7 @@ def assembled(model: Any, processor: Any, config: ModelConfig, name: str, train:
         sorted({*placeholders, pad, *suppressed} - set(ends))
     )  # some models also end with their padding token
     # which parameters are trained
-    if config.freeze_vision:
-        freeze(model, family.vision)
+    freeze(model, (*family.unused, *(family.vision if config.freeze_vision else ())))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         # transformers makes the outputs of all input embeddings require gradients, which only reentrant checkpoints
@@ -186,7 +187,19 @@ def assembled(model: Any, processor: Any, config: ModelConfig, name: str, train:
             f"model.freeze_vision=true, but model.lora.targets={config.lora.targets} puts an adapter on {inside[0]}"
         )
     turn = end_of_turn(processor, ends)
-    return VLM(model, processor, family, ends, turn, banned, pad, config.image_attention == "causal")
+    causal = config.image_attention == "causal"
+    return VLM(model, processor, family, ends, turn, banned, pad, before_reply(processor), causal)
+
+
+def processor_of(folder: Path, config: ModelConfig, name: str) -> Any:
+    """Load the processor of a model so that it makes one image of a picture; `name`: name of the model, for errors."""
+    from transformers import AutoProcessor
+
+    family = family_of(config.family)
+    family.prepare()
+    processor = loaded(AutoProcessor, folder, name)
+    family.untiled(processor, config.image_size)
+    return processor
 
 
 def loaded(kind: Any, folder: Path, name: str, **options: Any) -> Any:
@@ -240,12 +253,38 @@ def after_reply(processor: Any, header: bool = False) -> str:
     Raises:
         UserError: The template has a mistake, or uses something that the sandbox forbids.
     """
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "reply"}]
+    return rendered(processor, turns("?", "reply"), header).rpartition("reply")[2]
+
+
+def before_reply(processor: Any) -> str:
+    """Return the text that the chat template writes between the header of a reply and the reply.
+
+    Raises:
+        UserError: See `after_reply`.
+    """
+    asked, answered = rendered(processor, turns("?"), True), rendered(processor, turns("?", "reply"), False)
+    # a template may write more behind its header than before a reply that is there, such as the start of thoughts
+    return answered.removeprefix(asked).partition("reply")[0] if answered.startswith(asked) else ""
+
+
+def turns(*texts: str) -> list[dict[str, Any]]:
+    """Return a conversation without an image, the user's text first."""
+    roles = ("user", "assistant")
+    return [{"role": roles[n % 2], "content": [{"type": "text", "text": text}]} for n, text in enumerate(texts)]
+
+
+def rendered(processor: Any, conversation: Sequence[dict[str, Any]], header: bool = True) -> str:
+    """Return a conversation as the chat template writes it; with `header` also the start of the next reply.
+
+    Raises:
+        UserError: See `after_reply`.
+    """
+    # with options of its own, which a text needs none of, SmolVLM's processor adds none and warns of none
+    options = {"tokenize": False, "processor_kwargs": {"padding": False}}
     try:
-        text: str = processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=header)
+        return str(processor.apply_chat_template(conversation, add_generation_prompt=header, **options))
     except TemplateError as error:
         raise UserError(f"the model's chat template cannot be used: {error}") from error
-    return text.rpartition("reply")[2]
 
 
 def freeze(model: Any, modules: tuple[str, ...]) -> None:

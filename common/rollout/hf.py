@@ -25,7 +25,7 @@ from common.forward.logprobs import spliced, token_logps
 from common.forward.packing import images, micro_batches, pad_blocks
 from common.models.adapters import without_adapters
 from common.models.encoder import EncodedPrompt
-from common.models.vlm import VLM
+from common.models.vlm import VLM, rendered, turns
 from common.rollout.base import Completion, Decoding, Request
 
 
@@ -140,6 +140,7 @@ class HFRollout:
         for row, length in enumerate(lengths):
             ids, finished = tokens[row, :length].clone(), bool(ended[row])
             text = self.vlm.processor.tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=False)
+            text = text.removeprefix(self.vlm.lead)
             completions.append(Completion(ids, logps[row, :length].clone(), text, not finished, self.version))
         return completions
 
@@ -237,9 +238,7 @@ class FrozenReplies:
     def _request(self, text: str) -> Request:
         """Return a request for a conversation without an image. Shape of its ids: [P]."""
         tokenizer, family = self.vlm.processor.tokenizer, self.vlm.family
-        turns = [{"role": "user", "content": [{"type": "text", "text": text}]}]
-        rendered = self.vlm.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        ids = torch.tensor(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+        ids = torch.tensor(tokenizer(rendered(self.vlm.processor, turns(text)), add_special_tokens=False)["input_ids"])
         config = self.vlm.model.config
         blocks = None if self.vlm.causal_images else family.blocks(ids, config)
         encoded = EncodedPrompt(ids, family.positions(ids, None, config), None, None, blocks)

@@ -99,12 +99,12 @@ class SFTTrainer(EngineTrainer):
 
 
 def target(vlm: VLM, reply: str, loss: str) -> torch.Tensor:
-    """Return the token ids of a reply and of its end. Shape: [T].
+    """Return the token ids of a reply, of what leads to it and of its end. Shape: [T].
 
     With `everything` the header of another reply is appended: the CLS-RL authors' code applies the chat template with
     `add_generation_prompt=True` to the finished conversation.
     """
-    tokenizer = vlm.processor.tokenizer
+    tokenizer, reply = vlm.processor.tokenizer, vlm.lead + reply
     if loss == "everything":
         reply += after_reply(vlm.processor, header=True)
         return torch.tensor(tokenizer(reply, add_special_tokens=False)["input_ids"])

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from common.config.schema import NO_FAMILY, Config, DataConfig
 from common.data.task import TaskData
 from common.models import meter
+from common.models.families import family
 from common.models.files import find
 from common.plugins import locate
 from common.runtime.progress import say
@@ -173,6 +174,11 @@ def check_vlm(config: Config, data: TaskData) -> TaskPrompts:
     if config.rollout.check is not None:
         locate(config.rollout.check, "rollout.check")(config)
     prompts = ask(of_config(config), data.task)
+    if prompts.prompting.embeddings(data.task) and not family(config.model.family).extends:
+        raise UserError(
+            f"method={config.method['name']} gives the model embeddings beside its vocabulary, for which"
+            f" model.family={config.model.family} has no place: choose another model, such as model=gemma3_4b"
+        )
     prompts.prompting.sources(data.task)  # hashes the method's files, so a missing one is reported now
     check_model(config, data.task, [prompts.train, *prompts.evaluation.values()])
     return prompts

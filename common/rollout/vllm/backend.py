@@ -143,6 +143,7 @@ class VLLMRollout:
         finished = ids[-1] in self.vlm.eos
         logps = [at[token].logprob for at, token in zip(output.logprobs, ids, strict=True)]
         text = self.vlm.processor.tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=False)
+        text = text.removeprefix(self.vlm.lead)
         return Completion(torch.tensor(ids), torch.tensor(logps), text, not finished, self.version)
 
 
