@@ -121,9 +121,8 @@ def measure(photos: Photos, seed: int) -> dict[str, float | bool]:
     found = head.out_of_fold()
     assert found is not None
     held_out = found[1][0].double().numpy()
-    temperature = calibration.temperature(held_out, labels[0])
+    temperature, slope, bias = calibration.by_images(held_out, labels[0])
     folds, new = softmax(held_out / temperature), softmax(logits[1] / temperature)
-    slope, bias = calibration.curve(folds.max(1), folds.argmax(1) == labels[0])
     odds = np.log(new.max(1) / (1 - new.max(1)))
     curved = 1 / (1 + np.exp(-slope * odds - bias))
     figures: dict[str, float | bool] = {

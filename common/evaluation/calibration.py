@@ -24,8 +24,7 @@ CONFIDENCE = 0.95  # with which `threshold` keeps its promise
 STEPS = 10  # coverages that `threshold` tries: 10 %, 20 %, ... of the images
 
 
-# Our choice by 14 learners on garments (docs/log.md): the curve is drawn to the identity, as if by two right answers.
-CURVE = 2.0
+CURVE = 2.0  # penalty, our choice by 14 learners on garments (docs/log.md)
 EDGE = 1e-6  # a probability counts as no closer to 0 or 1 than this
 
 
@@ -125,31 +124,36 @@ def fit(held_out: Answers, source: str) -> Calibration | None:
     if table is None:
         return None
     truths = truth_places(table, [p.label for p in held_out.predictions])
-    scale = temperature(log_probabilities(table), truths)
-    values = Calibration(scale)(table)
-    slope, bias = curve(values.max(1), values.argmax(1) == truths)
-    return Calibration(scale, slope, bias, source, len(truths))
+    return Calibration(*by_images(log_probabilities(table), truths), source, len(truths))
 
 
-def curve(confidences: NDArray[np.float64], right: NDArray[np.bool_]) -> tuple[float, float]:
-    """Return slope and bias that the log-odds of confidences are multiplied by and shifted.
+def by_images(scores: NDArray[np.floating], truths: NDArray[np.integer]) -> tuple[float, float, float]:
+    """Return temperature, slope and bias.
 
-    They minimise the cross entropy with Platt's smoothed targets (1999), and the penalty CURVE that draws them to 1
-    and 0. Shape of both arguments: [N].
+    Together they minimise the cross entropy of being right with Platt's smoothed targets (1999), and penalties that
+    draw the temperature to the one that is best for all classes, and the curve to the identity (CURVE).
+
+    Args:
+        scores: As in `temperature`. Shape: [N, C].
+        truths: As in `temperature`; an image whose class was not offered counts as a wrong answer. Shape: [N].
     """
     from scipy.optimize import minimize  # here, because the import takes a second
 
-    odds, hits = _log_odds(confidences), int(right.sum())
+    alone, kept = temperature(scores, truths), scores.astype(np.float64)
+    right = kept.argmax(1) == truths
+    hits = int(right.sum())
     targets = np.where(right, (hits + 1) / (hits + 2), 1 / (len(right) - hits + 2))
 
     def loss(w: NDArray[np.float64]) -> float:
+        odds = _log_odds(np.exp(_log_softmax(kept / (alone * math.exp(w[2]))).max(1)))
         curved = w[0] * odds + w[1]
         entropy = (np.logaddexp(0, curved) - targets * curved).sum()
-        return float(entropy + CURVE * ((w[0] - 1) ** 2 + w[1] ** 2))
+        return float(entropy + CURVE * ((w[0] - 1) ** 2 + w[1] ** 2 + w[2] ** 2))
 
     # a slope above 0 keeps the order of confidences
-    found = minimize(loss, np.array([1.0, 0.0]), method="L-BFGS-B", bounds=[(1e-3, None), (None, None)]).x
-    return float(found[0]), float(found[1])
+    bounds = [(1e-3, None), (None, None), (-4.0, 4.0)]
+    slope, bias, more = minimize(loss, np.array([1.0, 0.0, 0.0]), method="L-BFGS-B", bounds=bounds).x
+    return alone * math.exp(more), float(slope), float(bias)
 
 
 def _log_odds(values: NDArray[np.float64]) -> NDArray[np.float64]:
