@@ -117,10 +117,12 @@ def test_a_table_follows_the_curve():
     found = Calibration(1.0, 2.0, -1.0)(table)
     sure = 1 / (1 + (3 / 7) ** 2 * np.e)
     np.testing.assert_allclose(found[0], [(1 - sure) * 2 / 3, sure, (1 - sure) / 3], rtol=1e-5)
-    # sigmoid(2 ln(36 / 64) - 1) = 0.10 would be below the second class, which keeps its 34 of the other 64
-    assert found[1, 1] == pytest.approx(found[1, 2], rel=1e-5) and found[1, 1] == pytest.approx(34 / 98, rel=1e-5)
-    np.testing.assert_allclose(found.sum(1), 1)
-    assert found.argmax(1).tolist() == [1, 1]
+    # sigmoid(2 ln(36 / 64) - 1) = 0.10 is less than one of three can have
+    np.testing.assert_allclose(found[1], [1 / 3] * 3)
+    # sigmoid(-0.6): the second class, with nine tenths of the others, would have 0.58, and gets no more than the first
+    near = answers(np.array([[0.05, 0.5, 0.45]]), np.array([1])).probabilities
+    sure = 1 / (1 + np.exp(0.6))
+    np.testing.assert_allclose(Calibration(bias=-0.6)(near)[0], [1 - 2 * sure, sure, sure], rtol=1e-5)
 
 
 def test_few_answers_bend_a_curve_little_and_none_invert_it():

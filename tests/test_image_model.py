@@ -14,8 +14,10 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from common import Classifier
+from common.evaluation.calibration import Calibration
 from common.export import __main__ as command
 from common.export import image_model
+from common.types import Probabilities
 
 pytestmark = pytest.mark.slow
 
@@ -76,3 +78,15 @@ def test_what_cannot_be_written_is_refused(run, tmp_path, capsys):
     assert command.main([str(run), str(tmp_path / "out"), "--as", "model"]) == 2
     assert "--as model: method=best_of can be written as onnx, torchscript" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("slope", "bias"), [(1.0, 0.0), (0.3, -1.5), (2.0, 1.0), (0.7, -0.2)])
+@pytest.mark.parametrize("classes", [2, 3, 10])
+def test_the_curve_of_a_file_is_that_of_the_run(slope, bias, classes):
+    values = np.random.default_rng(classes).dirichlet([0.3] * classes, 200).astype(np.float32)
+    places = np.broadcast_to(np.arange(classes, dtype=np.int32), values.shape)
+    calibrated = Calibration(1.0, slope, bias)
+    expected = calibrated(Probabilities(tuple("abcdefghij"[:classes]), places, values))
+    found = image_model.curved(torch.tensor(values), calibrated).numpy()
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    assert (expected.max(1) - np.take_along_axis(expected, values.argmax(1)[:, None], 1)[:, 0]).max() <= 1e-12

@@ -91,9 +91,13 @@ def calibrated(run, row):
     if found and rest > 0:
         odds = shares[top] / (1 - shares[top])
         sure = 1 / (1 + odds ** -found["slope"] * math.exp(-found["bias"]))
-        second = max(share for place, share in enumerate(shares) if place != top)
-        sure = max(sure, second / (rest + second))
-        shares = [sure if place == top else share * (1 - sure) / rest for place, share in enumerate(shares)]
+        sure = max(sure, 1 / len(shares))
+        others = [0.0 if place == top else share / rest for place, share in enumerate(shares)]
+        even, mixed = 1 / (len(shares) - 1), 0.0
+        while (1 - sure) * ((1 - mixed) * max(others) + mixed * even) > sure + 1e-9:
+            mixed += 1e-6
+        shares = [(1 - sure) * ((1 - mixed) * share + mixed * even) for share in others]
+        shares[top] = sure
     return dict(zip(row["choices"], shares, strict=True))
 
 

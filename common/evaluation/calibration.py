@@ -49,7 +49,8 @@ class Calibration:
     def __call__(self, table: Probabilities) -> NDArray[np.float64]:
         """Return the calibrated probabilities; each row adds up to 1. Shape: [N, K].
 
-        The other classes share what the most probable one leaves as before. It stays the most probable one.
+        The other classes share what the most probable one leaves as before, or more evenly where one of them would
+        exceed it: it stays the most probable one.
 
         >>> table = Probabilities(("a", "b"), np.array([[0, 1]]), np.array([[0.8, 0.2]], np.float32))
         >>> Calibration(2.0)(table).round(4).tolist()  # sqrt(0.8) / (sqrt(0.8) + sqrt(0.2))
@@ -62,13 +63,16 @@ class Calibration:
             return values
         first = np.zeros(values.shape, bool)
         np.put_along_axis(first, values.argmax(1)[:, None], True, 1)
+        offered = (table.classes >= 0).sum(1, keepdims=True)  # [N, 1], as all that follows
         others = np.where(first, 0.0, values)
-        rest, second = others.sum(1), others.max(1)
-        confidence = _sigmoid(self.slope * _log_odds(values.max(1)) + self.bias)
-        confidence = np.maximum(confidence, second / np.where(rest > 0, rest + second, 1.0))
-        confidence = np.where(rest > 0, confidence, 1.0)  # a class that was offered alone
-        left = (1 - confidence) / np.where(rest > 0, rest, 1.0)
-        return np.where(first, confidence[:, None], left[:, None] * others)
+        others /= np.maximum(others.sum(1, keepdims=True), np.finfo(np.float64).tiny)
+        even = ((table.classes >= 0) & ~first) / np.maximum(offered - 1, 1)
+        confidence = _sigmoid(self.slope * _log_odds(values.max(1, keepdims=True)) + self.bias)
+        confidence = np.where(offered > 1, np.maximum(confidence, 1 / offered), 1.0)
+        # the second class has (1 - confidence) x its share of the others, and that must not exceed the confidence
+        second, most = others.max(1, keepdims=True), confidence / np.maximum(1 - confidence, EDGE)
+        mixed = np.where(second > most, (second - most) / np.maximum(second - even.max(1, keepdims=True), EDGE), 0.0)
+        return np.where(first, confidence, (1 - confidence) * ((1 - mixed) * others + mixed * even))
 
 
 def read(values: Mapping[str, Any]) -> Calibration:

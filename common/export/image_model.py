@@ -57,13 +57,18 @@ def curved(values: Tensor, calibrated: Calibration) -> Tensor:
     """Return probabilities after the curve of a calibration, as `Calibration.__call__` has it. Shape: [N, K]."""
     if (calibrated.slope, calibrated.bias) == (1.0, 0.0) or values.shape[1] < 2:
         return values
-    (top, second), places = values.topk(2, 1).values.unbind(1), values.argmax(1, keepdim=True)
+    count, places = values.shape[1], values.argmax(1, keepdim=True)
     first = torch.zeros_like(values).scatter(1, places, 1.0)
-    rest = ((1 - first) * values).sum(1).clamp(min=1e-30)  # not 1 - top, which rounds
-    kept = top.clamp(EDGE, 1 - EDGE)
-    confidence = torch.sigmoid(calibrated.slope * (kept.log() - (1 - kept).log()) + calibrated.bias)
-    confidence = torch.maximum(confidence, second / (rest + second))[:, None]
-    return torch.where(first > 0, confidence, (1 - confidence) / rest[:, None] * values)
+    others = (1 - first) * values
+    others = others / others.sum(1, keepdim=True).clamp(min=1e-30)  # not 1 - the first, which rounds
+    even = (1 - first) / (count - 1)
+    kept = values.gather(1, places).clamp(EDGE, 1 - EDGE)
+    confidence = torch.sigmoid(calibrated.slope * (kept.log() - (1 - kept).log()) + calibrated.bias).clamp(
+        min=1 / count
+    )
+    second, most = others.amax(1, keepdim=True), confidence / (1 - confidence).clamp(min=EDGE)
+    mixed = torch.where(second > most, (second - most) / (second - 1 / (count - 1)).clamp(min=EDGE), 0.0)
+    return torch.where(first > 0, confidence, (1 - confidence) * ((1 - mixed) * others + mixed * even))
 
 
 def write(classifier: Classifier, kind: str, target: Path) -> dict[str, Any]:
