@@ -60,12 +60,10 @@ def curved(values: Tensor, calibrated: Calibration) -> Tensor:
     count, places = values.shape[1], values.argmax(1, keepdim=True)
     first = torch.zeros_like(values).scatter(1, places, 1.0)
     others = (1 - first) * values
-    others = others / others.sum(1, keepdim=True).clamp(min=1e-30)  # not 1 - the first, which rounds
-    even = (1 - first) / (count - 1)
-    kept = values.gather(1, places).clamp(EDGE, 1 - EDGE)
-    confidence = torch.sigmoid(calibrated.slope * (kept.log() - (1 - kept).log()) + calibrated.bias).clamp(
-        min=1 / count
-    )
+    rest = others.sum(1, keepdim=True)  # not 1 - the first, which rounds
+    others, even = others / rest.clamp(min=1e-30), (1 - first) / (count - 1)
+    odds = values.gather(1, places).clamp(EDGE, 1 - EDGE).log() - rest.clamp(EDGE, 1 - EDGE).log()
+    confidence = torch.sigmoid(calibrated.slope * odds + calibrated.bias).clamp(min=1 / count)
     second, most = others.amax(1, keepdim=True), confidence / (1 - confidence).clamp(min=EDGE)
     mixed = torch.where(second > most, (second - most) / (second - 1 / (count - 1)).clamp(min=EDGE), 0.0)
     return torch.where(first > 0, confidence, (1 - confidence) * ((1 - mixed) * others + mixed * even))
