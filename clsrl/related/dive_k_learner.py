@@ -35,7 +35,7 @@ class DiveKLearner(VLMLearner):
 
     prompting: DiveKPrompt
 
-    def settle(self) -> None:
+    def finish_prompts(self) -> None:
         """Mine the training images with the initial weights, or read what an earlier attempt mined."""
         split, path = self.task.train, self.folder / MINED
         images = [item.image for item in split.items]

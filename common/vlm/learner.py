@@ -161,8 +161,8 @@ class VLMLearner(Learner):
             articles=config.protocol.articles,
         )
         # the final prompts: from here on they do not change
-        self.settle()
-        assert self.prompts.prompting.final, "setup or settle makes the prompts final"
+        self.finish_prompts()
+        assert self.prompts.prompting.final, "setup or finish_prompts makes the prompts final"
         if config.doctor is not True:  # doctor=true trains nothing and writes nothing
             manifest.freeze_prompts(folder, self.prompts.hashes(), self.sources())
 
@@ -176,7 +176,7 @@ class VLMLearner(Learner):
     def setup(self) -> None:
         """Attach the method's own parts to the loaded model and make `prompts` final. All ranks call it together."""
 
-    def settle(self) -> None:
+    def finish_prompts(self) -> None:
         """Make `prompts` final where that takes the sampler. All ranks call it together, before the weights change."""
 
     def sources(self) -> dict[str, str]:

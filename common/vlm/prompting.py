@@ -52,7 +52,7 @@ class Prompting(ABC):
     @property
     def final(self) -> bool:
         """Return whether the prompts are final; if not, they are upper bounds in length until `VLMLearner.setup` or
-        `VLMLearner.settle`.
+        `VLMLearner.finish_prompts`.
         """
         return True
 
