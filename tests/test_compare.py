@@ -17,6 +17,7 @@ import pytest
 import yaml
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
+from rich.console import Console
 from scipy import stats
 from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
 
@@ -435,3 +436,18 @@ def test_it_needs_neither_torch_nor_data(write):
     code = f"import sys; from common.report.__main__ import main; main(['compare', {str(path)!r}]); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0 and "nothinking" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(("width", "gone"), [(80, ["seconds", "official", "images", "before", "± std"]), (200, [])])
+def test_a_narrow_terminal_leaves_out_what_matters_least(monkeypatch, capsys, width, gone):
+    monkeypatch.setattr(compare, "Console", lambda **_: Console(width=width))
+    columns = [name for name in compare.COLUMNS if name != compare.MACRO]
+    row = ["alert · digits · 16 shots", "test", "1, 2, 3", "1637", "88.5", "0.3", "86.8 – 89.9", "58.5", "88.5", "104"]
+    compare.show_table(compare.Table(columns, [row], ["a note"]))
+    said = capsys.readouterr().out
+    head, *_ = [line for line in said.splitlines() if "accuracy" in line]
+    assert "88.5" in said and "86.8 – 89.9" in said and "alert · digits · 16 shots" in said, (
+        "nothing is broken over lines"
+    )
+    assert [name for name in columns if name in head] == [name for name in columns if name not in gone]
+    assert ("left out for the width of this terminal" in said) == bool(gone)

@@ -366,7 +366,7 @@ def test_confidences_are_not_rounded_before_they_are_ordered(write):
     confidences, right = transcripts.tally(folder).surest["test"]
     assert metrics.selective_risks(confidences, right) == pytest.approx([0, 0, 1 / 3])
     (axis, _) = figures.calibration({"test": (confidences, right)}).axes
-    assert axis.get_legend_handles_labels()[1] == ["test: ECE 33.3 %, AURC 11.1 %"]
+    assert axis.get_legend_handles_labels()[1] == ["test: off by 33.3 % (ECE), risk 11.1 % (AURC)"]
 
 
 @pytest.mark.slow

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -21,14 +22,30 @@ from common.types import UserError
 def show_table(found: Table, title: str = "") -> None:
     """Print a table and its notes."""
     console = Console(width=None if Console().is_terminal else 200)
-    table = RichTable(title=title or None)
-    for number, column in enumerate(found.columns):
-        table.add_column(column, justify="left" if number < 2 else "right")
-    for row in found.rows:
-        table.add_row(*(Text(cell) for cell in row))
+    left_out: list[str] = []
+    while True:
+        table = _rich(found, title, left_out)
+        natural = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
+        more = next((name for name in DISPENSABLE if name in found.columns and name not in left_out), None)
+        if natural <= console.width or more is None:
+            break
+        left_out.append(more)
     console.print(table)
-    for note in found.notes:
+    notes = (
+        [f"left out for the width of this terminal: {', '.join(left_out)} (--format csv has all)"] if left_out else []
+    )
+    for note in [*found.notes, *notes]:
         console.print(Text(note))
+
+
+def _rich(found: Table, title: str, left_out: Collection[str]) -> RichTable:
+    table = RichTable(title=title or None)
+    kept = [number for number, column in enumerate(found.columns) if column not in left_out]
+    for number in kept:
+        table.add_column(found.columns[number], justify="left" if number < 2 else "right")
+    for row in found.rows:
+        table.add_row(*(Text(row[number]) for number in kept))
+    return table
 
 
 # The table itself.
@@ -47,6 +64,8 @@ COLUMNS = (
     "official",
     "seconds",
 )
+# columns that a narrow terminal does not show, the first ones first
+DISPENSABLE = ("seconds", "official", "images", MACRO, "before", "± std", "seeds")
 AGAINST = ("difference", "95 % interval of it", "p")
 FORMATS = ("rich", "markdown", "csv", "latex")
 

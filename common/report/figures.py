@@ -236,6 +236,9 @@ def _pairs(table: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
 def calibration(splits: Mapping[str, tuple[Sequence[float], Sequence[bool]]]) -> Figure:
     """Draw reliability (accuracy against probability of the most probable name) and selective risk.
 
+    The legend has how far confidences are off on average (expected calibration error), and the mean of the share of
+    wrong answers over all coverages (area under the risk-coverage curve).
+
     Args:
         splits: For each split, the probability of every image's most probable name, and whether it is right. [N], [N].
     """
@@ -247,7 +250,7 @@ def calibration(splits: Mapping[str, tuple[Sequence[float], Sequence[bool]]]) ->
         bins, risks = reliability(confidences, correct), selective_risks(confidences, correct)
         x, y = [100 * mean for mean, _, _ in bins], [100 * accuracy for _, accuracy, _ in bins]
         error, area = calibration_error(confidences, correct), fmean(risks)
-        left.plot(x, y, **line, label=f"{name}: ECE {100 * error:.1f} %, AURC {100 * area:.1f} %")
+        left.plot(x, y, **line, label=f"{name}: off by {100 * error:.1f} % (ECE), risk {100 * area:.1f} % (AURC)")
         areas = [12 + 160 * count / len(confidences) for *_, count in bins]
         left.scatter(x, y, areas, color=look["color"], marker=look["marker"], alpha=0.8)
         coverage = [100 * (place + 1) / len(risks) for place in range(len(risks))]
