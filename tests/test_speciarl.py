@@ -265,7 +265,7 @@ def test_it_is_the_papers_configuration(compose):
     trainer, lora = config.trainer, config.model.lora
     assert (trainer.group_size, trainer.learning_rate, trainer.beta, trainer.steps_per_rollout) == (10, 3e-5, 0.01, 2)
     assert (lora.r, lora.alpha, trainer.prompts_per_update, trainer.epochs) == (64, 32, 128, 15)
-    assert "language_model" in lora.targets and config.rewards["specificity"]["group_size"] == 10
+    assert "(language|text)_model" in lora.targets and config.rewards["specificity"]["group_size"] == 10
     with pytest.raises(UserError, match="data.open_question=What has no effect: method.question=general"):
         validate(compose("method=speciarl", "data.open_question=What"), ["data.open_question=What"])
 
