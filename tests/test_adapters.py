@@ -58,6 +58,7 @@ def written(load_vlm, tmp_path):
     return tmp_path / "first", policy
 
 
+@pytest.mark.slow
 def test_adapters_answer_as_the_model_that_wrote_them(written, load_vlm, model_config, digits_task, no_think):
     folder, policy = written
     expected = scores(policy, digits_task, no_think)

@@ -160,6 +160,7 @@ def test_the_bound_is_clopper_and_pearsons():
         assert bound == 1 if wrong == n else binom.cdf(wrong, n, bound) == pytest.approx(0.05, abs=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("risk", [0.05, 0.1, 0.3])
 def test_the_promise_is_kept_in_95_of_100_draws(risk):
     """Confidences are the true probabilities of being right, so the risk above a threshold is known exactly."""

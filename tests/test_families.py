@@ -57,7 +57,10 @@ ONE_TILE = {
 }
 LEADS = {"smolvlm": " "}  # behind "Assistant:"
 GREEDY = Decoding(temperature=0.0, top_k=0, top_p=1.0, max_tokens=16)
-each_family = pytest.mark.parametrize("family", FAMILIES)
+FAST = ("qwen3_vl", "smolvlm")  # the others are like one of these
+each_family = pytest.mark.parametrize(
+    "family", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
 each_qwen = pytest.mark.parametrize("family", QWEN)
 each_square = pytest.mark.parametrize("family", SQUARE)
 # what docs/models.md promises

@@ -115,6 +115,7 @@ def test_a_fit_is_better_than_zero_shot(world, name):
     assert accuracy(learner, test, text) > base
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LEARNERS)
 def test_an_interrupted_fit_ends_as_if_nothing_had_happened(world, name, tmp_path):
     train, val, text, test = world

@@ -69,6 +69,7 @@ def test_an_expert_that_knows_nothing_gets_no_weight():
     assert swapped.draft < 0.05 and swapped.model == pytest.approx(1, abs=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["product", "gate"])
 def test_few_images_are_held_by_what_each_knows_alone(kind):
     """Over 40 draws of 40 images the fusion loses little to the better one, and is ahead where both know something."""

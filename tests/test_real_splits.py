@@ -66,6 +66,7 @@ def settings(name):
     return OmegaConf.load(REPOSITORY / f"conf/data/{name}.yaml")
 
 
+@pytest.mark.slow
 @pytest.mark.sampled
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_sizes(sources, name):

@@ -149,6 +149,7 @@ def test_a_slightly_different_temperature_would_be_noticed(named, pairs):
     assert p_value(others(sets), exact(names, several, tau=1.1 * TAU)) < 1e-6
 
 
+@pytest.mark.slow
 def test_sets_follow_draws_without_replacement(named):
     names, sets, several = named
     assert p_value(others(sets), exact(names, several)) > 0.01

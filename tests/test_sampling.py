@@ -112,6 +112,7 @@ def sizes_of(runs):
     return [int(size) for size, _, times in pairs for _ in range(int(times or 1))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", published_picks.PUBLISHED)
 def test_all_published_lists_of_ten_datasets(name):
     train, val, expected = published_picks.PUBLISHED[name]

@@ -12,12 +12,14 @@ from common.config.composition import validate
 CLIPS, VISUALS = ("siglip2_b16", "pe_core_b16", "metaclip2_h14", "dfn_b16"), ("dinov3_b16", "dinov2_b14", "tipsv2_b14")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CLIPS)
 def test_clip_presets_are_models_of_open_clip(compose, name):
     options = validate(compose("method=tip_adapter", f"clip={name}")).clip.options
     assert options["pretrained"] in open_clip.list_pretrained_tags_by_model(options["model"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VISUALS)
 def test_visual_presets_are_models_of_timm(compose, name):
     model = validate(compose("method=linear_probe", "clip=none", f"visual={name}")).visual.options["model"]
@@ -28,6 +30,7 @@ def words_of(line):
     return [word for word in line.replace(",", " ").split() if "=" in word]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gpus", [0, 1])
 def test_every_command_that_is_named_composes(compose, monkeypatch, gpus):
     monkeypatch.setattr(preflight, "visible_gpus", lambda: gpus)

@@ -360,6 +360,7 @@ def test_a_few_shot_learners_state_is_plain_values(tmp_path, bomb):
     assert not bomb.path.exists()
 
 
+@pytest.mark.slow
 def test_nothing_else_unpickles():
     """Every call of `torch.load` and `numpy.load` says so itself; pickle is used nowhere."""
     for path, tree in own_code().items():
