@@ -135,6 +135,7 @@ def test_an_interrupted_fit_ends_as_if_nothing_had_happened(world, name, tmp_pat
     assert torch.equal(all_logits(second, test, text), all_logits(whole, test, text))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LEARNERS)
 @pytest.mark.parametrize("uneven", [False, True])
 def test_a_head_answers_as_what_it_was_taken_from(world, name, uneven, tmp_path):

@@ -320,6 +320,7 @@ def test_the_command_exits_130_with_one_line(monkeypatch, tmp_path, capsys, stop
     assert line.startswith("mine: ") and "stopped" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("raised", "wanted"),
     [
