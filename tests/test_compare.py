@@ -393,6 +393,16 @@ def test_a_baseline_is_one_row(write, capsys, against):
     assert "must be a part of one row's name alone" in capsys.readouterr().err
 
 
+def test_a_baseline_may_be_named_by_its_folder(write, capsys):
+    """birds is a part of birds_2, too."""
+    paths = [
+        write("birds", "run_name=birds", right=answers(1, 0.5)),
+        write("birds_2", "run_name=birds_2", "shots=4", right=answers(1, 0.5)),
+    ]
+    assert command.main(["compare", "--format", "csv", "--against", "birds", *map(str, paths)]) == 0
+    assert "difference" in capsys.readouterr().out
+
+
 def test_latex_and_markdown_carry_hostile_names():
     table = compare.Table(("run", "split", "accuracy"), [("a_b & 50 % |x|", "test", "1.00 ± 2")], ["a note"])
     latex, markdown = compare.render(table, "latex"), compare.render(table, "markdown")

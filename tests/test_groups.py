@@ -200,6 +200,9 @@ def test_corrections_come_in_several_tables(tmp_path):
     assert source.images.open("corrections_2/new.jpg").size == (4, 4)
     assert "a.csv: 2 photos corrected, 1 left out, 1 added to the training" in source.notes
     assert "warning: b.csv has classes that the photos have not: wren" in source.notes
+    (tmp_path / "two" / "b.csv").write_text("path,label\njay/1.jpg,tits\njay/2.jpg,owl\n")
+    near = read(photos, corrections=[tables[1]]).notes
+    assert "warning: b.csv has classes that the photos have not: owl, tits (did you mean tit?)" in near
     assert source.added == {"corrections/new.jpg", "corrections_2/new.jpg"}
 
 

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 
 from common.counted import counted
@@ -119,7 +120,9 @@ def _corrected(
         )
         known = {photo.name for photo in photos}
         if strange := sorted({*corrections.values(), *(photo.name for photo in new)} - known - {""}):
-            location.notes.append(f"warning: {table.name} has classes that the photos have not: {', '.join(strange)}")
+            near = {name: get_close_matches(name, known, 1) for name in strange}
+            named = [f"{name} (did you mean {near[name][0]}?)" if near[name] else name for name in strange]
+            location.notes.append(f"warning: {table.name} has classes that the photos have not: {', '.join(named)}")
         photos = [replace(photo, name=corrections.get(photo.path, photo.name)) for photo in photos]
     return [photo for photo in photos if photo.name], added, folders
 

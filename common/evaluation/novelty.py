@@ -161,7 +161,7 @@ def line(measured: Mapping[str, Any]) -> str:
     found: Mapping[str, float] = measured["found"]
     worst = min(found, key=lambda name: found[name])
     return (
-        f"unknown classes: where {100 * measured['share']:.0f} % of one's own photos may be called unknown,"
-        f" {100 * np.mean(list(found.values())):.0f} % of a class that was left out are (least {worst}:"
-        f" {100 * found[worst]:.0f} %)"
+        f"unknown classes: --unknown {measured['share']:g} would notice"
+        f" {100 * np.mean(list(found.values())):.0f} % of the photos of a class that it has not seen (least {worst}:"
+        f" {100 * found[worst]:.0f} %), and call about {100 * measured['share']:.0f} % of the known ones unknown"
     )

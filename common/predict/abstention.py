@@ -45,8 +45,8 @@ def threshold_of(run: Path, risk: float) -> float:
         possible = "none can be" if lowest is None else f"the lowest that can be is {lowest:g}"
         raise UserError(
             f"risk={risk} cannot be promised by {counted(len(given), 'held-out answer')} of {run}, {possible}: at least"
-            f" {calibration.images_needed(risk)} right ones in a row are needed; train on more photos, or accept a"
-            " higher risk"
+            f" {calibration.images_needed(risk)} right ones, the surest without exception, are needed; train on more"
+            f" photos, or accept {'a higher risk' if lowest is None else f'risk={lowest:g}'}"
         )
     return chosen
 

@@ -125,7 +125,11 @@ def render(table: Table, how: str) -> str:
 def _named(groups: Sequence[SeedGroup], part: str) -> SeedGroup:
     found = [group for group in groups if part in group.label]
     # a method's name may be part of another's, so exact matches win
-    exact = [group for group in found if part in (group.label, group.label.split(" · ")[0].split(" ")[0])]
+    exact = [
+        group
+        for group in found
+        if part in (group.label, group.label.split(" · ")[0].split(" ")[0], *(run.path.name for run in group.runs))
+    ]
     found = exact or found
     if len(found) != 1:
         names = "; ".join(group.label for group in found or groups)

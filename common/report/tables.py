@@ -132,8 +132,8 @@ def calibration_lines(result: Result) -> list[str]:
         return result.final[split].n < TELLING
 
     return [
-        f"{split}, confidence: off by {percent(before)} %, calibrated by"
-        f" {percent(after)} % (ECE; fitted on {counted(found['n'], f'{where} image')}"
+        f"{split}, confidence: off by {percent(before)} % on average, by {percent(after)} % once calibrated"
+        f" (ECE; fitted on {counted(found['n'], f'{where} image')}"
         + (f"; {counted(result.final[split].n, 'test image')} can hardly show it)" if few(split) else ")")
         for split, (before, after) in found["ece"].items()
         if split != found["source"]
