@@ -262,7 +262,7 @@ def calibration(splits: Mapping[str, tuple[Sequence[float], Sequence[bool]]]) ->
     for axis in (left, right):
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=min(3, len(splits)), frameon=False)
+    figure.legend(loc="outside lower center", ncols=min(2, len(splits)), frameon=False)
     return figure
 
 
