@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.evaluation.calibration import log_probabilities, temperature
+from common.evaluation.calibration import log_probabilities, log_softmax, sigmoid, temperature
 from common.evaluation.metrics import paired_test
 from common.few_shot.candidates import Candidates
 from common.parsing import normalize
@@ -62,10 +62,10 @@ class Fusion:
             model: The same of the model.
         """
         if self.kind == "product":
-            return np.exp(_log_softmax(self.draft * draft + self.model * model))
+            return np.exp(log_softmax(self.draft * draft + self.model * model))
         calibrated = self.draft * draft
-        share = _sigmoid(self.bias + self.slope * _margin(calibrated))[:, None]
-        return share * np.exp(_log_softmax(calibrated)) + (1 - share) * np.exp(_log_softmax(self.model * model))
+        share = sigmoid(self.bias + self.slope * _margin(calibrated))[:, None]
+        return share * np.exp(log_softmax(calibrated)) + (1 - share) * np.exp(log_softmax(self.model * model))
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -106,11 +106,11 @@ def fit(kind: str, draft: Floats, model: Floats, truths: NDArray[np.integer]) ->
         )
         powers = more * alone
         return Fusion(kind, float(powers[0]), float(powers[1]), bias=0.0, slope=0.0, n=len(rows))
-    by_draft, by_model = (np.exp(_at(_log_softmax(logs), truths)) for logs in (draft, model))
+    by_draft, by_model = (np.exp(_at(log_softmax(logs), truths)) for logs in (draft, model))
     margin = _margin(draft)
 
     def loss(w: Floats) -> float:
-        share = _sigmoid(w[0] + w[1] * margin)
+        share = sigmoid(w[0] + w[1] * margin)
         mixed = share * by_draft + (1 - share) * by_model
         return -float(np.log(np.maximum(mixed, np.finfo(np.float64).tiny)).sum()) + GATE * float(
             w[0] ** 2 + (w[1] - 1) ** 2
@@ -130,20 +130,11 @@ def _minimum(loss: Any, starts: Sequence[Floats], lowest: Sequence[float | None]
 
 
 def _cross_entropy(logs: Floats, truths: NDArray[np.integer]) -> float:
-    return -float(_at(_log_softmax(logs), truths).sum())
+    return -float(_at(log_softmax(logs), truths).sum())
 
 
 def _at(rows: Floats, places: NDArray[np.integer]) -> Floats:
     return np.take_along_axis(rows, places[:, None], 1)[:, 0]
-
-
-def _log_softmax(logs: Floats) -> Floats:
-    shifted = logs - logs.max(1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(1, keepdims=True)))
-
-
-def _sigmoid(values: Floats) -> Floats:
-    return np.asarray(1 / (1 + np.exp(-values)))
 
 
 def _margin(logs: Floats) -> Floats:

@@ -58,7 +58,7 @@ class Calibration:
         >>> Calibration(slope=0.5)(table).round(4).tolist()  # sigmoid(ln(4) / 2)
         [[0.6667, 0.3333]]
         """
-        values = np.exp(_log_softmax(log_probabilities(table) / self.temperature))
+        values = np.exp(log_softmax(log_probabilities(table) / self.temperature))
         if (self.slope, self.bias) == (1.0, 0.0) or values.shape[1] < 2:
             return values
         first = np.zeros(values.shape, bool)
@@ -67,7 +67,7 @@ class Calibration:
         others = np.where(first, 0.0, values)
         others /= np.maximum(others.sum(1, keepdims=True), np.finfo(np.float64).tiny)
         even = ((table.classes >= 0) & ~first) / np.maximum(offered - 1, 1)
-        confidence = _sigmoid(self.slope * _log_odds(values.max(1, keepdims=True)) + self.bias)
+        confidence = sigmoid(self.slope * _log_odds(values.max(1, keepdims=True)) + self.bias)
         confidence = np.where(offered > 1, np.maximum(confidence, 1 / offered), 1.0)
         # the second class has (1 - confidence) x its share of the others, and that must not exceed the confidence
         second, most = others.max(1, keepdims=True), confidence / np.maximum(1 - confidence, EDGE)
@@ -100,7 +100,7 @@ def temperature(scores: NDArray[np.floating], truths: NDArray[np.integer]) -> fl
     share = 1 / (len(rows) + 2)
 
     def loss(log_temperature: float) -> float:
-        logs = _log_softmax(kept / math.exp(log_temperature))
+        logs = log_softmax(kept / math.exp(log_temperature))
         truth = np.take_along_axis(logs, truths[:, None], 1)[:, 0]
         mean = np.where(offered, logs, 0).sum(1) / offered.sum(1)
         return -float(((1 - share) * truth + share * mean).mean())
@@ -110,7 +110,8 @@ def temperature(scores: NDArray[np.floating], truths: NDArray[np.integer]) -> fl
     return math.exp(float(minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-4}).x))
 
 
-def _log_softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+def log_softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the logarithms of the softmax along the last axis. Shape: [N, C] -> [N, C]."""
     shifted = scores - scores.max(1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(1, keepdims=True)))
 
@@ -149,7 +150,7 @@ def by_images(scores: NDArray[np.floating], truths: NDArray[np.integer]) -> tupl
     targets = np.where(right, (hits + 1) / (hits + 2), 1 / (len(right) - hits + 2))
 
     def loss(w: NDArray[np.float64]) -> float:
-        odds = _log_odds(np.exp(_log_softmax(kept / (alone * math.exp(w[2]))).max(1)))
+        odds = _log_odds(np.exp(log_softmax(kept / (alone * math.exp(w[2]))).max(1)))
         curved = w[0] * odds + w[1]
         entropy = (np.logaddexp(0, curved) - targets * curved).sum()
         return float(entropy + CURVE * ((w[0] - 1) ** 2 + w[1] ** 2 + w[2] ** 2))
@@ -165,7 +166,8 @@ def _log_odds(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(np.log(kept / (1 - kept)))
 
 
-def _sigmoid(values: NDArray[np.float64]) -> NDArray[np.float64]:
+def sigmoid(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return 1 / (1 + exp(-x)) of each value."""
     return np.asarray(1 / (1 + np.exp(-values)))
 
 
