@@ -190,3 +190,23 @@ def test_one_of_a_thing_has_no_plural():
                     }:
                         found.append(f"{name}: {{{counts}}}{after.value[:30]}")
     assert found == []
+
+
+KILLED = re.compile(rf'"((?:{"|".join(sorted(PACKAGES))})[\w.]*):([\w.]+)"')
+
+
+def defines(tree: ast.AST, path: str) -> bool:
+    """Whether a module has the class or function `Class.name` or `name`."""
+    name, _, rest = path.partition(".")
+    found = [node for node in ast.iter_child_nodes(tree) if getattr(node, "name", None) == name]
+    return bool(found) and (not rest or defines(found[0], rest))
+
+
+def test_what_a_test_kills_exists():
+    """`make test-faults` takes long; a renamed function must not wait for it."""
+    named = {match for path in (ROOT / "tests").glob("*.py") for match in KILLED.findall(path.read_text())}
+    assert len(named) > 20
+    missing = {
+        f"{module}:{name}" for module, name in named if not defines(ast.parse(MODULES[module].read_text()), name)
+    }
+    assert not missing

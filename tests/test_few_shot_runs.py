@@ -100,7 +100,7 @@ def test_a_run_has_everything_that_other_runs_have(whole):
         pytest.param(
             Kill("common.few_shot.heads.tip_adapter:TrainedKeys.end", 1, after=True), marks=pytest.mark.faults
         ),
-        pytest.param(Kill("common.few_shot.candidates:write", 4), marks=pytest.mark.faults),
+        pytest.param(Kill("common.few_shot.candidates:write_candidates", 4), marks=pytest.mark.faults),
     ],
     ids=["training", "shots", "encoding", "search", "candidates"],
 )

@@ -71,6 +71,7 @@ def test_the_file_answers_as_the_run(run, photos, tmp_path, kind, capsys, monkey
     for answer, row in zip(answers, found, strict=True):
         shares = dict(answer.top)
         assert [shares[name] for name in facts["names"]] == pytest.approx(row.tolist(), abs=1e-4)
+    assert "from lite0 (weights" in card, "the encoder is what the weights come from"
     assert "image-classification" in card and "cross" not in card.split("---")[1]
 
 

@@ -115,6 +115,13 @@ def test_a_run_without_training_has_bars_instead_of_empty_axes(tmp_path):
     ).read_bytes()
 
 
+def test_what_is_measured_once_has_no_curve():
+    fitted = [{"step": n, "accuracy": 0.5} for n in range(3)]
+    assert not figures.has_curves([*fitted, {"step": 2, "eval/test/accuracy": 0.5}])
+    assert figures.has_curves([{"step": 0, "eval/test/accuracy": 0.5}, {"step": 2, "eval/test/accuracy": 0.6}])
+    assert figures.has_curves([{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.4}])
+
+
 def test_what_is_fitted_at_once_has_accuracies_alone():
     """Neither rewards nor losses were logged: no empty axes beside them."""
     (axis,) = figures.curves([{"step": 0, "eval/val/accuracy": 0.5}, {"step": 1, "eval/val/accuracy": 0.75}]).axes

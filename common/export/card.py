@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from common.config.schema import Config
+from common.config.schema import NO_FAMILY, Config
 from common.counted import counted
 from common.models.files import ADAPTERS, check_links
 from common.run.result import Result
@@ -100,6 +100,9 @@ def write_card(
     """
     path = config.model.path
     base = None if path is None or Path(path).expanduser().is_dir() else path  # an id of the hub
+    weights = config.model.name
+    if config.model.family == NO_FAMILY:  # a few-shot learner has the weights of its encoders
+        weights = " and ".join(each.name for each in (config.clip, config.visual) if each and each.name != "none")
     licence = licence or config.model.licence or "unknown"
     tested = [
         EvalResult(
@@ -130,7 +133,7 @@ def write_card(
         title=f"{result.method} on {result.data}",
         method=result.method,
         data=result.data,
-        base=base or config.model.name,
+        base=base or weights,
         weights=result.weights["sha256"][:12],
         shots=result.shots,
         seed=result.seed,
@@ -145,7 +148,7 @@ def write_card(
         commit=result.git_commit or "none",
         versions=", ".join(f"{name} {version}" for name, version in sorted(result.versions.items())),
         licence=licence,
-        model=config.model.name,
+        model=weights,
         question=QUESTION if "messages" in asking else "",
         pictures=config.data.licence or "unknown",
     )
@@ -185,7 +188,7 @@ $question
 
 ## Licences
 
-- Weights: $licence (unless it was given, that of `$model`).
+- Weights: $licence (unless it was given, that of `$model`; `--licence` gives it).
 - Pictures that it was trained on (`$data`): $pictures. None is in this folder.
 """.replace("$PRODUCT", PRODUCT)
 )

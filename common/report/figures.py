@@ -39,7 +39,7 @@ WIDEST = 28  # characters of a name beside a figure
 
 
 def of_run(folder: Path, result: Result, evaluation: Evaluation, task: Task) -> None:
-    """Draw curves.png and a confusion matrix of every test. A figure that fails only logs a warning.
+    """Draw curves.png (accuracies where there is no curve) and confusions. A figure that fails only logs a warning.
 
     Args:
         folder: Run folder.
@@ -51,7 +51,7 @@ def of_run(folder: Path, result: Result, evaluation: Evaluation, task: Task) -> 
     title += f"\n{result.model}, {result.protocol}, {', '.join(dict.fromkeys(result.origins.values()))}"
     rows = RunFolder(folder).read_log("metrics.jsonl")
     drawings: dict[str, Callable[[], Figure]] = {
-        "curves.png": partial(curves, rows) if result.after else partial(accuracies, result.before)
+        "curves.png": partial(curves, rows) if has_curves(rows) else partial(accuracies, result.final)
     }
     titles = {"curves.png": title}
     for split in (split for split in evaluation.summary if split != "val"):
@@ -93,6 +93,12 @@ def accuracies(summaries: Mapping[str, Summary]) -> Figure:
     axis.invert_yaxis()
     axis.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def has_curves(metrics: Sequence[dict[str, Any]]) -> bool:
+    """Return whether anything was measured more than once; `metrics` as in `curves`."""
+    measured = {row["step"] for row in metrics if any(key == "loss" or key.startswith("eval/") for key in row)}
+    return len(measured) > 1
 
 
 @literal_text

@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from common.report.figures import PRINT, accuracies, calibration, confusion, curves, save_picture
+from common.report.figures import PRINT, accuracies, calibration, confusion, curves, has_curves, save_picture
 from common.report.html.transcripts import class_names, tally
 from common.run.result import Result
 from common.run.run_folder import RunFolder
@@ -25,8 +25,8 @@ def write_prints(folder: Path) -> list[Path]:
     """
     result = Result.load(folder)
     drawings: dict[str, Callable[[], Figure]] = {"accuracies": partial(accuracies, result.final)}
-    if result.after:
-        drawings["curves"] = partial(curves, RunFolder(folder).read_log("metrics.jsonl"))
+    if has_curves(rows := RunFolder(folder).read_log("metrics.jsonl")):
+        drawings["curves"] = partial(curves, rows)
     counted, names = tally(folder), class_names(folder)
     if counted.surest:
         drawings["calibration"] = partial(calibration, counted.surest)

@@ -109,10 +109,12 @@ def leaderboard_cells(result: Result) -> tuple[list[str], list[list[str]]] | Non
         if validated is None:
             continue
         rows = sorted(validated["learners"], key=lambda row: -row["accuracy"])
+        first = rows[0]["learner"] == chosen["learner"]
+        note = " (chosen)" if first else " (chosen: none is clearly ahead of it)"
         for row in rows:
             values = {name: value for name, value in row.items() if name not in ("learner", "accuracy")}
             low, high = metrics.wilson_interval(round(row["accuracy"] * validated["images"]), validated["images"])
-            mark = " (chosen)" if row["learner"] == chosen["learner"] else ""
+            mark = note if row["learner"] == chosen["learner"] else ""
             setting = ", ".join(f"{name}={value:g}" for name, value in values.items())
             interval = f"{percent(low)} – {percent(high)}"
             found.append([row["learner"] + mark, setting, percent(row["accuracy"]), interval])

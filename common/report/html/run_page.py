@@ -68,7 +68,7 @@ def make(folder: Path) -> Path:
         parts=PARTS.items(),
         results=Table(*tables.result_cells(result), _notes(result)),
         leaderboard=_leaderboard(result),
-        pictures=_pictures(folder, result, tally),
+        pictures=_pictures(folder, tally),
         confusions=confusion_tables(tally, names),
         classes=class_tables(result),
         differences=changed or [],
@@ -158,10 +158,9 @@ def _cell(counts: Counter[tuple[int, int]], label: int, answer: int, names: Sequ
     }
 
 
-def _pictures(folder: Path, result: Result, tally: Tally) -> list[tuple[str, Any]]:
+def _pictures(folder: Path, tally: Tally) -> list[tuple[str, Any]]:
     found = []
-    if result.after:
-        rows = RunFolder(folder).read_log("metrics.jsonl")
+    if figures.has_curves(rows := RunFolder(folder).read_log("metrics.jsonl")):
         fitted = not any("loss" in row for row in rows)
         caption = "Accuracies" if fitted else "Rewards, completion lengths and accuracies"
         found.append((f"{caption} over the training.", inline(figures.curves(rows))))
