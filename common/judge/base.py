@@ -61,7 +61,7 @@ class Replies:
 
 BACKENDS = ("self", "hf", "openai")
 LONGEST_CALL = LONGEST_WAIT - 300.0  # seconds; other ranks may be waiting in a collective meanwhile
-Settings = TypeVar("Settings", "Model", "Runtime")
+Settings = TypeVar("Settings")  # a dataclass
 Generate = Callable[[Sequence[str], int], list[str]]  # prompts and a limit on tokens to replies
 Keep = Callable[[str, str], None]  # takes a prompt and its reply as soon as there is one
 

@@ -8,11 +8,14 @@ reply at all SILENCES times in a row stops the run in both cases, since every up
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,6 +34,7 @@ class CachedJudge(ABC):
 
     Attributes:
         example: Prompt of the kind that the judge gets, to try it out before the run computes anything.
+        judge_replies: Replies to the samples of the last call; None where nothing was asked or came. Length: N.
     """
 
     example: ClassVar[str]
@@ -61,6 +65,7 @@ class CachedJudge(ABC):
         self.judge = make_judge(self.model, self.runtime)
         self.unparsed, self.on_failure = unparsed, on_failure
         self.counts = dict.fromkeys(COUNTS, 0.0)
+        self.judge_replies: list[str | None] = []
         self.silences = 0  # calls in a row without any reply
 
     @abstractmethod
@@ -151,6 +156,14 @@ class CachedJudge(ABC):
         finally:
             self.counts["seconds"] += time.perf_counter() - began
 
+    def fingerprint(self) -> str:
+        """Return a hash of the model and the wording, not of the address; of `self` without the weights of the run.
+
+        Of a folder or a hub model the weights are hashed, which are read.
+        """
+        model = self.judge.identity() if self.model.backend == "hf" else asdict(self.model)
+        return hashlib.sha256(json.dumps([self.example, model]).encode()).hexdigest()
+
     @cached_property
     def _cache(self) -> Replies:
         return Replies(Path(self.runtime.cache_dir).resolve(), int(self.runtime.cache_gb * 2**30))
@@ -168,18 +181,7 @@ class CachedJudge(ABC):
 
 
 class JudgedReward(CachedJudge):
-    """Reward from 0 to 1 that the judge's reply on a sample states; N completions of one update.
-
-    Attributes:
-        judge_replies: Replies to the samples of the last call; None where nothing was asked or came. Length: N.
-    """
-
-    judge_replies: list[str | None]
-
-    def __init__(self, **arguments: Any) -> None:
-        """Take the arguments of `CachedJudge`."""
-        super().__init__(**arguments)
-        self.judge_replies = []
+    """Reward from 0 to 1 that the judge's reply on a sample states; N completions of one update."""
 
     @abstractmethod
     def prompt(self, sample: Sample) -> str | float:
