@@ -7,14 +7,19 @@ import math
 import re
 
 import pytest
+from PIL import Image
 
 from clsrl.related import speciarl
 from clsrl.related.speciarl import RANKS, SpeciaRLPrompt, Specificity, Stated, load
 from clsrl.related.speciarl_judge import CLOSE, OPEN, JudgedSpecificity, question
+from common import Classifier
 from common.config.composition import plain, signature, validate
+from common.export import __main__ as export
 from common.judge.text import parse_choice
 from common.types import Answers, Item, Split, Task, UserError
+from tests.faults import Kill
 from tests.judge_server import JudgeServer, Reply
+from tests.ranks import Ranks
 from tests.test_speciarl import FASHION, RUN, made, samples, tagged
 
 PAIR = re.compile(rf"^True name: (.*)\n.*\n{OPEN}\n(.*)\n{CLOSE}$", re.MULTILINE)
@@ -155,6 +160,20 @@ def test_the_evaluation_asks_the_judge_of_the_reward(judge, caplog):
     assert "no readable verdict on 1 of 8 answers" in caplog.text
 
 
+def test_ranks_share_the_answers_of_an_evaluation(judge, monkeypatch):
+    answers = ("shoe", "boot", "clothing", "sandal", "shoe", "trouser", "ankle boot")
+    task, asked, ranks = evaluated(), [[], []], Ranks(monkeypatch)
+
+    def on(rank):
+        prompting = SpeciaRLPrompt(seed=1, taxonomy="names", judge={"backend": "self"})
+        prompting.take(judge(asked=asked[rank], cache_gb=0.0))
+        return prompting.extra_columns(task, "test", made(*answers))
+
+    expected = SpeciaRLPrompt(seed=1, taxonomy="fashion").extra_columns(task, "test", made(*answers))
+    assert ranks(2, on) == [expected, expected]
+    assert [len(each) for each in asked] == [3, 2] and not set(asked[0]) & set(asked[1])
+
+
 def test_new_pictures_need_no_judge():
     prompting = SpeciaRLPrompt(seed=1, taxonomy="names", judge={"backend": "openai", "model": "gone"})
     task = Task(Split((), FASHION, "?", "?"), {"test": Split((), FASHION, "?", "?")}, None, "", {})
@@ -227,9 +246,15 @@ def test_a_run_by_a_server_is_that_by_its_taxonomy(runner, tmp_path, monkeypatch
 
 @pytest.mark.faults
 def test_a_run_by_its_own_base_model_says_what_it_could_not_judge(runner, tmp_path):
-    assert runner(tmp_path / "run", [*QUICK, "trainer.updates=1", f"cache_dir={tmp_path}"]) == 0
+    mine = [*QUICK, "trainer.updates=1", f"cache_dir={tmp_path}"]
+    killed = Kill("clsrl.related.speciarl:SpeciaRLPrompt.extra_columns", 2)  # after its last update
+    assert runner(tmp_path / "run", mine, killed) == -9
+    assert runner(tmp_path / "run", mine) == 0
     found = json.loads((tmp_path / "run/metrics.json").read_text())["after"]["test"]["specificity"]
     (line,) = (json.loads(line) for line in (tmp_path / "run/timings.jsonl").read_text().splitlines())
     # the tiny model knows no such question
     assert found["verdicts"]["unjudged"] > 0 and found["specificity"] == 1 and line["judge/unparsed"] > 0
-    assert runner(tmp_path / "asked", [*QUICK, "trainer=none", f"cache_dir={tmp_path}"]) == 0, "without a training"
+    assert export.main([str(tmp_path / "run"), str(tmp_path / "exported")]) == 0
+    classifier = Classifier.load(tmp_path / "exported")
+    assert classifier(Image.new("RGB", (8, 8)))[0].reply, "new pictures have no labels to compare with"
+    classifier.close()
