@@ -19,7 +19,6 @@ from common.judge.text import parse_choice
 from common.types import Answers, Item, Split, Task, UserError
 from tests.faults import Kill
 from tests.judge_server import JudgeServer, Reply
-from tests.ranks import Ranks
 from tests.test_speciarl import FASHION, RUN, made, samples, tagged
 
 PAIR = re.compile(rf"^True name: (.*)\n.*\n{OPEN}\n(.*)\n{CLOSE}$", re.MULTILINE)
@@ -160,9 +159,9 @@ def test_the_evaluation_asks_the_judge_of_the_reward(judge, caplog):
     assert "no readable verdict on 1 of 8 answers" in caplog.text
 
 
-def test_ranks_share_the_answers_of_an_evaluation(judge, monkeypatch):
+def test_ranks_share_the_answers_of_an_evaluation(judge, ranks):
     answers = ("shoe", "boot", "clothing", "sandal", "shoe", "trouser", "ankle boot")
-    task, asked, ranks = evaluated(), [[], []], Ranks(monkeypatch)
+    task, asked = evaluated(), [[], []]
 
     def on(rank):
         prompting = SpeciaRLPrompt(seed=1, taxonomy="names", judge={"backend": "self"})
