@@ -1,6 +1,6 @@
 """Rewards of ALERT that need no judge (section 3.5; weights in section 4.1.2).
 
-The strict format is in common/rewards.py; the judge's reward is in alert/judge/.
+The strict format is in common/rewards.py; the judge's reward is in alert/contrastive.py.
 """
 
 from __future__ import annotations

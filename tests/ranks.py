@@ -23,7 +23,7 @@ class Ranks:
         for module in list(sys.modules.values()):
             for name, original in originals.items():
                 if (
-                    getattr(module, "__name__", "").startswith(("common", "alert"))
+                    getattr(module, "__name__", "").startswith(("common", "alert", "clsrl"))
                     and vars(module).get(name) is original
                 ):
                     monkeypatch.setattr(module, name, getattr(self, name))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
-from alert.judge.reward import ContrastiveReasoning
+from alert.contrastive import ContrastiveReasoning
 
 calls = 0
 

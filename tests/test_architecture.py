@@ -28,7 +28,19 @@ MODULES = {name.removesuffix(".__init__"): path for name, path in FILES.items()}
 # From the ground up: a folder or module of `common` imports from those above it in this list alone. A new one is put in.
 FLOORS = (
     *("types", "counted", "plugins", "parsing", "runtime", "cli", "rewards", "config", "data"),
-    *("vlm.prompting", "models", "vlm.check", "forward", "rollout", "training", "cost", "evaluation", "run", "learner"),
+    *(
+        "vlm.prompting",
+        "models",
+        "vlm.check",
+        "judge",
+        "forward",
+        "rollout",
+        "training",
+        "cost",
+        "evaluation",
+        "run",
+        "learner",
+    ),
     *("few_shot", "vlm", "preflight", "report", "sweep", "pipeline", "launch", "predict", "export", "serve"),
 )
 
@@ -104,6 +116,7 @@ LIGHT = (
     "common.evaluation.metrics",
     "common.few_shot.candidates",
     "common.few_shot.check",
+    "common.judge.reward",
     "common.launch",
     "common.learner",
     "common.models.files",

@@ -16,14 +16,15 @@ import numpy
 import pytest
 from safetensors.numpy import save_file
 
-from alert.judge import openai as judge_openai
-from alert.judge.base import JudgeUnavailable, Model, OwnBase, Replies, Runtime
-from alert.judge.hf import Checkpoint
-from alert.judge.openai import OpenAIServer
-from alert.judge.prompt import CLOSE, OPEN, PROMPT, judge_prompt, neutral, parse_score, reasoning
-from alert.judge.reward import SILENCES, ContrastiveReasoning
+from alert.contrastive import CLOSE, OPEN, PROMPT, SCORES, ContrastiveReasoning, judge_prompt, reasoning
 from alert.tiny import episodes as tiny_episodes
 from common.config import composition as config
+from common.judge import openai as judge_openai
+from common.judge.base import JudgeUnavailable, Model, OwnBase, Replies, Runtime
+from common.judge.hf import Checkpoint
+from common.judge.openai import OpenAIServer
+from common.judge.reward import SILENCES
+from common.judge.text import neutral
 from common.models.files import weights_hash
 from common.rewards import build_rewards, score
 from common.types import Prompt, Sample, UserError
@@ -90,13 +91,13 @@ NOT_STATED = {
 
 @pytest.mark.parametrize(("reply", "expected"), STATED.values(), ids=STATED.keys())
 def test_a_stated_score_is_read(reply, expected):
-    assert parse_score(reply) == expected
+    assert SCORES.parse(reply) == expected
 
 
 @pytest.mark.parametrize("reply", NOT_STATED.values(), ids=NOT_STATED.keys())
 def test_no_score_is_read_into_a_reply(reply):
     began = time.monotonic()
-    assert parse_score(reply) is None
+    assert SCORES.parse(reply) is None
     assert time.monotonic() - began < 1
 
 
@@ -264,7 +265,7 @@ def test_malformed_completions_are_not_asked_about(judge):
         reward = judge(server)
         assert reward([sample("six"), think("six, nine"), sample("<think>six, nine")]) == pytest.approx([0, 1 / 3, 0])
         first, said, last = reward.judge_replies
-        assert (first, last) == (None, None) and parse_score(said) == 4, "1 to 10 becomes 0 to 1"
+        assert (first, last) == (None, None) and SCORES.parse(said) == 4, "1 to 10 becomes 0 to 1"
         assert reward([]) == [] and reward([sample("six")]) == [0.0]
     assert len(server.requests) == 1
 
@@ -545,7 +546,7 @@ def test_a_damaged_reply_is_no_reply(tmp_path, content):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from alert.judge.base import Replies
+from common.judge.base import Replies
 replies, write = Replies(Path(sys.argv[1]), 2**20), Path.write_bytes
 replies.put("a", "first", "8")
 def half(path, content):
@@ -798,7 +799,7 @@ def test_mistakes_are_named_before_anything_starts(compose, overrides, message):
 
 
 def test_a_missing_library_is_named(monkeypatch):
-    monkeypatch.setattr("alert.judge.base.find_spec", lambda name: None)
+    monkeypatch.setattr("common.judge.base.find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs the openai library"):
         OpenAIServer(Model("openai", "m"), Runtime(base_url="http://127.0.0.1:1/v1"))
 

@@ -10,12 +10,12 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from alert.judge.base import LONGEST_CALL, Model, Runtime
-from alert.judge.hf import Checkpoint
-from alert.judge.prompt import judge_prompt, reasoning
+from alert.contrastive import judge_prompt, reasoning
 from common import pipeline
 from common.config import composition as config
 from common.data import task
+from common.judge.base import LONGEST_CALL, Model, Runtime
+from common.judge.hf import Checkpoint
 from common.learner import learner_class
 from common.models import files
 from common.models.extra_embeddings import ExtraEmbeddings
@@ -142,7 +142,7 @@ def test_a_run_killed_between_two_questions_asks_none_of_them_twice(job, runner,
     answered = int(calls[3][0] // 2)  # of the fourth update
 
     with JudgeServer(by_letters) as server:
-        killed = Kill("alert.judge.openai:OpenAIServer._attempt", int(first) + answered + 1)
+        killed = Kill("common.judge.openai:OpenAIServer._attempt", int(first) + answered + 1)
         assert runner(tmp_path / "run", arguments(server.url, "two"), killed) == -9
         assert len(server.requests) == first + answered
         assert runner(tmp_path / "run", arguments(server.url, "two")) == 0

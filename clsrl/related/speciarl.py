@@ -2,13 +2,16 @@
 
 The model answers with any name, or abstains with the word None. A verifier says how specific an answer is; a completion
 earns 1 if none of its group is more specific, so a name above the true one is paid where the model knows no better, and
-abstaining where all others are wrong. The paper's verifier is a language model, ours a taxonomy. What earns nothing
-beside a right answer, such as a generic word, earns as much as it in a group that has no right one.
+abstaining where all others are wrong. The paper's verifier is a language model; here it is a taxonomy, or a language
+model (clsrl/related/speciarl_judge.py). What earns nothing beside a right answer, such as a generic word, earns as much
+as it in a group that has no right one.
 """
 
 from __future__ import annotations
 
 import csv
+import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,14 +20,17 @@ from functools import cache
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import yaml
 
 from clsrl.prompting import ClassListPrompt
 from common.config.schema import one_of
 from common.parsing import is_strict_format, normalize, strict_answer
+from common.runtime.distributed import gather, interleave, share_of
 from common.types import Answers, Prediction, Prompt, Sample, Split, Task, UserError
+
+log = logging.getLogger(__name__)
 
 # 1. The verifier: from a label and an answer to a verdict. Names are compared as `normalize` writes them.
 
@@ -308,7 +314,8 @@ STATIC = {  # by rank, from 1 to 5
     "scale_3": (1.0, 0.75, 0.0, 0.0, 0.0),
 }
 WORST = max(RANKS.values())
-UNPARSABLE = "unparsable"
+UNPARSABLE = "unparsable"  # in place of a verdict: no answer in its tags
+UNJUDGED = "unjudged"  # in place of a verdict: what the judge said of the answer cannot be read
 
 
 class Specificity:
@@ -326,32 +333,67 @@ class Specificity:
         Raises:
             UserError: Begins with the argument at fault.
         """
-        one_of("kind", kind, get_args(Kind))
-        if group_size < 1:
-            raise UserError(f"group_size={group_size} must be 1 or more")
+        check_kind(kind, group_size)
         files_of(taxonomy)
         self.taxonomy, self.group_size, self.kind = taxonomy, group_size, kind
 
     def __call__(self, samples: Sequence[Sample]) -> list[float]:
-        ranks = [self._rank(sample) for sample in samples]
-        if self.kind in STATIC:
-            return [-1.0 if rank is None else STATIC[self.kind][rank - 1] for rank in ranks]
-        return [
-            value for group in groups(samples, self.group_size) for value in self._of_group([ranks[i] for i in group])
-        ]
+        verdicts = by_taxonomy(self.taxonomy, [Stated.of(sample) for sample in samples])
+        return earned(samples, verdicts, self.group_size, self.kind)
 
-    def _rank(self, sample: Sample) -> int | None:
-        said = stated(sample.completion)
-        return None if said is None else RANKS[load(self.taxonomy).verdict(sample.label, said, sample.prompt.aliases)]
 
-    def _of_group(self, ranks: Sequence[int | None]) -> list[float]:
-        best = min((rank for rank in ranks if rank is not None), default=WORST)
-        first = next((place for place, rank in enumerate(ranks) if rank == best), None)
-        values = []
-        for place, rank in enumerate(ranks):
-            wins = rank == best != WORST and (self.kind == "best" or place == first)
-            values.append(-1.0 if rank is None else float(wins))
-        return values
+def check_kind(kind: Kind, group_size: int) -> None:
+    """Check the arguments of the reward. Raises UserError, which begins with the argument at fault."""
+    one_of("kind", kind, get_args(Kind))
+    if group_size < 1:
+        raise UserError(f"group_size={group_size} must be 1 or more")
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What is verified: label, answer (see `stated`) and other words for the label."""
+
+    label: str
+    answer: str | None
+    aliases: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, sample: Sample) -> Stated:
+        """Return that of a sample."""
+        return cls(sample.label, stated(sample.completion), tuple(sample.prompt.aliases))
+
+
+def by_taxonomy(taxonomy: str, given: Sequence[Stated]) -> list[str | None]:
+    """Return the verdict on every answer, UNPARSABLE where there is none."""
+    known = load(taxonomy)
+    return [
+        UNPARSABLE if each.answer is None else known.verdict(each.label, each.answer, each.aliases) for each in given
+    ]
+
+
+def earned(
+    samples: Sequence[Sample], verdicts: Sequence[str | None], group_size: int, kind: Kind, unjudged: float = 0.0
+) -> list[float]:
+    """Return the reward of every sample by its verdict.
+
+    Args:
+        samples: Completions, group after group. Length: N.
+        verdicts: A verdict, UNPARSABLE (-1), UNJUDGED, or None: the judge did not reply (NaN). Length: N.
+        group_size: See `Specificity`.
+        kind: See `Specificity`.
+        unjudged: Value of UNJUDGED, which has no rank in its group.
+    """
+    special = {UNPARSABLE: -1.0, UNJUDGED: unjudged, None: math.nan}
+    ranks = {place: RANKS[verdict] for place, verdict in enumerate(verdicts) if verdict in RANKS}
+    values = [special.get(verdict, 0.0) for verdict in verdicts]
+    if kind in STATIC:
+        return [STATIC[kind][ranks[n] - 1] if n in ranks else value for n, value in enumerate(values)]
+    for group in groups(samples, group_size):
+        best = min((ranks[place] for place in group if place in ranks), default=WORST)
+        winners = [place for place in group if ranks.get(place) == best != WORST]
+        for place in winners if kind == "best" else winners[:1]:
+            values[place] = 1.0
+    return values
 
 
 def groups(samples: Sequence[Sample], size: int) -> list[range]:
@@ -383,18 +425,41 @@ ENDING = (
     " is one name, as specific as you are sure of, or None."
 )
 KINDS = (*RANKS, UNPARSABLE)
+REWARD = "specificity"  # name of the reward whose judge the evaluation asks, too
+
+
+class Verifier(Protocol):
+    """Judge that gives verdicts (clsrl/related/speciarl_judge.py)."""
+
+    def verdicts(self, given: Sequence[Stated]) -> list[str | None]:
+        """Return the verdict on every answer; UNPARSABLE, UNJUDGED or None where there is none."""
+
+    def fingerprint(self) -> str:
+        """Return a hash of all that a verdict depends on."""
+
+    def metrics(self) -> dict[str, float]:
+        """Return counts since the last call."""
 
 
 class SpeciaRLPrompt(ClassListPrompt):
     """Prompting without a list of names, whose answer may be less specific than the label, or None."""
 
-    def __init__(self, *, seed: int, taxonomy: str, question: str = "general", list_share: float = 0.0) -> None:
+    def __init__(
+        self,
+        *,
+        seed: int,
+        taxonomy: str,
+        question: str = "general",
+        list_share: float = 0.0,
+        judge: Mapping[str, Any] | None = None,
+    ) -> None:
         """
         Args:
             seed: Unused: nothing is drawn.
             taxonomy: Taxonomy by which the evaluation measures how specific an answer is, see `files_of`.
             question: `general` (as the paper's: nothing about the kind of thing) or `data` (`data.open_question`).
             list_share: 0, an open question.
+            judge: That of the reward `specificity`, which then measures in place of the taxonomy; None: the taxonomy.
 
         Raises:
             UserError: An argument has an unknown value.
@@ -403,7 +468,8 @@ class SpeciaRLPrompt(ClassListPrompt):
         one_of("method.question", question, ("general", "data"))
         if list_share != 0:
             raise UserError(f"method.list_share={list_share}: SpeciaRL lists no names, set it to 0")
-        self.taxonomy, self.question = taxonomy, question
+        self.taxonomy, self.question, self.judge = taxonomy, question, judge
+        self.verifier: Verifier | None = None  # the judge, as soon as it is there
 
     def sources(self, task: Task) -> dict[str, str]:
         if not task.train.items:  # new pictures have no labels to compare with
@@ -411,11 +477,28 @@ class SpeciaRLPrompt(ClassListPrompt):
         taken = [name for split in (task.train, *task.evaluation.values()) for name in split.names]
         if any(normalize(name) == ABSTAINS for name in taken):
             raise UserError("a class is named 'none', the answer of a model that abstains; rename it")
+        if self.judge is not None:
+            return {} if self.verifier is None else {f"rewards.{REWARD}.judge": self.verifier.fingerprint()}
         try:
             load(self.taxonomy)  # what is wrong in it is reported before anything is computed
             return {"method.taxonomy": identity(self.taxonomy)}
         except UserError as error:
             raise UserError(f"method.{error}") from error
+
+    def evaluates_by(self, task: Task, rewards: Mapping[str, Mapping[str, Any]]) -> str | None:
+        if self.judge is None or not task.train.items:
+            return None
+        if rewards.get(REWARD, {}).get("judge") != self.judge:
+            raise UserError(
+                f"method.judge is not the judge of rewards.{REWARD}, which the evaluation asks, too; add"
+                " rewards=speciarl_judge and choose the judge there, or measure by the taxonomy with method.judge=null"
+            )
+        return REWARD
+
+    def take(self, reward: Any) -> None:
+        if not hasattr(reward, "verdicts"):
+            raise UserError(f"rewards.{REWARD}.fn gives no verdicts; take rewards=speciarl_judge")
+        self.verifier = reward
 
     def answer(self, completion: str) -> str | None:
         found = super().answer(completion)
@@ -427,14 +510,30 @@ class SpeciaRLPrompt(ClassListPrompt):
 
     def extra_columns(self, task: Task, split: str, predictions: Sequence[Prediction]) -> dict[str, list[Any]]:
         """Return the verdict on every answer; None for images without a label."""
-        columns, aliases = super().extra_columns(task, split, predictions), task.evaluation[split].aliases
-        return {**columns, "verdict": [self._verdict(each, aliases.get(each.label, ())) for each in predictions]}
+        aliases = task.evaluation[split].aliases
+        said = [stated(each.reply.text) if each.reply is not None else None for each in predictions]
+        given = [
+            Stated(each.label, answer, tuple(aliases.get(each.label, ())))
+            for each, answer in zip(predictions, said, strict=True)
+        ]
+        found = self._verified([each for each in given if each.label])
+        columns = super().extra_columns(task, split, predictions)
+        return {**columns, "verdict": [found[each] if each.label else None for each in given]}
 
-    def _verdict(self, prediction: Prediction, aliases: Sequence[str]) -> str | None:
-        if not prediction.label:
-            return None
-        said = stated(prediction.reply.text) if prediction.reply is not None else None
-        return UNPARSABLE if said is None else load(self.taxonomy).verdict(prediction.label, said, aliases)
+    def _verified(self, given: Sequence[Stated]) -> dict[Stated, str | None]:
+        """Return the verdict on each answer. All ranks call it together, with the answers of all."""
+        different = list(dict.fromkeys(given))
+        if self.judge is None:
+            return dict(zip(different, by_taxonomy(self.taxonomy, different), strict=True)) if different else {}
+        if not different:
+            return {}
+        assert self.verifier is not None, "take() has not been called"
+        mine = [verdict or UNJUDGED for verdict in self.verifier.verdicts(share_of(different))]
+        self.verifier.metrics()  # reset: the counts of an update are not those of an evaluation
+        found = dict(zip(different, interleave(gather(mine)), strict=True))
+        if open_ones := sum(found[each] == UNJUDGED for each in given):
+            log.warning("the judge gave no readable verdict on %d of %d answers", open_ones, len(given))
+        return dict(found)
 
     def diagnostics(self, task: Task, split: str, answers: Answers) -> dict[str, Any]:
         return {**super().diagnostics(task, split, answers), "specificity": measures(answers.columns["verdict"])}
@@ -444,7 +543,8 @@ def measures(verdicts: Sequence[str | None]) -> dict[str, Any]:
     """Return the paper's measures, as shares of the images with a label.
 
     correctness: neither wrong, unparsable nor abstained. specificity: as specific as the label or more, among the
-    correct (our reading). harmonic_mean: of the two. verdicts: share of each.
+    correct (our reading). harmonic_mean: of the two. verdicts: share of each; `unjudged`, on which the judge said
+    nothing readable, counts as not correct.
 
     >>> measures(["specific", "specific", "generic", "wrong"])["harmonic_mean"]
     0.7058823529411765
@@ -453,6 +553,7 @@ def measures(verdicts: Sequence[str | None]) -> dict[str, Any]:
     total = counts.total()
     if not total:
         return {}
+    kinds = (*KINDS, UNJUDGED) if counts[UNJUDGED] else KINDS
     right, specific = (
         sum(counts[kind] for kind, rank in RANKS.items() if rank <= worst) for worst in (RANKS["generic"], 1)
     )
@@ -462,5 +563,5 @@ def measures(verdicts: Sequence[str | None]) -> dict[str, Any]:
         "correctness": correctness,
         "specificity": specificity,
         "harmonic_mean": 2 * correctness * specificity / both if both else 0.0,
-        "verdicts": {kind: counts[kind] / total for kind in KINDS},
+        "verdicts": {kind: counts[kind] / total for kind in kinds},
     }

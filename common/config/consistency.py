@@ -106,6 +106,12 @@ def _not_fitted(config: Config) -> str | None:
     return f"method.draft={config.method['draft']}" if "draft" in config.method else f"method={config.method['name']}"
 
 
+def _judged(config: Config) -> str | None:
+    """Return the judge that verifies in place of a taxonomy, as `key=value`."""
+    judge = config.method.get("judge")
+    return None if judge is None else f"method.judge.backend={judge.get('backend')}"
+
+
 def _differs(key: str, other: Callable[[Config], Any]) -> Callable[[Config], str | None]:
     return lambda config: _if(key, lambda value: value != other(config))(config)
 
@@ -154,6 +160,7 @@ OVERRULED = (
         _not_fitted,
         "a learner is fitted by the method of its name, or by method=alert with method.draft=few_shot",
     ),
+    Overruled("method.taxonomy", _judged, "add method.judge=null, or leave rewards=speciarl_judge out"),
     Overruled("method.initialisation", _if("method.bank", _given), "add method.bank=null"),
 )
 

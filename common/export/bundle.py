@@ -214,11 +214,13 @@ def _anywhere(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _here(value: Any) -> Any:
-    """Return the last part of an absolute path; any other value is returned unchanged.
+    """Return the last part of an absolute path, also inside of a block; any other value is returned unchanged.
 
-    >>> _here("/home/me/kinds.csv"), _here("kinds.csv"), _here("sampled"), _here(5), _here(None)
-    ('kinds.csv', 'kinds.csv', 'sampled', 5, None)
+    >>> _here("/home/me/kinds.csv"), _here("kinds.csv"), _here("sampled"), _here(5), _here({"model": "/home/me/qwen"})
+    ('kinds.csv', 'kinds.csv', 'sampled', 5, {'model': 'qwen'})
     """
+    if isinstance(value, Mapping):
+        return {key: _here(inner) for key, inner in value.items()}
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +22,7 @@ from transformers.cache_utils import DynamicCache
 from common.forward import attention
 from common.forward.logprobs import spliced, token_logps
 from common.forward.packing import images, micro_batches, pad_blocks
+from common.judge.text import uncut
 from common.models.adapters import without_adapters
 from common.models.encoder import EncodedPrompt
 from common.models.vlm import VLM, rendered, turns
@@ -203,8 +203,6 @@ def truncate(probabilities: torch.Tensor, top_k: int, top_p: float) -> torch.Ten
 
 # Greedy replies of the initial model to texts, for rewards that use it as a judge. Shapes: P prompt tokens.
 
-CUT = re.compile(r"\s*\S+\s*\Z")  # the last word, which a limit on tokens may have cut
-
 
 class FrozenReplies:
     """Function from texts to replies of the initial model; create it before the first update.
@@ -224,7 +222,7 @@ class FrozenReplies:
         with self._base():
             for part in micro_batches(list(texts), self.batch):
                 groups = self.rollout.generate([self._request(text) for text in part], 1, decoding)
-                replies += [CUT.sub("", reply.text) if reply.truncated else reply.text for (reply,) in groups]
+                replies += [uncut(reply.text) if reply.truncated else reply.text for (reply,) in groups]
         return replies
 
     @contextmanager

@@ -36,6 +36,9 @@ def bind_rewards(rewards: dict[str, Reward], policy: VLM, batch: int, name: str)
         batch: Number of texts in a batch.
         name: Name of the weights, with their number format, for caches.
     """
-    for reward in rewards.values():
-        if isinstance(reward.function, StatefulReward) and reward.function.needs_base:
-            reward.function.bind(FrozenReplies(policy, batch), name)
+    functions = [reward.function for reward in rewards.values()]
+    judges = [each for each in functions if isinstance(each, StatefulReward) and each.needs_base]
+    replies = FrozenReplies(policy, batch) if judges else None  # one, since it may be a copy of the model
+    for judge in judges:
+        assert replies is not None
+        judge.bind(replies, name)

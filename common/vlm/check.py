@@ -179,6 +179,7 @@ def check_vlm(config: Config, data: TaskData) -> TaskPrompts:
             f"method={config.method['name']} gives the model embeddings beside its vocabulary, for which"
             f" model.family={config.model.family} has no place: choose another model, such as model=gemma3_4b"
         )
+    prompts.prompting.evaluates_by(data.task, config.rewards)
     prompts.prompting.sources(data.task)  # hashes the method's files, so a missing one is reported now
     check_model(config, data.task, [prompts.train, *prompts.evaluation.values()])
     return prompts

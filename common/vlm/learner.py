@@ -131,9 +131,13 @@ class VLMLearner(Learner):
         backend = locate(config.rollout.backend, "rollout.backend")
         check_logprobs(config, backend)
         state = checkpoints.state
-        # rewards are needed only if updates are left to do
+        # rewards are needed only if updates are left to do, but one that evaluates is always needed
         learns = isinstance(config.trainer, GRPOConfig) and self.updates > (0 if state is None else state.update)
-        self.rewards = prepare_rewards(config.rewards) if learns else {}
+        needed = self.prompting.evaluates_by(self.task, config.rewards)
+        mix = {name: entry for name, entry in config.rewards.items() if learns or name == needed}
+        self.rewards = prepare_rewards(mix) if mix else {}
+        if needed is not None:
+            self.prompting.take(self.rewards[needed].function)
         self.prepare()
 
         # the model; the seed makes new adapters equal on all ranks

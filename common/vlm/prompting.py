@@ -7,7 +7,7 @@ the others have defaults that do nothing.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,12 +64,26 @@ class Prompting(ABC):
         """Return a hash of every file, data aside, that decides the prompts, by its configuration key."""
         return {}
 
+    def evaluates_by(self, task: Task, rewards: Mapping[str, Mapping[str, Any]]) -> str | None:
+        """Return the name of the reward that `extra_columns` needs, such as a judge; None: it needs none.
+
+        `rewards`: those of the configuration, by name.
+
+        Raises:
+            UserError: It is not among them.
+        """
+        return None
+
+    def take(self, reward: Any) -> None:
+        """Take the reward that `evaluates_by` names, prepared; called once, before anything is computed."""
+        return
+
     def matches_officially(self, completion: str, label: str) -> bool | None:
         """Return whether the authors' code counts the reply as correct; None if it has no matching rule of its own."""
         return None
 
     def extra_columns(self, task: Task, split: str, predictions: Sequence[Prediction]) -> dict[str, list[Any]]:
-        """Return more columns of predictions.parquet: by column, one value per prediction.
+        """Return more columns of predictions.parquet: by column, one value per prediction. All ranks call it together.
 
         A value is text, a truth value, a number, a list of these, or None.
         """

@@ -11,8 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from alert.judge.base import Keep, Model, Runtime, forget
-from alert.judge.prompt import uncut
+from common.judge.base import Keep, Model, Runtime, forget
+from common.judge.text import uncut
 from common.types import UserError
 
 log = logging.getLogger(__name__)
@@ -33,8 +33,8 @@ class Checkpoint:
         elif self.name.startswith((".", "/", "~")) or self.name.count("/") != 1:
             raise UserError(f"judge.model={self.name} is not a folder; give a model folder or a hub id owner/name")
 
-    def prepare(self) -> None:
-        """Download and load the model.
+    def prepare(self, example: str) -> None:
+        """Download and load the model; nothing is asked.
 
         Raises:
             UserError: It cannot be had, is damaged, is no whole model, or has no chat template.

@@ -1,26 +1,27 @@
-"""ALERT's contrastive-reasoning reward: a language model scores the text between the think tags (section 3.5, 4).
-
-The reward is an instance with arguments from conf/rewards/alert.yaml, called with samples like every reward.
+"""Rewards by a language model as the judge, with a cache of its replies and a rule on failures.
 
 A judge can fail. Its client retries as long as `runtime` allows; then `on_failure: stop` ends the run with one line,
 and the same command resumes it from its last checkpoint, with earlier replies from the cache. With `on_failure: drop`,
-samples without a score get NaN, and the trainer leaves this reward out for their whole group. A judge that gives no
+samples without a reply get NaN, and the trainer leaves this reward out for their whole group. A judge that gives no
 reply at all SILENCES times in a row stops the run in both cases, since every update waits for it in vain.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from alert.judge.base import Generate, Judge, JudgeUnavailable, Keep, Model, OwnBase, Replies, Runtime, settings
-from alert.judge.prompt import SCALES, judge_prompt, normalised, parse_score, reasoning
 from common.config.schema import one_of
+from common.judge.base import Generate, Judge, JudgeUnavailable, Keep, Model, OwnBase, Replies, Runtime, settings
 from common.types import Sample, UserError
 
 log = logging.getLogger(__name__)
@@ -28,15 +29,21 @@ SILENCES = 5  # our choice
 COUNTS = ("calls", "cache_hits", "unparsed", "failed", "seconds")
 
 
-class ContrastiveReasoning:
-    """Reward from 0 to 1 for the reasoning of every sample; N completions of one update."""
+class CachedJudge(ABC):
+    """Judge that is asked nothing twice; has the members of a `StatefulReward` (common/rewards.py) but the call.
+
+    Attributes:
+        example: Prompt of the kind that the judge gets, to try it out before the run computes anything.
+        judge_replies: Replies to the samples of the last call; None where nothing was asked or came. Length: N.
+    """
+
+    example: ClassVar[str]
 
     def __init__(
         self,
         *,
         judge: Mapping[str, Any],
         runtime: Mapping[str, Any],
-        scale: str = "range",
         unparsed: float = 0.0,
         on_failure: str = "stop",
     ) -> None:
@@ -44,24 +51,26 @@ class ContrastiveReasoning:
         Args:
             judge: Model of the judge, see `base.Model`.
             runtime: Access to the judge, see `base.Runtime`.
-            scale: Mapping of a score from 1 to 10 to 0 to 1, see `prompt.normalised`.
-            unparsed: Value of a sample whose reply has no score, 0 to 1.
+            unparsed: Value of a sample whose reply cannot be read, 0 to 1.
             on_failure: Behaviour if the judge fails: `stop` or `drop`, see the module docstring.
 
         Raises:
             UserError: Begins with the argument at fault.
         """
-        one_of("scale", scale, SCALES)
         one_of("on_failure", on_failure, ("stop", "drop"))
         if not 0 <= unparsed <= 1:
             raise UserError(f"unparsed={unparsed} must be from 0 to 1, as the scores are")
         self.runtime = settings(Runtime, "runtime", runtime)
-        model = settings(Model, "judge", judge)
-        self.judge = make_judge(model, self.runtime)
-        self.scale, self.unparsed, self.on_failure = scale, unparsed, on_failure
+        self.model = settings(Model, "judge", judge)
+        self.judge = make_judge(self.model, self.runtime)
+        self.unparsed, self.on_failure = unparsed, on_failure
         self.counts = dict.fromkeys(COUNTS, 0.0)
-        self.judge_replies: list[str | None] = []  # replies to the samples of the last call
+        self.judge_replies: list[str | None] = []
         self.silences = 0  # calls in a row without any reply
+
+    @abstractmethod
+    def parse(self, reply: str) -> Any:
+        """Return what the judge's reply says; None if it cannot be read, so that it is not cached."""
 
     @property
     def may_be_missing(self) -> bool:
@@ -85,7 +94,7 @@ class ContrastiveReasoning:
             UserError: The judge cannot be had, or does not answer and `on_failure` is `stop`.
         """
         try:
-            self.judge.prepare()
+            self.judge.prepare(self.example)
         except JudgeUnavailable as error:
             if self.on_failure == "stop":
                 raise UserError(
@@ -93,30 +102,12 @@ class ContrastiveReasoning:
                 ) from error
             log.warning("the judge %s", error)
 
-    def __call__(self, samples: Sequence[Sample]) -> list[float]:
-        """Return the reward of every sample: 0 without a well-formed reasoning (nothing is asked), NaN without a reply.
+    def replies(self, prompts: Sequence[str]) -> dict[str, str | None]:
+        """Return the reply to every prompt, from the cache or the judge; None where there is none.
 
         Raises:
             UserError: Questions stayed open, and `on_failure` is `stop` or the judge has fallen silent.
         """
-        texts = [reasoning(sample.completion) for sample in samples]
-        prompts = [None if text is None else judge_prompt(text) for text in texts]
-        replies = self._replies([prompt for prompt in prompts if prompt is not None])
-        self.judge_replies = [None if prompt is None else replies[prompt] for prompt in prompts]
-        return [0.0 if prompt is None else self._value(replies[prompt]) for prompt in prompts]
-
-    def _value(self, reply: str | None) -> float:
-        if reply is None:
-            self.counts["failed"] += 1
-            return math.nan
-        score = parse_score(reply)
-        if score is None:
-            self.counts["unparsed"] += 1
-            return self.unparsed
-        return normalised(score, self.scale)
-
-    def _replies(self, prompts: Sequence[str]) -> dict[str, str | None]:
-        """Return the reply to every prompt, from the cache or the judge; None where there is none."""
         judge = self.judge.identity()
         cache = self._cache if judge is not None and self.runtime.cache_gb > 0 else None
         replies: dict[str, str | None] = {}
@@ -129,7 +120,7 @@ class ContrastiveReasoning:
 
         def keep(prompt: str, reply: str) -> None:
             # Only readable replies are cached: a server that returned nonsense may have been repaired next time.
-            if cache is not None and judge is not None and parse_score(reply) is not None:
+            if cache is not None and judge is not None and self.parse(reply) is not None:
                 cache.put(judge, prompt, reply)
 
         answers, problem = self._ask(missing, keep)
@@ -145,6 +136,13 @@ class ContrastiveReasoning:
             )
         return replies
 
+    def read(self, reply: str | None) -> Any:
+        """Return what a reply says; None, counted, if it is missing or cannot be read."""
+        said = None if reply is None else self.parse(reply)
+        if said is None:
+            self.counts["failed" if reply is None else "unparsed"] += 1
+        return said
+
     def _ask(self, prompts: Sequence[str], keep: Keep) -> tuple[Sequence[str | None], str]:
         """Return the judge's replies, and a description of what failed."""
         if not prompts:
@@ -158,6 +156,14 @@ class ContrastiveReasoning:
         finally:
             self.counts["seconds"] += time.perf_counter() - began
 
+    def fingerprint(self) -> str:
+        """Return a hash of the model and the wording, not of the address; of `self` without the weights of the run.
+
+        Of a folder or a hub model the weights are hashed, which are read.
+        """
+        model = self.judge.identity() if self.model.backend == "hf" else asdict(self.model)
+        return hashlib.sha256(json.dumps([self.example, model]).encode()).hexdigest()
+
     @cached_property
     def _cache(self) -> Replies:
         return Replies(Path(self.runtime.cache_dir).resolve(), int(self.runtime.cache_gb * 2**30))
@@ -166,12 +172,41 @@ class ContrastiveReasoning:
         """Return this rank's counts since the last call, to be added up over ranks.
 
         calls: prompts sent to the judge (retries not counted). cache_hits: samples that needed no call, repetitions
-        within an update included. unparsed, failed: samples without a readable score, without a reply. seconds: time
+        within an update included. unparsed, failed: samples without a readable reply, without a reply. seconds: time
         spent waiting. A resumed run repeats unparsed and failed, but not calls, cache_hits and seconds.
         """
         metrics = {f"judge/{name}": value for name, value in self.counts.items()}
         self.counts = dict.fromkeys(COUNTS, 0.0)
         return metrics
+
+
+class JudgedReward(CachedJudge):
+    """Reward from 0 to 1 that the judge's reply on a sample states; N completions of one update."""
+
+    @abstractmethod
+    def prompt(self, sample: Sample) -> str | float:
+        """Return what the judge is asked about a sample, or its value where there is nothing to ask."""
+
+    @abstractmethod
+    def parse(self, reply: str) -> float | None:
+        """Return the value from 0 to 1 that a reply states; None if it cannot be read."""
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float]:
+        """Return the reward of every sample, NaN without a reply.
+
+        Raises:
+            UserError: Questions stayed open, and `on_failure` is `stop` or the judge has fallen silent.
+        """
+        prompts = [self.prompt(sample) for sample in samples]
+        replies = self.replies([prompt for prompt in prompts if isinstance(prompt, str)])
+        self.judge_replies = [replies[prompt] if isinstance(prompt, str) else None for prompt in prompts]
+        return [self._value(replies[prompt]) if isinstance(prompt, str) else prompt for prompt in prompts]
+
+    def _value(self, reply: str | None) -> float:
+        stated: float | None = self.read(reply)
+        if reply is None:
+            return math.nan
+        return self.unparsed if stated is None else stated
 
 
 def make_judge(model: Model, runtime: Runtime) -> Judge:
@@ -181,11 +216,11 @@ def make_judge(model: Model, runtime: Runtime) -> Judge:
         UserError: Names the key at fault.
     """
     if model.backend == "openai":
-        from alert.judge.openai import OpenAIServer
+        from common.judge.openai import OpenAIServer
 
         return OpenAIServer(model, runtime)
     if model.backend == "hf":
-        from alert.judge.hf import Checkpoint
+        from common.judge.hf import Checkpoint
 
         return Checkpoint(model, runtime)
     return OwnBase(model)

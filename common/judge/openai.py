@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from alert.judge.base import JudgeUnavailable, Keep, Model, Runtime, check_server, forget
-from alert.judge.prompt import judge_prompt, neutral, uncut
 from common.counted import counted
+from common.judge.base import JudgeUnavailable, Keep, Model, Runtime, check_server, forget
+from common.judge.text import neutral, uncut
 from common.types import UserError
 
 if TYPE_CHECKING:
@@ -56,14 +56,14 @@ class OpenAIServer:
     def identity(self) -> str:
         return f"openai:{self.runtime.base_url}:{json.dumps(self.wishes)}"
 
-    def prepare(self) -> None:
+    def prepare(self, example: str) -> None:
         """Send one prompt, which tests address, key and model name; not every server can list its models.
 
         Raises:
             JudgeUnavailable: It does not answer.
             UserError: It refuses every question.
         """
-        self.ask([judge_prompt("The image shows a round loop.")])
+        self.ask([example])
 
     def ask(self, prompts: Sequence[str], keep: Keep = forget) -> list[str]:
         """

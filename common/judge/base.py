@@ -1,4 +1,4 @@
-"""Define judges of the reasoning: their interface, their configuration, and the cache of their replies."""
+"""Define language models as judges: their interface, their configuration, and the cache of their replies."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ class Replies:
         self.cache.put(self.key(judge, prompt), json.dumps(entry, ensure_ascii=False).encode())
 
 
-# Interface and configuration. A judge maps plain text to plain text; alert/judge/prompt.py writes the prompt and parses
-# the reply.
+# Interface and configuration. A judge maps plain text to plain text; a reward (common/judge/reward.py) writes the
+# prompt and parses the reply.
 
 BACKENDS = ("self", "hf", "openai")
 LONGEST_CALL = LONGEST_WAIT - 300.0  # seconds; other ranks may be waiting in a collective meanwhile
-Settings = TypeVar("Settings", "Model", "Runtime")
+Settings = TypeVar("Settings")  # a dataclass
 Generate = Callable[[Sequence[str], int], list[str]]  # prompts and a limit on tokens to replies
 Keep = Callable[[str, str], None]  # takes a prompt and its reply as soon as there is one
 
@@ -84,8 +84,11 @@ class Judge(Protocol):
     def identity(self) -> str | None:
         """Return a name, for the cache, of all that a reply depends on beside the prompt; None: do not cache."""
 
-    def prepare(self) -> None:
+    def prepare(self, example: str) -> None:
         """Load or connect to the judge before the run computes anything.
+
+        Args:
+            example: Prompt of the kind that it will be asked, to try it out.
 
         Raises:
             JudgeUnavailable: It does not answer now.
@@ -228,7 +231,7 @@ class OwnBase:
         """Take the model.
 
         Args:
-            generate: Function to one greedy reply per prompt; `prompt.uncut` is applied to truncated replies.
+            generate: Function to one greedy reply per prompt; `text.uncut` is applied to truncated replies.
             identity: Name of the base model's weights and number format; None: replies are not cached.
         """
         self.generate, self.name = generate, identity
@@ -236,7 +239,7 @@ class OwnBase:
     def identity(self) -> str | None:
         return None if self.name is None else f"self:{self.name}:{self.max_tokens}"
 
-    def prepare(self) -> None:
+    def prepare(self, example: str) -> None:
         """Do nothing: the run loads its model itself."""
 
     def ask(self, prompts: Sequence[str], keep: Keep = forget) -> list[str]:

@@ -1,0 +1,1 @@
+"""Language models as judges: the run's own base model, another model, or a server (`rewards.<name>.judge`)."""
