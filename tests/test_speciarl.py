@@ -9,7 +9,8 @@ import pyarrow.parquet
 import pytest
 
 from clsrl.related import speciarl
-from clsrl.related.speciarl import SpeciaRLPrompt, Specificity, Taxonomy, load
+from clsrl.related.speciarl import SpeciaRLPrompt, Specificity
+from clsrl.related.taxonomy import Taxonomy, load
 from common import Classifier
 from common.config.composition import validate
 from common.data import task

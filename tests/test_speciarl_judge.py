@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from clsrl.related import speciarl
-from clsrl.related.speciarl import RANKS, SpeciaRLPrompt, Specificity, Stated, load
+from clsrl.related.speciarl import SpeciaRLPrompt, Specificity, Stated
 from clsrl.related.speciarl_judge import CLOSE, OPEN, JudgedSpecificity, question
+from clsrl.related.taxonomy import RANKS, load
 from common import Classifier
 from common.config.composition import plain, signature, validate
 from common.export import __main__ as export
@@ -145,12 +146,14 @@ def test_the_evaluation_asks_the_judge_of_the_reward(judge, caplog):
     answers = ("ankle boot", "shoe", "boot", "clothing", "None", "sandal", "ankle boot", "")
     unlabelled, reward = made("shoe", label=""), judge(asked=asked)
     assert prompting.evaluates_by(task, {"specificity": {"judge": block}}) == "specificity"
-    prompting.take(reward)
+    prompting.use_reward(reward)
     columns = prompting.extra_columns(task, "test", [*made(*answers), *unlabelled])
     assert len(asked) == 4 and set(reward.metrics().values()) == {0.0}, "counts are of an update"
     expected = SpeciaRLPrompt(seed=1, taxonomy="fashion").extra_columns(task, "test", [*made(*answers), *unlabelled])
     assert columns == expected and columns["verdict"][-1] is None
-    prompting.take(judge(lambda prompt: "Well, boots." if "\nboot\n" in prompt else by_taxonomy(prompt), cache_gb=0.0))
+    prompting.use_reward(
+        judge(lambda prompt: "Well, boots." if "\nboot\n" in prompt else by_taxonomy(prompt), cache_gb=0.0)
+    )
     predictions = made(*answers)
     columns = prompting.extra_columns(task, "test", predictions)
     facts = prompting.diagnostics(task, "test", Answers(predictions, 0.0, columns=columns))["specificity"]
@@ -165,7 +168,7 @@ def test_ranks_share_the_answers_of_an_evaluation(judge, ranks):
 
     def on(rank):
         prompting = SpeciaRLPrompt(seed=1, taxonomy="names", judge={"backend": "self"})
-        prompting.take(judge(asked=asked[rank], cache_gb=0.0))
+        prompting.use_reward(judge(asked=asked[rank], cache_gb=0.0))
         return prompting.extra_columns(task, "test", made(*answers))
 
     expected = SpeciaRLPrompt(seed=1, taxonomy="fashion").extra_columns(task, "test", made(*answers))
@@ -186,7 +189,7 @@ def test_its_model_and_wording_are_frozen_but_not_its_address(judge, monkeypatch
         return JudgedSpecificity(judge=block, runtime={"base_url": url}, group_size=3)
 
     prompting, task = SpeciaRLPrompt(seed=1, taxonomy="names", judge={"backend": "openai"}), evaluated()
-    prompting.take(served())
+    prompting.use_reward(served())
     frozen = prompting.sources(task)
     assert frozen == {"rewards.specificity.judge": served(url="http://b/v1").fingerprint()}
     others = [served("other").fingerprint(), judge().fingerprint()]
@@ -219,7 +222,7 @@ def test_a_judge_without_the_reward_is_refused(rewards):
     ):
         prompting.evaluates_by(evaluated(), rewards)
     with pytest.raises(UserError, match="rewards.specificity.fn gives no verdicts"):
-        prompting.take(Specificity(taxonomy="names", group_size=2))
+        prompting.use_reward(Specificity(taxonomy="names", group_size=2))
 
 
 QUICK = [*RUN, "rewards=speciarl_judge", "trainer.updates=4", "setting.test_per_class=5"]

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clsrl.related.speciarl import ABSTAINS, RANKS, UNJUDGED, UNPARSABLE, Kind, Stated, Verdict, check_kind, earned
+from clsrl.related.speciarl import UNJUDGED, UNPARSABLE, Kind, Stated, check_kind, earned
+from clsrl.related.taxonomy import ABSTAINS, RANKS, Verdict
 from common.judge.reward import CachedJudge
 from common.judge.text import neutral, parse_choice
 from common.parsing import normalize

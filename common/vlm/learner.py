@@ -137,7 +137,7 @@ class VLMLearner(Learner):
         mix = {name: entry for name, entry in config.rewards.items() if learns or name == needed}
         self.rewards = prepare_rewards(mix) if mix else {}
         if needed is not None:
-            self.prompting.take(self.rewards[needed].function)
+            self.prompting.use_reward(self.rewards[needed].function)
         self.prepare()
 
         # the model; the seed makes new adapters equal on all ranks

@@ -74,8 +74,8 @@ class Prompting(ABC):
         """
         return None
 
-    def take(self, reward: Any) -> None:
-        """Take the reward that `evaluates_by` names, prepared; called once, before anything is computed."""
+    def use_reward(self, reward: Any) -> None:
+        """Evaluate by the reward that `evaluates_by` names, prepared; called once, before anything is computed."""
         return
 
     def matches_officially(self, completion: str, label: str) -> bool | None:
