@@ -202,12 +202,15 @@ class Probabilities:
         lists. [N, K]
     values: Their probabilities; each row adds up to 1; 0 where `classes` is -1. fp32 [N, K]
     raw: The same without length normalisation, for replies of several tokens. fp32 [N, K]
+    logs: Logarithms of `values`, where fp32 has some of these as 0: the logits of some few-shot learners are hundreds
+        apart. Minus infinity where `classes` is -1. fp32 [N, K]
     """
 
     names: tuple[str, ...]
     classes: NDArray[numpy.int32]
     values: NDArray[numpy.float32]
     raw: NDArray[numpy.float32] | None = None
+    logs: NDArray[numpy.float32] | None = None
 
 
 OWN_RIGHT = "own_correct"  # column: whether the learner alone was right, where its answer was combined with another's

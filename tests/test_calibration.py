@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from sklearn.linear_model import LogisticRegression
 
 from common.evaluation import calibration
 from common.evaluation.calibration import Calibration, threshold, upper_bound
+from common.few_shot.learner import probabilities
 from common.types import Answers, Prediction, Probabilities
 
 
@@ -91,6 +93,19 @@ def test_the_error_falls_on_other_images(factor):
     plain = softmax(new * factor / found.temperature)
     table = answers(softmax(new * factor), labels).probabilities
     np.testing.assert_allclose(Calibration(found.temperature)(table), plain, atol=1e-4)
+
+
+def test_logits_hundreds_apart_are_calibrated_as_the_same_ones_closer_together():
+    logits, truths = drawn(7)
+    close, far = (
+        probabilities((logits * factor).astype(np.float32), tuple("abcde"), tuple("abcde")) for factor in (1, 300)
+    )
+    assert (far.values == 0).mean() > 0.5
+    made = answers(softmax(logits), truths)
+    found, expected = (calibration.fit(replace(made, probabilities=table), "val") for table in (far, close))
+    assert found.temperature == pytest.approx(300 * expected.temperature, rel=1e-3)
+    assert (found.slope, found.bias) == pytest.approx((expected.slope, expected.bias), abs=1e-3)
+    np.testing.assert_allclose(found(far), expected(close), atol=1e-4)
 
 
 def two_classes(odds):

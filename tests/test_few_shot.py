@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
 from common.config.composition import validate
+from common.evaluation.metrics import summarize
 from common.few_shot.check import check, check_fit
 from common.few_shot.encoders import tiny
 from common.few_shot.heads import (
@@ -45,7 +47,7 @@ from common.few_shot.heads.base import (
     fit,
 )
 from common.few_shot.learner import probabilities
-from common.types import Item, Split, Task, UserError
+from common.types import Answers, Item, Prediction, Split, Task, UserError
 from tests import encoders
 
 N, C, D, P, D2, VIEWS = 12, 3, 8, 4, 6, 3
@@ -392,6 +394,19 @@ def test_probabilities_of_one_name_add_up():
     table = probabilities(logits, ("a", "b", "a"), ("a", "b"))
     assert table.names == ("a", "b") and table.classes.tolist() == [[0, 1]]
     np.testing.assert_allclose(table.values, [[0.7, 0.3]], rtol=1e-6)
+    np.testing.assert_allclose(table.logs, np.log([[0.7, 0.3]]), rtol=1e-6)
+
+
+def test_logits_hundreds_apart_keep_their_order_and_their_distances():
+    """Tip-Adapter's can be; in fp32, e^-104 is 0."""
+    logits = np.array([[0.0, *range(-1000, -200, 100)]], np.float32)
+    table = probabilities(logits, tuple("abcdefghi"), tuple("abcdefghi"))
+    assert not table.values[0, 1:].any()
+    np.testing.assert_allclose(table.logs, scipy.special.log_softmax(logits.astype(float), 1), rtol=1e-6)
+    answers = Answers([Prediction("1", "i", 8, "a", False, False)], 0.0, table)
+    assert summarize(answers, table.names).probability.top5 == 1, (
+        "i is the second of nine, and all but a have the probability 0"
+    )
 
 
 # --- what is refused before anything is loaded

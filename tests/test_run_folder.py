@@ -122,6 +122,7 @@ OFFERED = Probabilities(
     np.array([[1, 0, -1], [2, 1, 0]], np.int32),
     np.array([[0.75, 0.25, 0.0], [0.5, 0.25, 0.25]], np.float32),
     np.array([[0.5, 0.5, 0.0], [0.125, 0.75, 0.125]], np.float32),
+    np.array([[-0.5, -2.0, -np.inf], [-300.0, -0.25, -0.5]], np.float32),
 )
 
 
@@ -134,18 +135,21 @@ def test_a_finished_split_is_read_back_as_it_was(tmp_path):
     read = files.read_predictions("after", "test")
     assert read.predictions == given.predictions and read.columns == said
     assert (read.seconds, read.scoring_seconds, read.probabilities.names) == (1.5, 0.25, OFFERED.names)
-    for name in ("classes", "values", "raw"):
+    for name in ("classes", "values", "raw", "logs"):
         assert np.array_equal(getattr(read.probabilities, name), getattr(OFFERED, name))
 
 
-@pytest.mark.parametrize("probabilities", [None, replace(OFFERED, raw=None)], ids=["none", "no raw ones"])
+@pytest.mark.parametrize(
+    "probabilities", [None, replace(OFFERED, raw=None, logs=None)], ids=["none", "neither raw ones nor logarithms"]
+)
 def test_what_is_not_there_is_read_back_as_not_there(probabilities, tmp_path):
     files = RunFolder(tmp_path)
     files.write_predictions("after", "test", Answers([PREDICTION] * 2, 1.0, probabilities))
     read = files.read_predictions("after", "test").probabilities
-    assert (
-        (read is None) if probabilities is None else (read.raw is None and np.array_equal(read.values, OFFERED.values))
-    )
+    if probabilities is None:
+        assert read is None
+    else:
+        assert read.raw is None and read.logs is None and np.array_equal(read.values, OFFERED.values)
 
 
 def test_predictions_hold_both_phases(tmp_path):

@@ -118,6 +118,8 @@ def log_softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def log_probabilities(table: Probabilities) -> NDArray[np.float64]:
     """Return the logarithms of the probabilities; minus infinity where no class was offered. Shape: [N, K]."""
+    if table.logs is not None:
+        return table.logs.astype(np.float64)
     smallest = np.finfo(np.float32).tiny  # a probability that was rounded to 0 is not impossible
     logs = np.log(np.maximum(table.values.astype(np.float64), smallest))
     return np.where(table.classes >= 0, logs, -np.inf)

@@ -231,7 +231,7 @@ def _probability_summary(answers: Answers) -> ProbabilitySummary | None:
         return None
     truths = truth_places(table, [p.label for p in answers.predictions])
     raw = None if table.raw is None else probability_metrics(table.raw, truths)
-    return replace(probability_metrics(table.values, truths), raw=raw, seconds=answers.scoring_seconds)
+    return replace(probability_metrics(table.values, truths, table.logs), raw=raw, seconds=answers.scoring_seconds)
 
 
 def truth_places(table: Probabilities, labels: Sequence[str]) -> NDArray[np.int64]:
@@ -242,18 +242,21 @@ def truth_places(table: Probabilities, labels: Sequence[str]) -> NDArray[np.int6
     return np.where(offered.any(1), offered.argmax(1), -1)
 
 
-def probability_metrics(probabilities: NDArray[np.float32], truths: NDArray[np.int64]) -> ProbabilitySummary:
+def probability_metrics(
+    probabilities: NDArray[np.float32], truths: NDArray[np.int64], logs: NDArray[np.float32] | None = None
+) -> ProbabilitySummary:
     """Compute the quality of the probabilities of the offered classes, independent of the generated reply.
 
     Args:
         probabilities: Probabilities of the classes offered for each image; they sum to 1. Shape: [N, K]
         truths: Index of the true class among them; -1 if it was not offered, which counts as an error everywhere. [N]
+        logs: Their logarithms, which rank classes whose probabilities are 0 in fp32; None: there are none. [N, K]
 
     Returns:
         `top1` and `top5` accuracy (any list of up to five names has a `top5` of 1), `ece`, `brier`, `aurc`, and
         `risk_coverage`: [coverage, risk] at 10 % to 100 % of the images.
     """
-    ranks = truth_ranks(probabilities, truths)
+    ranks = truth_ranks(probabilities if logs is None else logs, truths)
     confidences = probabilities.max(1).astype(float).tolist()
     right = (ranks == 0).tolist()
     risks = selective_risks(confidences, right)

@@ -23,6 +23,7 @@ from common.data.loading import on_all
 from common.data.manifest import digest
 from common.data.task import TaskData, dataset_of, own_labels
 from common.evaluation import novelty
+from common.evaluation.calibration import log_softmax
 from common.evaluation.evaluate import Evaluation, evenly_spaced
 from common.few_shot import candidates, doubts
 from common.few_shot.check import make, name_of
@@ -433,17 +434,15 @@ def probabilities(logits: NDArray[np.float32], names: tuple[str, ...], choices: 
         names: Class names. Length: C.
         choices: Names without duplicates.
     """
-    # The maximum is subtracted so that exp cannot overflow.
-    shifted = np.exp(logits - logits.max(1, keepdims=True))
-    values = (shifted / shifted.sum(1, keepdims=True)).astype(np.float32)
+    logs = log_softmax(logits.astype(np.float64))
     if len(choices) < len(names):
         place = {name: number for number, name in enumerate(choices)}
-        merged = np.zeros((len(values), len(choices)), np.float32)
+        merged = np.full((len(logs), len(choices)), -np.inf)
         for label, name in enumerate(names):
-            merged[:, place[name]] += values[:, label]
-        values = merged
-    everyone = np.broadcast_to(np.arange(len(choices), dtype=np.int32), values.shape)
-    return Probabilities(choices, everyone, values)
+            merged[:, place[name]] = np.logaddexp(merged[:, place[name]], logs[:, label])
+        logs = merged
+    everyone = np.broadcast_to(np.arange(len(choices), dtype=np.int32), logs.shape)
+    return Probabilities(choices, everyone, np.exp(logs).astype(np.float32), logs=logs.astype(np.float32))
 
 
 def sources(config: Config) -> dict[str, str]:

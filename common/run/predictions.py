@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy
+import numpy.typing
 
 from common.evaluation.evaluate import Evaluation, evenly_spaced
 from common.types import Answers, Images, Prediction, Probabilities, Reply
@@ -21,12 +22,13 @@ if TYPE_CHECKING:
 # Predictions: one row per image, one file per split and phase.
 #
 # Columns: phase (`before` or `after` training), split, the fields of `Prediction`; for replies `completion`, `tokens`,
-# `truncated`, `formatted` and `correct_official`; for probabilities `choices` (the offered names), `probabilities` and
-# `probabilities_raw`; then the method's own (see `Prompting.extra_columns`) and the text of the prompt (`prompt`).
+# `truncated`, `formatted` and `correct_official`; for probabilities `choices` (the offered names), `probabilities`,
+# `probabilities_raw` and `log_probabilities`; then the method's own (see `Prompting.extra_columns`) and the text of the
+# prompt (`prompt`).
 
 
 REPLY = {"completion": "text", "tokens": "tokens", "truncated": "truncated", "formatted": "well_formed"}
-OFFERED = ("choices", "probabilities", "probabilities_raw")
+OFFERED = ("choices", "probabilities", "probabilities_raw", "log_probabilities")
 PROMPT = "prompt"  # name of a column
 NOTES = ("seconds", "scoring_seconds", "names")  # keys of the file's metadata
 
@@ -75,7 +77,7 @@ def _offered(table: Probabilities | None, rows: int) -> dict[str, pyarrow.Array]
     """Return lists of the offered names and their probabilities, each as long as its prompt's own list."""
     import pyarrow as pa
 
-    kinds = (pa.list_(pa.string()), pa.list_(pa.float32()), pa.list_(pa.float32()))
+    kinds = (pa.list_(pa.string()), *[pa.list_(pa.float32())] * 3)
     if table is None:
         return {name: pa.nulls(rows, kind) for name, kind in zip(OFFERED, kinds, strict=True)}
     shown = table.classes >= 0  # [N, K]; -1 pads shorter lists
@@ -83,7 +85,10 @@ def _offered(table: Probabilities | None, rows: int) -> dict[str, pyarrow.Array]
     lists = [
         pa.array(table.names, pa.string()).take(pa.array(table.classes[shown])),
         pa.array(table.values[shown]),
-        pa.nulls(int(shown.sum()), pa.float32()) if table.raw is None else pa.array(table.raw[shown]),
+        *(
+            pa.nulls(int(shown.sum()), pa.float32()) if each is None else pa.array(each[shown])
+            for each in (table.raw, table.logs)
+        ),
     ]
     return {name: pa.ListArray.from_arrays(offsets, values) for name, values in zip(OFFERED, lists, strict=True)}
 
@@ -111,18 +116,25 @@ def _probabilities(table: pyarrow.Table, names: Sequence[str]) -> Probabilities 
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    choices, values, raw = (table.column(name).combine_chunks() for name in OFFERED)
+    choices, values, raw, logs = (table.column(name).combine_chunks() for name in OFFERED)
     lengths = numpy.diff(choices.offsets.to_numpy())
     shown = numpy.arange(int(lengths.max(initial=0))) < lengths[:, None]  # [N, K]
     classes = numpy.full(shown.shape, -1, numpy.int32)
     classes[shown] = pc.index_in(choices.flatten(), pa.array(names)).to_numpy()
-    filled = []
-    for part in (values, raw):
-        numbers = numpy.zeros(shown.shape, numpy.float32)
+
+    def filled(part: pyarrow.ListArray, padding: float = 0.0) -> numpy.typing.NDArray[numpy.float32]:
+        numbers = numpy.full(shown.shape, padding, numpy.float32)
         numbers[shown] = part.flatten().to_numpy(zero_copy_only=False)
-        filled.append(numbers)
-    has_raw = raw.flatten().null_count == 0
-    return Probabilities(tuple(names), classes, filled[0], filled[1] if has_raw else None)
+        return numbers
+
+    has_raw, has_logs = (part.flatten().null_count == 0 for part in (raw, logs))
+    return Probabilities(
+        tuple(names),
+        classes,
+        filled(values),
+        filled(raw) if has_raw else None,
+        filled(logs, -numpy.inf) if has_logs else None,
+    )
 
 
 # Thumbnails in the run folder, so that its report shows images without the dataset.

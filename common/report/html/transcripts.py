@@ -42,7 +42,18 @@ NEEDED = {
     "truncated",
 }
 NEEDED |= {"choices", "probabilities"}
-OWN = {"phase", "split", "image", "label", "label_index", "correct_alias", "choices", "probabilities_raw", "candidates"}
+OWN = {
+    "phase",
+    "split",
+    "image",
+    "label",
+    "label_index",
+    "correct_alias",
+    "choices",
+    "probabilities_raw",
+    "log_probabilities",
+    "candidates",
+}
 
 
 @dataclass(frozen=True)
@@ -119,7 +130,7 @@ def _pieces(file: pyarrow.parquet.ParquetFile, number: int | None) -> Iterator[l
     """Yield the rows of one phase and split (None: nothing), each with only its largest probabilities."""
     if number is None:
         return
-    known = [name for name in file.schema_arrow.names if name != "probabilities_raw"]
+    known = [name for name in file.schema_arrow.names if name not in ("probabilities_raw", "log_probabilities")]
     for batch in file.iter_batches(PIECE, [number], known):
         names = [name for name in known if name not in ("probabilities", "choices")]
         rows = batch.select(names).to_pylist()
