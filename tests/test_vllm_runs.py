@@ -186,7 +186,7 @@ class TestRuns:
     @pytest.mark.parametrize("family", FAMILIES)
     def test_every_family_trains_adapters_with_an_engine(self, job, untrained_folders, tmp_path, family):
         """On some of the matrices that an engine keeps in one tensor; two pushes of what has moved."""
-        lora = ["model.lora.r=4", r"'model.lora.targets=.*(language|text)_model.*\.(q|v|up)_proj'"]
+        lora = ["model.lora.r=4", r"model.lora.targets='.*(language|text)_model.*\.(q|v|up)_proj'"]
         arguments = [
             *job,
             *of_model(untrained_folders, family),
