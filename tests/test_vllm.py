@@ -17,6 +17,7 @@ from transformers import AutoConfig
 from clsrl.prompting import ClassListPrompt
 from common.config.schema import FAMILIES, LoraConfig
 from common.data.loading import Loader
+from common.export import bundle
 from common.forward.logprobs import PolicyScorer
 from common.forward.packing import PromptGroup, pack_plain
 from common.models import extra_embeddings, families, vlm
@@ -341,7 +342,11 @@ def test_an_engine_is_told_what_transformers_keeps_elsewhere(load_vlm, tmp_path)
 
     def read(vlm, name):
         describe(vlm, tmp_path / name, 32)
-        return AutoConfig.from_pretrained(tmp_path / name)
+        bundle.save(vlm, tmp_path / "exported" / name, (), 8)
+        read, exported = (AutoConfig.from_pretrained(folder / name) for folder in (tmp_path, tmp_path / "exported"))
+        assert read.text_config.tie_word_embeddings == exported.text_config.tie_word_embeddings
+        assert read.vision_config.to_dict() == exported.vision_config.to_dict()
+        return read
 
     smolvlm = load_vlm(family="smolvlm")
     assert not smolvlm.model.config.text_config.tie_word_embeddings, "transformers looks at the whole configuration"

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 from common.models.adapters import without_adapters
-from common.models.vlm import VLM
-from common.rollout.vllm.weights import has_tied_embeddings, vocabulary
+from common.models.vlm import VLM, complete
+from common.rollout.vllm.weights import vocabulary
 from common.runtime.distributed import rank, world
 from common.types import UserError
 
@@ -287,9 +287,7 @@ def describe(vlm: VLM, folder: Path, image_size: int | None = None) -> None:
     config.get_text_config().vocab_size = rows
     if hasattr(config, "vocab_size"):
         config.vocab_size = rows
-    # vLLM looks there alone for what transformers may say of the whole model
-    config.get_text_config().tie_word_embeddings = has_tied_embeddings(base)
-    vlm.family.complete(config, vlm.processor)
+    complete(config, vlm)
     # vLLM chooses its own implementation by this name
     config.architectures = [type(base).__name__]
     config.save_pretrained(folder)

@@ -31,13 +31,6 @@ def vocabulary(model: Any) -> int:
     return -(-rows // ROUND) * ROUND
 
 
-def has_tied_embeddings(base: Any) -> bool:
-    """Return whether the output projection is the input embedding; `base`: model without adapters."""
-    embedding = base.get_input_embeddings()
-    matrix = embedding.embedding if isinstance(embedding, ExtraEmbeddings) else embedding
-    return base.get_output_embeddings().weight is matrix.weight
-
-
 def named(vlm: VLM, trained: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield every weight, tied ones once, and every saved buffer, converted one at a time.
 
