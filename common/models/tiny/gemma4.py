@@ -129,7 +129,7 @@ def build_model(tokenizer: Any, seed: int) -> Any:
     torch.nn.init.normal_(model.model.vision_tower.patch_embedder.position_embedding_table, std=0.2)
     # queries are normalised and their products not scaled: with weights of one nearly all attention goes to one token
     for layer in model.model.language_model.layers:
-        torch.nn.init.constant_(layer.self_attn.q_norm.weight, 0.45)
+        torch.nn.init.constant_(layer.self_attn.q_norm.weight, 0.25)
     # buffers that are saved with the weights: without values of their own nobody would miss them
     for name, buffer in model.named_buffers():
         if name.endswith("layer_scalar"):
