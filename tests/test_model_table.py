@@ -34,7 +34,7 @@ COLUMNS = {
         test_families.test_a_row_of_several_prompts_equals_transformers_forward,
     ),
     "feature cache": test_grpo_options.test_frozen_vision_features_are_the_tower_s,
-    "vLLM": test_vllm.test_category_embeddings_are_tokens_of_the_engine,
+    "vLLM": test_vllm.test_an_update_reaches_the_sampler_and_nothing_of_before_is_left,
     "export": test_families.test_a_run_is_exported_and_predicts,
 }
 # what a family cannot do is refused, and a test tries that

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from common.config.composition import validate
+from common.config.schema import FAMILIES
+from common.models import families
 from common.rollout.vllm import check, weights
 from common.types import UserError
 from tests.conftest import REPOSITORY
@@ -51,8 +53,6 @@ def test_what_the_engine_cannot_compute_is_refused(compose, monkeypatch, changes
 
 
 def test_a_family_from_outside_says_itself_what_the_engine_must_do(compose, monkeypatch):
-    from common.models import families
-
     class Other(families.Gemma3):
         both_ways = False
 
@@ -86,11 +86,19 @@ def test_adapters_are_added_to_the_weights_they_stand_on(load_vlm):
         assert pushed.keys() == merged.keys()
         assert all(torch.allclose(pushed[name], merged[name], atol=1e-6) for name in merged)
         text = {name for name in pushed if ".language_model." in name}
-        adapted = {name for name in text if any(part in name for part in ("q_proj.weight", "down_proj.weight"))}
-        projector = {
-            name for name in pushed if ("merger.mlp" in name and "weight" in name) or "input_projection" in name
-        }
+        # with biases, keys, values and gates, which an engine keeps in one tensor with what is adapted
+        adapted = {name for name in text if any(part in name for part in (".self_attn.", ".mlp."))}
+        projector = {name for name in pushed if "merger.mlp" in name or "input_projection" in name}
         assert moved.keys() == adapted | projector and projector
+
+
+def test_saved_buffers_are_pushed_with_all_weights_alone(load_vlm):
+    """Gemma 4 multiplies what leaves a layer by a number that is no parameter."""
+    vlm = load_vlm(family="gemma4")
+    everything, moved = dict(weights.named(vlm)), dict(weights.named(vlm, trained=True))
+    buffers = everything.keys() - dict(vlm.model.named_parameters()).keys()
+    assert buffers == vlm.model.state_dict().keys() - {"lm_head.weight", *dict(vlm.model.named_parameters())}
+    assert {"model.language_model.layers.0.layer_scalar"} < buffers and not buffers & moved.keys()
 
 
 def test_a_whole_projector_is_pushed_under_its_own_name(load_vlm):
@@ -115,12 +123,16 @@ def test_a_whole_projector_is_pushed_under_its_own_name(load_vlm):
 # ---- runs
 
 
+def of_model(folders, family):
+    attention = ["model.image_attention=causal"] if families.family(family).both_ways else []
+    return ["model.recipe=null", f"model.family={family}", f"model.path={folders[family]}", *attention]
+
+
 @pytest.fixture(scope="module")
 def job(untrained_folders):
     return [
         "rollout=vllm",
-        "model.recipe=null",
-        f"model.path={untrained_folders['qwen2_vl']}",
+        *of_model(untrained_folders, "qwen2_vl"),
         "trainer.updates=5",
         "trainer.schedule=constant",
         "trainer.warmup_ratio=0",
@@ -170,6 +182,23 @@ class TestRuns:
         assert max(row["sampling/sampling_logp_difference/max"] for row in updates(two)) < 1e-3
         first, second = trained(one), trained(two)
         assert max(float((first[name] - second[name]).abs().max()) for name in first) <= 2.5e-4
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_every_family_trains_adapters_with_an_engine(self, job, untrained_folders, tmp_path, family):
+        """On some of the matrices that an engine keeps in one tensor; two pushes of what has moved."""
+        lora = ["model.lora.r=4", r"model.lora.targets='.*(language|text)_model.*\.(q|v|up)_proj'"]
+        arguments = [
+            *job,
+            *of_model(untrained_folders, family),
+            *lora,
+            "trainer.updates=3",
+            "trainer.learning_rate=0.01",
+        ]
+        done = start(tmp_path / "run", arguments)
+        assert done.returncode == 0, done.stderr[-3000:]
+        rows = updates(tmp_path / "run")
+        assert [row["step"] for row in rows] == [1, 2, 3] and all(row["grad_norm"] > 0 for row in rows)
+        assert max(row["sampling/sampling_logp_difference/max"] for row in rows) < 1e-4
 
     def test_ranks_do_not_sample_alike(self, job, tmp_path):
         done = start(tmp_path / "two", [*job, "trainer.updates=1"], 2)

@@ -57,6 +57,7 @@ def save(policy: VLM, folder: Path, never: Collection[int], max_tokens: int) -> 
     generation.max_new_tokens = max_tokens
     generation.do_sample = False
     generation.temperature = generation.top_k = generation.top_p = None
+    vlm.complete(policy.model.config, policy)
     policy.model.save_pretrained(folder)
     as_on_the_hub(folder, policy.family)
     policy.processor.save_pretrained(folder)

@@ -142,6 +142,11 @@ class Family(ABC):
         return None
 
     @staticmethod
+    def complete(config: Any, processor: Any) -> None:
+        """Write into a configuration what vLLM reads there and transformers in the processor; mostly nothing."""
+        return None
+
+    @staticmethod
     @abstractmethod
     def project(model: Any, hidden: torch.Tensor) -> torch.Tensor:
         """Return outputs of the vision tower as input embeddings. Shape: [n, patches, V] -> [n, m, D]."""
@@ -541,6 +546,11 @@ class Gemma4(OneAxis):
         images.max_soft_tokens = _budget(
             {"patch_size": images.patch_size, "pooling_kernel_size": images.pooling_kernel_size}, image_size
         )
+
+    @staticmethod
+    def complete(config: Any, processor: Any) -> None:
+        """Write the budget of tokens, by which vLLM counts those of an image."""
+        config.vision_config.default_output_length = processor.image_processor.max_soft_tokens
 
     @staticmethod
     def cap(config: Any) -> float | None:

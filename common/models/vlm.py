@@ -287,6 +287,16 @@ def rendered(processor: Any, conversation: Sequence[dict[str, Any]], header: boo
         raise UserError(f"the model's chat template cannot be used: {error}") from error
 
 
+def complete(config: Any, policy: VLM) -> None:
+    """Write into a configuration of a model what vLLM reads there and transformers elsewhere."""
+    base = adapters.without_adapters(policy.model)
+    embedding = base.get_input_embeddings()
+    matrix = embedding.embedding if isinstance(embedding, ExtraEmbeddings) else embedding
+    # transformers may say it of the whole model alone
+    config.get_text_config().tie_word_embeddings = base.get_output_embeddings().weight is matrix.weight
+    policy.family.complete(config, policy.processor)
+
+
 def freeze(model: Any, modules: tuple[str, ...]) -> None:
     """Switch off gradients for the parameters of the named modules."""
     for name, parameter in model.named_parameters():

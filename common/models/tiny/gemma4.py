@@ -43,8 +43,8 @@ TEXT: dict[str, Any] = {
     "num_hidden_layers": 4,
     "num_attention_heads": 3,
     "num_key_value_heads": 1,
-    "head_dim": 16,
-    "global_head_dim": 32,
+    "head_dim": 32,  # the smallest that vLLM's attention on CPUs supports
+    "global_head_dim": 64,
     "hidden_size_per_layer_input": 8,
     "num_kv_shared_layers": 2,  # the third layer uses the first one's keys, the fourth the second one's
     "use_double_wide_mlp": True,
@@ -64,6 +64,7 @@ VISION: dict[str, Any] = {
     "patch_size": PATCH,
     "pooling_kernel_size": POOL,
     "position_embedding_size": 128,
+    "use_clipped_linears": True,
     "initializer_range": 0.04,
 }
 AUDIO: dict[str, Any] = {
@@ -128,7 +129,13 @@ def build_model(tokenizer: Any, seed: int) -> Any:
     torch.nn.init.normal_(model.model.vision_tower.patch_embedder.position_embedding_table, std=0.2)
     # queries are normalised and their products not scaled: with weights of one nearly all attention goes to one token
     for layer in model.model.language_model.layers:
-        torch.nn.init.constant_(layer.self_attn.q_norm.weight, 0.45)
+        torch.nn.init.constant_(layer.self_attn.q_norm.weight, 0.25)
+    # buffers that are saved with the weights: without values of their own nobody would miss them
+    for name, buffer in model.named_buffers():
+        if name.endswith("layer_scalar"):
+            buffer.fill_(0.9)
+        elif "vision_tower" in name and name.endswith(("put_min", "put_max")):
+            buffer.fill_(2.0 if name.endswith("max") else -2.0)
     model.generation_config = GenerationConfig(do_sample=True, top_k=64, top_p=0.95, **{**ids, "eos_token_id": ends})
     return model
 

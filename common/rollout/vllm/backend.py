@@ -37,7 +37,7 @@ class VLLMRollout:
         seed: int,
         image_size: int | None = None,
         gpu_memory_utilization: float = 0.4,
-        cpu_kvcache_space: int = 1,
+        cpu_kvcache_space: float = 1,
         max_num_seqs: int = 64,
         enforce_eager: bool = False,
         sleep_level: int = 1,

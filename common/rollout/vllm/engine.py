@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from common.models.adapters import without_adapters
-from common.models.vlm import VLM
+from common.models.vlm import VLM, complete
 from common.rollout.vllm.weights import vocabulary
 from common.runtime.distributed import rank, world
 from common.types import UserError
@@ -98,7 +98,7 @@ class Engine:
         seed: int,
         image_size: int | None,
         gpu_memory_utilization: float,
-        cpu_kvcache_space: int,
+        cpu_kvcache_space: float,
         max_num_seqs: int,
         enforce_eager: bool,
         sleep_level: int,
@@ -123,14 +123,14 @@ class Engine:
             "enforce_eager": enforce_eager or not on_gpu,
             "enable_sleep_mode": self.sleep_level > 0,
             "enable_chunked_prefill": on_gpu,  # on a CPU, vLLM raises if a seeded request is split into chunks
-            "limit_mm_per_prompt": {"image": 1, "video": 0},
+            "limit_mm_per_prompt": {"image": 1, "video": 0, "audio": 0},
             "mm_device_do_normalize": False,  # mean and deviation would be dummy weights, too
             "logprobs_mode": "raw_logprobs",  # those of the logits that `_install` returns
             "distributed_executor_backend": "external_launcher" if world() > 1 else "uni",
             **(
                 {"gpu_memory_utilization": gpu_memory_utilization}
                 if on_gpu
-                else {"kv_cache_memory_bytes": cpu_kvcache_space * GIB}
+                else {"kv_cache_memory_bytes": int(cpu_kvcache_space * GIB)}
             ),
         }
         with tempfile.TemporaryDirectory(prefix="vllm-") as folder, undisturbed():
@@ -238,7 +238,7 @@ class Engine:
         """Overwrite rows of the vocabulary, starting at `first`. Shape: [E m, D]."""
 
         def copy_rows(model: Any) -> None:
-            layer = model.language_model.model.embed_tokens
+            (layer,) = (module for name, module in model.named_modules() if name.endswith(".embed_tokens"))
             layer.weight.data[first : first + len(rows)].copy_(rows)
             retie(model)
 
@@ -287,6 +287,7 @@ def describe(vlm: VLM, folder: Path, image_size: int | None = None) -> None:
     config.get_text_config().vocab_size = rows
     if hasattr(config, "vocab_size"):
         config.vocab_size = rows
+    complete(config, vlm)
     # vLLM chooses its own implementation by this name
     config.architectures = [type(base).__name__]
     config.save_pretrained(folder)

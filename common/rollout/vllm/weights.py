@@ -32,12 +32,12 @@ def vocabulary(model: Any) -> int:
 
 
 def named(vlm: VLM, trained: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every weight, tied ones once, converted one at a time.
+    """Yield every weight, tied ones once, and every saved buffer, converted one at a time.
 
     Args:
         vlm: Policy, adapters and extra embeddings included.
-        trained: Yield only weights that are trained, for an engine that has the others. A frozen vocabulary is left
-            out even if extra embeddings behind it are trained.
+        trained: Yield only weights that are trained and what `fused` puts beside them, for an engine that has the
+            others, and no buffers. A frozen vocabulary is left out even if extra embeddings behind it are trained.
 
     Yields:
         Name in hub checkpoints, and the tensor with its adapters merged.
@@ -51,18 +51,39 @@ def named(vlm: VLM, trained: bool = False) -> Iterator[tuple[str, torch.Tensor]]
     extra = base.get_input_embeddings()
     # rows of extra embeddings are not pushed by themselves; `extended` appends them to the vocabulary
     own = {id(each) for each in extra.parameters(recurse=False)} if isinstance(extra, ExtraEmbeddings) else set()
+    weights: dict[str, torch.nn.Parameter] = {}
     for name, parameter in base.named_parameters():
         parts = name.split(".")
         # "original_module" is PEFT's untrained copy of a module in modules_to_save
-        if any(part.startswith("lora_") for part in parts) or "original_module" in parts or id(parameter) in own:
-            continue
-        on_top = adapters.get(id(parameter), [])
-        if not trained or parameter.requires_grad or on_top:
+        if not (any(p.startswith("lora_") for p in parts) or "original_module" in parts or id(parameter) in own):
+            weights[plain_name(name)] = parameter
+    moved = {fused(name) for name, p in weights.items() if p.requires_grad or id(p) in adapters}
+    for name, parameter in weights.items():
+        if not trained or fused(name) in moved:
+            on_top = adapters.get(id(parameter), [])
             with whole([parameter, *beside(base, parameter, on_top)]) as was_apart:
                 tensor = extended(base, parameter, with_adapters(parameter.detach(), on_top))
                 # the engine may read it after ZeRO-3 has partitioned the parameter again
                 kept = tensor.clone() if was_apart else tensor
-            yield vlm.family.hub_name(plain_name(name)), kept
+            yield vlm.family.hub_name(name), kept
+    if not trained:
+        # what a model keeps beside its parameters, such as Gemma 4's factor of every layer
+        kept_names = base.state_dict().keys()
+        for name, buffer in base.named_buffers():
+            if name in kept_names:
+                yield vlm.family.hub_name(plain_name(name)), buffer
+
+
+def fused(name: str) -> str:
+    """Return the block of a weight; the engine may hold its weights as one tensor, of which no part is pushed alone.
+
+    vLLM computes the new content of a layer from what it is given and leaves the rest undefined: queries without their
+    biases, or without keys and values.
+
+    >>> fused("model.language_model.layers.0.self_attn.q_proj.bias")
+    'model.language_model.layers.0.self_attn'
+    """
+    return name.rsplit(".", 2)[0]
 
 
 def beside(base: Any, parameter: torch.nn.Parameter, layers: Sequence[Any]) -> list[torch.nn.Parameter]:
