@@ -172,10 +172,10 @@ def test_a_window_bounds_the_cache(untrained_folders):
 
 
 def test_layers_that_share_keys_keep_none(untrained_folders):
-    """Of Gemma 4's four layers: a sliding one with 16 numbers a key, a full one with 32, and two that use theirs."""
+    """Of Gemma 4's four layers: a sliding one with 32 numbers a key, a full one with 64, and two that use theirs."""
     case = {"family": "gemma4", "lora": 0, "checkpointing": False, "dtype": "float32"}
     policy = vlm.on_meta(untrained_folders["gemma4"], peaks.config_of(case))
-    assert update.cache_bytes(policy, 3, 640) == 2 * 3 * 4 * (16 * 64 + 32 * 640)
+    assert update.cache_bytes(policy, 3, 640) == 2 * 3 * 4 * (32 * 64 + 64 * 640)
 
 
 def test_hours_by_hand():
