@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 
-from common.config.schema import NO_FAMILY, Config, DataConfig
+from common.config.schema import NO_FAMILY, Config, DataConfig, GRPOConfig
 from common.data.task import TaskData
 from common.models import meter
 from common.models.families import family
@@ -73,6 +73,30 @@ def check_words(config: Config, measure: meter.PromptMeter, task: Task) -> None:
 
 def _questions(data: DataConfig) -> tuple[tuple[str, str], ...]:
     return ("question", data.question), ("open_question", data.open_question)
+
+
+def check_groups(config: Config, prompts: Sequence[Prompt]) -> None:
+    """Check that a group can be sampled with as many images as its prompt names.
+
+    Raises:
+        UserError: It cannot be divided among them, or its samples would be corrected by what belongs to other images.
+    """
+    trainer = config.trainer
+    parts = 1 + max((len(prompt.sampled_with) for prompt in prompts), default=0)
+    if not isinstance(trainer, GRPOConfig) or parts == 1:
+        return
+    method = f"method={config.method['name']}"
+    if trainer.group_size % parts:
+        raise UserError(
+            f"trainer.group_size={trainer.group_size}: a group of {method} is sampled about several images, in equal"
+            f" parts; choose a multiple of {parts}"
+        )
+    if trainer.importance_correction != "none":
+        raise UserError(
+            f"trainer.importance_correction={trainer.importance_correction}: in {method} some completions are sampled"
+            " about other images than they are trained about, so no ratio of trainer to sampler says anything;"
+            " set it to none, with rollout.overlap=false"
+        )
 
 
 def check_lengths(config: Config, every_split: Collection[Sequence[Prompt]], measure: meter.PromptMeter) -> None:
@@ -180,5 +204,6 @@ def check_vlm(config: Config, data: TaskData) -> TaskPrompts:
             f" model.family={config.model.family} has no place: choose another model, such as model=gemma3_4b"
         )
     prompts.prompting.sources(data.task)  # hashes the method's files, so a missing one is reported now
+    check_groups(config, prompts.train)
     check_model(config, data.task, [prompts.train, *prompts.evaluation.values()])
     return prompts
