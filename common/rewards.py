@@ -104,10 +104,6 @@ class Scores:
     missing: dict[str, list[bool]] = field(default_factory=dict)
     judge_replies: dict[str, list[str | None]] = field(default_factory=dict)
 
-    def compared(self, by: str | None) -> list[float]:
-        """Return the values of that reward, or with None the weighted sums."""
-        return self.total if by is None else self.parts[by]
-
     @property
     def known(self) -> dict[str, list[float | None]]:
         """Return each reward by name, with None where it is missing."""

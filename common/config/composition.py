@@ -152,7 +152,6 @@ def validate(cfg: DictConfig, typed: Sequence[str] = ()) -> Config:
         raise UserError(f"doctor=true examines GRPO trainings, but trainer={config.trainer.name}")
     # rules across values, configured functions, and overrides without an effect
     consistency.check_iterations(config)
-    consistency.check_zero_variance(config)
     consistency.check_overlap(config)
     consistency.check_deepspeed(config.deepspeed)
     _check_calls(config, cfg)

@@ -39,17 +39,6 @@ def check_iterations(config: Config) -> None:
             )
 
 
-def check_zero_variance(config: Config) -> None:
-    """Check that the reward of `trainer.zero_variance_by` exists."""
-    trainer = config.trainer
-    by = trainer.zero_variance_by if isinstance(trainer, GRPOConfig) else None
-    if by is not None and by not in config.rewards:
-        raise UserError(
-            f"trainer.zero_variance_by={by} is no reward of this run; take one of {', '.join(config.rewards)}, or null"
-            " for the sum of all"
-        )
-
-
 def check_overlap(config: Config) -> None:
     """Check that `rollout.overlap`, which samples with weights one update old, comes with importance correction."""
     trainer = config.trainer

@@ -76,14 +76,22 @@ def _questions(data: DataConfig) -> tuple[tuple[str, str], ...]:
 
 
 def check_groups(config: Config, prompts: Sequence[Prompt]) -> None:
-    """Check that a group can be sampled with as many images as its prompt names.
+    """Check that groups can be sampled about as many images as their prompts name, and compared as asked.
 
     Raises:
-        UserError: It cannot be divided among them, or its samples would be corrected by what belongs to other images.
+        UserError: A group cannot be divided among the images, its samples would be corrected by what belongs to other
+            images, or there is no reward of `trainer.zero_variance_by`.
     """
     trainer = config.trainer
+    if not isinstance(trainer, GRPOConfig):
+        return
+    if (by := trainer.zero_variance_by) is not None and by not in config.rewards:
+        raise UserError(
+            f"trainer.zero_variance_by={by} is no reward of this run; take one of {', '.join(config.rewards)}, or null"
+            " for the sum of all"
+        )
     parts = 1 + max((len(prompt.sampled_with) for prompt in prompts), default=0)
-    if not isinstance(trainer, GRPOConfig) or parts == 1:
+    if parts == 1:
         return
     method = f"method={config.method['name']}"
     if trainer.group_size % parts:

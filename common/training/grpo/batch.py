@@ -58,10 +58,10 @@ class Measured:
         means["entropy"] = (float(entropy[counted].sum()), float(counted.sum()))
         # Sampler and trainer are compared only in the first update of a batch: later ones have other weights.
         if first and bool(counted.any()):
-            compared = counted & alike
-            if gap is not None and bool(compared.any()):
-                distance = gap[compared].abs()
-                means[f"{GAP}/mean"] = (float(distance.sum()), float(compared.sum()))
+            comparable = counted & alike
+            if gap is not None and bool(comparable.any()):
+                distance = gap[comparable].abs()
+                means[f"{GAP}/mean"] = (float(distance.sum()), float(comparable.sum()))
                 self._extreme(self.highest, f"{GAP}/max", float(distance.max()), max)
             ratio = inputs.correction
             if ratio is not None:
@@ -141,7 +141,7 @@ class RolloutBatch:
         """
         size = self.advantages.shape[1]
         if by_sum or by is not None:
-            return set(without_differences(self.scores.compared(by), size))
+            return set(without_differences(compared(self.scores, by), size))
         return set.intersection(*(set(without_differences(part, size)) for part in self.scores.parts.values()))
 
     def alike(self, groups: Sequence[int]) -> torch.Tensor:
@@ -203,6 +203,11 @@ def gaps(values: Sequence[float], group_size: int) -> list[bool]:
     """
     groups = [values[start : start + group_size] for start in range(0, len(values), group_size)]
     return [any(map(math.isnan, group)) for group in groups for _ in group]
+
+
+def compared(scores: Scores, by: str | None) -> list[float]:
+    """Return the values in which completions must differ: those of that reward, or with None the weighted sums."""
+    return scores.total if by is None else scores.parts[by]
 
 
 def without_differences(total: Sequence[float], group_size: int) -> list[int]:

@@ -42,6 +42,7 @@ from common.training.grpo.batch import (
     Measured,
     RolloutBatch,
     compare,
+    compared,
     describe,
     rows,
     score_groups,
@@ -166,7 +167,7 @@ class Sampling:
         completions = self._generate(asked)
         for attempt in range(self.config.resample_rounds if self.config.zero_variance in REPLACED else 0):
             scores = score_groups(prompts, completions, self.rewards, self.open_image)
-            zero_variance = without_differences(scores.compared(self.config.zero_variance_by), size)
+            zero_variance = without_differences(compared(scores, self.config.zero_variance_by), size)
             if not zero_variance:
                 break
             if self.config.zero_variance == "refill":
