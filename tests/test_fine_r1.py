@@ -333,9 +333,11 @@ def a_trainer(monkeypatch, prompts, reward, **changes):
     made.advantages = lambda parts, weights: grpo_advantages(parts, weights, config)
     made.by_sum, made._pack = True, lambda groups: groups
 
+    weight = torch.ones((), requires_grad=True)
+
     def engine(groups, entropy=True):
         logps = [-(group.prompt.ids[0] + ids / 10) for group in groups for ids in group.completions]
-        return torch.cat(logps), None
+        return weight * torch.cat(logps), None
 
     made.engine = engine
     return made
@@ -368,6 +370,7 @@ def test_all_are_trained_about_the_anchor_and_scored_about_the_negative(monkeypa
     tokens = torch.tensor([0, 9, 1, 9] * 2) / 10
     assert torch.allclose(batch.old_logps[1], -(1 + tokens)) and list(batch.old_logps) == [1], "the first has its own"
     assert all(torch.allclose(batch.other_logps[i], -(3 + tokens)[None]) for i in range(2))
+    assert not any(x.requires_grad for x in (*batch.old_logps.values(), *batch.other_logps.values()))
     logps = -(1 + tokens).requires_grad_()
     packed = SimpleNamespace(owner=torch.arange(4).repeat_interleave(2), completions=4)
     given = trainer._loss_inputs([1], torch.ones(1, 4), packed, logps, True)
