@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -126,6 +126,10 @@ class Prompt:
     `choices` are the names it lists (empty: an open question), `aliases` other words for its label. `categories`
     are the labels whose embeddings replace the CATEGORY placeholders in the text, in order. The image comes before
     the text, or with `image_last` after it. `begun` is the beginning of the reply, which the model only continues.
+
+    `sampled_with` and `scored_with` are keys of other images, which only GRPO looks at: completions are sampled in
+    equal parts about `image` and each of the first, and scored without gradient about each of the second, for the loss.
+    All are trained about `image`. The prompts of a training have equally many.
     """
 
     image: str
@@ -137,6 +141,12 @@ class Prompt:
     categories: tuple[int, ...] = ()
     image_last: bool = False
     begun: str = ""
+    sampled_with: tuple[str, ...] = ()
+    scored_with: tuple[str, ...] = ()
+
+    def about(self, image: str) -> Prompt:
+        """Return the same question about that image alone."""
+        return replace(self, image=image, sampled_with=(), scored_with=())
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,8 @@ HEAVY_PARTS = (
     "alert.export",
     "alert.learner",
     "clsrl.related.dive_k_learner",
+    "clsrl.related.fine_r1_learner",
+    "clsrl.related.tapo",
 )
 LIGHT = (
     "run",

@@ -173,6 +173,7 @@ OTHERS = {
     "other images in place of flat groups": ["trainer.zero_variance=refill", "trainer.resample_rounds=2"],
     "SFT, offload": ["method=sft", "rewards=none", "deepspeed=zero2_offload"],
     **{name: [f"method={name}"] for name in ("think_after_answer", "adaptive_thinking", "visual_rft", "refine_rft")},
+    "fine_r1": ["method=fine_r1", "checkpoint.every=2"],  # two steps of a batch
 }
 
 

@@ -131,6 +131,11 @@ OVERRULED = (
         _if("trainer.zero_variance", lambda z: z not in REPLACED),
         "set trainer.zero_variance=resample or refill",
     ),
+    Overruled(
+        "trainer.zero_variance_by",
+        _if("trainer.zero_variance", lambda z: z == "keep"),
+        "set trainer.zero_variance=skip, resample or refill",
+    ),
     Overruled("model.recipe", _if("model.path", _given), "leave one of the two out"),
     Overruled(
         "model.revision", _if("model.path", lambda p: p is None or Path(p).expanduser().is_dir()), "give a hub id"

@@ -406,6 +406,8 @@ class GRPOConfig(TrainerConfig):
         of all completions of the update. Both are described in common/training/grpo/loss.py.
     steps_per_rollout: number of updates that a rollout batch is divided among, each on whole groups of its own.
     num_iterations: number of times that a rollout batch is gone through.
+    zero_variance_by: name of the reward in which the completions of a group must differ for `zero_variance`; null: the
+        weighted sum of all.
     """
 
     loss: str = GRPO_LOSS
@@ -428,6 +430,7 @@ class GRPOConfig(TrainerConfig):
     importance_cap: float = 3.0
     importance_floor: float = 0.0
     zero_variance: str = "keep"
+    zero_variance_by: str | None = None
     resample_rounds: int = 3
     impl: str = "auto"
     self_check: bool = True

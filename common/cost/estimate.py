@@ -119,11 +119,11 @@ def of_run(config: Config, task_prompts: TaskPrompts, folder: Path, ranks: int, 
     fits = _groups_per_forward(config, len(prompt.ids) + _group_size(config) * most, prompts)
     largest = passes[most] if fits == 1 else _measured(policy, prompt, label, most, fits, config)
     evaluated = Batch(tested, min(config.rollout.evaluation_batch, max(1, len(tests))), 1, limit)
-    weights = _weight_bytes(policy, config)
+    weights, others = _weight_bytes(policy, config), len(task_prompts.train[0].scored_with)
     return Cost(
         (min(tokens), len(prompt.ids)),
         most,
-        {length: _operations(passes[length], config, prompts) for length in shown},
+        {length: _operations(passes[length], config, prompts, others) for length in shown},
         memory(policy, largest, sampled, evaluated, trainer, config.deepspeed, ranks, weights),
         total_updates(trainer, len(task_prompts.train)),
         ranks,
@@ -169,8 +169,11 @@ def _groups_per_forward(config: Config, tokens: int, prompts: int) -> int:
     return max(1, min(config.trainer.prompts_per_forward, prompts, fits))
 
 
-def _operations(one: Pass, config: Config, prompts: int) -> dict[str, float]:
-    """Return a rank's operations in an update, by phase. A sampled token costs as much as in a forward."""
+def _operations(one: Pass, config: Config, prompts: int, others: int) -> dict[str, float]:
+    """Return a rank's operations in an update, by phase. A sampled token costs as much as in a forward.
+
+    `others`: other images that completions are scored with.
+    """
     trainer = config.trainer
     phases = {"training": prompts * float(one.forward + one.backward)}
     if isinstance(trainer, GRPOConfig):
@@ -179,6 +182,8 @@ def _operations(one: Pass, config: Config, prompts: int) -> dict[str, float]:
             phases["reference"] = prompts * one.forward / trainer.num_iterations
         if (several := trainer.steps_per_rollout) > 1:  # all but the first update's groups are scored before it
             phases["old policy"] = prompts * one.forward * (several - 1) / several / trainer.num_iterations
+        if others > 0:
+            phases["other images"] = others * prompts * one.forward / trainer.num_iterations
     return phases
 
 

@@ -137,7 +137,9 @@ def examine(
         check_sampler(gaps, found, corrected=config.importance_correction != "none")
         if logprobs_match_policy(rollout, decoding)
         else NOT_COMPARED,
-        estimate_time(sampling / len(chosen), scoring / len(chosen), config, updates, ranks),
+        estimate_time(
+            sampling / len(chosen), scoring / len(chosen), config, updates, ranks, len(prompts[0].scored_with)
+        ),
         check_memory(cost, vlm.device),
         Finding("operations", "ok", "; ".join(lines(cost)[2:])),
     ]
@@ -316,7 +318,9 @@ def refuse(findings: Sequence[Finding]) -> None:
 # Estimates of training time and memory, each with its formula.
 
 
-def estimate_time(sampling: float, scoring: float, config: GRPOConfig, updates: int, ranks: int) -> Finding:
+def estimate_time(
+    sampling: float, scoring: float, config: GRPOConfig, updates: int, ranks: int, others: int = 0
+) -> Finding:
     """Estimate the seconds of the whole training from those of one prompt.
 
     Args:
@@ -325,10 +329,13 @@ def estimate_time(sampling: float, scoring: float, config: GRPOConfig, updates: 
         config: Batch sizes.
         updates: Planned updates.
         ranks: Number of processes.
+        others: Other images that completions are scored with.
     """
     each = config.prompts_per_update / ranks
-    # a forward, a third of forward and backward: of the reference with a KL term, of the old policy with several steps
-    reference = 1 + (config.beta > 0) / 3 + (1 - 1 / config.steps_per_rollout) / 3 / config.num_iterations
+    # a forward, a third of forward and backward: of the reference with a KL term, of the old policy with several steps,
+    # about other images
+    once = others + 1 - 1 / config.steps_per_rollout
+    reference = 1 + (config.beta > 0) / 3 + once / 3 / config.num_iterations
     total = updates * each * (sampling / config.num_iterations + scoring * reference)
     seen = (
         f"about {_duration(total)} without evaluation = {updates} updates x {each:g} prompts per rank x"

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 
-from common.config.schema import NO_FAMILY, Config, DataConfig
+from common.config.schema import NO_FAMILY, Config, DataConfig, GRPOConfig
 from common.data.task import TaskData
 from common.models import meter
 from common.models.families import family
@@ -73,6 +73,38 @@ def check_words(config: Config, measure: meter.PromptMeter, task: Task) -> None:
 
 def _questions(data: DataConfig) -> tuple[tuple[str, str], ...]:
     return ("question", data.question), ("open_question", data.open_question)
+
+
+def check_groups(config: Config, prompts: Sequence[Prompt]) -> None:
+    """Check that groups can be sampled about as many images as their prompts name, and compared as asked.
+
+    Raises:
+        UserError: A group cannot be divided among the images, its samples would be corrected by what belongs to other
+            images, or there is no reward of `trainer.zero_variance_by`.
+    """
+    trainer = config.trainer
+    if not isinstance(trainer, GRPOConfig):
+        return
+    if (by := trainer.zero_variance_by) is not None and by not in config.rewards:
+        raise UserError(
+            f"trainer.zero_variance_by={by} is no reward of this run; take one of {', '.join(config.rewards)}, or null"
+            " for the sum of all"
+        )
+    parts = 1 + max((len(prompt.sampled_with) for prompt in prompts), default=0)
+    if parts == 1:
+        return
+    method = f"method={config.method['name']}"
+    if trainer.group_size % parts:
+        raise UserError(
+            f"trainer.group_size={trainer.group_size}: a group of {method} is sampled about several images, in equal"
+            f" parts; choose a multiple of {parts}"
+        )
+    if trainer.importance_correction != "none":
+        raise UserError(
+            f"trainer.importance_correction={trainer.importance_correction}: in {method} some completions are sampled"
+            " about other images than they are trained about, so no ratio of trainer to sampler says anything;"
+            " set it to none, with rollout.overlap=false"
+        )
 
 
 def check_lengths(config: Config, every_split: Collection[Sequence[Prompt]], measure: meter.PromptMeter) -> None:
@@ -181,5 +213,6 @@ def check_vlm(config: Config, data: TaskData) -> TaskPrompts:
         )
     prompts.prompting.evaluates_by(data.task, config.rewards)
     prompts.prompting.sources(data.task)  # hashes the method's files, so a missing one is reported now
+    check_groups(config, prompts.train)
     check_model(config, data.task, [prompts.train, *prompts.evaluation.values()])
     return prompts

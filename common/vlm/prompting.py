@@ -112,8 +112,10 @@ class TaskPrompts:
 
 
 def prompts_hash(prompts: Sequence[Prompt]) -> str:
-    """Return the SHA-256 of system and user texts of all prompts, and of begun replies, in order."""
-    return digest([[p.system, p.text, *([p.begun] if p.begun else [])] for p in prompts])
+    """Return the SHA-256 of system and user texts of all prompts, of begun replies and other images, in order."""
+    others = [[p.sampled_with, p.scored_with] if p.sampled_with or p.scored_with else [] for p in prompts]
+    begun = [[p.begun] if p.begun else [] for p in prompts]
+    return digest([[p.system, p.text, *b, *o] for p, b, o in zip(prompts, begun, others, strict=True)])
 
 
 def ask(prompting: Prompting, task: Task) -> TaskPrompts:

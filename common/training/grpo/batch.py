@@ -38,12 +38,18 @@ class Measured:
         self.highest: dict[str, float] = {}
 
     def add(
-        self, inputs: LossInputs, outputs: LossOutputs, entropy: torch.Tensor, gap: torch.Tensor | None, first: bool
+        self,
+        inputs: LossInputs,
+        outputs: LossOutputs,
+        entropy: torch.Tensor,
+        gap: torch.Tensor | None,
+        alike: torch.Tensor,
+        first: bool,
     ) -> None:
         """Add one forward.
 
         `gap` [T]: the trainer's log-probability of each token minus the sampler's; None if the two belong to different
-        distributions.
+        distributions. `alike` [T]: whether both are about the same image, see `RolloutBatch.alike`.
         """
         self.loss += float(outputs.loss.detach())
         # masked completions (weight 0) count in no metric
@@ -52,9 +58,10 @@ class Measured:
         means["entropy"] = (float(entropy[counted].sum()), float(counted.sum()))
         # Sampler and trainer are compared only in the first update of a batch: later ones have other weights.
         if first and bool(counted.any()):
-            if gap is not None:
-                distance = gap[counted].abs()
-                means[f"{GAP}/mean"] = (float(distance.sum()), float(counted.sum()))
+            comparable = counted & alike
+            if gap is not None and bool(comparable.any()):
+                distance = gap[comparable].abs()
+                means[f"{GAP}/mean"] = (float(distance.sum()), float(comparable.sum()))
                 self._extreme(self.highest, f"{GAP}/max", float(distance.max()), max)
             ratio = inputs.correction
             if ratio is not None:
@@ -105,6 +112,8 @@ class RolloutBatch:
     advantages: [n, G].
     lag: updates since the weights that sampled it.
     old_logps, reference_logps: stored by the first update over the batch for those that follow, by group.
+    others: the groups with each image of `Prompt.scored_with` in place of their own: K lists of n.
+    other_logps: [K, T] by group, of the completions in these.
     """
 
     prompts: list[Prompt]
@@ -116,25 +125,46 @@ class RolloutBatch:
     lag: int = 0
     old_logps: dict[int, torch.Tensor] = field(default_factory=dict)
     reference_logps: dict[int, torch.Tensor] = field(default_factory=dict)
+    others: list[list[PromptGroup]] = field(default_factory=list)
+    other_logps: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def lengths(self, without_truncated: bool) -> torch.Tensor:
         """Return the tokens per completion that count; 0 for a truncated one if those are masked. Shape: [n G]."""
         completions = [c for group in self.completions for c in group]
         return torch.tensor([0 if c.truncated and without_truncated else len(c.ids) for c in completions])
 
-    def zero_variance_groups(self, by_sum: bool) -> set[int]:
+    def zero_variance_groups(self, by_sum: bool, by: str | None = None) -> set[int]:
         """Groups whose completions all have the same advantage, so no gradient but that of the KL.
 
-        `by_sum`: advantages depend on the weighted sum of the rewards alone, not on each reward.
+        `by_sum`: advantages depend on the weighted sum of the rewards alone, not on each reward. `by`: groups whose
+        completions are all the same in that reward, instead.
         """
         size = self.advantages.shape[1]
-        if by_sum:
-            return set(without_differences(self.scores.total, size))
+        if by_sum or by is not None:
+            return set(without_differences(compared(self.scores, by), size))
         return set.intersection(*(set(without_differences(part, size)) for part in self.scores.parts.values()))
+
+    def alike(self, groups: Sequence[int]) -> torch.Tensor:
+        """Return which completions of some groups were sampled about the image that they are trained about.
+
+        For the others the sampler's log-probabilities belong to another prompt. Shape: [len(groups) G].
+        """
+        size = self.advantages.shape[1]
+        return torch.tensor([image == self.prompts[i].image for i in groups for image in images(self.prompts[i], size)])
 
     def sampled_logps(self, groups: Sequence[int]) -> torch.Tensor:
         """Return the sampler's log-probabilities of the tokens of some groups. Shape: [T]."""
         return torch.cat([c.logps for i in groups for c in self.completions[i]])
+
+
+def images(prompt: Prompt, group_size: int) -> list[str]:
+    """Return the image that each completion of a group is sampled about. Length: G.
+
+    >>> images(Prompt("a", "?", "six", sampled_with=("b",)), 4)
+    ['a', 'a', 'b', 'b']
+    """
+    each = (prompt.image, *prompt.sampled_with)
+    return [image for image in each for _ in range(group_size // len(each))]
 
 
 def score_groups(
@@ -173,6 +203,11 @@ def gaps(values: Sequence[float], group_size: int) -> list[bool]:
     """
     groups = [values[start : start + group_size] for start in range(0, len(values), group_size)]
     return [any(map(math.isnan, group)) for group in groups for _ in group]
+
+
+def compared(scores: Scores, by: str | None) -> list[float]:
+    """Return the values in which completions must differ: those of that reward, or with None the weighted sums."""
+    return scores.total if by is None else scores.parts[by]
 
 
 def without_differences(total: Sequence[float], group_size: int) -> list[int]:
@@ -274,17 +309,21 @@ def _std(values: list[float]) -> float:
 
 
 def rows(number: int, batch: RolloutBatch) -> list[dict[str, Any]]:
-    """Return the completions of all ranks as table rows, in the order of the prompts."""
+    """Return the completions of all ranks as table rows, in the order of the prompts.
+
+    The column `sampled_with`, the image that a completion was sampled about, exists where it may be another one.
+    """
     size, rewards = batch.advantages.shape[1], batch.scores.known
     mine = []
     for i, prompt in enumerate(batch.prompts):
-        records = []
+        records, about = [], images(prompt, size)
         for j, completion in enumerate(batch.completions[i]):
             row = i * size + j
             records.append(
                 {
                     "step": number,
                     "image": prompt.image,
+                    **({"sampled_with": about[j]} if prompt.sampled_with else {}),
                     "prompt": prompt.text,
                     "label": prompt.label,
                     "completion": completion.text,

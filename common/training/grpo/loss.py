@@ -98,6 +98,7 @@ class LossInputs:
     advantages, weights: [S], see `token_weights`; a completion of weight 0 is masked.
     owner: [T], the completion of each token.
     correction: [T], see `importance_correction`, or None.
+    other_logps: [K, T], about the K images of `Prompt.scored_with`, of the policy that sampled, or None without them.
     """
 
     logps: torch.Tensor
@@ -107,6 +108,7 @@ class LossInputs:
     weights: torch.Tensor
     owner: torch.Tensor
     correction: torch.Tensor | None = None
+    other_logps: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -42,6 +42,7 @@ from common.training.grpo.batch import (
     Measured,
     RolloutBatch,
     compare,
+    compared,
     describe,
     rows,
     score_groups,
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
 class Sampled:
     """Encoded prompts of this rank with completions [n][G] by the weights after `version` updates.
 
+    requests: those about the prompts' own images.
     resampled: number of times that a group was replaced because it had zero variance.
     """
 
@@ -130,41 +132,60 @@ class Sampling:
         if self.thread is not None:
             self.thread.shutdown(cancel_futures=True)
 
-    def _ask(self, number: int) -> tuple[list[Prompt], list[Request]]:
+    def _ask(self, number: int) -> tuple[list[Prompt], list[list[Request]]]:
         chosen = batch(number, self.config.prompts_per_rollout, len(self.prompts), self.seed)
         prompts = share_of([self.prompts(epoch)[i] for epoch, i in chosen])
         # The seed of a prompt depends on its place in the whole batch, not on the rank: any number of ranks samples the
         # same.
         seeds = [f"rollout-{self.seed}-{number}-{each}" for each in share_of(list(range(len(chosen))))]
-        return prompts, requests(self.encoder, prompts, seeds)
+        return prompts, self._requests(prompts, seeds)
 
-    def _complete(self, number: int, prompts: list[Prompt], asked: list[Request], version: int) -> Sampled:
+    def _requests(self, prompts: Sequence[Prompt], seeds: Sequence[str]) -> list[list[Request]]:
+        """Return the requests of each prompt: about its own image, then about each of `Prompt.sampled_with`."""
+        each = [
+            (prompt.about(image), f"{seed}-with-{k}" if k else seed)
+            for prompt, seed in zip(prompts, seeds, strict=True)
+            for k, image in enumerate((prompt.image, *prompt.sampled_with))
+        ]
+        made = requests(self.encoder, [prompt for prompt, _ in each], [seed for _, seed in each])
+        return groups_of(made, 1 + len(prompts[0].sampled_with))
+
+    def _generate(self, asked: Sequence[Sequence[Request]]) -> list[list[Completion]]:
+        """Sample a group for each prompt, the same number of completions for each of its requests."""
+        parts = len(asked[0])
+        found = self.rollout.generate(
+            [one for each in asked for one in each], self.config.group_size // parts, self.decoding
+        )
+        return [[one for part in each for one in part] for each in groups_of(found, parts)]
+
+    def _complete(self, number: int, prompts: list[Prompt], asked: list[list[Request]], version: int) -> Sampled:
         """Sample completions, then replace zero-variance groups if configured, in at most `resample_rounds` rounds.
 
         `zero_variance: resample` samples them again for the same prompt, `refill` for another prompt.
         """
         size, again, prompts, now = self.config.group_size, 0, list(prompts), list(asked)
-        completions = self.rollout.generate(asked, size, self.decoding)
+        completions = self._generate(asked)
         for attempt in range(self.config.resample_rounds if self.config.zero_variance in REPLACED else 0):
-            zero_variance = without_differences(
-                score_groups(prompts, completions, self.rewards, self.open_image).total, size
-            )
+            scores = score_groups(prompts, completions, self.rewards, self.open_image)
+            zero_variance = without_differences(compared(scores, self.config.zero_variance_by), size)
             if not zero_variance:
                 break
-            seeds = [f"{asked[i].seed}-again-{attempt}" for i in zero_variance]
             if self.config.zero_variance == "refill":
                 others = self._others(number, attempt)
                 for i in zero_variance:
                     prompts[i] = others[i]
-                once_more = requests(self.encoder, [prompts[i] for i in zero_variance], seeds)
+                seeds = [f"{asked[i][0].seed}-again-{attempt}" for i in zero_variance]
+                once_more = self._requests([prompts[i] for i in zero_variance], seeds)
             else:
-                once_more = [replace(asked[i], seed=seed) for i, seed in zip(zero_variance, seeds, strict=True)]
-            fresh = self.rollout.generate(once_more, size, self.decoding)
+                once_more = [
+                    [replace(one, seed=f"{one.seed}-again-{attempt}") for one in asked[i]] for i in zero_variance
+                ]
+            fresh = self._generate(once_more)
             again += len(zero_variance)
             for i, request, group in zip(zero_variance, once_more, fresh, strict=True):
                 now[i], completions[i] = request, group
         check_fresh(completions, version)
-        return Sampled(prompts, now, completions, version, again)
+        return Sampled(prompts, [each[0] for each in now], completions, version, again)
 
     def _others(self, number: int, attempt: int) -> list[Prompt]:
         """Return another prompt for each place of this rank in batch `number`.
@@ -176,6 +197,23 @@ class Sampling:
         random.Random(f"refill-{self.seed}-{number}").shuffle(rest)
         places = [(epoch, rest[(attempt * len(chosen) + k) % len(rest)]) for k, (epoch, _) in enumerate(chosen)]
         return share_of([self.prompts(epoch)[i] for epoch, i in places])
+
+
+def about_others(prompts: Sequence[Prompt]) -> list[list[Prompt]]:
+    """Return the prompts about the first image that they are scored with, then about the second, ...: K lists of n."""
+    return [list(each) for each in zip(*([p.about(image) for image in p.scored_with] for p in prompts), strict=True)]
+
+
+T = TypeVar("T")
+
+
+def groups_of(values: Sequence[T], size: int) -> list[list[T]]:
+    """Return consecutive parts of that size.
+
+    >>> groups_of([1, 2, 3, 4], 2)
+    [[1, 2], [3, 4]]
+    """
+    return [list(values[start : start + size]) for start in range(0, len(values), size)]
 
 
 # The trainer. With `num_iterations: 1` and `steps_per_rollout: 1` (both papers) every rollout batch is used for one
@@ -278,6 +316,7 @@ class GRPOTrainer(EngineTrainer):
             if not self.checked:
                 self._self_check(sampled.requests[0], self.current.groups[0])
             self._remember_old()
+            self._remember_others()
         # 3. Update the policy.
         metrics |= self._update(update, self._groups_of(which), first=iteration == 0)
         self.version = update + 1
@@ -291,18 +330,34 @@ class GRPOTrainer(EngineTrainer):
         size = len(self.current.groups) // self.config.steps_per_rollout
         return range(step * size, (step + 1) * size)
 
-    @torch.no_grad()
     def _remember_old(self) -> None:
-        """Keep the log-probabilities of all groups but those of the first update, whose own forward gives them."""
+        """Keep the log-probabilities of all groups but those of the first update, whose own forward gives them.
+
+        They are about the image that is trained about, for completions that were sampled about another one, too.
+        """
         later = [i for step in range(1, self.config.steps_per_rollout) for i in self._groups_of(step)]
-        parts = self._parts(later)
+        self.current.old_logps.update(self._logps(self.current.groups, later))
+
+    def _remember_others(self) -> None:
+        """Keep the log-probabilities about the images of `Prompt.scored_with`, by the weights that sampled."""
+        rollouts, everything = self.current, range(len(self.current.groups))
+        found = [self._logps(groups, everything) for groups in rollouts.others]
+        for i in found[0] if found else ():
+            rollouts.other_logps[i] = torch.stack([logps[i] for logps in found])
+
+    @torch.no_grad()
+    def _logps(self, groups: Sequence[PromptGroup], taken: Sequence[int]) -> dict[int, torch.Tensor]:
+        """Return the log-probabilities of some groups by the weights of now, without gradient. Shape of each: [T]."""
+        parts = self._parts(taken)
+        found: dict[int, torch.Tensor] = {}
         for number in range(max(gather(len(parts)))):  # ranks gather weights together: all make as many forwards
             part = parts[number] if number < len(parts) else [0]
-            groups = [self.current.groups[i] for i in part]
-            logps = self.engine(self._pack(groups), False)[0]
+            scored = [groups[i] for i in part]
+            logps = self.engine(self._pack(scored), False)[0]
             if number < len(parts):
-                counts = [sum(len(c) for c in group.completions) for group in groups]
-                self.current.old_logps.update(zip(part, logps.split(counts), strict=True))
+                counts = [sum(len(c) for c in group.completions) for group in scored]
+                found.update(zip(part, logps.split(counts), strict=True))
+        return found
 
     def _others_ask(self) -> bool:
         """Return whether more than the sampler needs the model: image features may be missing, a judge may use it."""
@@ -320,7 +375,20 @@ class GRPOTrainer(EngineTrainer):
         pairs = zip(sampled.encoded, sampled.completions, strict=True)
         groups = [PromptGroup(encoded, tuple(c.ids for c in group)) for encoded, group in pairs]
         lag = self.version - sampled.version
-        return RolloutBatch(sampled.prompts, groups, sampled.completions, scores, advantages, sampled.resampled, lag)
+        others = [
+            [PromptGroup(encoded, group.completions) for encoded, group in zip(each, groups, strict=True)]
+            for each in map(self.samples.encoder, about_others(sampled.prompts))
+        ]
+        return RolloutBatch(
+            sampled.prompts,
+            groups,
+            sampled.completions,
+            scores,
+            advantages,
+            sampled.resampled,
+            lag,
+            others=others,
+        )
 
     def _counts(self) -> dict[str, float]:
         """Return the counts of stateful rewards since the last call, summed over all ranks."""
@@ -356,7 +424,8 @@ class GRPOTrainer(EngineTrainer):
             self.engine.backward(outputs.loss * world(), last=number + 1 == forwards)
             if part:
                 gap = inputs.old_logps - rollouts.sampled_logps(indices).to(logps) if self.logprobs_match else None
-                measured.add(inputs, outputs, entropy, gap, first)
+                alike = rollouts.alike(indices).to(packed.owner.device)[packed.owner]
+                measured.add(inputs, outputs, entropy, gap, alike, first)
                 measured.tokens(sum(len(g.prompt.ids) + len(c) for g in groups for c in g.completions), packed.tokens)
         metrics = measured.over_ranks()
         # In the first update compare with the sampler's own log-probabilities; a larger gap than rounding is an error.
@@ -384,7 +453,9 @@ class GRPOTrainer(EngineTrainer):
     def _parts(self, taken: Sequence[int]) -> list[list[int]]:
         """Divide groups among forwards, within the token budget; without zero-variance groups if configured."""
         config, rollouts = self.config, self.current
-        skipped = rollouts.zero_variance_groups(self.by_sum) if config.zero_variance == "skip" else set()
+        skipped = set()
+        if config.zero_variance == "skip":
+            skipped = rollouts.zero_variance_groups(self.by_sum, config.zero_variance_by)
         live = [i for i in taken if i not in skipped]
         sizes = [shared_tokens(group) for group in rollouts.groups]
         return within_budget(live, sizes.__getitem__, config.tokens_per_forward, config.prompts_per_forward)
@@ -406,7 +477,17 @@ class GRPOTrainer(EngineTrainer):
             weights=weights.flatten().to(logps.device),
             owner=packed.owner,
             correction=correction,
+            other_logps=self._other_logps(indices, logps),
         )
+
+    def _other_logps(self, indices: Sequence[int], logps: torch.Tensor) -> torch.Tensor | None:
+        """Return the stored log-probabilities about other images, if there are any. Shape: [K, T]."""
+        rollouts = self.current
+        if not rollouts.others:
+            return None
+        if not all(i in rollouts.other_logps for i in indices):  # a dummy forward, whose weights are all 0
+            return logps.detach().expand(len(rollouts.others), -1)
+        return torch.cat([rollouts.other_logps[i] for i in indices], 1)
 
     def _pack(self, groups: Sequence[PromptGroup]) -> Packed:
         return pack(groups, self.vlm.family, self.vlm.pad, self.vlm.device, self.config.impl)
