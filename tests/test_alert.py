@@ -557,7 +557,7 @@ def test_a_run_moves_the_bank_and_accounts_for_its_answers(undisturbed):
     "kill",
     [
         pytest.param(Kill("common.training.grpo.trainer:GRPOTrainer._update", 4), marks=pytest.mark.faults),
-        Kill("common.judge.reward:CachedJudge._ask", 3),
+        pytest.param(Kill("common.judge.reward:CachedJudge._ask", 3), marks=pytest.mark.faults),
         pytest.param(Kill("common.training.engine:Engine.save", 2, after=True), marks=pytest.mark.faults),
     ],
     ids=["update", "judging", "checkpoint"],

@@ -69,6 +69,7 @@ def test_line_fit_finds_the_line():
     assert (line.slope, line.intercept, line.r2) == pytest.approx((0.01, 0.5, 1.0))
 
 
+@pytest.mark.faults
 def test_both_loaders_give_the_same_pixels(tmp_path):
     from benchmarks.loading import Plan, generate, measure
 

@@ -489,7 +489,7 @@ def of_model(folder, family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize("kind", ["grpo", pytest.param("sft", marks=pytest.mark.faults)])
 @whole_runs
 def test_a_run_is_exported_and_predicts(runner, untrained_folders, tmp_path, family, kind):
     """The exported folder, a plain model, answers as the run's own evaluation did."""
@@ -519,7 +519,7 @@ def test_alert_is_refused_before_weights_are_read(compose, untrained_folders, fa
     check_vlm(config, build(config))
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @extending
 def test_alert_trains_embeddings_of_an_images_width(runner, untrained_folders, tmp_path, family):
     arguments = ["method=alert", "experiment=alert_no_judge", "model=tiny_gemma3", *of_model("", "")[1:2]]

@@ -177,7 +177,7 @@ def test_what_a_fusion_needs_is_checked_before_the_model_is_loaded(compose, word
         prompting.check(config, task.build(config))
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_run_is_fused_reported_and_predicts_as_it_evaluated(runner, tmp_path):
     run = tmp_path / "run"
     assert runner(run, [*QUICK, *METHODS["alert"], "method.fusion=product"]) == 0

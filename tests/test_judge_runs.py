@@ -165,7 +165,7 @@ def test_the_own_judge_of_a_continued_run_is_the_model_before_training(job, runn
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_doctor_and_training_share_one_judge(job, compose, tmp_path, monkeypatch, process_group):
     built, copied = [], []
     build, replies = reward_mix.build_rewards, reward_mix.FrozenReplies
