@@ -7,7 +7,6 @@ byte. Those of tested images are in the column `candidates` of predictions.parqu
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,11 +15,12 @@ from pathlib import Path
 import torch
 
 from clsrl.related.dive_k import DiveKPrompt, most_frequent, options
+from clsrl.related.measured import measured
 from common.evaluation.evaluate import evenly_spaced
 from common.forward.label_scores import LabelScorer
 from common.forward.packing import micro_batches
 from common.rollout.base import Decoding, requests
-from common.runtime.distributed import barrier, gather, interleave, rank, share_of
+from common.runtime.distributed import gather, interleave, share_of
 from common.runtime.progress import progress
 from common.types import Answers, Prompt, Split, UserError
 from common.vlm.learner import VLMLearner
@@ -37,18 +37,15 @@ class DiveKLearner(VLMLearner):
 
     def finish_prompts(self) -> None:
         """Mine the training images with the initial weights, or read what an earlier attempt mined."""
-        split, path = self.task.train, self.folder / MINED
+        split = self.task.train
         images = [item.image for item in split.items]
-        mined = read(path, images) if all(gather(path.is_file())) else None
-        if mined is None:
+
+        def mine() -> Mapping[str, list[str]]:
             with self._sampling():
-                mined = self.mine(split, self.prompting.first_prompts(split), "training images")
-            if images and self.config.doctor is not True and rank() == 0:  # doctor=true leaves no files
-                unfinished = path.with_suffix(".unfinished")
-                unfinished.write_text(json.dumps(mined, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-                os.replace(unfinished, path)
-            barrier()
-        self.prompting.mined = mined
+                return self.mine(split, self.prompting.first_prompts(split), "training images")
+
+        keep = bool(images) and self.config.doctor is not True  # doctor=true leaves no files
+        self.prompting.mined = measured(self.folder / MINED, lambda path: read(path, images), mine, keep)
         self.prompts = ask(self.prompting, self.task)
 
     def predict(self, split: str, limit: int | None = None) -> Answers:

@@ -6,15 +6,15 @@ The result is kept in the run folder, so that a resumed run has the same negativ
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from clsrl.related.fine_r1 import FineR1Prompt, most_confused, pictures_of
+from clsrl.related.measured import measured
 from common.forward.label_scores import LabelScorer
 from common.forward.packing import micro_batches
-from common.runtime.distributed import barrier, gather, interleave, rank, share_of
+from common.runtime.distributed import gather, interleave, share_of
 from common.runtime.progress import progress
 from common.types import UserError
 from common.vlm.learner import VLMLearner
@@ -33,16 +33,11 @@ class FineR1Learner(VLMLearner):
         """Measure the confusions with the initial weights, or read what an earlier attempt measured."""
         if self.prompting.final:
             return
-        path, names = self.folder / SIMILAR, list(pictures_of(self.task.train.items))
-        similar = read(path, names) if all(gather(path.is_file())) else None
-        if similar is None:
-            similar = self.measure(names)
-            if names and self.config.doctor is not True and rank() == 0:  # doctor=true leaves no files
-                unfinished = path.with_suffix(".unfinished")
-                unfinished.write_text(json.dumps(similar, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-                os.replace(unfinished, path)
-            barrier()
-        self.prompting.confused = similar
+        names = list(pictures_of(self.task.train.items))
+        keep = bool(names) and self.config.doctor is not True  # doctor=true leaves no files
+        self.prompting.confused = measured(
+            self.folder / SIMILAR, lambda path: read(path, names), lambda: self.measure(names), keep
+        )
         self.prompts = ask(self.prompting, self.task)
 
     def measure(self, names: Sequence[str]) -> dict[str, str]:
