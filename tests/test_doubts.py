@@ -11,11 +11,11 @@ from PIL import Image, ImageEnhance
 from common.data import folder
 from common.data.duplicates import thumbnail
 from common.data.listing import Location
-from common.few_shot import doubts
+from common.few_shot import doubts, learner
 from common.few_shot.doubts import Doubt, Examined
 from common.predict.__main__ import write_csv
 from common.predict.classifier import Answer
-from common.types import UserError
+from common.types import Answers, Prediction, UserError
 
 
 def photos(seed=0, classes=4, each=30, width=16):
@@ -39,6 +39,19 @@ def find(given, features, probabilities, parts=None, thumbnails=None):
 
 def test_nothing_is_doubted_where_nothing_is_wrong():
     assert [d for d in find(*photos()) if d.reason != "outlier"] == []
+
+
+def test_very_unlikely_labels_keep_their_order():
+    """Logits that are 150 and 250 apart: probabilities of 7e-66 and 3e-109, both 0 in fp32."""
+    logits = np.array([[250.0, 0.0, 0.0], [0.0, 150.0, 0.0], [9.0, 0.0, 0.0]], np.float32)
+    names = ("ant", "bee", "cow")
+    made = [
+        Prediction(f"{n}.jpg", "", "cow", name, name == "cow", name == "cow")
+        for n, name in enumerate(("ant", "bee", "ant"))
+    ]
+    rows = learner.rows_of(Answers(made, 0.0, learner.probabilities(logits, names, names)))
+    assert doubts.labels(np.array([2, 2, 0]), rows).quality.argsort().tolist() == [0, 1, 2]
+    np.testing.assert_allclose(rows[:2, 2], np.exp([-250.0, -150.0]), rtol=1e-4)
 
 
 def test_swapped_labels_come_first_with_what_they_are_taken_for():

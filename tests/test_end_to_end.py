@@ -76,7 +76,7 @@ def test_demo_ends_with_a_table(demo):
         "95 % interval",
         "McNemar",
         "most probable name",
-        "seconds: ",
+        "seconds of the run: ",
         f"run folder: {folder}",
     ):
         assert text in output

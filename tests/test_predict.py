@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from io import BytesIO
+from io import BytesIO, StringIO
 from types import SimpleNamespace
 from zipfile import ZipFile
 
@@ -250,6 +250,19 @@ def test_pictures_are_found_by_folder_pattern_and_list(tmp_path):
         photos.find(str(tmp_path / "other.csv"))
     with pytest.raises(UserError, match="no picture is there"):
         photos.find(str(tmp_path / "none"))
+
+
+def test_a_table_shows_no_column_that_is_empty_for_all_pictures():
+    def titles(*answers):
+        command.write_table(answers, file := StringIO())
+        return [each.strip() for each in file.getvalue().splitlines()[1].strip("┃").split("┃")]
+
+    sure = Answer("a.png", "owl", 0.9, (("owl", 0.9), ("ox", 0.1)))
+    thought = Answer("b.png", "ox", 0.8, (("ox", 0.8),), "Horns.")
+    assert titles(sure, thought) == ["picture", "answer", "sure", "else", "reasoning"]
+    assert titles(sure) == ["picture", "answer", "sure", "else"]
+    assert titles(thought) == ["picture", "answer", "sure", "reasoning"]
+    assert titles() == ["picture", "answer"]
 
 
 def test_what_a_page_of_answers_says_is_escaped(tmp_path):

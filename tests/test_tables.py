@@ -83,8 +83,14 @@ def test_the_table_has_columns_for_what_there_is_to_say():
         "well-formed %",
         "tokens",
     ]
-    assert columns(result({"test": summary(**said)}, {}))[4:] == ["well-formed %", "tokens", "seconds"]
-    assert columns(result({"test": summary()}, {})) == ["split", "images", "accuracy %", "95 % interval", "seconds"]
+    assert columns(result({"test": summary(**said)}, {}))[4:] == ["well-formed %", "tokens", "seconds to answer"]
+    assert columns(result({"test": summary()}, {})) == [
+        "split",
+        "images",
+        "accuracy %",
+        "95 % interval",
+        "seconds to answer",
+    ]
 
 
 def test_the_mean_of_classes_stands_beside_the_accuracy_where_they_are_uneven():

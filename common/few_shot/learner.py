@@ -23,7 +23,7 @@ from common.data.loading import on_all
 from common.data.manifest import digest
 from common.data.task import TaskData, dataset_of, own_labels
 from common.evaluation import novelty
-from common.evaluation.calibration import log_softmax
+from common.evaluation.calibration import log_probabilities, log_softmax
 from common.evaluation.evaluate import Evaluation, evenly_spaced
 from common.few_shot import candidates, doubts
 from common.few_shot.check import make, name_of
@@ -240,12 +240,12 @@ class FewShotLearner(Learner):
         if self.out_of_fold is None or len(task.train.choices) < len(task.train.names):
             return
         items, parts = list(task.train.items), ["train"] * len(task.train.items)
-        known = dict(zip([p.image for p in held_out.predictions], _rows_of(held_out), strict=True))
+        known = dict(zip([p.image for p in held_out.predictions], rows_of(held_out), strict=True))
         if (answers := after.answers.get("test")) is not None:
             own = own_labels(task, "test")
             items += [replace(item, label=own[item.label]) for item in task.evaluation["test"].items]
             parts += ["test"] * len(task.evaluation["test"].items)
-            known |= dict(zip([p.image for p in answers.predictions], _rows_of(answers), strict=True))
+            known |= dict(zip([p.image for p in answers.predictions], rows_of(answers), strict=True))
         unknown = np.full(len(task.train.choices), np.nan)
         dataset = self.config.data.name
         # photos that a table of corrections has added were labelled by hand, and lie elsewhere
@@ -421,9 +421,12 @@ class FewShotLearner(Learner):
         return candidates.truth_ranks(ranked, tested.names, truths)
 
 
-def _rows_of(answers: Answers) -> NDArray[np.float32]:
+def rows_of(answers: Answers) -> NDArray[np.float64]:
+    """Return the probabilities by which labels are doubted. Shape: [N, C]."""
+    # By logarithms, so that very unlikely labels keep their order. Uncalibrated: with labels swapped on purpose, a
+    # temperature found no more of them and the calibrated curve none, since it takes the wrong labels for errors.
     assert answers.probabilities is not None, "a few-shot learner has probabilities"
-    return answers.probabilities.values
+    return np.exp(log_probabilities(answers.probabilities))
 
 
 def probabilities(logits: NDArray[np.float32], names: tuple[str, ...], choices: tuple[str, ...]) -> Probabilities:

@@ -118,12 +118,12 @@ def classify(chosen: argparse.Namespace) -> tuple[list[Answer], dict[str, Path],
 
 
 def write_table(answers: Sequence[Answer], file: TextIO) -> None:
-    """Write a table for people."""
+    """Write a table for people; columns that are empty for all pictures are left out."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("picture", "answer", "sure", "else", "reasoning")
+    rows = []
     for answer in answers:
         said = answer.error or (
             "(unknown)"
@@ -135,7 +135,12 @@ def write_table(answers: Sequence[Answer], file: TextIO) -> None:
         sure = "" if answer.confidence is None else f"{100 * answer.confidence:.1f} %"
         rest = [each for each in answer.top if each[0] != answer.label or answer.abstained or answer.unknown]
         others = ", ".join(f"{name} {100 * share:.0f} %" for name, share in rest[:2])
-        table.add_row(*(Text(text) for text in (answer.image, said, sure, others, answer.reasoning)))
+        rows.append((answer.image, said, sure, others, answer.reasoning))
+    titles = ("picture", "answer", "sure", "else", "reasoning")
+    shown = [place for place in range(len(titles)) if place < 2 or any(row[place] for row in rows)]
+    table = Table(*(titles[place] for place in shown))
+    for row in rows:
+        table.add_row(*(Text(row[place]) for place in shown))
     Console(file=file, width=None if file.isatty() else 160).print(table)
 
 

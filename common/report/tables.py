@@ -72,7 +72,7 @@ def result_cells(result: Result) -> tuple[list[str], list[list[str]]]:
         "official match %": lambda s: percent(s.accuracy_official),
         "well-formed %": lambda s: percent(s.well_formed),
         "tokens": lambda s: "–" if s.mean_tokens is None else f"{s.mean_tokens:.1f}",
-        "seconds": lambda s: f"{s.seconds:.1f}",
+        "seconds to answer": lambda s: f"{s.seconds:.1f}",
     }
     # drop columns that are empty for this kind of learner
     summaries = [summary for split in result.final for _, summary in phases(result, split)]
@@ -241,7 +241,8 @@ def paired_lines(result: Result) -> list[str]:
 
 def time_line(result: Result) -> str:
     """Return a line with the seconds per phase."""
-    return "seconds: " + ", ".join(f"{phase} {value:.1f}" for phase, value in result.train["seconds"].items())
+    spent = (f"{phase} {value:.1f}" for phase, value in result.train["seconds"].items())
+    return f"seconds of the run: {', '.join(spent)}"
 
 
 def show(result: Result, folder: Path, console: Console | None = None) -> None:
