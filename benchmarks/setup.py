@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -175,8 +175,9 @@ class OurModels:
         self.policy = load_ours(folder, place)
         perturb(self.policy.model)
         # as in TRL, no id is banned: both sides normalise over the whole vocabulary
-        self.scorer = PolicyScorer(self.policy.model, (), 1.0, GRPOConfig.head_chunk).to(place.device).train()
-        reference = PolicyScorer(load_ours(folder, place).model, (), 1.0, GRPOConfig.head_chunk).to(place.device)
+        policy, base = (replace(vlm, banned=()) for vlm in (self.policy, load_ours(folder, place)))
+        self.scorer = PolicyScorer(policy, 1.0, GRPOConfig.head_chunk).to(place.device).train()
+        reference = PolicyScorer(base, 1.0, GRPOConfig.head_chunk).to(place.device)
         self.reference = reference.eval().requires_grad_(False)
 
 

@@ -81,7 +81,7 @@ def main(case):
     torch.set_num_threads(1)
     policy = vlm.load(Path(case["folder"]), config_of(case), torch.device("cpu"))
     attention.install(policy.model, case["attention"])
-    scorer = PolicyScorer(policy.model, policy.banned, 1.0, head_rows(policy.model)).train()
+    scorer = PolicyScorer(policy, 1.0, head_rows(policy.model)).train()
     packed = row(policy)
     weights = sum(p.nbytes for p in scorer.parameters()) / 2**20
 

@@ -35,7 +35,7 @@ def scores(policy, task, no_think):
     """Log-probabilities of some completions to three prompts."""
     encoder = PromptEncoder(policy, Loader(task.images, 32), 512)
     batch = groups(policy, no_think.train_prompts(task)[:3], encoder, [2, 2, 2], [3, 5], image=True)
-    scorer = PolicyScorer(policy.model, policy.banned, temperature=1.0, chunk=64)
+    scorer = PolicyScorer(policy, temperature=1.0, chunk=64)
     with torch.no_grad():
         return scorer(pack_plain(batch, policy.family, policy.pad, policy.device))[0]
 
@@ -306,7 +306,7 @@ def test_no_gradient_runs_into_a_frozen_vision_tower(load_vlm, digits_task, no_t
     projected = found.pooler_output[0] if isinstance(found.pooler_output, tuple | list) else found.pooler_output
     assert not found.last_hidden_state.requires_grad
     assert projected.requires_grad == (changes.get("lora", LORA).projector != "none")
-    scorer = PolicyScorer(policy.model, policy.banned, temperature=1.0, chunk=64).train()
+    scorer = PolicyScorer(policy, temperature=1.0, chunk=64).train()
     completion = torch.tensor([40, 41, 42])
     scorer(pack_shared([PromptGroup(prompt, (completion, completion[:2]))], policy.family, CPU))[0].sum().backward()
     reached = {name for name, parameter in policy.model.named_parameters() if parameter.grad is not None}

@@ -34,7 +34,7 @@ def world(load_vlm, digits_task, no_think):
         sampler = rollout(vlm)
         (completions,) = sampler.generate([request], 4, DECODING)
         group = PromptGroup(request.encoded, tuple(completion.ids for completion in completions))
-        return vlm, PolicyScorer(vlm.model, vlm.banned, 1.0, 256), group, sampler, request
+        return vlm, PolicyScorer(vlm, 1.0, 256), group, sampler, request
 
     return make
 
@@ -144,7 +144,7 @@ def test_exact_is_the_model_in_fp32(world, load_vlm):
         rounded = scorer.eval()(packed)[0]
         with InFloat32():
             exact = scorer(packed)[0]
-        expected = PolicyScorer(wide.model, wide.banned, 1.0, 256).eval()(packed)[0]
+        expected = PolicyScorer(wide, 1.0, 256).eval()(packed)[0]
     assert exact.dtype == torch.float32 and vlm.model.dtype == torch.bfloat16, "the weights stay as they are"
     assert float((exact - expected).abs().max()) < 1e-4 < float((rounded - expected).abs().max())
 

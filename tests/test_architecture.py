@@ -15,6 +15,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import yaml
+
+from common.config import schema
 
 ROOT = Path(__file__).parent.parent
 BESIDE = {"tests", "benchmarks"}  # they may import anything
@@ -225,3 +228,38 @@ def test_what_a_test_kills_exists():
         f"{module}:{name}" for module, name in named if not defines(ast.parse(MODULES[module].read_text()), name)
     }
     assert not missing
+
+
+# Methods and learners that came after the two papers', which other packages could bring as well, and model families.
+LATER = (
+    *("think_after_answer", "adaptive_thinking", "visual_rft", "refine_rft", "speciarl", "dive_k", "fine_r1"),
+    *("lp_plus_plus", "clap", "cross_modal", "proker", "ape", "timo"),
+)
+LISTS = {"README.md", "conf/config.yaml"}
+
+
+def files_naming(name: str) -> set[str]:
+    """Files of the product that name an addition, without its own: its modules, and its class among the families."""
+    places = [ROOT / "README.md", ROOT / "run.py", ROOT / "Makefile", ROOT / "conf/config.yaml", *FILES.values()]
+    return {
+        path.relative_to(ROOT).as_posix()
+        for path in places
+        if path.stem not in (name, "families")
+        and path.parent.name != "related"
+        and re.search(rf"\b{name}\b", path.read_text(encoding="utf-8"))
+    }
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_an_addition_touches_two_lists(name):
+    """What `common/` asks by the name of a method or learner would be a missing hook."""
+    assert name in yaml.safe_load((ROOT / f"conf/method/{name}.yaml").read_text())["method"].values()
+    assert "conf/config.yaml" in (found := files_naming(name)) and found <= LISTS
+
+
+@pytest.mark.parametrize("name", sorted(schema.FAMILIES.keys() - {"qwen2_vl", "gemma3"}))  # these two are the papers'
+def test_a_family_touches_its_short_name(name):
+    """Beside the two lists, which name its models."""
+    tiny = ROOT / "common/models/tiny"  # random weights for tests
+    found = {path for path in files_naming(name) if not (ROOT / path).is_relative_to(tiny)}
+    assert found == {"common/config/schema.py"}

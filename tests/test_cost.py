@@ -93,7 +93,7 @@ def test_operations_are_those_of_the_real_model(untrained_folders, family, lora)
     for policy in (on_meta, real):
         attention.install(policy.model, "copy")
     found = update.measure(on_meta, peaks.row(on_meta), 64)
-    scorer = PolicyScorer(real.model, real.banned, 1.0, 64).train()
+    scorer = PolicyScorer(real, 1.0, 64).train()
     # plain sums, since the counter does not know the CPU's kernel; kernels compute the scores again in the backward
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         logps, _ = scorer(peaks.row(real))

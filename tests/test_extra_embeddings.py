@@ -55,7 +55,7 @@ def test_shared_equals_plain_with_categories(load_vlm, digits_task, family, lora
     vlm = with_slots(load_vlm, dtype, family=family, lora=lora, **({"window": 9} if family == "gemma3" else {}))
     encoder = PromptEncoder(vlm, Loader(digits_task.images, 32), 512)
     batch = groups(vlm, prompts(digits_task), encoder, [3, 2, 4], [2, 9, 1, 5], image=True)
-    scorer = PolicyScorer(vlm.model, vlm.banned, temperature=0.9, chunk=7)
+    scorer = PolicyScorer(vlm, temperature=0.9, chunk=7)
     shared = scores_and_gradient(scorer, pack_shared(batch, vlm.family, vlm.device))
     plain = scores_and_gradient(scorer, pack_plain(batch, vlm.family, vlm.pad, vlm.device))
     limit = 1e-5 if dtype == torch.float32 else 1e-9
@@ -68,7 +68,7 @@ def test_gradient_equals_finite_differences(load_vlm, digits_task, family):
     vlm = with_slots(load_vlm, torch.float64, family=family)
     encoder = PromptEncoder(vlm, Loader(digits_task.images, 32), 512)
     batch = groups(vlm, prompts(digits_task), encoder, [2, 2, 2], [3], image=True)
-    scorer = PolicyScorer(vlm.model, vlm.banned, temperature=1.0, chunk=64)
+    scorer = PolicyScorer(vlm, temperature=1.0, chunk=64)
     packed = pack_shared(batch, vlm.family, vlm.device)
     entries = vlm.extra_embeddings.entries
     scorer(packed)[0].sum().backward()
@@ -91,7 +91,7 @@ def test_frozen_entries_have_no_gradient(load_vlm, digits_task):
     batch = groups(
         vlm, prompts(digits_task), PromptEncoder(vlm, Loader(digits_task.images, 32), 512), [2], [3], image=True
     )
-    scorer = PolicyScorer(vlm.model, vlm.banned, temperature=1.0, chunk=64)
+    scorer = PolicyScorer(vlm, temperature=1.0, chunk=64)
     scorer(pack_shared(batch, vlm.family, vlm.device))[0].sum().backward()
     assert vlm.extra_embeddings.entries.grad is None
 
@@ -156,4 +156,4 @@ def test_no_id_beyond_the_vocabulary_is_a_target(load_vlm, digits_task):
     packed = pack_shared(batch, vlm.family, vlm.device)
     everything = score_prompts(packed, vlm.banned, vlm.extra_embeddings.first)
     assert len(everything.targets) > len(packed.targets) and int(everything.targets.max()) < vlm.extra_embeddings.first
-    PolicyScorer(vlm.model, vlm.banned, temperature=1.0, chunk=64)(everything)
+    PolicyScorer(vlm, temperature=1.0, chunk=64)(everything)

@@ -121,7 +121,7 @@ def test_a_row_of_several_prompts_equals_transformers_forward(load_vlm, digits_t
     vlm = model_for_parity(load_vlm, torch.float64, family=family)
     encoder = PromptEncoder(vlm, Loader(digits_task.images, 32), 512)
     batch = groups(vlm, asked, encoder, [3, 2, 4], [2, 9, 1, 5], image=True)
-    scorer = PolicyScorer(vlm.model, vlm.banned, temperature=0.9, chunk=7)
+    scorer = PolicyScorer(vlm, temperature=0.9, chunk=7)
     found = scores_and_gradient(scorer, pack_shared(batch, vlm.family, vlm.device))
     scorer.zero_grad(set_to_none=True)
     vlm.model.config.get_text_config()._attn_implementation = "sdpa"  # as transformers loads it
@@ -262,7 +262,7 @@ def test_stored_features_stand_for_pixels(load_vlm, digits_task, encoded, tmp_pa
     assert store.used > 0 and all(p.pixel_values is None and p.features is not None for p in fresh)
     assert all(torch.equal(a.features, b.features) for a, b in zip(fresh, kept, strict=True))
     completions = (torch.tensor([110, 120, 130]), torch.tensor([140]))
-    scorer = PolicyScorer(vlm.model, vlm.banned, 1.0, 64).eval()
+    scorer = PolicyScorer(vlm, 1.0, 64).eval()
     rows = [[PromptGroup(prompt, completions) for prompt in prompts] for prompts in (pixels, kept)]
     with torch.no_grad():
         expected, *found = (
@@ -360,7 +360,7 @@ def test_no_mask_is_built_for_a_shared_row(load_vlm, encoded, monkeypatch, famil
     vlm = load_vlm(family=family)
     completions = (torch.tensor([110, 120, 130]), torch.tensor([140]))
     packed = pack_shared([PromptGroup(p, completions) for p in encoded(vlm)], vlm.family, vlm.device)
-    scorer = PolicyScorer(vlm.model, vlm.banned, 1.0, 64)
+    scorer = PolicyScorer(vlm, 1.0, 64)
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", build)
     scorer(packed)
     packed.inputs["attention_mask"] = None

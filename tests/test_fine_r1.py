@@ -501,7 +501,7 @@ def test_two_updates_equal_a_plain_loop(load_vlm, digits_task, impl):
     batch = trainer.current
     trainer.close()
     plain = load_vlm()
-    scorer = PolicyScorer(plain.model, plain.banned, 1.0, 1024)
+    scorer = PolicyScorer(plain, 1.0, 1024)
     optimizer = torch.optim.SGD(plain.model.parameters(), lr=0.3)
     encoder = trainer.samples.encoder
 

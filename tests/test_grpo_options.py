@@ -39,7 +39,7 @@ def test_two_updates_per_batch_equal_a_plain_loop(load_vlm, digits_task, think, 
     trainer.close()
 
     plain = load_vlm()
-    scorer = PolicyScorer(plain.model, plain.banned, 1.0, 1024)
+    scorer = PolicyScorer(plain, 1.0, 1024)
     optimizer = torch.optim.AdamW(plain.model.parameters(), lr=3e-3, betas=(0.9, 0.999), weight_decay=0.0)
     counts = [len(c) for group in batch.groups for c in group.completions]
     old = None
@@ -78,7 +78,7 @@ def test_steps_of_one_rollout_equal_trls(load_vlm, digits_task, think, beta, ite
     trainer.close()
 
     plain = load_vlm()
-    scorer = PolicyScorer(plain.model, plain.banned, 1.0, 1024)
+    scorer = PolicyScorer(plain, 1.0, 1024)
     optimizer = torch.optim.SGD(plain.model.parameters(), lr=0.3)
 
     def logps_of(groups):
@@ -319,7 +319,7 @@ def test_frozen_vision_features_are_the_tower_s(load_vlm, digits_task, think, tm
     )
     store = FeatureStore(tmp_path / family, 2**20)
     prompts = think.train_prompts(digits_task)[:4]
-    scorer = PolicyScorer(vlm.model, vlm.banned, 1.0, 64)
+    scorer = PolicyScorer(vlm, 1.0, 64)
     completions = (torch.arange(100, 104), torch.arange(200, 207))
     found = []
     for encoder in (

@@ -76,7 +76,7 @@ def test_equal_to_one_name_at_a_time(setup):
 def test_equal_to_the_plain_layout(setup):
     vlm, prompts, responses = setup
     found = LabelScorer(vlm)(prompts, responses)
-    scorer = PolicyScorer(vlm.model, vlm.banned, temperature=1.0, chunk=1024).eval()
+    scorer = PolicyScorer(vlm, temperature=1.0, chunk=1024).eval()
     for prompt, texts, scores in zip(prompts, responses, found, strict=True):
         replies = tuple(reply_ids(vlm, text) for text in texts)
         with torch.no_grad():
@@ -113,7 +113,7 @@ def test_a_name_after_reasoning_is_the_end_of_one_long_reply(load_vlm, digits_ta
     thought = torch.tensor(vlm.processor.tokenizer(vlm.lead + thoughts[0], add_special_tokens=False)["input_ids"])
     ends = [vlm.processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in responses[0]]
     replies = tuple(torch.tensor([*thought.tolist(), *end, vlm.end_of_turn]) for end in ends)
-    scorer = PolicyScorer(vlm.model, vlm.banned, temperature=1.0, chunk=1024).eval()
+    scorer = PolicyScorer(vlm, temperature=1.0, chunk=1024).eval()
     with torch.no_grad():
         logps, _ = scorer(pack_plain([PromptGroup(prompts[0], replies)], vlm.family, vlm.pad, vlm.device))
     own = [part[len(thought) :].double().sum() for part in logps.split([len(reply) for reply in replies])]

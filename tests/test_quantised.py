@@ -41,7 +41,7 @@ def test_a_run_is_continued(load_vlm, digits_task, tmp_path, bits, stage):
         )
         entries = torch.randn(5, 4, vlm.model.config.get_text_config().hidden_size) * 0.3
         vlm = replace(vlm, extra_embeddings=extra_embeddings.attach(vlm.model, entries, True))
-        engine = Engine(PolicyScorer(vlm.model, vlm.banned, 1.0, 64), options(), ZERO[stage], 4, resume)
+        engine = Engine(PolicyScorer(vlm, 1.0, 64), options(), ZERO[stage], 4, resume)
         encoder = PromptEncoder(vlm, Loader(digits_task.images, 32), 512)
         packed = pack_shared(groups(vlm, asked, encoder, [2, 2, 2], [3, 5], image=True), vlm.family, vlm.device)
         return vlm, engine, packed, seen

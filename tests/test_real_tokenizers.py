@@ -80,7 +80,7 @@ def test_names_after_reasoning_are_scored_as_tokens_of_the_whole_reply(loaded, f
         assert all(a != b for a, b in zip(wholes, apart, strict=True)), "else this test shows nothing"
     given = [before(model, whole, begun) for whole in wholes]
     replies = tuple(torch.tensor([*whole, model.end_of_turn]) for whole in wholes)
-    scorer = PolicyScorer(model.model, model.banned, temperature=1.0, chunk=256).eval()
+    scorer = PolicyScorer(model, temperature=1.0, chunk=256).eval()
     with torch.no_grad():
         logps, _ = scorer(pack_plain([PromptGroup(encoded[0], replies)], model.family, model.pad, model.device))
     parts = logps.split([len(each) for each in replies])

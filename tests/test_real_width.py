@@ -99,7 +99,7 @@ def test_correct_bf16_passes_and_every_fault_is_refused(
     sampler = HFRollout(model)
     (completions,) = sampler.generate([request], 2, DECODING)
     group = PromptGroup(request.encoded, tuple(completion.ids for completion in completions))
-    scorer = PolicyScorer(model.model, model.banned, 1.0, 128).eval()
+    scorer = PolicyScorer(model, 1.0, 128).eval()
 
     def plain(group):
         return scorer(pack_plain([group], model.family, model.pad, model.device), entropy=False)[0]
@@ -131,7 +131,7 @@ def test_correct_bf16_passes_and_every_fault_is_refused(
 def test_names_are_scored_on_the_ids_of_the_whole_reply(load, digits_task, think, family):
     model = load(family, dtype="float32")
     request = asked(model, digits_task, think)
-    scorer = PolicyScorer(model.model, model.banned, 1.0, 128).eval()
+    scorer = PolicyScorer(model, 1.0, 128).eval()
     begun = reasoning(think, "<think>A curve</think><answer>two</answer>")
     tokenizer = model.processor.tokenizer
     names = ("two", "seven")
@@ -158,7 +158,7 @@ def test_a_frozen_tower_has_no_gradient_and_few_rows_are_projected(load, digits_
     text = "a long label of many words, said again and again, " * 24
     reply = target(model, text, "answer")
     assert len(reply) > 2 * head_rows(model.model)
-    scorer = PolicyScorer(model.model, model.banned, 1.0, head_rows(model.model)).train()
+    scorer = PolicyScorer(model, 1.0, head_rows(model.model)).train()
     tower = next(module for name, module in model.model.named_modules() if name.endswith(model.family.vision[0]))
     seen = []
     tower.register_forward_hook(lambda module, inputs, out: seen.append(out.last_hidden_state.requires_grad))

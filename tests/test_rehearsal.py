@@ -348,7 +348,7 @@ def test_nothing_stays_on_the_cpu(learner, monkeypatch, family):
         lines = [line for check in (checks.prompts, checks.forwards, checks.labels) for line in check(model)]
         assert {line.verdict for line in lines} == {"ok"}, lines
         (encoded,) = model.encoder(model.prompts.train[:1])
-        scorer = PolicyScorer(model.policy.model, model.policy.banned, 1.0, 4).to(model.policy.device)
+        scorer = PolicyScorer(model.policy, 1.0, 4).to(model.policy.device)
         packed = pack_shared(
             [PromptGroup(encoded, (torch.tensor([5, 6]),) * 2)], model.policy.family, model.policy.device
         )

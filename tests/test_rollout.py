@@ -46,7 +46,7 @@ def test_sampled_logps_equal_a_fresh_scoring_pass(setup, temperature):
     vlm, prompts = setup
     decoding = Decoding(temperature, top_k=0, top_p=1.0, max_tokens=24)
     found = HFRollout(vlm).generate(requests(prompts, ABC), 6, decoding)
-    scorer = PolicyScorer(vlm.model, vlm.banned, temperature, chunk=1024).eval()
+    scorer = PolicyScorer(vlm, temperature, chunk=1024).eval()
     groups = [PromptGroup(p, tuple(c.ids for c in group)) for p, group in zip(prompts, found, strict=True)]
     with torch.no_grad():
         scored, _ = scorer(pack_plain(groups, vlm.family, vlm.pad, vlm.device))
@@ -91,7 +91,7 @@ def test_numbers_are_those_of_the_distribution_at_the_sampling_temperature(setup
     assert float((expected - cold).abs().max()) > 0.3, "the temperature matters"
     sampled = torch.cat([c.logps for group in found for c in group])
     assert float((sampled - expected).abs().max()) <= 1e-4
-    scorer = PolicyScorer(vlm.model, vlm.banned, temperature, chunk=4).eval()
+    scorer = PolicyScorer(vlm, temperature, chunk=4).eval()
     with torch.no_grad():
         plain = scorer(pack_plain(groups, vlm.family, vlm.pad, vlm.device))[0]
         shared = scorer(pack_shared(groups, vlm.family, vlm.device))[0]

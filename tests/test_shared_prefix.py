@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from types import MethodType
@@ -175,7 +176,7 @@ def test_shared_equals_plain(
         no_think.train_prompts(digits_task)[20],
         think.train_prompts(digits_task)[40],
     ]
-    scorer = PolicyScorer(vlm.model, vlm.banned, temperature=0.9, chunk=7)
+    scorer = PolicyScorer(vlm, temperature=0.9, chunk=7)
     # Gemma 4's products of queries and keys are not scaled down, so that its attention rounds more
     limit = (2e-5 if model["family"] == "gemma4" else 1e-5) if dtype == torch.float32 else 1e-9
     for name, (sizes, lengths) in CASES.items():
@@ -204,7 +205,7 @@ def test_the_image_block_of_gemma_matters(load_vlm, digits_task, think):
             [4],
             True,
         )
-        scores[kind] = PolicyScorer(vlm.model, vlm.banned, 1.0, 64)(pack_shared(batch, vlm.family, vlm.device))[0]
+        scores[kind] = PolicyScorer(vlm, 1.0, 64)(pack_shared(batch, vlm.family, vlm.device))[0]
     assert float((scores["family"] - scores["causal"]).abs().max()) > 1e-3
 
 
@@ -215,7 +216,7 @@ def test_gradient_checkpointing_changes_nothing(load_vlm, digits_task, think):
         vlm.model.train()
         encoder = PromptEncoder(vlm, Loader(digits_task.images, 32), 512)
         batch = groups(vlm, think.train_prompts(digits_task), encoder, [4], [3, 6], image=True)
-        scorer = PolicyScorer(vlm.model, vlm.banned, temperature=1.0, chunk=1024)
+        scorer = PolicyScorer(vlm, temperature=1.0, chunk=1024)
         results.append(scores_and_gradient(scorer, pack_shared(batch, vlm.family, vlm.device)))
     assert float((results[0][0] - results[1][0]).abs().max()) <= 1e-6
     assert relative_l2(results[0][2], results[1][2]) <= 1e-6
@@ -225,13 +226,35 @@ def test_completions_do_not_see_each_other(load_vlm, digits_task, think):
     vlm = load_vlm()
     encoder = PromptEncoder(vlm, Loader(digits_task.images, 32), 512)
     group = groups(vlm, think.train_prompts(digits_task), encoder, [3], [5, 2, 4], image=True)[0]
-    scorer = PolicyScorer(vlm.model, vlm.banned, temperature=1.0, chunk=1024)
+    scorer = PolicyScorer(vlm, temperature=1.0, chunk=1024)
     changed = PromptGroup(group.prompt, (group.completions[0], group.completions[1].flip(0), group.completions[2]))
     with torch.no_grad():
         before, _ = scorer(pack_shared([group], vlm.family, vlm.device))
         after, _ = scorer(pack_shared([changed], vlm.family, vlm.device))
     assert torch.equal(before[:5], after[:5]) and torch.equal(before[7:], after[7:])
     assert not torch.allclose(before[5:7], after[5:7])
+
+
+def test_logits_are_capped_as_the_models_family_says(load_vlm, digits_task, think):
+    """By the family of the loaded model: a model type may be that of another family, one given by a dotted path."""
+
+    class Capped(Qwen2VL):
+        @staticmethod
+        def cap(config):
+            return 0.5
+
+    vlm = load_vlm()
+    encoder = PromptEncoder(vlm, Loader(digits_task.images, 32), 512)
+    packed = pack_plain(
+        groups(vlm, think.train_prompts(digits_task), encoder, [1], [4], True), vlm.family, vlm.pad, "cpu"
+    )
+    with torch.no_grad():
+        found, _ = PolicyScorer(replace(vlm, family=Capped), 0.9, 64)(packed)
+        logits = vlm.model(**packed.inputs, use_cache=False).logits[0, -5:-1]
+    logits = 0.5 * (logits / 0.5).tanh() / 0.9
+    logits[:, list(vlm.banned)] = -torch.inf
+    expected = logits.log_softmax(-1).gather(-1, packed.targets[:, None])[:, 0]
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_docstring_example_of_packing():

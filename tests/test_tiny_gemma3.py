@@ -67,7 +67,7 @@ def test_loss_is_that_of_each_reply_alone(model, policy, processor, digits_task,
     replies = [episodes.ids(text) for text in ("<think>It is.</think><answer>six</answer>", "nine", "The answer")]
     groups = [PromptGroup(p, (torch.tensor(reply),)) for p, reply in zip(prompts, replies, strict=True)]
     packed = pack_plain(groups, policy.family, policy.pad, policy.device)
-    logps, _ = PolicyScorer(policy.model, (), 1.0, 1024)(packed)
+    logps, _ = PolicyScorer(replace(policy, banned=()), 1.0, 1024)(packed)
 
     beginning, image = episodes.prompt(meta_task([NAMES[c] for c in categories], "short"), categories)
     assert all(prompt.ids.tolist() == beginning + image for prompt in prompts)

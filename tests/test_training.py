@@ -482,5 +482,5 @@ def test_scorer_chunks_do_not_matter(load_vlm, digits_task, think):
         [PromptGroup(encoded[0], (torch.arange(100, 117), torch.arange(200, 209)))], vlm.family, vlm.pad, vlm.device
     )
     with torch.no_grad():
-        whole, small = (PolicyScorer(vlm.model, vlm.banned, 1.0, chunk)(packed)[0] for chunk in (1000, 4))
+        whole, small = (PolicyScorer(vlm, 1.0, chunk)(packed)[0] for chunk in (1000, 4))
     assert float((whole - small).abs().max()) < 1e-5

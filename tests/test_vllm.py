@@ -75,7 +75,7 @@ class Subject:
     @torch.no_grad()
     def scored(self, asked, found, temperature):
         """The trainer's plain forward over the same tokens."""
-        scorer = PolicyScorer(self.vlm.model, self.vlm.banned, temperature, chunk=1024).eval()
+        scorer = PolicyScorer(self.vlm, temperature, chunk=1024).eval()
         groups = [PromptGroup(r.encoded, tuple(c.ids for c in group)) for r, group in zip(asked, found, strict=True)]
         return scorer(pack_plain(groups, self.vlm.family, self.vlm.pad, self.vlm.device))[0]
 

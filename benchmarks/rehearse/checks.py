@@ -119,7 +119,7 @@ def forwards(learner: VLMLearner) -> Iterator[Line]:
         request, completions = sampled(learner, learner.rollout, size)
     decoding = decoding_of(learner)
     group = PromptGroup(request.encoded, tuple(completion.ids for completion in completions))
-    scorer = PolicyScorer(policy.model, policy.banned, decoding.temperature, 128).to(policy.device)
+    scorer = PolicyScorer(policy, decoding.temperature, 128).to(policy.device)
     # log-probabilities of the group, computed in several ways
     own = None if getattr(learner.rollout, "has_weight_copy", False) else learner.rollout
     found = agreement.measure(scorer, policy, group, own, request, decoding)
@@ -248,7 +248,7 @@ def push(learner: VLMLearner, other: Rollout | None = None) -> Iterator[Line]:
     """Check that a sampler with its own weights agrees with the trainer, also after the weights have changed."""
     policy, rollout = learner.policy, other or learner.rollout
     temperature = decoding_of(learner).temperature
-    scorer = PolicyScorer(policy.model, policy.banned, temperature, 128).to(policy.device).eval()
+    scorer = PolicyScorer(policy, temperature, 128).to(policy.device).eval()
     own = learned(policy)
     begun = [p.detach().clone() for _, p in own]
 

@@ -191,7 +191,7 @@ def measure(vlm: VLM, packed: Packed, chunk: int | None = None) -> Pass:
         packed: Prompts and completions on the CPU.
         chunk: Rows per vocabulary projection; None: result of `head_rows`.
     """
-    scorer = PolicyScorer(vlm.model, vlm.banned, 1.0, chunk or head_rows(vlm.model)).train()
+    scorer = PolicyScorer(vlm, 1.0, chunk or head_rows(vlm.model)).train()
     packed = replace(packed, inputs=_shapes(packed.inputs))
     trained = [parameter for parameter in scorer.parameters() if parameter.requires_grad]
     # Gradients are dropped here and added by formula in `memory`, since ZeRO may partition them.

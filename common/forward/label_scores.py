@@ -63,7 +63,7 @@ class LabelScorer:
             budget: Keys per row, see `rows`.
         """
         self.vlm, self.budget = vlm, budget
-        self.scorer = PolicyScorer(vlm.model, vlm.banned, temperature=1.0, chunk=head_rows(vlm.model)).to(vlm.device)
+        self.scorer = PolicyScorer(vlm, temperature=1.0, chunk=head_rows(vlm.model)).to(vlm.device)
         self.memory: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from common.forward import attention
 from common.forward.packing import Packed
 from common.models.adapters import without_adapters
-from common.models.families import of_model
+from common.models.vlm import VLM
 from common.runtime.distributed import gather
 
 
@@ -38,24 +38,21 @@ class PolicyScorer(torch.nn.Module):
 
     banned: torch.Tensor
 
-    def __init__(
-        self, model: Any, banned: Sequence[int], temperature: float, chunk: int, in_step: bool = False
-    ) -> None:
+    def __init__(self, vlm: VLM, temperature: float, chunk: int, in_step: bool = False) -> None:
         """
         Args:
-            model: Policy to score with.
-            banned: Ids with probability zero.
+            vlm: Policy to score with. Its banned ids have probability zero.
             temperature: Divisor of the logits.
             chunk: Largest number of rows per vocabulary projection.
             in_step: True if all ranks call it together and must project equally often, whatever their numbers of
                 tokens: ZeRO-3 gathers the projection's weights at every call.
         """
         super().__init__()
-        attention.install(model)
-        self.model = model
-        self.register_buffer("banned", torch.tensor(sorted(banned), dtype=torch.long), persistent=False)
+        attention.install(vlm.model)
+        self.model = vlm.model
+        self.register_buffer("banned", torch.tensor(sorted(vlm.banned), dtype=torch.long), persistent=False)
         self.temperature, self.chunk, self.in_step = temperature, chunk, in_step
-        self.cap = of_model(model).cap(model.config)
+        self.cap = vlm.family.cap(vlm.model.config)
 
     def forward(self, packed: Packed, entropy: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         """Score the target tokens.

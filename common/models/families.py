@@ -582,12 +582,6 @@ def _budget(vision: dict[str, Any], image_size: int) -> int:
     return next((budget for budget in BUDGETS if math.isqrt(budget) * cell >= image_size), BUDGETS[-1])
 
 
-def of_model(model: Any) -> type[Family]:
-    """Return the family of a loaded model by its `model_type`; `Family` itself, with its defaults, if none is known."""
-    name = model.config.model_type
-    return family(name) if name in FAMILIES else Family
-
-
 def _no_videos(frames: int) -> str:
     raise ImportError("transformers' processor of SmolVLM reads videos only with num2words: uv pip install num2words")
 

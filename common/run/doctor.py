@@ -111,7 +111,7 @@ def examine(
     sampling = time.perf_counter() - began
     # score the completions with the trainer's forward, and compare with the sampler
     groups = [PromptGroup(e, tuple(c.ids for c in group)) for e, group in zip(encoded, completions, strict=True)]
-    scorer = PolicyScorer(vlm.model, vlm.banned, decoding.temperature, config.head_chunk).to(vlm.device)
+    scorer = PolicyScorer(vlm, decoding.temperature, config.head_chunk).to(vlm.device)
     gaps, scoring = score(scorer, vlm, groups, completions, config)
     sampler = None if getattr(rollout, "has_weight_copy", False) else rollout
     found = agreement.measure(scorer, vlm, groups[0], sampler, asked[0], decoding)

@@ -54,7 +54,7 @@ class SFTTrainer(EngineTrainer):
         self.tokens = 0.0
         in_step = zero_stage(deepspeed) == 3
         chunk = head_rows(vlm.model)
-        scorer = PolicyScorer(vlm.model, vlm.banned, temperature=1.0, chunk=chunk, in_step=in_step).to(vlm.device)
+        scorer = PolicyScorer(vlm, temperature=1.0, chunk=chunk, in_step=in_step).to(vlm.device)
         self.engine = Engine(scorer, config, deepspeed, updates, resume)
 
     def step(self, update: int) -> Step:

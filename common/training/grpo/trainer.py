@@ -258,7 +258,7 @@ class GRPOTrainer(EngineTrainer):
         self.advantages = partial(advantages, config=config, **config.advantages_options)
         # a function of one's own may make advantages of each reward
         self.by_sum = (config.advantages, config.multi_objective_aggregation) == (GRPO_ADVANTAGES, "sum_then_normalize")
-        scorer = PolicyScorer(vlm.model, vlm.banned, decoding.temperature, config.head_chunk).to(vlm.device)
+        scorer = PolicyScorer(vlm, decoding.temperature, config.head_chunk).to(vlm.device)
         self.adapters = hasattr(vlm.model, "disable_adapter")
         # Reference policy: in full fine-tuning a frozen copy outside the engine. With adapters it is the base model,
         # but embeddings that a method added (extra) are trained in place, so their initial rows are kept.
