@@ -233,7 +233,7 @@ def test_what_a_test_kills_exists():
 # Methods and learners that came after the two papers', which other packages could bring as well, and model families.
 LATER = (
     *("think_after_answer", "adaptive_thinking", "visual_rft", "refine_rft", "speciarl", "dive_k", "fine_r1"),
-    *("lp_plus_plus", "clap", "cross_modal", "proker", "ape", "timo"),
+    *("lp_plus_plus", "clap", "cross_modal", "proker", "ape", "ape_t", "timo", "timo_s"),
 )
 LISTS = {"README.md", "conf/config.yaml"}
 

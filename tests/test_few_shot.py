@@ -102,7 +102,9 @@ LEARNERS = {
     "ape": lambda: ape.APE(
         seed=1, alpha=1.0, beta=1.0, gamma=0.1, search_scale=[7, 7, 1], share=0.7, similarity=0.5, key_views=2
     ),
+    "ape_t": lambda: ape.APET(seed=1, **PLAN, **KEYS, eps=1e-3, share=0.7, similarity=0.2),
     "timo": lambda: timo.TIMO(seed=1, alpha=1.0, gamma=50.0, key_views=2),
+    "timo_s": lambda: timo.TIMO(seed=1, alpha=1.0, gamma=50.0, key_views=2, search_prompts=True),
 }
 
 
@@ -300,9 +302,9 @@ def test_only_what_the_test_pictures_decide_is_said_to_be_decided_by_them(world)
             said[name, there is not None] = learner.chosen_by_test
             learner.begin(train, there, text)
             assert not learner.chosen_by_test
-    by_test = {(name, False) for name in ("tip_adapter", "linear_probe", "ape", "timo", "proker")} | {
-        (name, there) for name in ("tip_adapter_f", "cafo", "lp_plus_plus", "cross_modal") for there in (True, False)
-    }
+    by_test = {
+        (name, False) for name in ("tip_adapter", "linear_probe", "ape", "ape_t", "timo", "timo_s", "proker")
+    } | {(name, there) for name in ("tip_adapter_f", "cafo", "lp_plus_plus", "cross_modal") for there in (True, False)}
     assert {key for key, value in said.items() if value} == by_test
     on_val, by_paper = (LEARNERS["tip_adapter"]() for _ in range(2))
     assert fit(on_val, train, val, text) == fit(by_paper, train, val, text, test)

@@ -198,29 +198,124 @@ def test_ape_searches_three_values(world):
     assert facts["searched"]
 
 
+APE_T = {"batch": N, "learning_rate": 0.05, "weight_decay": 0.1, "eps": 1e-3, "search_scale": [7, 7], "key_views": 2}
+
+
+def test_ape_t_trains_residuals_that_texts_and_keys_share(world):
+    """A plain loop with torch's AdamW over every key by itself; channels by the texts alone."""
+    train, _, text = world
+    learner = ape.APET(seed=1, epochs=3, alpha=1.3, beta=2.1, share=0.4, similarity=0.8, **APE_T)
+    facts = fit(learner, train, None, text)
+    assert facts == {"alpha": 1.3, "beta": 2.1, "searched": False}
+    t = text.weights
+    products = [t[a] * t[b] for a in range(C) for b in range(C) if a != b]
+    criterion = -0.8 * torch.stack(products).mean(0) + 0.2 * t.var(0)
+    kept = criterion.argsort(descending=True)[:3]
+    keys = torch.from_numpy(unit((train.view(0).images + train.view(1).images).numpy() / 2))
+    residual, weight = torch.zeros(C, 3, requires_grad=True), torch.ones(N, requires_grad=True)
+    optimizer = torch.optim.AdamW([residual, weight], eps=1e-3, weight_decay=0.1)
+
+    def logits(rows):
+        moved = torch.zeros(C, D)
+        moved[:, kept] = residual
+        x, found = torch.from_numpy(unit(rows.numpy())), []
+        for c in range(C):
+            mine = [i for i in range(N) if LABELS[i] == c]
+            votes = sum(weight[i] * torch.exp(-2.1 * (1 - x @ (keys[i] + moved[c]))) for i in mine)
+            found.append(100 * x @ (t[c] + moved[c]) + 1.3 * votes)
+        return torch.stack(found, 1)
+
+    for epoch in range(3):
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 + np.cos(np.pi * epoch / 3)) / 2
+        loss = torch.nn.functional.cross_entropy(logits(train.view(2 + epoch % 2).images), LABELS)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert float(residual.detach().abs().min()) > 1e-3 and float((weight.detach() - 1).abs().min()) > 1e-4, (
+        "all have moved"
+    )
+    np.testing.assert_allclose(learner.module.residual.detach(), residual.detach(), rtol=1e-6)
+    new = torch.from_numpy(np.random.default_rng(9).normal(size=(6, D)))
+    found = learner.logits(Pictures(new, torch.zeros(6)), text).detach()
+    np.testing.assert_allclose(found, logits(new).detach(), rtol=1e-6)
+
+
+def test_ape_t_searches_with_what_it_has_trained(world):
+    train, val, text = world
+    learner = ape.APET(seed=1, epochs=4, alpha=1.0, beta=1.0, share=0.6, similarity=0.3, **APE_T)
+    facts = fit(learner, train, val, text)
+    right = float((learner.logits(val, text).argmax(1) == val.labels).double().mean())
+    assert right >= facts["selection_accuracy"] and (facts["searched"] or (facts["alpha"], facts["beta"]) == (1, 1))
+    by_paper = ape.APET(seed=1, epochs=4, alpha=1.0, beta=1.0, share=0.6, similarity=0.3, **APE_T)
+    assert fit(by_paper, train, None, text, val) == facts, "without validation images the test images choose, with both"
+    other = ape.APET(seed=1, epochs=4, alpha=1.0, beta=1.0, share=0.6, similarity=0.3, **APE_T)
+    other.ready(learner.head(), text)
+    for beta in np.linspace(0.1, 7, 9):
+        for alpha in np.linspace(0.1, 7, 9):
+            other.mix.alpha, other.mix.beta = alpha, beta
+            found = float((other.logits(val, text).argmax(1) == val.labels).double().mean())
+            assert found <= right + 1 / len(val) + 1e-12, "the search has a finer grid"
+
+
+def plain_timo(train, text, gamma, count):
+    """Text weights, and weights and biases of the discriminant analysis, with so many prompts; None: each once."""
+    views = [unit(train.view(n).images.numpy()) for n in range(2)]
+    mean = unit((train.view(0).images + train.view(1).images).numpy() / 2)
+    y = LABELS.numpy()
+    weights, rows, labels = [], [], []
+    for c in range(C):
+        prompts = unit(text.prompts[c].numpy())
+        near = prompts @ unit(mean[y == c].mean(0))
+        weights.append(unit(softmax(gamma * near / np.linalg.norm(near)) @ prompts))
+        order = [*np.argsort(-near), *np.argsort(-near)]
+        joined = range(len(near)) if count is None else order[:count]
+        rows += [prompts[j] * near[j] for j in joined]
+        labels += [c for _ in joined]
+    rows, labels = np.concatenate([np.array(rows), *views]), np.array([*labels, *y, *y])
+    means = np.array([rows[labels == c].mean(0) for c in range(C)])
+    spread = np.cov((rows - means[labels]).T)
+    precision = D * np.linalg.inv((len(rows) - 1) * spread + np.trace(spread) * np.eye(D))
+    biases = np.log(1 / C) - np.array([mean @ precision @ mean / 2 for mean in means])
+    return np.array(weights), precision @ means.T, biases
+
+
+def test_timo_s_searches_the_choice_of_prompts_too(world):
+    """Its three loops, one in the other: gamma by the text weights alone, then the number of prompts and alpha."""
+    train, _, text = world
+    draws = np.random.default_rng(6)  # prompts that are alike, and a class with fewer of them
+    alike = [draws.normal(size=D) + 0.1 * draws.normal(size=(2 + (c > 0), D)) for c in range(C)]
+    text = Text(text.names, text.weights, None, tuple(map(torch.from_numpy, alike)))
+    chosen = []
+    for seed in range(12):
+        x, labels = unit(np.random.default_rng(seed).normal(size=(40, D))), np.arange(40) % C
+        right = [int(((x @ plain_timo(train, text, g, None)[0].T).argmax(1) == labels).sum()) for g in range(5, 101, 5)]
+        gamma = 5 + 5 * right.index(max(right))
+        best = (-1, None, None, None)
+        for count in (1, 2, 3, 4, 5, 6):
+            weights, matrix, biases = plain_timo(train, text, gamma, count)
+            for power in range(-4, 5):
+                logits = 10.0**power * x @ weights.T + x @ matrix + biases
+                hits = int((logits.argmax(1) == labels).sum())
+                best = max(best, (hits, count, 10.0**power, logits), key=lambda each: each[0])
+        learner = timo.TIMO(seed=1, alpha=3.0, gamma=50.0, key_views=2, search_prompts=True)
+        seen = Pictures(torch.from_numpy(x), torch.from_numpy(labels))
+        facts = fit(learner, train, seen, text)
+        assert facts == {"alpha": best[2], "gamma": gamma, "prompts": best[1], "searched": True}
+        np.testing.assert_allclose(learner.logits(seen, text), best[3], **EXACT)
+        chosen.append((gamma, best[1]))
+    assert max(gamma for gamma, _ in chosen) > 50 and max(count for _, count in chosen) > 3
+    alone = timo.TIMO(seed=1, alpha=3.0, gamma=50.0, key_views=2, search_prompts=True)
+    assert fit(alone, train, None, text) == {"alpha": 3.0, "gamma": 50.0, "prompts": None, "searched": False}
+
+
 def test_timo_is_its_equation(world):
     train, _, text = world
     learner = timo.TIMO(seed=1, alpha=3.0, gamma=50.0, key_views=2)
     fit(learner, train, None, text)
-    views = [unit(train.view(n).images.numpy()) for n in range(2)]
-    mean = unit((train.view(0).images + train.view(1).images).numpy() / 2)
-    y = LABELS.numpy()
-    prompts = [unit(each.numpy()) for each in text.prompts]
-    weights, rows, labels = [], [], []
-    for c in range(C):
-        near = prompts[c] @ unit(mean[y == c].mean(0))
-        weights.append(unit(softmax(50 * near / np.linalg.norm(near)) @ prompts[c]))
-        rows.append(prompts[c] * near[:, None])
-        labels += [c] * 3
-    rows, labels = np.concatenate([*rows, *views]), np.array([*labels, *y, *y])
-    means = np.array([rows[labels == c].mean(0) for c in range(C)])
-    spread = np.cov((rows - means[labels]).T)
-    precision = D * np.linalg.inv((len(rows) - 1) * spread + np.trace(spread) * np.eye(D))
+    weights, matrix, biases = plain_timo(train, text, 50, None)
     new = np.random.default_rng(9).normal(size=(5, D))
-    expected = 3.0 * unit(new) @ np.array(weights).T + unit(new) @ precision @ means.T
-    expected += np.log(1 / C) - [mean @ precision @ mean / 2 for mean in means]
     found = learner.logits(Pictures(torch.from_numpy(new), torch.zeros(5)), text)
-    np.testing.assert_allclose(found, expected, **EXACT)
+    np.testing.assert_allclose(found, 3.0 * unit(new) @ weights.T + unit(new) @ matrix + biases, **EXACT)
 
 
 def test_what_was_searched_is_followed(world):
@@ -228,6 +323,7 @@ def test_what_was_searched_is_followed(world):
     for build in (
         lambda: proker.ProKeR(seed=1, beta=1.7, lmbda=0.1),
         lambda: timo.TIMO(seed=1, alpha=1.0, gamma=50.0, key_views=1),
+        lambda: timo.TIMO(seed=1, alpha=1.0, gamma=50.0, key_views=1, search_prompts=True),
         lambda: ape.APE(
             seed=1, alpha=1.0, beta=1.0, gamma=0.1, search_scale=[4, 3, 1], share=0.6, similarity=0.3, key_views=1
         ),

@@ -6,20 +6,28 @@ x', K': image and keys of unit length, of the chosen channels alone. V: labels o
 Kullback-Leibler divergence of its label from what CLIP takes the key for, softmax(K' W'^T), so that keys that CLIP
 misreads count more (gamma > 0). A channel is better the less alike classes are in it, and the more their texts vary.
 As in the authors' code, where the softmax has no temperature and the logarithm the base 2.
+
+APE-T trains instead. All channels stay; on the chosen ones each class has a residual R, which its text and its keys
+share, and each key a weight v in place of exp(gamma D):
+
+    logits = 100 x (W + R)^T + alpha exp(-beta (1 - x (K + R)^T)) (v V)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from common.config.schema import positive
-from common.few_shot.heads.base import Pictures, SolvedHead, Text, base_logits
-from common.few_shot.heads.search import search
+from common.few_shot.heads.base import TEXT, Pictures, SolvedHead, Text, base_logits
+from common.few_shot.heads.keys import Keys, affinity, keys_of
+from common.few_shot.heads.search import Found, search
+from common.few_shot.heads.tip_adapter import TrainedKeys
 from common.types import UserError
 
 GAMMAS = 5  # values of gamma in the search
@@ -48,6 +56,17 @@ def channels(shots: Tensor, labels: Tensor, text: Tensor, similarity: float, cou
     products = sums.sum(0).square() - sums.square().sum(0)
     pairs = counts.sum().square() - counts.square().sum()
     return (-similarity * products / pairs + (1 - similarity) * text.var(0)).topk(count).indices
+
+
+def check_shares(share: float, similarity: float) -> None:
+    """Check the values that channels are chosen by.
+
+    Raises:
+        UserError: One is no share.
+    """
+    for name, value in (("share", share), ("similarity", similarity)):
+        if not 0 <= value <= 1 or not share:
+            raise UserError(f"few_shot.{name}={value} must be a share between 0 and 1")
 
 
 class APE(SolvedHead):
@@ -85,9 +104,7 @@ class APE(SolvedHead):
             raise UserError(
                 f"few_shot.search_scale={search_scale} must be the ends of beta, alpha (above 0.1) and gamma"
             )
-        for name, value in (("share", share), ("similarity", similarity)):
-            if not 0 <= value <= 1 or not share:
-                raise UserError(f"few_shot.{name}={value} must be a share between 0 and 1")
+        check_shares(share, similarity)
         self.given = {"alpha": alpha, "beta": beta, "gamma": gamma}
         self.scale, self.share, self.similarity, self.key_views = search_scale, share, similarity, key_views
 
@@ -136,3 +153,76 @@ def votes(images: Tensor, solution: dict[str, Any]) -> Tensor:
     near = normalize(normalize(images, dim=1)[:, solution["kept"]], dim=1) @ solution["keys"].T
     weight = torch.exp(solution["gamma"] * solution["divergence"])
     return torch.exp(-solution["beta"] * (1 - near)) @ (solution["values"] * weight[:, None])
+
+
+class Residuals(nn.Module):
+    """What APE-T trains: a residual of each class on the chosen channels, shape [C, Q], and weights of the keys."""
+
+    def __init__(self, keys: Keys, kept: Tensor) -> None:
+        super().__init__()
+        self.residual = nn.Parameter(keys.values.new_zeros(len(keys.values), len(kept)))
+        self.weight = nn.Parameter(torch.ones_like(keys.values[..., 0]))
+        for name, value in (("values", keys.values), ("missing", keys.missing), ("kept", kept)):
+            self.register_buffer(name, value)
+
+    def on_all(self) -> Tensor:
+        """Return the residuals on all channels. Shape: [C, D]."""
+        return torch.zeros_like(self.get_buffer("values")[:, 0]).index_add(1, self.get_buffer("kept"), self.residual)
+
+    def keys(self) -> Keys:
+        """Return the keys, of no unit length any more."""
+        return Keys(self.get_buffer("values") + self.on_all()[:, None], self.get_buffer("missing"))
+
+
+class APET(TrainedKeys):
+    """APE-T. The training's alpha and beta stay where no pair of the search is better."""
+
+    needs = TEXT
+    module: Residuals | None
+
+    def __init__(self, *, eps: float, share: float, similarity: float, **training: Any) -> None:
+        """
+        Args:
+            eps: Of AdamW.
+            share: Share of the channels that have residuals; they are chosen by the texts alone.
+            similarity: Weight of the similarity between classes in the choice of channels; the variance has the rest.
+            training: Arguments of `TrainedKeys`.
+        """
+        super().__init__(**training)
+        positive("few_shot.eps", eps)
+        check_shares(share, similarity)
+        self.share, self.similarity = share, similarity
+        self.plan = replace(self.plan, eps=eps)
+
+    @property
+    def judges(self) -> Pictures | None:
+        return self.searched_on  # its code keeps the best epoch on validation images
+
+    @property
+    def chosen_by_test(self) -> bool:
+        return self.searches_test
+
+    def build(self) -> nn.Module:
+        mean, text = self.train.mean_view(self.key_views), self.text.known
+        keys = keys_of(mean.images[None], mean.labels, len(text))
+        count = max(1, round(self.share * text.shape[1]))
+        return Residuals(keys, channels(text[:0], mean.labels[:0], text, self.similarity, count))
+
+    def shaped_as(self, weights: dict[str, Tensor]) -> nn.Module:
+        return Residuals(Keys(weights["values"], weights["missing"]), weights["kept"])
+
+    def moved(self, text: Text) -> Text:
+        """Return the classes with their residuals added to their text weights, as long as they come out."""
+        assert self.module is not None
+        return replace(text, weights=text.known + self.module.on_all())
+
+    def vote(self, pictures: Pictures, base: Tensor) -> Callable[[float], Tensor]:
+        assert self.module is not None
+        weight, near = self.module.weight, affinity(pictures.images, self.module.keys())
+        return lambda beta: ((near - 1).mul_(beta).exp_() * weight).sum(-1)
+
+    def forward(self, pictures: Pictures, text: Text) -> Tensor:
+        return super().forward(pictures, self.moved(text))
+
+    def search(self, pictures: Pictures) -> Found:
+        return self.mix.search(lambda part: self.vote(part, part.images), pictures, self.moved(self.text))

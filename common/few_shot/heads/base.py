@@ -124,8 +124,9 @@ class Support:
 
 @dataclass(frozen=True)
 class Plan:
-    """Training of a module: `sgd` (momentum 0.9, CoOp's rate by epoch) or `adamw` (eps 1e-4, a cosine by batch).
+    """Training of a module: `sgd` (momentum 0.9, CoOp's rate by epoch) or `adamw` (a cosine by batch).
 
+    eps: of AdamW.
     drop_last: drop an incomplete last batch unless it is the only one, as in Dassl's `build_data_loader`.
     """
 
@@ -135,12 +136,15 @@ class Plan:
     learning_rate: float
     weight_decay: float
     drop_last: bool = False
+    eps: float = 1e-4
 
     def make(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         """Build the optimizer."""
         if self.optimizer == "sgd":
             return torch.optim.SGD(parameters, self.learning_rate, momentum=0.9, weight_decay=self.weight_decay)
-        return torch.optim.AdamW(parameters, self.learning_rate, eps=1e-4, weight_decay=self.weight_decay, fused=True)
+        return torch.optim.AdamW(
+            parameters, self.learning_rate, eps=self.eps, weight_decay=self.weight_decay, fused=True
+        )
 
     def batches(self, pictures: int) -> int:
         """Return the number of batches in an epoch over so many images."""

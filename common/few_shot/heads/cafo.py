@@ -68,6 +68,8 @@ class CaFo(TrainedKeys):
 
     needs = frozenset({"second"})
 
+    module: KeyModule | None
+
     def __init__(
         self,
         *,

@@ -5,6 +5,7 @@
 W: text weights in which the prompts that are nearest to the class's shots count most (softmax(gamma m / |m|) of their
 cosines m). M, b: Gaussian discriminant analysis of the shots and of the prompts, each times its cosine m. The inverse
 covariance is Kubokawa and Srivastava's, D ((N - 1) S + trace(S) I)^-1. As in the authors' code; alpha is searched.
+TIMO-S also searches gamma, by the text weights alone, and how many prompts join: the nearest first, each at most twice.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from common.config.schema import positive
-from common.few_shot.heads.base import Pictures, SolvedHead, Text
+from common.few_shot.heads.base import Pictures, SolvedHead, Text, cosine_logits
 
 ALPHAS = tuple(10.0**power for power in range(-4, 5))
+GAMMAS = tuple(range(5, 101, 5))  # of TIMO-S
+COUNTS = 10  # numbers of prompts that TIMO-S tries, evenly from 1 to twice all
 
 
 def guided(prompts: tuple[Tensor, ...], shots: Tensor, gamma: float) -> tuple[Tensor, list[Tensor]]:
@@ -36,6 +39,24 @@ def guided(prompts: tuple[Tensor, ...], shots: Tensor, gamma: float) -> tuple[Te
     shares = [(gamma * each / each.norm()).softmax(0) for each in cosines]
     weights = torch.stack([share @ each for share, each in zip(shares, prompts, strict=True)])
     return normalize(weights, dim=1), cosines
+
+
+def nearest(prompts: Tensor, cosines: Tensor, count: int | None) -> Tensor:
+    """Return a class's prompts, each times its cosine, the nearest to its shots first; after the last they come again.
+
+    Args:
+        prompts: Shape: [prompts, D].
+        cosines: Those of the prompts to the mean of the shots. Shape: [prompts].
+        count: Number of prompts to take, at most twice all; None: each once.
+    """
+    order = cosines.argsort(descending=True, stable=True)
+    order = order if count is None else order.repeat(2)[:count]
+    return prompts[order] * cosines[order, None]
+
+
+def hits(pictures: Pictures, logits: Tensor) -> int:
+    """Return how many images have their highest logit at their label."""
+    return int((logits.argmax(1) == pictures.labels).sum())
 
 
 def discriminant(rows: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
@@ -56,43 +77,53 @@ def discriminant(rows: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Te
 class TIMO(SolvedHead):
     """TIMO. With one prompt for each class, the shots have nothing to choose."""
 
-    values = ("alpha",)
-
-    def __init__(self, *, seed: int, alpha: float, gamma: float, key_views: int) -> None:
+    def __init__(self, *, seed: int, alpha: float, gamma: float, key_views: int, search_prompts: bool = False) -> None:
         """
         Args:
             seed: Not used.
             alpha: Weight of the texts if there are no validation images to search it on.
             gamma: Sharpness of the choice among prompts.
             key_views: Number of random views of each shot that are analysed.
+            search_prompts: TIMO-S: search gamma and the number of prompts, too, if there are validation images.
         """
         super().__init__(seed=seed)
         for name, value in (("alpha", alpha), ("gamma", gamma), ("key_views", key_views)):
             positive(f"few_shot.{name}", value)
-        self.alpha, self.gamma, self.key_views = alpha, gamma, key_views
+        self.alpha, self.gamma, self.key_views, self.search_prompts = alpha, gamma, key_views, search_prompts
+        self.values = ("alpha", "gamma", "prompts") if search_prompts else ("alpha",)
 
     def step(self, number: int) -> dict[str, float]:
         classes, mean = len(self.text.names), self.train.mean_view(self.key_views)
         keys = normalize(mean.images, dim=1)
-        counts = torch.bincount(mean.labels, minlength=classes).to(keys)
-        shots = keys.new_zeros(classes, keys.shape[1]).index_add_(0, mean.labels, keys) / counts[:, None]
-        prompts = tuple(normalize(each, dim=1) for each in self.text.prompts)
-        weights, cosines = guided(prompts, normalize(shots, dim=1), self.gamma)
+        sizes = torch.bincount(mean.labels, minlength=classes).to(keys)
+        shots = keys.new_zeros(classes, keys.shape[1]).index_add_(0, mean.labels, keys) / sizes[:, None]
+        shots, prompts = normalize(shots, dim=1), tuple(normalize(each, dim=1) for each in self.text.prompts)
         seen = [self.train.view(view) for view in range(self.train.limited(self.key_views))]
-        rows = [each * near[:, None] for each, near in zip(prompts, cosines, strict=True)]
-        rows += [normalize(each.images, dim=1) for each in seen]
-        labels = [torch.full((len(each),), number).to(mean.labels) for number, each in enumerate(prompts)]
-        matrix, bias = discriminant(torch.cat(rows), torch.cat([*labels, *(each.labels for each in seen)]), classes)
-        given = self.alpha if self.followed is None else self.followed["alpha"]
-        self.solution = solution = {"weights": weights, "matrix": matrix, "bias": bias, "alpha": given}
-        judged = self.judged
+        images = [normalize(each.images, dim=1) for each in seen]
+
+        # What is not searched: the values of a finished fit, or those that were given.
+        value = {"alpha": self.alpha, "gamma": self.gamma, "prompts": None, **(self.followed or {})}
+        judged, gamma, counts, alphas = self.judged, value["gamma"], [value["prompts"]], [value["alpha"]]
         if judged is not None:
-
-            def right(alpha: float) -> int:
-                found = self.solved(judged, self.text, solution | {"alpha": alpha})
-                return int((found.argmax(1) == judged.labels).sum())
-
-            solution["alpha"] = max(ALPHAS, key=right)  # of equal ones the first
+            alphas = list(ALPHAS)
+            if self.search_prompts:
+                tried = {each: cosine_logits(judged.images, guided(prompts, shots, each)[0]) for each in GAMMAS}
+                gamma = max(GAMMAS, key=lambda each: hits(judged, tried[each]))
+                most = 2 * max(map(len, prompts))
+                counts = list(dict.fromkeys(torch.linspace(1, most, COUNTS).int().tolist()))
+        weights, cosines = guided(prompts, shots, gamma)
+        best = -1
+        for count in counts:
+            joined = [nearest(each, near, count) for each, near in zip(prompts, cosines, strict=True)]
+            named = [torch.full((len(each),), label).to(mean.labels) for label, each in enumerate(joined)]
+            rows, labels = torch.cat([*joined, *images]), torch.cat([*named, *(each.labels for each in seen)])
+            matrix, bias = discriminant(rows, labels, classes)
+            for alpha in alphas:
+                found = {"weights": weights, "matrix": matrix, "bias": bias}
+                found |= {"alpha": alpha, "gamma": gamma, "prompts": count}
+                right = 0 if judged is None else hits(judged, self.solved(judged, self.text, found))
+                if right > best:  # of equal ones the first
+                    best, self.solution = right, found
         return {}
 
     def solved(self, pictures: Pictures, text: Text, solution: dict[str, Any]) -> Tensor:

@@ -118,7 +118,6 @@ class TrainedKeys(GradientHead):
     needs = frozenset()
     fixed_classes = True
     best = True
-    module: KeyModule | None
 
     def __init__(
         self,
@@ -217,6 +216,8 @@ class TrainedKeys(GradientHead):
 
 class TipAdapterF(TrainedKeys):
     """Tip-Adapter-F: Tip-Adapter with trained keys."""
+
+    module: KeyModule | None
 
     def build(self) -> nn.Module:
         mean = self.train.mean_view(self.key_views)
