@@ -166,7 +166,7 @@ def test_a_run_without_a_few_shot_learner_has_none_of_its_values(compose, argume
 
 def test_a_value_of_another_learner_says_whose_it_is(compose):
     said = suggest.unknown_key("few_shot.alpha", compose("method=coop"))
-    assert said.endswith("it belongs to few_shot=ape|cafo|timo|tip_adapter|tip_adapter_f, not few_shot=coop")
+    assert said.endswith("it belongs to few_shot=ape|ape_t|cafo|timo|tip_adapter|tip_adapter_f, not few_shot=coop")
 
 
 def test_a_value_of_the_wrong_type_is_hydras_to_explain(compose):
