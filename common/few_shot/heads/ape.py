@@ -62,7 +62,7 @@ def check_shares(share: float, similarity: float) -> None:
     """Check the values that channels are chosen by.
 
     Raises:
-        UserError: One is no share.
+        UserError: One is not between 0 and 1, or no channel would be left.
     """
     for name, value in (("share", share), ("similarity", similarity)):
         if not 0 <= value <= 1 or not share:
@@ -170,7 +170,7 @@ class Residuals(nn.Module):
         return torch.zeros_like(self.get_buffer("values")[:, 0]).index_add(1, self.get_buffer("kept"), self.residual)
 
     def keys(self) -> Keys:
-        """Return the keys, of no unit length any more."""
+        """Return the keys with their residuals, not normalised again."""
         return Keys(self.get_buffer("values") + self.on_all()[:, None], self.get_buffer("missing"))
 
 
@@ -212,7 +212,7 @@ class APET(TrainedKeys):
         return Residuals(Keys(weights["values"], weights["missing"]), weights["kept"])
 
     def moved(self, text: Text) -> Text:
-        """Return the classes with their residuals added to their text weights, as long as they come out."""
+        """Return the classes with their residuals added to their text weights, which are not normalised again."""
         assert self.module is not None
         return replace(text, weights=text.known + self.module.on_all())
 
