@@ -154,7 +154,7 @@ def _rows(group: SeedGroup, base: SeedGroup | None) -> list[tuple[str, ...]]:
         official = group.over_seeds(split, lambda summary: summary.accuracy_official)
         seconds = [_seconds(result.train["seconds"]) for result in finished if "seconds" in result.train]
         # over seeds and images; of one seed over its images only
-        bounds = interval(accuracies, [(summary.ci95[0], summary.ci95[1]) for summary in summaries])
+        bounds = interval(accuracies, [(summary.ci95[0], summary.ci95[1]) for summary in summaries], most=1.0)
         assert bounds is not None, "accuracies are of images"
         row = (
             group.label,

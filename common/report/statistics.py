@@ -28,7 +28,9 @@ def mean_std(numbers: Sequence[float]) -> tuple[float, float | None]:
     return statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else None
 
 
-def interval(numbers: Sequence[float], images: Sequence[tuple[float, float]] = ()) -> tuple[float, float] | None:
+def interval(
+    numbers: Sequence[float], images: Sequence[tuple[float, float]] = (), most: float | None = None
+) -> tuple[float, float] | None:
     """Return the 95 % interval of the mean over seeds: the hull of Student's interval and that of the images.
 
     Even if all seeds agree, the images remain a sample; seeds mostly share their images, so the mean is no more certain
@@ -38,14 +40,20 @@ def interval(numbers: Sequence[float], images: Sequence[tuple[float, float]] = (
         numbers: One per seed. Length: S.
         images: Interval of each seed's number over its images, in the same unit; empty: not a number of images. Length:
             S.
+        most: Largest number that there can be, if they are shares, 1 or 100; two seeds often say more than that.
 
     >>> interval([0.5, 0.5, 0.5], [(0.25, 0.75)] * 3), interval([0.5], [(0.25, 0.75)]), interval([3.0])
     ((0.25, 0.75), (0.25, 0.75), None)
+    >>> interval([0.6, 0.8], most=1.0)
+    (0.0, 1.0)
     """
     bounds = [t_interval(numbers)] if len(numbers) > 1 else []
     if images:
         bounds.append((statistics.fmean(low for low, _ in images), statistics.fmean(high for _, high in images)))
-    return (min(low for low, _ in bounds), max(high for _, high in bounds)) if bounds else None
+    if not bounds:
+        return None
+    low, high = min(low for low, _ in bounds), max(high for _, high in bounds)
+    return (low, high) if most is None else (max(low, 0.0), min(high, most))
 
 
 def t_interval(numbers: Sequence[float]) -> tuple[float, float]:
@@ -158,7 +166,7 @@ def _unpaired(group: SeedGroup, other: SeedGroup, split: str) -> Difference | No
     low, high = newcombe_interval(first, second)
     if len(seeds) > 1:
         bounds = t_interval([finals[0][seed].accuracy - finals[1][seed].accuracy for seed in seeds])
-        low, high = min(low, bounds[0]), max(high, bounds[1])
+        low, high = max(-1.0, min(low, bounds[0])), min(1.0, max(high, bounds[1]))
     return Difference(seeds, shares[0] - shares[1], (low, high))
 
 

@@ -195,7 +195,9 @@ def _entry(keys: Keys, cell: Cell, known: float | None, changed: Sequence[str]) 
     # an extreme over seeds is not a mean, so it has neither deviation nor interval
     if values and cell.combine is fmean:
         std = mean_std(values)[1]
-        bounds = interval(values, [cell.intervals[seed] for seed in seeds if seed in cell.intervals])
+        of_images = [cell.intervals[seed] for seed in seeds if seed in cell.intervals]
+        # measured on images, hence an accuracy; what is computed from several may be a difference
+        bounds = interval(values, of_images, most=100.0 if of_images and cell.images is not None else None)
     return TableCell(
         keys=dict(keys),
         ours=ours,
