@@ -13,7 +13,7 @@ import time
 import pytest
 
 from common.config import suggest
-from common.runtime import slurm
+from common.runtime import distributed, slurm
 from common.types import UserError
 from tests.conftest import REPOSITORY, initialized
 
@@ -286,3 +286,35 @@ def test_only_slurms_launcher_is_watched(monkeypatch):
             cfg = compose("config", [f"hydra/launcher={launcher}"], return_hydra_config=True)
         Papers().on_multirun_start(OmegaConf.create({"hydra": OmegaConf.to_container(cfg.hydra, resolve=False)}))
         assert len(seen) == watched
+
+
+GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR", distributed.ALONE)
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """The environment of a process that has run on the CPU, for which it formed a group of its own."""
+    for name in GROUP:
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards, whoever changes it
+        monkeypatch.delenv(name)
+    distributed.form_group_alone()
+    assert not distributed.started_by_launcher()
+    return monkeypatch
+
+
+def test_ranks_of_a_launcher_that_such_a_process_starts_are_its_ranks(alone):
+    """They inherit its variables, but torchrun overwrites those that it sets itself; else they would wait for ever."""
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "1"}.items():
+        alone.setenv(name, value)
+    assert distributed.started_by_launcher() and distributed.rank() == 1
+    distributed.forget_group_alone()
+    assert os.environ["RANK"] == "1" and os.environ["MASTER_PORT"] == "1"
+
+
+def test_tasks_of_a_job_step_that_such_a_process_starts_are_its_ranks(alone):
+    for name, value in {"STEP_NUM_TASKS": "2", "PROCID": "1", "LOCALID": "1", "STEP_NODELIST": "localhost"}.items():
+        alone.setenv(f"SLURM_{name}", value)
+    alone.setenv("SLURM_JOB_ID", "3")
+    slurm.adopt()
+    assert distributed.started_by_launcher() and (distributed.rank(), distributed.world()) == (1, 2)
+    assert os.environ["MASTER_ADDR"] == "localhost"

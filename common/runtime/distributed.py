@@ -7,7 +7,7 @@ import socket
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-ALONE = "FEWSHOT_ALONE"  # set beside RANK when this process is its own launcher
+ALONE = "FEWSHOT_ALONE"  # set beside RANK when a process is its own launcher, to its port
 LONGEST_WAIT = 1800  # seconds that a rank waits for the others before the run fails
 
 
@@ -23,7 +23,15 @@ def world() -> int:
 
 def started_by_launcher() -> bool:
     """Tell whether torchrun, SLURM or common/launch.py started this process as one rank of several."""
-    return "RANK" in os.environ and ALONE not in os.environ
+    return "RANK" in os.environ and not formed_alone()
+
+
+def formed_alone() -> bool:
+    """Tell whether the launcher's variables are those of `form_group_alone`, in this process or one that started it.
+
+    A launcher that such a process starts, torchrun for example, overwrites them and leaves ALONE, with another port.
+    """
+    return ALONE in os.environ and os.environ[ALONE] == os.environ.get("MASTER_PORT")
 
 
 def form_group_alone() -> None:
@@ -32,12 +40,12 @@ def form_group_alone() -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {**alone, ALONE: "1"}
+    os.environ |= {**alone, ALONE: str(port)}
 
 
 def forget_group_alone() -> None:
     """Undo `form_group_alone`, so that processes started from here form a group of their own."""
-    if ALONE in os.environ:
+    if formed_alone():
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR", ALONE):
             os.environ.pop(name, None)
 

@@ -8,7 +8,7 @@ import shutil
 import socket
 import subprocess
 
-from common.runtime.distributed import rank
+from common.runtime.distributed import forget_group_alone, rank
 from common.types import UserError
 
 
@@ -21,7 +21,10 @@ def adopt() -> None:
         UserError: The first node's name cannot be resolved here.
     """
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
-    if "RANK" in os.environ or tasks == 1:
+    if tasks == 1:
+        return
+    forget_group_alone()  # of a process that started srun
+    if "RANK" in os.environ:
         return
     os.environ |= {
         "RANK": os.environ["SLURM_PROCID"],
