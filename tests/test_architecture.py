@@ -10,6 +10,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
 from pathlib import Path
@@ -238,15 +239,18 @@ LATER = (
 LISTS = {"README.md", "conf/config.yaml"}
 
 
+@cache
+def texts() -> dict[Path, str]:
+    places = [ROOT / "README.md", ROOT / "run.py", ROOT / "Makefile", ROOT / "conf/config.yaml", *FILES.values()]
+    return {path: path.read_text(encoding="utf-8") for path in places}
+
+
 def files_naming(name: str) -> set[str]:
     """Files of the product that name an addition, without its own: its modules, and its class among the families."""
-    places = [ROOT / "README.md", ROOT / "run.py", ROOT / "Makefile", ROOT / "conf/config.yaml", *FILES.values()]
     return {
         path.relative_to(ROOT).as_posix()
-        for path in places
-        if path.stem not in (name, "families")
-        and path.parent.name != "related"
-        and re.search(rf"\b{name}\b", path.read_text(encoding="utf-8"))
+        for path, text in texts().items()
+        if path.stem not in (name, "families") and path.parent.name != "related" and re.search(rf"\b{name}\b", text)
     }
 
 

@@ -62,6 +62,7 @@ class Ending(HFRollout):
         return [[replace(c, truncated=False) for c in group] for group in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2_vl", *NEWER, "gemma3"])
 def test_a_sound_training_passes(examine, family):
     verdicts, findings = examine(family, Ending)

@@ -251,6 +251,7 @@ def test_of_many_completions_some_are_kept_over_the_whole_training(write):
     assert [each.detail["step"] for each in transcripts.training(folder, {}, most=4)] == [0, 25, 50, 75]
 
 
+@pytest.mark.slow
 def test_whatever_a_run_has_written_stays_text(write):
     """No element but the page's own, no text that ends a script element, and a policy that would stop it anyway."""
     texts = [*HOSTILE, "x" * 1_000_000]

@@ -80,6 +80,7 @@ def test_sizes(sources, name):
     assert all(len({item.label for item in part}) == classes for part in (source.train, source.val, source.test))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_labels_and_names(sources, name):
     order = list(by_label(sources[name].train))

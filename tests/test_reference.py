@@ -155,6 +155,7 @@ def test_sets_follow_draws_without_replacement(named):
     assert p_value(others(sets), exact(names, several)) > 0.01
 
 
+@pytest.mark.slow
 def test_inclusion_frequencies(named):
     names, sets, several = named
     probabilities = exact(names, several)

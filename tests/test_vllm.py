@@ -337,6 +337,7 @@ def test_the_largest_picture_is_that_of_the_run(load_vlm, compose, tmp_path):
         assert dict(vlm.processor.image_processor.size) == before, "the trainer's own stays as it is"
 
 
+@pytest.mark.slow
 def test_an_engine_is_told_what_transformers_keeps_elsewhere(load_vlm, tmp_path):
     """Whether the output projection is the input embedding, and Gemma 4's budget of image tokens."""
 
