@@ -11,9 +11,10 @@ import sys
 import time
 
 import pytest
+import torch
 
 from common.config import suggest
-from common.runtime import distributed, slurm
+from common.runtime import distributed, group, slurm
 from common.types import UserError
 from tests.conftest import REPOSITORY, initialized
 
@@ -318,3 +319,13 @@ def test_tasks_of_a_job_step_that_such_a_process_starts_are_its_ranks(alone):
     slurm.adopt()
     assert distributed.started_by_launcher() and (distributed.rank(), distributed.world()) == (1, 2)
     assert os.environ["MASTER_ADDR"] == "localhost"
+
+
+def test_ranks_on_gpus_forget_the_cpu_of_the_process_that_started_them(alone):
+    """Else DeepSpeed would train on the CPU."""
+    for name, value in {"MASTER_PORT": "1", "LOCAL_RANK": "1", "DS_ACCELERATOR": "cpu"}.items():
+        alone.setenv(name, value)
+    alone.setattr(torch.cuda, "device_count", lambda: 2)
+    alone.setattr(torch.cuda, "set_device", lambda device: None)
+    alone.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert group.init_process_group(2) == torch.device("cuda", 1) and "DS_ACCELERATOR" not in os.environ

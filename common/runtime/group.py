@@ -14,7 +14,7 @@ from datetime import timedelta
 
 import torch
 
-from common.runtime.distributed import ALONE, LONGEST_WAIT, form_group_alone, started_by_launcher, world
+from common.runtime.distributed import LONGEST_WAIT, form_group_alone, started_by_launcher, world
 
 
 def init_process_group(gpus: int) -> torch.device:
@@ -24,8 +24,8 @@ def init_process_group(gpus: int) -> torch.device:
     """
     if gpus == 0:
         os.environ["DS_ACCELERATOR"] = "cpu"
-    elif ALONE in os.environ:  # of a process that ran on CPUs and has started the launcher
-        os.environ.pop("DS_ACCELERATOR", None)
+    elif os.environ.get("DS_ACCELERATOR") == "cpu":  # of a run on the CPU, in the process that started this one
+        del os.environ["DS_ACCELERATOR"]
     if not started_by_launcher():
         form_group_alone()
     import deepspeed
