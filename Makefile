@@ -39,7 +39,7 @@ mini-paper: setup  ## both papers in miniature, one report; half an hour, or TIE
 data-check: setup  ## which datasets are there and complete? DATA=/folder (docs/datasets.md)
 	$(BIN)/python -m common.data.check
 
-models: setup  ## build the tiny models anew after a change of their recipe, into the repository (ten minutes)
+models: setup  ## build the tiny models anew after a change of their recipe, into the repository (a quarter of an hour)
 	$(BIN)/python -m alert.tiny.ship
 
 table: setup  ## runs side by side, seeds together. RUNS='outputs/a outputs/b'

@@ -17,7 +17,7 @@ def model(vision, seed=0):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         made = open_clip.CLIP(
-            tiny.WIDTH, open_clip.CLIPVisionCfg(**vision), open_clip.CLIPTextCfg(**tiny.TEXT), quick_gelu=True
+            tiny.EMBEDDING, open_clip.CLIPVisionCfg(**vision), open_clip.CLIPTextCfg(**tiny.TEXT), quick_gelu=True
         )
     return made
 

@@ -242,7 +242,7 @@ def test_the_first_output_of_the_attention_pool_is_the_feature():
     with torch.no_grad():
         every = clip.attention_pool(visual_tower.attnpool, features)
         torch.testing.assert_close(every[:, 0], visual_tower.attnpool(features))
-    assert every.shape == (2, 5, tiny.WIDTH)
+    assert every.shape == (2, 5, tiny.EMBEDDING)
 
 
 def test_positions_of_a_transformer_end_as_the_feature_does():
@@ -267,22 +267,7 @@ def test_gradients_flow_through_the_text_tower():
 def test_a_prompt_that_lost_its_end_is_refused_where_its_end_counts():
     with pytest.raises(UserError, match="too long for the text tower"):
         encoders.clip().embed(["word " * 60])
-    assert encoders.clip().texts(["word " * 60]).shape == (1, tiny.WIDTH)
-
-
-@pytest.mark.slow
-def test_the_tiny_clip_reads_digits_that_it_has_never_seen(digits_task):
-    from common.few_shot.heads.base import cosine_logits
-    from common.few_shot.heads.zero_shot import text_weights
-    from tests.conftest import CACHE
-
-    encoder = tiny.load("clip", torch.device("cpu"), CACHE, torch.float32)
-    asked = digits_task.evaluation["test"]
-    items = asked.items[::4]
-    pixels = torch.stack([preprocess(digits_task.images.open(i.image), i.image, View(), encoder.look) for i in items])
-    text = text_weights([encoder.texts([f"a photo of a {name}."]) for name in asked.names])
-    right = cosine_logits(encoder.images(pixels), text).argmax(1) == torch.tensor([i.label for i in items])
-    assert right.float().mean() > 0.4
+    assert encoders.clip().texts(["word " * 60]).shape == (1, tiny.EMBEDDING)
 
 
 # --- weights that are missing or wrong

@@ -157,12 +157,14 @@ def test_a_head_answers_as_what_it_was_taken_from(world, name, uneven, tmp_path)
 
 
 def test_a_head_of_coop_is_its_context_alone():
-    clip, images = encoders.clip(), torch.randn(6, tiny.WIDTH, generator=torch.Generator().manual_seed(2))
+    clip, images = encoders.clip(), torch.randn(6, tiny.EMBEDDING, generator=torch.Generator().manual_seed(2))
     text, seen = Text(("ox", "green"), None, clip), Pictures(images, torch.arange(6) % 2)
     plan = {"epochs": 2, "batch": 4, "learning_rate": 0.05, "weight_decay": 0.0, "length": 2}
     fitted, asked = (coop.CoOp(seed=1, **plan) for _ in range(2))
     fit(fitted, Support(seen, lambda number: seen, 1), None, text)
-    assert {name: value.shape for name, value in fitted.head()["module"].items()} == {"context": (2, tiny.WIDTH)}
+    assert {name: value.shape for name, value in fitted.head()["module"].items()} == {
+        "context": (2, tiny.TEXT["width"])
+    }
     asked.ready(fitted.head(), text)
     for names in (("ox", "green"), ("green", "red", "ox")):
         other = Text(names, None, clip)
@@ -358,7 +360,7 @@ def test_coop_trains_its_context_and_reads_other_names_with_it():
 
 @pytest.mark.parametrize(("position", "before"), [("front", 0), ("middle", 2)])
 def test_the_name_may_stand_before_or_amid_the_context(position, before):
-    clip, images = encoders.clip(), torch.randn(2, tiny.WIDTH, generator=torch.Generator().manual_seed(2))
+    clip, images = encoders.clip(), torch.randn(2, tiny.EMBEDDING, generator=torch.Generator().manual_seed(2))
     text, seen = Text(("ox", "green"), None, clip), Pictures(images, torch.tensor([0, 1]))
     plan = {"epochs": 1, "batch": 2, "learning_rate": 0.05, "weight_decay": 0.0}
     learner = coop.CoOp(seed=1, **plan, length=4, position=position)
@@ -376,7 +378,7 @@ def test_the_name_may_stand_before_or_amid_the_context(position, before):
 
 
 def test_an_interrupted_coop_ends_as_if_nothing_had_happened():
-    clip, images = encoders.clip(), torch.randn(6, tiny.WIDTH, generator=torch.Generator().manual_seed(2))
+    clip, images = encoders.clip(), torch.randn(6, tiny.EMBEDDING, generator=torch.Generator().manual_seed(2))
     text, seen = Text(("ox", "green"), None, clip), Pictures(images, torch.arange(6) % 2)
     train, plan = Support(seen, lambda number: seen, 1), {"epochs": 4, "batch": 4, "learning_rate": 0.05}
     whole, first, second = (coop.CoOp(seed=1, **plan, weight_decay=0.0, length=2) for _ in range(3))
