@@ -60,7 +60,11 @@ class FewShotDraft:
         if not all(gather(all(self._path(split).with_suffix(".json").is_file() for split in splits))):
             learner = self._fitted()
             for split in splits:
-                learner.predict(split)
+                # A fusion is fitted on the validation images, by which the learner has chosen its own settings.
+                if split == "val" and self.config.method.get("fusion", "none") != "none":
+                    learner.write_unselected()
+                else:
+                    learner.predict(split)
             learner.close()
         return {split: self._read(self.data.task, split) for split in splits}
 

@@ -11,8 +11,8 @@ import torch
 from common.config.composition import validate
 from common.data import task
 from common.few_shot import doubts
-from common.few_shot.heads.base import Pictures, Support, Text, fit
-from common.few_shot.heads.folds import out_of_fold
+from common.few_shot.heads.base import FewShotHead, Pictures, Support, Text, accuracy, fit
+from common.few_shot.heads.folds import out_of_fold, out_of_selection, stratified
 from common.few_shot.heads.linear_probe import LinearProbe
 from common.few_shot.heads.tip_adapter import TipAdapter, TipAdapterF
 from common.learner import Check
@@ -60,6 +60,56 @@ def test_each_image_is_classified_by_a_fit_on_the_others_in_all_their_views(with
             if with_val:
                 expected *= finished.logits(val, TEXT).std(1).mean() / learner.logits(val, TEXT).std(1).mean()
         assert torch.allclose(found[there], expected, rtol=1e-5)
+
+
+def test_validation_images_are_classified_by_fits_that_chose_without_them():
+    """Against a loop over fits by hand, at the finished fit's spread; an image that is the only one of its class, too."""
+    views, labels = images()
+    val = Pictures(images(30, 5)[0][3], images(30, 5)[1]).take(slice(0, 28))
+    train = support(views, labels, torch.ones(18, dtype=torch.bool))
+    finished = head()
+    fit(finished, train, val, TEXT)
+    found = out_of_selection(finished, head, 1)
+    parts = torch.tensor(stratified(val.labels.tolist(), 5, "1", least=1))
+    assert sorted(parts.bincount().tolist()) == [5, 5, 6, 6, 6]
+    for part in range(5):
+        learner = head()
+        fit(learner, train, val.take(parts != part), TEXT)
+        with torch.no_grad():
+            logits, whole = learner.logits(val, TEXT), finished.logits(val, TEXT)
+        expected = logits * whole.std(1).mean() / logits.std(1).mean()
+        assert torch.allclose(found[parts == part], expected[parts == part], rtol=1e-5)
+    alone = val.take(torch.tensor([0, 1, 2]))  # one image of each class, as with one shot
+    fit(finished, train, alone, TEXT)
+    assert out_of_selection(finished, head, 1).shape == (3, 3)
+
+
+class Luckiest(FewShotHead):
+    """Chooses, of 200 random maps, the one that is right on most validation images."""
+
+    steps = 1
+
+    def end(self):
+        maps = torch.randn(200, 3, 8, generator=torch.Generator().manual_seed(self.seed))
+        right = (torch.einsum("nd,mcd->mnc", self.val.images, maps).argmax(2) == self.val.labels).sum(1)
+        self.map = maps[right.argmax()]
+        return {}
+
+    def logits(self, pictures, text):
+        return pictures.images @ self.map.T
+
+
+def test_a_choice_by_luck_is_not_taken_for_skill():
+    """Labels without any relation to the images: the luckiest map is right on far more than a third of them."""
+    chosen, honest = [], []
+    for seed in range(20):
+        val = Pictures(torch.randn(30, 8, generator=torch.Generator().manual_seed(seed)), torch.arange(30) % 3)
+        learner = Luckiest(seed=seed)
+        fit(learner, Support(val, lambda _, same=val: same, 1), val, TEXT)
+        chosen.append(accuracy(learner, val, TEXT))
+        logits = out_of_selection(learner, lambda s=seed: Luckiest(seed=s), 1)
+        honest.append(float((logits.argmax(1) == val.labels).float().mean()))
+    assert np.mean(chosen) > 0.5 and np.mean(honest) == pytest.approx(1 / 3, abs=0.06)
 
 
 def test_learners_follow_what_a_fit_has_chosen():

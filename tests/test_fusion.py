@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from scipy.special import expit, log_softmax, softmax
 from sklearn.linear_model import LogisticRegression
 
 from alert import fusion, prompting
+from alert.draft import FewShotDraft
 from alert.fusion import Fusion
 from common import Classifier
 from common.config.composition import validate
@@ -15,6 +17,8 @@ from common.data import task
 from common.data.digits import Digits
 from common.evaluation.calibration import temperature
 from common.few_shot.candidates import Candidates, Origin
+from common.few_shot.check import make
+from common.few_shot.heads import folds
 from common.report import tables
 from common.run.result import Result
 from common.run.run_folder import RunFolder
@@ -175,6 +179,37 @@ def test_what_a_fusion_needs_is_checked_before_the_model_is_loaded(compose, word
     config = validate(compose("method=alert", "model=tiny_gemma3", "rewards=alert_no_judge", *words))
     with pytest.raises(UserError, match=message):
         prompting.check(config, task.build(config))
+
+
+def test_a_fusion_sees_the_draft_as_it_is_on_new_images(compose, tmp_path, monkeypatch):
+    """A fit searches on the validation images; their candidates come from fits that searched on others of them."""
+    words = ["method=alert", "model=tiny_gemma3", "few_shot=proker", "method.draft=few_shot", "shots=4", "clip=tiny"]
+    words += ["validation=held_out", "setting.test_per_class=2", f"cache_dir={tmp_path / 'cache'}"]
+    for kind in ("none", "gate"):
+        config = validate(compose(*words, f"method.fusion={kind}"))
+        draft = FewShotDraft(config, task.build(config), torch.device("cpu"), tmp_path / kind)
+        found = draft.candidates()["val"]
+        fitted = draft._fitted()  # from its checkpoints
+        items = list(fitted.task.evaluation["val"].items)
+        seen = fitted.logits("val", items)
+        honest = folds.out_of_selection(fitted.learner, lambda config=config: make(config), config.seed).numpy()
+        assert not np.array_equal(honest, seen)
+        rows = -np.sort(-(honest if kind == "gate" else seen), 1)
+        np.testing.assert_allclose([found.scores(item.image) for item in items], rows, rtol=1e-5)
+        fitted.close()
+    monkeypatch.setattr(fitted.learner, "chooses", False)  # no fits more where nothing was chosen
+    fitted.write_unselected()
+    np.testing.assert_allclose(
+        np.load(tmp_path / "gate/candidates/val.npz")["topk_logit"], -np.sort(-seen, 1), rtol=1e-5
+    )
+
+
+def test_what_a_learner_chooses_by(compose):
+    words = ["method=alert", "model=tiny_gemma3", "method.draft=few_shot", "clip=tiny"]
+    asked = {
+        name: make(validate(compose(*words, f"few_shot={name}"))).chooses for name in ("clap", "coop", "cafo", "ape_t")
+    }
+    assert asked == {"clap": False, "coop": False, "cafo": True, "ape_t": True}
 
 
 @pytest.mark.faults

@@ -31,7 +31,7 @@ from common.few_shot.encoders import generated, texts
 from common.few_shot.encoders.encoder import TEST, TextEncoder, View, load
 from common.few_shot.encoders.store import CachedFeatures, Rows
 from common.few_shot.heads.base import CHUNK, FewShotHead, Pictures, Support, Text
-from common.few_shot.heads.folds import FOLDS, divide, out_of_fold, stratified
+from common.few_shot.heads.folds import FOLDS, divide, out_of_fold, out_of_selection, stratified
 from common.few_shot.heads.zero_shot import text_weights
 from common.learner import Learner
 from common.run import loop
@@ -265,6 +265,17 @@ class FewShotLearner(Learner):
             )
             doubts.write(doubts.find(photos, task.train.names), self.folder / doubts.FILE)
         barrier()
+
+    def write_unselected(self) -> None:
+        """Write the validation images' candidates for ALERT by fits that did not choose their settings by them."""
+        if not (self.learner.steps and self.learner.chooses):
+            self.predict("val")
+            return
+        items = list(self.task.evaluation["val"].items)
+        with doing(f"{self.name}: {FOLDS} fits more, for validation images that chose nothing"):
+            found = out_of_selection(self.learner, lambda: make(self.config), self.config.seed)
+        # columns of the split's classes, which the fit has as training classes
+        self._truth_ranks("val", items, found.cpu().numpy()[:, own_labels(self.task, "val")], write=True)
 
     def set_task(self, task: Task) -> None:
         self.task = task  # cached features are keyed by the content of images, so none becomes stale

@@ -234,6 +234,7 @@ class FewShotHead:
         remark: Note that every table prints about its results.
         crop: Share of an image's area that random views cover.
         generated, generated_per_class: Source and number of generated images, as more shots.
+        chooses: Whether the fit may choose something by validation images.
     """
 
     needs: frozenset[str] = TEXT
@@ -243,6 +244,7 @@ class FewShotHead:
     crop = (0.5, 1.0)  # as in Tip-Adapter's and CaFo's code
     generated: str | None = None
     generated_per_class = 0
+    chooses = True
 
     def __init__(self, *, seed: int) -> None:
         """`seed`: seed of everything random in the fit."""
@@ -396,6 +398,7 @@ class GradientHead(FewShotHead, ABC):
             positive(f"few_shot.{name}", getattr(plan, name))
         self.plan, self.steps = plan, plan.epochs
         self.chosen: tuple[float, int, dict[str, Tensor]] | None = None  # accuracy, epoch, weights
+        self.chooses = self.best
 
     @abstractmethod
     def build(self) -> nn.Module:

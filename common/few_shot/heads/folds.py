@@ -1,4 +1,4 @@
-"""Cross-validate: divide the training images into parts, and classify each part by a fit on the others."""
+"""Cross-validate: divide images into parts, and classify each part by a fit that has not seen it."""
 
 from __future__ import annotations
 
@@ -63,12 +63,41 @@ def out_of_fold(fitted: FewShotHead, build: Callable[[], FewShotHead], parts: Se
     return logits
 
 
+def out_of_selection(fitted: FewShotHead, build: Callable[[], FewShotHead], seed: int) -> Tensor:
+    """Classify the validation images of each part by fits that chose their settings by the others.
+
+    A fit searches strengths and epochs on the validation images, so it is right on more of them than on new ones. The
+    training images are the same in all fits; logits are brought to the finished fit's spread, as in `out_of_fold`.
+
+    Args:
+        fitted: The learner after its fit, with validation images.
+        build: Function that returns the learner, not fitted.
+        seed: Seed of the parts.
+
+    Returns:
+        Logits of the validation images. Shape: [N, C].
+    """
+    val, text = fitted.val, fitted.text
+    assert val is not None, "method.fusion is refused without validation images"
+    parts = torch.tensor(
+        stratified(val.labels.tolist(), min(FOLDS, len(val)), str(seed), least=1), device=val.labels.device
+    )
+    whole = all_logits(fitted, val, text).float()
+    logits, size = torch.empty_like(whole), whole.std(1).mean()
+    for part in parts.unique():
+        learner = build()
+        fit(learner, fitted.train, val.take(parts != part), text, fitted.test)
+        found = all_logits(learner, val, text).float()
+        logits[parts == part] = size / found.std(1).mean() * found[parts == part]
+    return logits
+
+
 def spread(learner: FewShotHead, pictures: Pictures, text: Text) -> float:
     """Return the standard deviation of an image's logits over the classes, in the mean of the images."""
     return float(all_logits(learner, pictures, text).float().std(1).mean())
 
 
-def stratified(labels: Sequence[int], folds: int, seed: str) -> list[int]:
+def stratified(labels: Sequence[int], folds: int, seed: str, least: int = 2) -> list[int]:
     """Divide images into parts in which the classes have nearly equal shares.
 
     The images of each class, shuffled, go to the parts in turn, and each class goes on where the one before ended, so
@@ -78,6 +107,7 @@ def stratified(labels: Sequence[int], folds: int, seed: str) -> list[int]:
         labels: Class indices. Length: N.
         folds: Number of parts.
         seed: Seed of the shuffle.
+        least: Images without which a class is in no part; 1 where nothing is trained on the others.
 
     Returns:
         The part of each image, -1 for one that is in none. Length: N.
@@ -91,7 +121,7 @@ def stratified(labels: Sequence[int], folds: int, seed: str) -> list[int]:
         by_class.setdefault(label, []).append(place)
     parts, turn = [UNKNOWN] * len(labels), 0
     for _, places in sorted(by_class.items()):
-        if len(places) < 2:
+        if len(places) < least:
             continue
         for place in rng.sample(places, len(places)):
             parts[place] = turn % folds
