@@ -84,12 +84,16 @@ def expected(run):
 def calibrated(run, row):
     """The probabilities of a row, calibrated as its run says, by name; in plain arithmetic."""
     found = Result.load(run).calibration
-    shares = [share ** (1 / found.get("temperature", 1.0)) for share in row["probabilities"]]
+    shares, logs = row["probabilities"], row.get("log_probabilities") or [None]
+    if None not in logs and not any(map(math.isnan, logs)):  # a few-shot learner: a probability of logits hundreds apart is 0 in fp32
+        shares = [math.exp(log - max(logs)) for log in logs]
+    shares = [share ** (1 / found.get("temperature", 1.0)) for share in shares]
     shares = [share / sum(shares) for share in shares]
     top = shares.index(max(shares))
     rest = sum(share for place, share in enumerate(shares) if place != top)
     if found and rest > 0:
-        odds = shares[top] / (1 - shares[top])
+        edge = min(shares[top], 1 - 1e-6)
+        odds = edge / (1 - edge)
         sure = 1 / (1 + odds ** -found["slope"] * math.exp(-found["bias"]))
         sure = max(sure, 1 / len(shares))
         others = [0.0 if place == top else share / rest for place, share in enumerate(shares)]
