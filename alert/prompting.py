@@ -110,14 +110,14 @@ def check_fusion(config: Config, task: Task) -> None:
             f"method.fusion={kind} is fitted on validation images, and there are none: validation=few, or"
             " validation=held_out where the dataset has no validation split"
         )
+    if config.label_scoring is False:
+        raise UserError(f"method.fusion={kind} needs the model's probabilities of names: label_scoring=true")
     if config.method["draft"] == "file":
         log.warning(
             "method.fusion=%s: a finished learner that chose its settings by the validation images is right on more of"
             " them than on others, so the fusion trusts it too much; method.draft=few_shot fits the draft without them",
             kind,
         )
-    if config.label_scoring is False:
-        raise UserError(f"method.fusion={kind} needs the model's probabilities of names: label_scoring=true")
 
 
 # The prompting. `method=alert` and `method=gemma_1shot` are this one class with other arguments. alert/learner.py sets

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -179,6 +181,15 @@ def test_what_a_fusion_needs_is_checked_before_the_model_is_loaded(compose, word
     config = validate(compose("method=alert", "model=tiny_gemma3", "rewards=alert_no_judge", *words))
     with pytest.raises(UserError, match=message):
         prompting.check(config, task.build(config))
+
+
+def test_a_finished_draft_brings_a_warning(compose, caplog):
+    """Its candidates of validation images are of the fit that chose by them."""
+    asked = SimpleNamespace(evaluation={"val": None})
+    for draft, warned in (("class_means", 0), ("file", 1)):
+        words = ["method=alert", "model=tiny_gemma3", "method.fusion=gate", f"method.draft={draft}"]
+        prompting.check_fusion(validate(compose(*words, "method.draft_file=a_run")), asked)
+        assert sum("trusts it too much" in line for line in caplog.messages) == warned
 
 
 def test_a_fusion_sees_the_draft_as_it_is_on_new_images(compose, tmp_path, monkeypatch):

@@ -85,9 +85,8 @@ def calibrated(run, row):
     """The probabilities of a row, calibrated as its run says, by name; in plain arithmetic."""
     found = Result.load(run).calibration
     shares, logs = row["probabilities"], row.get("log_probabilities") or [None]
-    if None not in logs and not any(
-        map(math.isnan, logs)
-    ):  # a few-shot learner: a probability of logits hundreds apart is 0 in fp32
+    # a few-shot learner keeps logarithms: a probability of logits hundreds apart is 0 in fp32
+    if None not in logs and not any(map(math.isnan, logs)):
         shares = [math.exp(log - max(logs)) for log in logs]
     shares = [share ** (1 / found.get("temperature", 1.0)) for share in shares]
     shares = [share / sum(shares) for share in shares]

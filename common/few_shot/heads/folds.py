@@ -79,16 +79,14 @@ def out_of_selection(fitted: FewShotHead, build: Callable[[], FewShotHead], seed
     """
     val, text = fitted.val, fitted.text
     assert val is not None, "method.fusion is refused without validation images"
-    parts = torch.tensor(
-        stratified(val.labels.tolist(), min(FOLDS, len(val)), str(seed), least=1), device=val.labels.device
-    )
-    whole = all_logits(fitted, val, text).float()
-    logits, size = torch.empty_like(whole), whole.std(1).mean()
+    known = val.labels.tolist()
+    parts = torch.tensor(stratified(known, min(FOLDS, len(val)), str(seed), least=1), device=val.labels.device)
+    logits = val.images.new_empty((len(val), len(text.names)), dtype=torch.float32)
     for part in parts.unique():
-        learner = build()
-        fit(learner, fitted.train, val.take(parts != part), text, fitted.test)
-        found = all_logits(learner, val, text).float()
-        logits[parts == part] = size / found.std(1).mean() * found[parts == part]
+        tested, learner = parts == part, build()
+        fit(learner, fitted.train, val.take(~tested), text, fitted.test)
+        scale = spread(fitted, val, text) / spread(learner, val, text)
+        logits[tested] = scale * all_logits(learner, val.take(tested), text).float()
     return logits
 
 
