@@ -253,4 +253,24 @@ def test_forty_images_without_an_error_promise_no_certainty():
     logits = np.eye(2)[truths] * rng.uniform(1, 3, 40)[:, None]
     found = fusion.fit("product", logits, logits, truths)
     alone = 1 / temperature(logits, truths)
-    assert found.draft == pytest.approx(found.model, rel=1e-3) and found.draft < 1.2 * alone
+    assert 1 < found.draft / alone < 1.2
+
+
+def test_where_the_images_say_nothing_the_draft_is_trusted_more():
+    """Of two experts that say the same no image tells which is better, so the weights are those that few images leave.
+
+    The mixture is then the same for every share; the product's two powers have the same gradient and keep their
+    difference of a half.
+    """
+    rng = np.random.default_rng(0)
+    logits, truths = rng.normal(0, 1, (30, 3)), rng.integers(0, 3, 30)
+    gate = fusion.fit("gate", logits, 2 * logits, truths)
+    assert (gate.bias, gate.slope) == pytest.approx((1, 1), abs=1e-4)
+    alone, product = 1 / temperature(logits, truths), fusion.fit("product", logits, logits, truths)
+    assert product.draft - product.model == pytest.approx(alone / 2, rel=1e-3)
+    # sigmoid(1) = 0.73 of a draft that cannot decide, and its share grows with its margin
+    undecided, sure = Fusion("gate", 1, 1, gate.bias, gate.slope, 30)(
+        np.array([[0.0, 0.0], [2.0, 0.0]]), np.array([[np.log(3), 0.0], [0.0, 2.0]])
+    )
+    assert undecided[0] == pytest.approx(0.7311 * 0.5 + 0.2689 * 0.75, abs=1e-3)
+    assert sure[0] == pytest.approx(0.9526 * 0.8808 + 0.0474 * 0.1192, abs=1e-3)
