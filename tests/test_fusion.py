@@ -256,6 +256,34 @@ def test_forty_images_without_an_error_promise_no_certainty():
     assert 1 < found.draft / alone < 1.2
 
 
+def test_forty_images_move_the_weights_as_far_as_the_penalties_let_them():
+    """At a minimum the slope of the cross entropy is that of the penalty, here computed by differences."""
+    draft, model, truths = simulated(40, 1.0, 0.3, k=3)
+    a, b = 1 / temperature(draft, truths), 1 / temperature(model, truths)
+    rows = np.arange(40)
+
+    def slopes(entropy, at):
+        steps = 1e-5 * np.eye(2)
+        return np.array([(entropy(at + step) - entropy(at - step)) / 2e-5 for step in steps])
+
+    found = fusion.fit("product", draft, model, truths)
+    powers = np.array([found.draft / a, found.model / b])
+    said = slopes(lambda w: -log_softmax(w[0] * a * draft + w[1] * b * model, 1)[rows, truths].sum(), powers)
+    np.testing.assert_allclose(said, -2 * 4 * (powers - [1, 0.5]), atol=1e-2)
+    assert abs(said).min() > 0.3, "the images do say something"
+
+    found = fusion.fit("gate", draft, model, truths)
+    weights = np.array([found.bias, found.slope])
+
+    def mixed(w):
+        made = Fusion("gate", a, b, w[0], w[1], 40)(draft, model)
+        return -np.log(made[rows, truths]).sum()
+
+    said = slopes(mixed, weights)
+    np.testing.assert_allclose(said, -2 * 2 * (weights - [1, 1]), atol=1e-2)
+    assert abs(said).min() > 0.1, "the images do say something"
+
+
 def test_where_the_images_say_nothing_the_draft_is_trusted_more():
     """Of two experts that say the same no image tells which is better, so the weights are those that few images leave.
 
