@@ -136,7 +136,8 @@ class SharedPrefix:
             starts, most = per_prompt.cumsum(0) - per_prompt, int(per_prompt.max())
             # One mask per prompt suffices: all completions of a prompt have the same one. `starts`: first completion of
             # each.
-            prompt, own = mask[starts if len(mask) > 1 else [0]].split([index.shape[1], tokens], -1)
+            each = mask[starts] if len(mask) > 1 else mask
+            prompt, own = each.split([index.shape[1], tokens], -1)
             if bool((prompt == prompt[:, :, :1]).all()):  # the same for all tokens of a completion
                 rows = prompt[:, :, :1]
             else:
