@@ -233,8 +233,17 @@ def tokens(metre):
     return cache(lambda family, prompt, size: metre(family).tokens([prompt], size)[0])
 
 
-@pytest.mark.faults
-@pytest.mark.parametrize("sweep", [name for name in SWEEPS if name not in ("alert_fig3", "few_shot_averages")])
+SHORT = ("alert_fig5", "alert_table1", "clsrl_fig3", "clsrl_table3", "refine_rft")  # seconds for all of them
+
+
+@pytest.mark.parametrize(
+    "sweep",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in SHORT else pytest.mark.faults)
+        for name in SWEEPS
+        if name not in ("alert_fig3", "few_shot_averages")
+    ],
+)
 def test_every_point_of_a_sweep_fits(metre, tokens, compose, monkeypatch, sweep):
     """The check of a run passes, and beside what it checks, the longest name fits into a reply."""
     monkeypatch.setattr(task, "load_dataset", unseen)
